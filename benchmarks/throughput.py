@@ -1,0 +1,220 @@
+"""Throughput of training, sampling or data loading for any config, as JSON on stdout.
+
+    python benchmarks/throughput.py --config=configs/ddpm_digits.py --what=train
+    python benchmarks/throughput.py --config=configs/ddpm_cifar10.py --what=train --batch=8 --vs=torch
+
+`--vs=torch` (ddpm only) builds the same U-Net with diffusers on torch, checks that it has as many
+parameters, and runs both in turns, so that a drift of the machine's speed hits both; the ratio is
+jaxgen's speed over torch's, the median over the turns. For training a turn is one update (Adam and
+moving average on both sides); for sampling one network evaluation of ancestral sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgen
+from jaxgen import config as configs
+from jaxgen import data, run, sample, sharding
+from jaxgen.train import make_call
+
+
+def timed(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def jax_train(assembled):
+    """An action that makes one update and waits for it."""
+    config = assembled.config
+    places = sharding.over_weights(assembled.mesh, assembled.abstract)
+    shape, rng = assembled.spec.features, np.random.default_rng(0)
+    one = {
+        k: rng.integers(0, 256 if v.shape else max(assembled.spec.classes, 1), (config.data.batch, *v.shape)).astype(
+            v.dtype
+        )
+        for k, v in shape.items()
+    }
+    batch = sharding.put_batch(assembled.mesh, one)
+    init = jax.jit(lambda key, b: run.init_state(assembled.family, key, b, assembled.frozen), out_shardings=places)
+    holder = [init(jax.random.key(0), batch)]
+    call = make_call(assembled, places, 1, 0)
+    stacked = jax.tree.map(lambda x: x[None], batch)
+
+    def action():
+        holder[0], _ = call(holder[0], assembled.frozen, stacked)
+        jax.block_until_ready(holder[0])
+
+    return action, holder[0]
+
+
+def jax_sample(assembled, state):
+    """An action that draws one batch and waits for it."""
+    config = assembled.config
+    n = config.sample.batch
+    batch = sample.batches(assembled, config, n, {})
+    return lambda: list(sample.draw(assembled.family, state, assembled.frozen, assembled.mesh, batch, n, n, 0))
+
+
+def torch_unet(config, image):
+    """diffusers' U-Net with the settings of a ddpm config."""
+    import diffusers
+
+    model, levels = config.model, len(config.model.multipliers)
+    here = [image[0] // 2**i in model.attention for i in range(levels)]
+    return diffusers.UNet2DModel(
+        sample_size=image[0],
+        in_channels=image[2],
+        out_channels=image[2],
+        block_out_channels=[model.channels * m for m in model.multipliers],
+        layers_per_block=model.blocks,
+        down_block_types=['AttnDownBlock2D' if a else 'DownBlock2D' for a in here],
+        up_block_types=['AttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(here)],
+        norm_num_groups=min(32, model.channels // 4),
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        attention_head_dim=None,
+        dropout=model.dropout,
+    )
+
+
+def torch_actions(config, image, what: str):
+    """The same work by torch: an update, or one network evaluation."""
+    import torch
+
+    torch.manual_seed(0)
+    net = torch_unet(config, image)
+    n = config.data.batch if what == 'train' else config.sample.batch
+    x = torch.randn(n, image[2], image[0], image[1])
+    averaged = [p.detach().clone() for p in net.parameters()]
+    optimiser = torch.optim.Adam(net.parameters(), lr=config.optim.lr)
+    steps = torch.linspace(1e-4, 0.02, 1000).neg().add(1).cumprod(0)
+
+    def update():
+        t = torch.randint(0, 1000, (n,))
+        noise, a = torch.randn_like(x), steps[t].view(-1, 1, 1, 1)
+        loss = torch.nn.functional.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample, noise)
+        optimiser.zero_grad()
+        loss.backward()
+        if config.optim.clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), config.optim.clip)
+        optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(net.parameters()), 1 - config.optim.ema)
+
+    @torch.no_grad()
+    def evaluate():
+        net.eval()
+        net(x, torch.full((n,), 500)).sample.sum().item()
+
+    return (update if what == 'train' else evaluate), sum(p.numel() for p in net.parameters())
+
+
+def measure_data(config, seconds: float) -> dict:
+    """Images per second out of the loader, alone."""
+    stream = iter(data.batches(config.data, 'train', seed=0))
+    next(stream)
+    began, n = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        n += len(next(stream)['image'])
+    return {'images_per_second': n / (time.perf_counter() - began)}
+
+
+def measure(config, what: str, turns: int, vs: str) -> dict:
+    assembled = run.assemble(config)
+    action, state = jax_train(assembled)
+    images, calls = config.data.batch, 1
+    if what == 'sample':
+        action, images = jax_sample(assembled, state), config.sample.batch
+        calls = getattr(config.model, 'sample_steps', 0) or getattr(config.model, 'timesteps', 1)
+    actions = {'jaxgen': (action, calls)}
+    result = {}
+    if vs:
+        other, count = torch_actions(config, assembled.spec.features['image'].shape, what)
+        own = sum(x.size for x in jax.tree.leaves(assembled.abstract.params))
+        if own != count:
+            sys.exit(f'not the same network: {own} and {count} parameters')
+        result['parameters'] = own
+        actions['torch'] = (other, 1)
+    for warm, _ in actions.values():
+        warm()
+        warm()
+    seconds = {name: [] for name in actions}
+    for _ in range(turns):
+        for name, (act, c) in actions.items():
+            seconds[name].append(timed(act) / c)
+    unit = 'update' if what == 'train' else 'network evaluation'
+    for name, found in seconds.items():
+        middle = statistics.median(found)
+        result[name] = {
+            f'seconds_per_{unit.replace(" ", "_")}': {'min': min(found), 'median': middle, 'max': max(found)},
+            'images_per_second': images / (middle * (calls if what == 'sample' else 1)),
+        }
+    if vs:
+        ratios = [t / j for j, t in zip(seconds['jaxgen'], seconds['torch'], strict=True)]
+        result['speed_over_torch'] = {
+            'min': min(ratios),
+            'median': statistics.median(ratios),
+            'max': max(ratios),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', required=True)
+    parser.add_argument('--what', choices=('train', 'sample', 'data'), default='train')
+    parser.add_argument('--vs', choices=('', 'torch'), default='')
+    parser.add_argument('--batch', type=int, default=0, help='in place of the config')
+    parser.add_argument('--turns', type=int, default=10)
+    parser.add_argument('--dtype', choices=('', 'float32', 'bfloat16'), default='')
+    parser.add_argument('--out', default='', help='write the JSON here too')
+    arguments = parser.parse_args()
+    config = configs.load(arguments.config)
+    if arguments.vs and (config.family != 'ddpm' or arguments.what == 'data'):
+        sys.exit('--vs=torch is for training and sampling of ddpm configs')
+    if arguments.batch:
+        config.data.batch = config.sample.batch = arguments.batch
+    if arguments.dtype:
+        config.train.dtype = arguments.dtype
+    if arguments.what == 'data':
+        result = measure_data(config, 10)
+    else:
+        result = measure(config, arguments.what, arguments.turns, arguments.vs)
+    packages = ('jax', 'flax', 'numpy', *(('torch', 'diffusers') if arguments.vs else ()))
+    record = {
+        'command': ' '.join(['python', *sys.argv]),
+        'what': arguments.what,
+        'config': configs.name(arguments.config),
+        'batch': config.data.batch,
+        'dtype': jnp.dtype(config.train.dtype).name,
+        **result,
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'cores': len(os.sched_getaffinity(0)),
+        'machine': platform.machine(),
+        'versions': {'jaxgen': jaxgen.__version__, 'python': platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in packages},
+    }
+    text = json.dumps(record, indent=2)
+    print(text)
+    if arguments.out:
+        with open(arguments.out, 'w', encoding='utf-8') as file:
+            file.write(text + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,48 @@
+"""DDPM on CelebA-HQ, 256x256, as in the paper: 113.7 million weights.
+
+    python -m jaxgen.main --config=configs/ddpm_celebahq256.py
+
+Time: not measured
+Paper: no figure (Ho et al. 2020 show samples only)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='ddpm',
+        data=dict(source='celeb_a_hq/256', size=256, channels=3, batch=64, flip=True),
+        model=dict(
+            channels=128,
+            multipliers=(1, 1, 2, 2, 4, 4),
+            blocks=2,
+            attention=(16,),
+            dropout=0.0,
+            variance='fixed_small',
+        ),
+        optim=dict(lr=2e-5, warmup=5000, clip=1.0, ema=0.9999),
+        train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000, samples=16, remat=True),
+        sample=dict(batch=16),
+        evaluate=dict(batch=16),
+        variants={
+            'tiny': dict(
+                data=dict(source='shapes', size=8, batch=8),
+                model=dict(
+                    channels=8,
+                    multipliers=(1, 2),
+                    blocks=1,
+                    attention=(4,),
+                    timesteps=20,
+                    beta_end=0.5,
+                    dropout=0.1,  # as in ddpm_cifar10:tiny, so that tests compile one program for both
+                ),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, remat=False),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, n=8),
+            ),
+        },
+    )

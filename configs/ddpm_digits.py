@@ -1,0 +1,42 @@
+"""DDPM on scikit-learn's handwritten digits, 8x8: a first run that needs no download.
+
+    python -m jaxgen.main --config=configs/ddpm_digits.py
+    python -m jaxgen.main --config=configs/ddpm_digits.py:conditional
+
+Time: 3.6 minutes on 2 CPU cores
+Paper: none
+Ours: 4.95 bits/dim of 256 levels (variational bound, 359 held-out digits)
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='ddpm',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        # With a quarter of the steps the larger variance leaves noise in the pictures.
+        model=dict(
+            channels=32,
+            multipliers=(1, 2),
+            blocks=1,
+            attention=(4,),
+            variance='fixed_small',
+            sample_steps=250,
+            bound_steps=100,
+        ),
+        optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(channels=8, blocks=1, timesteps=20, beta_end=0.5, sample_steps=0, bound_steps=0),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, n=8),
+            ),
+            'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
+        },
+    )

@@ -1,0 +1,31 @@
+"""VAE on stochastically binarised 28x28 MNIST, layers 784-400-20-400-784.
+
+    python -m jaxgen.main --config=configs/vae_mnist.py
+
+Time: not measured
+Paper: none with these layers
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vae',
+        data=dict(source='mnist', size=28, channels=1, batch=128),
+        model=dict(network='mlp', hidden=(400,), latent=20, likelihood='bernoulli', binarise=True),
+        optim=dict(lr=1e-3, ema=0.999, ema_warmup=True),
+        train=dict(steps=100_000, updates_per_call=20, log_every=1000, save_every=10_000, sample_every=10_000),
+        variants={
+            'tiny': dict(
+                data=dict(source='digits', size=8, batch=8),
+                model=dict(hidden=(16,), latent=4, iwae_samples=3),
+                optim=dict(lr=3e-3),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, n=8),
+            ),
+        },
+    )

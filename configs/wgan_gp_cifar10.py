@@ -1,0 +1,30 @@
+"""WGAN-GP on CIFAR-10 without labels: the paper's residual networks and settings.
+
+    python -m jaxgen.main --config=configs/wgan_gp_cifar10.py
+
+Time: not measured
+Paper: Inception score 7.86, unsupervised (Gulrajani et al. 2017)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='wgan_gp',
+        data=dict(source='cifar10', size=32, channels=3, batch=320),  # 5 critic steps of 64 images
+        model=dict(latent=128, width=128, levels=3, n_critic=5, penalty=10.0, generator_batch=2),
+        optim=dict(lr=2e-4, schedule='linear', b1=0.0, b2=0.9, ema=0.0),  # the paper averages no weights
+        train=dict(steps=100_000, log_every=100, save_every=2000, sample_every=2000),
+        variants={
+            'tiny': dict(
+                data=dict(source='shapes', size=16, batch=10),
+                model=dict(latent=8, width=8),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, n=8),
+            ),
+        },
+    )

@@ -1,0 +1,338 @@
+"""Configs: what a config file may say, and one plain line for whatever is wrong with it.
+
+A config file has `get_config(variant='')` and returns `make(variant, ...)`. The sections that
+all families share are listed in `DEFAULTS`, each field with its default; `config.model` holds
+the keyword arguments of the family's `build`. So the config that a run saves is complete, every
+field can be set on the command line (`--config.optim.lr=1e-3`), and a misspelt field is an
+error that names the near misses.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxgen.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    'family': '',  # module in jaxgen/families
+    'seed': 0,  # of weights, data order and noise
+    'model': {},  # keyword arguments of the family's build
+    'stages': {},  # {name: run directory} of earlier stages
+    'data': {
+        'source': 'digits',  # digits | shapes | folder:PATH | a TFDS name
+        'size': 8,  # pixels, height = width
+        'channels': 1,  # 1 or 3
+        'features': ('image',),  # what a batch holds, e.g. ('image', 'label')
+        'classes': 0,  # number of classes where the source cannot say (a folder, a TFDS set)
+        'batch': 128,  # examples of one update, over all devices
+        'box': (),  # (top, left, height, width) cut out before anything else
+        'crop': 'center',  # center | random: the square that is resized to size x size
+        'flip': False,  # mirror half of the training images left to right
+        'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
+        'test_share': 0.2,  # share of a source without a test split that is held out
+        'max_corrupt': 0.01,  # share of unreadable files of a folder that is put up with
+        'threads': 4,  # of the loader
+        'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
+    },
+    'optim': {
+        'name': 'adam',  # adam | adamw | rmsprop | sgd
+        'lr': 2e-4,
+        'schedule': 'constant',  # constant | linear | cosine, to 0 at the last update
+        'warmup': 0,  # updates of linear rise
+        'b1': 0.9,
+        'b2': 0.999,
+        'eps': 1e-8,
+        'weight_decay': 0.0,  # adamw
+        'clip': 0.0,  # global gradient norm, 0: off
+        'accumulate': 1,  # parts of a batch, one gradient
+        'ema': 0.9999,  # decay of the weights' moving average
+        'ema_warmup': False,  # min(ema, (1 + n) / (10 + n))
+        'networks': {},  # {network: fields above that differ for it}
+    },
+    'train': {
+        'steps': 1000,  # updates
+        'updates_per_call': 1,  # updates in one XLA program; every interval is a multiple of it
+        'dtype': 'float32',  # of computation: float32 | bfloat16
+        'remat': False,  # trade time for memory
+        'log_every': 50,
+        'save_every': 500,
+        'keep': 2,  # newest checkpoints kept
+        'keep_every': 0,  # and every checkpoint at a multiple of this, 0: none
+        'sample_every': 500,  # 0: only at the end
+        'samples': 64,  # pictures of a grid
+    },
+    'mesh': {
+        'fsdp': 1,  # devices that share one copy of the weights
+    },
+    'sample': {
+        'batch': 256,  # samples drawn at once
+    },
+    'evaluate': {
+        'batch': 256,  # examples measured at once
+        'n': 0,  # examples of the test split, 0: all
+    },
+}
+
+# Values of these fields are names; anything else is refused here, not deep in a compile.
+CHOICES = {
+    'data.channels': (1, 3),
+    'data.crop': ('center', 'random'),
+    'optim.name': ('adam', 'adamw', 'rmsprop', 'sgd'),
+    'optim.schedule': ('constant', 'linear', 'cosine'),
+    'train.dtype': ('float32', 'bfloat16'),
+}
+POSITIVE = (
+    *('data.size', 'data.batch', 'data.threads', 'optim.lr', 'optim.accumulate'),
+    *('train.steps', 'train.updates_per_call', 'train.log_every', 'train.save_every', 'train.keep'),
+    *('train.samples', 'mesh.fsdp', 'sample.batch', 'evaluate.batch'),
+)
+# A run may go on although these differ from what it was started with: they change how far it
+# goes and what is written when, never what an update computes.
+FREE_ON_RESUME = re.compile(
+    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples)|sample\..*|evaluate\..*'
+    r'|data\.(dir|threads|cache_mb|max_corrupt)'
+)
+
+
+def families() -> list[str]:
+    """Names of all families: the modules in jaxgen/families."""
+    folder = os.path.join(os.path.dirname(__file__), 'families')
+    return sorted(f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f != '__init__.py')
+
+
+def near(key: str, known) -> str:
+    """'; did you mean a or b?' for a misspelt key, or the known ones if nothing is near."""
+    close = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    if close:
+        return '; did you mean ' + ' or '.join(close) + '?'
+    return '; known: ' + ', '.join(sorted(map(str, known)))
+
+
+def builder(family: str) -> Callable:
+    """The family's build function, by the family's name."""
+    if family not in families():
+        raise UserError(f'config.family: no family {family!r}{near(family, families())}')
+    return importlib.import_module(f'jaxgen.families.{family}').build
+
+
+def model_defaults(family: str) -> dict[str, Any]:
+    """{keyword: default} of the family's build."""
+    parameters = inspect.signature(builder(family)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def coerce(path: str, value, default):
+    """Value as the default's type, or UserError; int goes for float, list for tuple."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(value, bool) and isinstance(default, bool)
+    elif isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    elif isinstance(default, tuple) and isinstance(value, list | tuple):
+        if default and not all(
+            type(v) is type(default[0]) or (isinstance(default[0], float) and type(v) is int) for v in value
+        ):
+            raise UserError(
+                f'config.{path} must be a tuple of {type(default[0]).__name__}, '
+                f'like {default!r}; it is {tuple(value)!r}'
+            )
+        return tuple(value)
+    else:
+        fits = type(value) is type(default)
+    if not fits:
+        raise UserError(
+            f'config.{path} must be {type(default).__name__}, like {default!r}; it is {type(value).__name__} {value!r}'
+        )
+    return value
+
+
+def merge(path: str, defaults: dict, given: dict) -> dict:
+    """Defaults with the given values put in, each of them known and of the right type."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        where = f'{path}.{key}' if path else key
+        if key not in defaults:
+            raise UserError(f'config.{where}: no such field{near(key, defaults)}')
+        default = defaults[key]
+        if where == 'stages':
+            merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
+        elif where == 'optim.networks':
+            shared = ('accumulate', 'ema', 'ema_warmup', 'networks')
+            own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
+            checked = {name: merge(f'{where}.{name}', own, fields) for name, fields in value.items()}
+            merged[key] = {name: {k: checked[name][k] for k in fields} for name, fields in value.items()}
+        elif isinstance(default, dict):
+            if not isinstance(value, dict):
+                raise UserError(f'config.{where} is a section with fields: {", ".join(default)}')
+            merged[key] = merge(where, default, value)
+        else:
+            merged[key] = coerce(where, value, default)
+    return merged
+
+
+def deep_update(base: dict, over: dict) -> dict:
+    """Base with `over` put in, dicts merged level by level."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = deep_update(out[key], value) if both else value
+    return out
+
+
+def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sections) -> ConfigDict:
+    """A complete, checked config from the fields that differ from the defaults.
+
+    Args:
+      variant: what followed the colon in `--config=FILE:VARIANT`; several are joined by commas.
+      variants: {name: sections} put over the others when the variant is asked for.
+      **sections: as DEFAULTS.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value out of range.
+    """
+    variants = variants or {}
+    for name in filter(None, variant.split(',')):
+        if name not in variants:
+            raise UserError(f'this config has no variant {name!r}{near(name, variants) if variants else ""}')
+        sections = deep_update(sections, variants[name])
+    family = sections.get('family', '')
+    if not isinstance(family, str) or not family:
+        raise UserError(f'config.family is missing: one of {", ".join(families())}')
+    resolved = merge('', {**DEFAULTS, 'model': model_defaults(family)}, sections)
+    check(resolved)
+    return ConfigDict(resolved)
+
+
+def get(resolved: dict, path: str):
+    for key in path.split('.'):
+        resolved = resolved[key]
+    return resolved
+
+
+def check(resolved: dict) -> None:
+    """Raises UserError for values that cannot work whatever the family."""
+    for path, allowed in CHOICES.items():
+        if get(resolved, path) not in allowed:
+            raise UserError(f'config.{path} must be one of {allowed}; it is {get(resolved, path)!r}')
+    for path in POSITIVE:
+        if not get(resolved, path) > 0:
+            raise UserError(f'config.{path} must be more than 0; it is {get(resolved, path)!r}')
+    train, data, optim = resolved['train'], resolved['data'], resolved['optim']
+    for name in optim['networks'].values():
+        if name.get('name', 'adam') not in CHOICES['optim.name']:
+            raise UserError(f'config.optim.networks: {name["name"]!r} is not one of {CHOICES["optim.name"]}')
+    k = train['updates_per_call']
+    for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every'):
+        if train[name] < 0 or train[name] % k:
+            raise UserError(
+                f'config.train.{name} = {train[name]} must be a multiple of config.train.updates_per_call = {k}'
+            )
+    if data['batch'] % optim['accumulate']:
+        raise UserError(
+            f'config.data.batch = {data["batch"]} must be a multiple of config.optim.accumulate = {optim["accumulate"]}'
+        )
+    if 'image' not in data['features']:
+        raise UserError("config.data.features must hold 'image'")
+    if not 0 <= optim['ema'] < 1:
+        raise UserError(f'config.optim.ema must be in [0, 1); it is {optim["ema"]}')
+    if data['box'] and len(data['box']) != 4:
+        raise UserError('config.data.box must be (top, left, height, width)')
+    if not 0 < data['test_share'] < 1:
+        raise UserError(f'config.data.test_share must be between 0 and 1; it is {data["test_share"]}')
+
+
+def load(path: str) -> ConfigDict:
+    """The config of `FILE.py` or `FILE.py:VARIANT`."""
+    file, _, variant = path.partition(':')
+    if not os.path.isfile(file):
+        folder = os.path.dirname(file) or '.'
+        there = [f for f in os.listdir(folder) if f.endswith('.py')] if os.path.isdir(folder) else []
+        raise UserError(f'no config file {file}{near(os.path.basename(file), there) if there else ""}')
+    spec = importlib.util.spec_from_file_location('jaxgen_config', file)
+    if spec is None:
+        raise UserError(f'{file} is not a Python file; a config is a .py file with get_config')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, 'get_config'):
+            raise UserError(f'{file} has no function get_config')
+        config = module.get_config(variant)
+    except UserError:
+        raise
+    except Exception as e:  # a person's file can fail in any way: one line, with the place
+        line = traceback.extract_tb(e.__traceback__)[-1].lineno
+        raise UserError(f'{file}:{line}: {type(e).__name__}: {e}') from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {config!r}')
+    return make(**config.to_dict())
+
+
+def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
+    """The config with fields set on the command line, ['--config.optim.lr=1e-3', ...], and checked."""
+    sections = config.to_dict()
+    for text in texts:
+        path, equals, value = text.lstrip('-').partition('=')
+        if not equals:
+            raise UserError(f'write {text}=VALUE, with an equals sign')
+        keys = path.removeprefix('config.').split('.')
+        like = sections
+        for key in keys:
+            like = like.get(key, '') if isinstance(like, dict) else ''
+        given: Any = value
+        if isinstance(like, bool):
+            given = {'true': True, 'false': False}.get(value.lower(), value)
+        elif not isinstance(like, str) or keys[0] == 'optim':
+            with contextlib.suppress(ValueError, SyntaxError):
+                given = ast.literal_eval(value)
+        for key in reversed(keys):
+            given = {key: given}
+        sections = deep_update(sections, given)
+    return make(**sections)
+
+
+def name(path: str) -> str:
+    """The run's name: configs/ddpm_digits.py:tiny -> ddpm_digits_tiny."""
+    file, _, variant = path.partition(':')
+    base = os.path.splitext(os.path.basename(file))[0]
+    return '_'.join([base, *filter(None, variant.split(','))])
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """'a.b: old -> new' for every field that differs."""
+
+    def flat(tree: dict, path: str = '') -> dict:
+        out = {}
+        for key, value in tree.items():
+            where = f'{path}.{key}' if path else key
+            out.update(flat(value, where) if isinstance(value, dict) and value else {where: value})
+        return out
+
+    old, new = flat(old.to_dict()), flat(new.to_dict())
+    return [
+        f'{key}: {old.get(key)!r} -> {new.get(key)!r}'
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def differences_that_matter(old: ConfigDict, new: ConfigDict, free: tuple[str, ...] = ()) -> list[str]:
+    """The differences that would change what an update computes; `free`: fields of the model that do not."""
+    schedules = [new.optim.schedule, *(n.get('schedule', 'constant') for n in new.optim.networks.values())]
+    fixed = set() if all(s == 'constant' for s in schedules) else {'train.steps'}  # the schedule ends there
+    may = {f'model.{name}' for name in free}
+
+    def matters(key: str) -> bool:
+        return key in fixed or not (key in may or FREE_ON_RESUME.fullmatch(key))
+
+    return [d for d in differences(old, new) if matters(d.partition(':')[0])]

@@ -1,0 +1,202 @@
+"""The contract between a family and everything that families share. Read this first.
+
+A family of generative models is to jaxgen what `optax.GradientTransformation` is to an
+optimiser: a NamedTuple of pure functions over explicit state. The loop, the checkpoints, the
+sharding and the measuring know these functions and no family by name.
+
+A family lives in `jaxgen/families/<name>.py` and has one public function
+
+    def build(context: Context, *, width: int = 128, ...) -> Family
+
+whose keyword arguments (every one with a default) are the fields of `config.model`. A minimal
+family is a loss and these lines:
+
+    step = gradient_step(loss, context.optim, 'denoiser')
+
+    def init(rng, batch, frozen):
+        params = {'denoiser': network.init(rng, batch['image'])['params']}
+        return new_state(params, context.optim)
+
+    def update(state, frozen, batch, rng):
+        state, logs = step(state, frozen, batch, rng)
+        return advance(state, context.optim), logs
+
+Inside, images are NHWC float32 in [-1, 1]; outside (data sets, files) they are uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgen.optim import Optim
+
+Array = jax.Array
+PyTree = Any
+
+
+class State(flax.struct.PyTreeNode):
+    """All that a run needs to go on: the checkpoint holds this and nothing else of the family."""
+
+    step: Array  # int32 scalar, updates done
+    params: PyTree  # {network: weights}
+    opt: PyTree  # {network: optax state}
+    ema: PyTree  # {network: averaged weights}, what sample and evaluate read
+    extra: PyTree = None  # batch statistics, codebook counts, replay buffer
+
+
+class Family(NamedTuple):
+    """The pure functions that `build` returns. All are traced: no Python side effects.
+
+    `batch` is a dict of arrays with a leading batch axis. In `init`, `update`, `evaluate` and
+    `encode` it holds what the data gives: 'image' float32 [n, H, W, C] in [-1, 1], and labels and
+    other conditions by name; in `evaluate` also 'index' int32 [n], the number of each example. In
+    `sample` it holds 'index', the number of each sample, and the arrays named in `conditions`.
+    `frozen` holds the weights of earlier stages, {} for most families.
+    """
+
+    init: Callable  # (rng, batch, frozen) -> State
+    update: Callable  # (state, frozen, batch, rng) -> (state, {name: scalar})
+    sample: Callable  # (state, frozen, batch, rng) -> images float32 [n, H, W, C] in [-1, 1]
+    evaluate: Callable  # (state, frozen, batch, rng) -> {name: [n]}, one value per example
+    encode: Callable | None = None  # (state, frozen, batch, rng) -> latents [n, ...]
+    decode: Callable | None = None  # (state, frozen, latents, rng) -> images [n, H, W, C]
+    conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
+    divisor: int = 1  # the image's height and width must be multiples of this
+    free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume
+
+
+class Context(NamedTuple):
+    """What the shared machinery hands to every family's `build`, from the config."""
+
+    image: tuple[int, int, int]  # H, W, C of one image
+    classes: int  # number of classes of batch['label']; 0: the data has no labels
+    optim: Optim
+    stages: dict[str, Family] = {}  # earlier stages by name, their weights come in `frozen`
+    dtype: Any = jnp.float32  # dtype of computation; weights are float32 always
+    remat: bool = False  # recompute activations in the backward pass, block by block
+
+
+def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str, ...] = ()) -> State:
+    """State before the first update.
+
+    Args:
+      params: {network: weights}, all networks of the family.
+      ema: names of the networks to average; () means all of them.
+    """
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt={name: optim.tx(name).init(weights) for name, weights in params.items()},
+        # Copies: State is donated, and one buffer must not be donated twice.
+        ema={name: jax.tree.map(jnp.copy, params[name]) for name in (ema or params)},
+        extra=extra,
+    )
+
+
+def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) -> Callable:
+    """Turns a loss into one optimiser step on the named networks. No other network is touched.
+
+    Args:
+      loss: (params, frozen, batch, rng) -> (scalar, {name: scalar}); params is {network: weights}
+        of all networks of the state.
+      networks: the networks that are trained; for the others params are constants.
+      times: optimiser steps within one update, one after another, each on its own equal part of
+        the batch (several critic steps per generator step); logs are their means. Learning rates
+        follow the count of updates, not of these steps.
+
+    Returns:
+      (state, frozen, batch, rng) -> (state, logs) with params and opt updated. With
+      `optim.accumulate` = m > 1 the gradient is the mean over m equal parts of the batch, taken
+      one after another to save memory.
+    """
+
+    def step(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
+        def of_trained(trained, batch, rng):
+            return loss({**state.params, **trained}, frozen, batch, rng)
+
+        trained = {name: state.params[name] for name in networks}
+        gradient = jax.grad(of_trained, has_aux=True)
+        if optim.accumulate == 1:
+            grads, logs = gradient(trained, batch, rng)
+        else:
+            m = optim.accumulate
+
+            def one(total, part):
+                return jax.tree.map(jnp.add, total, gradient(trained, *part)), None
+
+            parts = (split_batch(batch, m), jax.random.split(rng, m))
+            like = jax.eval_shape(gradient, trained, *jax.tree.map(lambda x: x[0], parts))
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            total, _ = jax.lax.scan(one, zero, parts)
+            grads, logs = jax.tree.map(lambda x: x / m, total)
+
+        params, opt = dict(state.params), dict(state.opt)
+        for name in networks:
+            logs[f'grad_norm/{name}'] = optax.tree.norm(grads[name])
+            updates, opt[name] = optim.tx(name, times).update(grads[name], opt[name], params[name])
+            params[name] = optax.apply_updates(params[name], updates)
+        return state.replace(params=params, opt=opt), logs
+
+    def steps(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
+        def one(state, part):
+            return step(state, frozen, *part)
+
+        state, logs = jax.lax.scan(one, state, (split_batch(batch, times), jax.random.split(rng, times)))
+        return state, jax.tree.map(lambda x: x.mean(0), logs)
+
+    return step if times == 1 else steps
+
+
+def advance(state: State, optim: Optim) -> State:
+    """Ends an update: the weights' moving averages take a step and `step` counts up."""
+    decay = optim.decay(state.step)
+    ema = {
+        name: jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, state.params[name])
+        for name, average in state.ema.items()
+    }
+    return state.replace(step=state.step + 1, ema=ema)
+
+
+def split_batch(batch: PyTree, n: int) -> PyTree:
+    """Cuts every [n * b, ...] into [n, b, ...] for a scan over n parts.
+
+    Part i takes examples i, i + n, i + 2n, ...: the reshape to [b, n, ...] keeps the sharded
+    leading axis in place, where one to [n, b, ...] would gather the whole batch on every device.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // n, n, *x.shape[1:]), 0, 1), batch)
+
+
+def spread(x: PyTree) -> PyTree:
+    """Lays arrays [n, ...] that a family made itself over the devices, as a batch lies.
+
+    What meets the batch is spread without this. What does not, like the latents of a generator's
+    step, XLA would have every device compute whole. Without a mesh, or where n cannot be cut into
+    equal parts, nothing is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    place = jax.sharding.PartitionSpec(mesh.axis_names)
+
+    def one(x):
+        return x if mesh.empty or len(x) % mesh.size else jax.lax.with_sharding_constraint(x, place)
+
+    return jax.tree.map(one, x)
+
+
+def example_keys(rng: Array, batch: PyTree) -> Array:
+    """One key per sample, [n], by the sample's number `batch['index']`.
+
+    What a sample looks like then depends on the seed and its number only, not on how many are
+    drawn at once or on how many devices.
+    """
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(batch['index'])
+
+
+def normal(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise [n, *shape] from keys [n], each example from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

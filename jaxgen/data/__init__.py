@@ -1,0 +1,20 @@
+"""Data sets: from a name in the config to batches of uint8 images.
+
+    from jaxgen import config, data
+    c = config.DEFAULTS['data'] | {'source': 'shapes', 'size': 32, 'channels': 3, 'features': ('image', 'label')}
+    data.spec(c)  # shapes and number of classes; prepares nothing
+    data.dataset(c, 'test')[0]['image']  # uint8 [32, 32, 3]
+    for batch in data.batches(c, 'train', seed=0, start=1000):
+        x = data.to_float(batch['image'])  # float32 [128, 32, 32, 3] in [-1, 1]
+
+`data.source` is one of
+  digits       1,797 handwritten digits, 8 x 8, out of scikit-learn
+  shapes       scenes drawn here, at any size, with label, factors and caption
+  folder:PATH  a person's own images, any size and mode; classes from sub-folders
+  a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
+"""
+
+from jaxgen.data.loader import Examples, Spec, batches, dataset, spec
+from jaxgen.data.transforms import to_float, to_uint8
+
+__all__ = ['Examples', 'Spec', 'batches', 'dataset', 'spec', 'to_float', 'to_uint8']

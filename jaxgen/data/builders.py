@@ -1,0 +1,157 @@
+"""TFDS builders of our own sources: digits, shapes, a folder.
+
+They yield encoded bytes, so that TFDS writes them without TensorFlow. A change to what a builder
+yields needs a new VERSION: prepared sets of the old one are then left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxgen.data import folder, shapes
+from jaxgen.data.transforms import uniform
+
+Examples = Iterator[tuple[int, dict]]
+TEST_SHARE = 0.2  # of digits
+SHAPES = {'train': 10_000, 'test': 2_000}  # scenes of each split
+FIRST = {'train': 0, 'test': 1_000_000_000}  # number of its first one
+
+
+def png(x: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W] or [H, W, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(x).save(file, 'PNG', compress_level=1)
+    return file.getvalue()
+
+
+class Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: our sets are in no bucket, and looking for them leaves a temporary directory behind."""
+
+
+class JaxgenBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Stores examples in the order in which they are generated."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    @staticmethod
+    def features(config) -> dict[str, tfds.features.FeatureConnector]:
+        """What an example holds; needs no prepared set."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(self.features(self.builder_config))
+        return Info(builder=self, features=features, disable_shuffling=True)
+
+    def _generate_examples(self, examples: Examples) -> Examples:
+        return examples
+
+
+class JaxgenDigits(JaxgenBuilder, skip_registration=True):
+    """1,797 handwritten digits, 8 x 8 pixels of 17 grey levels (Alpaydin and Kaynak 1998), from scikit-learn."""
+
+    @staticmethod
+    def features(config):
+        del config
+        return {'image': tfds.features.Image(shape=(8, 8, 1)), 'label': tfds.features.ClassLabel(num_classes=10)}
+
+    def _split_generators(self, dl_manager):
+        from sklearn.datasets import load_digits
+
+        del dl_manager
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        # A fixed order that says nothing of the label; of each class the same share is held out.
+        order = np.argsort(uniform(0, np.arange(len(images)), stream=0))
+        test = np.zeros(len(images), bool)
+        for label in range(10):
+            members = order[digits.target[order] == label]
+            test[members[: round(TEST_SHARE * len(members))]] = True
+
+        def examples(chosen):
+            for key, i in enumerate(chosen):
+                yield key, {'image': png(images[i]), 'label': int(digits.target[i])}
+
+        return {
+            name: self._generate_examples(examples(order[test[order] == (name == 'test')]))
+            for name in ('train', 'test')
+        }
+
+
+@dataclasses.dataclass(eq=False)
+class ShapesConfig(tfds.core.BuilderConfig):
+    size: int = 32  # pixels
+
+
+class JaxgenShapes(JaxgenBuilder, skip_registration=True):
+    """10,000 training and 2,000 test scenes (jaxgen/data/shapes.py); fewer above 64 pixels, where drawing is slow."""
+
+    @staticmethod
+    def features(config):
+        return {
+            'image': tfds.features.Image(shape=(config.size, config.size, 3)),
+            'label': tfds.features.ClassLabel(names=shapes.SHAPES),
+            'factors': tfds.features.Tensor(shape=(len(shapes.FACTORS),), dtype=np.int32),
+            'caption': tfds.features.Tensor(shape=(shapes.CAPTION,), dtype=np.uint8),
+        }
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        size = self.builder_config.size
+        share = min(1, 64 / size)
+
+        def examples(split):
+            for i in range(max(int(SHAPES[split] * share), 1)):
+                factors = shapes.draw_factors(FIRST[split] + i)
+                example = {
+                    'image': png(shapes.render(factors, size)),
+                    'label': int(factors[0]),
+                    'factors': factors,
+                    'caption': shapes.encode_caption(shapes.caption(factors)),
+                }
+                yield i, example
+
+        return {split: self._generate_examples(examples(split)) for split in SHAPES}
+
+
+@dataclasses.dataclass(eq=False)
+class FolderConfig(tfds.core.BuilderConfig):
+    listing: folder.Listing | None = dataclasses.field(default=None, repr=False)
+    test_share: float = 0.2
+    max_corrupt: float = 0.01
+    threads: int = 4
+    report: str = ''  # file for the list of unreadable files
+
+
+class JaxgenFolder(JaxgenBuilder, skip_registration=True):
+    """A person's own images, their files' bytes as they are."""
+
+    @staticmethod
+    def features(config):
+        image = {'image': tfds.features.Image()}
+        n = len(config.listing.classes)
+        return image | ({'label': tfds.features.ClassLabel(num_classes=n)} if n else {})
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        config = self.builder_config
+        listing = config.listing
+        files = folder.readable(listing, config.max_corrupt, config.threads, config.report)
+
+        def examples(chosen):
+            for key, file in enumerate(chosen):
+                with open(folder.place(listing, file), 'rb') as f:
+                    example = {'image': f.read()}
+                if listing.classes:
+                    example['label'] = listing.classes.index(folder.top(file.path))
+                yield key, example
+
+        train, test = folder.split(files, config.test_share)
+        splits = {'train': train, 'test': test} if test else {'train': train}
+        return {name: self._generate_examples(examples(chosen)) for name, chosen in splits.items()}

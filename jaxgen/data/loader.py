@@ -1,0 +1,196 @@
+"""Batches and examples for main, train and evaluate.
+
+The training data are one endless sequence, and a place in it, its number, says everything: which
+example is there is a pure function of (seed, number), and so is what is done to it at random. So
+resuming seeks to a number, and how many processes share the work changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from jaxgen.data import sources, transforms
+from jaxgen.errors import RunError, UserError
+
+
+class Spec(NamedTuple):
+    """What one example holds."""
+
+    features: dict[str, jax.ShapeDtypeStruct]  # by name: image uint8 [size, size, channels], label int32 [], ...
+    classes: int  # of 'label'; 0: the batch has no labels
+
+
+def spec(data) -> Spec:
+    """Shapes and types of one example. Prepares nothing and needs no network.
+
+    Args:
+      data: the section `data` of a config.
+
+    Raises:
+      UserError: an unknown source, or a feature that it lacks.
+    """
+    chosen = sources.choose(sources.resolve(data), data)
+    features = {name: jax.ShapeDtypeStruct(shape(f, data), f.dtype) for name, f in chosen.items()}
+    return Spec(features, chosen['label'].classes if 'label' in chosen else 0)
+
+
+def shape(feature: sources.Feature, data) -> tuple[int, ...]:
+    """Shape of one example's feature in a batch."""
+    return (data['size'], data['size'], data['channels']) if feature.image else feature.shape
+
+
+class Examples:
+    """One split, decoded and of the size that was asked for.
+
+    `len(examples)`; `examples[i]` is {name: array} of example i, always the same; `take` makes
+    batches. A split that is small when decoded stays in memory, each example from its first use.
+    """
+
+    def __init__(self, records: sources.Records, data):
+        self.records, self.data = records, data
+        self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
+        pixels = data['size'] ** 2 * data['channels']
+        self.fits = len(records) * pixels <= data['cache_mb'] * 2**20
+        self.cache = self.empty(len(records)) if self.fits else {}
+        self.known = np.zeros(len(records), bool)  # which of them the cache holds
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f'example {i} of {len(self)}')
+        return {name: np.asarray(x[0]) for name, x in self.take(np.array([i % len(self)])).items()}
+
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The examples [n] as one batch, fresh arrays [n, ...].
+
+        Args:
+          positions: where each image's square lies, [n] in [0, 1); None for the middle.
+        """
+        if not self.fits or positions is not None:
+            return self.decoded(indices, positions)
+        new = np.unique(indices[~self.known[indices]])
+        if len(new):
+            # Two threads may write the same values at once; an example is known after it is written.
+            for name, x in self.decoded(new).items():
+                self.cache[name][new] = x
+            self.known[new] = True
+        return {name: x[indices] for name, x in self.cache.items()}
+
+    def decoded(self, indices: np.ndarray, positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """As `take`, from the stored records."""
+        out = self.empty(len(indices))
+        for row, i in enumerate(map(int, indices)):
+            for name, value in self.records[i].items():
+                if self.records.chosen[name].image:
+                    value = self.image(i, value, None if positions is None else positions[row])
+                out[name][row] = value
+        return out
+
+    def empty(self, n: int) -> dict[str, np.ndarray]:
+        return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
+
+    def image(self, i: int, encoded: bytes, position: float | None) -> np.ndarray:
+        try:
+            image = transforms.load(encoded, self.data['channels'])
+        except Exception as e:
+            raise RunError(f'{self.records.place}: example {i} cannot be decoded ({sources.reason(e)})') from e
+        image = transforms.cut(image, self.data['box'])
+        return transforms.to_array(transforms.square(image, self.data['size'], position))
+
+
+def dataset(data, split: str) -> Examples:
+    """The examples of split 'train' or 'test' in stored order, cut and resized as for evaluation.
+
+    The set is prepared first if it is not there yet.
+
+    Raises:
+      UserError: it cannot be prepared, has no such split, or data.box does not fit its images.
+    """
+    if split not in ('train', 'test'):
+        raise UserError(f"a split is 'train' or 'test', not {split!r}")
+    examples = Examples(sources.open_records(sources.resolve(data), data, split), data)
+    examples[0]  # so that what does not fit is said now, and not by a thread
+    return examples
+
+
+def order(seed: int, n: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from numbers (int [b], any) to examples (int [b], 0 to n - 1).
+
+    Every epoch, numbers e * n to (e + 1) * n - 1, is a random order of all examples: their order
+    by random keys. Keeps 8 bytes per example for each of the last four epochs. (Grain's `shuffle`
+    keeps nothing, but makes about 2^16 / n tries per example: 20 ms each where n = 1, 20 us for the
+    digits.)
+    """
+    epochs = max(1, 4096 // n)  # sorted together
+
+    @functools.lru_cache(maxsize=4)
+    def part(i: int) -> np.ndarray:
+        numbers = i * epochs * n + np.arange(epochs * n)
+        keys = transforms.uniform(seed, numbers, transforms.ORDER)
+        return np.argsort(keys.reshape(epochs, n), axis=1, kind='stable').reshape(-1)
+
+    def examples(numbers: np.ndarray) -> np.ndarray:
+        parts, places = np.divmod(numbers, epochs * n)
+        out = np.empty_like(numbers)
+        for i in np.unique(parts):
+            out[parts == i] = part(int(i))[places[parts == i]]
+        return out
+
+    return examples
+
+
+def batches(
+    data,
+    split: str = 'train',
+    *,
+    seed: int,
+    start: int = 0,
+    batch: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches {name: [batch / process_count, ...]}, shuffled anew in every epoch, augmented.
+
+    Batch number b holds the examples number b * batch to (b + 1) * batch - 1 of the endless order,
+    across the ends of epochs; each process has its own block of every batch, in order, so that all
+    blocks together are the batch of one process.
+
+    Args:
+      data: the section `data` of a config.
+      seed: of order and augmentation, 0 to 2^64 - 1.
+      start: number of the first batch; it is gone to at once.
+      batch: examples of one batch over all processes; data.batch by default.
+
+    Returns:
+      An iterator of Grain; `close()` ends its threads.
+    """
+    batch = data['batch'] if batch is None else batch
+    if not 0 <= seed < 2**64:
+        raise UserError(f'config.seed = {seed} must be from 0 to {2**64 - 1}')
+    if batch < 1 or batch % process_count:
+        raise UserError(f'config.data.batch = {batch} must be a multiple of the {process_count} processes')
+    examples = dataset(data, split)
+    which = order(seed, len(examples))
+    own = np.arange(batch).reshape(process_count, -1)[process_index]  # this process's part of a batch
+
+    def make(step: int) -> dict[str, np.ndarray]:
+        numbers = step * batch + own
+        positions = transforms.uniform(seed, numbers, transforms.CROP) if data['crop'] == 'random' else None
+        out = examples.take(which(numbers), positions)
+        if data['flip']:
+            flip = transforms.uniform(seed, numbers, transforms.FLIP) < 0.5
+            out['image'][flip] = out['image'][flip, :, ::-1]
+        return out
+
+    steps = grain.MapDataset.range(start, 2**62 // batch).map(make)
+    # An element is a whole batch, so few of them are kept ready.
+    options = grain.ReadOptions(num_threads=data['threads'], prefetch_buffer_size=data['threads'] + 2)
+    return iter(steps.to_iter_dataset(options))

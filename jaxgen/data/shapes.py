@@ -1,0 +1,150 @@
+"""Simple scenes, drawn at any size, with all that is to know about them.
+
+    factors = draw_factors(number=3)
+    picture = render(factors, size=64)
+    print(caption(factors))  # a small cyan heart on a beige background
+
+A scene is one shape on a plain background. Seven factors say how it looks (`FACTORS`); each is
+drawn on its own, all values equally likely, so that what a model learns of one factor cannot be
+read off another (as in dSprites, Matthey et al. 2017). Scene `number` is a pure function of that number.
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from jaxgen.data.transforms import uniform
+
+SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'heart', 'crescent')
+COLOURS = {  # hue in turns, saturation, value
+    'red': (0.0, 0.85, 0.9),
+    'orange': (0.08, 0.95, 1.0),
+    'yellow': (0.15, 0.9, 1.0),
+    'green': (0.36, 0.8, 0.75),
+    'cyan': (0.5, 0.75, 0.95),
+    'blue': (0.6, 0.85, 0.95),
+    'purple': (0.77, 0.7, 0.85),
+    'pink': (0.92, 0.5, 1.0),
+}
+# Pale, dark or grey, so that every colour shows on every one of them.
+BACKGROUNDS = {
+    'white': (0.0, 0.0, 1.0),
+    'gray': (0.0, 0.0, 0.55),
+    'black': (0.0, 0.0, 0.08),
+    'beige': (0.11, 0.22, 0.92),
+    'brown': (0.06, 0.6, 0.35),
+    'olive': (0.17, 0.6, 0.4),
+    'navy': (0.64, 0.75, 0.35),
+    'lavender': (0.7, 0.2, 0.93),
+}
+SIZES = {'small': 0.16, 'medium': 0.23, 'large': 0.3}  # radius over the picture's width
+# Name of each factor and the number of its values, in the order of the array `factors`.
+FACTORS = {
+    'shape': len(SHAPES),
+    'colour': len(COLOURS),
+    'size': len(SIZES),
+    'x': 8,
+    'y': 8,
+    'rotation': 12,
+    'background': len(BACKGROUNDS),
+}
+CAPTION = 64  # bytes
+FINER, FINEST = 4, 256  # drawn at 4 times the size, and at 256 pixels at least, then averaged
+
+
+def draw_factors(number: int) -> np.ndarray:
+    """Factors int32 [7] of scene `number`, independent and uniform."""
+    counts = np.array(list(FACTORS.values()))
+    return (uniform(0, np.arange(len(counts)), stream=number) * counts).astype(np.int32)
+
+
+def named(factors: np.ndarray) -> dict[str, int]:
+    """{factor: value} from int [7]."""
+    return dict(zip(FACTORS, map(int, factors), strict=True))
+
+
+def caption(factors: np.ndarray) -> str:
+    """English for the factors that have names, at most 64 bytes."""
+    f = named(factors)
+    size, colour, background = list(SIZES)[f['size']], list(COLOURS)[f['colour']], list(BACKGROUNDS)[f['background']]
+    article = 'an' if background[0] in 'aeiou' else 'a'
+    return f'a {size} {colour} {SHAPES[f["shape"]]} on {article} {background} background'
+
+
+def encode_caption(text: str) -> np.ndarray:
+    """UTF-8 bytes, uint8 [64], zeros behind the text."""
+    return np.frombuffer(text.encode().ljust(CAPTION, b'\0'), np.uint8)
+
+
+def decode_caption(x: np.ndarray) -> str:
+    """The text in uint8 [64]."""
+    return bytes(x).rstrip(b'\0').decode()
+
+
+def outline(shape: str) -> list[np.ndarray]:
+    """Polygons [n, 2] (x right, y down) inside the unit circle: the first is filled, the others are holes."""
+
+    def arc(start, stop, n=72):
+        angle = np.linspace(start, stop, n) * 2 * np.pi
+        return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+    def corners(n):
+        return arc(-0.25, 0.75, n + 1)[:-1]
+
+    if shape == 'circle':
+        return [arc(0, 1)]
+    if shape == 'ring':
+        return [arc(0, 1), 0.55 * arc(0, 1)]
+    if shape == 'square':
+        return [0.95 * arc(-0.125, 0.875, 5)[:-1]]
+    if shape == 'triangle':
+        return [corners(3)]
+    if shape == 'star':
+        return [corners(10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]]
+    if shape == 'cross':
+        w = 0.3
+        quarter = np.array([[w, -0.95], [w, -w], [0.95, -w]])
+        turns = [np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) for a in np.arange(4) * np.pi / 2]
+        return [np.concatenate([quarter @ turn for turn in turns])]
+    if shape == 'heart':
+        a = np.linspace(0, 2 * np.pi, 72)
+        x = 16 * np.sin(a) ** 3
+        y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
+        return [np.stack([x, -y - 2.5], -1) / 17]
+    return [arc(0, 1), np.array([0.45, -0.0]) + 0.85 * arc(0, 1)]  # crescent
+
+
+OUTLINES = {shape: outline(shape) for shape in SHAPES}
+
+
+def mask(factors: np.ndarray, size: int) -> np.ndarray:
+    """How much of each pixel the shape covers: uint8 [size, size], 0..255."""
+    f = named(factors)
+    radius = list(SIZES.values())[f['size']]
+    # Places where the largest shape lies wholly inside, the same for all sizes: factors stay independent.
+    low, high = max(SIZES.values()) + 0.02, 1 - max(SIZES.values()) - 0.02
+    centre = low + (high - low) * np.array([f['x'] / (FACTORS['x'] - 1), f['y'] / (FACTORS['y'] - 1)])
+    angle = 2 * np.pi * f['rotation'] / FACTORS['rotation']
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # clockwise, y being down
+    finer = max(FINER, FINEST // size)
+    image = Image.new('L', (size * finer, size * finer))
+    draw = ImageDraw.Draw(image)
+    for i, polygon in enumerate(OUTLINES[SHAPES[f['shape']]]):
+        # PIL wants whole pixels and fills those of the outline too: half a pixel less on each side.
+        scale = radius * size * finer - 0.5
+        points = np.rint(centre * size * finer + scale * polygon @ turn - 0.5)
+        draw.polygon([tuple(p) for p in points], fill=0 if i else 255)
+    return np.asarray(image.reduce(finer))
+
+
+def render(factors: np.ndarray, size: int) -> np.ndarray:
+    """The scene, uint8 [size, size, 3]."""
+    f = named(factors)
+    colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))
+    background = np.array(colorsys.hsv_to_rgb(*list(BACKGROUNDS.values())[f['background']]))
+    light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
+    cover = mask(factors, size)[..., None] / 255
+    return np.rint(255 * (cover * colour + (1 - cover) * background * light)).astype(np.uint8)

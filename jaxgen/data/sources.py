@@ -1,0 +1,430 @@
+"""Where examples come from: every source is a TFDS builder, prepared once as ArrayRecord files.
+
+    records = open_records(resolve(config.data), config.data, 'train')
+    len(records), records[5]  # 1438, {'image': a PNG file's bytes, 'label': 3}
+
+Two processes may prepare one set at once: a file lock lets the second wait for the first. TFDS
+writes beside the set's directory and renames at the end, so what was interrupted never looks
+complete. TensorFlow is not imported: images stay encoded. Only other people's builders may want
+it to encode theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import functools
+import glob
+import importlib.util
+import io
+import os
+import re
+import shutil
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from absl import logging
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+from jaxgen.data import builders, folder
+from jaxgen.errors import RunError, UserError
+
+# The test splits of these sets have no labels; papers measure on 'validation'.
+UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
+PROBE_SECONDS = 5  # to find out whether a host answers
+EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
+
+
+class Feature(NamedTuple):
+    """One feature: where an example keeps it and what it becomes in a batch."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.uint8
+    classes: int = 0
+    image: bool = False
+
+
+class Source(NamedTuple):
+    """A set of examples that is prepared or can be."""
+
+    name: str
+    features: Callable[[], dict[str, Feature]]  # prepares nothing, needs no network
+    builder: Callable[[], tfds.core.DatasetBuilder]  # a fresh one: it looks at the disk when it is made
+    check: Callable[[], None] = lambda: None  # refuses a prepared set that does not suit the config
+    own: bool = True  # made by jaxgen, so that remains of it may be deleted
+
+
+def root(data) -> str:
+    """Directory of the prepared sets."""
+    path = data['dir'] or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    return os.path.abspath(os.path.expanduser(path))
+
+
+# --- which source
+
+
+def resolve(data) -> Source:
+    """The source that `data.source` names. Reads and prepares nothing yet."""
+    name, here = data['source'], root(data)
+    if name == 'digits':
+        features = builders.JaxgenDigits.features(None)
+        return Source(name, lambda: find(features), lambda: builders.JaxgenDigits(data_dir=here))
+    if name == 'shapes':
+        config = builders.ShapesConfig(name=f'size{data["size"]}', size=data['size'])
+        features = builders.JaxgenShapes.features(config)
+        return Source(name, lambda: find(features), lambda: builders.JaxgenShapes(config=config, data_dir=here))
+    if name.startswith('folder:'):
+        if name == 'folder:':
+            raise UserError('config.data.source: say which folder, like folder:/home/me/pictures')
+        return folder_source(data, here)
+    builder = functools.partial(tfds_builder, name, here)
+    return Source(name, lambda: find(builder().info.features), builder, own=False)
+
+
+def folder_source(data, here: str) -> Source:
+    scan = functools.cache(lambda: folder.scan(data['source'].partition(':')[2]))
+
+    def features() -> dict[str, Feature]:
+        # Where the config says it all, nothing need be known of the folder: it may be on another machine.
+        if 'label' not in data['features']:
+            return {'image': Feature(('image',), image=True)}
+        n = data['classes'] or len(scan().classes)
+        label = {'label': Feature(('label',), dtype=np.int32, classes=n)} if n else {}
+        return {'image': Feature(('image',), image=True), **label}
+
+    @functools.cache
+    def config() -> builders.FolderConfig:
+        n = len(scan().classes)
+        if 'label' in data['features'] and not n:
+            raise UserError(f'{scan().folder} has no labels: put every image into a sub-folder named after its class')
+        if 'label' in data['features'] and 0 < data['classes'] < n:
+            raise UserError(f'config.data.classes = {data["classes"]}, but {scan().folder} has {n} sub-folders')
+        key = folder.key(scan(), data['test_share'])
+        report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
+        return builders.FolderConfig(
+            name=key,
+            listing=scan(),
+            test_share=data['test_share'],
+            max_corrupt=data['max_corrupt'],
+            threads=data['threads'],
+            report=report,
+        )
+
+    def check() -> None:
+        folder.check(scan(), data['max_corrupt'], config().report)
+
+    return Source(data['source'], features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check)
+
+
+def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
+    """A TFDS builder by its name, or a UserError."""
+    try:
+        # What has a colon and no version behind it is a community set, which is looked up in the network.
+        if not re.fullmatch(r'\w+(/[^:]+)?(:[\d.*]+)?', name):
+            raise DatasetNotFoundError(name)
+        with quiet():
+            return tfds.builder(name, data_dir=here)
+    except DatasetNotFoundError:
+        pass
+    except Exception as e:
+        raise UserError(f'config.data.source: {name} cannot be had: {reason(e)}') from e
+    if os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f'config.data.source: for the images in a folder write folder:{name}')
+    known = ['digits', 'shapes', *tfds.list_builders(with_community_datasets=False)]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = (
+        f'did you mean {" or ".join(close)}?' if close else 'known: digits, shapes, folder:PATH and the names of TFDS'
+    )
+    raise UserError(f'config.data.source: no source {name!r}; {hint}')
+
+
+def find(features) -> dict[str, Feature]:
+    """{name: Feature} of all features that a batch can hold.
+
+    'image' is the image feature, by its type; 'label' the class label; others go by their path, like
+    'attributes/Smiling', if they are numbers of a fixed shape. Integers and bools become int32,
+    but uint8 stays; floats become float32.
+    """
+    found: dict[str, Feature] = {}
+
+    def visit(feature, path: tuple[str, ...]) -> None:
+        if isinstance(feature, dict | tfds.features.FeaturesDict):
+            for key, inner in feature.items():
+                visit(inner, (*path, key))
+        elif isinstance(feature, tfds.features.Image):
+            found.setdefault('image', Feature(path, image=True))
+            if path[-1] == 'image':
+                found['image'] = Feature(path, image=True)
+        elif isinstance(feature.shape, tuple) and None not in feature.shape:
+            dtype = np.dtype(feature.np_dtype)  # the field dtype would import TensorFlow
+            if dtype.kind not in 'biuf' or isinstance(feature, tfds.features.Video | tfds.features.Audio):
+                return
+            dtype = np.float32 if dtype.kind == 'f' else np.uint8 if dtype == np.uint8 else np.int32
+            one = Feature(path, feature.shape, dtype)
+            if isinstance(feature, tfds.features.ClassLabel):
+                one = one._replace(dtype=np.int32, classes=feature.num_classes or 0)
+                found.setdefault('label', one)
+            found['/'.join(path)] = one
+
+    visit(features, ())
+    return found
+
+
+def choose(source: Source, data) -> dict[str, Feature]:
+    """The features that `data.features` asks for.
+
+    Raises:
+      UserError: one that the source lacks, or a number of classes that is not the source's.
+    """
+    found = source.features()
+    missing = [name for name in data['features'] if name not in found]
+    if missing:
+        close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.6)
+        hint = f'did you mean {" or ".join(close)}?' if close else f'it has {", ".join(list(found)[:20])}'
+        if not close and len(found) > 20:
+            hint += f', ... ({len(found)} in all)'
+        if source.name.startswith('folder:') and 'label' in missing:
+            hint = 'put every image into a sub-folder named after its class'
+        raise UserError(f'config.data.features: {source.name} has no {", ".join(map(repr, missing))}; {hint}')
+    chosen = {name: found[name] for name in data['features']}
+    if 'label' in chosen:
+        n = chosen['label'].classes
+        if n and data['classes'] and n != data['classes']:
+            raise UserError(
+                f'config.data.classes = {data["classes"]}, but {source.name} has {n} classes: leave it at 0'
+            )
+        if not n and not data['classes']:
+            raise UserError(f'{source.name} does not say how many classes it has: set config.data.classes')
+        chosen['label'] = chosen['label']._replace(classes=n or data['classes'])
+    return chosen
+
+
+# --- preparing
+
+
+def prepare(source: Source) -> tfds.core.DatasetBuilder:
+    """The source's builder, its set prepared. One that is there is never prepared again.
+
+    Raises:
+      UserError: it cannot be prepared; says what is missing and what to do.
+    """
+    with quiet():
+        builder = source.builder()
+        if not complete(builder):
+            with lock(builder):
+                builder = source.builder()
+                if not complete(builder):
+                    generate(source, builder)
+                    builder = source.builder()
+    source.check()
+    return builder
+
+
+def complete(builder) -> bool:
+    return os.path.isfile(os.path.join(builder.data_dir, 'dataset_info.json'))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notices of TFDS: their every line would look like a mistake."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def lock(builder) -> Iterator[None]:
+    """Held by one process at a time for one set; goes with the process, however that ends."""
+    place = os.path.dirname(builder.data_dir)
+    try:
+        os.makedirs(place, exist_ok=True)
+        file = os.open(os.path.join(place, '.lock'), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise UserError(f'cannot write to {e.filename}: {e.strerror}; name another directory by config.data.dir') from e
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting for another process that prepares {builder.name}', file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def generate(source: Source, builder) -> None:
+    """Writes the set."""
+    path = builder.data_dir
+    if source.own:
+        # Nobody else writes here while the lock is held, so these are dead.
+        for remains in [path, *glob.glob(os.path.join(glob.escape(os.path.dirname(path)), 'incomplete.*'))]:
+            shutil.rmtree(remains, ignore_errors=True)
+    elif os.path.isdir(path):
+        raise UserError(
+            f'{path} holds a part of {source.name} only (no dataset_info.json): delete it, and it is prepared anew'
+        )
+    if sys.stderr.isatty() and source.name not in ('digits', 'shapes'):
+        tfds.enable_progress_bar()
+    else:
+        tfds.disable_progress_bar()
+    reached = source.own or online(builder)
+    if reached and not source.own:
+        note = (
+            '' if importlib.util.find_spec('tensorflow') else "; if it wants TensorFlow: pip install 'jaxgen[prepare]'"
+        )
+        print(f'preparing {source.name} in {builder.data_dir}{note}', file=sys.stderr)
+    try:
+        with contextlib.nullcontext() if reached else no_retries():
+            builder.download_and_prepare(file_format='array_record')
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(failure(source, builder, e)) from e
+
+
+def online(builder) -> bool:
+    """Whether a host that the set comes from answers. (Files that were fetched by hand need none.)"""
+    urls = {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or {} if url.startswith('http')}
+    for url in list(urls.values())[:3] or ['https://www.tensorflow.org/datasets']:
+        with contextlib.suppress(requests.RequestException):
+            requests.head(url, timeout=PROBE_SECONDS)
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def no_retries() -> Iterator[None]:
+    """Downloads fail at their first try: without a network TFDS tries for more than three minutes."""
+    tries, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 0
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = tries
+
+
+def reason(e: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(e, requests.RequestException):
+        host = urllib.parse.urlsplit(e.request.url).netloc if e.request is not None else 'its host'
+        return f'{host} cannot be reached'
+    cause: BaseException | None = e
+    while cause is not None:  # TFDS wraps what builders raise
+        if isinstance(cause, ImportError):
+            package = re.search(r"No module named '(\w+)", str(cause))
+            package = package[1] if package else cause.name or 'unknown'
+            if package in EXTRA:
+                return f"it needs {EXTRA[package]} to be prepared: pip install 'jaxgen[prepare]'"
+            return f'it needs the package {package}, which is not installed'
+        cause = cause.__cause__ or cause.__context__
+    text = ' '.join(str(e).split())
+    text = re.sub(r'^Failed to construct dataset .*?}": ', '', text)
+    return f'{type(e).__name__}: {text[:200]}{"..." if len(text) > 200 else ""}'
+
+
+def failure(source: Source, builder, e: Exception) -> str:
+    """Why a set could not be prepared and what can be done, on one line."""
+    name, here = source.name, os.fspath(builder.data_dir_root)
+    if source.own:
+        return f'cannot prepare {name} in {here}: {reason(e)}; config.data.dir names another directory'
+    by_hand = os.path.join(here, 'downloads', 'manual')
+    instructions = ' '.join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or '').split())
+    if instructions and 'manual' in str(e).lower():
+        return f'{name} has to be fetched by hand, into {by_hand}: {instructions}'
+    files = [info.filename for info in (builder.url_infos or {}).values() if info.filename]
+    files[5:] = ['...'] if len(files) > 5 else []
+    ways = [f'put {", ".join(files)} into {by_hand}'] if files else []
+    ways += [f'copy {builder.data_dir} from where it is prepared', 'name a folder of your images by folder:PATH']
+    quota = ' (Google Drive often refuses CelebA on quota)' if builder.name.startswith('celeb_a') else ''
+    return f'{name} could not be prepared: {reason(e)}{quota}; {", or ".join(ways)}'
+
+
+# --- reading
+
+
+class Records:
+    """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}."""
+
+    def __init__(self, place: str, info, stored, chosen: dict[str, Feature]):
+        self.place, self.stored, self.chosen = place, stored, chosen
+        # Only what was asked for is parsed: an example of CelebA holds 50 features.
+        wanted = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
+        self.features = tfds.features.FeaturesDict(nest(wanted))
+        self.decoders = nest({f.path: tfds.decode.SkipDecoding() for f in chosen.values() if f.image})
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            example = self.features.deserialize_example_np(self.stored[i], decoders=self.decoders)
+        except Exception as e:  # a file that is gone or damaged: ArrayRecord keeps checksums
+            raise RunError(
+                f'{self.place}: cannot read example {i} ({reason(e)}); delete it, and it is prepared anew'
+            ) from e
+        return {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
+
+
+def nest(flat: dict[tuple[str, ...], Any]) -> dict:
+    """{('a', 'b'): 1} -> {'a': {'b': 1}}."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        functools.reduce(lambda x, key: x.setdefault(key, {}), path[:-1], tree)[path[-1]] = leaf
+    return tree
+
+
+def open_records(source: Source, data, split: str) -> Records:
+    """The records of a split, prepared if need be.
+
+    split: 'train' or 'test'. A set without 'test' gives 'validation' for it, or else the last
+      test_share of 'train', which 'train' then goes without.
+
+    Raises:
+      UserError: it cannot be prepared or read, or has no such split.
+    """
+    chosen = choose(source, data)
+    builder = prepare(source)
+    part = split_name(source, builder, split, data['test_share'])
+    try:
+        method = tfds.decode.DeserializeMethod.RAW_BYTES
+        with quiet():
+            return Records(
+                builder.data_dir, builder.info, builder.as_data_source(part, deserialize_method=method), chosen
+            )
+    except NotImplementedError as e:
+        raise UserError(
+            f'{builder.data_dir} is stored as {builder.info.file_format.value}, which is not read by number; run once '
+            f'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={builder.data_dir} '
+            "--out_file_format=array_record (pip install 'jaxgen[prepare]' for it), or name another config.data.dir"
+        ) from e
+    except Exception as e:
+        raise UserError(f'{builder.data_dir} cannot be read: {reason(e)}; delete it, and it is prepared anew') from e
+
+
+def split_name(source: Source, builder, split: str, test_share: float) -> str:
+    """The name by which TFDS has a split."""
+    sizes = {name: info.num_examples for name, info in builder.info.splits.items() if info.num_examples}
+    tests = [name for name in ('test', 'validation') if name in sizes]
+    if builder.name.startswith(UNLABELLED_TEST):
+        tests.reverse()
+    if split == 'test' and tests:
+        return tests[0]
+    if 'train' not in sizes:
+        raise UserError(f'{source.name} has no split train, only {", ".join(sizes) or "empty ones"}')
+    if split == 'train' and (tests or source.own):
+        return 'train'
+    held = 0 if source.own else max(round(test_share * sizes['train']), 1)
+    if not 0 < held < sizes['train']:
+        raise UserError(f'{source.name} has too few images ({sizes["train"]}) to hold some out for testing')
+    return f'train[:-{held}]' if split == 'train' else f'train[-{held}:]'

@@ -1,0 +1,117 @@
+"""From encoded bytes to a uint8 image of the size that was asked for, and to [-1, 1] and back.
+
+    image = to_array(square(cut(load(png, channels=3), box=()), size=64))
+
+All of these are pure functions. Randomness comes in as numbers in [0, 1) that `uniform` makes
+from (seed, example number), so what happens to an example does not depend on the batch, the
+process or the thread that it lands in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxgen.errors import UserError
+
+# Streams of `uniform`: one per use, so that no two uses share their numbers.
+FLIP, CROP, ORDER = 1, 2, 3
+
+
+def load(encoded: bytes, channels: int) -> Image.Image:
+    """The picture in a file's bytes, 8 bits, mode 'L' (channels 1) or 'RGB' (channels 3).
+
+    Any mode that PIL reads: the first frame of an animation, turned as its EXIF says; what is
+    transparent shows white; 16-bit grey is scaled from 0..65535; float grey from 0..1, or from
+    0..255 if anything is above 1. Colour becomes grey by Rec. 601 luma.
+
+    Raises:
+      Exception: of any kind, as PIL's plugins do, when the bytes are damaged or no picture.
+    """
+    image = Image.open(io.BytesIO(encoded))
+    if image.format == 'EPS':
+        raise ValueError('a PostScript program, which PIL would run')
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data says nothing; the pixels are there
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I') or image.mode == 'F':
+        x = np.nan_to_num(np.asarray(image, np.float32))  # exact up to 2^24
+        top = 65535 if image.mode.startswith('I') else 1 if x.max() <= 1 else 255
+        image = Image.fromarray(np.rint(np.clip(x / top, 0, 1) * 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('L' if channels == 1 else 'RGB')
+
+
+def cut(image: Image.Image, box: tuple[int, ...]) -> Image.Image:
+    """The part (top, left, height, width) of the image; () is all of it."""
+    if not box:
+        return image
+    top, left, height, width = box
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > image.height or left + width > image.width:
+        raise UserError(
+            f'config.data.box = {tuple(box)} (top, left, height, width) does not lie inside an image '
+            f'of height {image.height} and width {image.width}'
+        )
+    return image.crop((left, top, left + width, top + height))
+
+
+def square(image: Image.Image, size: int, position: float | None = None) -> Image.Image:
+    """The largest square of the image, resized to size x size.
+
+    Args:
+      position: where the square lies along the longer side, from 0 (top or left) to below 1 (bottom
+        or right), all places equally wide; None for the middle.
+
+    The filter is PIL's bicubic, whose support grows when it reduces, so that it does not alias:
+    the one that FID is least upset by (Parmar et al. 2022, On Aliased Resizing and Surprising
+    Subtleties in GAN Evaluation), and smooth when it enlarges.
+    """
+    side = min(image.size)
+    spare = (length - side for length in image.size)
+    left, top = (n // 2 if position is None else int(position * (n + 1)) for n in spare)
+    image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C], C = 1 or 3."""
+    x = np.asarray(image)
+    return x[..., None] if x.ndim == 2 else x
+
+
+def uniform(seed: int, number, stream: int) -> np.ndarray:
+    """A number in [0, 1) for each example number: float64, of number's shape.
+
+    A pure function of (seed, number, stream): the finaliser of SplitMix64 (Steele, Lea, Flood
+    2014, Fast Splittable Pseudorandom Number Generators, figure 17), once for each of the three.
+    """
+    x = np.asarray(number).astype(np.uint64)
+    for word in (seed, stream):
+        x = mix(x ^ mix(np.uint64(word)))
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Scrambles uint64s, one to one."""
+    with np.errstate(over='ignore'):  # arithmetic modulo 2^64 is meant
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 0..255 to float32 in [-1, 1], any shape."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(image: jax.Array) -> jax.Array:
+    """Float in [-1, 1] to uint8 0..255, any shape; what lies outside is clipped."""
+    return jnp.clip(jnp.round((image + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,87 @@
+"""Noise schedules and what follows from them, in float64 numpy: they are constants of a program.
+
+Steps are counted from 0, the one next to the data, to T - 1. Ho et al. count from 1 to T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Schedule(NamedTuple):
+    """Noise levels from the least to the most: x_t = alpha x_0 + sigma eps. Arrays [T]."""
+
+    t: np.ndarray  # what the network is told
+    alpha: np.ndarray
+    sigma: np.ndarray
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x_0) = N(x_t_weight x_t + x_0_weight x_0, variance), s the level below t. Arrays [T].
+
+    Below the first level lies the data: alpha 1, sigma 0.
+    """
+
+    x_t_weight: np.ndarray
+    x_0_weight: np.ndarray
+    variance: np.ndarray
+    forward: np.ndarray  # variance of q(x_t | x_s)
+
+
+def linear_betas(timesteps: int, start: float, end: float) -> np.ndarray:
+    """Variances beta of the forward steps, evenly spaced from start to end, both included: [T]."""
+    return np.linspace(start, end, timesteps, dtype=np.float64)
+
+
+def variance_preserving(betas: np.ndarray) -> Schedule:
+    """Schedule of the forward process x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps.
+
+    alpha^2 is the paper's alpha-bar (Ho et al. 2020, eq. 4) and alpha^2 + sigma^2 = 1.
+    """
+    alpha_bar = np.cumprod(1 - betas)
+    return Schedule(np.arange(len(betas)), np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+
+
+def subset(schedule: Schedule, steps: np.ndarray) -> Schedule:
+    """The schedule that visits only `steps`, increasing. The network is told the original steps."""
+    return Schedule(*(values[steps] for values in schedule))
+
+
+def uniform_steps(timesteps: int, n: int) -> np.ndarray:
+    """n of the steps 0..T-1: floor(i T / n) (Song et al. 2021, arXiv 2010.02502, appendix D.2: 'linear')."""
+    return np.arange(n) * timesteps // n
+
+
+def quadratic_steps(timesteps: int, n: int) -> np.ndarray:
+    """n of the steps 0..T-1, denser near the data: floor(c i^2), the last near 0.8 T.
+
+    That c is the one of the code behind the paper's figures (Song et al. 2021, appendix D.2). Where
+    squares fall on one step, steps are moved up to the next free one.
+    """
+    steps = np.floor(np.linspace(0, np.sqrt(0.8 * timesteps), n) ** 2).astype(int)
+    for i in range(1, n):
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    return steps
+
+
+def posterior(schedule: Schedule) -> Posterior:
+    """Posteriors between neighbouring levels (Ho et al. 2020, eq. 7, for any alpha and sigma)."""
+    alpha, var = schedule.alpha, schedule.sigma**2
+    alpha_s, var_s = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], var[:-1]])
+    ratio = alpha / alpha_s  # q(x_t | x_s) = N(ratio x_s, forward)
+    forward = var - ratio**2 * var_s
+    return Posterior(ratio * var_s / var, alpha_s * forward / var, forward * var_s / var, forward)
+
+
+def model_log_variance(schedule: Schedule, variance: str) -> np.ndarray:
+    """Log-variance of p(x_s | x_t), [T]: 'fixed_large', that of q(x_t | x_s), or 'fixed_small', that of
+    q(x_s | x_t, x_0) (Ho et al. 2020, section 3.2).
+
+    At step 0 both are the posterior variance of step 1: there the posterior's own is 0, and the
+    first step's beta would blur the data more than need be.
+    """
+    moves = posterior(schedule)
+    values = {'fixed_large': moves.forward, 'fixed_small': moves.variance}[variance]
+    return np.log(np.concatenate([moves.variance[1:2], values[1:]]))

@@ -1,0 +1,145 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard events, picture grids, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
+CLOCK = ('images_per_second', 'seconds')
+
+
+def say(message: str) -> None:
+    """One line to the person, on stderr, not through the progress bar."""
+    tqdm.write(f'jaxgen: {message}', file=sys.stderr)
+
+
+class Meter:
+    """Means of the updates' logs since the last line. Its state is saved in the checkpoint, so that a
+    resumed run writes the same lines as one that was never stopped."""
+
+    def __init__(self, state: dict | None = None):
+        self.count, self.sums = (state['count'], dict(state['sums'])) if state else (0, {})
+
+    def add(self, logs: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in logs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def state(self) -> dict:
+        return {'count': self.count, 'sums': self.sums}
+
+    def take(self) -> dict[str, float]:
+        means = {name: total / self.count for name, total in self.sums.items()}
+        self.count, self.sums = 0, {}
+        return means
+
+
+class Writer:
+    """Writes one run's metrics. On resume, lines after the checkpoint's step are cut off first."""
+
+    def __init__(self, workdir: str, step: int, steps: int, images_per_step: int):
+        self.images_per_step = images_per_step
+        self.path = os.path.join(workdir, 'metrics.jsonl')
+        cut_back(self.path, step)
+        self.file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
+        self.board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=step + 1, flush_secs=30)
+        every = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings; a log file needs few
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            unit='step',
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=every,
+            maxinterval=every,
+        )
+        self.began = self.mark = time.monotonic()
+        self.marked = step
+
+    def progress(self, step: int, loss: float | None = None) -> None:
+        self.bar.update(step - self.bar.n)
+        if loss is not None:
+            rate = self.bar.format_dict.get('rate') or 0.0
+            self.bar.set_postfix_str(f'loss {loss:.4f}, {rate * self.images_per_step:.0f} images/s', refresh=False)
+
+    def line(self, step: int, means: dict[str, float]) -> None:
+        now = time.monotonic()
+        clock = {
+            'images_per_second': (step - self.marked) * self.images_per_step / max(now - self.mark, 1e-9),
+            'seconds': now - self.began,
+        }
+        self.mark, self.marked = now, step
+        record = {'step': step, 'examples': step * self.images_per_step, **means, **clock}
+        self.file.write(json.dumps(record) + '\n')
+        self.file.flush()
+        for name, value in {**means, **clock}.items():
+            self.board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        self.board.add_image(name, grid, step, dataformats='HWC')
+
+    def pause(self) -> None:
+        """Starts a new stretch of the clock: what was done since the last line was not training."""
+        self.mark = time.monotonic()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        self.board.close()
+
+
+def cut_back(path: str, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`, and a line that was cut short by a kill."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding='utf-8') as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record['step'] <= step:
+                kept.append(line)
+    with open(path + '.new', 'w', encoding='utf-8') as file:
+        file.writelines(kept)
+    os.replace(path + '.new', path)
+
+
+def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Pictures [n, H, W, C] uint8 as one picture, row by row, with gaps; small ones are enlarged to 48 pixels."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = max(1, math.ceil(48 / max(height, width)))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    height, width, gap = height * scale, width * scale, max(2, scale // 2)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 96, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: str, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, C] with C = 1 or 3, whole or not at all."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path + '.new', format='PNG')
+    os.replace(path + '.new', path)
+
+
+def save_json(path: str, value) -> None:
+    """Writes JSON, whole or not at all."""
+    with open(path + '.new', 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=2)
+        file.write('\n')
+    os.replace(path + '.new', path)

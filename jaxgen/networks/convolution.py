@@ -1,0 +1,135 @@
+"""A convolution whose gradients are fast on CPUs inside loops too.
+
+XLA for CPUs brings a convolution into the layout that its fast code takes only in the outermost
+computation. In the body of a loop (`lax.scan` over critic steps, gradient accumulation, several
+updates per call) a gradient's convolution, which comes with its axes permuted, takes the slow code:
+100 times slower at 32x32 pixels and 128 channels. So on CPUs the gradients are written here as
+plain NHWC convolutions of transposed arrays. Numbers are the same bit for bit; on other devices
+JAX's own gradients are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+_forward_mode = False
+
+
+@contextlib.contextmanager
+def forward_mode():
+    """Inside, `jax.jvp` may go through convolutions: they have JAX's own derivatives.
+
+    Needed around the jvp of a network, as a function with its own gradient has no other derivative.
+    """
+    global _forward_mode
+    before, _forward_mode = _forward_mode, True
+    try:
+        yield
+    finally:
+        _forward_mode = before
+
+
+def _plain(x: Array, w: Array, window) -> Array:
+    strides, padding, x_dilation, w_dilation, precision = window
+    n = len(strides)
+    spatial = 'DHW'[-n:]
+    return lax.conv_general_dilated(
+        x,
+        w,
+        strides,
+        padding,
+        x_dilation,
+        w_dilation,
+        dimension_numbers=(f'N{spatial}C', f'{spatial}IO', f'N{spatial}C'),
+        precision=precision,
+    )
+
+
+# Of x [n, *size, c] and w [*kernel, c, o], with window = (strides, padding, x's dilation, w's
+# dilation, precision), one number per spatial axis each.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, w: Array, window) -> Array:
+    return _plain(x, w, window)
+
+
+def _forward(x, w, window):
+    # Not _plain: where a gradient is differentiated once more, this line is too.
+    return _convolve(x, w, window), (x, w)
+
+
+def _gradients(x: Array, w: Array, dy: Array, window) -> tuple[Array, Array]:
+    """dx, dw as convolutions in the layout of the forward one. They are _convolve: their own
+    gradients, as a gradient penalty takes them, are fast as well."""
+    strides, padding, x_dilation, w_dilation, precision = window
+    axes = tuple(range(1, x.ndim - 1))
+    x_padding, w_padding = [], []
+    for i, axis in enumerate(axes):
+        extent = (x.shape[axis] - 1) * x_dilation[i] + 1  # of x with holes between its pixels
+        kernel = (w.shape[i] - 1) * w_dilation[i] + 1
+        moved = (dy.shape[axis] - 1) * strides[i] + 1
+        low = padding[i][0]
+        x_padding.append((kernel - 1 - low, extent + low - moved))
+        w_padding.append((low, kernel - 1 + moved - extent - low))
+    # dx: dy with holes for the strides, against the kernel turned round and its channels swapped.
+    turned = jnp.flip(w, tuple(a - 1 for a in axes)).swapaxes(-1, -2)
+    dx = _convolve(dy, turned, (x_dilation, tuple(x_padding), strides, w_dilation, precision))
+    # dw: channels of x play the batch, the batch plays the channels, and dy is the kernel.
+    x_as_batch = x.transpose(x.ndim - 1, *axes, 0)  # [c, *size, n]
+    dy_as_kernel = dy.transpose(*axes, 0, dy.ndim - 1)  # [*size, n, o]
+    dw = _convolve(x_as_batch, dy_as_kernel, (w_dilation, tuple(w_padding), x_dilation, strides, precision))
+    return dx, dw.transpose(*axes, 0, x.ndim - 1)  # [c, *kernel, o] -> [*kernel, c, o]
+
+
+def _backward(window, saved, dy):
+    def own(x, w, dy):
+        return jax.vjp(lambda x, w: _plain(x, w, window), x, w)[1](dy)
+
+    def on_cpu(x, w, dy):
+        return _gradients(x, w, dy, window)
+
+    return lax.platform_dependent(*saved, dy, cpu=on_cpu, default=own)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def convolve(
+    x: Array,
+    w: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: lax.ConvDimensionNumbers | None = None,
+    feature_group_count: int = 1,
+    precision=None,
+) -> Array:
+    """lax.conv_general_dilated of [n, ..., c] with [..., c, o], the arguments as linen's Conv gives them."""
+    n = x.ndim - 2
+    ones = (1,) * n
+    dilations = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
+    if _forward_mode or feature_group_count != 1:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            strides,
+            padding,
+            *dilations,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+        )
+    if isinstance(padding, str):
+        extents = [(s - 1) * d + 1 for s, d in zip(x.shape[1:-1], dilations[0], strict=True)]
+        kernel = [(k - 1) * d + 1 for k, d in zip(w.shape[:-2], dilations[1], strict=True)]
+        padding = lax.padtype_to_pads(extents, kernel, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    return _convolve(x, w, (tuple(strides), padding, *dilations, precision))

@@ -1,0 +1,152 @@
+"""Convolutions, dense layers, norms and resampling: the one place they come from.
+
+Every family builds its networks from these, so that what is made faster or put right here is so
+for all of them. Images are NHWC. Weights are float32; `dtype` is that of the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.convolution import convolve
+
+Array = jax.Array
+
+
+def variance_scaling(scale: float = 1.0) -> Callable:
+    """Uniform init with variance scale / mean(fan in, fan out), the default of DDPM and others.
+
+    A scale of 0 stands for 1e-10: a layer that starts as good as zero yet has no dead weights.
+    """
+    return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
+
+
+def Conv(
+    features: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    padding: str | Sequence[tuple[int, int]] = 'SAME',
+    bias: bool = True,
+    init: Callable | None = None,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.Module:
+    """Convolution of [n, H, W, C] to [n, H', W', features] with a square kernel.
+
+    Args:
+      padding: 'SAME', 'VALID' or ((top, bottom), (left, right)). With stride 2, 'SAME' pads an
+        even size at the bottom and right only, as TensorFlow does; ((1, 1), (1, 1)) is torch's
+        `padding=1`.
+      init: of the kernel; None: variance_scaling(1). The bias starts at 0.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding,
+        use_bias=bias,
+        kernel_init=init or variance_scaling(),
+        dtype=dtype,
+        conv_general_dilated=convolve,
+        name=name,
+    )
+
+
+def Dense(
+    features: int,
+    *,
+    bias: bool = True,
+    init: Callable | None = None,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.Module:
+    """Linear map of the last axis: [..., C] to [..., features]. On an image it is a 1x1 convolution.
+
+    Args:
+      init: of the kernel; None: variance_scaling(1). The bias starts at 0.
+    """
+    return nn.Dense(features, use_bias=bias, kernel_init=init or variance_scaling(), dtype=dtype, name=name)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) of [n, ..., C] over each group's channels and all positions.
+
+    Statistics are taken in float32 whatever the dtype.
+
+    Attributes:
+      groups: the most groups there may be. A group has at least 4 channels and all groups are of
+        one size, so that narrow networks work too: 32 groups from 128 channels on, 8 at 32.
+      eps: added to the variance. 1e-6 in TensorFlow's code, and so in DDPM's; 1e-5 in torch.
+      dtype: of the result.
+    """
+
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        most = max(1, min(self.groups, channels // 4))
+        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+        scale = self.param('scale', nn.initializers.ones, (channels,))
+        bias = self.param('bias', nn.initializers.zeros, (channels,))
+
+        def to_channels(z):  # [n, groups] to [n, 1, C]
+            return jnp.repeat(z, channels // groups, axis=1)[:, None]
+
+        def of_groups(z):  # mean over positions, then channels: [n, positions, C] to [n, groups]
+            return z.mean(1).reshape(len(z), groups, -1).mean(-1)
+
+        y = x.astype(jnp.float32).reshape(len(x), -1, channels)  # [n, positions, C]
+        # One pass over x gives both moments, and the channels stay innermost: half the time of the
+        # two-pass form on a CPU. E[y^2] - E[y]^2 loses all digits when the mean is large beside the
+        # deviation, so the values are first shifted by one of their own: no moment depends on it.
+        y = y - jax.lax.stop_gradient(to_channels(y[:, 0, :: channels // groups]))
+        mean = of_groups(y)
+        variance = jnp.maximum(of_groups(jnp.square(y)) - jnp.square(mean), 0)
+        y = (y - to_channels(mean)) * (to_channels(jax.lax.rsqrt(variance + self.eps)) * scale) + bias
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+def LayerNorm(
+    *, eps: float = 1e-6, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
+) -> nn.Module:
+    """Layer normalisation over the last axis, statistics in float32.
+
+    Args:
+      eps: 1e-6 in TensorFlow's and Flax's default, 1e-5 in torch's.
+      affine: with a learned scale and bias.
+    """
+    return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, name=name)
+
+
+def BatchNorm(*, train: bool, eps: float = 1e-5, dtype: Any = jnp.float32, name: str | None = None) -> nn.Module:
+    """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last, statistics in float32.
+
+    Training uses the statistics of the batch, over all devices, and leaves just these in the
+    collection 'batch_stats' (so `mutable=['batch_stats']`): the family averages them over updates,
+    by its own rule, in State.extra. Otherwise the statistics given in 'batch_stats' are used, and
+    an example's result does not depend on the others.
+    """
+    return nn.BatchNorm(use_running_average=not train, momentum=0.0, epsilon=eps, dtype=dtype, name=name)
+
+
+def upsample_nearest(x: Array) -> Array:
+    """Every pixel four times: [n, H, W, C] to [n, 2H, 2W, C]."""
+    n, h, w, c = x.shape
+    # A broadcast costs a copy; jax.image.resize costs a gather or a matrix product.
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
+    return x.reshape(n, 2 * h, 2 * w, c)
+
+
+def downsample_mean(x: Array) -> Array:
+    """Mean of every 2x2 square: [n, H, W, C] to [n, H/2, W/2, C]. H and W are even."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))

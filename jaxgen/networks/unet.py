@@ -1,0 +1,111 @@
+"""The U-Net of DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.attention import SelfAttention
+from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.layers import Conv, Dense, GroupNorm, upsample_nearest, variance_scaling
+
+Array = jax.Array
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block told the time: [n, H, W, C], [n, E] to [n, H, W, features].
+
+    The second convolution starts at zero: a new block passes its input on unchanged.
+    """
+
+    features: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+        h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
+        h = h + Dense(self.features, dtype=self.dtype, name='embedding')(embedding)[:, None, None, :]
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+        return x + h
+
+
+class UNet(nn.Module):
+    """x_t, t (and class) to a map of x_t's shape, float32.
+
+    Attributes:
+      channels: of the first level; an even number, at least 4.
+      multipliers: channels of each level over `channels`. The height and width of x must be
+        divisible by 2 ** (levels - 1).
+      blocks: residual blocks per level on the way down; one more on the way up.
+      attention: heights in pixels at which every residual block is followed by attention. The
+        middle always has it.
+      dropout: share of the second convolution's inputs that is dropped in training.
+      classes: number of classes if the network is told the class, else 0.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    blocks: int = 2
+    attention: tuple[int, ...] = (16,)
+    dropout: float = 0.0
+    classes: int = 0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+        """Args:
+        x: float32 [n, H, W, C].
+        t: [n], step of the schedule, integer or real.
+        label: int32 [n] in [0, classes), read if classes > 0.
+        train: with dropout; needs the rng 'dropout'.
+        """
+        top, image_channels = self.channels, x.shape[-1]
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention = nn.remat(SelfAttention) if self.remat else SelfAttention
+
+        def block(h, level, name, attend):
+            h = res_block(top * self.multipliers[level], self.dropout, self.dtype, name=name)(h, embedding, train)
+            return attention(self.dtype, name=f'{name}_attention')(h) if attend else h
+
+        embedding = Dense(4 * top, dtype=self.dtype, name='time1')(sinusoidal(t, top))  # [n, 4 channels]
+        embedding = Dense(4 * top, dtype=self.dtype, name='time2')(nn.silu(embedding))
+        if self.classes:
+            embedding = embedding + nn.Embed(self.classes, 4 * top, dtype=self.dtype, name='label')(label)
+        embedding = nn.silu(embedding)  # once here, as every block would begin with it
+
+        last = len(self.multipliers) - 1
+        h = Conv(top, dtype=self.dtype, name='first')(x)
+        skips = [h]
+        for level in range(last + 1):
+            for i in range(self.blocks):
+                h = block(h, level, f'down{level}_{i}', h.shape[1] in self.attention)
+                skips.append(h)
+            if level < last:
+                # 'SAME' pads at the bottom and right only, which is what the paper's code does.
+                h = Conv(h.shape[-1], stride=2, padding='SAME', dtype=self.dtype, name=f'down{level}')(h)
+                skips.append(h)
+
+        h = block(h, last, 'middle_0', True)
+        h = block(h, last, 'middle_1', False)
+
+        for level in range(last, -1, -1):
+            for i in range(self.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], -1)
+                h = block(h, level, f'up{level}_{i}', h.shape[1] in self.attention)
+            if level > 0:
+                h = Conv(h.shape[-1], dtype=self.dtype, name=f'up{level}')(upsample_nearest(h))
+
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(h))
+        h = Conv(image_channels, init=variance_scaling(0), dtype=self.dtype, name='last')(h)
+        return h.astype(jnp.float32)

@@ -1,0 +1,159 @@
+"""A run: the family that a config makes, and the weights that a run directory holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxgen import config as configs
+from jaxgen import data, evaluate, optim, sample, sharding
+from jaxgen.checkpoint import Checkpoints
+from jaxgen.contract import Context, Family, State
+from jaxgen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """What a config makes, before any weights of its own."""
+
+    config: ConfigDict
+    family: Family
+    frozen: dict[str, Any]  # {stage: (its State, its frozen)}
+    spec: data.Spec
+    mesh: Any
+
+    @functools.cached_property
+    def abstract(self) -> State:
+        """State as shapes and dtypes; costs a trace, no memory.
+
+        Raises:
+          UserError: config.optim.networks names a network that the family does not have.
+        """
+        n = self.config.data.batch
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
+        init = functools.partial(init_state, self.family)
+        state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
+        for name in self.config.optim.networks:
+            if name not in state.params:
+                raise UserError(f'config.optim.networks.{name}: no such network{configs.near(name, state.params)}')
+        return state
+
+
+def init_state(family: Family, rng, batch: dict, frozen) -> State:
+    return family.init(rng, sample.to_inside(batch), frozen)
+
+
+def assemble(config: ConfigDict, mesh=None) -> Assembled:
+    """The family of a config, with the stages that it stands on restored from their runs.
+
+    Raises:
+      UserError: values that do not fit each other, before anything is compiled.
+    """
+    spec = data.spec(config.data)
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    stages = {name: load(path, mesh=mesh) for name, path in config.stages.items()}
+    context = Context(
+        image=tuple(spec.features['image'].shape),
+        classes=spec.classes,
+        optim=optim.make_optim(config.train.steps, **config.optim.to_dict()),
+        stages={name: run.assembled.family for name, run in stages.items()},
+        dtype=jnp.dtype(config.train.dtype),
+        remat=config.train.remat,
+    )
+    family = configs.builder(config.family)(context, **config.model.to_dict())
+    height, width, _ = context.image
+    if height % family.divisor or width % family.divisor:
+        raise UserError(f'config.data.size = {height} must be a multiple of {family.divisor} for this network')
+    missing = sorted(set(family.conditions) - set(spec.features))
+    if missing:
+        raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
+    frozen = {name: (run.state, run.assembled.frozen) for name, run in stages.items()}
+    return Assembled(config, family, frozen, spec, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, ready to sample and to evaluate. Made by `jaxgen.load`."""
+
+    workdir: str
+    config: ConfigDict
+    assembled: Assembled
+    state: State  # without params and opt where they were not asked for
+    weights: str  # 'ema' or 'params': what `state.ema` holds
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int] | None = None) -> np.ndarray:
+        """Draws n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
+
+        condition: {name: value} for all images, e.g. {'label': 3}.
+        """
+        parts = list(self.draw(n, seed, condition))
+        return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
+
+    def draw(self, n: int, seed: int = 0, condition: dict[str, int] | None = None):
+        """As `sample`, in pieces of at most config.sample.batch images."""
+        a = self.assembled
+        batches = sample.batches(a, self.config, n, condition or {})
+        return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
+
+    def evaluate(self, n: int = 0, progress: Callable[[int], None] = lambda done: None) -> dict[str, dict]:
+        """Means over the test split, {name: {'mean', 'stderr', 'n'}}; n = 0: config.evaluate.n examples."""
+        a = self.assembled
+        return evaluate.measure(
+            a.family, self.state, a.frozen, a.mesh, data.dataset(self.config.data, 'test'),
+            n or self.config.evaluate.n, self.config.evaluate.batch, self.config.seed, progress,
+        )  # fmt: skip
+
+
+def saved_config(workdir: str) -> ConfigDict:
+    """The config that the run in `workdir` was trained with.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = os.path.join(workdir, 'config.json')
+    if not os.path.isfile(path):
+        raise UserError(f'no run in {workdir}: train one first, or give its --workdir')
+    try:
+        with open(path, encoding='utf-8') as file:
+            return configs.make(**json.load(file))
+    except json.JSONDecodeError as e:
+        raise UserError(f'{path} is damaged ({e}): put back the config of this run') from e
+
+
+def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema', all_weights: bool = False, mesh=None):
+    """The run in `workdir` with the weights of its newest checkpoint, a Run.
+
+    Args:
+      config: in place of the saved one, say with another sampler; the weights must fit it.
+      weights: 'ema' or 'params', which of them sampling and evaluation use.
+      all_weights: restore `params` too (evaluation of adversarial families reads the critic).
+
+    Raises:
+      UserError: no run there, no checkpoint yet, or weights of another model.
+      RunError: no checkpoint can be read.
+    """
+    config = config or saved_config(workdir)
+    assembled = assemble(config, mesh)
+    items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
+    checkpoints = Checkpoints(workdir)
+    found = checkpoints.restore(assembled.abstract, assembled.mesh, items)
+    checkpoints.close()
+    if found is None:
+        raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
+    state, _ = found
+    if weights == 'params':
+        state = state.replace(ema={name: state.params[name] for name in assembled.abstract.ema})
+    return Run(workdir, config, assembled, state, weights)

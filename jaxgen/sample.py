@@ -1,0 +1,75 @@
+"""Draws images from a state, in batches of one fixed shape, over all devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import data, sharding
+from jaxgen.errors import RunError, UserError
+
+
+def to_inside(batch: dict) -> dict:
+    """A batch as families see it: pictures, uint8 [n, H, W, C], as float32 in [-1, 1]."""
+    return {k: data.to_float(v) if v.dtype == jnp.uint8 and v.ndim == 4 else v for k, v in batch.items()}
+
+
+@functools.cache
+def program(family):
+    """The jitted sampler of a family: -> uint8 [n, H, W, C], and bool [n], whether all its pixels are finite."""
+
+    def draw(state, frozen, batch, seed):
+        images = family.sample(state, frozen, to_inside(batch), jax.random.key(seed))
+        return data.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
+
+    return jax.jit(draw)
+
+
+def batches(assembled, config, n: int, condition: dict[str, int]) -> dict[str, np.ndarray]:
+    """'index' [n] and the conditions that the family reads, [n, ...] each.
+
+    A condition that is not given: labels count up through the classes; anything else (a mask, a
+    low-resolution image) comes from the test split, in order.
+
+    Raises:
+      UserError: a condition that the family does not have, or a value out of range.
+    """
+    family, spec = assembled.family, assembled.spec
+    for name, value in condition.items():
+        if name not in family.conditions:
+            has = f'its conditions: {", ".join(family.conditions)}' if family.conditions else 'it has none'
+            raise UserError(f'this run takes no condition {name!r}; {has}')
+        if spec.features[name].shape:
+            raise UserError(f'condition {name!r} is not one number; only labels can be given on the command line')
+        if name == 'label' and not 0 <= value < spec.classes:
+            raise UserError(f'condition label={value} must be between 0 and {spec.classes - 1}')
+    out = {'index': np.arange(n, dtype=np.int32)}
+    for name in family.conditions:
+        if name in condition:
+            out[name] = np.full(n, condition[name], spec.features[name].dtype)
+        elif name == 'label':
+            out[name] = (np.arange(n) % spec.classes).astype(np.int32)
+        else:
+            source = data.dataset(config.data, 'test')
+            out[name] = source.take(np.arange(n) % len(source))[name]
+    return out
+
+
+def draw(family, state, frozen, mesh, batch: dict, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Images of `batch` (host arrays [n, ...]) in pieces of at most `size`, uint8.
+
+    Raises:
+      RunError: an image is not finite; uint8 would hide it.
+    """
+    size = sharding.round_up(mesh, min(size, n))
+    for start in range(0, n, size):
+        piece = {k: v[start : start + size] for k, v in batch.items()}
+        placed, real = sharding.put_padded(mesh, piece, size)
+        images, finite = map(sharding.to_host, program(family)(state, frozen, placed, seed))
+        if not finite[:real].all():
+            raise RunError(f'sample {piece["index"][np.argmin(finite[:real])]} is not finite: stopped')
+        yield images[:real]

@@ -1,0 +1,247 @@
+"""The training loop, once for all families; it imports none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import config as configs
+from jaxgen import data, interrupt, log, sample, sharding
+from jaxgen.checkpoint import Checkpoints
+from jaxgen.errors import RunError, UserError
+from jaxgen.run import Assembled, assemble, init_state, saved_config
+
+# With several hosts, calls between two agreements on whether one of them has been told to stop.
+CALLS_PER_AGREEMENT = 10
+PROFILED_CALLS = (10, 15)  # first and last call under --profile, after compiling
+
+
+@contextlib.contextmanager
+def only_one(workdir: str):
+    """Holds the run directory; a second training in it is refused."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(os.path.join(workdir, 'lock'), 'w', encoding='utf-8')  # noqa: SIM115, closed below
+    except OSError as e:
+        raise UserError(f'--workdir={workdir} cannot be written to: {e.strerror}') from e
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f'another training is running in {workdir}: wait for it, or give another --workdir') from e
+        yield
+
+
+def check_fits(config, mesh) -> None:
+    """Raises UserError where sizes and devices do not go together."""
+    sharding.check_batch(mesh, 'config.data.batch', config.data.batch)
+    part = config.data.batch // config.optim.accumulate
+    if config.optim.accumulate > 1:
+        sharding.check_batch(mesh, 'config.data.batch / config.optim.accumulate', part)
+
+
+def check_resume(workdir: str, config, free: tuple[str, ...]) -> None:
+    """Raises UserError if the run in `workdir` was started with another config."""
+    changed = configs.differences_that_matter(saved_config(workdir), config, free)
+    if changed:
+        raise UserError(
+            f'the run in {workdir} was started with another config: {"; ".join(changed)}; '
+            'put it back, or give another --workdir'
+        )
+
+
+def make_call(assembled: Assembled, places, updates: int, seed: int):
+    """The jitted program of `updates` updates: (state, frozen, batches [updates, ...]) -> (state, logs [updates])."""
+
+    def call(state, frozen, batches):
+        def one(state, batch):
+            # The step alone decides the noise: history does not, so resuming cannot change it.
+            rng = jax.random.fold_in(jax.random.key(seed), state.step)
+            with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):  # for contract.spread
+                return assembled.family.update(state, frozen, sample.to_inside(batch), rng)
+
+        return jax.lax.scan(one, state, batches) if updates > 1 else one_step(one, state, batches)
+
+    def one_step(one, state, batches):
+        state, logs = one(state, jax.tree.map(lambda x: x[0], batches))
+        return state, jax.tree.map(lambda x: x[None], logs)
+
+    return jax.jit(call, donate_argnums=0, out_shardings=(places, sharding.replicated(assembled.mesh)))
+
+
+@jax.jit
+def all_finite(state) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
+class Training:
+    """One process's training of one run: the mutable things of the loop, and what is done with them."""
+
+    def __init__(self, config, workdir: str):
+        self.config, self.workdir = config, workdir
+        self.a = a = assemble(config)
+        self.first = jax.process_index() == 0
+        check_fits(config, a.mesh)
+        self.k = config.train.updates_per_call
+        self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
+        if self.checkpoints.steps():
+            check_resume(workdir, config, a.family.free)
+        found = self.checkpoints.restore(a.abstract, a.mesh)
+        self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
+        self.places = sharding.over_weights(a.mesh, a.abstract)
+        if found:
+            self.state, about = found
+            self.meter = log.Meter(about['meter'])
+            log.say(f'going on from step {about["step"]} of {config.train.steps}')
+        else:
+            self.state, self.meter = self.fresh(), log.Meter()
+        if self.first:
+            log.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
+        self.step = int(self.state.step)
+        self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
+        self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
+
+    def batches(self, start: int):
+        return data.batches(
+            self.config.data, 'train', seed=self.config.seed, start=start,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+
+    def fresh(self):
+        """State before the first update, from the first batch (some families set weights by data).
+        Made in place: no device ever holds the whole of a sharded one."""
+        with contextlib.closing(self.batches(0)) as stream:
+            one = sharding.put_batch(self.a.mesh, next(stream))
+        # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
+        once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+        init = jax.jit(functools.partial(init_state, self.a.family), out_shardings=self.places, compiler_options=once)
+        return init(jax.random.key(self.config.seed), one, self.frozen)
+
+    def not_finite(self, what: str) -> RunError:
+        try:
+            self.checkpoints.wait()  # the newest may still be on its way to the disk
+        except RunError as e:
+            return RunError(f'{what}; {e}')
+        good = self.checkpoints.steps()
+        last = f'the last good checkpoint is of step {good[-1]}' if good else 'there is no checkpoint yet'
+        return RunError(f'{what}; {last}')
+
+    def look_at_logs(self) -> None:
+        """Reads the logs of the last call, stops if anything in them is not finite, writes a line if one is due."""
+        if self.pending is None:
+            return
+        (start, logs), self.pending = self.pending, None
+        logs = jax.device_get(logs)
+        for i in range(self.k):
+            step, values = start + i + 1, {name: float(v[i]) for name, v in logs.items()}
+            bad = [f'{name} = {value}' for name, value in values.items() if not np.isfinite(value)]
+            if bad:
+                raise self.not_finite(f'{", ".join(bad)} at step {step}: stopped')
+            self.meter.add(values)
+            if step % self.config.train.log_every == 0:
+                means = self.meter.take()
+                if self.writer:
+                    self.writer.line(step, means)
+        if self.writer:
+            self.writer.progress(start + self.k, values.get('loss', next(iter(values.values()))))
+
+    def save(self) -> None:
+        """Saves the state as it is, after looking whether it is worth saving."""
+        self.look_at_logs()
+        if not all_finite(self.state):
+            raise self.not_finite(f'weights or optimiser state are not finite at step {self.step}: not saved')
+        examples = self.step * self.config.data.batch
+        self.checkpoints.save(self.state, {'examples': examples, 'meter': self.meter.state(), 'jax': jax.__version__})
+
+    def save_and_leave(self) -> None:
+        self.save()
+        self.checkpoints.wait()
+        interrupt.leave(f'stopped and saved at step {self.step}; the same command goes on from there')
+
+    def still(self):
+        """A block in which the state stands still while the main thread may be long in XLA: on a signal the
+        watcher thread saves and leaves. Several hosts must save together, so there it waits."""
+        return interrupt.on_signal(self.save_and_leave if jax.process_count() == 1 else None)
+
+    def grid_path(self) -> str:
+        return os.path.join(self.workdir, 'samples', f'step_{self.step:07d}.png')
+
+    def grid(self) -> None:
+        """Draws samples, from the same noise each time."""
+        n = self.config.train.samples
+        wanted = sample.batches(self.a, self.config, n, {})
+        size = self.config.sample.batch
+        images = list(sample.draw(self.a.family, self.state, self.frozen, self.a.mesh, wanted, n, size, 0))
+        if self.writer:
+            sheet = log.grid(np.concatenate(images))
+            log.save_png(self.grid_path(), sheet)
+            self.writer.image(self.step, 'samples', sheet)
+            self.writer.pause()
+
+    def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
+        train = self.config.train
+        call = make_call(self.a, self.places, self.k, self.config.seed)
+        stream, calls = self.batches(self.step), 0
+        closing.enter_context(contextlib.closing(stream))
+
+        def due(every: int) -> bool:
+            return bool(every) and self.step % every == 0
+
+        while self.step < train.steps:
+            hosts = [next(stream) for _ in range(self.k)]
+            stacked = {name: np.stack([h[name] for h in hosts]) for name in hosts[0]}
+            placed = sharding.put_batch(self.a.mesh, stacked, leading=1)
+            if profile and calls == PROFILED_CALLS[0]:
+                jax.profiler.start_trace(os.path.join(self.workdir, 'profile'))
+            state, logs = call(self.state, self.frozen, placed)
+            self.look_at_logs()  # of the call before, while this one runs
+            self.state, self.pending = state, (self.step, logs)
+            self.step += self.k
+            calls += 1
+            if calls == 1:  # until here leaving at once lost nothing; from here on there is something to save
+                closing.enter_context(interrupt.on_signal(None))
+            if profile and calls == PROFILED_CALLS[1]:
+                jax.block_until_ready(self.state)
+                jax.profiler.stop_trace()
+            if due(train.save_every) or self.step >= train.steps:
+                self.save()
+            agree = jax.process_count() == 1 or calls % CALLS_PER_AGREEMENT == 0
+            if agree and sharding.any_host(interrupt.requested()):
+                self.save_and_leave()
+            if due(train.sample_every) or self.step >= train.steps:
+                self.look_at_logs()
+                with self.still():
+                    self.grid()
+        self.look_at_logs()
+        if calls == 0:
+            if not os.path.exists(self.grid_path()):  # stopped while the last one was drawn
+                self.grid()
+            log.say(f'already at step {self.step} of {train.steps}; for more: --config.train.steps=N')
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def train(config, workdir: str, profile: bool = False) -> None:
+    """Trains the run in `workdir` to config.train.steps, from its newest checkpoint if there is one.
+
+    Raises:
+      UserError: the config does not fit itself, the devices or the checkpoint.
+      RunError: not a number, a full disk, no readable checkpoint.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(only_one(workdir))
+        training = Training(config, workdir)
+        stack.callback(training.close)
+        training.loop(profile, stack)
+        training.checkpoints.close()
+        log.say(f'trained to step {training.step}: {workdir}')

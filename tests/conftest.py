@@ -1,0 +1,13 @@
+"""Shared by all tests: one compilation cache, the CPU, no data set outside a temporary directory."""
+
+import os
+import tempfile
+
+# Before jax is imported, here and in the processes that tests start.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-{os.getuid()}'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}'))
+# Most of a test's time is compiling, and tiny programs need no optimising.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')

@@ -1,0 +1,251 @@
+"""The contract, held against every config. A new config brings these tests along."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import NAMES, assert_same, devices, main, metrics, path, saved_state
+
+from jaxgen import config as configs
+from jaxgen import data, describe, run, sample
+from jaxgen.train import train
+
+# Parameters of the published systems (FACTS: papers and reference code), by network.
+PUBLISHED = {
+    'ddpm_cifar10': {'denoiser': 35_746_307},
+    'ddpm_celeba': {'denoiser': 78_700_803},
+    'ddpm_celebahq256': {'denoiser': 113_673_219},
+    'vae_mnist': {'total': 652_824},
+    'wgan_gp_cifar10': {'generator': 1_204_483, 'critic': 1_053_825},
+}
+# The log that must fall on a fixed batch. Adversarial families have none: each player's loss rises
+# as the other learns.
+FALLS = {'ddpm': 'loss', 'vae': 'loss', 'wgan_gp': None}
+
+
+def tiny(name: str, **sections):
+    config = configs.load(path(name))
+    return configs.make(**configs.deep_update(config.to_dict(), sections))
+
+
+def first_batch(config):
+    return sample.to_inside(
+        {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
+    )
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+def test_full_size_describes(name):
+    config = configs.load(path(name, ''))
+    about = describe.describe(config, run.assemble(config))
+    assert json.loads(json.dumps(about)) == about
+    for network, count in PUBLISHED.get(name, {}).items():
+        assert about['parameters'][network] == count
+    assert about['update_flops'] > 6 * about['parameters']['total'], 'forward and backward touch every weight'
+    assert about['state_bytes'] > 8 * about['parameters']['total']
+    shape, dtype = about['batch']['image']
+    assert shape == [config.data.batch, config.data.size, config.data.size, config.data.channels] and dtype == 'uint8'
+
+
+def test_docstring_says_what_and_how(name):
+    with open(path(name, ''), encoding='utf-8') as file:
+        text = file.read()
+    for word in (f'python -m jaxgen.main --config=configs/{name}.py', 'Time:', 'Paper:', 'Ours:'):
+        assert word in text, f'configs/{name}.py: docstring lacks {word!r}'
+
+
+def test_updates_sample_and_evaluate(name):
+    config = tiny(name)
+    assembled = run.assemble(config)
+    family, batch = assembled.family, first_batch(config)
+    init = jax.jit(family.init)
+    start = init(jax.random.key(0), batch, {})
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), assembled.abstract
+    ), 'init gives another tree from a batch than from the specification'
+    update = jax.jit(family.update)
+    state = start
+    for i in range(2):
+        state, logs = update(state, {}, batch, jax.random.key(i))
+        assert all(np.isfinite(v) and v.shape == () for v in logs.values()), logs
+    assert int(state.step) == 2
+    for field in ('params', 'ema'):
+        for network, weights in getattr(state, field).items():
+            changed = [not np.array_equal(a, b) for a, b in zip(
+                jax.tree.leaves(weights), jax.tree.leaves(getattr(start, field)[network]), strict=True
+            )]  # fmt: skip
+            assert any(changed), f'{field} of {network} did not change'
+
+    wanted = {k: jnp.asarray(v) for k, v in sample.batches(assembled, config, 4, {}).items()}
+    draw = jax.jit(family.sample)
+    images = draw(state, {}, wanted, jax.random.key(1))
+    assert images.shape == (4, *batch['image'].shape[1:])
+    assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
+    # A sample is a function of the seed and its number: not of what is drawn beside it.
+    last = {k: v[2:] for k, v in wanted.items()}
+    np.testing.assert_allclose(images[2:], jax.jit(family.sample)(state, {}, last, jax.random.key(1)), atol=2e-4)
+    other = draw(state, {}, {**wanted, 'index': wanted['index'] + 4}, jax.random.key(1))
+    assert np.abs(images - other).max() > 1e-3, 'all samples are one sample'
+
+    numbered = {**batch, 'index': jnp.arange(len(batch['image']), dtype=jnp.int32)}
+    measure = jax.jit(family.evaluate)
+    figures = measure(state, {}, numbered, jax.random.key(2))
+    assert figures
+    turned = measure(state, {}, {k: v[::-1] for k, v in numbered.items()}, jax.random.key(2))
+    for figure, values in figures.items():
+        assert values.shape == (len(batch['image']),) and np.isfinite(values).all(), figure
+        # An example's figure is a function of the seed and its number too.
+        np.testing.assert_allclose(values, turned[figure][::-1], rtol=1e-3, atol=1e-4, err_msg=figure)
+    if family.encode is not None:
+        z = family.encode(state, {}, batch, jax.random.key(3))
+        assert family.decode(state, {}, z, jax.random.key(3)).shape == batch['image'].shape
+
+
+def test_learns_a_fixed_batch(name):
+    config = tiny(name, optim={'warmup': 0})
+    figure = FALLS[config.family]
+    if figure is None:
+        pytest.skip('adversarial: no loss of it must fall')
+    family, batch = run.assemble(config).family, first_batch(config)
+    state = jax.jit(family.init)(jax.random.key(0), batch, {})
+
+    @jax.jit
+    def updates(state, key):
+        return jax.lax.scan(lambda s, k: family.update(s, {}, batch, k), state, jax.random.split(key, 60))
+
+    _, before = updates(state, jax.random.key(1))
+    state, _ = updates(updates(state, jax.random.key(2))[0], jax.random.key(3))
+    _, after = updates(state, jax.random.key(1))
+    assert after[figure].mean() < 0.9 * before[figure].mean()
+
+
+def test_stopped_and_resumed_is_the_same(name, tmp_path):
+    whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
+    config = tiny(name, train={'steps': 4, 'save_every': 4, 'log_every': 2})
+    schedule = {'schedule': 'constant'}  # the others depend on the number of steps
+    config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
+    short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
+    train(config, whole)
+    train(short, parts)
+    assert os.listdir(os.path.join(parts, 'checkpoints')) == ['1']
+    train(config, parts)
+    assert_same(saved_state(whole, 4), saved_state(parts, 4))
+    assert metrics(whole) == metrics(parts)
+    assert [line['step'] for line in metrics(whole)] == [2, 4]
+
+
+def test_half_precision(name):
+    config = tiny(name, train={'dtype': 'bfloat16', 'remat': True})
+    family, batch = run.assemble(config).family, first_batch(config)
+    start = jax.jit(family.init)(jax.random.key(0), batch, {})
+    state, logs = jax.jit(family.update)(start, {}, batch, jax.random.key(1))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
+    text = str(jax.make_jaxpr(family.update)(state, {}, batch, jax.random.key(1)))
+    assert 'bf16' in text, 'nothing is computed in bfloat16'
+    full = run.assemble(tiny(name)).family
+    _, exact = jax.jit(full.update)(start, {}, batch, jax.random.key(1))
+    for figure in exact:
+        np.testing.assert_allclose(logs[figure], exact[figure], rtol=0.25, atol=0.1, err_msg=figure)
+
+
+def test_families_import_no_family():
+    import ast
+    import glob
+
+    from support import ROOT
+
+    for file in glob.glob(os.path.join(ROOT, 'jaxgen', '**', '*.py'), recursive=True):
+        with open(file, encoding='utf-8') as source:
+            tree = ast.parse(source.read())
+        modules = [
+            *(a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names),
+            *(
+                f'{node.module}.{a.name}'
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module
+                for a in node.names
+            ),
+        ]
+        assert not [m for m in modules if m.startswith('jaxgen.families')], file
+        if os.sep + 'checkpoint.py' not in file:
+            assert not [m for m in modules if m.startswith('orbax')], f'{file}: checkpoint.py alone imports orbax'
+
+
+def test_devices_do_not_matter(tmp_path):
+    """Every family on 8 devices, weights cut over 2, agrees with one device to rounding."""
+    names = sorted({configs.load(path(n)).family: n for n in NAMES}.values())
+    code = 'import sys; sys.path.insert(0, "tests"); from contract_test import on_devices; on_devices(sys.argv[1:])'
+    import subprocess
+    import sys
+
+    from support import ROOT
+
+    env = {**os.environ, **devices(8)}
+    done = subprocess.run(
+        [sys.executable, '-c', code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_devices(names: list[str]) -> None:
+    """Runs in a process of 8 devices; see test_devices_do_not_matter."""
+    from jaxgen import sharding
+    from jaxgen.train import make_call
+
+    assert jax.device_count() == 8
+    sharding.SMALLEST_SHARDED = 64  # so that tiny weights are cut too
+    for name in names:
+        results = []
+        for place, fsdp in ((jax.devices()[:1], 1), (None, 2)):
+            batch = math.lcm(8, tiny(name).data.batch)
+            config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})
+            # SGD: Adam's first steps are the sign of the gradient, which rounding can turn.
+            config = configs.make(**configs.deep_update(config.to_dict(), {'optim': {'name': 'sgd', 'networks': {}}}))
+            assembled = run.assemble(config, sharding.make_mesh(fsdp, place))
+            places = sharding.over_weights(assembled.mesh, assembled.abstract)
+            if fsdp > 1:
+                assert any('fsdp' in str(s.spec) for s in jax.tree.leaves(places)), 'nothing is cut'
+            batch = next(iter(data.batches(config.data, 'train', seed=0)))
+            placed = sharding.put_batch(assembled.mesh, batch)
+            init = jax.jit(lambda key, b, a=assembled: run.init_state(a.family, key, b, {}), out_shardings=places)
+            state = init(jax.random.key(0), placed)
+            call = make_call(assembled, places, 1, 0)
+            for _ in range(2):
+                state, logs = call(state, {}, jax.tree.map(lambda x: x[None], placed))
+                assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
+            results.append(jax.device_get((state, logs)))
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5, err_msg=name)
+
+
+def test_main_trains_samples_and_evaluates(tmp_path):
+    """The command from end to end, one family; the others differ by nothing that main sees."""
+    workdir = str(tmp_path / 'run')
+    done = main(f'--config={path("vae_digits")}', f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    done = main('--mode=sample', f'--workdir={workdir}', '--n=3', '--seed=5')
+    assert done.returncode == 0, done.stderr
+    (folder,) = [
+        os.path.join(workdir, 'samples', f) for f in os.listdir(os.path.join(workdir, 'samples')) if 'seed5' in f
+    ]
+    assert sorted(os.listdir(folder)) == ['00000.png', '00001.png', '00002.png', 'grid.png', 'samples.npz']
+    images = np.load(os.path.join(folder, 'samples.npz'))['images']
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    import jaxgen
+
+    np.testing.assert_array_equal(jaxgen.load(workdir).sample(n=2, seed=5), images[:2])
+    done = main('--mode=evaluate', f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    with open(os.path.join(workdir, 'evaluation.json'), encoding='utf-8') as file:
+        record = json.load(file)
+    assert record['weights'] == 'ema' and all(np.isfinite(m['mean']) and m['n'] > 0 for m in record['metrics'].values())

@@ -1,0 +1,1007 @@
+"""Sources, transforms and the loader, with real files and real prepared sets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from jaxgen import data
+from jaxgen.config import DEFAULTS
+from jaxgen.data import builders, folder, shapes, sources, transforms
+from jaxgen.data.loader import order
+from jaxgen.errors import RunError, UserError
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    """One directory of prepared sets for all tests that do not mind what is in it."""
+    return str(tmp_path_factory.mktemp('prepared'))
+
+
+def make(where, **fields) -> dict:
+    """A section `data` of a config."""
+    assert not set(fields) - set(DEFAULTS['data'])
+    return {**DEFAULTS['data'], 'dir': str(where), 'batch': 8, **fields}
+
+
+def take(config: dict, n: int, **kwargs) -> list[dict]:
+    """The first n batches."""
+    with contextlib.closing(data.batches(config, **{'seed': 0, **kwargs})) as found:
+        return list(itertools.islice(found, n))
+
+
+def assert_same(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name], err_msg=name)
+
+
+def refused(match: str):
+    """The block raises a UserError of one line."""
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.raises(UserError, match=match) as caught:
+            yield
+        assert '\n' not in str(caught.value)
+
+    return context()
+
+
+def encoded(image: Image.Image, form: str = 'PNG', **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def grey(value: int, height: int = 8, width: int = 8) -> Image.Image:
+    return Image.fromarray(np.full((height, width), value, np.uint8))
+
+
+def picture(seed: int = 0, height: int = 12, width: int = 20) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def write_folder(path, values, **subfolders) -> str:
+    """Grey images named by their values; the source's name."""
+    for where, inside in {'': values, **subfolders}.items():
+        os.makedirs(os.path.join(path, where), exist_ok=True)
+        for value in inside:
+            grey(value).save(os.path.join(path, where, f'{value}.png'))
+    return f'folder:{path}'
+
+
+# --- transforms
+
+
+def test_uniform_against_integers_of_python():
+    word = (1 << 64) - 1
+
+    def mix(x):
+        x = (x + 0x9E3779B97F4A7C15) & word
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        return x ^ (x >> 31)
+
+    for seed, number, stream in [(0, 0, 1), (0, 1, 1), (2**31, 5, 2), (2**32 - 1, 2**62, 7)]:
+        expected = (mix(mix(number ^ mix(seed)) ^ mix(stream)) >> 11) / 2**53
+        assert transforms.uniform(seed, number, stream) == expected
+
+
+def test_uniform_is_uniform_and_its_streams_are_independent():
+    n = np.arange(100_000)
+    streams = np.stack([transforms.uniform(seed, n, stream) for seed, stream in [(0, 1), (0, 2), (1, 1), (2, 1)]])
+    assert (streams >= 0).all() and (streams < 1).all()
+    np.testing.assert_allclose(streams.mean(1), 1 / 2, atol=0.005)
+    np.testing.assert_allclose(streams.var(1), 1 / 12, atol=0.002)
+    np.testing.assert_allclose(np.corrcoef(streams), np.eye(4), atol=0.015)
+    assert abs(np.corrcoef(streams[0, 1:], streams[0, :-1])[0, 1]) < 0.015
+
+
+def test_float_and_back_is_exact():
+    x = jnp.arange(256, dtype=jnp.uint8)
+    inside = jax.jit(data.to_float)(x)
+    assert inside.dtype == jnp.float32 and inside.min() == -1 and inside.max() == 1
+    np.testing.assert_array_equal(jax.jit(data.to_uint8)(inside), x)
+    np.testing.assert_array_equal(data.to_uint8(jnp.array([-7.0, 7.0, 0.0])), [0, 255, 128])
+    assert data.to_uint8(inside.astype(jnp.bfloat16)).dtype == jnp.uint8
+
+
+def sixteen_bit(values, mode):
+    return Image.fromarray(np.array([values], np.uint16 if mode == 'I;16' else np.int32 if mode == 'I' else np.float32))
+
+
+def palette_with_transparency() -> Image.Image:
+    image = Image.new('P', (1, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return image
+
+
+PICTURES = {
+    'L': (encoded(grey(7, 1, 1)), [[[7, 7, 7]]]),
+    '1': (encoded(Image.fromarray(np.array([[0, 1]], bool))), [[[0, 0, 0], [255, 255, 255]]]),
+    'LA': (encoded(Image.merge('LA', [grey(0, 1, 1), grey(51, 1, 1)])), [[[204, 204, 204]]]),
+    'RGB': (encoded(Image.new('RGB', (1, 1), (1, 2, 3))), [[[1, 2, 3]]]),
+    'RGBA': (encoded(Image.new('RGBA', (1, 1), (255, 0, 0, 0))), [[[255, 255, 255]]]),
+    'RGBA half': (encoded(Image.new('RGBA', (1, 1), (255, 0, 0, 51))), [[[255, 204, 204]]]),
+    'RGB with one transparent colour': (
+        encoded(Image.new('RGB', (1, 1), (9, 8, 7)), transparency=(9, 8, 7)),
+        [[[255, 255, 255]]],
+    ),
+    'P': (encoded(palette_with_transparency()), [[[255, 0, 0]]]),
+    'P transparent': (encoded(palette_with_transparency(), transparency=b'\0\xff'), [[[255, 255, 255]]]),
+    'I;16': (encoded(sixteen_bit([0, 257 * 100, 65535], 'I;16')), [[[0] * 3, [100] * 3, [255] * 3]]),
+    'I': (encoded(sixteen_bit([0, 257 * 100, 65535], 'I'), 'TIFF'), [[[0] * 3, [100] * 3, [255] * 3]]),
+    'F to 1': (encoded(sixteen_bit([0, 0.2, 1], 'F'), 'TIFF'), [[[0] * 3, [51] * 3, [255] * 3]]),
+    'F to 255': (encoded(sixteen_bit([0, 20, 255], 'F'), 'TIFF'), [[[0] * 3, [20] * 3, [255] * 3]]),
+    'CMYK': (encoded(Image.new('CMYK', (1, 1), (0, 255, 255, 0)), 'TIFF'), [[[255, 0, 0]]]),
+    'first frame': (
+        encoded(
+            Image.new('RGB', (1, 1), 'red'),
+            'GIF',
+            save_all=True,
+            append_images=[Image.new('RGB', (1, 1), 'blue')],
+        ),
+        [[[255, 0, 0]]],
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', PICTURES)
+def test_load_of_every_mode(kind):
+    bytes_, expected = PICTURES[kind]
+    assert transforms.to_array(transforms.load(bytes_, 3)).tolist() == expected
+    one = transforms.to_array(transforms.load(bytes_, 1))
+    luma = np.array(expected) @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(one[..., 0], luma, atol=0.51)
+
+
+def test_load_turns_as_exif_says():
+    image = Image.fromarray(np.array([[0, 0, 255]], np.uint8).repeat(8, 0).repeat(8, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shot with the camera turned: show it turned clockwise
+    x = transforms.to_array(transforms.load(encoded(image, 'JPEG', exif=exif, quality=95), 1))
+    assert x.shape == (24, 8, 1) and x[2].mean() < 10 and x[-2].mean() > 245
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+def test_load_despite_damaged_exif():
+    good = encoded(grey(50), 'JPEG', exif=b'Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff\xff\xff\xff')
+    assert transforms.load(good, 1).size == (8, 8)
+
+
+def test_square_is_the_largest_one():
+    wide = Image.fromarray(np.arange(20, dtype=np.uint8)[None].repeat(4, 0))
+    for image, axis in ((wide, 1), (wide.transpose(Image.Transpose.TRANSPOSE), 0)):
+
+        def columns(position, image=image, axis=axis):
+            return np.asarray(transforms.square(image, 4, position)).take(0, 1 - axis).tolist()
+
+        assert columns(None) == [8, 9, 10, 11]
+        assert columns(0.0) == [0, 1, 2, 3]
+        assert columns(0.999) == [16, 17, 18, 19]
+        assert {columns(p)[0] for p in np.linspace(0, 0.999, 200)} == set(range(17))
+
+
+def test_resizing_does_not_alias():
+    """Fine stripes become their mean; PIL without its growing support would pick black or white."""
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
+    small = np.asarray(transforms.square(stripes, 8))
+    assert np.abs(small.astype(int) - 127).max() <= 6
+    assert np.asarray(transforms.square(grey(9, 1, 1), 32)).tolist() == np.full((32, 32), 9).tolist()
+
+
+def test_cut_takes_rows_and_columns():
+    x = np.arange(30, dtype=np.uint8).reshape(5, 6)
+    np.testing.assert_array_equal(np.asarray(transforms.cut(Image.fromarray(x), (1, 2, 3, 4))), x[1:4, 2:6])
+    for box in [(0, 0, 6, 6), (0, 1, 5, 6), (-1, 0, 2, 2), (0, 0, 0, 3)]:
+        with refused(r'config.data.box = .* height 5 and width 6'):
+            transforms.cut(Image.fromarray(x), box)
+
+
+# --- digits
+
+
+def test_digits_are_all_there_once(prepared):
+    config = make(prepared, features=('image', 'label'))
+    spec = data.spec(config)
+    assert spec.classes == 10 and spec.features['image'].shape == (8, 8, 1)
+    assert spec.features['image'].dtype == np.uint8 and spec.features['label'] == jax.ShapeDtypeStruct((), np.int32)
+    splits = {split: data.dataset(config, split) for split in ('train', 'test')}
+    assert [len(s) for s in splits.values()] == [1438, 359]
+    found = [(e['image'].tobytes(), int(e['label'])) for s in splits.values() for e in (s[i] for i in range(len(s)))]
+    original = load_digits()
+    expected = np.round(original.images / 16 * 255).astype(np.uint8)
+    assert sorted(found) == sorted((x.tobytes(), y) for x, y in zip(expected, original.target.tolist(), strict=True))
+    shares = [np.bincount([y for _, y in found[1438:]])[c] / np.bincount(original.target)[c] for c in range(10)]
+    np.testing.assert_allclose(shares, 0.2, atol=0.005)
+    labels = [y for _, y in found[:1438]]
+    assert abs(np.corrcoef(labels[1:], labels[:-1])[0, 1]) < 0.1, 'the stored order says nothing of the label'
+
+
+def test_digits_at_another_size_and_in_colour(prepared):
+    config = make(prepared, size=16, channels=3)
+    assert data.spec(config).features['image'].shape == (16, 16, 3) and data.spec(config).classes == 0
+    example = data.dataset(config, 'test')[3]
+    assert example['image'].shape == (16, 16, 3) and (np.ptp(example['image'].astype(int), axis=-1) == 0).all()
+    assert set(example) == {'image'}
+
+
+def test_dataset_is_random_access(prepared):
+    examples = data.dataset(make(prepared, features=('image', 'label')), 'test')
+    assert isinstance(examples[0]['label'], np.ndarray) and examples[0]['label'].dtype == np.int32
+    np.testing.assert_array_equal(examples[-1]['image'], examples[358]['image'])
+    for i in (359, -360):
+        with pytest.raises(IndexError):
+            examples[i]
+    with refused("a split is 'train' or 'test', not 'valid'"):
+        data.dataset(make(prepared), 'valid')
+
+
+def test_a_prepared_set_is_not_prepared_again(prepared, monkeypatch):
+    first = data.dataset(make(prepared), 'train')[7]['image']
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(builders.JaxgenDigits, '_split_generators', never)
+    monkeypatch.setattr(sources, 'lock', never)  # so that a directory that one cannot write to will do
+    np.testing.assert_array_equal(data.dataset(make(prepared), 'train')[7]['image'], first)
+
+
+def test_environment_names_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'here'))
+    assert sources.root(make('')) == str(tmp_path / 'here')
+    assert sources.root(make('~/x')) == os.path.expanduser('~/x')
+    monkeypatch.delenv('TFDS_DATA_DIR')
+    assert sources.root(make('')) == os.path.expanduser('~/tensorflow_datasets')
+
+
+# --- shapes
+
+
+def test_shapes_factors_are_uniform_and_independent():
+    factors = np.stack([shapes.draw_factors(i) for i in range(20_000)])
+    counts = list(shapes.FACTORS.values())
+    assert factors.shape == (20_000, 7) and len(counts) == 7
+    for column, count in zip(factors.T, counts, strict=True):
+        share = np.bincount(column, minlength=count) / len(column)
+        assert len(share) == count
+        np.testing.assert_allclose(share, 1 / count, atol=0.01)
+    for i, j in itertools.combinations(range(7), 2):
+        joint = np.zeros((counts[i], counts[j]))
+        np.add.at(joint, (factors[:, i], factors[:, j]), 1)
+        expected = len(factors) / joint.size
+        chi2 = ((joint - expected) ** 2 / expected).sum() / (joint.size - 1)
+        assert chi2 < 1.7, (i, j, chi2)  # mean 1, deviation at most sqrt(2 / 23) = 0.3
+
+
+def test_shapes_examples_say_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, 'SHAPES', {'train': 300, 'test': 200})
+    config = make(tmp_path, source='shapes', size=16, channels=3, features=('image', 'label', 'factors', 'caption'))
+    spec = data.spec(config)
+    assert spec.classes == len(shapes.SHAPES)
+    train, test = data.dataset(config, 'train'), data.dataset(config, 'test')
+    assert (len(train), len(test)) == (300, 200)
+    names = [shapes.SHAPES, list(shapes.COLOURS), list(shapes.SIZES), list(shapes.BACKGROUNDS)]
+    for examples, first in ((train, 0), (test, builders.FIRST['test'])):
+        for i in (0, 1, 77, len(examples) - 1):
+            e = examples[i]
+            assert {k: (v.shape, v.dtype) for k, v in e.items()} == {
+                k: (s.shape, s.dtype) for k, s in spec.features.items()
+            }
+            np.testing.assert_array_equal(e['factors'], shapes.draw_factors(first + i))
+            np.testing.assert_array_equal(e['image'], shapes.render(e['factors'], 16))
+            assert e['label'] == e['factors'][0]
+            shape, colour, size, background = (n[v] for n, v in zip(names, e['factors'][[0, 1, 2, 6]], strict=True))
+            words = shapes.decode_caption(e['caption']).split()
+            assert words[:5] == ['a', size, colour, shape, 'on'] and words[-2:] == [background, 'background']
+    seen = [{examples[i]['factors'].tobytes() for i in range(200)} for examples in (train, test)]
+    assert len(seen[0]) == len(seen[1]) == 200 and not seen[0] & seen[1]
+
+
+def test_every_caption_fits_and_comes_back():
+    for shape, colour, size, background in itertools.product(
+        *(range(shapes.FACTORS[k]) for k in ('shape', 'colour', 'size', 'background'))
+    ):
+        text = shapes.caption([shape, colour, size, 0, 0, 0, background])
+        x = shapes.encode_caption(text)
+        assert x.shape == (64,) and x.dtype == np.uint8 and shapes.decode_caption(x) == text
+    assert shapes.caption([2, 0, 2, 0, 0, 0, 5]) == 'a large red triangle on an olive background'
+
+
+@pytest.mark.parametrize('size', [8, 33, 64])
+def test_shapes_lie_where_the_factors_say(size):
+    for shape, (x, y), rotation in itertools.product(range(8), [(0, 0), (7, 0), (2, 5)], [0, 1, 5]):
+        cover = shapes.mask([shape, 0, 2, x, y, rotation, 0], size) / 255
+        # Wherever it is, all of it shows.
+        np.testing.assert_allclose(
+            cover.sum(), shapes.mask([shape, 0, 2, 3, 3, rotation, 0], size).sum() / 255, rtol=0.03
+        )
+        centre = (cover * np.arange(size)).sum() / cover.sum(), (cover.T * np.arange(size)).sum() / cover.sum()
+        where = 0.32 + 0.36 * np.array([x, y]) / 7
+        # The crescent's and the heart's mass lie off their centres.
+        np.testing.assert_allclose((np.array(centre) + 0.5) / size, where, atol=0.2 if shape >= 6 else 0.02)
+
+
+def test_shapes_colours_and_areas():
+    image = shapes.render([1, 0, 2, 3, 3, 0, 2], 64)  # a large red square on black
+    inside = image[32, 32]
+    assert inside[0] > 200 and inside[1] < 60 and inside[2] < 60 and image[0, 0].max() < 30
+    areas = {s: shapes.mask([i, 0, 2, 4, 4, 0, 0], 128).mean() / 255 for i, s in enumerate(shapes.SHAPES)}
+    r = 0.3
+    np.testing.assert_allclose(areas['circle'], np.pi * r**2, rtol=0.02)
+    np.testing.assert_allclose(areas['ring'], np.pi * r**2 * (1 - 0.55**2), rtol=0.02)
+    np.testing.assert_allclose(areas['triangle'], 3 * 3**0.5 / 4 * r**2, rtol=0.02)
+    np.testing.assert_allclose(areas['square'], 2 * (0.95 * r) ** 2, rtol=0.02)
+
+
+# --- order
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Five training images and a test image, 12 x 20 pixels, a ramp that tells which one and left from right."""
+    for i in range(6):
+        ramp = np.arange(20, dtype=np.uint8)[None].repeat(12, 0) + 20 * i
+        os.makedirs(tmp_path / 'images', exist_ok=True)
+        Image.fromarray(ramp).save(tmp_path / 'images' / f'{i}.png')
+    return make(tmp_path / 'sets', source=f'folder:{tmp_path / "images"}', size=12, test_share=0.01, batch=8)
+
+
+def which(batch) -> list[int]:
+    """The numbers of the images of `five` in a batch."""
+    return (np.minimum(batch['image'][:, 0, 0, 0], batch['image'][:, 0, -1, 0]) // 20).tolist()
+
+
+def test_every_epoch_is_a_new_order_of_all_examples(five):
+    assert len(data.dataset(five, 'train')) == 5
+    numbers = [i for batch in take(five, 25) for i in which(batch)]
+    epochs = [tuple(numbers[i : i + 5]) for i in range(0, 200, 5)]
+    assert all(sorted(e) == sorted(epochs[0]) and len(set(e)) == 5 for e in epochs)
+    assert len(set(epochs)) > 10
+
+
+def test_order_is_uniform():
+    """All 24 orders of four examples are equally likely; a place says nothing of the next epoch's."""
+    found = order(7, 4)(np.arange(4 * 24_000)).reshape(-1, 4)
+    counts = np.unique(found, axis=0, return_counts=True)[1]
+    assert len(counts) == 24 and ((counts - 1000) ** 2 / 1000).sum() < 50  # chi squared with 23 degrees
+    joint = np.zeros((4, 4))
+    np.add.at(joint, (found[:-1, 0], found[1:, 0]), 1)
+    np.testing.assert_allclose(joint / len(found), 1 / 16, atol=0.008)
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 4095, 4096, 5000])
+def test_order_is_the_same_from_everywhere(n):
+    numbers = np.arange(3 * n + 7)
+    whole = order(3, n)(numbers)
+    np.testing.assert_array_equal(np.sort(whole[: 3 * n].reshape(3, n)), np.arange(n)[None].repeat(3, 0))
+    np.testing.assert_array_equal(order(3, n)(numbers[::-1]), whole[::-1])
+    np.testing.assert_array_equal(np.concatenate([order(3, n)(p) for p in np.array_split(numbers, 7)]), whole)
+
+
+def test_order_is_a_function_of_the_seed(prepared):
+    config = make(prepared, features=('image', 'label'), flip=True, batch=64)
+    assert_same(take(config, 3), take(config, 3))
+    assert_same(take(config, 3, seed=2**31), take(config, 3, seed=2**31))
+    orders = {
+        np.concatenate([b['label'] for b in take(config, 2, seed=s)]).tobytes() for s in (0, 1, 2, 2**31, 2**64 - 1)
+    }
+    assert len(orders) == 5
+    for seed in (-1, 2**64):
+        with refused('config.seed'):
+            take(config, 1, seed=seed)
+
+
+@pytest.mark.parametrize('fields', [{}, {'crop': 'random'}, {'cache_mb': 0, 'threads': 1}])
+def test_seeking_equals_reading_through(five, fields):
+    config = {**five, 'flip': True, **fields}
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
+
+
+def test_seeking_far_is_quick(prepared):
+    begin = time.time()
+    assert take(make(prepared), 1, start=10**12)[0]['image'].shape == (8, 8, 8, 1)
+    assert time.time() - begin < 5
+
+
+@pytest.mark.parametrize('fields', [{}, {'crop': 'random'}])
+def test_processes_share_the_batch_of_one(five, fields):
+    config = {**five, 'flip': True, 'batch': 12, **fields}
+    whole = take(config, 6, start=3)
+    for count in (2, 4):
+        parts = [take(config, 6, start=3, process_index=i, process_count=count) for i in range(count)]
+        assert all(len(p[0]['image']) == 12 // count for p in parts)
+        assert_same(whole, [{'image': np.concatenate([x['image'] for x in step])} for step in zip(*parts, strict=True)])
+    with refused('must be a multiple of the 5 processes'):
+        take(config, 1, process_count=5)
+
+
+def test_another_batch_goes_on_with_the_same_examples(five):
+    config = {**five, 'flip': True, 'crop': 'random'}
+    a, b = take(config, 6, batch=4), take(config, 3, batch=8)
+    np.testing.assert_array_equal(np.concatenate([x['image'] for x in a]), np.concatenate([x['image'] for x in b]))
+
+
+def test_half_are_mirrored_anew_every_time(five):
+    plain, flipped = take(five, 40), take({**five, 'flip': True}, 40)
+    seen = {}
+    for x, y in zip(plain, flipped, strict=True):
+        for a, b in zip(x['image'], y['image'], strict=True):
+            mirrored = (a != b).any()
+            np.testing.assert_array_equal(a[:, ::-1] if mirrored else a, b)
+            seen.setdefault(int(a[0, 0, 0]), []).append(bool(mirrored))
+    assert 0.4 < np.mean([m for ms in seen.values() for m in ms]) < 0.6
+    assert all(0 < np.mean(m) < 1 for m in seen.values()), 'one image is mirrored at one time and not at another'
+
+
+def test_random_crops_move_and_evaluation_does_not(five):
+    lefts = {int(i) % 20 for b in take({**five, 'crop': 'random'}, 40) for i in b['image'][:, 0, 0, 0]}
+    assert lefts == set(range(9))
+    assert {int(i) % 20 for b in take(five, 5) for i in b['image'][:, 0, 0, 0]} == {4}
+    examples = data.dataset({**five, 'crop': 'random', 'flip': True}, 'train')
+    assert {int(examples[i]['image'][0, 0, 0]) % 20 for i in range(5) for _ in range(3)} == {4}
+
+
+def test_box_is_cut_first(five):
+    config = {**five, 'box': (2, 3, 4, 6), 'size': 4}
+    assert data.dataset(config, 'train')[0]['image'][:, :, 0].tolist()[0][0] % 20 == 4  # 3, then the middle of 6
+    with refused('config.data.box'):
+        data.dataset({**five, 'box': (0, 0, 12, 21)}, 'train')
+
+
+def test_memory_and_disk_give_the_same(prepared):
+    config = make(prepared, features=('image', 'label'), flip=True, batch=32)
+    assert_same(take(config, 50), take({**config, 'cache_mb': 0}, 50))
+    batch = take(config, 1)[0]
+    batch['image'][:] = 0  # a batch is its receiver's own
+    assert take(config, 1)[0]['image'].any()
+
+
+def settle() -> list:
+    """Waits for the loader's threads; the ones that stay."""
+    end = time.time() + 10
+    while threads := [t for t in threading.enumerate() if 'grain' in t.name]:
+        if time.time() > end:
+            break
+        time.sleep(0.05)
+    return threads
+
+
+def test_small_sets_are_decoded_once(five, monkeypatch):
+    settle()  # threads of earlier tests may still be at their last batch
+    loads = []
+    load = transforms.load
+    monkeypatch.setattr(transforms, 'load', lambda *a: loads.append(0) or load(*a))
+    take({**five, 'threads': 1}, 50)
+    assert 5 <= len(loads) <= 6
+    settle()
+    loads.clear()
+    take({**five, 'threads': 1, 'cache_mb': 0}, 5)
+    assert len(loads) > 40
+
+
+def test_closing_ends_the_threads(prepared):
+    with contextlib.closing(data.batches(make(prepared), seed=0)) as found:
+        next(found)
+        assert [t for t in threading.enumerate() if 'grain' in t.name]
+    assert not settle()
+
+
+def test_an_error_in_a_thread_reaches_the_caller(five, monkeypatch):
+    def broken(*_):
+        raise OSError('bad\nbytes')
+
+    config = {**five, 'crop': 'random'}
+    found = data.batches(config, seed=0)
+    monkeypatch.setattr(transforms, 'load', broken)
+    with (
+        contextlib.closing(found),
+        pytest.raises(RunError, match=r'example \d cannot be decoded \(OSError: bad bytes\)'),
+    ):
+        list(itertools.islice(found, 50))
+
+
+# --- folders
+
+
+def test_folder_classes_from_subfolders(tmp_path):
+    source = write_folder(tmp_path / 'in', [], cat=[10, 20], dog=[30], **{'ant/deep/er': [40, 50]})
+    config = make(tmp_path, source=source, features=('image', 'label'), test_share=0.3)
+    assert data.spec(config).classes == 3
+    found = {}
+    for split in ('train', 'test'):
+        examples = data.dataset(config, split)
+        found.update({int(e['image'][0, 0, 0]): int(e['label']) for e in (examples[i] for i in range(len(examples)))})
+    assert found == {40: 0, 50: 0, 10: 1, 20: 1, 30: 2}
+    assert data.spec({**config, 'classes': 5}).classes == 5
+    with refused('has 3 sub-folders'):
+        data.dataset({**config, 'classes': 2}, 'train')
+    with refused("has no 'factors'"):
+        data.spec({**config, 'features': ('image', 'factors')})
+
+
+def test_folder_without_classes(tmp_path):
+    config = make(tmp_path, source=write_folder(tmp_path / 'in', [1], cat=[2, 3]), features=('image', 'label'))
+    for call in (data.spec, lambda c: data.dataset({**c, 'classes': 4}, 'train')):
+        with refused('put every image into a sub-folder'):
+            call(config)
+    assert data.spec({**config, 'features': ('image',)}).classes == 0
+    # Described on a machine that lacks the folder.
+    elsewhere = {**config, 'source': 'folder:/not/here'}
+    assert data.spec({**elsewhere, 'features': ('image',)}).features['image'].shape == (8, 8, 1)
+    with refused('/not/here does not exist'):
+        data.spec(elsewhere)
+
+
+def test_folder_of_all_kinds_of_files(tmp_path, capfd):
+    place = tmp_path / 'in'
+    os.makedirs(place / 'sub' / '.thumbnails')
+    wanted = {
+        'grey.png': grey(1),
+        'sub/bits.bmp': Image.fromarray(np.eye(9, dtype=bool)),
+        'colour.JPG': picture(),
+        'sub/alpha.webp': picture().convert('RGBA'),
+        'palette.gif': picture().convert('P'),
+        'print.tif': picture().convert('CMYK'),
+        'deep.png': sixteen_bit([0, 65535], 'I;16'),
+        'dot.ppm': Image.new('RGB', (1, 1), 'red'),
+        'line.png': grey(3, 1, 500),
+    }
+    for name, image in wanted.items():
+        image.save(place / name)
+    (place / 'readme.txt').write_text('no image')
+    (place / '.DS_Store').write_bytes(b'\0')
+    (place / '._grey.png').write_bytes(b'a resource fork')
+    grey(5).save(place / 'sub' / '.thumbnails' / 'small.png')
+    os.symlink(place, place / 'sub' / 'loop')
+    strange = os.fsencode(place) + b'/caf\xe9 \xe2\x98\x83\n.png'
+    with open(strange, 'wb') as f:
+        f.write(encoded(grey(4)))
+    config = make(tmp_path, source=f'folder:{place}', channels=3, size=6)
+    train, test = (data.dataset(config, split) for split in ('train', 'test'))
+    assert len(train) + len(test) == len(wanted) + 1 and len(test) >= 1
+    for examples in (train, test):
+        for i in range(len(examples)):
+            assert examples[i]['image'].shape == (6, 6, 3)
+    assert capfd.readouterr() == ('', '')
+
+
+def damage(place) -> None:
+    """Four files that claim to be images."""
+    whole = encoded(picture(height=60, width=60), 'JPEG')
+    (place / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+    (place / 'empty.png').write_bytes(b'')
+    (place / 'text.gif').write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n')
+    os.symlink(place / 'nowhere', place / 'link.png')
+
+
+def test_folder_with_unreadable_files(tmp_path, capfd):
+    source = write_folder(tmp_path / 'in', range(36))
+    damage(tmp_path / 'in')
+    config = make(tmp_path / 'sets', source=source)
+    with refused(r'4 of 40 files, which cannot be read.*\.\.\.\), are more than config.data.max_corrupt = 0.01') as _:
+        data.dataset(config, 'train')
+    assert not capfd.readouterr().err
+    examples = data.dataset({**config, 'max_corrupt': 0.1}, 'train')
+    assert len(examples) + len(data.dataset({**config, 'max_corrupt': 0.1}, 'test')) == 36
+    said = capfd.readouterr().err
+    assert said.count('\n') == 1 and '4 of 40' in said and 'cut.jpg' in said
+    report = said.rpartition('why: ')[2].strip()
+    with open(report) as f:
+        lines = f.read().splitlines()
+    assert len(lines) == 4 and all('\t' in line for line in lines) and str(tmp_path / 'sets') in report
+    with refused('4 of 40'):  # prepared by now, and still refused to one who does not want it
+        data.dataset(config, 'train')
+
+
+def test_folder_of_which_nothing_can_be_read(tmp_path):
+    os.makedirs(tmp_path / 'in')
+    damage(tmp_path / 'in')
+    with refused('4 of 4 files.*that is all of them'):
+        data.dataset(make(tmp_path, source=f'folder:{tmp_path / "in"}', max_corrupt=1.0), 'train')
+
+
+def test_image_that_is_too_large_is_unreadable(tmp_path, monkeypatch, capfd):
+    source = write_folder(tmp_path / 'in', range(5))
+    grey(0, 100, 100).save(tmp_path / 'in' / 'bomb.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    examples = data.dataset(make(tmp_path, source=source, max_corrupt=0.5), 'train')
+    assert len(examples) <= 4
+    assert 'bomb.png' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('names', 'match'),
+    [
+        ([], 'holds no images .*, but no files'),
+        (['a.txt', 'b/c.csv', '.hidden.png'], 'holds no images .*, but 2 other files'),
+    ],
+)
+def test_folder_without_images(tmp_path, names, match):
+    place = tmp_path / 'in'
+    os.makedirs(place / 'b')
+    for name in names:
+        (place / name).write_text('x')
+    with refused(match):
+        data.dataset(make(tmp_path, source=f'folder:{place}'), 'train')
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / 'file').write_text('x')
+    for source, match in {
+        f'folder:{tmp_path}/nowhere': 'does not exist',
+        f'folder:{tmp_path}/file': 'is a file',
+        'folder:': 'say which folder',
+        str(tmp_path): f'write folder:{tmp_path}',
+    }.items():
+        with refused(match):
+            data.dataset(make(tmp_path, source=source), 'train')
+
+
+def test_folder_of_one_image(tmp_path):
+    config = make(tmp_path, source=write_folder(tmp_path / 'in', [9]))
+    assert len(data.dataset(config, 'train')) == 1
+    assert take(config, 3)[2]['image'].shape == (8, 8, 8, 1)
+    with refused('too few images'):
+        data.dataset(config, 'test')
+
+
+def test_changed_folder_is_prepared_anew(tmp_path):
+    source = write_folder(tmp_path / 'in', range(10))
+    config = make(tmp_path, source=source)
+    before = len(data.dataset(config, 'train')), len(data.dataset(config, 'test'))
+    grey(200).save(tmp_path / 'in' / 'new.png')
+    assert len(data.dataset(config, 'train')) + len(data.dataset(config, 'test')) == 11
+    os.remove(tmp_path / 'in' / 'new.png')
+    assert (len(data.dataset(config, 'train')), len(data.dataset(config, 'test'))) == before
+    grey(255).save(tmp_path / 'in' / '0.png')  # other pixels, same name
+    os.utime(tmp_path / 'in' / '0.png', (1, 1))
+    pixels = {
+        int(examples[i]['image'][0, 0, 0])
+        for examples in (data.dataset(config, split) for split in ('train', 'test'))
+        for i in range(len(examples))
+    }
+    assert pixels == {*range(1, 10), 255}
+
+
+def test_held_out_images_stay_held_out():
+    files = [folder.File(f'a/{i}.png', 1, 1) for i in range(3000)]
+    train, test = folder.split(files, 0.2)
+    assert sorted(train + test) == sorted(files) and 540 < len(test) < 660
+    fewer = folder.split(files[:1000], 0.2)[1]
+    assert set(fewer) == set(test) & set(files[:1000])
+    assert set(test) < set(folder.split(files, 0.4)[1])
+    changed = [f._replace(size=9, time=9) for f in files]
+    assert {f.path for f in folder.split(changed, 0.2)[1]} == {f.path for f in test}
+    for n in (2, 3, 4):
+        assert all(
+            folder.split(files[i : i + n], share)[k] for i in range(20) for share in (0.01, 0.99) for k in (0, 1)
+        )
+
+
+# --- sets of TFDS
+
+
+class ToyFaces(tfds.core.GeneratorBasedBuilder):
+    """As CelebA is: encoded images, attributes in a dict; only a train split."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    splits = {'train': 10}
+    generated = 0
+
+    def _info(self):
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    'photo': tfds.features.Image(shape=(None, None, 3)),
+                    'name': tfds.features.Text(),
+                    'kind': tfds.features.ClassLabel(names=['a', 'b', 'c']),
+                    'attributes': {'Smiling': np.bool_, 'Age': np.int64},
+                    'landmarks': tfds.features.Tensor(shape=(2, 2), dtype=np.float32),
+                    'words': tfds.features.Sequence(np.int64),
+                }
+            )
+        )
+
+    def dataset_info_from_configs(self, **kwargs):
+        return tfds.core.DatasetInfo(builder=self, **kwargs)
+
+    def _split_generators(self, dl_manager):
+        return {name: self._generate_examples(n) for name, n in self.splits.items()}
+
+    def image(self, i):
+        return encoded(grey(i, 14, 10))
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            type(self).generated += 1
+            yield (
+                i,
+                {
+                    'photo': self.image(i),
+                    'name': f'face {i}',
+                    'kind': i % 3,
+                    'attributes': {'Smiling': i % 2 == 1, 'Age': i + 20},
+                    'landmarks': np.full((2, 2), i / 2, np.float32),
+                    'words': list(range(i)),
+                },
+            )
+
+
+class ToyValidated(ToyFaces):
+    splits = {'train': 6, 'validation': 4}
+
+
+class ToyUntrained(ToyFaces):
+    splits = {'extra': 4}
+
+
+class ToyArrays(ToyFaces):
+    def image(self, i):
+        return np.zeros((4, 4, 3), np.uint8)
+
+
+class ToyFragile(ToyFaces):
+    broken = True
+
+    def image(self, i):
+        if self.broken and i == 7:
+            raise OSError('the disk\nis full')
+        return super().image(i)
+
+
+def test_tfds_set(tmp_path, capfd):
+    names = ('image', 'label', 'attributes/Smiling', 'attributes/Age', 'landmarks')
+    config = make(tmp_path, source='toy_faces', features=names, size=10)
+    spec = data.spec(config)
+    assert spec.classes == 3 and spec.features['landmarks'] == jax.ShapeDtypeStruct((2, 2), np.float32)
+    assert not os.listdir(tmp_path), 'spec prepares nothing'
+    ToyFaces.generated = 0
+    train, test = data.dataset(config, 'train'), data.dataset(config, 'test')
+    assert (len(train), len(test)) == (8, 2) and ToyFaces.generated == 10
+    seen = []
+    for examples in (train, test):
+        for i in range(len(examples)):
+            e = examples[i]
+            n = int(e['image'][0, 0, 0])
+            assert (e['label'], e['attributes/Smiling'], e['attributes/Age']) == (n % 3, n % 2, n + 20)
+            np.testing.assert_array_equal(e['landmarks'], np.full((2, 2), n / 2, np.float32))
+            assert {k: (v.shape, v.dtype) for k, v in e.items()} == {
+                k: (s.shape, s.dtype) for k, s in spec.features.items()
+            }
+            seen.append(n)
+    assert sorted(seen) == list(range(10))
+    assert 'Traceback' not in capfd.readouterr().err
+    assert take(config, 3)[0]['attributes/Age'].shape == (8,)
+
+
+def test_tfds_validation_stands_in_for_test(tmp_path):
+    config = make(tmp_path, source='toy_validated')
+    assert (len(data.dataset(config, 'train')), len(data.dataset(config, 'test'))) == (6, 4)
+
+
+def test_tfds_set_without_train_split(tmp_path):
+    with refused('toy_untrained has no split train, only extra'):
+        data.dataset(make(tmp_path, source='toy_untrained'), 'train')
+
+
+def test_tfds_features_that_are_not_there(tmp_path):
+    config = make(tmp_path, source='toy_faces')
+    with refused("has no 'attributes/Smilin'; did you mean attributes/Smiling"):
+        data.spec({**config, 'features': ('image', 'attributes/Smilin')})
+    with refused("has no 'zzz'; it has image, label, "):
+        data.spec({**config, 'features': ('image', 'zzz')})
+    for name in ('name', 'words'):  # text, and a list of no fixed length
+        with refused(f"has no '{name}'"):
+            data.spec({**config, 'features': ('image', name)})
+    with refused('config.data.classes = 7, but toy_faces has 3 classes'):
+        data.spec({**config, 'features': ('image', 'label'), 'classes': 7})
+
+
+def test_tfds_set_that_fails_half_way_is_no_set(tmp_path):
+    config = make(tmp_path, source='toy_fragile')
+    ToyFragile.broken = True
+    with refused('toy_fragile could not be prepared: .*the disk is full'):
+        data.dataset(config, 'train')
+    ToyFragile.broken = False
+    assert len(data.dataset(config, 'train')) == 8
+
+
+@pytest.mark.skipif(bool(sources.importlib.util.find_spec('tensorflow')), reason='TensorFlow is installed')
+def test_tfds_set_that_needs_tensorflow(tmp_path):
+    with refused(r"toy_arrays could not be prepared: it needs TensorFlow .*pip install 'jaxgen\[prepare\]'"):
+        data.dataset(make(tmp_path, source='toy_arrays'), 'train')
+
+
+def test_tfds_set_in_another_format(tmp_path):
+    config = make(tmp_path, source='toy_faces')
+    data.dataset(config, 'train')
+    info = tmp_path / 'toy_faces' / '1.0.0' / 'dataset_info.json'
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with refused(r'stored as tfrecord.*convert_format --dataset_version_dir=.*toy_faces/1.0.0'):
+        data.dataset(config, 'train')
+
+
+def test_tfds_set_of_which_a_part_is_there(tmp_path):
+    config = make(tmp_path, source='toy_faces')
+    data.dataset(config, 'train')
+    place = tmp_path / 'toy_faces' / '1.0.0'
+    os.rename(place / 'dataset_info.json', place / 'kept')
+    with refused('a part of toy_faces only'):
+        data.dataset(config, 'train')
+    os.rename(place / 'kept', place / 'dataset_info.json')
+    for file in place.glob('*array_record*'):
+        file.unlink()
+    with pytest.raises(RunError, match=r'toy_faces/1.0.0: cannot read example 0 .*No such file.*; delete it'):
+        data.dataset(config, 'train')
+
+
+def test_unknown_names(tmp_path):
+    for name, match in {
+        'cifa10': 'did you mean cifar10',
+        'digit': 'did you mean digits',
+        'zzzzzzzz': 'known: digits, shapes, folder:PATH',
+        'mnist/nosuch': 'mnist/nosuch cannot be had',
+        'nowhere:mnist': 'no source',
+        'two words': 'no source',
+        '': "no source ''",
+    }.items():
+        for call in (data.spec, lambda c: data.dataset(c, 'train')):
+            with refused(match):
+                call(make(tmp_path, source=name))
+
+
+@pytest.mark.parametrize(
+    ('name', 'match'),
+    [
+        (
+            'cifar10',
+            'cifar10 could not be prepared: www.cs.toronto.edu cannot be reached; put cifar-10-binary.tar.gz into',
+        ),
+        ('celeb_a', 'on quota.*img_align_celeba.zip.*downloads/manual.*folder:PATH'),
+        ('imagenet2012', 'fetched by hand, into .*downloads/manual: .*ILSVRC2012_img_train.tar'),
+    ],
+)
+def test_tfds_set_without_a_network(tmp_path, monkeypatch, capfd, name, match):
+    def no_network(*_, **__):
+        raise socket.gaierror(-2, 'Name or service not known')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', no_network)
+    config = make(tmp_path, source=name)
+    assert data.spec(config).features['image'].shape == (8, 8, 1)
+    begin = time.time()
+    with refused(match):
+        data.dataset(config, 'train')
+    assert time.time() - begin < 30
+    assert capfd.readouterr() == ('', '')
+
+
+def test_labels_of_tfds_sets_are_known_without_them(tmp_path):
+    counts = {'cifar10': 10, 'imagenet2012': 1000, 'mnist': 10}
+    for name, count in counts.items():
+        assert data.spec(make(tmp_path, source=name, features=('image', 'label'))).classes == count
+    assert data.spec(make(tmp_path, source='celeb_a', features=('image', 'attributes/Smiling'))).classes == 0
+    assert not os.listdir(tmp_path)
+
+
+# --- faults
+
+
+def run(code: str, *args: str, **env: str) -> subprocess.Popen:
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = os.pathsep.join([*filter(None, [env.pop('first', '')]), os.path.dirname(here), here])
+    return subprocess.Popen(
+        [sys.executable, '-W', 'error', '-c', code, *args],
+        env={**os.environ, 'PYTHONPATH': paths, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_interrupted_preparation_leaves_no_set(tmp_path, monkeypatch):
+    code = """
+import os, signal, sys
+from jaxgen import data
+from jaxgen.config import DEFAULTS
+from jaxgen.data import builders, shapes
+builders.SHAPES = {'train': 50, 'test': 20}
+render, calls = shapes.render, []
+def dying(*args):
+    calls.append(0)
+    if len(calls) == 60:  # in the second split
+        os.kill(os.getpid(), signal.SIGKILL)
+    return render(*args)
+shapes.render = dying
+data.dataset({**DEFAULTS['data'], 'dir': sys.argv[1], 'source': 'shapes', 'size': 4, 'channels': 3}, 'train')
+"""
+    process = run(code, str(tmp_path))
+    assert process.communicate(timeout=120)[1] == '' and process.returncode == -signal.SIGKILL
+    place = tmp_path / 'jaxgen_shapes' / 'size4'
+    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.0.0').exists()
+    monkeypatch.setattr(builders, 'SHAPES', {'train': 50, 'test': 20})
+    assert len(data.dataset(make(tmp_path, source='shapes', size=4, channels=3), 'test')) == 20
+    assert sorted(os.listdir(place)) == ['.lock', '1.0.0']
+
+
+def test_two_processes_prepare_one_set(tmp_path):
+    code = """
+import sys
+from jaxgen import data
+from jaxgen.config import DEFAULTS
+print(len(data.dataset({**DEFAULTS['data'], 'dir': sys.argv[1]}, 'train')))
+"""
+    processes = [run(code, str(tmp_path)) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.strip() == '1438' and 'Traceback' not in err
+    assert sorted(os.listdir(tmp_path / 'jaxgen_digits')) == ['.lock', '1.0.0']
+
+
+def test_waits_for_the_one_who_prepares(tmp_path, capfd):
+    config = make(tmp_path)
+    entered = threading.Event()
+    builder = sources.resolve(config).builder()
+    done = []
+
+    def other():
+        entered.wait()
+        done.append(len(data.dataset(config, 'train')))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with sources.lock(builder):
+        entered.set()
+        time.sleep(1)
+        assert not done and not (tmp_path / 'jaxgen_digits' / '1.0.0').exists()
+    thread.join(60)
+    assert done == [1438] and 'waiting for another process' in capfd.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path):
+    (tmp_path / 'file').write_text('x')
+    with refused('cannot write to .*config.data.dir'):
+        data.dataset(make(tmp_path / 'file' / 'inside'), 'train')
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+    """A package of that name lies in wait, so that even a guarded import would show."""
+    os.makedirs(tmp_path / 'trap' / 'tensorflow')
+    (tmp_path / 'trap' / 'tensorflow' / '__init__.py').write_text("print('TRAPPED')\nraise ImportError('trap')\n")
+    source = write_folder(tmp_path / 'in', [], a=range(5), b=range(5, 10))
+    code = """
+import sys
+import data_test
+from jaxgen import data
+base = data_test.make(sys.argv[1], features=('image', 'label'), channels=3)
+for source in ('digits', sys.argv[2], 'toy_faces'):
+    config = {**base, 'source': source}
+    data.spec(config), data.dataset(config, 'test')[0]
+    print(next(data.batches(config, seed=0))['image'].shape)
+print([name for name in sys.modules if name.partition('.')[0] == 'tensorflow'])
+"""
+    process = run(code, str(tmp_path / 'sets'), source, first=str(tmp_path / 'trap'))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.splitlines() == ['(8, 8, 8, 3)'] * 3 + ['[]']

@@ -1,0 +1,179 @@
+"""The DDPM family: what the loss asks for, what samples depend on, what build refuses."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.config import DEFAULTS
+from jaxgen.contract import Context
+from jaxgen.errors import UserError
+from jaxgen.families import ddpm
+from jaxgen.optim import make_optim
+
+TINY = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,), 'dropout': 0.0, 'timesteps': 20}
+
+
+def context(**changes):
+    return Context((8, 8, 1), 0, make_optim(10, **DEFAULTS['optim']))._replace(**changes)
+
+
+@functools.cache
+def tiny(**options):
+    """Jitted family with a state whose weights are all random."""
+    labels = options.get('conditional', False)
+    family = ddpm.build(context(classes=10 if labels else 0), **{**TINY, **options})
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan), leaf.dtype)
+
+    state = jax.eval_shape(family.init, jax.random.key(0), {}, {})
+    state = jax.tree.map(draw, state)
+    return family._replace(sample=jax.jit(family.sample), evaluate=jax.jit(family.evaluate)), state
+
+
+def images(n, size=8):
+    levels = np.random.default_rng(1).integers(0, 256, (n, size, size, 1))
+    return jnp.asarray(levels / 127.5 - 1, jnp.float32)
+
+
+class Stub(nn.Module):
+    """In the network's place: remembers what it was shown, gives a constant."""
+
+    output: float = 0.0
+    seen = []
+
+    @nn.compact
+    def __call__(self, x, t, label=None, *, train):
+        self.seen.append((x, t, train))
+        return 0 * x + self.output + self.param('w', nn.initializers.zeros, ())
+
+
+@pytest.mark.parametrize('prediction', ['eps', 'x0', 'v'])
+def test_loss_shows_all_steps_evenly_and_asks_for_the_target(prediction, monkeypatch):
+    monkeypatch.setattr(ddpm, 'UNet', lambda *_, **__: Stub())
+    family = ddpm.build(
+        context(), **{**TINY, 'timesteps': 4, 'beta_start': 0.3, 'beta_end': 0.9}, prediction=prediction
+    )
+    state = family.init(jax.random.key(0), {}, {})
+    x_0 = images(4096)
+    Stub.seen.clear()
+    _, logs = family.update(state, {}, {'image': x_0}, jax.random.key(1))
+    ((x_t, t, train),) = Stub.seen
+    assert train
+    assert np.unique(t).tolist() == [0, 1, 2, 3]
+    assert np.bincount(t).min() > 4096 / 4 - 4 * np.sqrt(4096 * 3 / 16)
+    alpha = np.sqrt(np.cumprod(1 - np.linspace(0.3, 0.9, 4)))[t][:, None, None, None]
+    sigma = np.sqrt(1 - alpha**2)
+    eps = (x_t - alpha * x_0) / sigma
+    for step in range(4):
+        assert abs(eps[t == step].mean()) < 0.02 and abs(eps[t == step].std() - 1) < 0.02
+    wanted = {'eps': eps, 'x0': x_0, 'v': alpha * eps - sigma * x_0}[prediction]
+    np.testing.assert_allclose(logs['loss'], np.square(wanted).mean(), rtol=1e-4)
+
+
+def test_estimates_are_clipped(monkeypatch):
+    """A network that says 'all noise is -1000' means x_0 far above 1."""
+    monkeypatch.setattr(ddpm, 'UNet', lambda *_, **__: Stub(-1000.0))
+    family = ddpm.build(context(), **TINY)
+    state = family.init(jax.random.key(0), {}, {})
+    x = family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
+    np.testing.assert_array_equal(x, np.ones((2, 8, 8, 1)))
+    assert not any(train for _, _, train in Stub.seen[-1:])
+
+
+DDIM = {'conditional': True, 'sampler': 'ddim', 'sample_steps': 5, 'eta': 0.5, 'spacing': 'quadratic'}
+
+
+def draw(family, state, part=slice(8), seed=0, labels=(0, 1, 2)):
+    index = jnp.arange(8)
+    batch = {'index': index} | ({'label': jnp.array(labels)[index % 3]} if family.conditions else {})
+    return family.sample(state, {}, jax.tree.map(lambda a: a[part], batch), jax.random.key(seed))
+
+
+@pytest.mark.parametrize('options', [{}, DDIM], ids=['ancestral', 'ddim'])
+def test_a_sample_depends_on_seed_and_number_alone(options):
+    family, state = tiny(**options)
+    together = draw(family, state)
+    assert together.shape == (8, 8, 8, 1) and together.dtype == jnp.float32
+    assert jnp.abs(together).max() <= 1
+    np.testing.assert_allclose(together[:4], draw(family, state, slice(4)), atol=1e-4)
+    np.testing.assert_allclose(together[4:], draw(family, state, slice(4, 8)), atol=1e-4)
+    assert jnp.abs(together[0] - together[3]).max() > 0.05
+    assert jnp.abs(together - draw(family, state, seed=1)).max() > 0.05
+
+
+def test_the_average_is_what_samples():
+    family, state = tiny()
+    x = draw(family, state)
+    np.testing.assert_array_equal(x, draw(family, state.replace(params=jax.tree.map(jnp.zeros_like, state.params))))
+    assert jnp.abs(x - draw(family, state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema)))).max() > 0.05
+
+
+def test_samples_follow_the_class():
+    family, state = tiny(**DDIM)
+    assert family.conditions == ('label',)
+    x, y = draw(family, state), draw(family, state, labels=(0, 7, 2))
+    changed = jnp.arange(8) % 3 == 1
+    assert jnp.abs(x - y)[changed].max() > 1e-3
+    np.testing.assert_array_equal(x[~changed], y[~changed])
+
+
+def test_bits_of_an_example_are_its_own_and_follow_the_class():
+    family, state = tiny(conditional=True, bound_steps=5)
+
+    def bits(index, label=3):
+        n = len(index)
+        batch = {'image': images(10)[index], 'index': index, 'label': jnp.full(n, label)}
+        return family.evaluate(state, {}, batch, jax.random.key(0))
+
+    few, other = bits(jnp.arange(4)), bits(jnp.array([8, 3, 2, 9]))
+    assert set(few) == {'bits_per_dim', 'bits_prior', 'bits_decoder'}
+    assert (few['bits_per_dim'] > few['bits_prior'] + few['bits_decoder']).all()
+    for name, values in few.items():
+        assert values.shape == (4,)
+        np.testing.assert_allclose(values[2:4], other[name][2:0:-1], rtol=1e-3)
+    assert jnp.abs(few['bits_per_dim'] - bits(jnp.arange(4), label=4)['bits_per_dim']).min() > 0
+
+
+def test_divisor():
+    assert ddpm.build(context(), **TINY).divisor == 2
+    assert ddpm.build(context(image=(32, 32, 3))).divisor == 8
+
+
+@pytest.mark.parametrize(
+    ('options', 'changes', 'says'),
+    [
+        ({'multipliers': (1, 1, 1), 'attention': ()}, {'image': (10, 10, 1)}, ['10', '2 times', 'multiple of 4']),
+        ({'attention': (16,)}, {}, ['attention', '16', r'\[8, 4\]']),
+        ({'multipliers': ()}, {}, ['multipliers']),
+        ({'blocks': 0}, {}, ['blocks']),
+        ({'channels': 7}, {}, ['channels', '7']),
+        ({'conditional': True}, {}, ['conditional', 'label']),
+        ({'sampler': 'dim'}, {}, ['sampler', 'ddim', "'dim'"]),
+        ({'variance': 'large'}, {}, ['variance', 'fixed_large']),
+        ({'prediction': 'noise'}, {}, ['prediction', 'eps']),
+        ({'spacing': 'linear'}, {}, ['spacing', 'uniform']),
+        ({'sample_steps': 21}, {}, ['sample_steps', '20', '21']),
+        ({'bound_steps': 20}, {}, ['bound_steps', '19', '20']),
+        ({'beta_end': 1.0}, {}, ['beta_end']),
+        ({'timesteps': 1}, {}, ['timesteps']),
+        ({'eta': 1.5}, {}, ['eta', '1.5']),
+        ({'dropout': 1.0}, {}, ['dropout']),
+    ],
+)
+def test_refuses_in_one_line(options, changes, says):
+    import re
+
+    with pytest.raises(UserError) as error:
+        ddpm.build(context(**changes), **{**TINY, **options})
+    assert '\n' not in str(error.value)
+    for part in says:
+        assert re.search(part, str(error.value)), str(error.value)

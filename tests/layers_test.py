@@ -1,0 +1,93 @@
+"""Norms and resampling against slow oracles."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
+
+
+def slow_group_norm(x, groups, eps):
+    """Group by group in float64, by the definition."""
+    x = np.asarray(x, np.float64)
+    out = np.empty_like(x)
+    size = x.shape[-1] // groups
+    for n in range(len(x)):
+        for g in range(groups):
+            part = x[n, ..., g * size : (g + 1) * size]
+            out[n, ..., g * size : (g + 1) * size] = (part - part.mean()) / np.sqrt(part.var() + eps)
+    return out
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'most'),
+    [(128, 32, 32), (32, 8, 32), (160, 32, 32), (14, 2, 32), (2, 1, 32), (64, 2, 2)],
+)
+def test_group_norm(channels, groups, most):
+    x = 1 + 2 * jax.random.normal(jax.random.key(0), (2, 3, 5, channels))
+    scale, bias = 1 + 0.3 * jax.random.normal(jax.random.key(1), (2, channels))
+    norm = GroupNorm(most, 1e-2)
+    params = jax.eval_shape(norm.init, jax.random.key(2), x)['params']
+    assert jax.tree.map(jnp.shape, params) == {'scale': (channels,), 'bias': (channels,)}
+    y = jax.jit(norm.apply)({'params': {'scale': scale, 'bias': bias}}, x)
+    np.testing.assert_allclose(y, slow_group_norm(x, groups, 1e-2) * scale + bias, atol=2e-5)
+
+
+def test_group_norm_keeps_its_digits_far_from_zero():
+    """The plain E[x^2] - E[x]^2 is off by thousands here."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 32))
+    far = (x + 1000.0) - 1000.0  # what float32 keeps of x at 1000
+    norm = GroupNorm()
+    apply = jax.jit(lambda x: norm.apply({'params': {'scale': jnp.ones(32), 'bias': jnp.zeros(32)}}, x))
+    np.testing.assert_allclose(apply(x + 1000.0), slow_group_norm(far, 8, 1e-6), atol=1e-4)
+
+
+def test_group_norm_gradient():
+    """The shift inside must not change the derivative: compared with central differences in float64."""
+    x = np.random.default_rng(0).normal(1, 2, (1, 2, 2, 8))
+    weights = np.random.default_rng(1).normal(size=x.shape)
+    norm = GroupNorm()
+    params = {'params': {'scale': jnp.ones(8), 'bias': jnp.zeros(8)}}
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(norm.apply(params, x) * weights)))(jnp.asarray(x, jnp.float32))
+    for place in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[place] = 1e-5
+        rise = np.sum((slow_group_norm(x + step, 2, 1e-6) - slow_group_norm(x - step, 2, 1e-6)) * weights) / 2e-5
+        np.testing.assert_allclose(gradient[place], rise, atol=1e-4)
+
+
+def test_group_norm_in_bfloat16_has_float32_statistics():
+    x = (5 + jax.random.normal(jax.random.key(0), (2, 16, 16, 32))).astype(jnp.bfloat16)
+    params = {'params': {'scale': jnp.ones(32), 'bias': jnp.zeros(32)}}
+    y = jax.jit(GroupNorm(dtype=jnp.bfloat16).apply)(params, x)
+    assert y.dtype == jnp.bfloat16
+    exact = slow_group_norm(x.astype(jnp.float32), 8, 1e-6)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02)  # rounding of the result only
+
+
+def test_resampling():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    np.testing.assert_array_equal(upsample_nearest(x), np.repeat(np.repeat(x, 2, 1), 2, 2))
+    mean = downsample_mean(x)
+    assert mean.shape == (2, 2, 3, 3)
+    np.testing.assert_allclose(mean[1, 1, 2], np.asarray(x)[1, 2:4, 4:6].mean((0, 1)), rtol=1e-6)
+
+
+def test_stride_two_pads_bottom_and_right():
+    """A kernel that picks its top left tap gives pixel (2i, 2j): nothing is padded before it."""
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
+    y = Conv(1, stride=2).apply({'params': {'kernel': kernel, 'bias': jnp.zeros(1)}}, x)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[0, 2], [8, 10]])
+
+
+def test_initial_weights():
+    kernel = jax.jit(Conv(64).init)(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))['params']['kernel']
+    limit = np.sqrt(3 / (9 * (32 + 64) / 2))  # uniform, variance 1 / mean fan
+    assert 0.98 * limit < float(jnp.abs(kernel).max()) <= limit
+    np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.02)
+    small = jax.jit(Dense(64, init=variance_scaling(0)).init)(jax.random.key(0), jnp.zeros((1, 32)))['params']['kernel']
+    assert 0 < float(jnp.abs(small).max()) < 1e-5

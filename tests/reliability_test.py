@@ -1,0 +1,554 @@
+"""Faults and mistakes, provoked for real: kills, signals, damaged files, full disks, not-a-numbers."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from support import ROOT, assert_same, devices, main, metrics, path, saved_state
+
+from jaxgen import config as configs
+from jaxgen.main import run_main
+
+FAMILIES = ('ddpm_digits', 'vae_digits', 'wgan_gp_digits')
+
+
+def start(*args: str, env: dict | None = None) -> subprocess.Popen:
+    """Starts the command in a process of its own; stderr is read by `ended`."""
+    command = [sys.executable, '-u', '-m', 'jaxgen.main', *args]
+    env = {**os.environ, **(env or {})}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f'ended before its time: {process.communicate()[1][-2000:]}'
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.005)
+
+
+def checkpoints(workdir) -> list[int]:
+    folder = os.path.join(workdir, 'checkpoints')
+    return sorted(int(d) for d in os.listdir(folder) if d.isdigit()) if os.path.isdir(folder) else []
+
+
+STEPS = {'ddpm_digits': 60, 'vae_digits': 200, 'wgan_gp_digits': 100}  # enough for a kill to land in the middle
+
+
+def long_run(name: str, workdir, steps: int = 0, save_every: int = 10, **more) -> list[str]:
+    fields = {'train.steps': steps or STEPS[name], 'train.save_every': save_every, 'train.log_every': 7, **more}
+    return [f'--config={path(name)}', f'--workdir={workdir}', *(f'--config.{k}={v}' for k, v in fields.items())]
+
+
+def check_equal_to_uninterrupted(name: str, workdir, tmp_path) -> None:
+    """Goes on with the run in `workdir` and compares it with one that was never stopped."""
+    done = main(*long_run(name, workdir))
+    assert done.returncode == 0, done.stderr
+    assert 'going on from step' in done.stderr
+    whole = tmp_path / 'whole'
+    done = main(*long_run(name, whole))
+    assert done.returncode == 0 and 'going on' not in done.stderr, done.stderr
+    assert_same(saved_state(whole, STEPS[name]), saved_state(workdir, STEPS[name]))
+    assert metrics(whole) == metrics(workdir) and len(metrics(whole)) == STEPS[name] // 7
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_killed_run_goes_on_as_if_nothing_had_been(name, tmp_path):
+    workdir = tmp_path / 'run'
+    process = start(*long_run(name, workdir))
+    wait_for(lambda: checkpoints(workdir), process)
+    process.kill()
+    process.communicate()
+    assert checkpoints(workdir)[-1] < STEPS[name], 'the kill came too late to test anything'
+    check_equal_to_uninterrupted(name, workdir, tmp_path)
+
+
+def test_sigterm_saves_and_goes_on_the_same(tmp_path):
+    workdir = tmp_path / 'run'
+    process = start(*long_run('ddpm_digits', workdir, save_every=1000))
+    wait_for(lambda: os.path.exists(workdir / 'metrics.jsonl') and metrics(workdir), process)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    (step,) = checkpoints(workdir)
+    assert f'saved at step {step}' in stderr and 0 < step < 60
+    done = main(*long_run('ddpm_digits', workdir, save_every=1000))
+    assert f'going on from step {step} of 60' in done.stderr
+    whole = tmp_path / 'whole'
+    main(*long_run('ddpm_digits', whole, save_every=1000))
+    assert_same(saved_state(whole, 60), saved_state(workdir, 60))
+    assert metrics(whole) == metrics(workdir)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_in_compilation_ends_at_once(number, tmp_path):
+    # A rate of its own makes an update that is in no compilation cache.
+    rate = {'optim.lr': 1e-3 + time.time_ns() % 10**9 * 1e-14, 'model.blocks': 2}
+    process = start(*long_run('ddpm_digits', tmp_path / 'run', **rate), env={'JAX_LOG_COMPILES': '1'})
+    for line in process.stderr:
+        if 'MLIR module conversion jit(call)' in line:
+            break
+    time.sleep(0.5)
+    assert process.poll() is None, 'nothing was compiled'
+    began = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert time.monotonic() - began < 2, 'waited for the compile'
+    assert 'Finished XLA compilation of jit(call)' not in stderr, 'the signal came too late to test anything'
+    assert 'nothing to save' in stderr and not checkpoints(tmp_path / 'run')
+
+
+def test_sigterm_in_sampling_saves(tmp_path):
+    """While the grid of step 2 is drawn, which takes minutes."""
+    more = {
+        'train.sample_every': 2,
+        'train.samples': 2048,
+        'model.timesteps': 4000,
+        'model.beta_end': 0.005,
+        'sample.batch': 2048,
+        'train.log_every': 1,
+    }
+    workdir = tmp_path / 'run'
+    process = start(*long_run('ddpm_digits', workdir, save_every=1000, **more))
+    wait_for(lambda: os.path.exists(workdir / 'metrics.jsonl') and len(metrics(workdir)) == 2, process)
+    time.sleep(3)
+    process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75, stderr
+    assert 'saved at step 2' in stderr and checkpoints(workdir) == [2]
+    assert int(saved_state(workdir).step) == 2
+
+
+def test_same_run_twice_and_several_updates_per_call(tmp_path):
+    """Two runs of one config are equal bit for bit; several updates in one program agree to rounding."""
+    base = {'steps': 6, 'save_every': 3, 'log_every': 3}
+    from jaxgen.train import train
+
+    states = []
+    for i, k in enumerate((1, 1, 3)):
+        config = configs.load(path('ddpm_digits')).to_dict()
+        config = configs.make(**configs.deep_update(config, {'train': {**base, 'updates_per_call': k}}))
+        train(config, str(tmp_path / str(i)))
+        states.append(saved_state(tmp_path / str(i), 6))
+    assert_same(states[0], states[1])
+    for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_kept_and_a_trace_on_demand(tmp_path):
+    from jaxgen.train import train
+
+    config = configs.load(path('vae_digits')).to_dict()
+    fields = {'steps': 18, 'save_every': 2, 'log_every': 6, 'keep': 2, 'keep_every': 6, 'sample_every': 0}
+    train(configs.make(**configs.deep_update(config, {'train': fields})), str(tmp_path), profile=True)
+    assert checkpoints(tmp_path) == [6, 12, 16, 18]
+    assert sorted(os.listdir(tmp_path / 'digests')) == ['12.json', '16.json', '18.json', '6.json']
+    assert glob.glob(str(tmp_path / 'profile' / '**' / '*.xplane.pb'), recursive=True)
+
+
+def test_several_updates_per_call_resume_bitwise(tmp_path):
+    from jaxgen.train import train
+
+    config = configs.load(path('vae_digits')).to_dict()
+    base = {'steps': 8, 'save_every': 4, 'log_every': 4, 'updates_per_call': 2, 'sample_every': 0}
+    whole = configs.make(**configs.deep_update(config, {'train': base}))
+    part = configs.make(**configs.deep_update(config, {'train': {**base, 'steps': 4}}))
+    train(whole, str(tmp_path / 'whole'))
+    train(part, str(tmp_path / 'part'))
+    train(whole, str(tmp_path / 'part'))
+    assert_same(saved_state(tmp_path / 'whole', 8), saved_state(tmp_path / 'part', 8))
+    assert metrics(tmp_path / 'whole') == metrics(tmp_path / 'part')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A finished run with checkpoints of steps 2 and 4, to be copied and damaged."""
+    workdir = tmp_path_factory.mktemp('trained')
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={workdir}']) == 0
+    assert checkpoints(workdir) == [2, 4]
+    return workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    import shutil
+
+    return shutil.copytree(trained, tmp_path / 'copy')
+
+
+def biggest(workdir, step: int) -> str:
+    files = glob.glob(os.path.join(workdir, 'checkpoints', str(step), '**', 'd', '*'), recursive=True)
+    return max(files, key=os.path.getsize)
+
+
+def flip_bit(file: str) -> None:
+    with open(file, 'r+b') as f:
+        f.seek(os.path.getsize(file) // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 1]))
+
+
+def truncate(file: str) -> None:
+    os.truncate(file, os.path.getsize(file) // 2)
+
+
+def test_stray_file_and_missing_last_grid(copy, capfd):
+    (copy / 'checkpoints' / '4' / '.DS_Store').write_text('a file manager was here')
+    (copy / 'samples' / 'step_0000004.png').unlink()
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={copy}']) == 0
+    assert 'damaged' not in capfd.readouterr().err
+    assert (copy / 'samples' / 'step_0000004.png').exists()
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_bit, os.remove])
+def test_damaged_checkpoint_the_one_before_is_used(damage, copy, capfd):
+    before = saved_state(copy, 4)
+    damage(biggest(copy, 4))
+    args = ['jaxgen', f'--config={path("vae_digits")}', f'--workdir={copy}']
+    assert run_main(['jaxgen', '--mode=sample', f'--workdir={copy}', '--n=1']) == 0
+    assert 'step 4 is damaged' in capfd.readouterr().err
+    assert checkpoints(copy) == [2, 4], 'sampling changed the checkpoints'
+    assert run_main(args) == 0
+    stderr = capfd.readouterr().err
+    assert 'step 4 is damaged' in stderr and 'going on from step 2' in stderr
+    assert_same(before, saved_state(copy, 4))
+    assert len(os.listdir(copy / 'damaged')) == 1, 'the damaged one is kept aside'
+
+
+def test_truncated_without_digest(copy, capfd):
+    """As a kill leaves it between the save and its digest, and then a torn file."""
+    os.remove(copy / 'digests' / '4.json')
+    for file in glob.glob(str(copy / 'checkpoints' / '4' / '**' / 'manifest.ocdbt'), recursive=True):
+        truncate(file)
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={copy}']) == 0
+    assert 'going on from step 2' in capfd.readouterr().err
+
+
+def test_all_damaged_stops_and_starts_nothing(copy, capfd):
+    for step in (2, 4):
+        truncate(biggest(copy, step))
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={copy}']) == 1
+    stderr = capfd.readouterr().err
+    assert 'none of the checkpoints' in stderr and 'Traceback' not in stderr
+    assert checkpoints(copy) == [2, 4]
+
+
+def test_full_disk(tmp_path):
+    """Files may not grow over a size that the first checkpoint keeps and a bigger one does not."""
+    workdir = tmp_path / 'run'
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={workdir}', '--config.train.steps=2']) == 0
+    good = saved_state(workdir, 2)
+
+    args = [f'--config={path("vae_digits")}', f'--workdir={workdir}', '--config.train.sample_every=0']
+    # The compilation cache is a file too.
+    process = start(*args, env={'JAX_ENABLE_COMPILATION_CACHE': 'false'})
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert 'could not be saved' in stderr and 'step 2 is intact' in stderr, stderr
+    assert 'Traceback' not in stderr
+    assert_same(good, saved_state(workdir, 2))
+    done = main(*args)
+    assert done.returncode == 0 and 'going on from step 2' in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_not_a_number_stops(name, tmp_path, capfd):
+    """A learning rate that blows up after a while: the last good checkpoint is still finite."""
+    networks = '' if name != 'wgan_gp_digits' else '--config.optim.networks.critic.lr=1e36'
+    args = ['jaxgen', *long_run(name, tmp_path, steps=40, save_every=2), '--config.optim.name=sgd']
+    rate = ['--config.optim.lr=1e36', *filter(None, [networks]), '--config.optim.warmup=0', '--config.optim.clip=0.0']
+    assert run_main([*args, *rate]) == 1
+    stderr = capfd.readouterr().err
+    assert 'Traceback' not in stderr
+    assert 'at step' in stderr and ('= nan' in stderr or '= inf' in stderr or 'not finite' in stderr), stderr
+    for step in checkpoints(tmp_path):
+        state = saved_state(tmp_path, step)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_not_a_number_after_a_checkpoint(tmp_path, capfd):
+    """Resumed with weights that were finite, data turned bad: names the step, keeps the checkpoint."""
+    from jaxgen import data
+    from jaxgen.train import train
+
+    config = configs.load(path('vae_digits'))
+    config.train.steps = 6
+    real = data.batches
+
+    def poisoned(*args, start=0, **kwargs):
+        for i, batch in enumerate(real(*args, start=start, **kwargs)):
+            yield batch if start + i < 4 else {'image': np.full(batch['image'].shape, np.nan, np.float32)}
+
+    from jaxgen.errors import RunError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, 'batches', poisoned)
+        with pytest.raises(RunError, match=r'at step 5: stopped; the last good checkpoint is of step 4'):
+            train(config, str(tmp_path))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved_state(tmp_path, 4)))
+
+
+def test_second_training_in_one_directory_is_refused(tmp_path):
+    process = start(*long_run('vae_digits', tmp_path, steps=100_000, save_every=1000))
+    try:
+        wait_for(lambda: os.path.exists(tmp_path / 'metrics.jsonl') and metrics(tmp_path), process)
+        done = main(*long_run('vae_digits', tmp_path))
+        assert done.returncode == 2 and 'another training is running' in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --- mistakes: one line, exit code 2, before any compile
+
+
+@pytest.fixture
+def no_compile():
+    """Fails the test if XLA compiles anything."""
+    compiled = []
+
+    def listen(event: str, duration: float, **_):
+        if 'backend_compile' in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled, 'compiled before the mistake was told'
+
+
+def mistake(capfd, *args: str) -> str:
+    """The one line that a mistake gets."""
+    code = run_main(['jaxgen', *args])
+    out, err = capfd.readouterr()
+    assert code == 2, (code, err)
+    assert err.startswith('jaxgen: error: ') and len(err.splitlines()) == 1, err
+    assert not out
+    return err
+
+
+TINY = f'--config={path("ddpm_digits")}'
+
+
+@pytest.mark.parametrize(
+    'args, says',
+    [
+        ([TINY, '--config.optim.lrate=1'], 'did you mean lr'),
+        ([TINY, '--config.modle.channels=1'], 'did you mean model'),
+        ([TINY, '--config.model.chanels=1'], 'did you mean channels'),
+        ([TINY, '--config.model.channels=wide'], 'must be int'),
+        ([TINY, '--config.model.multipliers=2'], 'must be tuple'),
+        ([TINY, "--config.model.multipliers=('a',)"], 'tuple of int'),
+        ([TINY, '--config.optim.lr=fast'], 'must be float'),
+        ([TINY, '--config.optim.lr=-1.0'], 'more than 0'),
+        ([TINY, '--config.optim.name=adamm'], 'must be one of'),
+        ([TINY, '--config.train.steps'], 'equals sign'),
+        ([TINY, '--config.optim=3'], 'section'),
+        ([TINY, '--config.train.updates_per_call=3'], 'multiple'),
+        ([TINY, '--config.optim.accumulate=3'], 'multiple'),
+        ([TINY, '--config.mesh.fsdp=3'], 'number of devices'),
+        ([TINY, "--config.optim.networks={'denoser': {'lr': 1e-3}}"], 'did you mean denoiser'),
+        ([TINY, "--config.optim.networks={'denoiser': {'lrr': 1e-3}}"], 'did you mean lr'),
+        ([TINY, f'--workdir={__file__}'], 'cannot be written to'),
+        ([TINY, '--config.data.size=9'], '9'),
+        ([TINY, '--config.data.source=cifar11'], 'cifar1'),
+        ([TINY, '--config.family=ddpn'], 'did you mean ddpm'),
+        ([TINY, '--mode=trane'], 'did you mean train'),
+        ([TINY, '--sede=3'], 'sede'),
+        ([TINY, 'train'], 'train'),
+        ([TINY, '--n=lots', '--mode=sample'], 'n'),
+        (['--config=configs/ddpm_digit.py'], 'did you mean ddpm_digits.py'),
+        (['--config=configs/ddpm_digits.py:tini'], 'did you mean tiny'),
+        (['--config=README.md'], 'not a Python file'),
+        ([], '--config'),
+        (['--mode=sample'], '--workdir'),
+        (['--mode=sample', '--workdir=/nonexistent'], 'no run in /nonexistent'),
+        (['--mode=evaluate', '--workdir=/nonexistent'], 'no run in /nonexistent'),
+    ],
+)
+def test_mistakes(args, says, capfd, tmp_path, monkeypatch, no_compile):
+    monkeypatch.chdir(ROOT)
+    if not any(a.startswith(('--workdir', '--mode')) for a in args):
+        args = [*args, f'--workdir={tmp_path}/run']
+    assert says in mistake(capfd, *args)
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path):
+    done = main(TINY, '--config.model.chanels=1', f'--workdir={tmp_path}')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_batch_must_divide_by_devices(tmp_path):
+    done = main(TINY, f'--workdir={tmp_path}', env=devices(3))
+    assert done.returncode == 2 and 'multiple of the number of devices, 3' in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ('def get_config(variant=""):\n    return 1 / 0\n', 'ZeroDivisionError'),
+        ('import nonexistent_module\n', 'nonexistent_module'),
+        ('x = 1\n', 'get_config'),
+        ('def get_config(:\n', 'SyntaxError'),
+        ('def get_config(variant=""):\n    return 3\n', 'get_config'),
+        (
+            'from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, family="ddpm", modle={})\n',
+            'model',
+        ),
+        ('from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, data={})\n', 'family'),
+    ],
+)
+def test_broken_config_files(text, says, capfd, tmp_path, no_compile):
+    file = tmp_path / 'broken.py'
+    file.write_text(text)
+    assert says in mistake(capfd, f'--config={file}', f'--workdir={tmp_path}/run')
+
+
+def picture_folder(tmp_path, n: int = 40):
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (12 + i % 5, 10, 3), np.uint8)).save(folder / f'{i:03d}.png')
+    return folder
+
+
+def test_folders_that_cannot_be_used(capfd, tmp_path, no_compile):
+    base = [TINY, f'--workdir={tmp_path}/run', f'--config.data.dir={tmp_path}/prepared']
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    assert str(empty) in mistake(capfd, *base, f'--config.data.source=folder:{empty}')
+    assert 'nowhere' in mistake(capfd, *base, f'--config.data.source=folder:{tmp_path}/nowhere')
+    (empty / 'notes.txt').write_text('no picture')
+    assert str(empty) in mistake(capfd, *base, f'--config.data.source=folder:{empty}')
+    folder = picture_folder(tmp_path)
+    for i in range(5):
+        file = folder / f'bad{i}.jpg'
+        Image.new('RGB', (64, 64)).save(file)
+        truncate(str(file))
+    stderr = mistake(capfd, *base, f'--config.data.source=folder:{folder}')
+    assert 'bad' in stderr and 'max_corrupt' in stderr
+
+
+def test_folder_of_all_kinds_trains(capfd, tmp_path):
+    """Every mode and size that a person's folder may hold, and one torn file within the share."""
+    folder = picture_folder(tmp_path)
+    for mode in ('L', 'LA', 'P', 'RGBA', '1'):
+        Image.new(mode, (9, 30)).save(folder / f'mode_{mode}.png')
+    Image.new('CMYK', (20, 20), (10, 20, 30, 40)).save(folder / 'cmyk.jpg')
+    Image.fromarray(np.full((7, 7), 40_000, np.uint16)).save(folder / 'deep.png')
+    Image.new('RGB', (1, 1), (1, 2, 3)).save(folder / 'one_pixel.png')
+    torn = folder / 'torn.jpg'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(torn)
+    truncate(str(torn))
+    args = [TINY, f'--workdir={tmp_path}/run', f'--config.data.dir={tmp_path}/prepared']
+    fields = [f'--config.data.source=folder:{folder}', '--config.data.max_corrupt=0.05', '--config.data.channels=3']
+    assert run_main(['jaxgen', *args, *fields]) == 0
+    stderr = capfd.readouterr().err
+    assert 'torn.jpg' in stderr
+    assert checkpoints(tmp_path / 'run')[-1] == 4
+
+
+def test_resume_with_another_config_names_the_field(copy, capfd):
+    base = [f'--config={path("vae_digits")}', f'--workdir={copy}']
+    assert 'model.latent' in mistake(capfd, *base, '--config.model.latent=7')
+    assert 'optim.lr' in mistake(capfd, *base, '--config.optim.lr=0.5')
+    assert 'data.batch' in mistake(capfd, *base, '--config.data.batch=16')
+    # What says how far, how often and how to measure may change.
+    more = ['--config.train.steps=5', '--config.train.log_every=5', '--config.model.iwae_samples=2']
+    assert run_main(['jaxgen', *base, *more]) == 0
+    assert checkpoints(copy)[-1] == 5
+    capfd.readouterr()
+    # Where the learning rate falls to 0 at the last update, that one is part of what an update computes.
+    assert 'train.steps' in mistake(capfd, *base, '--config.train.steps=6', '--config.optim.schedule=linear')
+
+
+def test_weights_of_another_model_are_named(copy, capfd):
+    config = json.loads((copy / 'config.json').read_text())
+    config['model']['latent'] = 7
+    (copy / 'config.json').write_text(json.dumps(config))
+    stderr = mistake(capfd, '--mode=sample', f'--workdir={copy}')
+    assert 'another model' in stderr and 'coder' in stderr
+    (copy / 'config.json').write_text('{')
+    assert 'damaged' in mistake(capfd, '--mode=sample', f'--workdir={copy}')
+
+
+def test_conditions_that_do_not_exist(copy, capfd):
+    assert 'no condition' in mistake(capfd, '--mode=sample', f'--workdir={copy}', '--condition=label=3')
+    assert 'NUMBER' in mistake(capfd, '--mode=sample', f'--workdir={copy}', '--condition=label=three')
+
+
+def test_samples_that_are_not_numbers_stop(trained):
+    import dataclasses
+
+    import jaxgen
+    from jaxgen.errors import RunError
+
+    run = jaxgen.load(str(trained))
+    broken = run.state.replace(ema=jax.tree.map(lambda x: x * np.nan, run.state.ema))
+    with pytest.raises(RunError, match='sample 0 is not finite'):
+        dataclasses.replace(run, state=broken).sample(n=2)
+    with pytest.raises(RunError, match='not finite for example 0'):
+        dataclasses.replace(run, state=broken).evaluate()
+
+
+def test_no_checkpoint_yet(copy, capfd):
+    import shutil
+
+    shutil.rmtree(copy / 'checkpoints')
+    assert 'no checkpoint yet' in mistake(capfd, '--mode=sample', f'--workdir={copy}')
+
+
+def two_hosts(*args: str) -> list[subprocess.Popen]:
+    """The command on two hosts of one device each."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    common = {
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+        'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    }
+    return [start('--multihost', *args, env={**common, 'JAX_PROCESS_ID': str(i)}) for i in range(2)]
+
+
+def test_two_hosts_equal_one(tmp_path):
+    """Two processes with a device each train like one process with two."""
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    for process in two_hosts(*long_run('vae_digits', two, steps=20)):
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 0, stderr
+    done = main(*long_run('vae_digits', one, steps=20), env=devices(2))
+    assert done.returncode == 0, done.stderr
+    a, b = saved_state(one, 20), saved_state(two, 20)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_hosts_stop_together(tmp_path):
+    """SIGTERM to one of two: both stop, at one step, and it is saved."""
+    hosts = two_hosts(*long_run('vae_digits', tmp_path, steps=1_000_000, save_every=1_000_000))
+    wait_for(lambda: os.path.exists(tmp_path / 'metrics.jsonl') and metrics(tmp_path), hosts[0])
+    hosts[1].terminate()
+    for process in hosts:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 75, stderr
+    (step,) = checkpoints(tmp_path)
+    assert f'saved at step {step};' in stderr and int(saved_state(tmp_path).step) == step
