@@ -37,7 +37,7 @@ def get_config(variant: str = ''):
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
-                evaluate=dict(batch=8, n=8),
+                evaluate=dict(batch=8, examples=8),
             ),
         },
     )

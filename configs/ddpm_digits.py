@@ -28,6 +28,7 @@ def get_config(variant: str = ''):
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
                 data=dict(batch=8),
@@ -35,7 +36,7 @@ def get_config(variant: str = ''):
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
-                evaluate=dict(batch=8, n=8),
+                evaluate=dict(batch=8, examples=8, features='none'),
             ),
             'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
         },

@@ -26,6 +26,7 @@ def get_config(variant: str = ''):
         ),
         optim=dict(lr=1e-3, schedule='cosine', ema=0.999, ema_warmup=True),
         train=dict(steps=6000, updates_per_call=50, log_every=500, save_every=3000, sample_every=3000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
                 data=dict(batch=8),
@@ -33,7 +34,7 @@ def get_config(variant: str = ''):
                 optim=dict(lr=3e-3, schedule='constant'),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
-                evaluate=dict(batch=8, n=8),
+                evaluate=dict(batch=8, examples=8, features='none'),
             ),
         },
     )

@@ -24,7 +24,7 @@ def get_config(variant: str = ''):
                 model=dict(latent=8, width=8),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
-                evaluate=dict(batch=8, n=8),
+                evaluate=dict(batch=8, examples=8),
             ),
         },
     )

@@ -72,6 +72,8 @@ DEFAULTS: dict[str, Any] = {
         'keep_every': 0,  # and every checkpoint at a multiple of this, 0: none
         'sample_every': 500,  # 0: only at the end
         'samples': 64,  # pictures of a grid
+        'evaluate_every': 0,  # 0: never; figures of config.evaluate into the logs
+        'evaluate_samples': 2000,  # drawn for them
     },
     'mesh': {
         'fsdp': 1,  # devices that share one copy of the weights
@@ -81,7 +83,11 @@ DEFAULTS: dict[str, Any] = {
     },
     'evaluate': {
         'batch': 256,  # examples measured at once
-        'n': 0,  # examples of the test split, 0: all
+        'examples': 0,  # of the test split, for the family's own figures; 0: all
+        'samples': 50_000,  # drawn, for the figures of sets of pictures
+        'features': 'none',  # the network that those are measured with: inception | run:PATH | none
+        'inception': '',  # file with the weights of the former
+        'split': 'train',  # what samples are held against: train, as in most papers, or test
     },
 }
 
@@ -92,17 +98,18 @@ CHOICES = {
     'optim.name': ('adam', 'adamw', 'rmsprop', 'sgd'),
     'optim.schedule': ('constant', 'linear', 'cosine'),
     'train.dtype': ('float32', 'bfloat16'),
+    'evaluate.split': ('train', 'test'),
 }
 POSITIVE = (
     *('data.size', 'data.batch', 'data.threads', 'optim.lr', 'optim.accumulate'),
     *('train.steps', 'train.updates_per_call', 'train.log_every', 'train.save_every', 'train.keep'),
-    *('train.samples', 'mesh.fsdp', 'sample.batch', 'evaluate.batch'),
+    *('train.samples', 'train.evaluate_samples', 'mesh.fsdp', 'sample.batch', 'evaluate.batch', 'evaluate.samples'),
 )
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
-    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples)|sample\..*|evaluate\..*'
-    r'|data\.(dir|threads|cache_mb|max_corrupt)'
+    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples)'
+    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt)'
 )
 
 
@@ -233,7 +240,7 @@ def check(resolved: dict) -> None:
         if name.get('name', 'adam') not in CHOICES['optim.name']:
             raise UserError(f'config.optim.networks: {name["name"]!r} is not one of {CHOICES["optim.name"]}')
     k = train['updates_per_call']
-    for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every'):
+    for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every', 'evaluate_every'):
         if train[name] < 0 or train[name] % k:
             raise UserError(
                 f'config.train.{name} = {train[name]} must be a multiple of config.train.updates_per_call = {k}'
@@ -246,6 +253,11 @@ def check(resolved: dict) -> None:
         raise UserError("config.data.features must hold 'image'")
     if not 0 <= optim['ema'] < 1:
         raise UserError(f'config.optim.ema must be in [0, 1); it is {optim["ema"]}')
+    features = resolved['evaluate']['features']
+    if features not in ('none', 'inception') and not features.startswith('run:'):
+        raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")
+    if train['evaluate_every'] and features == 'none':
+        raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
     if data['box'] and len(data['box']) != 4:
         raise UserError('config.data.box must be (top, left, height, width)')
     if not 0 < data['test_share'] < 1:

@@ -53,19 +53,23 @@ class State(flax.struct.PyTreeNode):
 class Family(NamedTuple):
     """The pure functions that `build` returns. All are traced: no Python side effects.
 
-    `batch` is a dict of arrays with a leading batch axis. In `init`, `update`, `evaluate` and
-    `encode` it holds what the data gives: 'image' float32 [n, H, W, C] in [-1, 1], and labels and
-    other conditions by name; in `evaluate` also 'index' int32 [n], the number of each example. In
-    `sample` it holds 'index', the number of each sample, and the arrays named in `conditions`.
+    `batch` is a dict of arrays with a leading batch axis. In `init`, `update` and `evaluate` it holds
+    what the data gives: 'image' float32 [n, H, W, C] in [-1, 1], and labels and other conditions by
+    name; in `evaluate` also 'index' int32 [n], the number of each example. In `sample` it holds
+    'index', the number of each sample, and the arrays named in `conditions`. `encode` and `classify`
+    may count on 'image' alone.
     `frozen` holds the weights of earlier stages, {} for most families.
     """
 
     init: Callable  # (rng, batch, frozen) -> State
     update: Callable  # (state, frozen, batch, rng) -> (state, {name: scalar})
-    sample: Callable  # (state, frozen, batch, rng) -> images float32 [n, H, W, C] in [-1, 1]
+    sample: (
+        Callable | None
+    )  # (state, frozen, batch, rng) -> images float32 [n, H, W, C] in [-1, 1]; None: it draws none
     evaluate: Callable  # (state, frozen, batch, rng) -> {name: [n]}, one value per example
-    encode: Callable | None = None  # (state, frozen, batch, rng) -> latents [n, ...]
+    encode: Callable | None = None  # (state, frozen, batch, rng) -> latents or features [n, ...]
     decode: Callable | None = None  # (state, frozen, latents, rng) -> images [n, H, W, C]
+    classify: Callable | None = None  # (state, frozen, batch, rng) -> logits [n, classes]
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume

@@ -1,16 +1,33 @@
-"""Measures a state on the test split: the family's own per-example figures, with standard errors."""
+"""Measures a model: the family's own figures on the test split, and its samples against a data set.
+
+The first are per example, with standard errors (`measure`). The second come from a network that
+looks at pictures (`Evaluator`): distances between two sets of pictures, and what each holds of the other.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 
-from jaxgen import sharding
-from jaxgen.errors import RunError
-from jaxgen.sample import to_inside
+from jaxgen import data, log, sample, sharding
+from jaxgen.errors import RunError, UserError
+from jaxgen.metrics import features as networks
+from jaxgen.metrics import neighbours, scores
+from jaxgen.metrics.moments import frechet
+from jaxgen.metrics.statistics import Statistics, cached, gather
+
+KID_SUBSET = 1000  # pictures of one of KID's subsets (Binkowski et al. 2018)
+ENOUGH = 10  # pictures per dimension: with fewer, the Frechet distance is mostly bias
 
 
 @functools.cache
@@ -18,7 +35,7 @@ def program(family):
     """The jitted evaluation of a family: -> {name: [n]}."""
 
     def evaluate(state, frozen, batch, seed):
-        return family.evaluate(state, frozen, to_inside(batch), jax.random.key(seed))
+        return family.evaluate(state, frozen, sample.to_inside(batch), jax.random.key(seed))
 
     return jax.jit(evaluate)
 
@@ -26,7 +43,7 @@ def program(family):
 def measure(
     family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]
 ) -> dict[str, dict]:
-    """{name: {'mean', 'stderr', 'n'}} over the first n examples of `source` (0: all).
+    """{name: {'value', 'stderr', 'n'}}: means over the first n examples of `source` (0: all).
 
     The batch that the family gets holds 'index', the example's number, beside the data, so that
     random estimates depend on the example and the seed only.
@@ -50,5 +67,180 @@ def measure(
         if not np.isfinite(values).all():
             raise RunError(f'{name} is not finite for example {int(np.argmin(np.isfinite(values)))} of the test split')
         stderr = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-        results[name] = {'mean': float(values.mean()), 'stderr': stderr, 'n': n}
+        results[name] = {'value': float(values.mean()), 'stderr': stderr, 'n': n}
     return results
+
+
+def figures(fake: Statistics, real: Statistics, name: str, training: bool) -> dict[str, dict]:
+    """{figure/name: {'value', 'n', 'n_reference', ...}} of pictures against a data set.
+
+    frechet            distance of two Gaussians (FID, where the network is Inception)
+    sfid               the same of spatial features (Nash et al. 2021)
+    kid                squared maximum mean discrepancy, mean over subsets
+    inception_score    of the pictures alone
+    precision, recall  share of each set in the other's neighbourhoods of 3; sets of one size
+    density, coverage  the same with neighbourhoods of 5, robust to outliers
+    authenticity       share of pictures that are not copies of training pictures
+    modes, class_kl    classes that are met; divergence of their shares from the data's, nats
+
+    Args:
+      name: the network's.
+      training: the data set is what the model was trained on; authenticity is of nothing else.
+    """
+    n, n_reference = fake.moments.n, real.moments.n
+    found = {'frechet': {'value': frechet(fake.moments, real.moments), 'n': n, 'n_reference': n_reference}}
+    if fake.spatial is not None:
+        found['sfid'] = {'value': frechet(fake.spatial, real.spatial), 'n': n, 'n_reference': n_reference}
+    m = min(len(fake.features), len(real.features))  # kept of either side
+    subset = min(KID_SUBSET, m)
+    value, std = scores.kernel_distance(fake.features, real.features, size=subset)
+    found['kid'] = {'value': value, 'std': std, 'n': len(fake.features), 'n_reference': len(real.features)}
+    found['kid']['subset'] = subset
+    if fake.logits is not None:
+        value, std = scores.inception_score(fake.logits)
+        found['inception_score'] = {'value': value, 'std': std, 'n': len(fake.logits)}
+    shares = neighbours.neighbourhood(real.features[:m], fake.features[:m])
+    authenticity = shares.pop('authenticity')
+    for figure, value in shares.items():
+        found[figure] = {'value': value, 'n': m, 'n_reference': m}
+    if training:
+        if m < len(real.features):  # a copy is found only where its original is
+            authenticity = neighbours.neighbourhood(real.features, fake.features)['authenticity']
+        found['authenticity'] = {'value': authenticity, 'n': m, 'n_reference': len(real.features)}
+    if fake.logits is not None:
+        modes, kl = scores.class_balance(fake.logits, real.counts)
+        found['modes'] = {'value': modes, 'n': len(fake.logits), 'of': len(real.counts)}
+        found['class_kl'] = {'value': kl, 'n': len(fake.logits), 'n_reference': int(real.counts.sum())}
+    return {f'{figure}/{name}': entry for figure, entry in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """A network that looks at pictures, and the data set that they are held against."""
+
+    features: networks.Features
+    section: dict  # the config's section `data`: the set, and what is done to its pictures
+    split: str
+    mesh: object
+    size: int  # pictures in one batch of the network
+
+    @functools.cached_property
+    def source(self):
+        return data.dataset({**self.section, 'features': ('image',)}, self.split)
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        return (self.section['size'], self.section['size'], self.section['channels'])
+
+    @property
+    def cache(self) -> str:
+        return os.path.join(data.root(self.section), 'statistics')
+
+    def check(self, n: int) -> None:
+        """Raises UserError where n pictures, or the data set, are too few to be measured; warns where they are few."""
+        outputs = self.features.shapes(self.image)
+        widest = max(outputs['features'], outputs.get('spatial', 0))
+        for count, what in ((n, 'pictures'), (len(self.source), f'pictures in the split {self.split!r}')):
+            if count <= widest:
+                raise UserError(
+                    f'{count} {what} are too few: the Frechet distance of {widest} features ({self.features.name}) '
+                    f'needs more than {widest} pictures on either side'
+                )
+        if n < ENOUGH * outputs['features']:
+            log.say(
+                f'{n} pictures are few for {outputs["features"]} features: their Frechet distance is biased upwards, '
+                'so compare it with others of as many pictures only'
+            )
+
+    def batch(self, n: int) -> int:
+        return sharding.round_up(self.mesh, min(self.size, n))
+
+    def extract(self, images: np.ndarray, n: int) -> dict[str, np.ndarray]:
+        """Outputs of the network for uint8 images [b, H, W, C], some of a set of n, in batches of one shape."""
+        size = self.batch(n)
+        cuts = range(0, len(images), size)
+        parts = [networks.extract(self.features, self.mesh, images[i : i + size], size) for i in cuts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    @functools.cached_property
+    def reference(self) -> Statistics:
+        """Of the data set, from the cache if it is there."""
+        n = len(self.source)
+
+        def pieces() -> Iterator[dict]:
+            size = self.batch(n)
+            with log.bar(n, f'{self.split} split of {self.section["source"]}') as bar:
+                for start in range(0, n, size):
+                    yield self.extract(self.source.take(np.arange(start, min(start + size, n)))['image'], n)
+                    bar.update(min(size, n - start))
+
+        key = f'{self.source.identity} n={n} {self.features.digest}'
+        title = f'{self.section["source"].partition(":")[0].replace("/", "_")}-{self.split}-{self.features.name}'
+        return cached(self.cache, title, key, lambda: gather(pieces(), n))
+
+    def figures(self, pieces: Iterable[dict], n: int) -> dict[str, dict]:
+        """The figures of n pictures, from what `extract` gave of them, piece by piece."""
+        real = self.reference  # before the pieces are made: it has a progress bar of its own
+        return figures(gather(pieces, n), real, self.features.name, self.split == 'train')
+
+    def about(self) -> dict:
+        """What stands in evaluation.json of how it was measured."""
+        outputs = self.features.shapes(self.image)
+        return {
+            'features': {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs},
+            'reference': {'source': self.section['source'], 'split': self.split, 'n': len(self.source)},
+        }
+
+
+def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Callable[[int], None]) -> Iterator[dict]:
+    """Outputs of the evaluator's network for n samples of a run, piece by piece.
+
+    Every piece is kept in the run's directory until `forget`, so that what was stopped goes on
+    where it was.
+    """
+    wanted = sample.batches(run.assembled, run.config, n, {})
+    size = sharding.round_up(run.assembled.mesh, min(run.config.sample.batch, n))
+    folder = piece_folder(run, evaluator, size, seed)
+    for start in range(0, n, size):
+        batch = {k: v[start : start + size] for k, v in wanted.items()}
+        path = os.path.join(folder, f'{start:08d}.npz')
+        piece = read_piece(path, len(batch['index']))
+        if sharding.any_host(piece is None):
+            images = sample.draw_batch(
+                run.assembled.family, run.state, run.assembled.frozen, run.assembled.mesh, batch, size, seed
+            )
+            piece = evaluator.extract(images, n)
+            if jax.process_index() == 0:
+                os.makedirs(folder, exist_ok=True)
+                new = f'{path}.{uuid.uuid4().hex}.new'
+                with open(new, 'wb') as file:
+                    np.savez(file, **piece)
+                os.replace(new, path)
+        progress(start + len(batch['index']))
+        yield piece
+
+
+def piece_folder(run, evaluator: Evaluator, size: int, seed: int) -> str:
+    """Where the pieces of one evaluation lie: by all that decides what is in them."""
+    config, weights = run.config.to_dict(), (run.state.ema, run.state.extra, run.assembled.frozen)
+    key = [config['family'], config['model'], config['data'], networks.digest(weights), seed, size]
+    key += [evaluator.features.digest, jax.__version__]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return os.path.join(run.workdir, 'evaluation', name)
+
+
+def read_piece(path: str, n: int) -> dict[str, np.ndarray] | None:
+    """A piece of n samples, or None if it is of another number or damaged."""
+    try:
+        with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
+            piece = {name: file[name] for name in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return piece if piece and all(len(x) == n for x in piece.values()) else None
+
+
+def forget(run) -> None:
+    """Removes the pieces of all evaluations of a run; call it once the figures are written."""
+    sharding.barrier('forget')
+    if jax.process_index() == 0:
+        shutil.rmtree(os.path.join(run.workdir, 'evaluation'), ignore_errors=True)

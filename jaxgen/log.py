@@ -22,6 +22,11 @@ def say(message: str) -> None:
     tqdm.write(f'jaxgen: {message}', file=sys.stderr)
 
 
+def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
+    """A progress bar of pictures, on stderr."""
+    return tqdm(total=total, desc=what or None, unit='image', dynamic_ncols=True, file=sys.stderr, disable=quiet)
+
+
 class Meter:
     """Means of the updates' logs since the last line. Its state is saved in the checkpoint, so that a
     resumed run writes the same lines as one that was never stopped."""
@@ -84,6 +89,19 @@ class Writer:
         for name, value in {**means, **clock}.items():
             self.board.add_scalar(name, value, step)
 
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        """A line of its own for what was measured at a step."""
+        self.file.write(json.dumps({'step': step, 'examples': step * self.images_per_step, **values}) + '\n')
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def has_figures(self, step: int) -> bool:
+        """Whether `figures` has written for this step."""
+        with open(self.path, encoding='utf-8') as file:
+            lines = map(json.loads, file)
+            return any(line['step'] == step and 'seconds' not in line for line in lines)
+
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         self.board.add_image(name, grid, step, dataformats='HWC')
 
@@ -139,6 +157,7 @@ def save_png(path: str, image: np.ndarray) -> None:
 
 def save_json(path: str, value) -> None:
     """Writes JSON, whole or not at all."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with open(path + '.new', 'w', encoding='utf-8') as file:
         json.dump(value, file, indent=2)
         file.write('\n')

@@ -3,7 +3,9 @@
 Modes:
   train     train the config's run, or go on with it from its newest checkpoint (the default)
   sample    draw images from a trained run: PNG files, a grid and an .npz
-  evaluate  measure a trained run on the test split: evaluation.json
+  evaluate  measure a trained run: its own figures on the test split, and its samples against the
+            data, with the network named by --features; or a folder of pictures, --images=FOLDER,
+            against the data of --config: evaluation.json
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
 
 `sample` and `evaluate` read the run's own saved config, so `--workdir` is enough. Any field is
@@ -30,9 +32,8 @@ import shutil
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from jaxgen import checkpoint, data, describe, log, sharding
+from jaxgen import checkpoint, data, describe, evaluate, log, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -48,8 +49,16 @@ def define_flags() -> flags.FlagValues:
     string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
     string('out', '', 'sample: where the pictures go; default WORKDIR/samples/...', flag_values=values)
     string('weights', 'ema', 'sample, evaluate: ema | params', flag_values=values)
-    integer('n', 0, 'how many: samples (default 64), test examples (default all)', flag_values=values)
-    integer('seed', 0, 'sample: of the noise', flag_values=values)
+    integer('n', 0, 'how many samples; default 64, in evaluate config.evaluate.samples', flag_values=values)
+    integer('seed', 0, 'sample, evaluate: of the noise', flag_values=values)
+    string('features', '', 'evaluate: inception | run:PATH | none, the network to measure with', flag_values=values)
+    string('inception', '', 'evaluate: file with the weights of Inception', flag_values=values)
+    string(
+        'images',
+        '',
+        'evaluate: a folder of pictures instead of a run, against the data of --config',
+        flag_values=values,
+    )
     flags.DEFINE_multi_string('condition', [], 'sample: NAME=VALUE, e.g. label=3', flag_values=values)
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
@@ -87,11 +96,11 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str) -> 
     if first and out == own:
         shutil.rmtree(out, ignore_errors=True)  # of a larger n
     images = []
-    with tqdm(total=n, unit='image', file=sys.stderr, disable=not first) as bar:
+    with log.bar(n, quiet=not first) as bar:
         for piece in pieces:
             for image in piece:
                 if first:
-                    log.save_png(os.path.join(out, f'{len(images):05d}.png'), image)
+                    log.save_png(os.path.join(out, 'images', f'{len(images):05d}.png'), image)
                 images.append(image)
             bar.update(len(piece))
     if not first:
@@ -102,27 +111,56 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str) -> 
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
 
-def evaluate_mode(run, n: int) -> None:
-    total = len(data.dataset(run.config.data, 'test'))
-    with tqdm(total=min(n or run.config.evaluate.n or total, total), unit='image', file=sys.stderr) as bar:
-        metrics = run.evaluate(n, lambda done: bar.update(done - bar.n))
+def evaluate_mode(run, seed: int) -> None:
+    """The family's own figures, and those of its samples, into WORKDIR/evaluation.json."""
+    config, family = run.config.evaluate, run.assembled.family
+    evaluator = None
+    if config.features != 'none' and family.sample is not None:
+        evaluator = runs.make_evaluator(run.config, run.assembled.mesh)
+        evaluator.check(config.samples)
+    record = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
+    metrics = run.measure()
+    if evaluator is not None:
+        metrics |= run.compare(evaluator, config.samples, seed)
+        record |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
+    save_evaluation(os.path.join(run.workdir, 'evaluation.json'), record, metrics)
+    evaluate.forget(run)
+
+
+def images_mode(config, folder: str, out: str) -> None:
+    """The figures of a folder of pictures against the data set of a config."""
+    if config.evaluate.features == 'none':
+        raise UserError('--images needs --features=inception or --features=run:PATH: the network to measure with')
+    evaluator = runs.make_evaluator(config, sharding.make_mesh(config.mesh.fsdp))
+    pictures = data.Pictures(folder, evaluator.image)
+    evaluator.check(len(pictures))
+
+    def pieces():
+        size = evaluator.batch(len(pictures))
+        with log.bar(len(pictures), folder, jax.process_index() != 0) as bar:
+            for start in range(0, len(pictures), size):
+                images = pictures[start : start + size]
+                yield evaluator.extract(images, len(pictures))
+                bar.update(len(images))
+
+    metrics = evaluator.figures(pieces(), len(pictures))
+    out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
+    record = {'images': {'folder': os.path.abspath(folder), 'n': len(pictures)}, **evaluator.about()}
+    save_evaluation(os.path.join(out, 'evaluation.json'), record, metrics)
+
+
+def save_evaluation(path: str, record: dict, metrics: dict[str, dict]) -> None:
+    """Writes evaluation.json and prints the figures."""
     if jax.process_index() != 0:
         return
-    device = jax.devices()[0]
-    record = {
-        'step': run.step,
-        'weights': run.weights,
-        'split': 'test',
-        'seed': run.config.seed,
-        'metrics': metrics,
-        'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
-        'device': f'{jax.device_count()} x {device.device_kind}',
-    }
-    path = os.path.join(run.workdir, 'evaluation.json')
-    log.save_json(path, record)
     for name, m in metrics.items():
-        print(f'{name}: {m["mean"]:.4f} +- {m["stderr"]:.4f} ({m["n"]} examples)')
-    log.say(f'by the {run.weights} weights of step {run.step}: {path}')
+        spread = next((f' +- {m[key]:.4g} ({key})' for key in ('stderr', 'std') if key in m), '')
+        against = f' against {m["n_reference"]}' if 'n_reference' in m else ''
+        print(f'{name}: {m["value"]:.6g}{spread}, n = {m["n"]}{against}')
+    device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
+    log.save_json(path, {**record, 'metrics': metrics, 'versions': versions, 'device': device})
+    log.say(f'written to {path}')
 
 
 def main(argv: list[str]) -> None:
@@ -154,12 +192,18 @@ def main(argv: list[str]) -> None:
             print(json.dumps(describe.describe(config, runs.assemble(config)), indent=2))
         return
     condition = dict(number(text) for text in values.condition)
+    given = {'features': values.features, 'inception': values.inception, 'samples': values.n}
+    overrides += [f'--config.evaluate.{name}={value}' for name, value in given.items() if value]
+    if values.images and mode == 'evaluate':
+        config = runs.saved_config(values.workdir) if values.workdir else configs.load(values.config)
+        images_mode(configs.override(config, overrides), values.images, values.out)
+        return
     config = configs.override(runs.saved_config(workdir), overrides)
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate')
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out)
     else:
-        evaluate_mode(run, values.n)
+        evaluate_mode(run, values.seed)
 
 
 def run_main(argv: list[str]) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, optim, sample, sharding
+from jaxgen import data, evaluate, log, optim, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State
 from jaxgen.errors import UserError
+from jaxgen.metrics import features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +108,45 @@ class Run:
         batches = sample.batches(a, self.config, n, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
 
-    def evaluate(self, n: int = 0, progress: Callable[[int], None] = lambda done: None) -> dict[str, dict]:
-        """Means over the test split, {name: {'mean', 'stderr', 'n'}}; n = 0: config.evaluate.n examples."""
-        a = self.assembled
-        return evaluate.measure(
-            a.family, self.state, a.frozen, a.mesh, data.dataset(self.config.data, 'test'),
-            n or self.config.evaluate.n, self.config.evaluate.batch, self.config.seed, progress,
-        )  # fmt: skip
+    def measure(self) -> dict[str, dict]:
+        """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
+        config.evaluate.examples examples (0: all)."""
+        a, c = self.assembled, self.config
+        source = data.dataset(c.data, 'test')
+        n = min(c.evaluate.examples or len(source), len(source))
+        with log.bar(n, 'test split', jax.process_index() != 0) as bar:
+            return evaluate.measure(
+                a.family, self.state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
+                lambda done: bar.update(done - bar.n),
+            )  # fmt: skip
+
+    def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
+        """Figures of n samples against a data set; see evaluate.figures."""
+        with log.bar(n, 'samples', jax.process_index() != 0) as bar:
+            pieces = evaluate.sample_features(self, evaluator, n, seed, lambda done: bar.update(done - bar.n))
+            return evaluator.figures(pieces, n)
+
+
+def make_evaluator(config: ConfigDict, mesh) -> evaluate.Evaluator:
+    """The network of config.evaluate.features, and the data set of config.data.
+
+    Raises:
+      UserError: there is no such network, or it does not read such pictures.
+    """
+    which, section = config.evaluate.features, config.data.to_dict()
+    if which == 'inception':
+        network = features.of_inception(config.evaluate.inception, os.path.join(data.root(section), 'weights'), mesh)
+    else:
+        path = which.removeprefix('run:')
+        if not os.path.isfile(os.path.join(path, 'config.json')):
+            raise UserError(
+                f'config.evaluate.features = {which!r}: no run in {path}; train it first, or --features=none'
+                ' for the figures that need no other network'
+            )
+        network = features.of_run(load(path, mesh=mesh))
+    evaluator = evaluate.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)
+    network.shapes(evaluator.image)  # whether it reads such pictures
+    return evaluator
 
 
 def saved_config(workdir: str) -> ConfigDict:

@@ -36,9 +36,11 @@ def batches(assembled, config, n: int, condition: dict[str, int]) -> dict[str, n
     low-resolution image) comes from the test split, in order.
 
     Raises:
-      UserError: a condition that the family does not have, or a value out of range.
+      UserError: the family draws nothing, has no such condition, or a value is out of range.
     """
     family, spec = assembled.family, assembled.spec
+    if family.sample is None:
+        raise UserError(f'a {config.family} draws no pictures: there is nothing to sample')
     for name, value in condition.items():
         if name not in family.conditions:
             has = f'its conditions: {", ".join(family.conditions)}' if family.conditions else 'it has none'
@@ -68,8 +70,13 @@ def draw(family, state, frozen, mesh, batch: dict, n: int, size: int, seed: int)
     size = sharding.round_up(mesh, min(size, n))
     for start in range(0, n, size):
         piece = {k: v[start : start + size] for k, v in batch.items()}
-        placed, real = sharding.put_padded(mesh, piece, size)
-        images, finite = map(sharding.to_host, program(family)(state, frozen, placed, seed))
-        if not finite[:real].all():
-            raise RunError(f'sample {piece["index"][np.argmin(finite[:real])]} is not finite: stopped')
-        yield images[:real]
+        yield draw_batch(family, state, frozen, mesh, piece, size, seed)
+
+
+def draw_batch(family, state, frozen, mesh, batch: dict, size: int, seed: int) -> np.ndarray:
+    """Images of `batch` (host arrays [n, ...], n <= size), uint8; the program runs on `size` of them."""
+    placed, real = sharding.put_padded(mesh, batch, size)
+    images, finite = map(sharding.to_host, program(family)(state, frozen, placed, seed))
+    if not finite[:real].all():
+        raise RunError(f'sample {batch["index"][np.argmin(finite[:real])]} is not finite: stopped')
+    return images[:real]

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxgen import config as configs
 from jaxgen import data, interrupt, log, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import RunError, UserError
-from jaxgen.run import Assembled, assemble, init_state, saved_config
+from jaxgen.run import Assembled, assemble, init_state, make_evaluator, saved_config
 
 # With several hosts, calls between two agreements on whether one of them has been told to stop.
 CALLS_PER_AGREEMENT = 10
@@ -104,6 +105,11 @@ class Training:
             self.state, self.meter = self.fresh(), log.Meter()
         if self.first:
             log.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
+        self.evaluator = None
+        if config.train.evaluate_every and a.family.sample is not None:
+            self.evaluator = make_evaluator(config, a.mesh)
+            self.evaluator.check(config.train.evaluate_samples)
+            _ = self.evaluator.reference  # computed now, where a signal loses nothing
         self.step = int(self.state.step)
         self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
         self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
@@ -175,6 +181,8 @@ class Training:
 
     def grid(self) -> None:
         """Draws samples, from the same noise each time."""
+        if self.a.family.sample is None:
+            return
         n = self.config.train.samples
         wanted = sample.batches(self.a, self.config, n, {})
         size = self.config.sample.batch
@@ -185,15 +193,39 @@ class Training:
             self.writer.image(self.step, 'samples', sheet)
             self.writer.pause()
 
+    def evaluate(self) -> None:
+        """Draws samples, the same each time, and writes the figures that they get."""
+        n, family = self.config.train.evaluate_samples, self.a.family
+        wanted = sample.batches(self.a, self.config, n, {})
+        images = sample.draw(family, self.state, self.frozen, self.a.mesh, wanted, n, self.config.sample.batch, 0)
+        found = self.evaluator.figures((self.evaluator.extract(piece, n) for piece in images), n)
+        if self.writer:
+            self.writer.figures(self.step, {name: figure['value'] for name, figure in found.items()})
+            self.writer.pause()
+
+    def report(self, again: bool = False) -> None:
+        """What is due at this step: a grid, figures. `again`: only what is not there, stopped while it was made."""
+        train, end = self.config.train, self.step >= self.config.train.steps
+
+        def wanted(every: int, there: Callable[[], bool]) -> bool:  # all hosts say the same
+            return (self.due(every) or end) and not (again and sharding.any_host(self.first and there()))
+
+        if wanted(train.sample_every, lambda: os.path.exists(self.grid_path())):
+            self.grid()
+        if self.evaluator and wanted(train.evaluate_every, lambda: self.writer.has_figures(self.step)):
+            self.evaluate()
+
+    def due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
     def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
         train = self.config.train
         call = make_call(self.a, self.places, self.k, self.config.seed)
         stream, calls = self.batches(self.step), 0
         closing.enter_context(contextlib.closing(stream))
 
-        def due(every: int) -> bool:
-            return bool(every) and self.step % every == 0
-
+        if self.step:
+            self.report(again=True)
         while self.step < train.steps:
             hosts = [next(stream) for _ in range(self.k)]
             stacked = {name: np.stack([h[name] for h in hosts]) for name in hosts[0]}
@@ -210,19 +242,17 @@ class Training:
             if profile and calls == PROFILED_CALLS[1]:
                 jax.block_until_ready(self.state)
                 jax.profiler.stop_trace()
-            if due(train.save_every) or self.step >= train.steps:
+            if self.due(train.save_every) or self.step >= train.steps:
                 self.save()
             agree = jax.process_count() == 1 or calls % CALLS_PER_AGREEMENT == 0
             if agree and sharding.any_host(interrupt.requested()):
                 self.save_and_leave()
-            if due(train.sample_every) or self.step >= train.steps:
+            if self.due(train.sample_every) or self.due(train.evaluate_every) or self.step >= train.steps:
                 self.look_at_logs()
                 with self.still():
-                    self.grid()
+                    self.report()
         self.look_at_logs()
         if calls == 0:
-            if not os.path.exists(self.grid_path()):  # stopped while the last one was drawn
-                self.grid()
             log.say(f'already at step {self.step} of {train.steps}; for more: --config.train.steps=N')
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 # Before jax is imported, here and in the processes that tests start.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-{os.getuid()}'))
@@ -11,3 +13,20 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}'))
 # Most of a test's time is compiling, and tiny programs need no optimising.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+
+
+@pytest.fixture
+def no_compile():
+    """Fails the test if XLA compiles anything."""
+    import jax
+
+    compiled = []
+
+    def listen(event: str, duration: float, **_):
+        if 'backend_compile' in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled, 'compiled before the mistake was told'

@@ -86,16 +86,17 @@ def test_updates_sample_and_evaluate(name):
             )]  # fmt: skip
             assert any(changed), f'{field} of {network} did not change'
 
-    wanted = {k: jnp.asarray(v) for k, v in sample.batches(assembled, config, 4, {}).items()}
-    draw = jax.jit(family.sample)
-    images = draw(state, {}, wanted, jax.random.key(1))
-    assert images.shape == (4, *batch['image'].shape[1:])
-    assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
-    # A sample is a function of the seed and its number: not of what is drawn beside it.
-    last = {k: v[2:] for k, v in wanted.items()}
-    np.testing.assert_allclose(images[2:], jax.jit(family.sample)(state, {}, last, jax.random.key(1)), atol=2e-4)
-    other = draw(state, {}, {**wanted, 'index': wanted['index'] + 4}, jax.random.key(1))
-    assert np.abs(images - other).max() > 1e-3, 'all samples are one sample'
+    if family.sample is not None:
+        wanted = {k: jnp.asarray(v) for k, v in sample.batches(assembled, config, 4, {}).items()}
+        draw = jax.jit(family.sample)
+        images = draw(state, {}, wanted, jax.random.key(1))
+        assert images.shape == (4, *batch['image'].shape[1:])
+        assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
+        # A sample is a function of the seed and its number: not of what is drawn beside it.
+        last = {k: v[2:] for k, v in wanted.items()}
+        np.testing.assert_allclose(images[2:], jax.jit(family.sample)(state, {}, last, jax.random.key(1)), atol=2e-4)
+        other = draw(state, {}, {**wanted, 'index': wanted['index'] + 4}, jax.random.key(1))
+        assert np.abs(images - other).max() > 1e-3, 'all samples are one sample'
 
     numbered = {**batch, 'index': jnp.arange(len(batch['image']), dtype=jnp.int32)}
     measure = jax.jit(family.evaluate)
@@ -106,9 +107,14 @@ def test_updates_sample_and_evaluate(name):
         assert values.shape == (len(batch['image']),) and np.isfinite(values).all(), figure
         # An example's figure is a function of the seed and its number too.
         np.testing.assert_allclose(values, turned[figure][::-1], rtol=1e-3, atol=1e-4, err_msg=figure)
+    pictures = {'image': batch['image']}
     if family.encode is not None:
-        z = family.encode(state, {}, batch, jax.random.key(3))
-        assert family.decode(state, {}, z, jax.random.key(3)).shape == batch['image'].shape
+        z = family.encode(state, {}, pictures, jax.random.key(3))
+        assert len(z) == len(batch['image']) and np.isfinite(z).all()
+        if family.decode is not None:
+            assert family.decode(state, {}, z, jax.random.key(3)).shape == batch['image'].shape
+    if family.classify is not None:
+        assert family.classify(state, {}, pictures, jax.random.key(3)).shape[0] == len(batch['image'])
 
 
 def test_learns_a_fixed_batch(name):

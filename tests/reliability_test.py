@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, assert_same, devices, main, metrics, path, saved_state
+from support import ROOT, assert_same, devices, main, metrics, mistake, path, saved_state
 
 from jaxgen import config as configs
 from jaxgen.main import run_main
@@ -314,31 +314,6 @@ def test_second_training_in_one_directory_is_refused(tmp_path):
 
 
 # --- mistakes: one line, exit code 2, before any compile
-
-
-@pytest.fixture
-def no_compile():
-    """Fails the test if XLA compiles anything."""
-    compiled = []
-
-    def listen(event: str, duration: float, **_):
-        if 'backend_compile' in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield
-    jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled, 'compiled before the mistake was told'
-
-
-def mistake(capfd, *args: str) -> str:
-    """The one line that a mistake gets."""
-    code = run_main(['jaxgen', *args])
-    out, err = capfd.readouterr()
-    assert code == 2, (code, err)
-    assert err.startswith('jaxgen: error: ') and len(err.splitlines()) == 1, err
-    assert not out
-    return err
 
 
 TINY = f'--config={path("ddpm_digits")}'

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import glob
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
+import warnings
 
 import jax
 import numpy as np
+import pytest
 
 from jaxgen import config as configs
+from jaxgen.main import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'configs', '*.py')))
@@ -61,3 +66,44 @@ def saved_state(workdir, step: int | None = None):
     checkpoints.close()
     assert step is None or int(state.step) == step
     return state
+
+
+def mistake(capfd, *args: str) -> str:
+    """The one line that a mistake gets."""
+    code = run_main(['jaxgen', *args])
+    out, err = capfd.readouterr()
+    assert code == 2, (code, err)
+    assert err.startswith('jaxgen: error: ') and len(err.splitlines()) == 1, err
+    assert not out
+    return err
+
+
+def torch_fidelity():
+    """The torch_fidelity package; skips the test where it or torch is missing.
+
+    Its import asks for torchvision, for data sets and networks that no test needs. Where torchvision
+    cannot be imported, empty modules stand in for it until that import is done.
+    """
+    pytest.importorskip('torch')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            importlib.import_module('torchvision')
+            stand_ins = {}
+        except Exception:  # a torchvision for another torch fails in many ways
+            names = ('', '.datasets', '.transforms', '.transforms.functional')
+            stand_ins = {f'torchvision{name}': types.ModuleType(f'torchvision{name}') for name in names}
+            for name, module in stand_ins.items():
+                parent, _, child = name.rpartition('.')
+                if parent:
+                    setattr(stand_ins[parent], child, module)
+            for name in ('CIFAR10', 'CIFAR100', 'STL10'):  # inherited from at import
+                setattr(stand_ins['torchvision.datasets'], name, object)
+        before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+        sys.modules.update(stand_ins)
+        try:
+            return pytest.importorskip('torch_fidelity')
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
+            sys.modules.update(before)

@@ -14,7 +14,9 @@
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
 """
 
+from jaxgen.data.folder import Pictures
 from jaxgen.data.loader import Examples, Spec, batches, dataset, spec
+from jaxgen.data.sources import root
 from jaxgen.data.transforms import to_float, to_uint8
 
-__all__ = ['Examples', 'Spec', 'batches', 'dataset', 'spec', 'to_float', 'to_uint8']
+__all__ = ['Examples', 'Pictures', 'Spec', 'batches', 'dataset', 'root', 'spec', 'to_float', 'to_uint8']

@@ -14,9 +14,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from jaxgen.data.transforms import load
+from jaxgen.data.transforms import load, to_array
 from jaxgen.errors import UserError
 
 # Files with these endings are taken for images; PIL reads them without programs beside it.
@@ -50,7 +52,7 @@ def scan(path: str) -> Listing:
     root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(root):
         what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
-        raise UserError(f'config.data.source: the folder {root} {what}')
+        raise UserError(f'the folder {root} {what}')
     files, others, seen = [], 0, set()
     for place, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         here = os.path.realpath(place)
@@ -74,7 +76,7 @@ def scan(path: str) -> Listing:
             files.append(File(os.path.relpath(full, root).replace(os.sep, '/'), size, time))
     if not files:
         inside = f'{others} other files' if others else 'no files'
-        raise UserError(f'config.data.source: the folder {root} holds no images (.png, .jpg, .webp, ...), but {inside}')
+        raise UserError(f'the folder {root} holds no images (.png, .jpg, .webp, ...), but {inside}')
     files.sort()
     inside = all('/' in f.path for f in files)
     return Listing(root, tuple(files), tuple(sorted({top(f.path) for f in files})) if inside else ())
@@ -174,3 +176,47 @@ def check(listing: Listing, max_corrupt: float, report: str) -> None:
         f'{what}, are more than config.data.max_corrupt = {max_corrupt:g}; '
         f'repair or remove them, or raise it (all and why: {report})'
     )
+
+
+class Pictures:
+    """All pictures of a folder as they are, to be measured: `len(pictures)`, and `pictures[3:7]`, uint8 [4, H, W, C].
+
+    Nothing is left out and nothing is resized: either would change what is measured.
+
+    Raises:
+      UserError: no such folder, a file that is no picture, or a picture of another size than `image` = (H, W, C).
+    """
+
+    def __init__(self, path: str, image: tuple[int, int, int]):
+        self.listing, self.image = scan(path), image
+        for file in self.listing.files:  # by their headers: all mistakes before any computing
+            try:
+                with Image.open(place(self.listing, file)) as header:
+                    size = header.size
+            except Exception as e:
+                raise self.unreadable(file, e) from e
+            if size != (image[1], image[0]):
+                raise UserError(
+                    f"{place(self.listing, file)} is {size[1]} x {size[0]} pixels, and the data set's pictures are "
+                    f'{image[0]} x {image[1]}: only pictures of one size can be compared (config.data.size)'
+                )
+
+    def __len__(self) -> int:
+        return len(self.listing.files)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return np.stack([self.read(file) for file in self.listing.files[part]])
+
+    def read(self, file: File) -> np.ndarray:
+        try:
+            with open(place(self.listing, file), 'rb') as f:
+                picture = to_array(load(f.read(), channels=self.image[2]))
+            if picture.shape != self.image:  # turned by its EXIF data
+                raise ValueError(f'it is {picture.shape[0]} x {picture.shape[1]} pixels once turned')
+        except Exception as e:
+            raise self.unreadable(file, e) from e
+        return picture
+
+    def unreadable(self, file: File, e: Exception) -> UserError:
+        why = ' '.join(str(e).split())[:200]
+        return UserError(f'{place(self.listing, file)} cannot be measured ({why}): repair it or remove it')

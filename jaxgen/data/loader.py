@@ -60,6 +60,12 @@ class Examples:
         self.cache = self.empty(len(records)) if self.fits else {}
         self.known = np.zeros(len(records), bool)  # which of them the cache holds
 
+    @property
+    def identity(self) -> str:
+        """A text that is the same for the same pictures: set, split, and what is done to them."""
+        d = self.data
+        return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}'
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -16,6 +16,7 @@ import difflib
 import fcntl
 import functools
 import glob
+import hashlib
 import importlib.util
 import io
 import os
@@ -354,10 +355,13 @@ def failure(source: Source, builder, e: Exception) -> str:
 
 
 class Records:
-    """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}."""
+    """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}.
 
-    def __init__(self, place: str, info, stored, chosen: dict[str, Feature]):
-        self.place, self.stored, self.chosen = place, stored, chosen
+    `identity` is a text that tells this split of this set from every other, wherever it lies.
+    """
+
+    def __init__(self, place: str, info, stored, chosen: dict[str, Feature], identity: str):
+        self.place, self.stored, self.chosen, self.identity = place, stored, chosen, identity
         # Only what was asked for is parsed: an example of CelebA holds 50 features.
         wanted = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
         self.features = tfds.features.FeaturesDict(nest(wanted))
@@ -399,9 +403,10 @@ def open_records(source: Source, data, split: str) -> Records:
     try:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
         with quiet():
-            return Records(
-                builder.data_dir, builder.info, builder.as_data_source(part, deserialize_method=method), chosen
-            )
+            stored = builder.as_data_source(part, deserialize_method=method)
+        with open(os.path.join(builder.data_dir, 'dataset_info.json'), 'rb') as file:  # holds the sizes of all files
+            identity = f'{builder.info.full_name} {part} {hashlib.file_digest(file, "sha256").hexdigest()}'
+        return Records(builder.data_dir, builder.info, stored, chosen, identity)
     except NotImplementedError as e:
         raise UserError(
             f'{builder.data_dir} is stored as {builder.info.file_format.value}, which is not read by number; run once '

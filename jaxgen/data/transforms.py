@@ -40,7 +40,9 @@ def load(encoded: bytes, channels: int) -> Image.Image:
     with contextlib.suppress(Exception):  # damaged EXIF data says nothing; the pixels are there
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I') or image.mode == 'F':
-        x = np.nan_to_num(np.asarray(image, np.float32))  # exact up to 2^24
+        x = np.asarray(image, np.float32)  # exact up to 2^24
+        if not np.isfinite(x).all():
+            raise ValueError('it has pixels that are not numbers')
         top = 65535 if image.mode.startswith('I') else 1 if x.max() <= 1 else 255
         image = Image.fromarray(np.rint(np.clip(x / top, 0, 1) * 255).astype(np.uint8))
     elif image.has_transparency_data:

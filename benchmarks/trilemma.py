@@ -1,0 +1,208 @@
+"""The generative learning trilemma, measured: quality, diversity and speed of every system on one data set.
+
+    python benchmarks/trilemma.py --dataset=digits
+
+Trains what is missing of `configs/*_<dataset>.py`, the classifier that measures first, then measures
+every run: its samples against the training split, the speed of sampling of all systems in turns in one
+process at one batch size, parameters of what sampling needs, and the time that training took. Beside
+them stand the held-out pictures, measured as if a model had made them: no model can be told from the
+data that is better than they are. Prints the table, and writes benchmarks/results/trilemma_<dataset>.json
+and the picture benchmarks/pictures/trilemma_<dataset>.png (pip install -e '.[bench]').
+
+The trilemma: Xiao et al. 2022, Tackling the Generative Learning Trilemma with Denoising Diffusion GANs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+import jaxgen
+from jaxgen import config as configs
+from jaxgen import data, describe, evaluate, log, run, sample
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Columns of the table: figure, heading, digits, whether more is better.
+COLUMNS = (
+    ('frechet', 'Fréchet distance', 2, False),
+    ('precision', 'precision', 2, True),
+    ('recall', 'recall', 2, True),
+    ('coverage', 'coverage', 2, True),
+    ('authenticity', 'authenticity', 2, True),
+    ('modes', 'modes', 0, True),
+)
+
+
+def trained(workdir: str, config) -> bool:
+    """Whether the run in `workdir` has a checkpoint of its config's last step."""
+    folder = os.path.join(workdir, 'checkpoints', str(config.train.steps))
+    return os.path.isdir(folder)
+
+
+def train(path: str, workdir: str) -> None:
+    subprocess.run([sys.executable, '-m', 'jaxgen.main', f'--config={path}', f'--workdir={workdir}'], check=True)
+
+
+def training_seconds(workdir: str) -> float:
+    """What the log says: the clock of every stretch between two starts, added up. Compiling counts."""
+    total = last = 0.0
+    with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8') as file:
+        for line in file:
+            seconds = json.loads(line).get('seconds', last)
+            total += last if seconds < last else 0.0
+            last = seconds
+    return total + last
+
+
+def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[str, float]:
+    """Median over turns; in every turn each run draws one batch, so that a busy machine is busy for all."""
+    wanted = {name: sample.batches(r.assembled, r.config, batch, {}) for name, r in runs.items()}
+
+    def draw(name: str, seed: int) -> float:
+        r = runs[name]
+        began = time.perf_counter()
+        a = r.assembled
+        sample.draw_batch(a.family, r.state, a.frozen, a.mesh, wanted[name], batch, seed)
+        return time.perf_counter() - began
+
+    for name in runs:
+        draw(name, 0)  # compiles
+    seconds = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in runs:
+            seconds[name].append(draw(name, turn + 1))
+    return {name: batch / statistics.median(times) for name, times in seconds.items()}
+
+
+def find_runs(folder: str, like) -> dict[str, run.Run]:
+    """All finished runs in `folder` that draw pictures of the data set of the config `like`, by name."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, '*', 'config.json'))):
+        workdir = os.path.dirname(path)
+        config = run.saved_config(workdir)
+        same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box'))
+        if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
+            found[os.path.basename(workdir)] = jaxgen.load(workdir)
+    return found
+
+
+def held_out(evaluator: evaluate.Evaluator, section: dict) -> dict:
+    """Figures of the test split's pictures, as if a model had made them."""
+    source = data.dataset({**section, 'features': ('image',)}, 'test')
+    images = source.take(np.arange(len(source)))['image']
+    return evaluator.figures([evaluator.extract(images, len(images))], len(images))
+
+
+def row(name: str, metrics: dict, network: str, more: dict | None = None) -> dict:
+    figures = {figure: metrics[f'{figure}/{network}'] for figure, *_ in COLUMNS if f'{figure}/{network}' in metrics}
+    return {'name': name, 'figures': figures, **(more or {})}
+
+
+def table(rows: list[dict], network: str) -> str:
+    """Markdown."""
+    arrows = {True: '↑', False: '↓'}
+    heads = [f'{title} {arrows[more]}' for _, title, _, more in COLUMNS]
+    lines = [
+        '| run | ' + ' | '.join([*heads, 'images/s ↑', 'parameters', 'training']) + ' |',
+        '|---' * (len(COLUMNS) + 4) + '|',
+    ]
+    for r in rows:
+        cells = [f'{r["figures"][f]["value"]:.{d}f}' if f in r['figures'] else '' for f, _, d, _ in COLUMNS]
+        if 'images_per_second' in r:
+            cells += [f'{r["images_per_second"]:,.0f}', f'{r["parameters"]:,}', f'{r["training_seconds"]:,.0f} s']
+        else:
+            cells += ['', '', '']
+        lines.append(f'| {r["name"]} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def draw(rows: list[dict], network: str, title: str, path: str) -> None:
+    """Speed to the right, quality upwards, diversity as the size of the dot."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout='constrained')
+    real = next(r for r in rows if 'images_per_second' not in r)
+    models = [r for r in rows if r is not real]
+    for i, r in enumerate(models):
+        x, y = r['images_per_second'], r['figures']['frechet']['value']
+        recall = r['figures']['recall']['value']
+        axes.scatter(x, y, s=40 + 900 * recall, color=f'C{i}', alpha=0.55, linewidths=0)
+        axes.annotate(f'{r["name"]}\nrecall {recall:.2f}', (x, y), ha='center', va='center', fontsize=8)
+    floor = real['figures']['frechet']['value']
+    axes.axhline(floor, color='0.5', linestyle='--', linewidth=1)
+    axes.text(0.01, floor, 'held-out pictures', transform=axes.get_yaxis_transform(), va='bottom', fontsize=8)
+    axes.set(xscale='log', yscale='log', xlabel='samples per second (faster is right)')
+    axes.set(ylabel=f'Fréchet distance, {network} (better is up)', title=title)
+    speeds = [r['images_per_second'] for r in models]
+    values = [floor, *(r['figures']['frechet']['value'] for r in models)]
+    axes.set_xlim(min(speeds) / 4, max(speeds) * 4)
+    axes.set_ylim(max(values) * 2, min(values) / 2)  # upside down
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dataset', default='digits', help="the last part of the configs' names")
+    parser.add_argument('--runs', default='runs', help='where the runs lie, and where missing ones are trained')
+    parser.add_argument('--n', type=int, default=2000, help='samples of every run')
+    parser.add_argument('--batch', type=int, default=256, help='samples drawn at once when speed is measured')
+    parser.add_argument('--turns', type=int, default=5)
+    arguments = parser.parse_args()
+    paths = sorted(glob.glob(os.path.join(ROOT, 'configs', f'*_{arguments.dataset}.py')))
+    if not paths:
+        parser.error(f'no config is named *_{arguments.dataset}.py')
+    paths.sort(key=lambda path: configs.load(path).family != 'classifier')  # the others are measured with it
+    for path in paths:
+        workdir = os.path.join(arguments.runs, configs.name(path))
+        if not trained(workdir, configs.load(path)):
+            train(path, workdir)
+
+    like = configs.load(paths[0])
+    network = configs.name(paths[0])
+    runs = find_runs(arguments.runs, like)
+    like.evaluate.features = f'run:{os.path.join(arguments.runs, network)}'
+    evaluator = run.make_evaluator(like, next(iter(runs.values())).assembled.mesh)
+    evaluator.check(arguments.n)
+    speeds = images_per_second(runs, arguments.batch, arguments.turns)
+    rows = [row(f'(held-out {arguments.dataset})', held_out(evaluator, like.data.to_dict()), network)]
+    for name, r in runs.items():
+        more = {
+            'images_per_second': speeds[name],
+            'parameters': describe.count(r.assembled.abstract.params),
+            'training_seconds': training_seconds(r.workdir),
+            'step': r.step,
+        }
+        rows.append(row(name, r.compare(evaluator, arguments.n), network, more))
+        evaluate.forget(r)
+    text = table(rows, network)
+    print(text)
+    record = {
+        'command': ' '.join(['python', *sys.argv]),
+        'rows': rows,
+        'samples': arguments.n,
+        'batch': arguments.batch,
+        **evaluator.about(),
+        'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'cores': len(os.sched_getaffinity(0)),
+        'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
+    }
+    here = os.path.join(ROOT, 'benchmarks')
+    log.save_json(os.path.join(here, 'results', f'trilemma_{arguments.dataset}.json'), record)
+    title = f'Quality, diversity, speed: {arguments.dataset}'
+    draw(rows, network, title, os.path.join(here, 'pictures', f'trilemma_{arguments.dataset}.png'))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,31 @@
+"""A classifier of scikit-learn's 8x8 handwritten digits, whose features judge models of them.
+
+    python -m jaxgen.main --config=configs/classifier_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='classifier',
+        data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
+        model=dict(width=32, levels=2, features=64),
+        optim=dict(name='adamw', lr=2e-3, schedule='cosine', warmup=50, weight_decay=0.05, ema=0.99, ema_warmup=True),
+        train=dict(steps=1000, updates_per_call=50, log_every=100, save_every=500, sample_every=0),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(width=8, levels=1, features=8),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )

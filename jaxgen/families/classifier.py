@@ -1,0 +1,183 @@
+"""A classifier: names what a picture shows, and gives the features that others are judged by.
+
+A residual convolutional network (He et al. 2016, pre-activation) maps an image to `features` numbers, and
+one linear layer maps these to logits. Training minimises the cross-entropy -log p(class | image), in nats;
+with `smoothing` = s the class asked for has probability 1 - s + s / k among k classes and every other
+s / k (Szegedy et al. 2016, section 7). With several factors per picture their cross-entropies are summed.
+
+Distances between sets of pictures (Fréchet, kernel, precision and recall) compare `encode`'s features. So
+these have a smooth nonlinearity, which leaves no feature constant, and come from the whole last map, not
+from its mean, which would forget where things are. Features see what the classes tell apart: a network that
+learns shapes alone may well be blind to colour and background. `target` = 'factors' asks for all of it.
+
+The network has no statistics of the batch: an example's features depend on nothing but the example.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.contract import Context, Family, advance, gradient_step, new_state
+from jaxgen.errors import UserError
+from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, variance_scaling
+
+Array = jax.Array
+
+
+class Block(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions, [n, H, W, C] -> [n, H, W, features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+        h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
+        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
+        h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+        return x + h
+
+
+class Classifier(nn.Module):
+    """[n, H, W, C] -> features [n, features] and logits [n, outputs], both float32."""
+
+    width: int
+    levels: int
+    stride: int
+    features: int
+    outputs: int
+    dropout: float
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """train: with dropout of the features that the logits see; needs the rng 'dropout'."""
+        block = nn.remat(Block) if self.remat else Block
+        x = Conv(self.width, stride=self.stride, dtype=self.dtype, name='first')(x)
+        for i in range(self.levels + 1):
+            x = downsample_mean(x) if i else x
+            x = block(self.width * 2**i, self.dtype, name=f'block{i}')(x)
+        x = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(x))
+        x = Dense(self.features, dtype=self.dtype, name='features')(x.reshape(len(x), -1))
+        features = nn.silu(x.astype(jnp.float32))
+        kept = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return features, Dense(self.outputs, name='logits')(kept)
+
+
+def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
+    """Logits [..., k] and int labels [...] in [0, k) -> [...], nats. NaN for a label of k or more."""
+    log_p = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_p, label[..., None], -1)[..., 0]
+    return -(1 - smoothing) * right - smoothing * log_p.mean(-1)
+
+
+def build(
+    context: Context,
+    *,
+    width: int = 32,
+    levels: int = 2,
+    stride: int = 1,
+    features: int = 64,
+    dropout: float = 0.2,
+    smoothing: float = 0.1,
+    target: str = 'label',
+    counts: tuple[int, ...] = (),
+) -> Family:
+    """Classifier.
+
+    Args:
+      width, levels: channels at full size, doubled each of `levels` times that the image is halved.
+      features: number of the features.
+      dropout: share of the features that the logits do not see in training.
+      smoothing: of the labels, 0 for none.
+      target: 'label', the class; or 'factors', int32 [n, k] in the batch, k classes of their own per picture.
+      counts: of 'factors': the number of values of each.
+
+    encode gives the features, float32 [n, features]; classify the logits of the label, or of the first
+    factor. evaluate gives per image 'cross_entropy', in nats, of all factors together and without
+    smoothing; 'accuracy', 1 where the likeliest class is the right one, else 0, or for factors the mean of
+    'accuracy/0', 'accuracy/1', ..., one per factor. sample is None.
+
+    Raises:
+      UserError: a value that cannot work, or what is to be predicted is not in the batch.
+    """
+    height, columns, _ = context.image
+    divisor = stride * 2**levels if levels > 0 else stride
+    if target not in ('label', 'factors'):
+        raise UserError(f"config.model.target must be 'label' or 'factors'; it is {target!r}")
+    if width < 1 or features < 1 or levels < 0:
+        raise UserError('config.model: width and features must be 1 or more, levels 0 or more')
+    if not (0 <= dropout < 1 and 0 <= smoothing < 1):
+        raise UserError('config.model: dropout and smoothing must be 0 or more and less than 1')
+    if target == 'label' and not context.classes:
+        raise UserError("config.data.features must hold 'label': the class is what the model learns")
+    if target == 'factors' and not (counts and all(isinstance(k, int) and k > 0 for k in counts)):
+        raise UserError("config.model.target = 'factors' needs config.model.counts, the number of values of each")
+    if height % divisor or columns % divisor:
+        raise UserError(
+            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
+        )
+
+    sizes = (context.classes,) if target == 'label' else counts
+    network = Classifier(width, levels, stride, features, sum(sizes), dropout, context.dtype, context.remat)
+
+    def heads(logits: Array) -> list[Array]:
+        """Logits of each factor, [n, its number of values]."""
+        return jnp.split(logits, np.cumsum(sizes)[:-1], -1)
+
+    def score(logits: Array, batch: dict, smoothing: float = 0.0) -> tuple[Array, Array]:
+        """Cross-entropy [n], nats, and hits [n, factors], 0 or 1."""
+        wanted = batch[target].reshape(len(logits), len(sizes))
+        entropies, hits = [], []
+        for i, one in enumerate(heads(logits)):
+            entropies.append(cross_entropy(one, wanted[:, i], smoothing))
+            hits.append(one.argmax(-1) == wanted[:, i])
+        return sum(entropies), jnp.stack(hits, -1).astype(jnp.float32)
+
+    def apply(state, batch) -> tuple[Array, Array]:
+        return network.apply({'params': state.ema['classifier']}, batch['image'])
+
+    def loss(params, frozen, batch, rng):
+        _, logits = network.apply({'params': params['classifier']}, batch['image'], True, rngs={'dropout': rng})
+        entropy, hits = score(logits, batch, smoothing)
+        return entropy.mean(), {'loss': entropy.mean(), 'accuracy': hits.mean()}
+
+    step = gradient_step(loss, context.optim, 'classifier')
+
+    def init(rng, batch, frozen):
+        if target not in batch:
+            raise UserError(f'config.data.features must hold {target!r}: it is what the model learns')
+        if target == 'factors' and batch[target].shape[1:] != (len(counts),):
+            raise UserError(
+                f'config.model.counts has {len(counts)} numbers, but an example has factors of shape '
+                f'{batch[target].shape[1:]}'
+            )
+        return new_state({'classifier': network.init(rng, batch['image'])['params']}, context.optim)
+
+    def update(state, frozen, batch, rng):
+        state, logs = step(state, frozen, batch, rng)
+        return advance(state, context.optim), logs
+
+    def evaluate(state, frozen, batch, rng):
+        entropy, hits = score(apply(state, batch)[1], batch)
+        each = {f'accuracy/{i}': hits[:, i] for i in range(len(counts))} if target == 'factors' else {}
+        return {'cross_entropy': entropy, 'accuracy': hits.mean(-1), **each}
+
+    def encode(state, frozen, batch, rng):
+        """Features, float32 [n, features]."""
+        return apply(state, batch)[0]
+
+    def classify(state, frozen, batch, rng):
+        """Logits of the label or of the first factor, float32 [n, sizes[0]]."""
+        return heads(apply(state, batch)[1])[0]
+
+    return Family(init, update, None, evaluate, encode, classify=classify, divisor=divisor)

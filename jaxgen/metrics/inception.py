@@ -1,0 +1,289 @@
+"""The Inception network whose features FID compares (Szegedy et al. 2016, arXiv 1512.00567).
+
+FID (Heusel et al. 2017), KID, the Inception Score and sFID are figures of one particular network: the TensorFlow
+graph of 2015-12-05, with its slips, fed through TensorFlow 1's way to resize. Other weights, another resize or an
+average pool that counts the padding give other figures. Modules have the names that the weights have in torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import uuid
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxgen import log
+from jaxgen.errors import UserError
+from jaxgen.networks.layers import BatchNorm
+
+Array = jax.Array
+
+# The graph's weights as torch-fidelity publishes them. pytorch-fid publishes the same file.
+PUBLISHED = {
+    'url': 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+    'weights-inception-2015-12-05-6726825d.pth',
+    'sha256': '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
+}
+CLASSES = 1008  # of the graph's softmax; ImageNet has 1000
+
+# The network as data: one line per branch, steps one after another. A convolution is name, kernel, features; it is
+# padded to keep the size, unless /stride follows its kernel. Pools are 3x3. What stands around | goes side by side.
+STEM = (
+    'Conv2d_1a_3x3 3x3/2 32 > Conv2d_2a_3x3 3x3/1 32 > Conv2d_2b_3x3 3x3 64 > max/2 > '
+    'Conv2d_3b_1x1 1x1 80 > Conv2d_4a_3x3 3x3/1 192 > max/2'
+)
+BLOCK_5 = """
+branch1x1 1x1 64
+branch5x5_1 1x1 48 > branch5x5_2 5x5 64
+branch3x3dbl_1 1x1 64 > branch3x3dbl_2 3x3 96 > branch3x3dbl_3 3x3 96
+average > branch_pool 1x1 {}"""
+BLOCK_6A = """
+branch3x3 3x3/2 384
+branch3x3dbl_1 1x1 64 > branch3x3dbl_2 3x3 96 > branch3x3dbl_3 3x3/2 96
+max/2"""
+BLOCK_6 = """
+branch1x1 1x1 192
+branch7x7_1 1x1 {0} > branch7x7_2 1x7 {0} > branch7x7_3 7x1 192
+branch7x7dbl_1 1x1 {0} > branch7x7dbl_2 7x1 {0} > branch7x7dbl_3 1x7 {0} > \
+branch7x7dbl_4 7x1 {0} > branch7x7dbl_5 1x7 192
+average > branch_pool 1x1 192"""
+BLOCK_7A = """
+branch3x3_1 1x1 192 > branch3x3_2 3x3/2 320
+branch7x7x3_1 1x1 192 > branch7x7x3_2 1x7 192 > branch7x7x3_3 7x1 192 > branch7x7x3_4 3x3/2 192
+max/2"""
+BLOCK_7 = """
+branch1x1 1x1 320
+branch3x3_1 1x1 384 > branch3x3_2a 1x3 384 | branch3x3_2b 3x1 384
+branch3x3dbl_1 1x1 448 > branch3x3dbl_2 3x3 384 > branch3x3dbl_3a 1x3 384 | branch3x3dbl_3b 3x1 384
+{} > branch_pool 1x1 192"""
+BLOCKS = {
+    'Mixed_5b': BLOCK_5.format(32),
+    'Mixed_5c': BLOCK_5.format(64),
+    'Mixed_5d': BLOCK_5.format(64),
+    'Mixed_6a': BLOCK_6A,
+    'Mixed_6b': BLOCK_6.format(128),
+    'Mixed_6c': BLOCK_6.format(160),
+    'Mixed_6d': BLOCK_6.format(160),
+    'Mixed_6e': BLOCK_6.format(192),
+    'Mixed_7a': BLOCK_7A,
+    'Mixed_7b': BLOCK_7.format('average'),
+    'Mixed_7c': BLOCK_7.format('max'),  # where the paper has an average: a slip, but so the weights were trained
+}
+POOLS = {
+    'average': functools.partial(nn.avg_pool, window_shape=(3, 3), padding='SAME', count_include_pad=False),
+    'max': functools.partial(nn.max_pool, window_shape=(3, 3), padding='SAME'),
+    'max/2': functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2)),
+}
+
+
+def resize_tf1(images: Array, height: int, width: int) -> Array:
+    """Bilinear as TensorFlow 1 did it by default: pixel i of the result is read at i * old size / new size.
+
+    No half-pixel centres and no filter against aliasing, so pictures shift a little and large ones alias.
+
+    Args:
+      images: float32 [n, H, W, C].
+
+    Returns:
+      float32 [n, height, width, C].
+    """
+
+    def resize(x, axis, size):
+        at = np.arange(size, dtype=np.float32) * np.float32(x.shape[axis] / size)
+        low = at.astype(np.int32)
+        high = np.minimum(low + 1, x.shape[axis] - 1)
+        part = np.expand_dims(at - low.astype(np.float32), tuple(range(1, x.ndim - axis)))
+        left, right = (jnp.take(x, i, axis, mode='clip') for i in (low, high))
+        return left + (right - left) * part
+
+    return resize(resize(images, 2, width), 1, height)
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch norm by stored statistics, ReLU."""
+
+    kernel: str
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel, _, stride = self.kernel.partition('/')
+        kernel = tuple(int(size) for size in kernel.split('x'))
+        padding = 'VALID' if stride else 'SAME'
+        # Where accelerators would take products of fewer bits by default, the figures would show it.
+        options = dict(use_bias=False, precision='highest', name='conv')
+        x = nn.Conv(self.features, kernel, int(stride or 1), padding, **options)(x)
+        return nn.relu(BatchNorm(train=False, eps=1e-3, name='bn')(x))
+
+
+def branch(x: Array, line: str, block: str = '') -> Array:
+    """One line of the tables, within the network's __call__."""
+    for step in line.split(' > '):
+        if step in POOLS:
+            x = POOLS[step](x)
+        else:
+            convolutions = [one.split() for one in step.split(' | ')]
+            parts = [ConvBN(kernel, int(features), name=block + name)(x) for name, kernel, features in convolutions]
+            x = jnp.concatenate(parts, -1)
+    return x
+
+
+class Inception(nn.Module):
+    """Images uint8 or float32 [n, H, W, 3] in 0..255, of any size, to float32 features.
+
+    Returns:
+      {'features': [n, 2048], what FID and KID compare;
+       'logits': [n, 1008], without the bias, as the Inception Score has always been computed;
+       'spatial': [n, 2023], 17 x 17 positions of 7 channels, what sFID compares (Nash et al. 2021, arXiv 2103.03841):
+         the graph's `mixed_6/conv:0`, which is the first branch of Mixed_6d after its ReLU}.
+    """
+
+    @nn.compact
+    def __call__(self, images: Array) -> dict[str, Array]:
+        x = (resize_tf1(images.astype(jnp.float32), 299, 299) - 128) / 128
+        x = branch(x, STEM)
+        for block, lines in BLOCKS.items():
+            x = jnp.concatenate([branch(x, line, f'{block}.') for line in lines.split('\n')[1:]], -1)
+            if block == 'Mixed_6d':
+                spatial = x[..., :7].reshape(len(x), -1)
+        features = x.mean((1, 2))
+        weight = self.param('fc.kernel', nn.initializers.lecun_normal(), (features.shape[-1], CLASSES))
+        self.param('fc.bias', nn.initializers.zeros, (CLASSES,))  # part of the weights, though no figure uses it
+        return {'features': features, 'logits': jnp.dot(features, weight, precision='highest'), 'spatial': spatial}
+
+
+@functools.cache
+def shapes() -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the network's variables, like 'params/Mixed_5b.branch1x1/conv/kernel'."""
+    image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep='/').items()}
+
+
+def torch_name(path: str) -> str:
+    """'params/Mixed_5b.branch1x1/conv/kernel' to 'Mixed_5b.branch1x1.conv.weight'."""
+    module, _, leaf = path.partition('/')[2].replace('/', '.').rpartition('.')
+    leaf = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(leaf, leaf)
+    return f'{module}.{leaf}'
+
+
+TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # axes by rank: HWIO to OIHW
+
+
+def load(path: str, cache: str) -> tuple[str, dict]:
+    """Reads the network's weights from a person's file, which is converted once.
+
+    Args:
+      path: .pth or .pt as published (reading it takes torch), or .safetensors with the same names, or a file that
+        was kept in `cache`.
+      cache: folder that keeps the conversion as `inception-<SHA-256 of path>.safetensors`.
+
+    Returns:
+      (name, variables): `variables` are numpy arrays for `Inception().apply`; `name`, for the names of figures, is
+      'inception' for the published weights, otherwise it has 8 digits of the file's SHA-256.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    advice = f'download {PUBLISHED["url"]} (SHA-256 {PUBLISHED["sha256"]}) and give it as --inception=PATH'
+    if not path:
+        raise UserError(f'these figures need the weights of the Inception network: {advice}')
+    try:
+        with open(path, 'rb') as file:
+            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as e:
+        raise UserError(f'the Inception weights {path} cannot be read ({e.strerror}): {advice}') from e
+    kept = os.path.join(cache, f'inception-{sha256}.safetensors')
+    found = read_converted(path)
+    if not found and os.path.exists(kept):
+        found = read_converted(kept)
+        if not found:
+            log.say(f'WARNING: {kept} is damaged and is made again')
+    if not found:
+        found = sha256, convert(path)
+        keep(kept, *found)
+    source, variables = found
+    if source == PUBLISHED['sha256']:
+        return 'inception', unflatten_dict(variables, sep='/')
+    log.say(
+        f'WARNING: {path} (SHA-256 {source}) is not the published weights of the Inception network: '
+        f'figures made with it are not FID and compare only among themselves'
+    )
+    return f'inception_{source[:8]}', unflatten_dict(variables, sep='/')
+
+
+def read_converted(path: str) -> tuple[str, dict[str, np.ndarray]] | None:
+    """(SHA-256 of what it was made from, {path: array}) of a file that `keep` wrote whole; None for any other."""
+    try:
+        with safetensors.safe_open(path, 'numpy') as file:
+            source = (file.metadata() or {}).get('source')
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if source else {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return (source, arrays) if {name: a.shape for name, a in arrays.items()} == shapes() else None
+
+
+def keep(path: str, source: str, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a conversion, whole or not at all. Other processes may do the same at the same time."""
+    new = f'{path}.{uuid.uuid4().hex}'
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(new, 'wb') as file:
+            file.write(safetensors.numpy.save(arrays, {'source': source}))
+        os.replace(new, path)
+    except OSError as e:
+        log.say(f'WARNING: the converted Inception weights could not be kept for the next time: {e}')
+        with contextlib.suppress(OSError):
+            os.remove(new)
+
+
+def convert(path: str) -> dict[str, np.ndarray]:
+    """{path: float32 array} of the network's variables from a file with torch's names and layout.
+
+    Raises:
+      UserError: it cannot be read, or holds other names or shapes.
+    """
+    tensors = {name: a for name, a in read(path).items() if not name.endswith('.num_batches_tracked')}
+    wanted = {torch_name(path): [shape[axis] for axis in TO_TORCH[len(shape)]] for path, shape in shapes().items()}
+    found = {name: list(a.shape) for name, a in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            other = ": this is torchvision's network, another one" if found.get('fc.weight') == [1000, 2048] else ''
+            raise UserError(
+                f'{path} is not the weights of the Inception network of FID: {name} is {found.get(name, "absent")} '
+                f'there and {wanted.get(name, "absent")} in the network{other}; the weights are at {PUBLISHED["url"]}'
+            )
+
+    def layout(a):
+        return np.ascontiguousarray(a.transpose(np.argsort(TO_TORCH[a.ndim])), np.float32)
+
+    return {path: layout(tensors[torch_name(path)]) for path in shapes()}
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """{name: array} of a .safetensors file or of one that torch wrote."""
+    try:
+        if path.endswith('.safetensors'):
+            return safetensors.numpy.load_file(path)
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # on archives that are then refused
+            tensors = torch.load(path, map_location='cpu', weights_only=True)
+        return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    except ImportError as e:
+        raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
+    except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
+        raise UserError(
+            f'{path} cannot be read as a file of weights ({type(e).__name__}); they are at {PUBLISHED["url"]}'
+        ) from e

@@ -1,0 +1,100 @@
+"""Inception score, kernel distance and balance of classes; NumPy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxgen.errors import UserError
+from jaxgen.metrics.moments import finite
+
+
+def log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
+    """Keeps the axis, with length 1."""
+    top = x.max(axis, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis, keepdims=True))
+
+
+def inception_score(logits, splits: int = 10) -> tuple[float, float]:
+    """Inception score (Salimans et al. 2016, section 4): exp E KL(p(y | x) || p(y)), between 1 and c.
+
+    Args:
+      logits: of a classifier, [n, c]. They are split in the order given, part i from row
+        i n // splits on, and p(y) is the mean over a part.
+
+    Returns:
+      Mean and standard deviation (ddof 0) over the parts.
+
+    Raises:
+      UserError: fewer samples than parts.
+      RunError: a logit is not finite.
+    """
+    logits = finite(logits, 'logits')
+    n = len(logits)
+    if n < splits:
+        raise UserError(f'the Inception score takes {splits} parts of the samples; there are only {n} samples')
+    scores = []
+    for i in range(splits):
+        part = logits[i * n // splits : (i + 1) * n // splits].astype(np.float64)
+        log_p = part - log_sum_exp(part, 1)
+        log_marginal = log_sum_exp(log_p, 0) - np.log(len(part))
+        scores.append(np.exp((np.exp(log_p) * (log_p - log_marginal)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+    """Kernel distance (KID for features of Inception; Binkowski et al. 2018, section 4).
+
+    Squared maximum mean discrepancy of the kernel (x . y / d + 1)^3, estimated without bias (so it may
+    be below 0) on random subsets, each drawn without replacement. Subsets are drawn as torch-fidelity
+    draws them: the same features give the same figure.
+
+    Args:
+      x, y: features, [n, d] and [m, d].
+      subsets, size: how many, and how many samples of either side are in each.
+
+    Returns:
+      Mean and standard deviation (ddof 0) over the subsets.
+
+    Raises:
+      UserError: a side has fewer than `size` samples, or `size` is below 2.
+      RunError: a feature is not finite.
+    """
+    x, y = finite(x), finite(y)
+    if not 2 <= size <= min(len(x), len(y)):
+        raise UserError(f'the kernel distance needs subsets of 2 to {min(len(x), len(y))} samples; they are of {size}')
+
+    def kernel(a, b):
+        k = a @ b.T / a.shape[1] + 1
+        return k * k * k
+
+    rng = np.random.RandomState(seed)
+    found = []
+    for _ in range(subsets):
+        a, b = (s[rng.choice(len(s), size, replace=False)].astype(np.float64) for s in (x, y))
+        within = [(k.sum() - np.trace(k)) / (size * (size - 1)) for k in (kernel(a, a), kernel(b, b))]
+        found.append(sum(within) - 2 * kernel(a, b).mean())
+    return float(np.mean(found)), float(np.std(found))
+
+
+def class_balance(logits, counts) -> tuple[int, float]:
+    """Which classes a sampler reaches, and how evenly (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
+
+    Every sample counts as the class of its largest logit.
+
+    Args:
+      logits: of the samples, [n, c].
+      counts: how many of the data are of each class, [c], by the same classifier if it errs. A class that
+        none of them is of counts as one: a sample of it must cost something, but not infinity.
+
+    Returns:
+      Number of classes with a sample, and KL(samples' shares || data's shares) in nats.
+
+    Raises:
+      RunError: a logit is not finite.
+    """
+    logits = finite(logits, 'logits')
+    samples = np.bincount(logits.argmax(1), minlength=logits.shape[1])
+    data = np.maximum(np.asarray(counts, np.float64), 1)
+    hit = samples > 0
+    share = samples[hit] / samples.sum()
+    return int(hit.sum()), float((share * np.log(share / (data / data.sum())[hit])).sum())

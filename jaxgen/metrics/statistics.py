@@ -1,0 +1,131 @@
+"""What is kept of a set of pictures once a network has looked at them, and the cache of those of data sets.
+
+    statistics = gather(pieces, n)  # pieces: what features.extract gave, one after another
+    statistics = cached(folder, title, key, lambda: gather(pieces, n))
+
+Moments are of all pictures, in float64. Features themselves, which nearest neighbours and kernels
+need, are kept of KEPT pictures at most, in a random order that is always the same: any first m
+of them are a fair sample, however the pictures were sorted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgen import log, sharding
+from jaxgen.errors import RunError
+from jaxgen.metrics.moments import Moments, merge
+
+KEPT = 50_000
+SEED = 2020  # of the order: torch-fidelity's, so that its Inception Score has the same splits
+FORMAT = 1  # of the cache; another number, and old files are not looked at
+
+
+class Statistics(NamedTuple):
+    moments: Moments  # of the features of all pictures
+    features: np.ndarray  # float32 [m, d], m <= KEPT
+    counts: np.ndarray  # int64 [c]: how many of all pictures the network puts into each class; [0] without classes
+    logits: np.ndarray | None = None  # float32 [m, c]; None without classes, and for a data set from the cache
+    spatial: Moments | None = None  # of sFID's features, where the network has them
+
+
+def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
+    """The statistics of n pictures.
+
+    Args:
+      pieces: {'features': [b, d], 'logits': [b, c], 'spatial': [b, s]}, the last two where there are any,
+        n pictures in all.
+
+    Raises:
+      RunError: a feature is not finite.
+    """
+    order = np.random.RandomState(SEED).permutation(n)[:KEPT]
+    row = np.full(n, -1)
+    row[order] = np.arange(len(order))
+    start, kept, moments, counts = 0, {}, {}, np.zeros(0, np.int64)
+    for piece in pieces:
+        rows = row[start : start + len(piece['features'])]
+        for name, x in piece.items():
+            good = np.isfinite(x).all(1)
+            if not good.all():
+                raise RunError(f'{name} of picture {start + int(np.argmin(good))} are not finite: stopped')
+            if name != 'logits':
+                own = Moments.of(x)
+                moments[name] = merge(moments[name], own) if name in moments else own
+            if name != 'spatial':
+                into = kept.setdefault(name, np.empty((len(order), x.shape[1]), np.float32))
+                into[rows[rows >= 0]] = x[rows >= 0]
+        start += len(rows)
+        if 'logits' in piece:
+            found = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
+            counts = counts + found if len(counts) else found
+    assert start == n, f'{start} pictures, not {n}'
+    return Statistics(moments['features'], kept['features'], counts, kept.get('logits'), moments.get('spatial'))
+
+
+def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) -> Statistics:
+    """The statistics that `key` stands for, from `folder`, or made and put there.
+
+    Safe with several processes: a file appears whole or not at all, and all of them make the same. One that
+    is damaged is put aside with a word and made anew.
+
+    Args:
+      title: what the file's name begins with, for people.
+      key: all that decides what they are.
+    """
+    key = f'{FORMAT} {key}'
+    path = os.path.join(folder, f'{title}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz')
+    found = None
+    if os.path.exists(path):
+        try:
+            found = read(path, key)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            log.say(f'WARNING: {path} is damaged ({" ".join(str(e).split())}): put aside and computed again')
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.rename(path, f'{path}.damaged-{uuid.uuid4().hex[:8]}')
+    if sharding.any_host(found is None):
+        found = make()._replace(logits=None)
+        if jax.process_index() == 0:
+            write(path, key, found)
+    return found
+
+
+def write(path: str, key: str, made: Statistics) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    arrays = {'key': np.array(key), 'features': made.features, 'counts': made.counts}
+    for name, moments in (('moments', made.moments), ('spatial', made.spatial)):
+        if moments is not None:
+            arrays |= {f'{name}_{field}': np.asarray(value) for field, value in moments._asdict().items()}
+    new = f'{path}.{uuid.uuid4().hex}.new'
+    try:
+        with open(new, 'wb') as file:
+            np.savez(file, **arrays)
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.remove(new)
+
+
+def read(path: str, key: str) -> Statistics:
+    """Raises ValueError, KeyError, OSError, EOFError, BadZipFile or zlib.error for a damaged file."""
+    # The zip's checksums are looked at in reading.
+    with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
+        if str(file['key']) != key:
+            raise ValueError('it is of something else')
+
+        def moments(name: str) -> Moments:
+            values = {field: file[f'{name}_{field}'] for field in Moments._fields}
+            return Moments(**{**values, 'n': int(values['n'])})
+
+        spatial = moments('spatial') if 'spatial_n' in file else None
+        return Statistics(moments('moments'), file['features'], file['counts'], None, spatial)
