@@ -72,7 +72,7 @@ def torch_unet(config, image):
     """diffusers' U-Net with the settings of a ddpm config."""
     import diffusers
 
-    model, levels = config.model, len(config.model.multipliers)
+    model, levels = config.model.unet, len(config.model.unet.multipliers)
     here = [image[0] // 2**i in model.attention for i in range(levels)]
     return diffusers.UNet2DModel(
         sample_size=image[0],
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument('--out', default='', help='write the JSON here too')
     arguments = parser.parse_args()
     config = configs.load(arguments.config)
-    if arguments.vs and (config.family != 'ddpm' or arguments.what == 'data'):
+    if arguments.vs and (config.family != 'diffusion' or arguments.what == 'data'):
         sys.exit('--vs=torch is for training and sampling of ddpm configs')
     if arguments.batch:
         config.data.batch = config.sample.batch = arguments.batch

@@ -15,9 +15,9 @@ def get_config(variant: str = ''):
         variant,
         family='classifier',
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
-        model=dict(width=32, levels=2, features=64),
+        model=dict(width=32, levels=1, features=64),
         optim=dict(name='adamw', lr=2e-3, schedule='cosine', warmup=50, weight_decay=0.05, ema=0.99, ema_warmup=True),
-        train=dict(steps=1000, updates_per_call=50, log_every=100, save_every=500, sample_every=0),
+        train=dict(steps=400, updates_per_call=50, log_every=100, save_every=200, sample_every=0),
         variants={
             'tiny': dict(
                 data=dict(batch=8),

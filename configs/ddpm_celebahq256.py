@@ -13,14 +13,10 @@ from jaxgen.config import make
 def get_config(variant: str = ''):
     return make(
         variant,
-        family='ddpm',
+        family='diffusion',
         data=dict(source='celeb_a_hq/256', size=256, channels=3, batch=64, flip=True),
         model=dict(
-            channels=128,
-            multipliers=(1, 1, 2, 2, 4, 4),
-            blocks=2,
-            attention=(16,),
-            dropout=0.0,
+            unet=dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0),
             variance='fixed_small',
         ),
         optim=dict(lr=2e-5, warmup=5000, clip=1.0, ema=0.9999),
@@ -31,13 +27,10 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    channels=8,
-                    multipliers=(1, 2),
-                    blocks=1,
-                    attention=(4,),
+                    # Dropout as in ddpm_cifar10:tiny, so that tests compile one program for both.
+                    unet=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
                     timesteps=20,
                     beta_end=0.5,
-                    dropout=0.1,  # as in ddpm_cifar10:tiny, so that tests compile one program for both
                 ),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, remat=False),

@@ -14,14 +14,11 @@ from jaxgen.config import make
 def get_config(variant: str = ''):
     return make(
         variant,
-        family='ddpm',
+        family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128),
         # With a quarter of the steps the larger variance leaves noise in the pictures.
         model=dict(
-            channels=32,
-            multipliers=(1, 2),
-            blocks=1,
-            attention=(4,),
+            unet=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
             variance='fixed_small',
             sample_steps=250,
             bound_steps=100,
@@ -32,7 +29,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(channels=8, blocks=1, timesteps=20, beta_end=0.5, sample_steps=0, bound_steps=0),
+                model=dict(unet=dict(channels=8), timesteps=20, beta_end=0.5, sample_steps=0, bound_steps=0),
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

@@ -18,6 +18,12 @@ from jaxgen.train import train
 
 # Parameters of the published systems (FACTS: papers and reference code), by network.
 PUBLISHED = {
+    'adm_imagenet64': {'denoiser': 295_904_454},
+    'adm_imagenet256': {'denoiser': 553_838_086},
+    'iddpm_cifar10': {'denoiser': 52_546_438},
+    'ddpmpp_cifar10': {'denoiser': 61_804_419},
+    'ncsnpp_cifar10': {'denoiser': 62_758_915},
+    'edm_cifar10': {'denoiser': 55_733_891 - 1_152},  # of the augmentation's labels, which it goes without
     'ddpm_cifar10': {'denoiser': 35_746_307},
     'ddpm_celeba': {'denoiser': 78_700_803},
     'ddpm_celebahq256': {'denoiser': 113_673_219},
@@ -26,7 +32,7 @@ PUBLISHED = {
 }
 # The log that must fall on a fixed batch. Adversarial families have none: each player's loss rises
 # as the other learns.
-FALLS = {'ddpm': 'loss', 'vae': 'loss', 'wgan_gp': None}
+FALLS = {'classifier': 'loss', 'diffusion': 'loss', 'vae': 'loss', 'wgan_gp': None}
 
 
 def tiny(name: str, **sections):
@@ -42,6 +48,13 @@ def first_batch(config):
 
 @pytest.fixture(params=NAMES)
 def name(request):
+    return request.param
+
+
+# What holds by the shared machinery and the family, and not by the size of a network, is held against the configs
+# of embedded data: each family, each network and each formulation has one.
+@pytest.fixture(params=[n for n in NAMES if configs.load(path(n, '')).data.source in ('digits', 'shapes')])
+def embedded(request):
     return request.param
 
 
@@ -64,8 +77,29 @@ def test_docstring_says_what_and_how(name):
         assert word in text, f'configs/{name}.py: docstring lacks {word!r}'
 
 
-def test_updates_sample_and_evaluate(name):
+def test_traces_at_tiny_size(name):
+    """All functions of every config, without computing: shapes and types are those of the contract."""
     config = tiny(name)
+    assembled = run.assemble(config)
+    family, state = assembled.family, assembled.abstract
+    batch = jax.eval_shape(lambda: first_batch(config))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    after, logs = jax.eval_shape(family.update, state, {}, batch, key)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(leaf.shape == () for leaf in logs.values())
+    if family.sample is not None:
+        wanted = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.batches(assembled, config, 4, {}).items()
+        }
+        images = jax.eval_shape(family.sample, state, {}, wanted, key)
+        assert images.shape == (4, *batch['image'].shape[1:]) and images.dtype == jnp.float32
+    numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
+    figures = jax.eval_shape(family.evaluate, state, {}, numbered, key)
+    assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
+
+
+def test_updates_sample_and_evaluate(embedded):
+    config = tiny(embedded)
     assembled = run.assemble(config)
     family, batch = assembled.family, first_batch(config)
     init = jax.jit(family.init)
@@ -117,8 +151,8 @@ def test_updates_sample_and_evaluate(name):
         assert family.classify(state, {}, pictures, jax.random.key(3)).shape[0] == len(batch['image'])
 
 
-def test_learns_a_fixed_batch(name):
-    config = tiny(name, optim={'warmup': 0})
+def test_learns_a_fixed_batch(embedded):
+    config = tiny(embedded, optim={'warmup': 0})
     figure = FALLS[config.family]
     if figure is None:
         pytest.skip('adversarial: no loss of it must fall')
@@ -135,9 +169,9 @@ def test_learns_a_fixed_batch(name):
     assert after[figure].mean() < 0.9 * before[figure].mean()
 
 
-def test_stopped_and_resumed_is_the_same(name, tmp_path):
+def test_stopped_and_resumed_is_the_same(embedded, tmp_path):
     whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
-    config = tiny(name, train={'steps': 4, 'save_every': 4, 'log_every': 2})
+    config = tiny(embedded, train={'steps': 4, 'save_every': 4, 'log_every': 2})
     schedule = {'schedule': 'constant'}  # the others depend on the number of steps
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
@@ -150,15 +184,15 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     assert [line['step'] for line in metrics(whole)] == [2, 4]
 
 
-def test_half_precision(name):
-    config = tiny(name, train={'dtype': 'bfloat16', 'remat': True})
+def test_half_precision(embedded):
+    config = tiny(embedded, train={'dtype': 'bfloat16', 'remat': True})
     family, batch = run.assemble(config).family, first_batch(config)
     start = jax.jit(family.init)(jax.random.key(0), batch, {})
     state, logs = jax.jit(family.update)(start, {}, batch, jax.random.key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
     text = str(jax.make_jaxpr(family.update)(state, {}, batch, jax.random.key(1)))
     assert 'bf16' in text, 'nothing is computed in bfloat16'
-    full = run.assemble(tiny(name)).family
+    full = run.assemble(tiny(embedded)).family
     _, exact = jax.jit(full.update)(start, {}, batch, jax.random.key(1))
     for figure in exact:
         np.testing.assert_allclose(logs[figure], exact[figure], rtol=0.25, atol=0.1, err_msg=figure)
@@ -244,7 +278,8 @@ def test_main_trains_samples_and_evaluates(tmp_path):
     (folder,) = [
         os.path.join(workdir, 'samples', f) for f in os.listdir(os.path.join(workdir, 'samples')) if 'seed5' in f
     ]
-    assert sorted(os.listdir(folder)) == ['00000.png', '00001.png', '00002.png', 'grid.png', 'samples.npz']
+    assert sorted(os.listdir(folder)) == ['grid.png', 'images', 'samples.npz']
+    assert sorted(os.listdir(os.path.join(folder, 'images'))) == ['00000.png', '00001.png', '00002.png']
     images = np.load(os.path.join(folder, 'samples.npz'))['images']
     assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
     import jaxgen
@@ -254,4 +289,6 @@ def test_main_trains_samples_and_evaluates(tmp_path):
     assert done.returncode == 0, done.stderr
     with open(os.path.join(workdir, 'evaluation.json'), encoding='utf-8') as file:
         record = json.load(file)
-    assert record['weights'] == 'ema' and all(np.isfinite(m['mean']) and m['n'] > 0 for m in record['metrics'].values())
+    assert record['weights'] == 'ema' and all(
+        np.isfinite(m['value']) and m['n'] > 0 for m in record['metrics'].values()
+    )

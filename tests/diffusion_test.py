@@ -86,9 +86,18 @@ def test_a_perfect_output_gives_back_x_0(prediction):
     x_0, eps = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     alpha, sigma = (values[[1, 10, 300, 600, 900]].astype(np.float32)[:, None] for values in LINEAR[1:])
     output = target(prediction, x_0, eps, alpha, sigma)
-    by_hand = {'eps': eps, 'x0': x_0, 'v': alpha * eps - sigma * x_0}[prediction]
-    np.testing.assert_allclose(output, by_hand, rtol=1e-6)
     x_t = alpha * x_0 + sigma * eps
+    ratio = sigma / alpha
+    c_skip, c_out = 0.25 / (ratio**2 + 0.25), 0.5 * ratio / np.sqrt(ratio**2 + 0.25)
+    by_hand = {
+        'eps': eps,
+        'x0': x_0,
+        'v': alpha * eps - sigma * x_0,
+        'score': -eps,
+        'flow': eps - x_0,
+        'edm': (x_0 - c_skip * x_t / alpha) / c_out,
+    }[prediction]
+    np.testing.assert_allclose(output, by_hand, rtol=1e-5, atol=1e-4 if prediction == 'edm' else 0)
     np.testing.assert_allclose(to_x_0(prediction, output, x_t, alpha, sigma), x_0, atol=2e-5)
 
 
@@ -294,8 +303,7 @@ def test_bound_equals_the_closed_form(variance):
     schedule = schedules.variance_preserving(schedules.linear_betas(60, 1e-3, 0.2))
     x_0 = levels_of(MEAN + STD * np.random.default_rng(0).normal(size=(64, 512)).clip(-1.9, 1.9))
     prior, terms = expected_terms(x_0, schedule, variance, MEAN, STD)
-    log_variance = schedules.model_log_variance(schedule, variance)
-    found = jax.jit(lambda x, keys: variational_bound(gaussian_denoise(schedule), x, schedule, log_variance, keys))(
+    found = jax.jit(lambda x, keys: variational_bound(gaussian_denoise(schedule), x, schedule, variance, keys))(
         x_0, keys_of(0, 64)
     )
     nats = {name: float(values.mean()) * np.log(2) for name, values in found.items()}
@@ -311,7 +319,7 @@ def test_bound_equals_the_closed_form(variance):
     alpha, sigma = schedule.alpha[0], schedule.sigma[0]
     noise = normal(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 0))[1])(keys_of(0, 64)), (512,))
     mean = np.asarray(gaussian_denoise(schedule)(alpha * x_0 + sigma * np.asarray(noise), 0), np.float64)
-    scale = np.exp(0.5 * log_variance[0])
+    scale = np.exp(0.5 * schedules.model_log_variance(schedule, variance)[0])
     mass = norm.cdf((x_0 + 1 / 255 - mean) / scale) - norm.cdf((x_0 - 1 / 255 - mean) / scale)
     edge = (x_0 > 0.999) | (x_0 < -0.999)
     per_example = -np.log2(np.maximum(mass, 1e-30))
@@ -327,9 +335,18 @@ def test_best_bound_is_the_entropy():
     moves = schedules.posterior(LINEAR)
     var_of_x_0 = 1 / (1 / std**2 + (LINEAR.alpha / LINEAR.sigma) ** 2)  # given x_t
     log_variance = np.log(moves.variance + moves.x_0_weight**2 * var_of_x_0)
-    bound = jax.jit(
-        lambda x, keys: variational_bound(gaussian_denoise(mean=0.0, std=std), x, LINEAR, log_variance, keys)
-    )(x_0, keys_of(0, 16))['bits_per_dim']
+    # The best variance as a network that learns it says it: where it lies between the smallest and the largest.
+    small = schedules.model_log_variance(LINEAR, 'fixed_small')
+    fraction = jnp.asarray((log_variance - small) / (np.log(moves.forward) - small), jnp.float32)
+    assert fraction[1:].min() >= 0 and fraction[1:].max() <= 1
+    exact_x_0 = gaussian_denoise(mean=0.0, std=std)
+
+    def denoise(x, t):
+        return exact_x_0(x, t), fraction[t][:, None] * jnp.ones_like(x)
+
+    bound = jax.jit(lambda x, keys: variational_bound(denoise, x, LINEAR, 'learned', keys))(x_0, keys_of(0, 16))[
+        'bits_per_dim'
+    ]
     density = np.exp(-0.5 * (x_0 / std) ** 2) / (std * np.sqrt(2 * np.pi))
     exact = -np.log2(density * 2 / 255).mean()
     np.testing.assert_allclose(bound.mean(), exact, atol=0.02)
@@ -337,14 +354,13 @@ def test_best_bound_is_the_entropy():
 
 def test_fewer_terms_have_the_right_mean():
     schedule = schedules.variance_preserving(schedules.linear_betas(30, 1e-3, 0.2))
-    log_variance = schedules.model_log_variance(schedule, 'fixed_large')
 
     def bound(steps, n=4096):
         # Off by a constant: the middle terms are then known numbers, and what is random is which are taken.
         def denoise(x, t):
             return jnp.full_like(x, 0.3)
 
-        run = jax.jit(lambda x, keys: variational_bound(denoise, x, schedule, log_variance, keys, steps))
+        run = jax.jit(lambda x, keys: variational_bound(denoise, x, schedule, 'fixed_large', keys, steps))
         return run(jnp.full((n, 2), levels_of(0.1)), keys_of(0, n))
 
     full = bound(0)
@@ -365,9 +381,8 @@ def test_fewer_terms_have_the_right_mean():
 def test_bound_of_an_example_is_its_own():
     schedule = schedules.subset(LINEAR, schedules.uniform_steps(1000, 20))
     schedule = schedule._replace(t=np.arange(20))
-    log_variance = schedules.model_log_variance(schedule, 'fixed_large')
     x_0 = levels_of(np.random.default_rng(0).uniform(-1, 1, (6, 4)))
-    run = jax.jit(lambda x, keys: variational_bound(gaussian_denoise(schedule), x, schedule, log_variance, keys, 5))
+    run = jax.jit(lambda x, keys: variational_bound(gaussian_denoise(schedule), x, schedule, 'fixed_large', keys, 5))
     together = run(x_0, keys_of(0, 6))
     apart = run(x_0[4:], keys_of(0, 6)[4:])
     for name, values in together.items():

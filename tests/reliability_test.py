@@ -94,7 +94,7 @@ def test_sigterm_saves_and_goes_on_the_same(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_compilation_ends_at_once(number, tmp_path):
     # A rate of its own makes an update that is in no compilation cache.
-    rate = {'optim.lr': 1e-3 + time.time_ns() % 10**9 * 1e-14, 'model.blocks': 2}
+    rate = {'optim.lr': 1e-3 + time.time_ns() % 10**9 * 1e-14, 'model.unet.blocks': 2}
     process = start(*long_run('ddpm_digits', tmp_path / 'run', **rate), env={'JAX_LOG_COMPILES': '1'})
     for line in process.stderr:
         if 'MLIR module conversion jit(call)' in line:
@@ -324,10 +324,10 @@ TINY = f'--config={path("ddpm_digits")}'
     [
         ([TINY, '--config.optim.lrate=1'], 'did you mean lr'),
         ([TINY, '--config.modle.channels=1'], 'did you mean model'),
-        ([TINY, '--config.model.chanels=1'], 'did you mean channels'),
-        ([TINY, '--config.model.channels=wide'], 'must be int'),
-        ([TINY, '--config.model.multipliers=2'], 'must be tuple'),
-        ([TINY, "--config.model.multipliers=('a',)"], 'tuple of int'),
+        ([TINY, '--config.model.unet.chanels=1'], 'did you mean channels'),
+        ([TINY, '--config.model.unet.channels=wide'], 'must be int'),
+        ([TINY, '--config.model.unet.multipliers=2'], 'must be tuple'),
+        ([TINY, "--config.model.unet.multipliers=('a',)"], 'tuple of int'),
         ([TINY, '--config.optim.lr=fast'], 'must be float'),
         ([TINY, '--config.optim.lr=-1.0'], 'more than 0'),
         ([TINY, '--config.optim.name=adamm'], 'must be one of'),
@@ -341,7 +341,7 @@ TINY = f'--config={path("ddpm_digits")}'
         ([TINY, f'--workdir={__file__}'], 'cannot be written to'),
         ([TINY, '--config.data.size=9'], '9'),
         ([TINY, '--config.data.source=cifar11'], 'cifar1'),
-        ([TINY, '--config.family=ddpn'], 'did you mean ddpm'),
+        ([TINY, '--config.family=difusion'], 'did you mean diffusion'),
         ([TINY, '--mode=trane'], 'did you mean train'),
         ([TINY, '--sede=3'], 'sede'),
         ([TINY, 'train'], 'train'),
@@ -363,7 +363,7 @@ def test_mistakes(args, says, capfd, tmp_path, monkeypatch, no_compile):
 
 
 def test_a_real_process_exits_with_2_and_one_line(tmp_path):
-    done = main(TINY, '--config.model.chanels=1', f'--workdir={tmp_path}')
+    done = main(TINY, '--config.model.unet.chanels=1', f'--workdir={tmp_path}')
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The variational bound on the likelihood, in bits per dimension."""
+"""Likelihoods in bits per dimension: the variational bound of a chain, and that of the probability-flow ODE."""
 
 from __future__ import annotations
 
@@ -10,22 +10,70 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.contract import normal
-from jaxgen.diffusion.schedules import Schedule, posterior
+from jaxgen.diffusion.processes import Process
+from jaxgen.diffusion.schedules import Schedule, model_log_variance, posterior
+from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
-from jaxgen.losses.likelihoods import discretised_gaussian
 
 Array = jax.Array
 
 
+def tables(schedule: Schedule, variance: str) -> dict[str, np.ndarray]:
+    """What the bound reads of each step, float32 [T]."""
+    moves = posterior(schedule)
+    # At step 0 the posterior's variance is 0; that step is the decoder's and reads no other.
+    small = model_log_variance(schedule, 'fixed_small')
+    values = {
+        'alpha': schedule.alpha,
+        'sigma': schedule.sigma,
+        'x_0_weight': moves.x_0_weight,
+        'log_posterior': np.log(np.maximum(moves.variance, 1e-300)),
+        'log_model': small if variance == 'learned' else model_log_variance(schedule, variance),
+        # What is added to the last where a fraction of 1 is learned.
+        'log_range': np.log(moves.forward) - small,
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def term(at: dict[str, Array], x_0: Array, x_0_hat: Array, fraction: Array | None, first: Array) -> Array:
+    """One step's term of the bound, nats [n] (Ho et al. 2020, eq. 5): KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or at
+    the first step the decoder's -log p(x_0 | x_t) of 256 levels (eq. 13).
+
+    Args:
+      at: the tables' entries, [n, 1, ...] each.
+      fraction: where the learned log-variance lies between the smallest and the largest (Nichol & Dhariwal
+        2021, eq. 15); None: fixed.
+      first: bool [n].
+    """
+    log_model = at['log_model'] if fraction is None else at['log_model'] + fraction * at['log_range']
+    decoder = -likelihoods.discretised_gaussian(x_0_hat, 0.5 * log_model, x_0)
+    # Means of q and p: the x_t in them is the same, so only this differs.
+    distance = at['x_0_weight'] * (x_0 - x_0_hat)
+    middle = normal_kl(distance, jnp.broadcast_to(at['log_posterior'], x_0.shape), 0.0, log_model)
+    return jnp.where(first, decoder, middle)
+
+
+def entries(table: dict[str, np.ndarray], i: Array, x: Array) -> dict[str, Array]:
+    """Entries i [n] of the tables, shaped to broadcast against x."""
+    return {name: jnp.asarray(values)[i].reshape(-1, *[1] * (x.ndim - 1)) for name, values in table.items()}
+
+
+def bound_term(schedule: Schedule, x_0: Array, x_0_hat: Array, i: Array, fraction: Array) -> Array:
+    """The term of step i [n] with a learned variance, in bits per dimension, [n]; T times its mean over
+    steps is the bound without its constant."""
+    at = entries(tables(schedule, 'learned'), i, x_0)
+    return term(at, x_0, x_0_hat, fraction, i == 0) / (x_0[0].size * math.log(2))
+
+
 def variational_bound(
-    denoise: Callable, x_0: Array, schedule: Schedule, log_variance: np.ndarray, keys: Array, steps: int = 0
+    denoise: Callable, x_0: Array, schedule: Schedule, variance: str, keys: Array, steps: int = 0
 ) -> dict[str, Array]:
     """Upper bound on -log2 p(x_0) per dimension: Ho et al. 2020, eq. 5, with a draw of x_t for each term.
 
     Args:
-      denoise: (x [n, ...], t [n]) -> x_0. Its argument t is the schedule's.
+      denoise: (x [n, ...], t [n]) -> x_0, or (x_0, fraction) with a learned variance. Its argument t is the schedule's.
       x_0: float32 [n, ...] in [-1, 1], at 256 levels.
-      log_variance: of p(x_s | x_t), [T].
+      variance: of p(x_s | x_t), 'fixed_large' | 'fixed_small' | 'learned'.
       keys: [n], of the draws of each example.
       steps: number of the T - 1 middle terms that are computed. They are cut into so many runs of
         nearly equal length, and one term of each run, drawn for each example, stands for its run:
@@ -40,42 +88,87 @@ def variational_bound(
     bits = 1 / (dims * math.log(2))
     last = len(schedule.t) - 1
     steps = steps or last
-    moves = posterior(schedule)
-    table = {
-        't': jnp.asarray(schedule.t),
-        'alpha': jnp.asarray(schedule.alpha, jnp.float32),
-        'sigma': jnp.asarray(schedule.sigma, jnp.float32),
-        'x_0_weight': jnp.asarray(moves.x_0_weight, jnp.float32),
-        # At step 0 the posterior's variance is 0; that step is the decoder's and reads no other.
-        'log_posterior': jnp.asarray(np.log(np.maximum(moves.variance, 1e-300)), jnp.float32),
-        'log_model': jnp.asarray(log_variance, jnp.float32),
-    }
+    table, t = tables(schedule, variance), jnp.asarray(schedule.t)
 
-    def decoder(at, x_0_hat):
-        return -discretised_gaussian(x_0_hat, 0.5 * at['log_model'], x_0)
-
-    def middle(at, x_0_hat):
-        # Means of q(x_s | x_t, x_0) and p(x_s | x_t): the x_t in them is the same, so only this differs.
-        distance = at['x_0_weight'] * (x_0 - x_0_hat)
-        return normal_kl(distance, jnp.broadcast_to(at['log_posterior'], x_0.shape), 0.0, at['log_model'])
-
-    def term(_, run):
+    def one(_, run):
         number, low, size = run
         which, noise = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(keys), 1, 0)
         i = low + jax.vmap(lambda key: jax.random.randint(key, (), 0, size))(which)  # [n], a step of the run
-        at = {name: values[i].reshape(-1, *[1] * (x_0.ndim - 1)) for name, values in table.items()}
-        x_t = at['alpha'] * x_0 + at['sigma'] * normal(noise, x_0.shape[1:])
-        x_0_hat = denoise(x_t, table['t'][i])
-        return None, size * jax.lax.cond(number == 0, decoder, middle, at, x_0_hat)
+        at = entries(table, i, x_0)
+        found = denoise(at['alpha'] * x_0 + at['sigma'] * normal(noise, x_0.shape[1:]), t[i])
+        x_0_hat, fraction = found if isinstance(found, tuple) else (found, None)
+        return None, size * term(at, x_0, x_0_hat, fraction, i == 0)
 
     # Run 0 is step 0, the decoder's; the others cut 1 .. T - 1 into `steps`. One scan over all, so
     # that the network is compiled once.
     edges = np.concatenate([[0], 1 + np.arange(steps + 1) * last // steps])
     runs = jax.tree.map(jnp.asarray, (np.arange(steps + 1), edges[:-1], np.diff(edges)))
-    terms = jax.lax.scan(term, None, runs)[1]  # [steps + 1, n]
+    terms = jax.lax.scan(one, None, runs)[1]  # [steps + 1, n]
     prior = normal_kl(float(schedule.alpha[last]) * x_0, jnp.full_like(x_0, 2 * math.log(schedule.sigma[last])))
     return {
         'bits_per_dim': bits * (prior + terms.sum(0)),
         'bits_prior': bits * prior,
         'bits_decoder': bits * terms[0],
     }
+
+
+def ode_likelihood(denoise: Callable, x_0: Array, process: Process, keys: Array, steps: int) -> dict[str, Array]:
+    """-log2 p(x_0) per dimension by the probability-flow ODE (Song et al. 2021, arXiv 2011.13456, section 4.3).
+
+    With y = x / alpha and r = sigma / alpha the ODE is dy / dr = eps(y, r), and along it (their eq. 39)
+
+        log p(y at the data) = log p(y at the end) + integral of div eps dr,
+
+    the divergence by one Rademacher vector per example (Hutchinson; unbiased, and exact where eps is diagonal
+    in y). Images are dequantised by uniform noise, so that this is a bound on the likelihood of 256 levels.
+
+    Args:
+      denoise: (x, t) -> x_0, not clipped where the figure is to be that of a density.
+      steps: of the classical Runge-Kutta method, evenly in log r, from the process's start to its end; four
+        evaluations each.
+
+    Returns:
+      float32 [n] each: 'bits_per_dim', and 'bits_prior', the part of it that the noise at the end has.
+    """
+    axes, dims = tuple(range(1, x_0.ndim)), x_0[0].size
+    ends = process.at(np.array([max(process.low, 1e-3), process.end], np.float64))
+    low, high = np.log(ends.sigma) - np.log(np.maximum(ends.alpha, 1e-3))
+    edges = np.linspace(low, high, steps + 1)
+    noise_keys, probe_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key))(keys), 1, 0)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, x_0.shape[1:], minval=-0.5, maxval=0.5))(noise_keys)
+    probe = jax.vmap(lambda key: jax.random.rademacher(key, x_0.shape[1:], jnp.float32))(probe_keys)
+
+    def slope(y, log_ratio):
+        """d y / d log r, and its divergence."""
+        ratio = jnp.exp(log_ratio)
+        t = jnp.broadcast_to(process.time(ratio), (len(y),))
+        alpha = process.at(t).alpha.reshape(-1, *[1] * (y.ndim - 1))
+
+        def flow(y):
+            found = denoise(alpha * y, t)
+            return y - (found[0] if isinstance(found, tuple) else found)
+
+        value, pull = jax.vjp(flow, y)
+        return value, (pull(probe)[0] * probe).sum(axes)
+
+    def step(carry, edge):
+        y, total = carry
+        at, to = edge
+        h = to - at
+
+        def stage(carry, constants):  # of four, so that the network is compiled once
+            k, dy, dtotal = carry
+            c, weight = constants
+            k, divergence = slope(y + c * h * k, at + c * h)
+            return (k, dy + weight * k, dtotal + weight * divergence), None
+
+        start = (jnp.zeros_like(y), jnp.zeros_like(y), jnp.zeros_like(total))
+        (_, dy, dtotal), _ = jax.lax.scan(stage, start, (jnp.array([0, 0.5, 0.5, 1]), jnp.array([1, 2, 2, 1]) / 6))
+        return (y + h * dy, total + h * dtotal), None
+
+    between = jnp.asarray(np.stack([edges[:-1], edges[1:]], -1), jnp.float32)
+    y = x_0 + uniform / 127.5
+    (y, total), _ = jax.lax.scan(step, (y, jnp.zeros(len(x_0))), between)
+    prior = -likelihoods.gaussian(0.0, float(high), y)
+    bits = 1 / (dims * math.log(2))
+    return {'bits_per_dim': bits * (prior - total) + math.log2(127.5), 'bits_prior': bits * prior}

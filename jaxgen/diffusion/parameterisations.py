@@ -1,6 +1,8 @@
 """What a network predicts, as two coefficients: output = a x_0 + b eps.
 
-With x_t = alpha x_0 + sigma eps this is two equations for x_0 and eps, solved in one place.
+With x_t = alpha x_0 + sigma eps this is two equations for x_0 and eps, solved in one place:
+
+    x_0 = (b x_t - sigma output) / (b alpha - a sigma)
 """
 
 from __future__ import annotations
@@ -10,23 +12,70 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-PREDICTIONS = ('eps', 'x0', 'v')
+PREDICTIONS = ('eps', 'x0', 'v', 'score', 'flow', 'edm')
 
 
-def coefficients(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    """(a, b) of output = a x_0 + b eps: the noise (Ho et al. 2020), the image, or the velocity
-    v = alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)."""
+def coefficients(prediction: str, alpha: Array, sigma: Array, data_std: float = 0.5) -> tuple[Array, Array]:
+    """(a, b) of output = a x_0 + b eps.
+
+    'eps'    the noise (Ho et al. 2020)
+    'x0'     the image
+    'v'      the velocity alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512, appendix D)
+    'score'  sigma times the score, -eps (Song et al. 2021, arXiv 2011.13456; the network before its
+             output is divided by sigma)
+    'flow'   eps - x_0, the velocity of a straight line (Lipman et al. 2022; Liu et al. 2022)
+    'edm'    what is left of x_0 where data of standard deviation `data_std` are expected, with variance 1
+             (Karras et al. 2022, arXiv 2206.00364, eq. 7 and table 1)
+    """
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
-    return {'eps': (zero, one), 'x0': (one, zero), 'v': (-sigma, alpha)}[prediction]
+    if prediction == 'edm':
+        ratio = sigma / alpha
+        total = jnp.sqrt(ratio**2 + data_std**2)
+        return ratio / (data_std * total), -data_std / total
+    return {
+        'eps': (zero, one),
+        'x0': (one, zero),
+        'v': (-sigma, alpha),
+        'score': (zero, -one),
+        'flow': (-one, one),
+    }[prediction]
 
 
-def target(prediction: str, x_0: Array, eps: Array, alpha: Array, sigma: Array) -> Array:
+def input_scale(prediction: str, alpha: Array, sigma: Array, data_std: float = 0.5) -> Array:
+    """What x_t is multiplied by before the network sees it: for 'edm' to variance 1, else 1."""
+    if prediction == 'edm':
+        return 1 / jnp.sqrt(sigma**2 + (alpha * data_std) ** 2)
+    return jnp.ones_like(alpha)
+
+
+def target(prediction: str, x_0: Array, eps: Array, alpha: Array, sigma: Array, data_std: float = 0.5) -> Array:
     """What the network should put out. alpha and sigma broadcast against x_0."""
-    a, b = coefficients(prediction, alpha, sigma)
+    a, b = coefficients(prediction, alpha, sigma, data_std)
     return a * x_0 + b * eps
 
 
-def to_x_0(prediction: str, output: Array, x_t: Array, alpha: Array, sigma: Array) -> Array:
+def to_x_0(prediction: str, output: Array, x_t: Array, alpha: Array, sigma: Array, data_std: float = 0.5) -> Array:
     """The x_0 that the network's output stands for."""
-    a, b = coefficients(prediction, alpha, sigma)
+    a, b = coefficients(prediction, alpha, sigma, data_std)
     return (b * x_t - sigma * output) / (b * alpha - a * sigma)
+
+
+def error_scale(prediction: str, alpha: Array, sigma: Array, data_std: float = 0.5) -> Array:
+    """Error of x_0 over the error of the output that it comes from."""
+    a, b = coefficients(prediction, alpha, sigma, data_std)
+    return -sigma / (b * alpha - a * sigma)
+
+
+WEIGHTINGS = ('none', 'min_snr')
+
+
+def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std: float, gamma: float) -> Array:
+    """Weight of the squared error of the output.
+
+    'none'        1: what each of the papers that brought a prediction in minimises
+    'min_snr'     error of x_0 times min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, arXiv 2303.09556)
+    """
+    if weighting == 'none':
+        return jnp.ones_like(alpha)
+    snr = (alpha / sigma) ** 2
+    return jnp.minimum(snr, gamma) * error_scale(prediction, alpha, sigma, data_std) ** 2

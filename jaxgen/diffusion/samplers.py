@@ -1,12 +1,24 @@
 """Samplers: free functions of the callable `denoise(x, t) -> x_0`, each one `lax.scan`.
 
 They share a signature: (denoise, x, schedule, keys, options) -> x_0 [n, ...]. `x` is noise at the
-schedule's last level; `keys` [n] is one key per sample, so that a sample does not depend on what is
-drawn with it. Fewer steps come from a subset of the schedule.
+schedule's last level (alpha 0 or small; where alpha is 1 all the way, sigma_max times noise); `keys` [n]
+is one key per sample, so that a sample does not depend on what is drawn with it. Any (alpha, sigma) will
+do, with sigma / alpha increasing. A step leads from a level to the one below, the last one to the data
+(alpha 1, sigma 0): it is the estimate itself. Fewer steps come from a subset of the schedule.
+
+`denoise` may return a pair (x_0, fraction): where between the smallest and the largest the variance of a
+reverse step lies. Only `ancestral` with variance 'learned' looks at it.
+
+With `trajectory` all return (x_0, {'x': [M, n, ...], 'x_0': [M, n, ...]}): the x that each of the M
+evaluations of `denoise` led to, and what it returned. The last 'x' is the sample.
+
+Nearly every sampler is a sum of x, the newest estimates and noise, with weights that are known before
+(`linear`). They differ in the weights: those are written here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,60 +31,391 @@ from jaxgen.diffusion.schedules import Schedule, posterior
 Array = jax.Array
 
 
-def ancestral(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, variance: str) -> Array:
+def ancestral(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, variance: str, trajectory: bool = False
+) -> Array:
     """Algorithm 2 of Ho et al. 2020: draws each x_s from p(x_s | x_t). The last step adds no noise.
 
     Args:
-      variance: of p, 'fixed_large' (that of the forward step) or 'fixed_small' (the posterior's).
+      variance: of p, 'fixed_large' (that of the forward step), 'fixed_small' (the posterior's) or 'learned':
+        its logarithm lies between those of the two, where the `fraction` that denoise returns says, from 0,
+        small, to 1, large (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
     """
     moves = posterior(schedule)
-    var = {'fixed_large': moves.forward, 'fixed_small': moves.variance}[variance]
-    return linear(denoise, x, schedule, keys, moves.x_t_weight, moves.x_0_weight, np.sqrt(var))
+    std, growth = np.zeros((2, len(schedule.t)))
+    std[1:] = np.sqrt(moves.forward if variance == 'fixed_large' else moves.variance)[1:]
+    if variance == 'learned':
+        growth[1:] = 0.5 * np.log(moves.forward[1:] / moves.variance[1:])
+    weights = moves.x_t_weight, moves.x_0_weight, std, growth
+    return linear(denoise, x, schedule.t, keys, *weights, trajectory=trajectory)
 
 
-def ddim(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: float = 0.0) -> Array:
+def ddim(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: float = 0.0, trajectory: bool = False
+) -> Array:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
     Args:
       eta: 0: x_0 is a function of x alone; 1: `ancestral` with 'fixed_small'.
     """
-    alpha, sigma = schedule.alpha, schedule.sigma
-    alpha_s, sigma_s = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
-    std = eta * np.sqrt(posterior(schedule).variance)
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    std = np.minimum(eta * np.sqrt(posterior(schedule).variance), sigma_s)
     # x_s = alpha_s x_0 + direction eps + std noise, with eps = (x_t - alpha x_0) / sigma
-    direction = np.sqrt(np.maximum(sigma_s**2 - std**2, 0))
-    return linear(denoise, x, schedule, keys, direction / sigma, alpha_s - direction * alpha / sigma, std)
+    direction = np.sqrt(sigma_s**2 - std**2)
+    weights = direction / sigma, alpha_s - direction * alpha / sigma
+    return linear(denoise, x, schedule.t, keys, *weights, std, trajectory=trajectory)
+
+
+def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, trajectory: bool = False) -> Array:
+    """The noise x at the schedule's last level that `ddim` turns into the images x_0 [n, ...], but for an
+    error that falls with the number of steps (Song et al. 2021, arXiv 2010.02502, section 4.3).
+
+    The noise of a step is estimated where it starts. From the data to the first level it is that of
+    alpha x_0 at the first level: the data have no noise to estimate.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    first = np.arange(len(alpha)) == 0
+    ratio = np.divide(sigma, sigma_s, out=np.full_like(sigma, 2.0), where=~first)
+    weights = ratio, np.where(first, -alpha, alpha - ratio * alpha_s)
+    t = np.concatenate([schedule.t[:1], schedule.t[:-1]])
+    x = jnp.float32(alpha[0]) * x_0
+    return linear(denoise, x, t[::-1], None, *(w[::-1] for w in weights), np.zeros(len(t)), trajectory=trajectory)
+
+
+def euler(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, trajectory: bool = False) -> Array:
+    """Euler's method for x / alpha as a function of sigma / alpha (Karras et al. 2022, arXiv 2206.00364,
+    section 3). For a flow it is Euler's method on the velocity; in each case it is `ddim` without noise."""
+    return ddim(denoise, x, schedule, keys, trajectory=trajectory)
+
+
+def euler_ancestral(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: float = 1.0, trajectory: bool = False
+) -> Array:
+    """Euler's method to a level below the next (sigma_down), then noise up to the next (sigma_up), as in
+    the package k-diffusion.
+
+    With sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2), sigmas in units of alpha, it is `ddim`.
+    """
+    return ddim(denoise, x, schedule, keys, eta=eta, trajectory=trajectory)
+
+
+def heun(
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    straight: bool = False,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = np.inf,
+    s_noise: float = 1.0,
+    level: Callable[[np.ndarray], Schedule] | None = None,
+    trajectory: bool = False,
+) -> Array:
+    """Heun's method, 2N - 1 evaluations for N levels (Karras et al. 2022, arXiv 2206.00364, algorithm 1), and
+    with churn the stochastic sampler of algorithm 2. The step to the data is Euler's, and so is one that
+    comes from alpha 0 unless `straight`.
+
+    Args:
+      straight: the method for x / (alpha + sigma) as a function of sigma / (alpha + sigma), which for a flow
+        is that on the velocity. Else for x / alpha as a function of sigma / alpha.
+      s_churn: sigma / alpha is raised before each step, by a factor 1 + min(s_churn / N, sqrt(2) - 1).
+      s_min, s_max: sigma / alpha between which it is raised.
+      s_noise: of the noise that is added, standard deviation.
+      level: (sigma / alpha [N]) -> the Schedule of levels there or near, for s_churn > 0.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    n = len(alpha)
+    positive = np.where(alpha > 0, alpha, 1)
+    ratio = sigma / positive
+    gamma = min(s_churn / n, np.sqrt(2) - 1) * ((alpha > 0) & (s_min <= ratio) & (ratio <= s_max))
+    hat = schedule
+    if gamma.any():
+        up = level(ratio * (1 + gamma))
+        hat = Schedule(*(np.where(gamma, new, own) for new, own in zip(up, schedule, strict=True)))
+    scale = np.where(gamma, hat.alpha / positive, 1)
+    std = s_noise * np.sqrt(np.maximum(hat.sigma**2 - (scale * sigma) ** 2, 0))
+
+    # Heun's step is Euler's plus weight (x_0 there - x_0 here): eps there, with the x of Euler's step, differs from
+    # eps here by what x_0 does.
+    unit, unit_s = hat.alpha + straight * hat.sigma, alpha_s + straight * sigma_s
+    with np.errstate(divide='ignore'):
+        weight = 0.5 * unit_s * (hat.sigma / unit * unit_s / sigma_s - 1)
+    weight = np.where((sigma_s > 0) & (unit > 0), weight, 0)
+
+    # Entry 2 i leaves level i by Euler's step. Entry 2 i + 1 has come to level i by it: it corrects this x and raises
+    # its level for what follows.
+    t = np.empty(2 * n - 1, hat.t.dtype)
+    x_t_weight, noise, x_0_weight = np.empty(2 * n - 1), np.zeros(2 * n - 1), np.zeros((2 * n - 1, 2))
+    t[::2], t[1::2] = hat.t, schedule.t[:-1]
+    x_t_weight[::2], x_t_weight[1::2] = sigma_s / hat.sigma, scale[:-1]
+    x_0_weight[::2, 0] = alpha_s - sigma_s * hat.alpha / hat.sigma
+    x_0_weight[1::2] = (scale[:-1] * weight[1:])[:, None] * [1, -1]
+    noise[1::2] = std[:-1]
+    if std[-1]:
+        x = jnp.float32(scale[-1]) * x + jnp.float32(std[-1]) * noise_of(keys, 2 * n - 1, x)
+    return linear(denoise, x, t, keys, x_t_weight, x_0_weight, noise, trajectory=trajectory)
+
+
+def dpm_solver_pp(
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    order: int = 2,
+    sde: bool = False,
+    trajectory: bool = False,
+) -> Array:
+    """DPM-Solver++ (2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095), of first order in its first and last step.
+
+    Args:
+      order: 1: `ddim`; 2.
+      sde: SDE-DPM-Solver++ (2M), which adds noise and with order 1 is `ancestral` with 'fixed_small'.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    h = log_ratio(alpha_s, sigma_s) - log_ratio(alpha, sigma)
+    k = 2 * h if sde else h
+    # An estimate that moves on as it did in the step before has moved so much by the middle of this one.
+    beyond = np.zeros(len(h))
+    if order == 2:
+        beyond[1:-1] = 0.5 * h[1:-1] / h[2:]
+    x_t_weight = sigma_s / sigma * (np.exp(-h) if sde else 1)
+    x_0_weight = -alpha_s * np.expm1(-k)
+    std = sigma_s * np.sqrt(-np.expm1(-2 * h)) if sde else np.zeros(len(h))
+    both = np.stack([x_0_weight * (1 + beyond), -x_0_weight * beyond], -1)
+    return linear(denoise, x, schedule.t, keys, x_t_weight, both, std, trajectory=trajectory)
+
+
+def unipc(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, order: int = 2, trajectory: bool = False
+) -> Array:
+    """UniPC-p with B(h) = e^h - 1 and x_0 prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2): a
+    step is made by UniP, then made again by UniC with the estimate at its end, which serves the next step too.
+    The order rises from 1 in the first steps and falls to 1 in the last.
+
+    Args:
+      order: p, from 1.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    n = len(alpha)
+    place = log_ratio(alpha, sigma)
+    h = log_ratio(alpha_s, sigma_s) - place
+    usable = n - (alpha[-1] == 0)  # there lambda is infinite, and the estimate no point of a polynomial
+    p = [min(order, max(usable - i, 1), i + 1) for i in range(n)]
+    nodes = [(place[i + 1 : i + p[i]] - place[i]) / h[i] for i in range(n)]
+    uni_p = [bh2_weights(h[i], nodes[i], alpha_s[i]) for i in range(n)]
+    x_0_weight = np.zeros((n, order + 1))
+    for i in range(n):
+        x_0_weight[i, : p[i]] = uni_p[i]
+        if i < n - 1:
+            # UniC's step to level i starts from the same x as UniP's and differs from it in the estimates' weights:
+            # that difference is all that is added here, and no earlier x need be kept.
+            *earlier, here = bh2_weights(h[i + 1], np.append(nodes[i + 1], 1), alpha[i])
+            x_0_weight[i, : p[i + 1] + 1] += sigma_s[i] / sigma[i] * np.array([here, *(earlier - uni_p[i + 1])])
+    return linear(denoise, x, schedule.t, keys, sigma_s / sigma, x_0_weight, np.zeros(n), trajectory=trajectory)
+
+
+def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
+    """Weights of the estimates at the start of a step and at `nodes` in x_s (Zhao et al. 2023, theorem 3.1).
+
+    Args:
+      h: difference of log(alpha / sigma), may be infinite where there is no node but 1.
+      nodes: places of the other estimates, in units of h from the start: 1 is the end, earlier ones are below 0.
+      alpha_s: at the end.
+
+    Returns:
+      [1 + len(nodes)].
+    """
+    scale = np.expm1(-h)
+    rho = np.full(len(nodes), 0.5)  # the paper's choice for one node
+    if len(nodes) > 1:
+        phi, moments = scale / -h, []  # phi_1(-h)
+        for k in range(1, len(nodes) + 1):
+            phi = (phi - 1 / math.factorial(k)) / -h  # phi_{k+1}
+            moments.append(-h * phi * math.factorial(k) / scale)
+        rho = np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
+    weights = -alpha_s * scale * rho / nodes
+    return np.array([-alpha_s * scale - weights.sum(), *weights])
+
+
+def predictor_corrector(
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    predictor: str = 'reverse_diffusion',
+    corrector_steps: int = 1,
+    snr: float = 0.16,
+    trajectory: bool = False,
+) -> Array:
+    """Langevin steps at each level, then a step of the reverse SDE to the next (Song et al. 2021, arXiv 2011.13456,
+    algorithms 2 to 5); corrector_steps + 1 evaluations a level. The step to the data removes the noise.
+
+    The paper's step size has the norms of noise and score averaged over the batch. Here it is a sample's own: the
+    norm of its score, and the square root of the number of dimensions for the noise (their advice for small batches).
+
+    Args:
+      predictor: 'reverse_diffusion' (appendix E: with the drift and variance of the forward step), 'euler_maruyama'
+        (those of the SDE, frozen at the upper level) or 'none'. Both are for small steps and alpha > 0.
+      corrector_steps: Langevin steps at each level, from 0.
+      snr: r, step size of these.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    moves = posterior(schedule)
+    n = len(alpha)
+    if predictor == 'none':
+        drift, diffusion = np.zeros(n), np.zeros(n)  # of x, the factor; of the SDE, g^2 dt
+    elif predictor == 'reverse_diffusion':
+        drift, diffusion = 1 - alpha / alpha_s, moves.forward
+    else:
+        drift = np.log(alpha_s / alpha)
+        diffusion = 2 * sigma**2 * (log_ratio(alpha_s, sigma_s) - log_ratio(alpha, sigma))
+        diffusion[0] = 0  # infinite, and not used
+    # x_s = (1 + drift) x + diffusion score + sqrt(diffusion) noise, with score = (alpha x_0 - x) / sigma^2
+    table = {
+        't': schedule.t,
+        'x_t_weight': np.append(0, (1 + drift - diffusion / sigma**2)[1:]),
+        'x_0_weight': np.append(1, (diffusion * alpha / sigma**2)[1:]),
+        'std': np.append(0, np.sqrt(diffusion)[1:]),
+    }
+    if corrector_steps == 0:
+        return linear(denoise, x, keys=keys, **table, trajectory=trajectory)
+    table |= {'alpha': alpha, 'precision': 1 / sigma**2, 'size': 2 * (snr * alpha / alpha_s) ** 2}
+    table = {name: np.repeat(values, corrector_steps + 1) for name, values in table.items()}
+    table['correct'] = np.arange(len(table['t'])) % (corrector_steps + 1) > 0
+
+    def step(carry, at):
+        (x,) = carry
+        x_0, _ = estimate(denoise, x, at['t'])
+        noise = noise_of(keys, at['number'], x)
+        score = at['precision'] * (at['alpha'] * x_0 - x)
+        size = at['size'] / jnp.square(score).mean(tuple(range(1, x.ndim)), keepdims=True)
+        corrected = x + size * score + jnp.sqrt(2 * size) * noise
+        predicted = at['x_t_weight'] * x + at['x_0_weight'] * x_0 + at['std'] * noise
+        return (jnp.where(at['correct'], corrected, predicted),), x_0
+
+    return walk(step, (x,), table, trajectory)
+
+
+def annealed_langevin(
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    steps_each: int,
+    step_size: float,
+    remove_noise: bool = True,
+    trajectory: bool = False,
+) -> Array:
+    """Annealed Langevin dynamics, algorithm 1 of Song & Ermon 2019 (arXiv 1907.05600), of x / alpha.
+
+    Args:
+      steps_each: T, Langevin steps at each level.
+      step_size: epsilon, the step at the first level; a level's is larger with the square of its sigma / alpha.
+      remove_noise: one evaluation more at the first level, which leads to the data (Song & Ermon 2020, arXiv
+        2006.09011). The algorithm of 2019 ends before it, with x at the first level.
+    """
+    alpha, sigma = schedule.alpha, schedule.sigma
+    rate = 0.5 * step_size * (alpha[0] / sigma[0]) ** 2  # half the step over sigma^2 is the same at every level
+    at = np.repeat(np.arange(len(alpha)), steps_each)
+    to = np.append(0, at[:-1])
+    move = alpha[to] / alpha[at]
+    entries = schedule.t[at], (1 - rate) * move, rate * alpha[to], np.sqrt(2 * rate) * sigma[at] * move
+    if remove_noise:
+        entries = (np.append(*pair) for pair in zip((schedule.t[0], 0, 1, 0), entries, strict=True))
+    t, *weights = entries
+    return linear(denoise, x, t, keys, *weights, trajectory=trajectory)
+
+
+def consistency(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, sigma_min: float = 0.0, trajectory: bool = False
+) -> Array:
+    """Multistep consistency sampling, algorithm 1 of Song et al. 2023 (arXiv 2303.01469): the estimate, noise up to
+    the next level, the estimate there; with one level it is the estimate.
+
+    Args:
+      sigma_min: epsilon of the paper, the noise that the estimates are taken to have, in units of alpha.
+    """
+    _, _, alpha_s, sigma_s = levels(schedule)
+    std = np.sqrt(np.maximum(sigma_s**2 - (alpha_s * sigma_min) ** 2, 0))
+    return linear(denoise, x, schedule.t, keys, np.zeros(len(std)), alpha_s, std, trajectory=trajectory)
+
+
+def levels(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """alpha and sigma of each level, and those of the level below it, [N] each. Below the first lies the data."""
+    alpha, sigma = schedule.alpha, schedule.sigma
+    return alpha, sigma, np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
+
+
+def log_ratio(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite at the data."""
+    with np.errstate(divide='ignore'):
+        return np.log(alpha) - np.log(sigma)
 
 
 def linear(
     denoise: Callable,
     x: Array,
-    schedule: Schedule,
-    keys: Array,
+    t: np.ndarray,
+    keys: Array | None,
     x_t_weight: np.ndarray,
     x_0_weight: np.ndarray,
     std: np.ndarray,
+    growth: np.ndarray | None = None,
+    *,
+    trajectory: bool = False,
 ) -> Array:
-    """Steps x_s = x_t_weight x_t + x_0_weight denoise(x_t, t) + std noise, from the last level down.
+    """Steps x = x_t_weight x + sum of x_0_weight and the newest estimates + std noise, from the last entry down.
 
     Args:
-      x_t_weight, x_0_weight, std: [T]; entry i leads from level i to the one below. No noise is
-        added at entry 0, which leads to the data.
+      t: [M], what denoise is told.
+      x_t_weight, std: [M].
+      x_0_weight: [M], or [M, p] for p estimates, the newest first.
+      growth: [M], of std, which is multiplied by e^(growth fraction), fraction as denoise returns it.
     """
-    std = np.concatenate([[0.0], std[1:]])
-    steps = {
-        'number': np.arange(len(std)),
-        't': schedule.t,
-        'x_t_weight': x_t_weight.astype(np.float32),
-        'x_0_weight': x_0_weight.astype(np.float32),
-        'std': std.astype(np.float32),
-    }
+    x_0_weight = x_0_weight.reshape(len(t), -1)
+    table = {'t': t, 'x_t_weight': x_t_weight, 'x_0_weight': x_0_weight, 'std': std}
+    learned = growth is not None and growth.any()
+    if learned:
+        table['growth'] = growth
 
-    def step(x, at):
-        new = at['x_t_weight'] * x + at['x_0_weight'] * denoise(x, at['t'])
+    def step(carry, at):
+        x, *earlier = carry
+        x_0, fraction = estimate(denoise, x, at['t'])
+        estimates = (x_0, *earlier)
+        x = at['x_t_weight'] * x + sum(at['x_0_weight'][k] * value for k, value in enumerate(estimates))
         if std.any():
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, at['number'])
-            new = new + at['std'] * normal(step_keys, x.shape[1:])
-        return new, None
+            noise = at['std'] * noise_of(keys, at['number'], x)
+            x = x + (noise * jnp.exp(at['growth'] * fraction) if learned else noise)
+        return (x, *estimates[:-1]), x_0
 
-    return jax.lax.scan(step, x, jax.tree.map(jnp.asarray, steps), reverse=True)[0]
+    return walk(step, (x, *[jnp.zeros_like(x)] * (x_0_weight.shape[1] - 1)), table, trajectory)
+
+
+def walk(step: Callable, carry: tuple, table: dict[str, np.ndarray], trajectory: bool) -> Array:
+    """Scans step(carry, entry of the table) -> (carry, x_0) from the last entry to the first; carry[0] is x.
+    An entry's 'number' is its place in the table."""
+    table = {'number': np.arange(len(table['t'])), **table}
+    table = {name: v[::-1].astype(np.float32 if v.dtype.kind == 'f' else v.dtype) for name, v in table.items()}
+
+    def one(carry, at):
+        carry, x_0 = step(carry, at)
+        return carry, {'x': carry[0], 'x_0': x_0} if trajectory else None
+
+    (x, *_), seen = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, table))
+    return (x, seen) if trajectory else x
+
+
+def estimate(denoise: Callable, x: Array, t: Array) -> tuple[Array, Array | None]:
+    """(x_0, fraction) of a denoise that returns either x_0 or both."""
+    found = denoise(x, t)
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def noise_of(keys: Array, number: Array | int, x: Array) -> Array:
+    """Standard normal noise like x, a draw of its own for each sample and each number."""
+    return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, number), x.shape[1:])

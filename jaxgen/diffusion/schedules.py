@@ -35,12 +35,25 @@ def linear_betas(timesteps: int, start: float, end: float) -> np.ndarray:
     return np.linspace(start, end, timesteps, dtype=np.float64)
 
 
-def variance_preserving(betas: np.ndarray) -> Schedule:
+def cosine_betas(timesteps: int) -> np.ndarray:
+    """Variances beta for alpha-bar = cos((t / T + s) / (1 + s) pi / 2)^2, s = 0.008, at most 0.999: [T]
+    (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17)."""
+    alpha_bar = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def variance_preserving(betas: np.ndarray, zero_terminal: bool = False) -> Schedule:
     """Schedule of the forward process x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps.
 
     alpha^2 is the paper's alpha-bar (Ho et al. 2020, eq. 4) and alpha^2 + sigma^2 = 1.
+
+    zero_terminal: alpha is moved and stretched to end at 0 where it began, so that the last level
+      is noise and nothing else (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
     """
     alpha_bar = np.cumprod(1 - betas)
+    if zero_terminal:
+        alpha = np.sqrt(alpha_bar)
+        alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
     return Schedule(np.arange(len(betas)), np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
@@ -64,6 +77,24 @@ def quadratic_steps(timesteps: int, n: int) -> np.ndarray:
     for i in range(1, n):
         steps[i] = max(steps[i], steps[i - 1] + 1)
     return steps
+
+
+def trailing_steps(timesteps: int, n: int) -> np.ndarray:
+    """n of the steps 0..T-1, evenly from the last one down: round(i T / n) - 1 (Lin et al. 2023, table 2)."""
+    return np.round(np.arange(1, n + 1) * timesteps / n).astype(int) - 1
+
+
+def respaced_steps(timesteps: int, n: int) -> np.ndarray:
+    """n of the steps 0..T-1, evenly between both ends: round(i (T - 1) / (n - 1)) (Nichol & Dhariwal 2021)."""
+    return np.round(np.arange(n) * (timesteps - 1) / max(n - 1, 1)).astype(int)
+
+
+SPACINGS = {
+    'uniform': uniform_steps,
+    'trailing': trailing_steps,
+    'respaced': respaced_steps,
+    'quadratic': quadratic_steps,
+}
 
 
 def posterior(schedule: Schedule) -> Posterior:

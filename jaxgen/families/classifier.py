@@ -95,7 +95,8 @@ def build(
     """Classifier.
 
     Args:
-      width, levels: channels at full size, doubled each of `levels` times that the image is halved.
+      width, levels: channels at first, doubled each of `levels` times that the image is halved.
+      stride: of the first convolution; 2 makes a quarter of the work of large images.
       features: number of the features.
       dropout: share of the features that the logits do not see in training.
       smoothing: of the labels, 0 for none.
@@ -110,21 +111,22 @@ def build(
     Raises:
       UserError: a value that cannot work, or what is to be predicted is not in the batch.
     """
-    height, columns, _ = context.image
-    divisor = stride * 2**levels if levels > 0 else stride
     if target not in ('label', 'factors'):
         raise UserError(f"config.model.target must be 'label' or 'factors'; it is {target!r}")
-    if width < 1 or features < 1 or levels < 0:
-        raise UserError('config.model: width and features must be 1 or more, levels 0 or more')
+    if min(width, features, stride) < 1 or levels < 0:
+        raise UserError('config.model: width, features and stride must be 1 or more, levels 0 or more')
     if not (0 <= dropout < 1 and 0 <= smoothing < 1):
         raise UserError('config.model: dropout and smoothing must be 0 or more and less than 1')
     if target == 'label' and not context.classes:
         raise UserError("config.data.features must hold 'label': the class is what the model learns")
     if target == 'factors' and not (counts and all(isinstance(k, int) and k > 0 for k in counts)):
         raise UserError("config.model.target = 'factors' needs config.model.counts, the number of values of each")
+    height, columns, _ = context.image
+    divisor = stride * 2**levels
     if height % divisor or columns % divisor:
         raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
+            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels} '
+            f'and stride = {stride}'
         )
 
     sizes = (context.classes,) if target == 'label' else counts

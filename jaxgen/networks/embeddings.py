@@ -14,7 +14,7 @@ def sinusoidal(t: Array, features: int, longest: float = 10_000.0) -> Array:
     """Sines, then cosines, of t at frequencies from 1 down to 1 / longest: float32 [n, features].
 
     The frequencies are longest ** (-i / (features / 2 - 1)), so that the last one is 1 / longest
-    exactly (DDPM, score_sde and VDM; others divide by features / 2, or put the cosines first).
+    exactly (DDPM, score_sde and VDM; for others see `cosines_first`).
 
     Args:
       t: [n], integer or real; the unit is a step of a schedule with about 1000 of them.
@@ -24,3 +24,18 @@ def sinusoidal(t: Array, features: int, longest: float = 10_000.0) -> Array:
     frequencies = jnp.exp(jnp.arange(half) * (-math.log(longest) / (half - 1)))
     angles = t.astype(jnp.float32)[:, None] * frequencies  # [n, features / 2]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def cosines_first(t: Array, features: int, longest: float = 10_000.0) -> Array:
+    """Cosines, then sines, of t at frequencies longest ** (-i / (features / 2)): float32 [n, features].
+
+    The form of Improved DDPM, ADM, DiT, Stable Diffusion and FLUX. The last frequency is one step
+    above 1 / longest.
+
+    Args:
+      t: [n], integer or real; the unit is a step of a schedule with about 1000 of them.
+      features: an even number.
+    """
+    half = features // 2
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(jnp.arange(half) * (-math.log(longest) / half))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

@@ -80,20 +80,22 @@ class GroupNorm(nn.Module):
     Statistics are taken in float32 whatever the dtype.
 
     Attributes:
-      groups: the most groups there may be. A group has at least 4 channels and all groups are of
-        one size, so that narrow networks work too: 32 groups from 128 channels on, 8 at 32.
+      groups: the most groups there may be. A group has at least `least` channels and all groups are
+        of one size, so that narrow networks work too: 32 groups from 128 channels on, 8 at 32.
       eps: added to the variance. 1e-6 in TensorFlow's code, and so in DDPM's; 1e-5 in torch.
       dtype: of the result.
+      least: channels of a group.
     """
 
     groups: int = 32
     eps: float = 1e-6
     dtype: Any = jnp.float32
+    least: int = 4
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
-        most = max(1, min(self.groups, channels // 4))
+        most = max(1, min(self.groups, channels // self.least))
         groups = next(g for g in range(most, 0, -1) if channels % g == 0)
         scale = self.param('scale', nn.initializers.ones, (channels,))
         bias = self.param('bias', nn.initializers.zeros, (channels,))

@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t, t (and class) to a map of x_t's shape, float32.
+    """x_t, t (and class) to a map of x_t's size, float32.
 
     Attributes:
       channels: of the first level; an even number, at least 4.
@@ -50,6 +50,7 @@ class UNet(nn.Module):
         middle always has it.
       dropout: share of the second convolution's inputs that is dropped in training.
       classes: number of classes if the network is told the class, else 0.
+      out_channels: 0: as x.
       remat: recompute each block's activations in the backward pass.
     """
 
@@ -59,6 +60,7 @@ class UNet(nn.Module):
     attention: tuple[int, ...] = (16,)
     dropout: float = 0.0
     classes: int = 0
+    out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -107,5 +109,5 @@ class UNet(nn.Module):
                 h = Conv(h.shape[-1], dtype=self.dtype, name=f'up{level}')(upsample_nearest(h))
 
         h = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(h))
-        h = Conv(image_channels, init=variance_scaling(0), dtype=self.dtype, name='last')(h)
+        h = Conv(self.out_channels or image_channels, init=variance_scaling(0), dtype=self.dtype, name='last')(h)
         return h.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The DDPM family: what the loss asks for, what samples depend on, what build refuses."""
+"""The diffusion family: what the loss asks for, what samples depend on, what build refuses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
-from jaxgen.families import ddpm
+from jaxgen.families import diffusion
 from jaxgen.optim import make_optim
 
-TINY = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,), 'dropout': 0.0, 'timesteps': 20}
+UNET = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,), 'dropout': 0.0}
+TINY = {'unet': UNET, 'timesteps': 20}
 
 
 def context(**changes):
@@ -27,7 +28,7 @@ def context(**changes):
 def tiny(**options):
     """Jitted family with a state whose weights are all random."""
     labels = options.get('conditional', False)
-    family = ddpm.build(context(classes=10 if labels else 0), **{**TINY, **options})
+    family = diffusion.build(context(classes=10 if labels else 0), **{**TINY, **options})
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -58,8 +59,8 @@ class Stub(nn.Module):
 
 @pytest.mark.parametrize('prediction', ['eps', 'x0', 'v'])
 def test_loss_shows_all_steps_evenly_and_asks_for_the_target(prediction, monkeypatch):
-    monkeypatch.setattr(ddpm, 'UNet', lambda *_, **__: Stub())
-    family = ddpm.build(
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    family = diffusion.build(
         context(), **{**TINY, 'timesteps': 4, 'beta_start': 0.3, 'beta_end': 0.9}, prediction=prediction
     )
     state = family.init(jax.random.key(0), {}, {})
@@ -81,8 +82,8 @@ def test_loss_shows_all_steps_evenly_and_asks_for_the_target(prediction, monkeyp
 
 def test_estimates_are_clipped(monkeypatch):
     """A network that says 'all noise is -1000' means x_0 far above 1."""
-    monkeypatch.setattr(ddpm, 'UNet', lambda *_, **__: Stub(-1000.0))
-    family = ddpm.build(context(), **TINY)
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub(-1000.0))
+    family = diffusion.build(context(), **TINY)
     state = family.init(jax.random.key(0), {}, {})
     x = family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
     np.testing.assert_array_equal(x, np.ones((2, 8, 8, 1)))
@@ -143,19 +144,101 @@ def test_bits_of_an_example_are_its_own_and_follow_the_class():
     assert jnp.abs(few['bits_per_dim'] - bits(jnp.arange(4), label=4)['bits_per_dim']).min() > 0
 
 
+def build(**options):
+    conditional = options.get('conditional', False)
+    return diffusion.build(context(classes=10 if conditional else 0), **{**TINY, **options})
+
+
+def test_labels_are_left_out_and_guidance_asks_for_none(monkeypatch):
+    """The class after the last stands for no label: a share of them in training, half of a guided batch."""
+    seen = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, t, label=None, *, train):
+            seen.append(label)
+            return 0 * x + self.param('w', nn.initializers.zeros, ())
+
+    made = []
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **fields: made.append(fields) or Net())
+    family = build(conditional=True, label_dropout=0.25, guidance=2.0)
+    assert made[0]['classes'] == 11
+    state = family.init(jax.random.key(0), {}, {})
+    batch = {'image': images(2048), 'label': jnp.full(2048, 3)}
+    seen.clear()
+    family.update(state, {}, batch, jax.random.key(1))
+    (label,) = seen
+    assert set(np.unique(label)) == {3, 10} and abs((label == 10).mean() - 0.25) < 0.04
+    seen.clear()
+    with jax.disable_jit():
+        family.sample(state, {}, {'index': jnp.arange(2), 'label': jnp.array([4, 5])}, jax.random.key(1))
+    np.testing.assert_array_equal(seen[0], [4, 5, 10, 10])
+
+
+def test_lognormal_times(monkeypatch):
+    """EDM: log sigma is normal, and what the network is told is a quarter of it."""
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    family = build(
+        process='ve', sigma_min=0.002, sigma_max=80.0, prediction='edm', times='lognormal', variance='fixed_small',
+        sampler='heun', spacing='karras', sample_steps=4,
+    )  # fmt: skip
+    state = family.init(jax.random.key(0), {}, {})
+    Stub.seen.clear()
+    _, logs = family.update(state, {}, {'image': images(4096)}, jax.random.key(1))
+    ((x, told, _),) = Stub.seen
+    assert abs(4 * told.mean() + 1.2) < 0.06 and abs(4 * told.std() - 1.2) < 0.05
+    # Uniform pixels have a variance of 1/3 where 1/4 is expected: what the network sees is nearly of variance 1.
+    assert 0.9 < float(jnp.square(x).mean()) < 1.35 and 0.9 < logs['loss'] < 1.35
+
+
+def test_learned_variance_is_taught_by_the_bound_alone():
+    """Half of the outputs are the variance's; the bound's gradient reaches them and no others."""
+    family = build(variance='learned', bound_weight=1.0)
+    plain = build(variance='learned', bound_weight=0.0)
+    state = jax.jit(family.init)(jax.random.key(0), {}, {})
+    assert state.params['denoiser']['last']['kernel'].shape[-1] == 2
+    batch = {'image': images(16)}
+    after, logs = jax.jit(family.update)(state, {}, batch, jax.random.key(1))
+    without, _ = jax.jit(plain.update)(state, {}, batch, jax.random.key(1))
+    np.testing.assert_allclose(logs['loss'], logs['simple'] + logs['bound'], rtol=1e-6)
+    moved, still = (s.params['denoiser']['last']['bias'] for s in (after, without))
+    assert moved[1] != 0 and still[1] == 0 and moved[0] == still[0] != 0
+
+
+CONTINUOUS = {'process': 'vp', 'variance': 'fixed_small', 'sample_steps': 4, 'ode_steps': 3}
+
+
+@pytest.mark.parametrize('options', [
+    {'process': 'flow', 'prediction': 'flow', 'sampler': 'heun'},
+    {'process': 've', 'prediction': 'score', 'sampler': 'predictor_corrector'},
+    {'process': 'vp', 'sampler': 'heun', 's_churn': 2.0},
+], ids=lambda options: f"{options['process']}-{options['sampler']}")  # fmt: skip
+def test_continuous_time(options):
+    family, state = tiny(**{**CONTINUOUS, **options})
+    x = draw(family, state)
+    assert jnp.isfinite(x).all() and jnp.abs(x).max() <= 1 and jnp.abs(x[0] - x[1]).max() > 1e-3
+    np.testing.assert_allclose(x[4:], draw(family, state, slice(4, 8)), atol=1e-4)
+    bits = family.evaluate(state, {}, {'image': images(2), 'index': jnp.arange(2)}, jax.random.key(0))
+    assert jnp.isfinite(bits['bits_per_dim']).all() and bits['bits_per_dim'].shape == (2,)
+
+
 def test_divisor():
-    assert ddpm.build(context(), **TINY).divisor == 2
-    assert ddpm.build(context(image=(32, 32, 3))).divisor == 8
+    assert diffusion.build(context(), **TINY).divisor == 2
+    assert diffusion.build(context(image=(32, 32, 3))).divisor == 8
 
 
 @pytest.mark.parametrize(
     ('options', 'changes', 'says'),
     [
-        ({'multipliers': (1, 1, 1), 'attention': ()}, {'image': (10, 10, 1)}, ['10', '2 times', 'multiple of 4']),
-        ({'attention': (16,)}, {}, ['attention', '16', r'\[8, 4\]']),
-        ({'multipliers': ()}, {}, ['multipliers']),
-        ({'blocks': 0}, {}, ['blocks']),
-        ({'channels': 7}, {}, ['channels', '7']),
+        (
+            {'unet': {**UNET, 'multipliers': (1, 1, 1), 'attention': ()}},
+            {'image': (10, 10, 1)},
+            ['10', 'multiple of 4'],
+        ),
+        ({'unet': {**UNET, 'attention': (16,)}}, {}, ['attention', '16', r'\[8, 4\]']),
+        ({'unet': {**UNET, 'multipliers': ()}}, {}, ['multipliers']),
+        ({'unet': {**UNET, 'blocks': 0}}, {}, ['blocks']),
+        ({'unet': {**UNET, 'channels': 7}}, {}, ['channels', '7']),
         ({'conditional': True}, {}, ['conditional', 'label']),
         ({'sampler': 'dim'}, {}, ['sampler', 'ddim', "'dim'"]),
         ({'variance': 'large'}, {}, ['variance', 'fixed_large']),
@@ -164,16 +247,27 @@ def test_divisor():
         ({'sample_steps': 21}, {}, ['sample_steps', '20', '21']),
         ({'bound_steps': 20}, {}, ['bound_steps', '19', '20']),
         ({'beta_end': 1.0}, {}, ['beta_end']),
+        ({'guidance': 2.0}, {}, ['guidance', 'label_dropout']),
+        ({'process': 'vp'}, {}, ['variance', 'fixed_small']),
+        ({'process': 'vp', 'variance': 'fixed_small', 'spacing': 'trailing'}, {}, ['spacing', 'trailing', 'vp']),
+        ({'times': 'lognormal'}, {}, ['times', 'linear']),
+        ({'zero_terminal': True}, {}, ['zero_terminal', 'prediction']),
+        ({'sigma_min': 60.0}, {}, ['sigma_min']),
+        (
+            {'process': 'flow', 'variance': 'fixed_small', 'sampler': 'heun', 'spacing': 'karras'},
+            {},
+            ['karras', 'alpha'],
+        ),
         ({'timesteps': 1}, {}, ['timesteps']),
         ({'eta': 1.5}, {}, ['eta', '1.5']),
-        ({'dropout': 1.0}, {}, ['dropout']),
+        ({'unet': {**UNET, 'dropout': 1.0}}, {}, ['dropout']),
     ],
 )
 def test_refuses_in_one_line(options, changes, says):
     import re
 
     with pytest.raises(UserError) as error:
-        ddpm.build(context(**changes), **{**TINY, **options})
+        diffusion.build(context(**changes), **{**TINY, **options})
     assert '\n' not in str(error.value)
     for part in says:
         assert re.search(part, str(error.value)), str(error.value)

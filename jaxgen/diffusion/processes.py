@@ -1,0 +1,163 @@
+"""How an image becomes noise: x_t = alpha(t) x_0 + sigma(t) eps, in continuous time or in T steps.
+
+    process = make('vp')
+    process.at(t)  # Schedule(t, alpha, sigma) for times t, numpy float64 or traced float32
+    process.time(ratio)  # the t at which sigma / alpha = ratio
+    process.told(t)  # what the network is told of t
+
+Time runs from `start`, next to the data, to `end`. All formulations differ in nothing but these
+functions; everything else reads alpha and sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.diffusion import schedules
+from jaxgen.diffusion.schedules import Schedule
+
+PROCESSES = ('linear', 'cosine', 'vp', 'sub_vp', 've', 'flow')
+
+
+class Process(NamedTuple):
+    """One way from data to noise."""
+
+    at: Callable[[Any], Schedule]  # times, numpy or jax, to levels; float64 for numpy
+    time: Callable[[Any], Any]  # sigma / alpha to t
+    told: Callable[[Any], Any]  # t to what a network embeds
+    start: float  # of time, in training
+    low: float  # of time, in sampling: the level next to the data, or the data itself where sigma is 0 there
+    end: float
+    steps: int  # T of a chain, whose times are 0 .. T - 1; 0: continuous
+
+
+def module(x):
+    """numpy for numpy arrays (float64 constants of a program), jax.numpy for traced ones."""
+    return np if isinstance(x, np.ndarray | float) else jnp
+
+
+def make(
+    name: str,
+    *,
+    timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    sigma_min: float = 0.01,
+    sigma_max: float = 50.0,
+    zero_terminal: bool = False,
+) -> Process:
+    """A process by its name.
+
+    Args:
+      name: a chain of `timesteps` steps,
+          'linear'  beta evenly from beta_start to beta_end (Ho et al. 2020)
+          'cosine'  alpha_bar a squared cosine (Nichol & Dhariwal 2021, eq. 17)
+        or in continuous time (Song et al. 2021, arXiv 2011.13456, appendix B and C),
+          'vp', 'sub_vp'  with the betas of a chain of 1000 steps: beta(t) from 1000 beta_start to 1000 beta_end
+          've'  alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t
+          'flow'  alpha = 1 - t, sigma = t (Lipman et al. 2022; Liu et al. 2022)
+      zero_terminal: of a chain: alpha_bar is moved to end at 0 exactly (Lin et al. 2023, algorithm 1).
+    """
+    if name in ('linear', 'cosine'):
+        betas = (
+            schedules.linear_betas(timesteps, beta_start, beta_end)
+            if name == 'linear'
+            else schedules.cosine_betas(timesteps)
+        )
+        return chain(schedules.variance_preserving(betas, zero_terminal))
+    if name in ('vp', 'sub_vp'):
+        return stochastic(1000 * beta_start, 1000 * beta_end, sub=name == 'sub_vp')
+    if name == 've':
+        return exploding(sigma_min, sigma_max)
+    return flow()
+
+
+def chain(table: Schedule) -> Process:
+    """The steps of a table; between them log(sigma / alpha) is linear."""
+    log_ratio = np.log(table.sigma) - np.log(np.maximum(table.alpha, 1e-12))
+    steps = len(table.t)
+
+    def at(t) -> Schedule:
+        xp = module(t)
+        if np.issubdtype(t.dtype, np.integer):
+            return Schedule(t, *(xp.asarray(values, xp.float32 if xp is jnp else None)[t] for values in table[1:]))
+        value = xp.interp(t, np.arange(steps), log_ratio)
+        # alpha^2 + sigma^2 = 1
+        return Schedule(t, xp.exp(-0.5 * xp.logaddexp(0.0, 2 * value)), xp.exp(-0.5 * xp.logaddexp(0.0, -2 * value)))
+
+    def time(ratio):
+        xp = module(ratio)
+        return xp.interp(xp.log(ratio), log_ratio, np.arange(steps, dtype=np.float64))
+
+    return Process(at, time, lambda t: t, 0, 0, steps - 1, steps)
+
+
+def stochastic(low: float, high: float, sub: bool) -> Process:
+    """dx = -beta / 2 x dt + ..., beta(t) = low + t (high - low); `sub`: with less noise on the way."""
+
+    def at(t) -> Schedule:
+        xp = module(t)
+        total = t * low + 0.5 * t**2 * (high - low)  # integral of beta
+        variance = -xp.expm1(-total)
+        return Schedule(t, xp.exp(-0.5 * total), variance if sub else xp.sqrt(variance))
+
+    def time(ratio):
+        xp = module(ratio)
+        total = 2 * xp.arcsinh(ratio / 2) if sub else xp.log1p(ratio**2)
+        return 2 * total / (low + xp.sqrt(low**2 + 2 * (high - low) * total))
+
+    # The published networks are told t in steps of a chain of 1000, counted from 0.
+    return Process(at, time, lambda t: 999 * t, 1e-5, 1e-3, 1.0, 0)
+
+
+def exploding(low: float, high: float) -> Process:
+    """Noise is added to the image as it is, its standard deviation growing geometrically."""
+    span = math.log(high / low)
+
+    def at(t) -> Schedule:
+        xp = module(t)
+        return Schedule(t, xp.ones_like(t), low * xp.exp(t * span))
+
+    def time(ratio):
+        return module(ratio).log(ratio / low) / span
+
+    # The published networks are told the logarithm of sigma over images in [0, 1], where it is half as large.
+    return Process(at, time, lambda t: math.log(low / 2) + t * span, 0.0, 0.0, 1.0, 0)
+
+
+def flow() -> Process:
+    """Straight lines between image and noise. t = 1 is noise, as in SD3; Liu et al. count the other way."""
+
+    def at(t) -> Schedule:
+        return Schedule(t, 1 - t, t)
+
+    def time(ratio):
+        return ratio / (1 + ratio)
+
+    return Process(at, time, lambda t: 1000 * t, 0.0, 0.0, 1.0, 0)
+
+
+def levels(process: Process, n: int, spacing: str, shift: float = 1.0) -> Schedule:
+    """The levels that a sampler visits, numpy float64, from the one next to the data to the last.
+
+    Args:
+      n: how many; 0: all steps of a chain, 100 in continuous time.
+      spacing: of a chain 'uniform' | 'trailing' | 'respaced' | 'quadratic', see `schedules`; in continuous time
+        'uniform', evenly in t. Of both 'karras': evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
+      shift: moves times, t to shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+    """
+    n = n or process.steps or 100
+    if spacing == 'karras':
+        ends = process.at(np.array([process.low, process.end], np.float64))
+        low, high = (ends.sigma / ends.alpha) ** (1 / 7)
+        return process.at(process.time(np.linspace(low, high, n) ** 7))
+    if process.steps:
+        return process.at(schedules.SPACINGS[spacing](process.steps, n))
+    at_data = process.at(np.array([process.low])).sigma[0] == 0
+    times = np.linspace(process.low, process.end, n + at_data)[int(at_data) :]
+    return process.at(shift * times / (1 + (shift - 1) * times))

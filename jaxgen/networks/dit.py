@@ -1,0 +1,138 @@
+"""The diffusion transformer DiT (Peebles & Xie 2022, arXiv 2212.09748), which is SiT's network too (Ma et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.networks.embeddings import cosines_first
+from jaxgen.networks.layers import Dense, LayerNorm
+
+Array = jax.Array
+
+ZEROS = nn.initializers.zeros
+NORMAL = nn.initializers.normal(0.02)
+
+
+def position_embedding(height: int, width: int, features: int) -> np.ndarray:
+    """Fixed table of the positions on a grid, row by row: float32 [height * width, features].
+
+    The first half of the features tells the column, the second the row, each by sines, then cosines,
+    at frequencies 10000 ** (-i / (features / 4)). `features` is a multiple of 4.
+    """
+    quarter = features // 4
+    frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
+    row, column = np.indices((height, width)).reshape(2, -1, 1) * frequencies  # [height * width, features / 4]
+    table = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], -1)
+    return table.astype(np.float32)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, with adaLN-Zero (section 3.2): tokens [n, T, C], condition [n, C] to tokens.
+
+    The condition gives each of the two branches a shift, a scale and a gate. They start at zero: a new
+    block passes its input on unchanged. The second result is None, since `nn.scan` asks for two.
+    """
+
+    heads: int
+    dropout: float
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, condition: Array) -> tuple[Array, None]:
+        n, tokens, channels = x.shape
+        modulation = Dense(6 * channels, init=ZEROS, dtype=self.dtype, name='modulation')(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation[:, None], 6, -1)  # [n, 1, C] each
+
+        h = LayerNorm(affine=False, dtype=self.dtype, name='norm1')(x) * (1 + scale1) + shift1
+        qkv = Dense(3 * channels, dtype=self.dtype, name='qkv')(h)
+        qkv = qkv.reshape(n, tokens, 3, self.heads, channels // self.heads)
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, T, heads, C / heads]
+        h = Dense(channels, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
+        x = x + gate1 * nn.Dropout(self.dropout, deterministic=not self.train)(h)
+
+        h = LayerNorm(affine=False, dtype=self.dtype, name='norm2')(x) * (1 + scale2) + shift2
+        h = nn.gelu(Dense(4 * channels, dtype=self.dtype, name='mlp1')(h), approximate=True)
+        h = Dense(channels, dtype=self.dtype, name='mlp2')(h)
+        return x + gate2 * nn.Dropout(self.dropout, deterministic=not self.train)(h), None
+
+
+class DiT(nn.Module):
+    """x_t, t (and class) to a map of x_t's height and width, float32. The defaults are DiT-S/2's.
+
+    Published (table 1), as channels, blocks, heads: S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16;
+    XL 1152, 28, 16; each with patch 2, 4 or 8, on latents of 32x32x4, and with a learned variance.
+    SiT's networks are these; of their output SiT uses the first half alone.
+
+    The weights of all blocks lie in one stack, [blocks, ...], which a scan goes through: the depth costs
+    no compile time.
+
+    Attributes:
+      channels: of a token; a multiple of 4 and of `heads`.
+      blocks: of attention and MLP each.
+      heads: of the attention.
+      patch: height and width in pixels of the square that is one token; those of x are multiples of it.
+      dropout: share of what each branch adds that is dropped in training; published: 0.
+      classes: number of classes if the network is told the class, else 0. Where labels are left out for
+        classifier-free guidance, one of them, published: the last, stands for no label.
+      out_channels: 0: as x; twice an image's with a learned variance, which comes second.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    channels: int = 384
+    blocks: int = 12
+    heads: int = 6
+    patch: int = 2
+    dropout: float = 0.0
+    classes: int = 0
+    out_channels: int = 0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+        """Args:
+        x: float32 [n, H, W, C].
+        t: [n], integer or real. DiT: step of a schedule with 1000 of them; SiT: time in [0, 1].
+        label: int32 [n] in [0, classes), read if classes > 0.
+        train: with dropout; needs the rng 'dropout'.
+        """
+        n, height, width, image_channels = x.shape
+        patch, channels, out_channels = self.patch, self.channels, self.out_channels or image_channels
+        rows, columns = height // patch, width // patch
+
+        condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time1')(cosines_first(t, 256))  # [n, channels]
+        condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time2')(nn.silu(condition))
+        if self.classes:
+            embed = nn.Embed(self.classes, channels, embedding_init=NORMAL, dtype=self.dtype, name='label')
+            condition = condition + embed(label)
+        condition = nn.silu(condition)  # once here, as every block would begin with it
+
+        h = x.reshape(n, rows, patch, columns, patch, image_channels).swapaxes(2, 3)
+        h = h.reshape(n, rows * columns, patch * patch * image_channels)
+        h = Dense(channels, dtype=self.dtype, name='first')(h)  # [n, T, channels]
+        h = h + position_embedding(rows, columns, channels).astype(self.dtype)
+
+        # What a scan keeps for the backward pass it has to copy into stacks. Keeping the products of the
+        # dense layers alone, and doing the cheap rest twice, takes less time on CPUs and half the memory.
+        keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        stack = nn.scan(
+            nn.remat(Block, prevent_cse=False, policy=keep),
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=nn.broadcast,
+            length=self.blocks,
+        )
+        h, _ = stack(self.heads, self.dropout, train, self.dtype, name='blocks')(h, condition)
+
+        modulation = Dense(2 * channels, init=ZEROS, dtype=self.dtype, name='modulation')(condition)
+        shift, scale = jnp.split(modulation[:, None], 2, -1)
+        h = LayerNorm(affine=False, dtype=self.dtype, name='norm')(h) * (1 + scale) + shift
+        h = Dense(patch * patch * out_channels, init=ZEROS, dtype=self.dtype, name='last')(h)
+        h = h.reshape(n, rows, columns, patch, patch, out_channels).swapaxes(2, 3)
+        return h.reshape(n, height, width, out_channels).astype(jnp.float32)
