@@ -179,6 +179,14 @@ def main(argv: list[str]) -> None:
     if not values.config and (mode in ('train', 'describe') or not values.workdir):
         need = '--config=FILE' if mode in ('train', 'describe') else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')
+    if values.images and mode != 'evaluate':
+        raise UserError(f'--images is measured by --mode=evaluate; the mode is {mode}')
+    given = {
+        'features': values.features,
+        'inception': values.inception,
+        'samples': values.n if mode == 'evaluate' else 0,
+    }
+    overrides += [f'--config.evaluate.{name}={value}' for name, value in given.items() if value]
     workdir = values.workdir or os.path.join('runs', configs.name(values.config))
     if values.multihost:
         sharding.start_hosts()
@@ -192,9 +200,7 @@ def main(argv: list[str]) -> None:
             print(json.dumps(describe.describe(config, runs.assemble(config)), indent=2))
         return
     condition = dict(number(text) for text in values.condition)
-    given = {'features': values.features, 'inception': values.inception, 'samples': values.n}
-    overrides += [f'--config.evaluate.{name}={value}' for name, value in given.items() if value]
-    if values.images and mode == 'evaluate':
+    if values.images:
         config = runs.saved_config(values.workdir) if values.workdir else configs.load(values.config)
         images_mode(configs.override(config, overrides), values.images, values.out)
         return

@@ -139,9 +139,11 @@ def make_evaluator(config: ConfigDict, mesh) -> evaluate.Evaluator:
     else:
         path = which.removeprefix('run:')
         if not os.path.isfile(os.path.join(path, 'config.json')):
+            file = os.path.join('configs', f'{os.path.basename(os.path.abspath(path))}.py')
+            command = f' (python -m jaxgen.main --config={file})' if os.path.isfile(file) else ''
             raise UserError(
-                f'config.evaluate.features = {which!r}: no run in {path}; train it first, or --features=none'
-                ' for the figures that need no other network'
+                f'config.evaluate.features = {which!r}: no run in {path}; train it first{command}, or --features=none '
+                'for the figures that need no other network'
             )
         network = features.of_run(load(path, mesh=mesh))
     evaluator = evaluate.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)

@@ -298,6 +298,7 @@ def test_mistakes_of_evaluation(copy, classifier, tmp_path, capfd, no_compile):
     stderr = mistake(capfd, '--mode=evaluate', other, '--config.data.source=digits', f'--images={good}', judge)
     assert 'judge reads pictures of 8 x 8 x 1' in stderr
     assert '1 pictures are too few' in mistake(capfd, *base, f'--images={one}')
+    assert '--mode=evaluate' in mistake(capfd, f'--config={path("ddpm_digits")}', f'--images={good}')
     assert 'needs --features' in mistake(capfd, *base, f'--images={good}', '--features=none')
     assert 'does not exist' in mistake(capfd, *base, f'--images={tmp_path}/nowhere')
     Image.new('L', (9, 8)).save(good / 'wide.png')

@@ -269,7 +269,7 @@ def build(
             s_max=s_max,
             s_noise=s_noise,
             level=lambda ratio: way.at(way.time(ratio)),
-        ),  # fmt: skip
+        ),
         'predictor_corrector': {'snr': snr},
     }
     draw = functools.partial(SAMPLERS[sampler], **draw_options.get(sampler, {}))
