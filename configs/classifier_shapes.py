@@ -2,11 +2,15 @@
 
     python -m jaxgen.main --config=configs/classifier_shapes.py
 
-Its features judge models of these scenes: told the shape only, they would be blind to colour and place.
+Its features judge models of these scenes: told the shape only, they might be blind to colour and place.
 
-Time: not measured
+A circle looks the same however it is turned, a square at every third of the 12 rotations: over all
+shapes no more than half of the rotations can be right, and no more than 92.9% of all factors.
+
+Time: 4.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: 91.1% of all factors right (2,000 held-out scenes): shape, size, x and y 99.8% or more, colour and
+background 100%, rotation 37.9% (96% of hearts and crescents)
 """
 
 from jaxgen.config import make
