@@ -134,12 +134,15 @@ def draw(rows: list[dict], network: str, title: str, path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout='constrained')
     real = next(r for r in rows if 'images_per_second' not in r)
-    models = [r for r in rows if r is not real]
+    models = sorted((r for r in rows if r is not real), key=lambda r: r['images_per_second'])
     for i, r in enumerate(models):
         x, y = r['images_per_second'], r['figures']['frechet']['value']
         recall = r['figures']['recall']['value']
-        axes.scatter(x, y, s=40 + 900 * recall, color=f'C{i}', alpha=0.55, linewidths=0)
-        axes.annotate(f'{r["name"]}\nrecall {recall:.2f}', (x, y), ha='center', va='center', fontsize=8)
+        axes.scatter(x, y, s=20 + 400 * recall, color=f'C{i}', alpha=0.55, linewidths=0)
+        up = 1 if i % 2 else -1  # neighbours' names on either side
+        label = f'{r["name"]}\nrecall {recall:.2f}'
+        place = {'xytext': (0, 22 * up), 'textcoords': 'offset points', 'ha': 'center', 'va': 'center'}
+        axes.annotate(label, (x, y), fontsize=8, **place)
     floor = real['figures']['frechet']['value']
     axes.axhline(floor, color='0.5', linestyle='--', linewidth=1)
     axes.text(0.01, floor, 'held-out pictures', transform=axes.get_yaxis_transform(), va='bottom', fontsize=8)
@@ -171,6 +174,8 @@ def main() -> None:
 
     like = configs.load(paths[0])
     network = configs.name(paths[0])
+    if like.family != 'classifier':
+        parser.error(f'no config of a classifier is named *_{arguments.dataset}.py: the runs are measured with it')
     runs = find_runs(arguments.runs, like)
     like.evaluate.features = f'run:{os.path.join(arguments.runs, network)}'
     evaluator = run.make_evaluator(like, next(iter(runs.values())).assembled.mesh)

@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/dit_digits.py
 
-Time: not measured
+Time: 8.6 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.46 (classifier_digits, 500 samples; held-out digits have 0.19)
 """
 
 from jaxgen.config import make

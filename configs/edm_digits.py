@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/edm_digits.py
 
-Time: not measured
+Time: 5.9 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.63 (classifier_digits, 500 samples; held-out digits have 0.19)
 """
 
 from jaxgen.config import make

@@ -4,7 +4,7 @@
 
 Time: 2.4 minutes on 2 CPU cores
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.41 (classifier_digits, 500 samples; held-out digits have 0.19)
 """
 
 from jaxgen.config import make
