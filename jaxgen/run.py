@@ -108,7 +108,7 @@ class Run:
         batches = sample.batches(a, self.config, n, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
 
-    def measure(self) -> dict[str, dict]:
+    def evaluate(self) -> dict[str, dict]:
         """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
         config.evaluate.examples examples (0: all)."""
         a, c = self.assembled, self.config

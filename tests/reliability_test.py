@@ -382,7 +382,7 @@ def test_batch_must_divide_by_devices(tmp_path):
         ('def get_config(:\n', 'SyntaxError'),
         ('def get_config(variant=""):\n    return 3\n', 'get_config'),
         (
-            'from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, family="ddpm", modle={})\n',
+            'from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, family="diffusion", modle={})\n',
             'model',
         ),
         ('from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, data={})\n', 'family'),
