@@ -33,6 +33,8 @@ from jaxgen.errors import RunError, UserError
 
 # Orbax narrates every save, and prints the traceback of what it raises too.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+# When one write fails, those beside it are dropped with their exceptions: the save's own says it all.
+logging.getLogger('asyncio').addFilter(lambda record: 'was never retrieved' not in record.getMessage())
 
 
 def print_unraisable(what, default=sys.__unraisablehook__) -> None:
