@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 
@@ -211,11 +210,7 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
             )
             piece = evaluator.extract(images, n)
             if jax.process_index() == 0:
-                os.makedirs(folder, exist_ok=True)
-                new = f'{path}.{uuid.uuid4().hex}.new'
-                with open(new, 'wb') as file:
-                    np.savez(file, **piece)
-                os.replace(new, path)
+                log.save_npz(path, piece)
         progress(start + len(batch['index']))
         yield piece
 

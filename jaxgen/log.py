@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import uuid
 
 import numpy as np
 from PIL import Image
@@ -162,3 +163,16 @@ def save_json(path: str, value) -> None:
         json.dump(value, file, indent=2)
         file.write('\n')
     os.replace(path + '.new', path)
+
+
+def save_npz(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays, whole or not at all, also where several processes write one file."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    new = f'{path}.{uuid.uuid4().hex}.new'
+    try:
+        with open(new, 'wb') as file:
+            np.savez(file, **arrays)
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.remove(new)

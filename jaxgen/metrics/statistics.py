@@ -101,19 +101,11 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
 
 
 def write(path: str, key: str, made: Statistics) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     arrays = {'key': np.array(key), 'features': made.features, 'counts': made.counts}
     for name, moments in (('moments', made.moments), ('spatial', made.spatial)):
         if moments is not None:
             arrays |= {f'{name}_{field}': np.asarray(value) for field, value in moments._asdict().items()}
-    new = f'{path}.{uuid.uuid4().hex}.new'
-    try:
-        with open(new, 'wb') as file:
-            np.savez(file, **arrays)
-        os.replace(new, path)
-    finally:
-        if os.path.exists(new):
-            os.remove(new)
+    log.save_npz(path, arrays)
 
 
 def read(path: str, key: str) -> Statistics:
