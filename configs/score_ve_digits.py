@@ -1,0 +1,52 @@
+"""Score SDE (VE) on scikit-learn's 8x8 digits, NCSN++: predictor-corrector sampling, likelihood by the ODE.
+
+    python -m jaxgen.main --config=configs/score_ve_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        model=dict(
+            network='ncsnpp',
+            ncsnpp=dict(
+                channels=32,
+                multipliers=(1, 2),
+                blocks=1,
+                attention=(4,),
+                dropout=0.1,
+                embedding='fourier',
+                resampling='fir',
+                pyramid='residual',
+            ),
+            process='ve',
+            sigma_min=0.02,
+            sigma_max=20.0,
+            prediction='score',
+            variance='fixed_small',
+            sampler='predictor_corrector',
+            sample_steps=100,
+            clip=False,
+        ),
+        optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=200, sample_every=200),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(ncsnpp=dict(channels=8), sample_steps=4, ode_steps=3),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

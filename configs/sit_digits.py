@@ -1,0 +1,44 @@
+"""SiT on scikit-learn's 8x8 digits: DiT's network, a straight line from noise to image, sampled as an SDE.
+
+    python -m jaxgen.main --config=configs/sit_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        data=dict(source='digits', size=8, channels=1, batch=128, features=('image', 'label')),
+        model=dict(
+            network='dit',
+            dit=dict(channels=128, blocks=6, heads=4, patch=2),
+            conditional=True,
+            label_dropout=0.1,
+            process='flow',
+            prediction='flow',
+            variance='fixed_small',
+            sampler='euler',
+            sample_steps=50,
+            guidance=1.5,
+            clip=False,
+        ),
+        optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=1000, log_every=50, save_every=500, sample_every=500),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(dit=dict(channels=16, blocks=2, heads=2), sample_steps=4, ode_steps=3),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )
