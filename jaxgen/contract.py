@@ -57,7 +57,9 @@ class Family(NamedTuple):
     what the data gives: 'image' float32 [n, H, W, C] in [-1, 1], and labels and other conditions by
     name; in `evaluate` also 'index' int32 [n], the number of each example. In `sample` it holds
     'index', the number of each sample, and the arrays named in `conditions`. `encode` and `classify`
-    may count on 'image' alone.
+    may count on 'image' alone. Where the batch of `classify` holds 'sigma' [n] too, its images are noisy ones,
+    image + sigma eps. `denoise` is what a diffusion model is to later stages: x [n, H, W, C] = image + sigma eps with
+    sigma [n], whatever its own process, to an estimate of the image.
     `frozen` holds the weights of earlier stages, {} for most families.
     """
 
@@ -70,6 +72,8 @@ class Family(NamedTuple):
     encode: Callable | None = None  # (state, frozen, batch, rng) -> latents or features [n, ...]
     decode: Callable | None = None  # (state, frozen, latents, rng) -> images [n, H, W, C]
     classify: Callable | None = None  # (state, frozen, batch, rng) -> logits [n, classes]
+    denoise: Callable | None = None  # (state, frozen, batch, x, sigma) -> images [n, H, W, C], not clipped
+    trajectory: Callable | None = None  # as sample -> {name: what it passed through, [steps, n, H, W, C]}
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume

@@ -51,6 +51,7 @@ def define_flags() -> flags.FlagValues:
     string('weights', 'ema', 'sample, evaluate: ema | params', flag_values=values)
     integer('n', 0, 'how many samples; default 64, in evaluate config.evaluate.samples', flag_values=values)
     integer('seed', 0, 'sample, evaluate: of the noise', flag_values=values)
+    integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
     string('features', '', 'evaluate: inception | run:PATH | none, the network to measure with', flag_values=values)
     string('inception', '', 'evaluate: file with the weights of Inception', flag_values=values)
     string(
@@ -87,8 +88,9 @@ def number(text: str) -> tuple[str, int]:
         raise UserError(f'write --condition={name or "label"}=NUMBER; it is {text!r}') from e
 
 
-def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str) -> None:
+def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str, frames: int) -> None:
     n = n or 64
+    film = run.film(min(n, 8), frames, seed, condition) if frames else None
     given = ''.join(f'_{name}{value}' for name, value in condition.items())
     own = os.path.join(run.workdir, 'samples', f'step{run.step}_{run.weights}_seed{seed}{given}')
     first, out = jax.process_index() == 0, out or own
@@ -108,6 +110,8 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str) -> 
     images = np.stack(images)
     log.save_png(os.path.join(out, 'grid.png'), log.grid(images[:256]))
     np.savez_compressed(os.path.join(out, 'samples.npz'), images=images)
+    if film is not None:
+        log.save_png(os.path.join(out, 'film.png'), log.grid(film.reshape(-1, *film.shape[3:]), film.shape[2]))
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
 
@@ -174,8 +178,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f'--mode={mode}: no such mode{configs.near(mode, MODES)}')
     if values.weights not in ('ema', 'params'):
         raise UserError(f'--weights must be ema or params; it is {values.weights!r}')
-    if values.n < 0 or not 0 <= values.seed < 2**31:
-        raise UserError('--n and --seed must not be negative, and --seed less than 2**31')
+    if min(values.n, values.film) < 0 or not 0 <= values.seed < 2**31:
+        raise UserError('--n, --film and --seed must not be negative, and --seed less than 2**31')
     if not values.config and (mode in ('train', 'describe') or not values.workdir):
         need = '--config=FILE' if mode in ('train', 'describe') else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')
@@ -207,7 +211,7 @@ def main(argv: list[str]) -> None:
     config = configs.override(runs.saved_config(workdir), overrides)
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate')
     if mode == 'sample':
-        sample_mode(run, values.n, values.seed, condition, values.out)
+        sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     else:
         evaluate_mode(run, values.seed)
 

@@ -108,6 +108,12 @@ class Run:
         batches = sample.batches(a, self.config, n, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
 
+    def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int] | None = None) -> np.ndarray:
+        """The steps that led to the first n images of `sample`; see sample.film."""
+        a = self.assembled
+        batch = sample.batches(a, self.config, n, condition or {})
+        return sample.film(a.family, self.state, a.frozen, a.mesh, batch, seed, frames)
+
     def evaluate(self) -> dict[str, dict]:
         """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
         config.evaluate.examples examples (0: all)."""

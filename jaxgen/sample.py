@@ -80,3 +80,26 @@ def draw_batch(family, state, frozen, mesh, batch: dict, size: int, seed: int) -
     if not finite[:real].all():
         raise RunError(f'sample {batch["index"][np.argmin(finite[:real])]} is not finite: stopped')
     return images[:real]
+
+
+def film(family, state, frozen, mesh, batch: dict, seed: int, frames: int) -> np.ndarray:
+    """How the images of `batch` came to be, uint8 [n, rows, frames, H, W, C]: frames evenly in steps, the last one
+    last. Rows: what the sampler held, and where there is one its estimate of the end.
+
+    Noise is shown as grey as images are: what is wider than they are is scaled down.
+
+    Raises:
+      UserError: the family draws in one step.
+    """
+    if family.trajectory is None:
+        raise UserError('--film shows the steps of a sampler, and this family draws in one step')
+    n = len(batch['index'])
+    placed, _ = sharding.put_padded(mesh, batch, sharding.round_up(mesh, n))
+    seen = jax.jit(family.trajectory)(state, frozen, to_inside(placed), jax.random.key(seed))
+    rows = []
+    for x in seen.values():
+        picked = np.round(np.linspace(0, len(x) - 1, min(frames, len(x)))).astype(int)
+        x = sharding.to_host(x[picked])[:, :n]
+        spread = x.std(axis=(2, 3, 4), keepdims=True)
+        rows.append(np.asarray(data.to_uint8(jnp.asarray(x / np.maximum(1, 1.3 * spread)))))
+    return np.stack(rows).transpose(2, 0, 1, 3, 4, 5)

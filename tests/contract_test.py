@@ -32,7 +32,7 @@ PUBLISHED = {
 }
 # The log that must fall on a fixed batch. Adversarial families have none: each player's loss rises
 # as the other learns.
-FALLS = {'classifier': 'loss', 'diffusion': 'loss', 'vae': 'loss', 'wgan_gp': None}
+FALLS = {'classifier': 'loss', 'noisy_classifier': 'loss', 'diffusion': 'loss', 'vae': 'loss', 'wgan_gp': None}
 
 
 def tiny(name: str, **sections):

@@ -10,6 +10,29 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def classifier_guided(denoise: Callable, log_probability: Callable, level: Callable, scale: float) -> Callable:
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2): score of p(x_t) p(y | x_t)^scale.
+
+    With the score s, x_0 = (x_t + sigma^2 s) / alpha. So the gradient of scale log p(y | x_t) moves the estimate of
+    x_0 by sigma^2 / alpha times itself.
+
+    Args:
+      denoise: (x, t) -> x_0 or (x_0, fraction).
+      log_probability: (x, t) -> log p(y | x_t), [n].
+      level: t -> (alpha, sigma), broadcasting against x; alpha > 0.
+    """
+
+    def guided(x: Array, t: Array):
+        alpha, sigma = level(t)
+        gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
+        found = denoise(x, t)
+        x_0, *fraction = found if isinstance(found, tuple) else (found,)
+        x_0 = x_0 + scale * sigma**2 / alpha * gradient
+        return (x_0, *fraction) if fraction else x_0
+
+    return guided
+
+
 def guided(
     apply: Callable, x: Array, t: Array, label: Array | None, null: int, scale: float, here: Array, rescale: float
 ) -> tuple[Array, Array | None]:

@@ -104,7 +104,10 @@ def variational_bound(
     edges = np.concatenate([[0], 1 + np.arange(steps + 1) * last // steps])
     runs = jax.tree.map(jnp.asarray, (np.arange(steps + 1), edges[:-1], np.diff(edges)))
     terms = jax.lax.scan(one, None, runs)[1]  # [steps + 1, n]
-    prior = normal_kl(float(schedule.alpha[last]) * x_0, jnp.full_like(x_0, 2 * math.log(schedule.sigma[last])))
+    # The prior is N(0, I), or sigma times that where the image is never made smaller.
+    log_variance = 2 * math.log(schedule.sigma[last])
+    log_prior = log_variance if schedule.alpha[last] == 1 else 0.0
+    prior = normal_kl(float(schedule.alpha[last]) * x_0, jnp.full_like(x_0, log_variance), 0.0, log_prior)
     return {
         'bits_per_dim': bits * (prior + terms.sum(0)),
         'bits_prior': bits * prior,

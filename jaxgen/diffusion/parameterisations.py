@@ -66,7 +66,7 @@ def error_scale(prediction: str, alpha: Array, sigma: Array, data_std: float = 0
     return -sigma / (b * alpha - a * sigma)
 
 
-WEIGHTINGS = ('none', 'min_snr')
+WEIGHTINGS = ('none', 'min_snr', 'bound')
 
 
 def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std: float, gamma: float) -> Array:
@@ -74,8 +74,9 @@ def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std
 
     'none'        1: what each of the papers that brought a prediction in minimises
     'min_snr'     error of x_0 times min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, arXiv 2303.09556)
+    'bound'       1, since another loss stands in its place: the terms of the variational bound
     """
-    if weighting == 'none':
+    if weighting != 'min_snr':
         return jnp.ones_like(alpha)
     snr = (alpha / sigma) ** 2
     return jnp.minimum(snr, gamma) * error_scale(prediction, alpha, sigma, data_std) ** 2

@@ -21,7 +21,7 @@ import numpy as np
 from jaxgen.diffusion import schedules
 from jaxgen.diffusion.schedules import Schedule
 
-PROCESSES = ('linear', 'cosine', 'vp', 'sub_vp', 've', 'flow')
+PROCESSES = ('linear', 'cosine', 'geometric', 'vp', 'sub_vp', 've', 'flow')
 
 
 class Process(NamedTuple):
@@ -57,6 +57,7 @@ def make(
       name: a chain of `timesteps` steps,
           'linear'  beta evenly from beta_start to beta_end (Ho et al. 2020)
           'cosine'  alpha_bar a squared cosine (Nichol & Dhariwal 2021, eq. 17)
+          'geometric'  alpha = 1, sigma from sigma_min to sigma_max with one ratio (Song & Ermon 2019, section 4.2)
         or in continuous time (Song et al. 2021, arXiv 2011.13456, appendix B and C),
           'vp', 'sub_vp'  with the betas of a chain of 1000 steps: beta(t) from 1000 beta_start to 1000 beta_end
           've'  alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t
@@ -70,6 +71,13 @@ def make(
             else schedules.cosine_betas(timesteps)
         )
         return chain(schedules.variance_preserving(betas, zero_terminal))
+    if name == 'geometric':
+        steps = timesteps - 1
+        way = exploding(sigma_min, sigma_max)
+        return way._replace(
+            at=lambda t: way.at(t / steps)._replace(t=t), time=lambda ratio: steps * way.time(ratio),
+            told=lambda t: t, end=steps, steps=timesteps,
+        )  # fmt: skip
     if name in ('vp', 'sub_vp'):
         return stochastic(1000 * beta_start, 1000 * beta_end, sub=name == 'sub_vp')
     if name == 've':

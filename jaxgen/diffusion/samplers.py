@@ -158,6 +158,28 @@ def heun(
     return linear(denoise, x, t, keys, x_t_weight, x_0_weight, noise, trajectory=trajectory)
 
 
+def euler_maruyama(
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, strength: float = 1.0, trajectory: bool = False
+) -> Array:
+    """Euler-Maruyama's method for a reverse SDE with the marginals of the ODE: Euler's step for the velocity
+    alpha' x_0 + sigma' eps, a step along the score, and noise. The last step, to the data, is the estimate.
+
+    For a flow and strength 1 it is SiT's sampler with the diffusion coefficient sigma (Ma et al. 2024, arXiv
+    2401.08740, section 3.5; `w` of the paper is 2 sigma in its code, and here).
+
+    Args:
+      strength: of noise and score; 0: `euler` on the velocity.
+    """
+    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    fall = sigma - sigma_s
+    # x_s = x + (alpha_s - alpha) x_0 - fall eps - strength fall eps + noise, with eps = (x - alpha x_0) / sigma
+    back = (1 + strength) * fall / sigma
+    x_t_weight, x_0_weight = 1 - back, alpha_s - alpha + back * alpha
+    std = np.sqrt(2 * strength * sigma * fall)
+    x_t_weight[0], x_0_weight[0], std[0] = 0, 1, 0
+    return linear(denoise, x, schedule.t, keys, x_t_weight, x_0_weight, std, trajectory=trajectory)
+
+
 def dpm_solver_pp(
     denoise: Callable,
     x: Array,

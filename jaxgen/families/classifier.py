@@ -180,6 +180,8 @@ def build(
 
     def classify(state, frozen, batch, rng):
         """Logits of the label or of the first factor, float32 [n, sizes[0]]."""
+        if 'sigma' in batch:
+            raise UserError('this classifier never saw noise: guidance needs the run of a noisy_classifier')
         return heads(apply(state, batch)[1])[0]
 
     return Family(init, update, None, evaluate, encode, classify=classify, divisor=divisor)

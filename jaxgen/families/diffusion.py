@@ -16,6 +16,8 @@ and what is combined, how t is drawn and how it is weighted tells one paper from
     EDM (Karras et al. 2022)             ve              edm         lognormal      heun
     flow matching (Lipman et al. 2022)   flow            flow        uniform        euler, heun
     SD3's recipe (Esser et al. 2024)     flow            flow        logit_normal   euler
+    SiT (Ma et al. 2024)                 flow            flow        uniform        euler_maruyama
+    NCSN (Song & Ermon 2019)             geometric       score       uniform        annealed_langevin
 
 Any sampler goes with any of them. Measured is the variational bound of a chain (Ho et al. 2020, eq. 5) or the
 likelihood by the probability-flow ODE of a process in continuous time (Song et al. 2021b, section 4.3), both in
@@ -24,7 +26,6 @@ bits per dimension.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -32,25 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
-from jaxgen.diffusion import parameterisations, processes, samplers
-from jaxgen.diffusion.guidance import guided
+from jaxgen.diffusion import importance, parameterisations, processes, samplers
+from jaxgen.diffusion.guidance import classifier_guided, guided
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
-from jaxgen.networks.adm import ADMUNet
-from jaxgen.networks.dit import DiT
-from jaxgen.networks.ncsnpp import EMBEDDINGS, PYRAMIDS, RESAMPLINGS, NCSNpp
-from jaxgen.networks.unet import UNet
+from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
 
 Array = jax.Array
 
-NETWORKS = {'unet': UNet, 'adm': ADMUNet, 'ncsnpp': NCSNpp, 'dit': DiT}
-# Attributes of the networks that others decide: the data, the prediction, the shared machinery.
-GIVEN = ('classes', 'out_channels', 'augment', 'remat', 'dtype', 'parent', 'name')
-# {network: {field that a config sets: default}}
-FIELDS = {
-    name: {f.name: f.default for f in dataclasses.fields(network) if f.name not in GIVEN}
-    for name, network in NETWORKS.items()
-}
 SPACINGS = ('uniform', 'trailing', 'respaced', 'quadratic', 'karras')
 SAMPLERS = {
     'ancestral': samplers.ancestral,
@@ -61,55 +51,11 @@ SAMPLERS = {
     'dpm_solver_pp': samplers.dpm_solver_pp,
     'dpm_solver_pp_sde': functools.partial(samplers.dpm_solver_pp, sde=True),
     'unipc': samplers.unipc,
+    'euler_maruyama': samplers.euler_maruyama,
     'predictor_corrector': samplers.predictor_corrector,
+    'annealed_langevin': samplers.annealed_langevin,
+    'consistency': samplers.consistency,
 }
-
-
-def check_network(network: str, section: dict, image: tuple[int, int, int]) -> int:
-    """What the image's height and width must be multiples of.
-
-    Raises:
-      UserError: a field of the network that cannot work with the image.
-    """
-    where, channels, blocks = f'config.model.{network}', section['channels'], section['blocks']
-    if channels < 4 or channels % 2 or blocks < 1:
-        raise UserError(f'{where}: channels {channels} must be even and at least 4, blocks {blocks} at least 1')
-    if not 0 <= section['dropout'] < 1:
-        raise UserError(f'{where}.dropout must be in [0, 1); it is {section["dropout"]}')
-    if network == 'dit':
-        divisor, heads = section['patch'], section['heads']
-        if divisor < 1 or heads < 1 or channels % heads or channels % 4:
-            raise UserError(
-                f'{where}: patch {divisor} and heads {heads} must be at least 1, and channels {channels} a multiple of '
-                'heads and of 4'
-            )
-    else:
-        multipliers = section['multipliers']
-        if not multipliers or min(multipliers) <= 0:
-            raise UserError(f'{where}.multipliers must be one or more numbers above 0; they are {multipliers}')
-        divisor = 2 ** (len(multipliers) - 1)
-    for size in image[:2]:
-        if size % divisor:
-            raise UserError(
-                f'images of {size} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
-            )
-    sizes = [image[0] >> level for level in range(len(section.get('multipliers', ())))]
-    for size in section.get('attention', ()):
-        if size not in sizes:
-            raise UserError(f'{where}.attention: no level of the network has {size} pixels, only {sizes}')
-    if network == 'ncsnpp':
-        for name, allowed in {'embedding': EMBEDDINGS, 'resampling': RESAMPLINGS, 'pyramid': PYRAMIDS}.items():
-            if section[name] not in allowed:
-                raise UserError(f'{where}.{name} must be one of {allowed}; it is {section[name]!r}')
-    if network == 'adm':
-        part = section['head_channels'] or section['heads']
-        for size, multiplier in zip(sizes, section['multipliers'], strict=True):
-            if (size in section['attention'] or size == sizes[-1]) and int(channels * multiplier) % part:
-                raise UserError(
-                    f'{where}: {int(channels * multiplier)} channels at {size} pixels, where there is attention, must '
-                    f'be a multiple of head_channels, or else of heads: {part}'
-                )
-    return divisor
 
 
 def build(
@@ -120,6 +66,7 @@ def build(
     adm: dict = FIELDS['adm'],
     ncsnpp: dict = FIELDS['ncsnpp'],
     dit: dict = FIELDS['dit'],
+    refinenet: dict = FIELDS['refinenet'],
     conditional: bool = False,
     label_dropout: float = 0.0,
     process: str = 'linear',
@@ -149,20 +96,25 @@ def build(
     s_max: float = 1e9,
     s_noise: float = 1.0,
     snr: float = 0.16,
+    strength: float = 1.0,
+    langevin_steps: int = 100,
+    langevin_size: float = 8e-5,
     guidance: float = 1.0,
     guidance_from: float = 0.0,
     guidance_to: float = 1e9,
     guidance_rescale: float = 0.0,
+    classifier_scale: float = 0.0,
     bound_steps: int = 0,
     ode_steps: int = 50,
 ) -> Family:
     """Args:
-      network: 'unet' | 'adm' | 'ncsnpp' | 'dit'; the section of that name says how it looks, see `networks`.
+      network: 'unet' | 'adm' | 'ncsnpp' | 'dit' | 'refinenet'; the section of that name says how it looks.
       conditional: tell the network the class, `batch['label']`.
       label_dropout: share of the labels that are left out in training, so that `guidance` can be used.
       process, timesteps, beta_start, beta_end, zero_terminal, sigma_min, sigma_max: see `processes.make`.
       prediction, data_std: what the network puts out, see `parameterisations.coefficients`.
-      times: how t is drawn in training: 'uniform'; 'lognormal', log(sigma / alpha) with mean `time_mean` and
+      times: how t is drawn in training: 'uniform'; 'importance', steps of a chain by the size of their loss, see
+        `importance`; 'lognormal', log(sigma / alpha) with mean `time_mean` and
         standard deviation `time_std` (EDM); 'logit_normal', log(t / (1 - t)) with them (SD3).
       weighting, gamma: of the error, see `parameterisations.weight`.
       variance: of a chain's reverse steps, 'fixed_large' (beta) | 'fixed_small' (the posterior's) | 'learned',
@@ -175,10 +127,13 @@ def build(
       shift: of 'flow' in sampling: t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
       clip: estimates of x_0 to [-1, 1] at every step.
       eta: randomness of 'ddim' and 'euler_ancestral', from 0, none, to 1.
-      s_churn, s_min, s_max, s_noise: of 'heun'; snr: of 'predictor_corrector'.
+      s_churn, s_min, s_max, s_noise: of 'heun'; snr: of 'predictor_corrector'; strength: of 'euler_maruyama';
+        langevin_steps, langevin_size: steps at each level, and their size, of 'annealed_langevin'.
       guidance: 1: none; s: label-free output + s (output - label-free output) (Ho & Salimans 2022), where
         guidance_from <= sigma / alpha <= guidance_to (Kynkaanniemi et al. 2024); guidance_rescale: share by which
         its standard deviation is put back to that without guidance (Lin et al. 2023, eq. 16).
+      classifier_scale: of the gradient of log p(label | x_t) by the noisy classifier of `config.stages.classifier`
+        (Dhariwal & Nichol 2021); 0: none.
       bound_steps: terms of a chain's variational bound that `evaluate` computes, of the T - 1 between the
         first and the last; drawn evenly, the mean is right. 0: all.
       ode_steps: of the likelihood in continuous time.
@@ -190,7 +145,7 @@ def build(
         'network': (network, tuple(NETWORKS)),
         'process': (process, processes.PROCESSES),
         'prediction': (prediction, parameterisations.PREDICTIONS),
-        'times': (times, ('uniform', 'lognormal', 'logit_normal')),
+        'times': (times, ('uniform', 'importance', 'lognormal', 'logit_normal')),
         'weighting': (weighting, parameterisations.WEIGHTINGS),
         'variance': (variance, ('fixed_large', 'fixed_small', 'learned')),
         'sampler': (sampler, tuple(SAMPLERS)),
@@ -219,21 +174,31 @@ def build(
             f'and label_dropout more than 0; they are {conditional} and {label_dropout}'
         )
 
+    classifier = context.stages.get('classifier')
+    if classifier_scale and (classifier is None or classifier.classify is None):
+        raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
+
     way = processes.make(
         process, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, sigma_min=sigma_min,
         sigma_max=sigma_max, zero_terminal=zero_terminal,
     )  # fmt: skip
     learned = variance == 'learned'
+    if weighting == 'bound' and not learned:
+        raise UserError("config.model.weighting = 'bound' is the variational bound with variance = 'learned'")
     if not way.steps and (learned or (sampler == 'ancestral' and variance != 'fixed_small')):
         raise UserError(
             f"config.model.variance = {variance!r} is that of a chain, and process {process!r} is none: 'fixed_small'"
         )
-    if (not way.steps and spacing not in ('uniform', 'karras')) or (way.steps and times != 'uniform'):
+    drawn = ('uniform', 'importance') if way.steps else ('uniform', 'lognormal', 'logit_normal')
+    if (not way.steps and spacing not in ('uniform', 'karras')) or times not in drawn:
         raise UserError(f'config.model: spacing {spacing!r} and times {times!r} do not go with process {process!r}')
     if spacing == 'karras' and (process == 'flow' or zero_terminal):
         raise UserError("config.model.spacing = 'karras' is by sigma / alpha, and the last level here has alpha = 0")
-    if process == 'flow' and sampler == 'predictor_corrector':
-        raise UserError("config.model.sampler = 'predictor_corrector' divides by alpha, which is 0 where a flow ends")
+    if (process == 'flow' or zero_terminal) and (
+        sampler in ('predictor_corrector', 'annealed_langevin') or classifier_scale
+    ):
+        what = 'classifier_scale' if classifier_scale else f'sampler = {sampler!r}'
+        raise UserError(f'config.model.{what} divides by alpha, which is 0 at the last level here')
     if zero_terminal and (prediction not in ('v', 'x0') or sampler not in ('ancestral', 'ddim')):
         raise UserError(
             "config.model.zero_terminal needs prediction 'v' or 'x0', and sampler 'ancestral' or 'ddim': "
@@ -244,9 +209,17 @@ def build(
     if not 0 <= bound_steps < timesteps:
         raise UserError(f'config.model.bound_steps must be from 0 to {timesteps - 1}; it is {bound_steps}')
 
-    section = {**FIELDS[network], **{'unet': unet, 'adm': adm, 'ncsnpp': ncsnpp, 'dit': dit}[network]}
+    sections = {'unet': unet, 'adm': adm, 'ncsnpp': ncsnpp, 'dit': dit, 'refinenet': refinenet}
+    section = {**FIELDS[network], **sections[network]}
     channels = context.image[2]
     divisor = check_network(network, section, context.image)
+    if network == 'refinenet':
+        if (process, prediction, timesteps) != ('geometric', 'score', section['levels']):
+            raise UserError(
+                "config.model.network = 'refinenet' needs process 'geometric', prediction 'score' and timesteps = "
+                f'refinenet.levels = {section["levels"]}; they are {process!r}, {prediction!r} and {timesteps}'
+            )
+        section = {**section, 'sigmas': (sigma_min, sigma_max)}
     # One class more where labels are left out: it stands for no label.
     classes = context.classes + bool(label_dropout) if conditional else 0
     net = NETWORKS[network](
@@ -271,6 +244,8 @@ def build(
             level=lambda ratio: way.at(way.time(ratio)),
         ),
         'predictor_corrector': {'snr': snr},
+        'euler_maruyama': {'strength': strength},
+        'annealed_langevin': {'steps_each': langevin_steps, 'step_size': langevin_size},
     }
     draw = functools.partial(SAMPLERS[sampler], **draw_options.get(sampler, {}))
 
@@ -286,7 +261,7 @@ def build(
         output = net.apply({'params': params['denoiser']}, scale * x, told, label, train=train, rngs=rngs)
         return (output[..., :channels], (output[..., channels:] + 1) / 2) if learned else (output, None)
 
-    def denoiser(params, batch, scale: float):
+    def denoiser(params, label, scale: float):
         """(x, t) -> estimate of x_0, and with a learned variance (estimate, fraction). scale: of guidance."""
 
         def denoise(x, t):
@@ -294,7 +269,7 @@ def build(
             at = way.at(t)
             here = (guidance_from * at.alpha <= at.sigma) & (at.sigma <= guidance_to * at.alpha)
             one = functools.partial(apply, params, train=False)
-            output, fraction = guided(one, x, t, batch.get('label'), context.classes, scale, here, guidance_rescale)
+            output, fraction = guided(one, x, t, label, context.classes, scale, here, guidance_rescale)
             x_0 = parameterisations.to_x_0(prediction, output, x, *level(t), data_std)
             x_0 = jnp.clip(x_0, -1, 1) if clip else x_0
             return (x_0, fraction) if learned else x_0
@@ -312,7 +287,7 @@ def build(
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
         x_0, label = batch['image'], batch.get('label')
-        t = draw_times(rng_t, len(x_0))
+        t = batch['t'] if times == 'importance' else draw_times(rng_t, len(x_0))
         eps = jax.random.normal(rng_noise, x_0.shape)
         alpha, sigma = level(t)
         x_t = alpha * x_0 + sigma * eps
@@ -321,49 +296,111 @@ def build(
         output, fraction = apply(params, x_t, t, label, True, {'dropout': rng_dropout})
         wanted = parameterisations.target(prediction, x_0, eps, alpha, sigma, data_std)
         weight = parameterisations.weight(weighting, prediction, alpha, sigma, data_std, gamma)
-        value = (weight * jnp.square(output - wanted)).mean()
-        if not learned:
-            return value, {'loss': value}
-        # The bound teaches the variance only: the mean is held still.
-        estimate = parameterisations.to_x_0(prediction, jax.lax.stop_gradient(output), x_t, alpha, sigma, data_std)
-        bound = bound_term(table, x_0, estimate, t, fraction).mean() * way.steps
-        total = value + bound_weight * bound
-        return total, {'loss': total, 'simple': value, 'bound': bound}
+        errors = (weight * jnp.square(output - wanted)).mean((1, 2, 3))  # [n]
+        simple, bound = errors.mean(), 0.0
+        if learned:
+            # The hybrid loss teaches the variance by the bound, and the bound's mean is held still.
+            mean = output if weighting == 'bound' else jax.lax.stop_gradient(output)
+            estimate = parameterisations.to_x_0(prediction, mean, x_t, alpha, sigma, data_std)
+            terms = way.steps * bound_term(table, x_0, estimate, t, fraction)  # [n]
+            errors = terms if weighting == 'bound' else errors + bound_weight * terms
+            bound = terms.mean()
+        logs = {'simple': simple, 'bound': bound} if learned else {}
+        if times == 'importance':
+            # One place for each example of the whole batch, of which this may be a part.
+            parts = context.optim.accumulate
+            logs['errors'] = jnp.zeros(parts * len(t)).at[batch['place']].set(parts * errors)
+            errors = errors * batch['importance']
+        return errors.mean(), {'loss': errors.mean(), **logs}
 
     step = gradient_step(loss, context.optim, 'denoiser')
 
     def init(rng, batch, frozen):
         label = jnp.zeros(1, jnp.int32) if classes else None
         variables = net.init(rng, jnp.zeros((1, *context.image)), jnp.zeros(1), label, train=False)
-        return new_state({'denoiser': variables['params']}, context.optim)
+        history = importance.start(timesteps) if times == 'importance' else None
+        return new_state({'denoiser': variables['params']}, context.optim, history)
 
     def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
+        if times != 'importance':
+            state, logs = step(state, frozen, batch, rng)
+            return advance(state, context.optim), logs
+        rng_t, rng_step = jax.random.split(rng)
+        place = jnp.arange(len(batch['image']))
+        t, weight = importance.draw(state.extra, rng_t, len(place))
+        state, logs = step(state, frozen, {**batch, 't': t, 'importance': weight, 'place': place}, rng_step)
+        state = state.replace(extra=importance.record(state.extra, t, logs.pop('errors')))
         return advance(state, context.optim), logs
 
-    def sample(state, frozen, batch, rng):
+    def guide(denoise, frozen, label):
+        """denoise with classifier guidance, if there is any."""
+        if not classifier_scale:
+            return denoise
+        shown, its_frozen = frozen['classifier']
+
+        def log_probability(x, t):
+            alpha, sigma = level(t)
+            seen = {'image': x / alpha, 'sigma': (sigma / alpha)[:, 0, 0, 0]}
+            logits = classifier.classify(shown, its_frozen, seen, jax.random.key(0))
+            return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
+
+        return classifier_guided(denoise, log_probability, level, classifier_scale)
+
+    def walk(state, frozen, batch, rng, **options):
         rng_start, rng_steps = jax.random.split(rng)
         x = grid.sigma[-1] * normal(example_keys(rng_start, batch), context.image)
-        x = draw(denoiser(state.ema, batch, guidance), x, grid, example_keys(rng_steps, batch))
-        return jnp.clip(x, -1, 1)
+        label = batch.get('label')
+        denoise = guide(denoiser(state.ema, label, guidance), frozen, label)
+        return draw(denoise, x, grid, example_keys(rng_steps, batch), **options)
+
+    def sample(state, frozen, batch, rng):
+        return jnp.clip(walk(state, frozen, batch, rng), -1, 1)
+
+    def trajectory(state, frozen, batch, rng):
+        return walk(state, frozen, batch, rng, trajectory=True)[1]
 
     def evaluate(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
-        denoise = denoiser(state.ema, batch, 1.0)
+        denoise = denoiser(state.ema, batch.get('label'), 1.0)
         if way.steps:
             return variational_bound(denoise, batch['image'], table, variance, keys, bound_steps)
         return ode_likelihood(denoise, batch['image'], way, keys, ode_steps)
 
+    def denoise(state, frozen, batch, x, sigma):
+        """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
+        t = way.time(sigma)
+        found = denoiser(state.ema, batch.get('label'), guidance)(level(t)[0] * x, t)
+        return found[0] if learned else found
+
+    def without_label(state, n: int):
+        return denoiser(state.ema, jnp.full(n, context.classes) if conditional else None, 1.0)
+
+    def encode(state, frozen, batch, rng):
+        """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion."""
+        x = batch['image']
+        return samplers.ddim_inversion(without_label(state, len(x)), x, grid) / grid.sigma[-1]
+
+    def decode(state, frozen, latents, rng):
+        x = samplers.ddim(without_label(state, len(latents)), grid.sigma[-1] * latents, grid, None)
+        return jnp.clip(x, -1, 1)
+
+    # A network that always wants a label cannot encode an image without one.
+    invertible = not conditional or bool(label_dropout)
     return Family(
         init,
         update,
         sample,
         evaluate,
-        conditions=('label',) if conditional else (),
+        encode=encode if invertible else None,
+        decode=decode if invertible else None,
+        denoise=denoise,
+        trajectory=trajectory,
+        conditions=('label',) if conditional or classifier_scale else (),
         divisor=divisor,
         free=(
             *('sampler', 'sample_steps', 'spacing', 'shift', 'clip', 'eta', 's_churn', 's_min', 's_max', 's_noise'),
-            *('snr', 'guidance', 'guidance_from', 'guidance_to', 'guidance_rescale', 'bound_steps', 'ode_steps'),
+            *('snr', 'strength', 'langevin_steps', 'langevin_size', 'classifier_scale', 'bound_steps', 'ode_steps'),
+            *('guidance', 'guidance_from', 'guidance_to', 'guidance_rescale'),
             *(() if learned else ('variance',)),
         ),
     )

@@ -1,0 +1,49 @@
+"""ADM on scikit-learn's 8x8 digits, class-conditional; with a noisy classifier's guidance as `:guided`.
+
+    python -m jaxgen.main --config=configs/adm_digits.py
+    python -m jaxgen.main --config=configs/noisy_classifier_digits.py
+    python -m jaxgen.main --config=configs/adm_digits.py:guided
+
+`:guided` is an unconditional model: what class its samples are of, the classifier alone decides.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        data=dict(source='digits', size=8, channels=1, batch=128, features=('image', 'label')),
+        model=dict(
+            network='adm',
+            adm=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1),
+            conditional=True,
+            process='cosine',
+            variance='learned',
+            sample_steps=100,
+            spacing='respaced',
+            bound_steps=100,
+        ),
+        optim=dict(name='adamw', lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(adm=dict(channels=8, head_channels=4), timesteps=20, sample_steps=5, bound_steps=0),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+            'guided': dict(
+                model=dict(conditional=False, classifier_scale=4.0),
+                stages={'classifier': 'runs/noisy_classifier_digits'},
+            ),
+        },
+    )

@@ -1,0 +1,34 @@
+"""A classifier of noisy 8x8 digits: its gradient guides diffusion models to a class.
+
+    python -m jaxgen.main --config=configs/noisy_classifier_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='noisy_classifier',
+        data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=128),
+        model=dict(
+            adm=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1),
+            process='cosine',
+        ),
+        optim=dict(name='adamw', lr=1e-3, schedule='cosine', warmup=50, weight_decay=0.05, ema=0.99, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=400, sample_every=0),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(adm=dict(channels=8, head_channels=4), timesteps=20),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, log_every=1, save_every=2, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )
