@@ -271,3 +271,111 @@ def test_refuses_in_one_line(options, changes, says):
     assert '\n' not in str(error.value)
     for part in says:
         assert re.search(part, str(error.value)), str(error.value)
+
+
+def test_inversion_and_back():
+    """Image to noise to the same image, and the noise is that of a standard normal where the model is right."""
+    family, state = tiny(sampler='ddim', sample_steps=20, clip=False)
+    state = jax.tree.map(lambda w: 0.05 * w, state)  # nearly x_0 of no noise: a smooth path
+    x_0 = 0.5 * images(2)
+    z = jax.jit(family.encode)(state, {}, {'image': x_0}, jax.random.key(0))
+    back = jax.jit(family.decode)(state, {}, z, jax.random.key(1))
+    assert z.shape == x_0.shape
+    assert jnp.abs(back - x_0).max() < 0.05 < jnp.abs(z - x_0).max()
+
+
+def test_inversion_needs_no_label():
+    assert build(conditional=True).encode is None
+    assert build(conditional=True, label_dropout=0.1).encode is not None
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'process': 'vp', 'variance': 'fixed_small'}, {'variance': 'learned'},
+    {'process': 'flow', 'prediction': 'flow', 'variance': 'fixed_small'},
+    {'process': 've', 'prediction': 'edm', 'variance': 'fixed_small'},
+], ids=str)  # fmt: skip
+def test_denoise_is_of_image_plus_sigma_noise(options, monkeypatch):
+    """Whatever the process, later stages give x = image + sigma eps: the network sees its own process at that ratio."""
+    outputs = 2 if options.get('variance') == 'learned' else 1
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, t, label=None, *, train):
+            Stub.seen.append((x, t, train))
+            return jnp.concatenate([0 * x + self.param('w', nn.initializers.zeros, ())] * outputs, -1)
+
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Net())
+    family = build(**options, clip=False, **({} if 'process' in options else {'beta_end': 0.5}))
+    state = family.init(jax.random.key(0), {}, {})
+    x, sigma = images(3), jnp.array([0.1, 0.3, 2.0])
+    Stub.seen.clear()
+    x_0 = family.denoise(state, {}, {}, x, sigma)
+    assert x_0.shape == x.shape
+    seen = Stub.seen[-1][0]
+    # x_0 of an output 0, by hand: alpha and sigma are those of the process where their ratio is sigma.
+    s = sigma[:, None, None, None]
+    process = options.get('process', 'linear')
+    alpha = {'ve': 1.0 + 0 * s, 'flow': 1 / (1 + s)}.get(process, 1 / jnp.sqrt(1 + s**2))
+    scale = 1 / jnp.sqrt(s**2 + 0.25) if process == 've' else alpha
+    np.testing.assert_allclose(seen, scale * x, rtol=2e-3, atol=1e-5)
+    wanted = {'ve': 0.25 / (s**2 + 0.25) * x, 'flow': alpha * x}.get(process, x)
+    np.testing.assert_allclose(x_0, wanted, rtol=2e-3, atol=1e-5)
+
+
+def toy_classifier(sharpness=1.0):
+    """log p(y | x) of two classes by the mean pixel."""
+    from jaxgen.contract import Family
+
+    def classify(state, frozen, batch, rng):
+        assert set(batch) == {'image', 'sigma'}
+        mean = sharpness * batch['image'].mean((1, 2, 3)) / (1 + batch['sigma'])
+        return jnp.stack([mean, -mean], -1)
+
+    return Family(None, None, None, None, classify=classify)
+
+
+def test_classifier_guidance_pulls_to_the_class():
+    options = {**TINY, 'sampler': 'ddim', 'sample_steps': 5, 'beta_end': 0.5}
+    with_stage = context(classes=2, stages={'classifier': toy_classifier(5.0)})
+    plain, state = tiny(sampler='ddim', sample_steps=5, beta_end=0.5)
+    drawn = {}
+    for scale in (0.0, 1.0, 50.0):
+        family = diffusion.build(with_stage, **options, classifier_scale=scale)
+        assert family.conditions == (('label',) if scale else ())
+        for label in (0, 1):
+            batch = {'index': jnp.arange(4), 'label': jnp.full(4, label)}
+            frozen = {'classifier': (None, {})}
+            drawn[scale, label] = family.sample(state, frozen, batch, jax.random.key(0))
+    np.testing.assert_allclose(drawn[0.0, 0], drawn[0.0, 1])
+    np.testing.assert_allclose(
+        drawn[0.0, 0], plain.sample(state, {}, {'index': jnp.arange(4)}, jax.random.key(0)), atol=1e-4
+    )
+    pull = {s: (drawn[s, 0] - drawn[s, 1]).mean() for s in (1.0, 50.0)}
+    assert 0 < pull[1.0] < pull[50.0]
+
+
+def test_importance_sampling_through_updates():
+    """The history fills with the losses of the steps shown, also where the batch is cut for accumulation."""
+    states = []
+    for accumulate in (1, 2):
+        optim = make_optim(10, **{**DEFAULTS['optim'], 'accumulate': accumulate})
+        options = dict(variance='learned', weighting='bound', times='importance', timesteps=3, beta_end=0.5)
+        family = diffusion.build(context(optim=optim), **{**TINY, **options})
+        state = jax.jit(family.init)(jax.random.key(0), {}, {})
+        update = jax.jit(family.update)
+        for i in range(3):
+            state, logs = update(state, {}, {'image': images(32)}, jax.random.key(i))
+        assert int(state.extra['seen'].sum()) == 96 and (state.extra['errors'] > 0).all()
+        assert np.isfinite(logs['loss']) and logs['loss'].shape == ()
+        states.append(state)
+    # Other noise, the same sizes: accumulation must not scale what is remembered.
+    a, b = (state.extra['errors'].mean(-1) for state in states)
+    np.testing.assert_allclose(a, b, rtol=0.5)
+
+
+def test_trajectory_ends_in_the_sample():
+    family, state = tiny(sample_steps=5, beta_end=0.5)
+    batch = {'index': jnp.arange(2)}
+    seen = jax.jit(family.trajectory)(state, {}, batch, jax.random.key(0))
+    assert seen['x'].shape == seen['x_0'].shape == (5, 2, 8, 8, 1)
+    np.testing.assert_allclose(seen['x'][-1].clip(-1, 1), family.sample(state, {}, batch, jax.random.key(0)), atol=1e-4)

@@ -19,10 +19,11 @@ def classifier_guided(denoise: Callable, log_probability: Callable, level: Calla
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).
       log_probability: (x, t) -> log p(y | x_t), [n].
-      level: t -> (alpha, sigma), broadcasting against x; alpha > 0.
+      level: t [n] -> (alpha, sigma), broadcasting against x; alpha > 0.
     """
 
     def guided(x: Array, t: Array):
+        t = jnp.broadcast_to(t, (len(x),))
         alpha, sigma = level(t)
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
         found = denoise(x, t)
