@@ -31,6 +31,7 @@ def Conv(
     kernel: int = 3,
     *,
     stride: int = 1,
+    dilation: int = 1,
     padding: str | Sequence[tuple[int, int]] = 'SAME',
     bias: bool = True,
     init: Callable | None = None,
@@ -40,6 +41,7 @@ def Conv(
     """Convolution of [n, H, W, C] to [n, H', W', features] with a square kernel.
 
     Args:
+      dilation: steps from one of the pixels that a kernel looks at to the next.
       padding: 'SAME', 'VALID' or ((top, bottom), (left, right)). With stride 2, 'SAME' pads an
         even size at the bottom and right only, as TensorFlow does; ((1, 1), (1, 1)) is torch's
         `padding=1`.
@@ -50,6 +52,7 @@ def Conv(
         (kernel, kernel),
         (stride, stride),
         padding,
+        kernel_dilation=dilation,
         use_bias=bias,
         kernel_init=init or variance_scaling(),
         dtype=dtype,
