@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
         'accumulate': 1,  # parts of a batch, one gradient
         'ema': 0.9999,  # decay of the weights' moving average
         'ema_warmup': False,  # min(ema, (1 + n) / (10 + n))
+        'ema_std': (),  # widths of two more averages, (0.05, 0.1), for --weights=STD; with train.keep_every
         'networks': {},  # {network: fields above that differ for it}
     },
     'train': {
@@ -175,7 +176,7 @@ def merge(path: str, defaults: dict, given: dict) -> dict:
         if where == 'stages':
             merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
         elif where == 'optim.networks':
-            shared = ('accumulate', 'ema', 'ema_warmup', 'networks')
+            shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'networks')
             own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
             checked = {name: merge(f'{where}.{name}', own, fields) for name, fields in value.items()}
             merged[key] = {name: {k: checked[name][k] for k in fields} for name, fields in value.items()}
@@ -253,6 +254,10 @@ def check(resolved: dict) -> None:
         raise UserError("config.data.features must hold 'image'")
     if not 0 <= optim['ema'] < 1:
         raise UserError(f'config.optim.ema must be in [0, 1); it is {optim["ema"]}')
+    if not all(isinstance(std, int | float) and 0 < std < 0.288 for std in optim['ema_std']):
+        raise UserError(
+            f'config.optim.ema_std: widths must be more than 0 and less than 0.288; they are {optim["ema_std"]}'
+        )
     features = resolved['evaluate']['features']
     if features not in ('none', 'inception') and not features.startswith('run:'):
         raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")

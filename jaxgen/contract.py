@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.optim import Optim
+from jaxgen.optim import Optim, power_decay
 
 Array = jax.Array
 PyTree = Any
@@ -46,7 +46,7 @@ class State(flax.struct.PyTreeNode):
     step: Array  # int32 scalar, updates done
     params: PyTree  # {network: weights}
     opt: PyTree  # {network: optax state}
-    ema: PyTree  # {network: averaged weights}, what sample and evaluate read
+    ema: PyTree  # {network: averaged weights}, what sample and evaluate read; network@STD: another average of it
     extra: PyTree = None  # batch statistics, codebook counts, replay buffer
 
 
@@ -102,7 +102,11 @@ def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str
         params=params,
         opt={name: optim.tx(name).init(weights) for name, weights in params.items()},
         # Copies: State is donated, and one buffer must not be donated twice.
-        ema={name: jax.tree.map(jnp.copy, params[name]) for name in (ema or params)},
+        ema={
+            name + suffix: jax.tree.map(jnp.copy, params[name])
+            for name in (ema or params)
+            for suffix in ('', *(f'@{std}' for std in optim.ema_std))
+        },
         extra=extra,
     )
 
@@ -163,11 +167,13 @@ def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) 
 
 def advance(state: State, optim: Optim) -> State:
     """Ends an update: the weights' moving averages take a step and `step` counts up."""
-    decay = optim.decay(state.step)
-    ema = {
-        name: jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, state.params[name])
-        for name, average in state.ema.items()
-    }
+
+    def averaged(name: str, average: PyTree) -> PyTree:
+        network, _, std = name.partition('@')
+        decay = power_decay(state.step, float(std)) if std else optim.decay(state.step)
+        return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, state.params[network])
+
+    ema = {name: averaged(name, average) for name, average in state.ema.items()}
     return state.replace(step=state.step + 1, ema=ema)
 
 

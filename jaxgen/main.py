@@ -48,7 +48,7 @@ def define_flags() -> flags.FlagValues:
     string('config', '', 'config file, FILE.py or FILE.py:VARIANT', flag_values=values)
     string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
     string('out', '', 'sample: where the pictures go; default WORKDIR/samples/...', flag_values=values)
-    string('weights', 'ema', 'sample, evaluate: ema | params', flag_values=values)
+    string('weights', 'ema', 'sample, evaluate: ema | params | width of an average, 0.07', flag_values=values)
     integer('n', 0, 'how many samples; default 64, in evaluate config.evaluate.samples', flag_values=values)
     integer('seed', 0, 'sample, evaluate: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
@@ -78,6 +78,14 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     if len(rest) > 1:
         raise UserError(f'cannot use {rest[1]!r}: every argument is --NAME=VALUE; see --help')
     return values, overrides
+
+
+def as_number(text: str) -> float:
+    """0 for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def number(text: str) -> tuple[str, int]:
@@ -176,8 +184,10 @@ def main(argv: list[str]) -> None:
     mode = values.mode
     if mode not in MODES:
         raise UserError(f'--mode={mode}: no such mode{configs.near(mode, MODES)}')
-    if values.weights not in ('ema', 'params'):
-        raise UserError(f'--weights must be ema or params; it is {values.weights!r}')
+    if values.weights not in ('ema', 'params') and not 0 < as_number(values.weights) < 0.288:
+        raise UserError(
+            f'--weights must be ema, params or the width of an average, between 0 and 0.288; it is {values.weights!r}'
+        )
     if min(values.n, values.film) < 0 or not 0 <= values.seed < 2**31:
         raise UserError('--n, --film and --seed must not be negative, and --seed less than 2**31')
     if not values.config and (mode in ('train', 'describe') or not values.workdir):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -18,6 +19,7 @@ class Optim(NamedTuple):
     tx: Callable[..., optax.GradientTransformation]  # (network's name, its steps in one update = 1)
     accumulate: int  # parts that a batch is cut into for one gradient
     decay: Callable  # step -> decay of the weights' moving average
+    ema_std: tuple[float, ...] = ()  # widths of the power-function averages beside it
 
 
 def learning_rate(steps: int, *, lr: float, schedule: str, warmup: int) -> optax.Schedule:
@@ -72,13 +74,54 @@ def transformation(
     return optax.chain(*chain, optimisers[name]())
 
 
-def make_optim(steps: int, *, accumulate: int, ema: float, ema_warmup: bool, networks: dict, **common) -> Optim:
+def exponent(std: float) -> float:
+    """gamma of the average whose weights' profile over the run, t^gamma, has this standard deviation as a share of the
+    run (Karras et al. 2024, arXiv 2312.02696, eq. 126): std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+    Args:
+      std: above 0, at most 12^-0.5 = 0.288, an even average of all.
+    """
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
+
+
+def power_decay(step, std: float):
+    """Decay of a power-function average at update `step`, counted from 0 (Karras et al. 2024, eq. 127): no memory of
+    the weights at the start, and the same share of the run whatever its length."""
+    return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (exponent(std) + 1)
+
+
+def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.ndarray:
+    """Weights [k] of k averages whose sum comes nearest to the average of width `std` at `step` (Karras et al. 2024,
+    section 3.2 and appendix C): least squares between profiles over time.
+
+    Args:
+      steps: [k], updates done when each was saved.
+      stds: [k], the width of each.
+    """
+
+    def product(t, a, u, b):
+        """Integral of two profiles (a + 1) x^a / t^(a + 1) up to t, and the same with b and u."""
+        least, most = np.minimum(t, u), np.maximum(t, u)
+        inner = np.where(t < u, b, a)  # the exponent of the longer one
+        return (a + 1) * (b + 1) / (a + b + 1) * (least / most) ** inner / most
+
+    t, gamma = np.asarray(steps, np.float64), np.array([exponent(value) for value in stds])
+    between = product(t[:, None], gamma[:, None], t[None], gamma[None])
+    wanted = product(t, gamma, np.float64(step), exponent(std))
+    shares = np.linalg.lstsq(between, wanted, rcond=1e-12)[0]
+    return shares / shares.sum()  # a constant's average is that constant
+
+
+def make_optim(
+    steps: int, *, accumulate: int, ema: float, ema_warmup: bool, ema_std: tuple, networks: dict, **common
+) -> Optim:
     """Optim from the fields of `config.optim`.
 
     Args:
       steps: updates of the whole run, for decaying schedules.
       ema: decay of the moving average of the weights, 0 for none.
       ema_warmup: decay min(ema, (1 + n) / (10 + n)) at update n, so that short runs average too.
+      ema_std: widths of power-function averages kept beside it, from which one of any width is made afterwards.
       networks: {network: fields that differ from `common`}.
     """
 
@@ -89,4 +132,4 @@ def make_optim(steps: int, *, accumulate: int, ema: float, ema_warmup: bool, net
         n = jnp.asarray(step, jnp.float32)
         return jnp.minimum(ema, (1 + n) / (10 + n)) if ema_warmup else jnp.asarray(ema, jnp.float32)
 
-    return Optim(tx, accumulate, decay)
+    return Optim(tx, accumulate, decay, tuple(ema_std))

@@ -88,7 +88,7 @@ class Run:
     config: ConfigDict
     assembled: Assembled
     state: State  # without params and opt where they were not asked for
-    weights: str  # 'ema' or 'params': what `state.ema` holds
+    weights: str  # 'ema', 'params' or the width of an average: what `state.ema` holds
 
     @property
     def step(self) -> int:
@@ -178,7 +178,8 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
 
     Args:
       config: in place of the saved one, say with another sampler; the weights must fit it.
-      weights: 'ema' or 'params', which of them sampling and evaluation use.
+      weights: 'ema' or 'params', which of them sampling and evaluation use; or a width, '0.07': the average of that
+        standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
       all_weights: restore `params` too (evaluation of adversarial families reads the critic).
 
     Raises:
@@ -190,10 +191,43 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
     checkpoints = Checkpoints(workdir)
     found = checkpoints.restore(assembled.abstract, assembled.mesh, items)
-    checkpoints.close()
     if found is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, _ = found
+    names = [name for name in state.ema if '@' not in name]
     if weights == 'params':
-        state = state.replace(ema={name: state.params[name] for name in assembled.abstract.ema})
+        ema = {name: state.params[name] for name in names}
+    elif weights == 'ema':
+        ema = {name: state.ema[name] for name in names}
+    else:
+        ema = averaged_afterwards(checkpoints, assembled, names, int(state.step), float(weights))
+    checkpoints.close()
+    state = state.replace(ema=ema)
     return Run(workdir, config, assembled, state, weights)
+
+
+def averaged_afterwards(
+    checkpoints: Checkpoints, assembled: Assembled, names: list[str], step: int, std: float
+) -> dict:
+    """Weights {network: average of width `std` at `step`}, by the averages in all checkpoints up to it.
+
+    Raises:
+      UserError: the run kept no such averages.
+    """
+    stds = assembled.config.optim.ema_std
+    if not stds:
+        raise UserError(
+            f'--weights={std:g} is made of averages that this run did not keep: train with '
+            "--config.optim.ema_std='(0.05, 0.1)' and --config.train.keep_every=N"
+        )
+    saved = [s for s in checkpoints.steps() if s <= step and not checkpoints.trouble(s)]
+    pairs = [(s, width) for s in saved for width in stds]
+    shares = optim.post_hoc(*map(np.array, zip(*pairs, strict=True)), step, std)
+    total = None
+    for s in saved:
+        state, _ = checkpoints.read(s, assembled.abstract, assembled.mesh, ('ema',))
+        for (at, width), share in zip(pairs, shares, strict=True):
+            if at == s:
+                part = {name: jax.tree.map(lambda x, c=share: c * x, state.ema[f'{name}@{width}']) for name in names}
+                total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total

@@ -292,3 +292,24 @@ def test_main_trains_samples_and_evaluates(tmp_path):
     assert record['weights'] == 'ema' and all(
         np.isfinite(m['value']) and m['n'] > 0 for m in record['metrics'].values()
     )
+
+
+def test_weights_of_any_width_after_the_run(tmp_path, capfd):
+    """--weights=0.07 of a run that kept averages; one that kept none says how."""
+    from support import mistake
+
+    def trained(name, **optim):
+        config = tiny('flow_digits', optim=optim, train={'steps': 4, 'save_every': 2, 'keep': 1, 'keep_every': 2})
+        train(config, str(tmp_path / name))
+        return str(tmp_path / name)
+
+    kept = trained('kept', ema_std=(0.05, 0.1))
+    drawn = {w: run.load(kept, weights=w).sample(n=2).astype(int) for w in ('ema', '0.07', '0.1')}
+    tracked = saved_state(kept).ema['denoiser@0.1']
+    made = run.load(kept, weights='0.1').state.ema['denoiser']
+    for a, b in zip(*map(jax.tree.leaves, (tracked, made)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert np.abs(drawn['0.07'] - drawn['ema']).max() > 0
+    plain = trained('plain')
+    capfd.readouterr()
+    assert 'ema_std' in mistake(capfd, '--mode=sample', f'--workdir={plain}', '--weights=0.07')

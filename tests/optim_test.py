@@ -10,7 +10,7 @@ import pytest
 
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import advance, gradient_step, new_state, split_batch
-from jaxgen.optim import learning_rate, make_optim
+from jaxgen.optim import exponent, learning_rate, make_optim, post_hoc
 
 
 def optim(steps: int = 100, **fields):
@@ -92,3 +92,33 @@ def test_moving_average():
 def test_parts_of_a_batch_are_all_of_it():
     parts = split_batch({'x': jnp.arange(12)}, 3)['x']
     assert parts.shape == (3, 4) and sorted(parts.reshape(-1).tolist()) == list(range(12))
+
+
+def test_widths_of_power_function_averages():
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.01) and exponent(0.1) == pytest.approx(6.94, abs=0.01)  # paper
+    gamma = exponent(0.1)
+    t = (np.arange(100_000) + 0.5) / 100_000
+    share = t**gamma / (t**gamma).sum()
+    assert np.sqrt((share * t**2).sum() - (share * t).sum() ** 2) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_an_average_put_together_afterwards_is_the_one_tracked():
+    """Of two widths, saved now and then, any other width comes out as if it had been kept all along."""
+    wanted = 0.07
+    o = optim(ema_std=(0.05, 0.1, wanted))
+    rng = np.random.default_rng(0)
+    path = np.cumsum(rng.normal(size=(400, 3)), 0) * 0.1  # weights wander
+    s, saved = state(o), []
+    step = jax.jit(lambda s, w: advance(s.replace(params={**s.params, 'line': w}), o))
+    for n in range(400):
+        s = step(s, jnp.asarray(path[n], jnp.float32))
+        if (n + 1) % 50 == 0:
+            saved += [(n + 1, std, np.asarray(s.ema[f'line@{std}'])) for std in (0.05, 0.1)]
+    assert set(s.ema) == {f'{name}{at}' for name in ('line', 'other') for at in ('', '@0.05', '@0.1', '@0.07')}
+    share = np.arange(1, 401) ** exponent(wanted)
+    np.testing.assert_allclose(s.ema['line@0.07'], share @ path / share.sum(), atol=0.02)
+    steps, stds, values = zip(*saved, strict=True)
+    shares = post_hoc(np.array(steps), np.array(stds), 400, wanted)
+    np.testing.assert_allclose(shares @ np.stack(values), s.ema['line@0.07'], atol=2e-3)
+    # Far more exact than the nearest of those that were kept.
+    assert np.abs(values[-2] - s.ema['line@0.07']).max() > 0.02
