@@ -73,6 +73,7 @@ DRAWS = {
     'consistency': samplers.consistency,
     'predictor_corrector': samplers.predictor_corrector,
     'euler_maruyama': functools.partial(samplers.predictor_corrector, predictor='euler_maruyama'),
+    'sit': samplers.euler_maruyama,
     'annealed_langevin': functools.partial(samplers.annealed_langevin, steps_each=3, step_size=1e-4),
 }
 
@@ -138,6 +139,7 @@ def moments(draw, denoise, schedule, monkeypatch):
         ('heun_churned', 0.01),
         ('reverse_diffusion', 0.2),
         ('euler_maruyama', 0.2),
+        ('sit', 0.2),
     ],
 )
 def test_right_mean_and_variance_at_enough_steps(name, near, monkeypatch):
@@ -159,7 +161,7 @@ def test_right_mean_and_variance_at_enough_steps(name, near, monkeypatch):
     assert np.abs(fine[1]).max() < np.abs(coarse[1]).max() / 2.5
     for kind in ('ve', 'flow'):
         other = end(kind, 40)
-        if name in ('ancestral_large', 'reverse_diffusion', 'euler_maruyama'):
+        if name in ('ancestral_large', 'reverse_diffusion', 'euler_maruyama', 'sit'):
             assert other[0] < 0.1
             assert np.abs(other[1]).max() < 2 * np.abs(coarse[1]).max()
         else:
@@ -589,3 +591,28 @@ def test_from_pure_noise(name):
         np.testing.assert_allclose(y, exact(x, 0, 1), atol=0.05)
     np.testing.assert_allclose(y.mean(0), MEAN, atol=0.15)
     np.testing.assert_allclose(y.std(0), STD, rtol=0.15)
+
+
+def test_sit_by_hand():
+    """Its SDE in its own clock, u = 1 - t from noise to data: dx = (v + u' s) du + sqrt(2 (1 - u)) dw with the diffusion
+    coefficient sigma = 1 - u, Euler-Maruyama from 0 to 1 - h, then the mean of a last step of h (Ma et al. 2024)."""
+    from jaxgen.diffusion import processes
+
+    steps = 10
+    schedule = processes.levels(processes.flow(), steps, 'uniform')
+    denoise = best('flow')
+    keys = keys_of(3, 4)
+    x = schedule.sigma[-1] * normal(keys_of(2, 4), (3,))
+    found = samplers.euler_maruyama(denoise, x, schedule, keys)
+    h = 1 / steps
+    for i in range(steps - 1, -1, -1):
+        t = schedule.t[i]
+        x_0 = denoise(x, jnp.float32(t))
+        eps = (x - (1 - t) * x_0) / t
+        velocity, score = x_0 - eps, -eps / t
+        if i == 0:
+            x = x + h * velocity  # from t = h: the estimate of the image itself
+            break
+        noise = samplers.noise_of(keys, i, x)
+        x = x + h * (velocity + t * score) + np.sqrt(2 * t * h) * noise
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
