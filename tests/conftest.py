@@ -14,6 +14,18 @@ os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jax
 # Most of a test's time is compiling, and tiny programs need no optimising.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
+# What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
+SLOW = (
+    *('adm_test', 'consistency_test', 'dit_test', 'evaluate_test', 'inception_test', 'ncsnpp_test', 'refinenet_test'),
+    *('reliability_test', 'unet_test', 'vdm_test', 'wgan_gp_test'),
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.module.__name__ in SLOW:
+            item.add_marker('slow')
+
 
 @pytest.fixture
 def no_compile():

@@ -77,6 +77,7 @@ def test_docstring_says_what_and_how(name):
         assert word in text, f'configs/{name}.py: docstring lacks {word!r}'
 
 
+@pytest.mark.slow
 def test_traces_at_tiny_size(name):
     """All functions of every config, without computing: shapes and types are those of the contract."""
     config = tiny(name)
@@ -98,6 +99,7 @@ def test_traces_at_tiny_size(name):
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
 
 
+@pytest.mark.slow
 def test_updates_sample_and_evaluate(embedded):
     config = tiny(embedded)
     assembled = run.assemble(config)
@@ -151,6 +153,7 @@ def test_updates_sample_and_evaluate(embedded):
         assert family.classify(state, {}, pictures, jax.random.key(3)).shape[0] == len(batch['image'])
 
 
+@pytest.mark.slow
 def test_learns_a_fixed_batch(embedded):
     config = tiny(embedded, optim={'warmup': 0})
     figure = FALLS[config.family]
@@ -169,6 +172,7 @@ def test_learns_a_fixed_batch(embedded):
     assert after[figure].mean() < 0.9 * before[figure].mean()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_same(embedded, tmp_path):
     whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
     config = tiny(embedded, train={'steps': 4, 'save_every': 4, 'log_every': 2})
@@ -184,6 +188,7 @@ def test_stopped_and_resumed_is_the_same(embedded, tmp_path):
     assert [line['step'] for line in metrics(whole)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_half_precision(embedded):
     config = tiny(embedded, train={'dtype': 'bfloat16', 'remat': True})
     family, batch = run.assemble(config).family, first_batch(config)
@@ -221,6 +226,7 @@ def test_families_import_no_family():
             assert not [m for m in modules if m.startswith('orbax')], f'{file}: checkpoint.py alone imports orbax'
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter(tmp_path):
     """Every family on 8 devices, weights cut over 2, agrees with one device to rounding."""
     names = sorted({configs.load(path(n)).family: n for n in NAMES}.values())
@@ -268,6 +274,7 @@ def on_devices(names: list[str]) -> None:
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_main_trains_samples_and_evaluates(tmp_path):
     """The command from end to end, one family; the others differ by nothing that main sees."""
     workdir = str(tmp_path / 'run')
@@ -294,6 +301,7 @@ def test_main_trains_samples_and_evaluates(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_any_width_after_the_run(tmp_path, capfd):
     """--weights=0.07 of a run that kept averages; one that kept none says how."""
     from support import mistake
