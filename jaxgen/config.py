@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
         'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
     },
     'optim': {
-        'name': 'adam',  # adam | adamw | rmsprop | sgd
+        'name': 'adam',  # adam | adamw | radam | rmsprop | sgd
         'lr': 2e-4,
         'schedule': 'constant',  # constant | linear | cosine, to 0 at the last update
         'warmup': 0,  # updates of linear rise
@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     'data.channels': (1, 3),
     'data.crop': ('center', 'random'),
-    'optim.name': ('adam', 'adamw', 'rmsprop', 'sgd'),
+    'optim.name': ('adam', 'adamw', 'radam', 'rmsprop', 'sgd'),
     'optim.schedule': ('constant', 'linear', 'cosine'),
     'train.dtype': ('float32', 'bfloat16'),
     'evaluate.split': ('train', 'test'),

@@ -67,6 +67,7 @@ def transformation(
     optimisers = {
         'adam': lambda: optax.adam(rate, b1, b2, eps),
         'adamw': lambda: optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay),
+        'radam': lambda: optax.radam(rate, b1, b2, eps),
         'rmsprop': lambda: optax.rmsprop(rate, decay=b2, eps=eps),
         'sgd': lambda: optax.sgd(rate, momentum=b1 or None),
     }

@@ -102,9 +102,9 @@ class NCSNpp(nn.Module):
       blocks: residual blocks per level on the way down; one more on the way up.
       attention: heights in pixels with attention: after every residual block on the way down, once
         on the way up. The middle always has it.
-      embedding: of t. 'positional', as DDPM's, or 'fourier': `channels` random frequencies. They
-        are among the parameters, so that a checkpoint has them, and their gradient is zero; decay
-        of the weights would change them all the same.
+      embedding: of t. 'positional', as DDPM's, or 'fourier': `channels` random frequencies
+        of standard deviation `fourier_scale`. They are among the parameters, so that a checkpoint
+        has them, and their gradient is zero; decay of the weights would change them all the same.
       resampling: between levels. Residual blocks with the filter [1, 3, 3, 1] inside ('fir') or
         with means of 2x2 and nearest neighbours ('box'); or DDPM's convolutions ('conv'), and then
         sums are not divided by sqrt(2) either.
@@ -123,6 +123,7 @@ class NCSNpp(nn.Module):
     blocks: int = 4
     attention: tuple[int, ...] = (16,)
     embedding: str = 'positional'
+    fourier_scale: float = 16.0
     resampling: str = 'box'
     pyramid: str = 'none'
     dropout: float = 0.0
@@ -208,7 +209,7 @@ class NCSNpp(nn.Module):
     def embed(self, t: Array, label: Array | None, augment: Array | None) -> Array:
         """What every block is told: [n, 4 channels]."""
         if self.embedding == 'fourier':
-            frequencies = self.param('frequencies', nn.initializers.normal(16.0), (self.channels,))
+            frequencies = self.param('frequencies', nn.initializers.normal(self.fourier_scale), (self.channels,))
             angles = 2 * math.pi * t.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
             h = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # [n, 2 channels]
         else:

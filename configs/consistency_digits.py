@@ -1,0 +1,54 @@
+"""A consistency model of scikit-learn's 8x8 digits: one evaluation of the network for a sample.
+
+    python -m jaxgen.main --config=configs/consistency_digits.py            # improved consistency training, no teacher
+    python -m jaxgen.main --config=configs/consistency_digits.py:distill    # distils runs/edm_digits
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='consistency',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        model=dict(
+            network='ncsnpp',
+            ncsnpp=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+            start_scales=10,
+            end_scales=160,
+            total_steps=900,
+        ),
+        optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=900, log_every=50, save_every=300, sample_every=450),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            # Learning rate and dropout fall for fine-tuning: the network starts as the teacher's.
+            'distill': dict(
+                stages=dict(teacher='runs/edm_digits'),
+                model=dict(
+                    ncsnpp=dict(dropout=0.0),
+                    discretisation='constant',
+                    end_scales=17,
+                    total_steps=600,
+                    times='uniform',
+                    distance='l2',
+                    weighting='none',
+                ),
+                optim=dict(lr=5e-4),
+                train=dict(steps=600, save_every=200, sample_every=300),
+            ),
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(ncsnpp=dict(channels=8), start_scales=2, end_scales=8, total_steps=4, sample_steps=2),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )
