@@ -9,8 +9,8 @@ Paper: FID 2.83, with two evaluations (`model.levels=(80.0,0.821)`) 2.46; traini
 Ours: not measured
 
 The improved recipe's settings are those that its paper states; its code is not published. Those of the other two are
-of the published code. What differs: training and distill reach the FIDs above with LPIPS, here they compare pixels; and the
-teacher, whose network distill takes, is EDM's DDPM++, there it is NCSN++.
+of the published code. What differs: training and distill reach the FIDs above with LPIPS, here they compare pixels;
+and the teacher, whose network distill takes, is EDM's DDPM++, there it is NCSN++.
 """
 
 from jaxgen.config import make

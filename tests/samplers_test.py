@@ -594,7 +594,7 @@ def test_from_pure_noise(name):
 
 
 def test_sit_by_hand():
-    """Its SDE in its own clock, u = 1 - t from noise to data: dx = (v + (1 - u) s) du + sqrt(2 (1 - u)) dw, that is with
+    """Its SDE in its own clock, u = 1 - t from noise to data: dx = (v + (1 - u) s) du + sqrt(2 (1 - u)) dw, with
     the diffusion coefficient sigma; Euler-Maruyama from 0 to 1 - h, then the mean of a last step of h."""
     from jaxgen.diffusion import processes
 
