@@ -1,6 +1,11 @@
-"""ADM on ImageNet 256x256, class-conditional (Dhariwal & Nichol 2021).
+r"""ADM on ImageNet 256x256, class-conditional (Dhariwal & Nichol 2021).
 
     python -m jaxgen.main --config=configs/adm_imagenet256.py
+
+Samples with classifier guidance (configs/noisy_classifier_imagenet256.py):
+
+    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet256 --config.model.classifier_scale=1.0 \
+        --config.stages.classifier=runs/noisy_classifier_imagenet256
 
 Time: not measured
 Paper: FID 10.94 without guidance, 4.59 with classifier guidance (ADM-G)

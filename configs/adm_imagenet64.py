@@ -1,6 +1,11 @@
-"""ADM on ImageNet 64x64, class-conditional (Dhariwal & Nichol 2021).
+r"""ADM on ImageNet 64x64, class-conditional (Dhariwal & Nichol 2021).
 
     python -m jaxgen.main --config=configs/adm_imagenet64.py
+
+Samples with classifier guidance (configs/noisy_classifier_imagenet64.py):
+
+    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet64 --config.model.classifier_scale=1.0 \
+        --config.stages.classifier=runs/noisy_classifier_imagenet64
 
 Time: not measured
 Paper: FID 2.07 (with 250 steps)

@@ -20,6 +20,8 @@ from jaxgen.train import train
 PUBLISHED = {
     'adm_imagenet64': {'denoiser': 295_904_454},
     'adm_imagenet256': {'denoiser': 553_838_086},
+    'noisy_classifier_imagenet64': {'classifier': 65_438_568},
+    'noisy_classifier_imagenet256': {'classifier': 54_096_360},
     'iddpm_cifar10': {'denoiser': 52_546_438},
     'ddpmpp_cifar10': {'denoiser': 61_804_419},
     'ncsnpp_cifar10': {'denoiser': 62_758_915},

@@ -14,7 +14,8 @@ def classifier_guided(denoise: Callable, log_probability: Callable, level: Calla
     """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2): score of p(x_t) p(y | x_t)^scale.
 
     With the score s, x_0 = (x_t + sigma^2 s) / alpha. So the gradient of scale log p(y | x_t) moves the estimate of
-    x_0 by sigma^2 / alpha times itself.
+    x_0 by sigma^2 / alpha times itself. (Their algorithm 1 shifts a chain's mean by its variance times the gradient
+    instead: the same as steps grow small.)
 
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).
