@@ -28,6 +28,7 @@ PUBLISHED = {
     'edm_cifar10': {'denoiser': 55_733_891 - 1_152},  # of the augmentation's labels, which it goes without
     'consistency_cifar10': {'denoiser': 56_395_651},
     'ddpm_cifar10': {'denoiser': 35_746_307},
+    'ncsn_cifar10': {'denoiser': 30_117_635},
     'ddpm_celeba': {'denoiser': 78_700_803},
     'ddpm_celebahq256': {'denoiser': 113_673_219},
     'vae_mnist': {'total': 652_824},
@@ -63,8 +64,18 @@ def name(request):
 
 # What holds by the shared machinery and the family, and not by the size of a network, is held against the configs
 # of embedded data: each family, each network and each formulation has one.
-@pytest.fixture(params=[n for n in NAMES if configs.load(path(n, '')).data.source in ('digits', 'shapes')])
+EMBEDDED = [n for n in NAMES if configs.load(path(n, '')).data.source in ('digits', 'shapes')]
+# What does not ask for the formulation is held against one config of each family and network.
+DISTINCT = {(c.family, c.model.get('network')): n for n in reversed(EMBEDDED) for c in [configs.load(path(n))]}
+
+
+@pytest.fixture(params=EMBEDDED)
 def embedded(request):
+    return request.param
+
+
+@pytest.fixture(params=sorted(DISTINCT.values()))
+def distinct(request):
     return request.param
 
 
@@ -164,8 +175,8 @@ def test_updates_sample_and_evaluate(embedded):
 
 
 @pytest.mark.slow
-def test_learns_a_fixed_batch(embedded):
-    config = tiny(embedded, optim={'warmup': 0})
+def test_learns_a_fixed_batch(distinct):
+    config = tiny(distinct, optim={'warmup': 0})
     figure = FALLS[config.family]
     if figure is None:
         pytest.skip('adversarial: no loss of it must fall')
@@ -183,9 +194,9 @@ def test_learns_a_fixed_batch(embedded):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_same(embedded, tmp_path):
+def test_stopped_and_resumed_is_the_same(distinct, tmp_path):
     whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
-    config = tiny(embedded, train={'steps': 4, 'save_every': 4, 'log_every': 2})
+    config = tiny(distinct, train={'steps': 4, 'save_every': 4, 'log_every': 2})
     schedule = {'schedule': 'constant'}  # the others depend on the number of steps
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
@@ -199,15 +210,15 @@ def test_stopped_and_resumed_is_the_same(embedded, tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision(embedded):
-    config = tiny(embedded, train={'dtype': 'bfloat16', 'remat': True})
+def test_half_precision(distinct):
+    config = tiny(distinct, train={'dtype': 'bfloat16', 'remat': True})
     family, batch = run.assemble(config).family, first_batch(config)
     start = jax.jit(family.init)(jax.random.key(0), batch, {})
     state, logs = jax.jit(family.update)(start, {}, batch, jax.random.key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
     text = str(jax.make_jaxpr(family.update)(state, {}, batch, jax.random.key(1)))
     assert 'bf16' in text, 'nothing is computed in bfloat16'
-    full = run.assemble(tiny(embedded)).family
+    full = run.assemble(tiny(distinct)).family
     _, exact = jax.jit(full.update)(start, {}, batch, jax.random.key(1))
     for figure in exact:
         np.testing.assert_allclose(logs[figure], exact[figure], rtol=0.25, atol=0.1, err_msg=figure)

@@ -1,0 +1,47 @@
+"""NCSN on scikit-learn's 8x8 digits: scores at seven noise levels, sampled by annealed Langevin dynamics.
+
+    python -m jaxgen.main --config=configs/ncsn_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        model=dict(
+            network='refinenet',
+            refinenet=dict(channels=16, levels=7),
+            # The published ratio of 0.6 from level to level. The smallest sigma is below the step of 1/8 between the
+            # digits' greys; a score of less noise is larger, and takes the network longer to grow to.
+            process='geometric',
+            timesteps=7,
+            sigma_min=0.1,
+            sigma_max=2.0,
+            prediction='score',
+            variance='fixed_small',
+            sampler='annealed_langevin',
+            langevin_steps=30,
+            langevin_size=0.002,
+            clip=False,
+        ),
+        optim=dict(lr=3e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(refinenet=dict(channels=8, levels=4), timesteps=4, langevin_steps=2),
+                optim=dict(warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

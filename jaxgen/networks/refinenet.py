@@ -1,0 +1,230 @@
+"""The network of NCSN: a dilated RefineNet told the noise level (Song & Ermon 2019, arXiv 1907.05600, appendix A)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.networks.layers import Conv, Dense, downsample_mean
+
+Array = jax.Array
+
+# As torch starts kernels: uniform in +-1 / sqrt(fan in).
+INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def mean_5x5(x: Array) -> Array:
+    """Mean of the 5x5 pixels around each one, zeros beyond the edge counted: [n, H, W, C] to the same."""
+    # Along one axis, then the other: 10 sums for 25.
+    return nn.avg_pool(nn.avg_pool(x, (5, 1), padding='SAME'), (1, 5), padding='SAME')
+
+
+def enlarge(x: Array, height: int, width: int) -> Array:
+    """Bilinear, corners on corners (torch's `align_corners`): [n, H, W, C] to [n, height, width, C]."""
+
+    def weights(size: int, old: int) -> Array:
+        """[size, old]: shares of the old pixels in the new ones."""
+        places = np.linspace(0, old - 1, size)
+        return jnp.asarray(np.maximum(1 - np.abs(places[:, None] - np.arange(old)), 0), x.dtype)
+
+    if x.shape[1:3] == (height, width):
+        return x
+    x = jnp.einsum('ih,nhwc->niwc', weights(height, x.shape[1]), x)
+    return jnp.einsum('jw,niwc->nijc', weights(width, x.shape[2]), x)
+
+
+class Norm(nn.Module):
+    """Conditional instance normalisation++ (appendix A.1): [n, H, W, C], told to the same.
+
+    Every channel is brought to mean 0 and variance 1 over its positions. What that takes away, how the
+    channels' means differ, is added again, with a factor. Then come a scale and a shift. These three are looked
+    up by the noise level, and by the class too if it is told. Statistics are taken in float32.
+
+    Attributes:
+      levels: number of noise levels.
+      classes: number of classes, or 0. What they add starts at zero; the published network has none.
+    """
+
+    levels: int
+    classes: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, told: tuple[Array, Array | None]) -> Array:
+        level, label = told
+        channels = x.shape[-1]
+
+        def start(key, shape):  # factors near 1, shifts 0
+            return jnp.pad(1 + 0.02 * jax.random.normal(key, (shape[0], 2 * channels)), ((0, 0), (0, channels)))
+
+        def look_up(name, rows, init, row):
+            # A product, exact as one factor is 0 or 1: the gradient of indexing is slow, and on GPUs not reproducible.
+            table = self.param(name, init, (rows, 3 * channels))
+            return jnp.matmul(jax.nn.one_hot(row, rows), table, precision='highest')
+
+        table = look_up('level', self.levels, start, level)  # [n, 3 C]
+        if self.classes:
+            table = table + look_up('label', self.classes, nn.initializers.zeros, label)
+        scale, factor, shift = jnp.split(table, 3, -1)  # [n, C] each
+
+        # Both moments in one pass, the values shifted by one of their own against cancellation, as in GroupNorm; then
+        # all is one product and one sum. On CPUs that takes half the time, and half the compile time of the network.
+        x = x.astype(jnp.float32)
+        pixels = x.reshape(len(x), -1, channels)
+        first = jax.lax.stop_gradient(pixels[:, 0])
+        means = pixels.mean(1)
+        variance = jnp.square(pixels - first[:, None]).mean(1) - jnp.square(means - first)
+        scale, factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5), scale * factor
+        centred = means - means.mean(1, keepdims=True)
+        spread = jnp.square(centred).sum(1, keepdims=True) / (channels - 1)
+        shift = shift - scale * means + factor * centred * jax.lax.rsqrt(spread + 1e-5)
+        return (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+class Layer(nn.Module):
+    """Norm, `act`, 3x3 convolution: [n, H, W, C] to [n, H, W, features]. All of the network is made of these."""
+
+    features: int
+    norm: Callable
+    act: Callable = nn.elu
+    dilation: int = 1
+    bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, told: tuple) -> Array:
+        h = self.act(self.norm(name='norm')(x, told))
+        return Conv(
+            self.features, dilation=self.dilation, bias=self.bias, init=INIT, dtype=self.dtype, name='conv'
+        )(h)  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Two layers and a shortcut: [n, H, W, C] to [n, H', W', features].
+
+    Attributes:
+      first: of its stage. Then the shortcut is a convolution, and without dilation the size is halved. A
+        dilation stands in for the halving (section 4.1): the size stays, and kernels reach as far.
+    """
+
+    features: int
+    layer: Callable
+    dilation: int = 1
+    first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, told: tuple) -> Array:
+        h = self.layer(x.shape[-1], dilation=self.dilation, name='layer1')(x, told)
+        h = self.layer(self.features, dilation=self.dilation, name='layer2')(h, told)
+        if not self.first:
+            return x + h
+        options = {'init': INIT, 'dtype': h.dtype, 'name': 'shortcut'}
+        if self.dilation == 1:
+            return Dense(self.features, **options)(downsample_mean(x)) + downsample_mean(h)
+        return Conv(self.features, dilation=self.dilation, **options)(x) + h
+
+
+class Refine(nn.Module):
+    """RefineNet's block (Lin et al. 2017, arXiv 1611.06612): maps [n, H', W', C] to their fusion [n, H, W, features].
+
+    Each map goes through two residual units; two or more are brought to the first one's size and added up;
+    means of ever wider surroundings are added (means, where RefineNet has maxima); more units follow.
+
+    Attributes:
+      units: of the last part.
+    """
+
+    features: int
+    layer: Callable
+    units: int = 1
+
+    @nn.compact
+    def __call__(self, maps: list[Array], told: tuple) -> Array:
+        def residual_units(h, count, name):
+            for i in range(count):
+                skip = h
+                for j in range(2):
+                    h = self.layer(h.shape[-1], bias=False, name=f'{name}_{i}{j}')(h, told)
+                h = h + skip
+            return h
+
+        height, width = maps[0].shape[1:3]
+        maps = [residual_units(h, 2, f'map{i}') for i, h in enumerate(maps)]
+        if len(maps) == 1:
+            (h,) = maps
+        else:
+            h = 0
+            for i, one in enumerate(maps):
+                one = self.layer(self.features, act=lambda x: x, name=f'fuse{i}')(one, told)
+                h = h + enlarge(one, height, width)
+        h = path = nn.elu(h)
+        for i in range(2):
+            path = self.layer(self.features, act=mean_5x5, bias=False, name=f'pool{i}')(path, told)
+            h = h + path
+        return residual_units(h, self.units, 'out')
+
+
+class RefineNet(nn.Module):
+    """x_t and the number of its noise level (and class) to a map of x_t's size, float32.
+
+    What the published network puts out is the score itself, for images in [0, 1], where sigma is half as large as
+    here. The last line multiplies it by that half: the result is sigma times the score, the prediction 'score', and
+    its mean squared distance from -eps is the published loss (eq. 5 and 6) but for a constant factor.
+
+    Published with 128 channels for 32x32 pixels, 64 for MNIST.
+
+    Attributes:
+      channels: of the first of four stages; the others have twice as many.
+      levels: number of noise levels, of which every norm has a table.
+      sigmas: sigma of the first and the last level, over images in [-1, 1]; between them their logarithm is even.
+      classes: number of classes if the network is told the class, else 0, as published.
+      out_channels: 0: as many as x has.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    channels: int = 128
+    levels: int = 10
+    sigmas: tuple[float, float] = (0.02, 2.0)
+    classes: int = 0
+    out_channels: int = 0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool = False) -> Array:
+        """Args:
+        x: float32 [n, H, W, C], H and W even.
+        t: [n], number of the noise level, 0 the one with the least noise (published: the most). The table has whole
+          numbers only: the nearest is looked up.
+        label: int32 [n] in [0, classes), read if classes > 0.
+        train: changes nothing.
+        """
+        level = jnp.clip(jnp.round(t).astype(jnp.int32), 0, self.levels - 1)
+        told = level, label if self.classes else None
+        norm = functools.partial(Norm, self.levels, self.classes, self.dtype)
+        layer = functools.partial(Layer, norm=norm, dtype=self.dtype)
+        residual, refine = (nn.remat(Residual), nn.remat(Refine)) if self.remat else (Residual, Refine)
+
+        h = Conv(self.channels, init=INIT, dtype=self.dtype, name='first')(x)
+        stages = []
+        for i, (multiplier, dilation) in enumerate([(1, 1), (2, 1), (2, 2), (2, 4)]):
+            for j in range(2):
+                block = residual(multiplier * self.channels, layer, dilation, i > 0 and j == 0, name=f'stage{i}_{j}')
+                h = block(h, told)
+            stages.append(h)
+
+        h = refine(2 * self.channels, layer, name='refine3')([stages[3]], told)
+        for i, multiplier, units in [(2, 2, 1), (1, 1, 1), (0, 1, 3)]:
+            h = refine(multiplier * self.channels, layer, units, name=f'refine{i}')([stages[i], h], told)
+        h = layer(self.out_channels or x.shape[-1], name='last')(h, told).astype(jnp.float32)
+
+        low, high = self.sigmas
+        half_sigma = low / 2 * jnp.exp(t * (math.log(high / low) / (self.levels - 1)))
+        return half_sigma[:, None, None, None] * h
