@@ -31,6 +31,7 @@ PUBLISHED = {
     'ncsn_cifar10': {'denoiser': 30_117_635},
     'ddpm_celeba': {'denoiser': 78_700_803},
     'ddpm_celebahq256': {'denoiser': 113_673_219},
+    'vdm_cifar10': {'denoiser': 30_578_179, 'schedule': 2, 'total': 30_578_181},
     'vae_mnist': {'total': 652_824},
     'wgan_gp_cifar10': {'generator': 1_204_483, 'critic': 1_053_825},
 }
@@ -42,6 +43,7 @@ FALLS = {
     'noisy_classifier': 'loss',
     'diffusion': 'loss',
     'vae': 'loss',
+    'vdm': 'loss',
     'wgan_gp': None,
 }
 
@@ -259,7 +261,7 @@ def test_devices_do_not_matter(tmp_path):
 
     env = {**os.environ, **devices(8)}
     done = subprocess.run(
-        [sys.executable, '-c', code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+        [sys.executable, '-c', code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

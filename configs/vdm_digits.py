@@ -1,0 +1,33 @@
+"""Variational diffusion model on scikit-learn's 8x8 digits, the ends of its schedule learned.
+
+    python -m jaxgen.main --config=configs/vdm_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vdm',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        # The digits have 17 grey levels, 2 / 16 apart: of that period is the feature of 2^3.
+        model=dict(channels=32, blocks=4, fourier=(3, 6, 7), dropout=0.1, sample_steps=100, bound_times=32),
+        optim=dict(lr=2e-3, warmup=50, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(channels=8, blocks=2, sample_steps=5, bound_times=3),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )
