@@ -6,9 +6,10 @@
 
 `:guided` is an unconditional model: what class its samples are of, the classifier alone decides.
 
-Time: not measured
+Time: 12.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.18 (classifier_digits, 500 samples; held-out digits have 0.19), recall 0.87;
+4.32 bits/dim of 256 levels (variational bound, 359 held-out digits). `:guided` 0.61, recall 0.60
 """
 
 from jaxgen.config import make

@@ -3,9 +3,10 @@
     python -m jaxgen.main --config=configs/consistency_digits.py            # improved consistency training, no teacher
     python -m jaxgen.main --config=configs/consistency_digits.py:distill    # distils runs/edm_digits
 
-Time: not measured
+Time: 11.4 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: with one evaluation, Fréchet distance 1.69, `:distill` 1.21 (classifier_digits, 500 samples; held-out digits
+have 0.19)
 """
 
 from jaxgen.config import make

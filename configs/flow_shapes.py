@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/flow_shapes.py
 
-Time: not measured
+Time: 20 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: colours, backgrounds, sizes and places are right, shapes are still blurred; distance not measured
 """
 
 from jaxgen.config import make

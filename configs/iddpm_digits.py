@@ -2,9 +2,10 @@
 
     python -m jaxgen.main --config=configs/iddpm_digits.py
 
-Time: not measured
+Time: 13.9 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.45 (classifier_digits, 500 samples; held-out digits have 0.19)
+4.38 bits/dim of 256 levels (variational bound, 359 held-out digits)
 """
 
 from jaxgen.config import make

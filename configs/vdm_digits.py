@@ -2,9 +2,10 @@
 
     python -m jaxgen.main --config=configs/vdm_digits.py
 
-Time: not measured
+Time: 11.0 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 3.25 (classifier_digits, 500 samples; held-out digits have 0.19)
+2.07 bits/dim of 256 levels (variational bound, 359 held-out digits)
 """
 
 from jaxgen.config import make
