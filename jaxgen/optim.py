@@ -114,7 +114,7 @@ def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.n
 
 
 def make_optim(
-    steps: int, *, accumulate: int, ema: float, ema_warmup: bool, ema_std: tuple, networks: dict, **common
+    steps: int, *, accumulate: int, ema: float, ema_warmup: bool, networks: dict, ema_std: tuple = (), **common
 ) -> Optim:
     """Optim from the fields of `config.optim`.
 

@@ -196,9 +196,10 @@ def test_learns_a_fixed_batch(distinct):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_same(distinct, tmp_path):
+@pytest.mark.parametrize('name', sorted({family: n for (family, _), n in DISTINCT.items()}.values()))
+def test_stopped_and_resumed_is_the_same(name, tmp_path):
     whole, parts = str(tmp_path / 'whole'), str(tmp_path / 'parts')
-    config = tiny(distinct, train={'steps': 4, 'save_every': 4, 'log_every': 2})
+    config = tiny(name, train={'steps': 4, 'save_every': 4, 'log_every': 2})
     schedule = {'schedule': 'constant'}  # the others depend on the number of steps
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
@@ -341,6 +342,10 @@ def test_weights_of_any_width_after_the_run(tmp_path, capfd):
     for a, b in zip(*map(jax.tree.leaves, (tracked, made)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.abs(drawn['0.07'] - drawn['ema']).max() > 0
+    film = run.load(kept).film(2, 3)
+    assert film.shape == (2, 2, 3, 8, 8, 1) and film.dtype == np.uint8
+    end, sample = film[:, 0, -1].astype(float), run.load(kept).sample(n=2)
+    assert np.corrcoef(end.ravel(), sample.ravel())[0, 1] > 0.95  # but for the scale of grey
     plain = trained('plain')
     capfd.readouterr()
     assert 'ema_std' in mistake(capfd, '--mode=sample', f'--workdir={plain}', '--weights=0.07')
