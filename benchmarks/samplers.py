@@ -53,10 +53,10 @@ def points(dataset: str, evaluations: tuple[int, ...], many: bool):
     for system, samplers in SAMPLERS.items():
         for name, (fields, levels) in samplers.items():
             for count in (*evaluations, *(MANY.get((system, name), ()) if many else ())):
-                # Heun's method takes an odd number: one less than asked for, but for 1.
-                count = count - 1 if levels is HEUN and count % 2 == 0 else count
+                if levels is HEUN and count % 2 == 0:  # it takes an odd number: one less, but for 2
+                    count = count - 1 if count > 2 else 0
                 steps = levels(count)
-                if steps == int(steps) and count <= MOST.get(system, count):
+                if count and steps == int(steps) and count <= MOST.get(system, count):
                     yield f'{system}_{dataset}', name, count, {**fields, 'sample_steps': int(steps)}
 
 
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument('--runs', default='runs', help='where the runs lie')
     parser.add_argument('--n', type=int, default=500, help='samples of every point')
     parser.add_argument('--batch', type=int, default=250, help='samples drawn at once')
+    parser.add_argument('--examples', type=int, default=64, help='of the test split, for bits per dimension')
     parser.add_argument('--most', type=int, default=1000, help='evaluations, at most')
     arguments = parser.parse_args()
     network = f'classifier_{arguments.dataset}'
@@ -138,7 +139,10 @@ def main() -> None:
             log.say(f'{name}, {sampler}, {count}: {value:.3f}, {found["images_per_second"]:.1f} images/s')
     bits = {}
     for name in sorted(there):
-        figures = run.load(os.path.join(arguments.runs, name)).evaluate()
+        workdir = os.path.join(arguments.runs, name)
+        config = run.saved_config(workdir)
+        config.evaluate.examples = arguments.examples
+        figures = run.load(workdir, config=config).evaluate()
         if 'bits_per_dim' in figures:
             bits[name] = figures['bits_per_dim']
     print(table(rows, network))
