@@ -16,7 +16,7 @@ from jaxgen import config as configs
 from jaxgen import data, describe, run, sample
 from jaxgen.train import train
 
-# Parameters of the published systems (FACTS: papers and reference code), by network.
+# Parameters of the published systems (papers and reference code), by network.
 PUBLISHED = {
     'adm_imagenet64': {'denoiser': 295_904_454},
     'adm_imagenet256': {'denoiser': 553_838_086},

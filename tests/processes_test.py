@@ -105,7 +105,7 @@ def test_error_scale_and_weight(prediction):
 
 
 def test_edm_network_sees_and_gives_unit_variance():
-    """FACTS of the paper's table 1 at sigma 0.5: c_in 1.414, c_out 0.3536; loss weight 1 / c_out^2 = 8."""
+    """Facts of the paper's table 1 at sigma 0.5: c_in 1.414, c_out 0.3536; loss weight 1 / c_out^2 = 8."""
     alpha, sigma = jnp.ones(1), jnp.array([0.5])
     np.testing.assert_allclose(input_scale('edm', alpha, sigma), 1.4142136, rtol=1e-6)
     np.testing.assert_allclose(jnp.abs(error_scale('edm', alpha, sigma)), 0.35355339, rtol=1e-6)
