@@ -15,11 +15,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.diffusion import schedules
 from jaxgen.diffusion.schedules import Schedule
+from jaxgen.errors import UserError
 
 PROCESSES = ('linear', 'cosine', 'geometric', 'vp', 'sub_vp', 've', 'flow')
 
@@ -63,7 +65,15 @@ def make(
           've'  alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t
           'flow'  alpha = 1 - t, sigma = t (Lipman et al. 2022; Liu et al. 2022)
       zero_terminal: of a chain: alpha_bar is moved to end at 0 exactly (Lin et al. 2023, algorithm 1).
+
+    Raises:
+      UserError: a value out of range.
     """
+    if timesteps < 2 or not 0 < beta_start <= beta_end < 1 or not 0 < sigma_min < sigma_max:
+        raise UserError(
+            f'config.model: timesteps {timesteps} must be at least 2, 0 < beta_start {beta_start} <= '
+            f'beta_end {beta_end} < 1, 0 < sigma_min {sigma_min} < sigma_max {sigma_max}'
+        )
     if name in ('linear', 'cosine'):
         betas = (
             schedules.linear_betas(timesteps, beta_start, beta_end)
@@ -83,6 +93,13 @@ def make(
     if name == 've':
         return exploding(sigma_min, sigma_max)
     return flow()
+
+
+def uniform_times(process: Process, rng, n: int):
+    """Times [n] for training, all equally likely: steps of a chain, int32, or real numbers from start to end."""
+    if process.steps:
+        return jax.random.randint(rng, (n,), 0, process.steps)
+    return jax.random.uniform(rng, (n,), minval=process.start, maxval=process.end)
 
 
 def chain(table: Schedule) -> Process:

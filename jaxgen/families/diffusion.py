@@ -154,11 +154,6 @@ def build(
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(f'config.model.{name} must be one of {allowed}; it is {value!r}')
-    if timesteps < 2 or not 0 < beta_start <= beta_end < 1 or not 0 < sigma_min < sigma_max:
-        raise UserError(
-            f'config.model: timesteps {timesteps} must be at least 2, 0 < beta_start {beta_start} <= '
-            f'beta_end {beta_end} < 1, 0 < sigma_min {sigma_min} < sigma_max {sigma_max}'
-        )
     if conditional and not context.classes:
         raise UserError(
             "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
@@ -277,10 +272,8 @@ def build(
         return denoise
 
     def draw_times(rng, n: int) -> Array:
-        if way.steps:
-            return jax.random.randint(rng, (n,), 0, way.steps)
         if times == 'uniform':
-            return jax.random.uniform(rng, (n,), minval=way.start, maxval=way.end)
+            return processes.uniform_times(way, rng, n)
         number = time_mean + time_std * jax.random.normal(rng, (n,))
         return way.time(jnp.exp(number)) if times == 'lognormal' else jax.nn.sigmoid(number)
 

@@ -54,11 +54,6 @@ def build(
     if process not in processes.PROCESSES or process == 'flow':
         known = tuple(name for name in processes.PROCESSES if name != 'flow')
         raise UserError(f'config.model.process must be one of {known}; it is {process!r}')
-    if timesteps < 2 or not 0 < beta_start <= beta_end < 1 or not 0 < sigma_min < sigma_max:
-        raise UserError(
-            f'config.model: timesteps {timesteps} must be at least 2, 0 < beta_start {beta_start} <= '
-            f'beta_end {beta_end} < 1, 0 < sigma_min {sigma_min} < sigma_max {sigma_max}'
-        )
     section = {**FIELDS, **adm}
     divisor = check_network('adm', section, context.image)
     network = ADMClassifier(**section, classes=context.classes, remat=context.remat, dtype=context.dtype)
@@ -79,15 +74,10 @@ def build(
         right = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
         return -right, (logits.argmax(-1) == label).astype(jnp.float32)
 
-    def draw_times(rng, n: int) -> Array:
-        if way.steps:
-            return jax.random.randint(rng, (n,), 0, way.steps)
-        return jax.random.uniform(rng, (n,), minval=way.start, maxval=way.end)
-
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout = jax.random.split(rng, 3)
         x_0 = batch['image']
-        t = draw_times(rng_t, len(x_0))
+        t = processes.uniform_times(way, rng_t, len(x_0))
         alpha, sigma = level(t)
         x_t = alpha * x_0 + sigma * jax.random.normal(rng_noise, x_0.shape)
         entropy, hits = score(apply(params, x_t, t, True, {'dropout': rng_dropout}), batch['label'])
