@@ -59,7 +59,8 @@ class Family(NamedTuple):
     'index', the number of each sample, and the arrays named in `conditions`. `encode` and `classify`
     may count on 'image' alone. Where the batch of `classify` holds 'sigma' [n] too, its images are noisy ones,
     image + sigma eps. `denoise` is what a diffusion model is to later stages: x [n, H, W, C] = image + sigma eps with
-    sigma [n], whatever its own process, to an estimate of the image.
+    sigma [n], whatever its own process, to an estimate of the image. Where `codes` says so, latents are not one array
+    but a tuple of int32 [n, h, w], one for each grid.
     `frozen` holds the weights of earlier stages, {} for most families.
     """
 
@@ -77,6 +78,9 @@ class Family(NamedTuple):
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume
+    latent: tuple[int, ...] = ()  # shape of one example's latents, for a later stage to be built on
+    codes: tuple[tuple[int, int], ...] = ()  # or grids (h, w) of integers, coarse ones first,
+    vocabulary: int = 0  # each from 0 to vocabulary - 1
 
 
 class Context(NamedTuple):

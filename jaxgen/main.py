@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
 
             train(config, workdir, values.profile)
         else:
-            print(json.dumps(describe.describe(config, runs.assemble(config)), indent=2))
+            print(json.dumps(describe.describe(config, runs.assemble(config, stage=runs.abstract_stage)), indent=2))
         return
     condition = dict(number(text) for text in values.condition)
     if values.images:

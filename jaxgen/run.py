@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,20 +53,43 @@ def init_state(family: Family, rng, batch: dict, frozen) -> State:
     return family.init(rng, sample.to_inside(batch), frozen)
 
 
-def assemble(config: ConfigDict, mesh=None) -> Assembled:
+def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
+    """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages."""
+    run = load(path, mesh=mesh)
+    return run.assembled.family, run.state, run.assembled.frozen
+
+
+def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
+    """The same as shapes and dtypes, of the run in `path` or, before there is one, of the config of that name.
+
+    Raises:
+      UserError: there is neither.
+    """
+    file = os.path.join('configs', f'{os.path.basename(os.path.abspath(path))}.py')
+    trained = os.path.isfile(os.path.join(path, 'config.json'))
+    if not trained and not os.path.isfile(file):
+        raise UserError(f'config.stages: no run in {path}, and no {file} that says what it would be')
+    a = assemble(saved_config(path) if trained else configs.load(file), mesh, abstract_stage)
+    return a.family, a.abstract.replace(params=None, opt=None), a.frozen
+
+
+def assemble(config: ConfigDict, mesh=None, stage: Callable = restored_stage) -> Assembled:
     """The family of a config, with the stages that it stands on restored from their runs.
+
+    Args:
+      stage: (run directory, mesh) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes will do.
 
     Raises:
       UserError: values that do not fit each other, before anything is compiled.
     """
     spec = data.spec(config.data)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
-    stages = {name: load(path, mesh=mesh) for name, path in config.stages.items()}
+    stages = {name: stage(path, mesh) for name, path in config.stages.items()}
     context = Context(
         image=tuple(spec.features['image'].shape),
         classes=spec.classes,
         optim=optim.make_optim(config.train.steps, **config.optim.to_dict()),
-        stages={name: run.assembled.family for name, run in stages.items()},
+        stages={name: family for name, (family, _, _) in stages.items()},
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
     )
@@ -76,7 +100,7 @@ def assemble(config: ConfigDict, mesh=None) -> Assembled:
     missing = sorted(set(family.conditions) - set(spec.features))
     if missing:
         raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
-    frozen = {name: (run.state, run.assembled.frozen) for name, run in stages.items()}
+    frozen = {name: (state, its_frozen) for name, (_, state, its_frozen) in stages.items()}
     return Assembled(config, family, frozen, spec, mesh)
 
 

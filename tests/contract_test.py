@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import NAMES, assert_same, devices, main, metrics, path, saved_state
+from support import NAMES, assemble, assert_same, devices, main, metrics, path, saved_state
 
 from jaxgen import config as configs
 from jaxgen import data, describe, run, sample
@@ -83,7 +83,7 @@ def distinct(request):
 
 def test_full_size_describes(name):
     config = configs.load(path(name, ''))
-    about = describe.describe(config, run.assemble(config))
+    about = describe.describe(config, run.assemble(config, stage=run.abstract_stage))
     assert json.loads(json.dumps(about)) == about
     for network, count in PUBLISHED.get(name, {}).items():
         assert about['parameters'][network] == count
@@ -104,38 +104,38 @@ def test_docstring_says_what_and_how(name):
 def test_traces_at_tiny_size(name):
     """All functions of every config, without computing: shapes and types are those of the contract."""
     config = tiny(name)
-    assembled = run.assemble(config)
-    family, state = assembled.family, assembled.abstract
+    assembled = assemble(config)
+    family, state, frozen = assembled.family, assembled.abstract, assembled.frozen
     batch = jax.eval_shape(lambda: first_batch(config))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    after, logs = jax.eval_shape(family.update, state, {}, batch, key)
+    after, logs = jax.eval_shape(family.update, state, frozen, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.shape == () for leaf in logs.values())
     if family.sample is not None:
         wanted = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.batches(assembled, config, 4, {}).items()
         }
-        images = jax.eval_shape(family.sample, state, {}, wanted, key)
+        images = jax.eval_shape(family.sample, state, frozen, wanted, key)
         assert images.shape == (4, *batch['image'].shape[1:]) and images.dtype == jnp.float32
     numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
-    figures = jax.eval_shape(family.evaluate, state, {}, numbered, key)
+    figures = jax.eval_shape(family.evaluate, state, frozen, numbered, key)
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
 
 
 @pytest.mark.slow
 def test_updates_sample_and_evaluate(embedded):
     config = tiny(embedded)
-    assembled = run.assemble(config)
-    family, batch = assembled.family, first_batch(config)
+    assembled = assemble(config)
+    family, frozen, batch = assembled.family, assembled.frozen, first_batch(config)
     init = jax.jit(family.init)
-    start = init(jax.random.key(0), batch, {})
+    start = init(jax.random.key(0), batch, frozen)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
         lambda a: (a.shape, a.dtype), assembled.abstract
     ), 'init gives another tree from a batch than from the specification'
     update = jax.jit(family.update)
     state = start
     for i in range(2):
-        state, logs = update(state, {}, batch, jax.random.key(i))
+        state, logs = update(state, frozen, batch, jax.random.key(i))
         assert all(np.isfinite(v) and v.shape == () for v in logs.values()), logs
     assert int(state.step) == 2
     for field in ('params', 'ema'):
@@ -148,32 +148,38 @@ def test_updates_sample_and_evaluate(embedded):
     if family.sample is not None:
         wanted = {k: jnp.asarray(v) for k, v in sample.batches(assembled, config, 4, {}).items()}
         draw = jax.jit(family.sample)
-        images = draw(state, {}, wanted, jax.random.key(1))
+        images = draw(state, frozen, wanted, jax.random.key(1))
         assert images.shape == (4, *batch['image'].shape[1:])
         assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
         # A sample is a function of the seed and its number: not of what is drawn beside it.
         last = {k: v[2:] for k, v in wanted.items()}
-        np.testing.assert_allclose(images[2:], jax.jit(family.sample)(state, {}, last, jax.random.key(1)), atol=2e-4)
-        other = draw(state, {}, {**wanted, 'index': wanted['index'] + 4}, jax.random.key(1))
+        np.testing.assert_allclose(
+            images[2:], jax.jit(family.sample)(state, frozen, last, jax.random.key(1)), atol=2e-4
+        )
+        other = draw(state, frozen, {**wanted, 'index': wanted['index'] + 4}, jax.random.key(1))
         assert np.abs(images - other).max() > 1e-3, 'all samples are one sample'
 
     numbered = {**batch, 'index': jnp.arange(len(batch['image']), dtype=jnp.int32)}
     measure = jax.jit(family.evaluate)
-    figures = measure(state, {}, numbered, jax.random.key(2))
+    figures = measure(state, frozen, numbered, jax.random.key(2))
     assert figures
-    turned = measure(state, {}, {k: v[::-1] for k, v in numbered.items()}, jax.random.key(2))
+    turned = measure(state, frozen, {k: v[::-1] for k, v in numbered.items()}, jax.random.key(2))
     for figure, values in figures.items():
         assert values.shape == (len(batch['image']),) and np.isfinite(values).all(), figure
         # An example's figure is a function of the seed and its number too.
         np.testing.assert_allclose(values, turned[figure][::-1], rtol=1e-3, atol=1e-4, err_msg=figure)
     pictures = {'image': batch['image']}
     if family.encode is not None:
-        z = family.encode(state, {}, pictures, jax.random.key(3))
-        assert len(z) == len(batch['image']) and np.isfinite(z).all()
+        z = family.encode(state, frozen, pictures, jax.random.key(3))
+        if family.codes:
+            assert [a.shape for a in z] == [(len(batch['image']), *grid) for grid in family.codes]
+            assert all(a.dtype == jnp.int32 and a.min() >= 0 and a.max() < family.vocabulary for a in z)
+        else:
+            assert z.shape == (len(batch['image']), *(family.latent or z.shape[1:])) and np.isfinite(z).all()
         if family.decode is not None:
-            assert family.decode(state, {}, z, jax.random.key(3)).shape == batch['image'].shape
+            assert family.decode(state, frozen, z, jax.random.key(3)).shape == batch['image'].shape
     if family.classify is not None:
-        assert family.classify(state, {}, pictures, jax.random.key(3)).shape[0] == len(batch['image'])
+        assert family.classify(state, frozen, pictures, jax.random.key(3)).shape[0] == len(batch['image'])
 
 
 @pytest.mark.slow
@@ -182,12 +188,13 @@ def test_learns_a_fixed_batch(distinct):
     figure = FALLS[config.family]
     if figure is None:
         pytest.skip('adversarial: no loss of it must fall')
-    family, batch = run.assemble(config).family, first_batch(config)
-    state = jax.jit(family.init)(jax.random.key(0), batch, {})
+    assembled, batch = assemble(config), first_batch(config)
+    family, frozen = assembled.family, assembled.frozen
+    state = jax.jit(family.init)(jax.random.key(0), batch, frozen)
 
     @jax.jit
     def updates(state, key):
-        return jax.lax.scan(lambda s, k: family.update(s, {}, batch, k), state, jax.random.split(key, 60))
+        return jax.lax.scan(lambda s, k: family.update(s, frozen, batch, k), state, jax.random.split(key, 60))
 
     _, before = updates(state, jax.random.key(1))
     state, _ = updates(updates(state, jax.random.key(2))[0], jax.random.key(3))
@@ -202,6 +209,9 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     config = tiny(name, train={'steps': 4, 'save_every': 4, 'log_every': 2})
     schedule = {'schedule': 'constant'}  # the others depend on the number of steps
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
+    for stage, folder in config.stages.items():
+        config.stages[stage] = str(tmp_path / stage)
+        train(tiny(os.path.basename(folder)), config.stages[stage])
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
     train(config, whole)
     train(short, parts)
@@ -215,14 +225,15 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
 @pytest.mark.slow
 def test_half_precision(distinct):
     config = tiny(distinct, train={'dtype': 'bfloat16', 'remat': True})
-    family, batch = run.assemble(config).family, first_batch(config)
-    start = jax.jit(family.init)(jax.random.key(0), batch, {})
-    state, logs = jax.jit(family.update)(start, {}, batch, jax.random.key(1))
+    assembled, batch = assemble(config), first_batch(config)
+    family, frozen = assembled.family, assembled.frozen
+    start = jax.jit(family.init)(jax.random.key(0), batch, frozen)
+    state, logs = jax.jit(family.update)(start, frozen, batch, jax.random.key(1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state.params, state.ema)))
-    text = str(jax.make_jaxpr(family.update)(state, {}, batch, jax.random.key(1)))
+    text = str(jax.make_jaxpr(family.update)(state, frozen, batch, jax.random.key(1)))
     assert 'bf16' in text, 'nothing is computed in bfloat16'
-    full = run.assemble(tiny(distinct)).family
-    _, exact = jax.jit(full.update)(start, {}, batch, jax.random.key(1))
+    full = assemble(tiny(distinct)).family
+    _, exact = jax.jit(full.update)(start, frozen, batch, jax.random.key(1))
     for figure in exact:
         np.testing.assert_allclose(logs[figure], exact[figure], rtol=0.25, atol=0.1, err_msg=figure)
 
@@ -281,17 +292,18 @@ def on_devices(names: list[str]) -> None:
             config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})
             # SGD: Adam's first steps are the sign of the gradient, which rounding can turn.
             config = configs.make(**configs.deep_update(config.to_dict(), {'optim': {'name': 'sgd', 'networks': {}}}))
-            assembled = run.assemble(config, sharding.make_mesh(fsdp, place))
+            assembled = assemble(config, sharding.make_mesh(fsdp, place))
             places = sharding.over_weights(assembled.mesh, assembled.abstract)
             if fsdp > 1:
                 assert any('fsdp' in str(s.spec) for s in jax.tree.leaves(places)), 'nothing is cut'
             batch = next(iter(data.batches(config.data, 'train', seed=0)))
             placed = sharding.put_batch(assembled.mesh, batch)
-            init = jax.jit(lambda key, b, a=assembled: run.init_state(a.family, key, b, {}), out_shardings=places)
-            state = init(jax.random.key(0), placed)
+            frozen = jax.device_put(assembled.frozen, sharding.over_weights(assembled.mesh, assembled.frozen))
+            init = jax.jit(lambda *args, a=assembled: run.init_state(a.family, *args), out_shardings=places)
+            state = init(jax.random.key(0), placed, frozen)
             call = make_call(assembled, places, 1, 0)
             for _ in range(2):
-                state, logs = call(state, {}, jax.tree.map(lambda x: x[None], placed))
+                state, logs = call(state, frozen, jax.tree.map(lambda x: x[None], placed))
                 assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
             results.append(jax.device_get((state, logs)))
         for a, b in zip(*map(jax.tree.leaves, results), strict=True):

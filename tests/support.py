@@ -28,6 +28,26 @@ def path(name: str, variant: str = 'tiny') -> str:
     return os.path.join(ROOT, 'configs', f'{name}.py') + (f':{variant}' if variant else '')
 
 
+def fresh_stage(folder: str, mesh):
+    """A stage of random weights by the tiny config of its name, where none is trained; see run.assemble."""
+    import jax.numpy as jnp
+
+    from jaxgen import data, run, sample
+
+    config = configs.load(path(os.path.basename(folder)))
+    a = run.assemble(config, mesh, fresh_stage)
+    batch = {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
+    state = jax.jit(a.family.init)(jax.random.key(7), sample.to_inside(batch), a.frozen)
+    return a.family, state.replace(params=None, opt=None), a.frozen
+
+
+def assemble(config, mesh=None):
+    """run.assemble with stages of random weights."""
+    from jaxgen import run
+
+    return run.assemble(config, mesh, fresh_stage)
+
+
 def main(*args: str, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own, as its user would."""
     command = [sys.executable, '-W', 'error', '-m', 'jaxgen.main', *args]

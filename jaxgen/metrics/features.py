@@ -70,7 +70,7 @@ def of_run(run) -> Features:
       UserError: its family encodes nothing.
     """
     family = run.assembled.family
-    if family.encode is None:
+    if family.encode is None or family.codes:
         raise UserError(f'{run.workdir} is a run of {run.config.family}, which has no features: name a classifier')
 
     def apply(variables, images):
