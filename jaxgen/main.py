@@ -6,9 +6,11 @@ Modes:
   evaluate  measure a trained run: its own figures on the test split, and its samples against the
             data, with the network named by --features; or a folder of pictures, --images=FOLDER,
             against the data of --config: evaluation.json
+  explore   look into a trained run: reconstructions, interpolations, traversals and maps of its latent space,
+            its samples beside the training pictures nearest to them: PNG files
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
 
-`sample` and `evaluate` read the run's own saved config, so `--workdir` is enough. Any field is
+`sample`, `evaluate` and `explore` read the run's own saved config, so `--workdir` is enough. Any field is
 set by e.g. `--config.optim.lr=1e-3`.
 
 Exit codes: 0 done; 1 a fault stopped the run; 2 a mistake in what was asked for; 75 told to
@@ -33,12 +35,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, evaluate, log, sharding
+from jaxgen import checkpoint, data, describe, evaluate, explore, log, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
 
-MODES = ('train', 'sample', 'evaluate', 'describe')
+MODES = ('train', 'sample', 'evaluate', 'explore', 'describe')
 
 
 def define_flags() -> flags.FlagValues:
@@ -47,10 +49,20 @@ def define_flags() -> flags.FlagValues:
     string('mode', 'train', ' | '.join(MODES), flag_values=values)
     string('config', '', 'config file, FILE.py or FILE.py:VARIANT', flag_values=values)
     string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
-    string('out', '', 'sample: where the pictures go; default WORKDIR/samples/...', flag_values=values)
-    string('weights', 'ema', 'sample, evaluate: ema | params | width of an average, 0.07', flag_values=values)
-    integer('n', 0, 'how many samples; default 64, in evaluate config.evaluate.samples', flag_values=values)
-    integer('seed', 0, 'sample, evaluate: of the noise', flag_values=values)
+    string(
+        'out',
+        '',
+        'sample, explore: where the pictures go; default WORKDIR/samples/..., WORKDIR/explore',
+        flag_values=values,
+    )
+    string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
+    integer(
+        'n',
+        0,
+        'how many samples; default 64, in evaluate config.evaluate.samples; explore: rows, default 8',
+        flag_values=values,
+    )
+    integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
     string('features', '', 'evaluate: inception | run:PATH | none, the network to measure with', flag_values=values)
     string('inception', '', 'evaluate: file with the weights of Inception', flag_values=values)
@@ -139,6 +151,17 @@ def evaluate_mode(run, seed: int) -> None:
     evaluate.forget(run)
 
 
+def explore_mode(run, n: int, seed: int, out: str) -> None:
+    """Pictures of a run's latent space and of its samples' neighbours, into WORKDIR/explore."""
+    n, out = n or 8, out or os.path.join(run.workdir, 'explore')
+    found = explore.explore(run, n, seed, out)
+    if jax.process_index() != 0:
+        return
+    for name, figure in found.items():
+        print(f'{name}: {figure["value"]:.4g}, n = {figure["n"]}')
+    log.save_json(os.path.join(out, 'explore.json'), {'step': run.step, 'weights': run.weights, 'seed': seed, **found})
+
+
 def images_mode(config, folder: str, out: str) -> None:
     """The figures of a folder of pictures against the data set of a config."""
     if config.evaluate.features == 'none':
@@ -222,6 +245,8 @@ def main(argv: list[str]) -> None:
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate')
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
+    elif mode == 'explore':
+        explore_mode(run, values.n, values.seed, values.out)
     else:
         evaluate_mode(run, values.seed)
 

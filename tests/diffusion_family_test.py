@@ -379,3 +379,71 @@ def test_trajectory_ends_in_the_sample():
     seen = jax.jit(family.trajectory)(state, {}, batch, jax.random.key(0))
     assert seen['x'].shape == seen['x_0'].shape == (5, 2, 8, 8, 1)
     np.testing.assert_allclose(seen['x'][-1].clip(-1, 1), family.sample(state, {}, batch, jax.random.key(0)), atol=1e-4)
+
+
+def toy_autoencoder(factor=2.0):
+    """Pixels of every 2x2 square become channels, times a factor: loses nothing."""
+    from einops import rearrange
+
+    from jaxgen.contract import Family
+
+    def encode(state, frozen, batch, rng):
+        return state * rearrange(batch['image'], 'n (h a) (w b) c -> n h w (a b c)', a=2, b=2)
+
+    def decode(state, frozen, latents, rng):
+        return rearrange(latents, 'n h w (a b c) -> n (h a) (w b) c', a=2, b=2) / state
+
+    family = Family(None, None, None, None, encode, decode, latent=(4, 4, 4), divisor=2)
+    return family, {'first': (jnp.float32(factor), {})}
+
+
+def test_diffusion_of_latents_is_diffusion_of_what_they_are():
+    """Through a first stage that only reshapes and scales, a flow in its latents is one in the reshaped images."""
+    first, frozen = toy_autoencoder()
+    options = dict(
+        unet={**UNET, 'attention': (2,)}, process='flow', prediction='flow', variance='fixed_small', sampler='heun',
+        sample_steps=3, clip=False,
+    )  # fmt: skip
+    latent = diffusion.build(context(stages={'first': first}), **options, latent_scale=0.5)
+    plain = diffusion.build(context(image=(4, 4, 4)), **options)
+    batch = {'image': images(4), 'index': jnp.arange(4)}
+    reshaped = {**batch, 'image': first.encode(1.0, {}, batch, None)}
+    assert latent.divisor == 2 and latent.encode is None
+    state = latent.init(jax.random.key(0), batch, frozen)
+    state = jax.tree.map(lambda x: x + 0.1 if x.ndim else x, state)
+    after, logs = latent.update(state, frozen, batch, jax.random.key(1))
+    same, wanted = plain.update(state, {}, reshaped, jax.random.key(1))
+    np.testing.assert_allclose(logs['loss'], wanted['loss'], rtol=1e-5)
+    drawn = latent.sample(state, frozen, batch, jax.random.key(2))
+    assert drawn.shape == batch['image'].shape
+    in_latents = plain.sample(state, {}, batch, jax.random.key(2))
+    np.testing.assert_allclose(first.encode(1.0, {}, {'image': drawn}, None), in_latents, atol=1e-4)
+    film = latent.trajectory(state, frozen, batch, jax.random.key(2))
+    np.testing.assert_allclose(film['x'][-1], drawn, atol=1e-5)
+
+
+def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
+    """A network that tells no noise at all has an error of about 1, and one that tells half of it a quarter."""
+    first, frozen = toy_autoencoder()
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    batch = {'image': 0 * images(64), 'index': jnp.arange(64)}
+    options = {**TINY, 'unet': {**UNET, 'attention': (2,)}, 'clip': False}
+    family = diffusion.build(context(stages={'first': first}), **options)
+    state = family.init(jax.random.key(0), batch, frozen)
+    found = family.evaluate(state, frozen, batch, jax.random.key(1))
+    assert set(found) == {'eps_error'} and found['eps_error'].shape == (64,)
+    np.testing.assert_allclose(found['eps_error'].mean(), 1, atol=0.03)
+
+
+def test_says_what_is_wrong_with_a_first_stage():
+    first, frozen = toy_autoencoder()
+    options = {**TINY, 'unet': {**UNET, 'attention': (2,)}}
+    with pytest.raises(UserError, match='continuous'):
+        diffusion.build(context(stages={'first': first._replace(latent=())}), **options, clip=False)
+    with pytest.raises(UserError, match='maps'):
+        diffusion.build(context(stages={'first': first._replace(latent=(64,))}), **options, clip=False)
+    with pytest.raises(UserError, match='clip'):
+        diffusion.build(context(stages={'first': first}), **options)
+    family = diffusion.build(context(stages={'first': first}), **options, clip=False)
+    with pytest.raises(UserError, match='other images'):
+        family.init(jax.random.key(0), {'image': images(2, 16)}, frozen)

@@ -126,6 +126,11 @@ def test_guidance():
     output, _ = guided(apply, x, t, label, 9, 2.5, here, 0.0)
     np.testing.assert_allclose(output[1], c[1], rtol=1e-6)
     assert jnp.abs(output[0] - c[0]).max() > 0.1
+    part, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 0.0, 1)
+    whole, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 0.0)
+    plain, _ = apply(x, t, label)
+    np.testing.assert_allclose(part[..., :1], whole[..., :1])
+    np.testing.assert_allclose(part[..., 1:], plain[..., 1:])
     output, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 1.0)
     np.testing.assert_allclose(output.std(1), c.std(1), rtol=1e-5)
 

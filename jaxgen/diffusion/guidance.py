@@ -36,7 +36,15 @@ def classifier_guided(denoise: Callable, log_probability: Callable, level: Calla
 
 
 def guided(
-    apply: Callable, x: Array, t: Array, label: Array | None, null: int, scale: float, here: Array, rescale: float
+    apply: Callable,
+    x: Array,
+    t: Array,
+    label: Array | None,
+    null: int,
+    scale: float,
+    here: Array,
+    rescale: float,
+    channels: int = 0,
 ) -> tuple[Array, Array | None]:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), in one pass of a batch twice as large.
 
@@ -52,6 +60,7 @@ def guided(
       here: bool [n], where t is in the interval that guidance is for (Kynkaanniemi et al. 2024, arXiv 2404.07724).
       rescale: share, 0 to 1, by which an output is put back to the standard deviation of c (Lin et al. 2023,
         arXiv 2305.08891, eq. 15 and 16).
+      channels: guide the first ones only, 0: all.
     """
     if scale == 1:
         return apply(x, t, label)
@@ -63,5 +72,7 @@ def guided(
         axes = tuple(range(1, c.ndim))
         ratio = c.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
         guided = guided * (rescale * ratio + 1 - rescale)
+    if channels:
+        guided = jnp.concatenate([guided[..., :channels], c[..., channels:]], -1)
     here = here.reshape(-1, *[1] * (c.ndim - 1))
     return jnp.where(here, guided, c), None if rest is None else jnp.split(rest, 2)[0]

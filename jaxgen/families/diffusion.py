@@ -22,6 +22,10 @@ and what is combined, how t is drawn and how it is weighted tells one paper from
 Any sampler goes with any of them. Measured is the variational bound of a chain (Ho et al. 2020, eq. 5) or the
 likelihood by the probability-flow ODE of a process in continuous time (Song et al. 2021b, section 4.3), both in
 bits per dimension.
+
+With `config.stages.first`, an autoencoder, all of it happens to that stage's latents (latent diffusion, Rombach et al.
+2021, arXiv 2112.10752): x_0 = latent_scale encode(image), and what is sampled is decoded. Latents have no bits;
+measured is then 'eps_error', the mean square error of the noise, at ten levels evenly over time.
 """
 
 from __future__ import annotations
@@ -103,6 +107,8 @@ def build(
     guidance_from: float = 0.0,
     guidance_to: float = 1e9,
     guidance_rescale: float = 0.0,
+    guidance_channels: int = 0,
+    latent_scale: float = 1.0,
     classifier_scale: float = 0.0,
     bound_steps: int = 0,
     ode_steps: int = 50,
@@ -131,7 +137,9 @@ def build(
         langevin_steps, langevin_size: steps at each level, and their size, of 'annealed_langevin'.
       guidance: 1: none; s: label-free output + s (output - label-free output) (Ho & Salimans 2022), where
         guidance_from <= sigma / alpha <= guidance_to (Kynkaanniemi et al. 2024); guidance_rescale: share by which
-        its standard deviation is put back to that without guidance (Lin et al. 2023, eq. 16).
+        its standard deviation is put back to that without guidance (Lin et al. 2023, eq. 16); guidance_channels: of
+        the first channels only (DiT's released sampler guides three of four), 0: all.
+      latent_scale: of the latents of `config.stages.first`, so that their standard deviation is about 1.
       classifier_scale: of the gradient of log p(label | x_t) by the noisy classifier of `config.stages.classifier`
         (Dhariwal & Nichol 2021); 0: none.
       bound_steps: terms of a chain's variational bound that `evaluate` computes, of the T - 1 between the
@@ -169,7 +177,19 @@ def build(
             f'and label_dropout more than 0; they are {conditional} and {label_dropout}'
         )
 
-    classifier = context.stages.get('classifier')
+    first, classifier = (context.stages.get(name) for name in ('first', 'classifier'))
+    if first is not None and not (first.latent and first.encode and first.decode):
+        raise UserError('config.stages.first must be the run of an autoencoder with continuous latents')
+    if first is not None and len(first.latent) != 3:
+        raise UserError(
+            f'config.stages.first: its latents {first.latent} are no maps [h, w, c], and the networks want maps'
+        )
+    if first is not None and (clip or latent_scale <= 0 or classifier_scale):
+        raise UserError(
+            'config.model: latents are in no range and no classifier sees them: clip False, classifier_scale 0, and '
+            f'latent_scale above 0; they are {clip}, {classifier_scale} and {latent_scale}'
+        )
+    shape = first.latent if first is not None else context.image  # of what is diffused
     if classifier_scale and (classifier is None or classifier.classify is None):
         raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
 
@@ -206,8 +226,11 @@ def build(
 
     sections = {'unet': unet, 'adm': adm, 'ncsnpp': ncsnpp, 'dit': dit, 'refinenet': refinenet}
     section = {**FIELDS[network], **sections[network]}
-    channels = context.image[2]
-    divisor = check_network(network, section, context.image)
+    channels = shape[2]
+    if not 0 <= guidance_channels <= channels:
+        raise UserError(f'config.model.guidance_channels must be from 0 to {channels}; it is {guidance_channels}')
+    divisor = check_network(network, section, shape)
+    divisor = divisor if first is None else first.divisor
     if network == 'refinenet':
         if (process, prediction, timesteps) != ('geometric', 'score', section['levels']):
             raise UserError(
@@ -264,7 +287,9 @@ def build(
             at = way.at(t)
             here = (guidance_from * at.alpha <= at.sigma) & (at.sigma <= guidance_to * at.alpha)
             one = functools.partial(apply, params, train=False)
-            output, fraction = guided(one, x, t, label, context.classes, scale, here, guidance_rescale)
+            output, fraction = guided(
+                one, x, t, label, context.classes, scale, here, guidance_rescale, guidance_channels
+            )
             x_0 = parameterisations.to_x_0(prediction, output, x, *level(t), data_std)
             x_0 = jnp.clip(x_0, -1, 1) if clip else x_0
             return (x_0, fraction) if learned else x_0
@@ -277,9 +302,17 @@ def build(
         number = time_mean + time_std * jax.random.normal(rng, (n,))
         return way.time(jnp.exp(number)) if times == 'lognormal' else jax.nn.sigmoid(number)
 
+    def to_latent(frozen, batch, rng) -> Array:
+        """What is diffused: the images, or the first stage's latents of them."""
+        return batch['image'] if first is None else latent_scale * first.encode(*frozen['first'], batch, rng)
+
+    def to_image(frozen, x_0, rng) -> Array:
+        images = x_0 if first is None else first.decode(*frozen['first'], x_0 / latent_scale, rng)
+        return jnp.clip(images, -1, 1)
+
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
-        x_0, label = batch['image'], batch.get('label')
+        x_0, label = to_latent(frozen, batch, jax.random.fold_in(rng, 0)), batch.get('label')
         t = batch['t'] if times == 'importance' else draw_times(rng_t, len(x_0))
         eps = jax.random.normal(rng_noise, x_0.shape)
         alpha, sigma = level(t)
@@ -309,8 +342,10 @@ def build(
     step = gradient_step(loss, context.optim, 'denoiser')
 
     def init(rng, batch, frozen):
+        if first is not None and (found := jax.eval_shape(to_latent, frozen, batch, rng).shape[1:]) != shape:
+            raise UserError(f'config.stages.first was trained on other images: latents {found}, not {shape}')
         label = jnp.zeros(1, jnp.int32) if classes else None
-        variables = net.init(rng, jnp.zeros((1, *context.image)), jnp.zeros(1), label, train=False)
+        variables = net.init(rng, jnp.zeros((1, *shape)), jnp.zeros(1), label, train=False)
         history = importance.start(timesteps) if times == 'importance' else None
         return new_state({'denoiser': variables['params']}, context.optim, history)
 
@@ -341,20 +376,42 @@ def build(
 
     def walk(state, frozen, batch, rng, **options):
         rng_start, rng_steps = jax.random.split(rng)
-        x = grid.sigma[-1] * normal(example_keys(rng_start, batch), context.image)
+        x = grid.sigma[-1] * normal(example_keys(rng_start, batch), shape)
         label = batch.get('label')
         denoise = guide(denoiser(state.ema, label, guidance), frozen, label)
         return draw(denoise, x, grid, example_keys(rng_steps, batch), **options)
 
     def sample(state, frozen, batch, rng):
-        return jnp.clip(walk(state, frozen, batch, rng), -1, 1)
+        return to_image(frozen, walk(state, frozen, batch, rng), rng)
 
     def trajectory(state, frozen, batch, rng):
-        return walk(state, frozen, batch, rng, trajectory=True)[1]
+        seen = walk(state, frozen, batch, rng, trajectory=True)[1]
+        return (
+            seen if first is None else {k: jax.lax.map(lambda x: to_image(frozen, x, rng), v) for k, v in seen.items()}
+        )
+
+    def eps_error(denoise, x_0, keys) -> Array:
+        """Mean square error of the noise [n], over ten levels evenly in time."""
+
+        def one(t, keys):
+            t = jnp.full(len(x_0), t)
+            alpha, sigma = level(t)
+            x_t = alpha * x_0 + sigma * normal(keys, shape)
+            found = denoise(x_t, t)
+            # The noise differs as the estimates of x_0 do.
+            error = alpha / sigma * (x_0 - (found[0] if learned else found))
+            return jnp.square(error).mean((1, 2, 3))
+
+        t = (jnp.arange(10) + 0.5) / 10
+        t = (way.steps * t).astype(jnp.int32) if way.steps else way.start + (way.end - way.start) * t
+        keys = jax.vmap(jax.random.split, (0, None), 1)(keys, 10)
+        return jax.lax.map(lambda a: one(*a), (t, keys)).mean(0)
 
     def evaluate(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
         denoise = denoiser(state.ema, batch.get('label'), 1.0)
+        if first is not None:
+            return {'eps_error': eps_error(denoise, to_latent(frozen, batch, rng), keys)}
         if way.steps:
             return variational_bound(denoise, batch['image'], table, variance, keys, bound_steps)
         return ode_likelihood(denoise, batch['image'], way, keys, ode_steps)
@@ -378,7 +435,7 @@ def build(
         return jnp.clip(x, -1, 1)
 
     # A network that always wants a label cannot encode an image without one.
-    invertible = not conditional or bool(label_dropout)
+    invertible = first is None and (not conditional or bool(label_dropout))
     return Family(
         init,
         update,
@@ -393,7 +450,7 @@ def build(
         free=(
             *('sampler', 'sample_steps', 'spacing', 'shift', 'clip', 'eta', 's_churn', 's_min', 's_max', 's_noise'),
             *('snr', 'strength', 'langevin_steps', 'langevin_size', 'classifier_scale', 'bound_steps', 'ode_steps'),
-            *('guidance', 'guidance_from', 'guidance_to', 'guidance_rescale'),
+            *('guidance', 'guidance_from', 'guidance_to', 'guidance_rescale', 'guidance_channels'),
             *(() if learned else ('variance',)),
         ),
     )

@@ -333,4 +333,6 @@ def build(
     def decode(state, frozen, latents, rng):
         return mean_image(state.ema, latents)
 
-    return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, free=('iwae_samples',))
+    return Family(
+        init, update, sample, evaluate, encode, decode, divisor=divisor, free=('iwae_samples',), latent=(latent,)
+    )

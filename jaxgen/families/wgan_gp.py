@@ -216,11 +216,13 @@ def build(
         extra = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra, new['batch_stats'])
         return state.replace(extra=extra), critic_logs | generator_logs
 
+    def decode(state, frozen, latents, rng):
+        return generator.apply({'params': state.ema['generator'], 'batch_stats': state.extra}, latents)
+
     def sample(state, frozen, batch, rng):
-        z = normal(example_keys(rng, batch), (latent,))
-        return generator.apply({'params': state.ema['generator'], 'batch_stats': state.extra}, z)
+        return decode(state, frozen, normal(example_keys(rng, batch), (latent,)), rng)
 
     def evaluate(state, frozen, batch, rng):
         return {'critic': critic.apply({'params': state.params['critic']}, batch['image'])}
 
-    return Family(init, update, sample, evaluate, divisor=divisor)
+    return Family(init, update, sample, evaluate, decode=decode, divisor=divisor, latent=(latent,))
