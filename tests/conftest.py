@@ -16,8 +16,8 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
 SLOW = (
-    *('adm_test', 'consistency_test', 'dit_test', 'evaluate_test', 'inception_test', 'ncsnpp_test', 'refinenet_test'),
-    *('reliability_test', 'unet_test', 'vdm_test', 'wgan_gp_test'),
+    *('adm_test', 'consistency_test', 'dit_test', 'ebm_test', 'evaluate_test', 'inception_test', 'js_generator_test'),
+    *('ncsnpp_test', 'refinenet_test', 'reliability_test', 'transformer_test', 'unet_test', 'vdm_test', 'wgan_gp_test'),
 )
 
 

@@ -10,13 +10,15 @@
 `data.source` is one of
   digits       1,797 handwritten digits, 8 x 8, out of scikit-learn
   shapes       scenes drawn here, at any size, with label, factors and caption
+  gaussians:1  points of three Gaussians in one dimension, as pictures of one grey pixel
+  gaussians:2  points of 25 Gaussians in a square: red and green of one pixel
   folder:PATH  a person's own images, any size and mode; classes from sub-folders
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
 """
 
 from jaxgen.data.folder import Pictures
-from jaxgen.data.loader import Examples, Spec, batches, dataset, spec
+from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec
 from jaxgen.data.sources import root
 from jaxgen.data.transforms import to_float, to_uint8
 
-__all__ = ['Examples', 'Pictures', 'Spec', 'batches', 'dataset', 'root', 'spec', 'to_float', 'to_uint8']
+__all__ = ['Examples', 'Pictures', 'Spec', 'batches', 'dataset', 'labels', 'root', 'spec', 'to_float', 'to_uint8']

@@ -1,4 +1,4 @@
-"""TFDS builders of our own sources: digits, shapes, a folder.
+"""TFDS builders of our own sources: digits, shapes, points of Gaussians, a folder.
 
 They yield encoded bytes, so that TFDS writes them without TensorFlow. A change to what a builder
 yields needs a new VERSION: prepared sets of the old one are then left alone.
@@ -21,6 +21,9 @@ Examples = Iterator[tuple[int, dict]]
 TEST_SHARE = 0.2  # of digits
 SHAPES = {'train': 10_000, 'test': 2_000}  # scenes of each split
 FIRST = {'train': 0, 'test': 1_000_000_000}  # number of its first one
+POINTS = {'train': 10_000, 'test': 2_000}  # of a mixture of Gaussians
+POINT_CHANNELS = {1: 1, 2: 3}  # of a picture that is a point, by its dimensions
+POINT_STREAM = 4  # of `uniform`; see transforms.py for the others
 
 
 def png(x: np.ndarray) -> bytes:
@@ -118,6 +121,61 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
                 yield i, example
 
         return {split: self._generate_examples(examples(split)) for split in SHAPES}
+
+
+@dataclasses.dataclass(eq=False)
+class GaussiansConfig(tfds.core.BuilderConfig):
+    dimensions: int = 1  # 1 or 2
+
+
+class JaxgenGaussians(JaxgenBuilder, skip_registration=True):
+    """10,000 training and 2,000 test points of a mixture of Gaussians in [-1, 1], each a picture of one pixel.
+
+    In one dimension the pixel is grey, and there are three Gaussians, of different shares and widths. In two it is red
+    by the first coordinate and green by the second (blue is 128), and the 25 Gaussians stand in a square, as evenly as
+    the pictures' levels let them. The label is the Gaussian's number.
+    """
+
+    @staticmethod
+    def features(config):
+        channels = POINT_CHANNELS[config.dimensions]
+        return {
+            'image': tfds.features.Image(shape=(1, 1, channels)),
+            'label': tfds.features.ClassLabel(num_classes=len(gaussians(config.dimensions)[0])),
+        }
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        dimensions = self.builder_config.dimensions
+
+        def examples(split):
+            label, x = draw_gaussians(dimensions, FIRST[split] + np.arange(POINTS[split]))
+            pixels = np.full((len(x), POINT_CHANNELS[dimensions]), 128, np.uint8)
+            pixels[:, :dimensions] = np.rint(np.clip((x + 1) * 127.5, 0, 255))
+            shape = (1, 1) if dimensions == 1 else (1, 1, 3)
+            for i, pixel in enumerate(pixels):
+                yield i, {'image': png(pixel.reshape(shape)), 'label': int(label[i])}
+
+        return {split: self._generate_examples(examples(split)) for split in POINTS}
+
+
+def gaussians(dimensions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares [k], means [k, dimensions] and standard deviations [k] of the mixture."""
+    if dimensions == 1:
+        return np.array([0.5, 0.3, 0.2]), np.array([[-0.6], [0.05], [0.6]]), np.array([0.08, 0.15, 0.04])
+    line = np.linspace(-0.8, 0.8, 5)
+    means = np.stack(np.meshgrid(line, line, indexing='ij'), -1).reshape(25, 2)
+    return np.full(25, 1 / 25), means, np.full(25, 0.02)
+
+
+def draw_gaussians(dimensions: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points with these numbers: the number of each one's Gaussian, int [n], and its place, [n, dimensions]."""
+    shares, means, stds = gaussians(dimensions)
+    which, radius, angle = (uniform(i, numbers, POINT_STREAM) for i in range(3))
+    label = np.searchsorted(np.cumsum(shares)[:-1], which, side='right')
+    radius, angle = np.sqrt(-2 * np.log1p(-radius)), 2 * np.pi * angle  # Box and Muller 1958
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)[:, :dimensions]
+    return label, means[label] + stds[label, None] * normal
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -33,9 +33,16 @@ def spec(data) -> Spec:
       data: the section `data` of a config.
 
     Raises:
-      UserError: an unknown source, or a feature that it lacks.
+      UserError: an unknown source, a feature that it lacks, or a class.
     """
-    chosen = sources.choose(sources.resolve(data), data)
+    source = sources.resolve(data)
+    chosen = sources.choose(source, data)
+    if data['keep_classes']:
+        classes = sources.choose(source, {**data, 'features': ('label',)})['label'].classes
+        if not all(type(c) is int and 0 <= c < classes for c in data['keep_classes']):
+            raise UserError(
+                f'config.data.keep_classes must be classes, 0 to {classes - 1}; they are {tuple(data["keep_classes"])}'
+            )
     features = {name: jax.ShapeDtypeStruct(shape(f, data), f.dtype) for name, f in chosen.items()}
     return Spec(features, chosen['label'].classes if 'label' in chosen else 0)
 
@@ -52,7 +59,7 @@ class Examples:
     batches. A split that is small when decoded stays in memory, each example from its first use.
     """
 
-    def __init__(self, records: sources.Records, data):
+    def __init__(self, records: sources.Records | Selected, data):
         self.records, self.data = records, data
         self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
         pixels = data['size'] ** 2 * data['channels']
@@ -112,17 +119,48 @@ class Examples:
         return transforms.to_array(transforms.square(image, self.data['size'], position))
 
 
+class Selected:
+    """Some of a split's records, and all else as theirs."""
+
+    def __init__(self, records: sources.Records, numbers: np.ndarray, which: str):
+        self.records, self.numbers = records, numbers
+        self.place, self.chosen, self.identity = records.place, records.chosen, f'{records.identity} {which}'
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.records[int(self.numbers[i])]
+
+
+def labels(data, split: str) -> np.ndarray:
+    """The class of every stored example of a split, int32 [n], whatever data.features and data.keep_classes are.
+
+    Raises:
+      UserError: the source has no labels.
+    """
+    section = {**data, 'features': ('label',)}
+    records = sources.open_records(sources.resolve(section), section, split)
+    return np.array([records[i]['label'] for i in range(len(records))], np.int32)
+
+
 def dataset(data, split: str) -> Examples:
     """The examples of split 'train' or 'test' in stored order, cut and resized as for evaluation.
 
-    The set is prepared first if it is not there yet.
+    The set is prepared first if it is not there yet. Of 'train' only those in data.keep_classes, if it names any.
 
     Raises:
       UserError: it cannot be prepared, has no such split, or data.box does not fit its images.
     """
     if split not in ('train', 'test'):
         raise UserError(f"a split is 'train' or 'test', not {split!r}")
-    examples = Examples(sources.open_records(sources.resolve(data), data, split), data)
+    records, kept = sources.open_records(sources.resolve(data), data, split), tuple(data['keep_classes'])
+    if kept and split == 'train':
+        numbers = np.flatnonzero(np.isin(labels(data, split), kept))
+        if not len(numbers):
+            raise UserError(f'config.data.keep_classes = {kept}: the training split has no example of them')
+        records = Selected(records, numbers, f'classes={kept}')
+    examples = Examples(records, data)
     examples[0]  # so that what does not fit is said now, and not by a thread
     return examples
 

@@ -82,12 +82,29 @@ def resolve(data) -> Source:
         config = builders.ShapesConfig(name=f'size{data["size"]}', size=data['size'])
         features = builders.JaxgenShapes.features(config)
         return Source(name, lambda: find(features), lambda: builders.JaxgenShapes(config=config, data_dir=here))
+    if name.partition(':')[0] == 'gaussians':
+        return gaussians_source(data, here)
     if name.startswith('folder:'):
         if name == 'folder:':
             raise UserError('config.data.source: say which folder, like folder:/home/me/pictures')
         return folder_source(data, here)
     builder = functools.partial(tfds_builder, name, here)
     return Source(name, lambda: find(builder().info.features), builder, own=False)
+
+
+def gaussians_source(data, here: str) -> Source:
+    name = data['source']
+    found = {'gaussians:1': 1, 'gaussians:2': 2}.get(name)
+    if found is None:
+        raise UserError(f'config.data.source: {name} must be gaussians:1 or gaussians:2, by the number of dimensions')
+    channels = builders.POINT_CHANNELS[found]
+    if data['size'] != 1 or data['channels'] != channels:
+        raise UserError(
+            f'config.data: the points of {name} are pictures of one pixel: set size = 1 and channels = {channels}'
+        )
+    config = builders.GaussiansConfig(name=f'dimensions{found}', dimensions=found)
+    features = builders.JaxgenGaussians.features(config)
+    return Source(name, lambda: find(features), lambda: builders.JaxgenGaussians(config=config, data_dir=here))
 
 
 def folder_source(data, here: str) -> Source:
@@ -139,11 +156,10 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
         raise UserError(f'config.data.source: {name} cannot be had: {reason(e)}') from e
     if os.path.isdir(os.path.expanduser(name)):
         raise UserError(f'config.data.source: for the images in a folder write folder:{name}')
-    known = ['digits', 'shapes', *tfds.list_builders(with_community_datasets=False)]
+    known = ['digits', 'shapes', 'gaussians:1', 'gaussians:2', *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = (
-        f'did you mean {" or ".join(close)}?' if close else 'known: digits, shapes, folder:PATH and the names of TFDS'
-    )
+    listed = 'digits, shapes, folder:PATH, gaussians:1, gaussians:2 and the names of TFDS'
+    hint = f'did you mean {" or ".join(close)}?' if close else f'known: {listed}'
     raise UserError(f'config.data.source: no source {name!r}; {hint}')
 
 
@@ -276,7 +292,7 @@ def generate(source: Source, builder) -> None:
         raise UserError(
             f'{path} holds a part of {source.name} only (no dataset_info.json): delete it, and it is prepared anew'
         )
-    if sys.stderr.isatty() and source.name not in ('digits', 'shapes'):
+    if sys.stderr.isatty() and source.name.partition(':')[0] not in ('digits', 'shapes', 'gaussians'):
         tfds.enable_progress_bar()
     else:
         tfds.disable_progress_bar()

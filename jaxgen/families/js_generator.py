@@ -1,0 +1,162 @@
+"""A generator fitted to one dimension by the divergence of two histograms: the shortest road from noise to samples.
+
+A multilayer perceptron maps z ~ N(0, I) to a number in [-1, 1]. Its samples and the data of a batch are each made a
+histogram of `bins` cells, and the loss is their Jensen-Shannon divergence (Lin 1991),
+
+    JS(p, q) = (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2,  in nats, from 0 to ln 2,
+
+which a GAN's discriminator estimates where histograms cannot be counted (Goodfellow et al. 2014, theorem 1). Counting
+has no gradient, so every number counts for a cell with the share of a logistic kernel around it that lies there; as
+the kernel's scale goes to 0 the counts become whole. Data and samples are smoothed alike, and the divergence is 0 where
+they agree. A narrow kernel tells shapes apart but says nothing across empty cells: a sample between two modes feels
+neither. So the loss is the mean over several scales, `smoothing`.
+
+In d dimensions there are bins^d cells, most of them empty: this is the tutorial's case, and it stops at one.
+With few examples per cell two histograms of one distribution differ: JS of two batches of n is about (bins - 1) / (4 n)
+even then, so batches are large. Where gradients are accumulated each part of a batch has a histogram of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.errors import UserError
+from jaxgen.networks.layers import Dense
+
+Array = jax.Array
+
+LEVELS = 256  # of a pixel
+STEEPNESS = 8.0  # of the first layer's units at the start
+
+
+class Generator(nn.Module):
+    """[n, latent] -> images float32 [n, 1, 1, 1] in (-1, 1)."""
+
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        # Modes are far apart where the map is steep, and it is steep where many units bend. With biases of 0 all of a
+        # first layer's units would bend at z = 0; these bend all over the normal distribution.
+        bends = self.param('bends', nn.initializers.normal(STEEPNESS), (self.hidden[0],))
+        x = Dense(self.hidden[0], bias=False, init=nn.initializers.normal(STEEPNESS), dtype=self.dtype)(z)
+        x = jnp.tanh(x + bends.astype(self.dtype))
+        for features in self.hidden[1:]:
+            x = nn.silu(Dense(features, dtype=self.dtype)(x))
+        x = Dense(1, dtype=self.dtype)(x).astype(jnp.float32)
+        return jnp.tanh(x)[:, :, None, None]
+
+
+def soft_histogram(x: Array, bins: int, smoothing: float) -> Array:
+    """Shares [bins] of numbers [n] in [-1, 1] in cells of one width; they sum to 1.
+
+    Args:
+      smoothing: scale of the logistic kernel, in cells. What of it is outside [-1, 1] counts for the outermost cells.
+    """
+    edges = jnp.linspace(-1, 1, bins + 1)[1:-1]
+    scale = smoothing * 2 / bins
+    below = jax.nn.sigmoid((edges - x[:, None].astype(jnp.float32)) / scale).mean(0)  # share below each inner edge
+    return jnp.diff(jnp.concatenate([jnp.zeros(1), below, jnp.ones(1)]))
+
+
+def jensen_shannon(p: Array, q: Array) -> Array:
+    """JS of two distributions [..., k], in nats, [...]. Its gradient is finite where entries are 0."""
+    m = (p + q) / 2
+
+    def kl(a: Array) -> Array:
+        # a log(a / m) tends to 0 with a; the bound keeps the logarithm's gradient from infinity times 0.
+        least = jnp.finfo(jnp.float32).tiny
+        return (a * (jnp.log(jnp.maximum(a, least)) - jnp.log(jnp.maximum(m, least)))).sum(-1)
+
+    return (kl(p) + kl(q)) / 2
+
+
+def level_histogram(x: Array) -> Array:
+    """Probabilities [256] of the grey levels by samples [n] in [-1, 1], each level with one sample more than it has, so
+    that none has probability 0."""
+    level = jnp.clip(jnp.round((x + 1) * 127.5), 0, LEVELS - 1).astype(jnp.int32)
+    counts = jnp.zeros(LEVELS).at[level].add(1.0) + 1
+    return counts / counts.sum()
+
+
+def build(
+    context: Context,
+    *,
+    latent: int = 1,
+    hidden: tuple[int, ...] = (64, 64),
+    bins: int = 64,
+    smoothing: tuple[float, ...] = (0.5, 2.0),
+    generator_batch: int = 4,
+    measured: int = 2**16,
+) -> Family:
+    """A generator of one number.
+
+    Args:
+      latent: dimensions of z.
+      hidden: units of the generator's layers, one layer or more.
+      bins: cells of the histograms.
+      smoothing: scales of the kernels, in cells.
+      generator_batch: samples of a histogram, as a multiple of the batch of data.
+      measured: samples by which `evaluate` knows the model's distribution.
+
+    evaluate gives 'bits_per_dim', -log2 p(x) of the example's grey level, where p is the histogram over the 256 levels
+    of `measured` samples and one more of each level: a true likelihood, of the model that draws from this histogram.
+    The logs' 'js' is of one batch and the first scale, in nats.
+
+    Raises:
+      UserError: a value that cannot work, or data that are not one number each.
+    """
+    if context.image != (1, 1, 1):
+        raise UserError(
+            'this generator makes one number: set config.data.source = gaussians:1 or config.data.size and channels to '
+            f'1; an image has {math.prod(context.image)} numbers here'
+        )
+    if not hidden or min(latent, generator_batch, measured, *hidden) < 1 or bins < 2 or min(smoothing, default=0) <= 0:
+        raise UserError(
+            'config.model: latent, hidden, generator_batch and measured must be 1 or more, bins 2 or more, smoothing '
+            'one number or several, more than 0'
+        )
+    generator = Generator(hidden, context.dtype)
+
+    def generate(weights, z: Array) -> Array:
+        return generator.apply({'params': weights}, z)
+
+    def loss(params, frozen, batch, rng):
+        z = spread(jax.random.normal(rng, (generator_batch * len(batch['image']), latent)))
+        drawn = generate(params['generator'], z)
+        real, drawn = batch['image'].reshape(-1), drawn.reshape(-1)
+        at = [jensen_shannon(*(soft_histogram(x, bins, scale) for x in (real, drawn))) for scale in smoothing]
+        value = sum(at) / len(at)
+        return value, {'loss': value, 'js': at[0], 'deviation': drawn.std()}
+
+    step = gradient_step(loss, context.optim, 'generator')
+
+    def init(rng, batch, frozen):
+        weights = generator.init(rng, jnp.zeros((1, latent)))['params']
+        return new_state({'generator': weights}, context.optim)
+
+    def update(state, frozen, batch, rng):
+        state, logs = step(state, frozen, batch, rng)
+        return advance(state, context.optim), logs
+
+    def decode(state, frozen, latents, rng):
+        return generate(state.ema['generator'], latents)
+
+    def sample(state, frozen, batch, rng):
+        return decode(state, frozen, normal(example_keys(rng, batch), (latent,)), rng)
+
+    def evaluate(state, frozen, batch, rng):
+        # The same samples for every batch: an example's figure depends on no other example.
+        x = generate(state.ema['generator'], spread(jax.random.normal(rng, (measured, latent))))
+        p = level_histogram(x.reshape(-1))
+        level = jnp.round((batch['image'].reshape(-1) + 1) * 127.5).astype(jnp.int32)
+        return {'bits_per_dim': -jnp.log2(p[level])}
+
+    return Family(init, update, sample, evaluate, decode=decode, free=('measured',), latent=(latent,))

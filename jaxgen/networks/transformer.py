@@ -1,0 +1,201 @@
+"""Transformers over sequences of codes: causal ones that predict the next, and ones that fill in what is masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.networks.layers import Dense, LayerNorm
+
+Array = jax.Array
+
+NORMAL = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Self-attention, then an MLP: tokens [n, T, C] to the same.
+
+    With a cache, the input is the one token at `index`, [n, 1, C], and looks at the keys and values of the tokens up to
+    it. The second result is that cache with its own added: `nn.scan` stacks them.
+
+    Attributes:
+      causal: a token sees itself and those before it, else all.
+      after: each branch's sum is normalised after it (Vaswani et al. 2017; BERT), else each branch's input (GPT-2).
+      exact: GELU by the error function, else its approximation by tanh.
+      eps: of the norms.
+    """
+
+    heads: int
+    dropout: float
+    train: bool
+    causal: bool
+    after: bool
+    exact: bool
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Array, Any]:
+        n, tokens, channels = x.shape
+
+        def norm(name):
+            return LayerNorm(eps=self.eps, dtype=self.dtype, name=name)
+
+        def dropped(h):
+            return nn.Dropout(self.dropout, deterministic=not self.train)(h)
+
+        h = x if self.after else norm('norm1')(x)
+        qkv = Dense(3 * channels, init=NORMAL, dtype=self.dtype, name='qkv')(h)
+        q, k, v = jnp.moveaxis(qkv.reshape(n, tokens, 3, self.heads, channels // self.heads), 2, 0)
+        if cache is None:
+            h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)  # [n, T, heads, C / heads]
+        else:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 1)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            cache = k, v
+            seen = (jnp.arange(k.shape[1]) <= index)[None, None, None]  # [1, heads, 1, T]
+            h = jax.nn.dot_product_attention(q, k, v, mask=seen)
+        h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels)))
+        x = norm('norm1')(x + h) if self.after else x + h
+
+        h = x if self.after else norm('norm2')(x)
+        h = nn.gelu(Dense(4 * channels, init=NORMAL, dtype=self.dtype, name='mlp1')(h), approximate=not self.exact)
+        h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='mlp2')(h))
+        return (norm('norm2')(x + h) if self.after else x + h), cache
+
+
+def stack(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
+    """`module.blocks` blocks, their weights in one stack that a scan goes through; cache [blocks, ...] or None."""
+    scanned = nn.scan(
+        nn.remat(Block, prevent_cse=False) if module.remat else Block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(0, nn.broadcast),
+        length=module.blocks,
+    )
+    return scanned(heads=module.heads, dropout=module.dropout, dtype=module.dtype, **options, name='blocks')(
+        x, cache, index
+    )
+
+
+class CausalTransformer(nn.Module):
+    """GPT-2's transformer (Radford et al. 2019) as VQGAN has it: tokens [n, T] to logits of what follows each.
+
+    Attributes:
+      vocabulary: number of tokens.
+      length: most tokens of a sequence.
+      channels, blocks, heads: published for ImageNet: 1536, 48, 24.
+      dropout: of embeddings and branches, in training.
+    """
+
+    vocabulary: int
+    length: int
+    channels: int = 64
+    blocks: int = 4
+    heads: int = 4
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, cache=None, index: Array | None = None, *, train: bool = False):
+        """Args:
+          tokens: int32 [n, T] with T <= length; with a cache [n, 1], the token at `index`.
+          cache: of `empty_cache`, or None.
+
+        Returns:
+          float32 logits [n, T, vocabulary]; with a cache (logits [n, 1, vocabulary], cache).
+        """
+        x = nn.Embed(self.vocabulary, self.channels, embedding_init=NORMAL, dtype=self.dtype, name='tokens')(tokens)
+        positions = self.param('positions', nn.initializers.zeros, (self.length, self.channels))
+        place = positions[: tokens.shape[1]] if cache is None else jax.lax.dynamic_slice_in_dim(positions, index, 1)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x + place.astype(self.dtype))
+        options = dict(train=train, causal=True, after=False, exact=True, eps=1e-5)
+        x, new = stack(self, x, cache, index, **options)
+        x = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm')(x)
+        logits = Dense(self.vocabulary, bias=False, init=NORMAL, dtype=self.dtype, name='head')(x).astype(jnp.float32)
+        return logits if cache is None else (logits, new)
+
+    def empty_cache(self, n: int, length: int) -> tuple[Array, Array]:
+        """Keys and values of no token yet, [blocks, n, length, heads, channels / heads] each."""
+        shape = (self.blocks, n, length, self.heads, self.channels // self.heads)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+
+class MaskedTransformer(nn.Module):
+    """BERT's transformer (Devlin et al. 2018) as MaskGIT has it: tokens [n, T], some of them a mask, to logits of each.
+
+    The head's weights are those of the embedding. Published for ImageNet: channels 768, blocks 24, heads 16.
+    """
+
+    vocabulary: int
+    length: int
+    channels: int = 64
+    blocks: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, *, train: bool = False) -> Array:
+        """tokens: int32 [n, length] -> float32 logits [n, length, vocabulary]."""
+        init = nn.initializers.truncated_normal(0.02)
+        embed = nn.Embed(self.vocabulary, self.channels, embedding_init=init, dtype=self.dtype, name='tokens')
+        positions = self.param('positions', init, (self.length, self.channels)).astype(self.dtype)
+        x = LayerNorm(eps=1e-12, dtype=self.dtype, name='embedded')(embed(tokens) + positions)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x, _ = stack(self, x, None, None, train=train, causal=False, after=True, exact=False, eps=1e-12)
+        x = nn.gelu(Dense(self.channels, init=init, dtype=self.dtype, name='head')(x), approximate=True)
+        x = LayerNorm(eps=1e-12, dtype=self.dtype, name='norm')(x)
+        bias = self.param('bias', nn.initializers.zeros, (self.vocabulary,))
+        return embed.attend(x).astype(jnp.float32) + bias
+
+
+def flatten(codes: tuple[Array, ...]) -> Array:
+    """Grids of codes, [n, h, w] each, as one sequence [n, T]: one grid after another, row by row."""
+    return jnp.concatenate([grid.reshape(len(grid), -1) for grid in codes], 1)
+
+
+def unflatten(sequence: Array, grids: tuple[tuple[int, int], ...]) -> tuple[Array, ...]:
+    """The grids of a sequence [n, T]."""
+    ends = np.cumsum([h * w for h, w in grids])[:-1]
+    parts = jnp.split(sequence, ends, 1)
+    return tuple(part.reshape(-1, h, w) for part, (h, w) in zip(parts, grids, strict=True))
+
+
+def filtered(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """Logits [..., V] of the distribution that samples are drawn from.
+
+    Args:
+      temperature: 1 leaves it as it is, 0 leaves the likeliest alone.
+      top_k: only the k likeliest; 0: all.
+      top_p: only the likeliest that together have at least this probability (Holtzman et al. 2019); 1: all.
+    """
+    # Where the likeliest alone is left, ties would leave several.
+    logits = (
+        logits / temperature
+        if temperature
+        else jnp.where(jnp.arange(logits.shape[-1]) == logits.argmax(-1)[..., None], 0.0, -jnp.inf)
+    )
+    if 0 < top_k < logits.shape[-1]:
+        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
+    if top_p < 1:
+        order = jnp.argsort(-logits, -1)
+        shares = jax.nn.softmax(jnp.take_along_axis(logits, order, -1))
+        # A token stays if those before it do not have top_p already: the likeliest always stays.
+        keep = jnp.cumsum(shares, -1) - shares < top_p
+        back = jnp.argsort(order, -1)
+        logits = jnp.where(jnp.take_along_axis(keep, back, -1), logits, -jnp.inf)
+    return logits
+
+
+def categorical(keys: Array, logits: Array) -> Array:
+    """Draws int32 [n, ...] from logits [n, ..., V], each example by its own key of keys [n]."""
+    return jax.vmap(lambda key, row: jax.random.categorical(key, row))(keys, logits).astype(jnp.int32)
