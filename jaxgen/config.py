@@ -31,12 +31,13 @@ DEFAULTS: dict[str, Any] = {
     'model': {},  # keyword arguments of the family's build
     'stages': {},  # {name: run directory} of earlier stages
     'data': {
-        'source': 'digits',  # digits | shapes | folder:PATH | a TFDS name
+        'source': 'digits',  # digits | shapes | gaussians:1 | gaussians:2 | folder:PATH | a TFDS name
         'size': 8,  # pixels, height = width
         'channels': 1,  # 1 or 3
         'features': ('image',),  # what a batch holds, e.g. ('image', 'label')
         'classes': 0,  # number of classes where the source cannot say (a folder, a TFDS set)
         'batch': 128,  # examples of one update, over all devices
+        'keep_classes': (),  # classes that training is restricted to; the test split keeps all, for finding the others
         'box': (),  # (top, left, height, width) cut out before anything else
         'crop': 'center',  # center | random: the square that is resized to size x size
         'flip': False,  # mirror half of the training images left to right
@@ -323,6 +324,16 @@ def name(path: str) -> str:
     file, _, variant = path.partition(':')
     base = os.path.splitext(os.path.basename(file))[0]
     return '_'.join([base, *filter(None, variant.split(','))])
+
+
+def named(run: str) -> str:
+    """The config FILE.py:VARIANT in configs/ whose `name` is that of the directory `run`; '' if there is none."""
+    words = os.path.basename(os.path.abspath(run)).split('_')
+    for k in range(len(words), 0, -1):
+        file = os.path.join('configs', '_'.join(words[:k]) + '.py')
+        if os.path.isfile(file):
+            return ':'.join([file, *filter(None, [','.join(words[k:])])])
+    return ''
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

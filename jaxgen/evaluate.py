@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxgen import data, log, sample, sharding
 from jaxgen.errors import RunError, UserError
+from jaxgen.metrics import detection, disentanglement, neighbours, scores
 from jaxgen.metrics import features as networks
-from jaxgen.metrics import neighbours, scores
 from jaxgen.metrics.moments import frechet
 from jaxgen.metrics.statistics import Statistics, cached, gather
 
@@ -39,35 +39,81 @@ def program(family):
     return jax.jit(evaluate)
 
 
-def measure(
-    family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]
-) -> dict[str, dict]:
-    """{name: {'value', 'stderr', 'n'}}: means over the first n examples of `source` (0: all).
+@functools.cache
+def encoder(family):
+    """The jitted encoder of a family: -> {'latents': [n, ...]}."""
 
-    The batch that the family gets holds 'index', the example's number, beside the data, so that
+    def encode(state, frozen, batch, seed):
+        images = {'image': sample.to_inside(batch)['image']}
+        return {'latents': family.encode(state, frozen, images, jax.random.key(seed))}
+
+    return jax.jit(encode)
+
+
+def over(function, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]) -> dict:
+    """What a jitted function gives for the first n examples of `source`, float64 {name: [n, ...]}.
+
+    The batch that it gets holds 'index', the example's number, beside the data, so that
     random estimates depend on the example and the seed only.
-
-    Raises:
-      RunError: a figure is not finite; names it and the example.
     """
-    n = min(n or len(source), len(source))
     size = sharding.round_up(mesh, min(size, n))
     found: dict[str, list] = {}
     for start in range(0, n, size):
         index = np.arange(start, min(start + size, n), dtype=np.int32)
         batch = {**source.take(index), 'index': index}
         placed, real = sharding.put_padded(mesh, batch, size)
-        for name, values in program(family)(state, frozen, placed, seed).items():
+        for name, values in function(state, frozen, placed, seed).items():
             found.setdefault(name, []).append(sharding.to_host(values)[:real].astype(np.float64))
         progress(start + real)
-    results = {}
-    for name, parts in found.items():
-        values = np.concatenate(parts)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def measure(
+    family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None], odd=None
+) -> dict[str, dict]:
+    """{name: {'value', 'stderr', 'n'}}: means over the first n examples of `source` (0: all).
+
+    Args:
+      odd: bool [n], which examples the model should find odd: 'auc/NAME' then says how well each figure tells them
+        from the others, the higher ones being odd; 'n' counts them and 'n_reference' the others.
+
+    Raises:
+      RunError: a figure is not finite; names it and the example.
+    """
+    n = min(n or len(source), len(source))
+    found, results = over(program(family), state, frozen, mesh, source, n, size, seed, progress), {}
+    for name, values in found.items():
         if not np.isfinite(values).all():
             raise RunError(f'{name} is not finite for example {int(np.argmin(np.isfinite(values)))} of the test split')
         stderr = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
         results[name] = {'value': float(values.mean()), 'stderr': stderr, 'n': n}
+    if odd is not None and (odd.all() or not odd.any()):
+        log.say(f'the first {n} test examples are all of one kind: no area under an ROC curve')
+    elif odd is not None:
+        for name, values in found.items():
+            area, stderr = detection.roc_auc(values, odd)
+            numbers = {'n': int(odd.sum()), 'n_reference': int((~odd).sum())}
+            results[f'auc/{name}'] = {'value': area, **({'stderr': stderr} if stderr == stderr else {}), **numbers}
     return results
+
+
+def codes_and_factors(
+    family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]
+) -> dict[str, dict]:
+    """{name: {'value', 'n'}} of the codes of the first n examples of `source`, which has 'factors': 'mig' and
+    'mig/0', 'mig/1', ... by factor, and 'beta_vae_score'; see jaxgen/metrics/disentanglement.py. {} where the codes
+    are not vectors of two numbers or more.
+    """
+    like = {'image': source.take(np.arange(1))['image']}
+    shape = jax.eval_shape(encoder(family), state, frozen, like, seed)['latents'].shape
+    if len(shape) != 2 or shape[1] < 2:
+        return {}
+    factors = source.take(np.arange(n))['factors']
+    latents = over(encoder(family), state, frozen, mesh, source, n, size, seed, progress)['latents']
+    gap, gaps = disentanglement.mutual_information_gap(latents, factors)
+    score, stderr = disentanglement.beta_vae_score(latents, factors)
+    each = {f'mig/{i}': {'value': float(g), 'n': n} for i, g in enumerate(gaps) if g == g}
+    return {'mig': {'value': gap, 'n': n}, **each, 'beta_vae_score': {'value': score, 'stderr': stderr, 'n': n}}
 
 
 def figures(fake: Statistics, real: Statistics, name: str, training: bool) -> dict[str, dict]:

@@ -65,10 +65,9 @@ def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
     Raises:
       UserError: there is neither.
     """
-    file = os.path.join('configs', f'{os.path.basename(os.path.abspath(path))}.py')
-    trained = os.path.isfile(os.path.join(path, 'config.json'))
-    if not trained and not os.path.isfile(file):
-        raise UserError(f'config.stages: no run in {path}, and no {file} that says what it would be')
+    trained, file = os.path.isfile(os.path.join(path, 'config.json')), configs.named(path)
+    if not trained and not file:
+        raise UserError(f'config.stages: no run in {path}, and no config of that name that says what it would be')
     a = assemble(saved_config(path) if trained else configs.load(file), mesh, abstract_stage)
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
@@ -140,15 +139,24 @@ class Run:
 
     def evaluate(self) -> dict[str, dict]:
         """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
-        config.evaluate.examples examples (0: all)."""
+        config.evaluate.examples examples (0: all). Where training was restricted to some classes, also how well each
+        finds the others; where the data have factors, also how far the codes keep them apart."""
         a, c = self.assembled, self.config
         source = data.dataset(c.data, 'test')
         n = min(c.evaluate.examples or len(source), len(source))
-        with log.bar(n, 'test split', jax.process_index() != 0) as bar:
-            return evaluate.measure(
-                a.family, self.state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
-                lambda done: bar.update(done - bar.n),
-            )  # fmt: skip
+        odd = ~np.isin(data.labels(c.data, 'test')[:n], c.data.keep_classes) if c.data.keep_classes else None
+
+        def over(function, what: str, *more) -> dict[str, dict]:
+            with log.bar(n, what, jax.process_index() != 0) as bar:
+                return function(
+                    a.family, self.state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
+                    lambda done: bar.update(done - bar.n), *more,
+                )  # fmt: skip
+
+        results = over(evaluate.measure, 'test split', odd)
+        if 'factors' in a.spec.features and a.family.encode is not None and not a.family.codes:
+            results |= over(evaluate.codes_and_factors, 'codes')
+        return results
 
     def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
         """Figures of n samples against a data set; see evaluate.figures."""

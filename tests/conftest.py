@@ -16,8 +16,10 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
 SLOW = (
-    *('adm_test', 'consistency_test', 'dit_test', 'ebm_test', 'evaluate_test', 'inception_test', 'js_generator_test'),
-    *('ncsnpp_test', 'refinenet_test', 'reliability_test', 'transformer_test', 'unet_test', 'vdm_test', 'wgan_gp_test'),
+    *('adm_test', 'classifier_test', 'consistency_test', 'dit_test', 'ebm_test', 'evaluate_test'),
+    *('explore_test', 'first_stage_test', 'flows_test', 'inception_test', 'js_generator_test', 'ncsnpp_test'),
+    *('pixelcnn_test', 'pixelcnn_pp_test', 'refinenet_test', 'reliability_test', 'transformer_test'),
+    *('unet_test', 'vae_test', 'vdm_test', 'vqgan_test', 'vqvae_test', 'wgan_gp_test'),
 )
 
 

@@ -411,8 +411,8 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
     assert latent.divisor == 2 and latent.encode is None
     state = latent.init(jax.random.key(0), batch, frozen)
     state = jax.tree.map(lambda x: x + 0.1 if x.ndim else x, state)
-    after, logs = latent.update(state, frozen, batch, jax.random.key(1))
-    same, wanted = plain.update(state, {}, reshaped, jax.random.key(1))
+    _, logs = latent.update(state, frozen, batch, jax.random.key(1))
+    _, wanted = plain.update(state, {}, reshaped, jax.random.key(1))
     np.testing.assert_allclose(logs['loss'], wanted['loss'], rtol=1e-5)
     drawn = latent.sample(state, frozen, batch, jax.random.key(2))
     assert drawn.shape == batch['image'].shape

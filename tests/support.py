@@ -34,7 +34,7 @@ def fresh_stage(folder: str, mesh):
 
     from jaxgen import data, run, sample
 
-    config = configs.load(path(os.path.basename(folder)))
+    config = configs.load(os.path.join(ROOT, configs.named(folder).partition(':')[0]) + ':tiny')
     a = run.assemble(config, mesh, fresh_stage)
     batch = {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
     state = jax.jit(a.family.init)(jax.random.key(7), sample.to_inside(batch), a.frozen)

@@ -59,13 +59,20 @@ class Classifier(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """train: with dropout of the features that the logits see; needs the rng 'dropout'."""
+    def __call__(self, x: Array, train: bool = False, maps: bool = False) -> tuple[Array, ...]:
+        """Args:
+        train: with dropout of the features that the logits see; needs the rng 'dropout'.
+        maps: give the output of every block instead, for perceptual distances; images may be of any size then.
+        """
         block = nn.remat(Block) if self.remat else Block
         x = Conv(self.width, stride=self.stride, dtype=self.dtype, name='first')(x)
+        seen = []
         for i in range(self.levels + 1):
             x = downsample_mean(x) if i else x
             x = block(self.width * 2**i, self.dtype, name=f'block{i}')(x)
+            seen.append(x)
+        if maps:
+            return tuple(seen)
         x = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(x))
         x = Dense(self.features, dtype=self.dtype, name='features')(x.reshape(len(x), -1))
         features = nn.silu(x.astype(jnp.float32))
@@ -103,8 +110,8 @@ def build(
       target: 'label', the class; or 'factors', int32 [n, k] in the batch, k classes of their own per picture.
       counts: of 'factors': the number of values of each.
 
-    encode gives the features, float32 [n, features]; classify the logits of the label, or of the first
-    factor. evaluate gives per image 'cross_entropy', in nats, of all factors together and without
+    encode gives the features, float32 [n, features], or maps of every depth; classify the logits of the label,
+    or of the first factor. evaluate gives per image 'cross_entropy', in nats, of all factors together and without
     smoothing; 'accuracy', 1 where the likeliest class is the right one, else 0, or for factors the mean of
     'accuracy/0', 'accuracy/1', ..., one per factor. sample is None.
 
@@ -175,7 +182,9 @@ def build(
         return {'cross_entropy': entropy, 'accuracy': hits.mean(-1), **each}
 
     def encode(state, frozen, batch, rng):
-        """Features, float32 [n, features]."""
+        """Features, float32 [n, features]; if the batch holds 'maps', a tuple of maps [n, h, w, c] by depth."""
+        if 'maps' in batch:
+            return network.apply({'params': state.ema['classifier']}, batch['image'], maps=True)
         return apply(state, batch)[0]
 
     def classify(state, frozen, batch, rng):

@@ -71,3 +71,107 @@ def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 
     # log(exp(above) - exp(below)); the inner where keeps the gradient of the unused branch finite.
     gap = jnp.where(open_below, -1.0, jnp.minimum(below - above, -1e-7))
     return per_example(above + jnp.where(open_below, 0.0, jnp.log(-jnp.expm1(gap))))
+
+
+def categorical(logits: Array, values: Array) -> Array:
+    """log P(values) of independent integers.
+
+    Args:
+      logits: [n, ..., k].
+      values: integers [n, ...] from 0 to k - 1.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return per_example(jnp.take_along_axis(log_p, values[..., None], -1)[..., 0])
+
+
+SMALLEST_LOG_SCALE = -7.0  # of a logistic in a mixture, a tenth of a grey level
+
+
+def logistic_mixture_size(channels: int, mixtures: int) -> int:
+    """Numbers per pixel that a mixture of logistics needs: 10 for each of `mixtures` with 3 channels, 3 with 1."""
+    return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+
+
+def logistic_mixture(parameters: Array, channels: int) -> tuple[Array, Array, Array, Array]:
+    """The parameters of a mixture of m logistics in each pixel, from what a network puts out.
+
+    First come the m logits, then for each channel m means, m log scales and, with three channels, m coefficients
+    by which a mean moves with the channels before: green by red, blue by red, blue by green.
+
+    Args:
+      parameters: [..., logistic_mixture_size(channels, m)], channels 1 or 3.
+
+    Returns:
+      logits [..., m]; means, log_scales and coefficients [..., channels, m], the last in [-1, 1] (with one channel
+      they are none, [..., 1, 0]).
+    """
+    m = parameters.shape[-1] // logistic_mixture_size(channels, 1)
+    logits, rest = parameters[..., :m].astype(jnp.float32), parameters[..., m:].astype(jnp.float32)
+    rest = rest.reshape(*rest.shape[:-1], channels, -1)
+    log_scales = jnp.maximum(rest[..., m : 2 * m], SMALLEST_LOG_SCALE)
+    return logits, rest[..., :m], log_scales, jnp.tanh(rest[..., 2 * m :])
+
+
+def shifted_mean(means: Array, coefficients: Array, x: Array, channel: int) -> Array:
+    """Means [..., m] of a channel, given the channels before it, x [..., channels] (Salimans et al. 2017, eq. 3)."""
+    first = channel * (channel - 1) // 2
+    moved = [coefficients[..., first + k, :] * x[..., k, None] for k in range(channel)]
+    return sum(moved, means[..., channel, :])
+
+
+def discretised_logistic_mixture(parameters: Array, x: Array, levels: int = 256) -> Array:
+    """log P(x) of pixels with `levels` values, each pixel a mixture of logistics with the mass in each value's bin
+    (Salimans et al. 2017, arXiv 1701.05517, section 2.1 and 2.2).
+
+    A pixel's channels share the choice of the component. The first and the last bin reach to -inf and +inf: the
+    probabilities of all values sum to 1.
+
+    Args:
+      parameters: [n, ..., logistic_mixture_size(C, mixtures)].
+      x: [n, ..., C] in [-1, 1], at the levels -1, -1 + 2 / (levels - 1), ..., 1; C is 1 or 3.
+    """
+    x = x.astype(jnp.float32)
+    channels, half = x.shape[-1], 1 / (levels - 1)
+    logits, means, log_scales, coefficients = logistic_mixture(parameters, channels)
+    moved = jnp.stack([shifted_mean(means, coefficients, x, c) for c in range(channels)], -2)  # [n, ..., C, m]
+    inverse = jnp.exp(-log_scales)
+    centred = x[..., None] - moved
+    lower, upper = (centred - half) * inverse, (centred + half) * inverse
+    first, last = (x < -1 + half)[..., None], (x > 1 - half)[..., None]
+    # sigmoid(b) - sigmoid(a) = e^b (1 - e^(a - b)) / ((1 + e^a) (1 + e^b)): no digits are lost, however far out.
+    inside = jnp.log(-jnp.expm1(-2 * half * inverse)) + jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower)
+    log_p = jnp.where(first, jax.nn.log_sigmoid(upper), jnp.where(last, jax.nn.log_sigmoid(-lower), inside))
+    return per_example(jax.nn.logsumexp(log_p.sum(-2) + jax.nn.log_softmax(logits), -1))
+
+
+def draw_logistic_mixture(
+    keys: Array, parameters: Array, channels: int, levels: int = 256, temperature: float = 1.0
+) -> Array:
+    """Draws from `discretised_logistic_mixture`: one pixel for each key, int32 [n, channels] from 0 to levels - 1.
+
+    Args:
+      keys: [n].
+      parameters: [n, logistic_mixture_size(channels, mixtures)].
+      temperature: 1: as it is; less: the likelier component, and narrower ones.
+    """
+    logits, means, log_scales, coefficients = logistic_mixture(parameters, channels)
+
+    def noise(key):
+        which, where = jax.random.split(key)
+        return jax.random.gumbel(which, logits.shape[1:]), jax.random.logistic(where, (channels,))
+
+    gumbel, logistic = jax.vmap(noise)(keys)
+    chosen = (logits + temperature * gumbel).argmax(-1)
+
+    def component(a):  # [n, ., m] -> [n, ., 1]
+        return jnp.take_along_axis(a, chosen[:, None, None], -1)
+
+    means, scales = component(means), jnp.exp(component(log_scales))
+    coefficients = component(coefficients) if channels > 1 else coefficients
+    x, values = jnp.zeros((len(chosen), channels)), []
+    for c in range(channels):
+        drawn = shifted_mean(means, coefficients, x, c)[:, 0] + temperature * scales[:, c, 0] * logistic[:, c]
+        value = jnp.clip(jnp.round((drawn + 1) / 2 * (levels - 1)), 0, levels - 1)
+        values.append(value)
+        x = x.at[:, c].set(2 * value / (levels - 1) - 1)
+    return jnp.stack(values, -1).astype(jnp.int32)

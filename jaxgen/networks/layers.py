@@ -61,6 +61,33 @@ def Conv(
     )
 
 
+def ConvTranspose(
+    features: int,
+    *,
+    init: Callable | None = None,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.Module:
+    """Transposed convolution of [n, H, W, C] to [n, 2H, 2W, features] with kernel 4 and stride 2.
+
+    It is torch's `ConvTranspose2d(kernel_size=4, stride=2, padding=1)` with the kernel turned by half a turn: the image
+    with holes between its pixels, and a plain convolution.
+
+    Args:
+      init: of the kernel; None: variance_scaling(1). The bias starts at 0.
+    """
+    return nn.Conv(
+        features,
+        (4, 4),
+        padding=((2, 2), (2, 2)),
+        input_dilation=(2, 2),
+        kernel_init=init or variance_scaling(),
+        dtype=dtype,
+        conv_general_dilated=convolve,
+        name=name,
+    )
+
+
 def Dense(
     features: int,
     *,

@@ -1,0 +1,36 @@
+"""beta-VAE with beta = 4 on drawn scenes of seven factors (jaxgen/data/shapes.py), 32x32.
+
+    python -m jaxgen.main --config=configs/beta_vae_shapes.py
+
+`--mode=evaluate` says how far the code's axes are the factors; `--mode=explore` shows what each axis does. The
+variant `vae` has beta = 1.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vae',
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'factors'), batch=64),
+        model=dict(network='conv', width=8, levels=3, latent=10, likelihood='bernoulli', beta=4.0),
+        optim=dict(lr=1e-3, schedule='cosine', ema=0.999, ema_warmup=True),
+        train=dict(steps=4000, updates_per_call=20, log_every=200, save_every=1000, sample_every=2000),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'vae': dict(model=dict(beta=1.0)),
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(width=4, levels=1, latent=4, iwae_samples=3),
+                optim=dict(lr=1e-2, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,32 @@
+"""A denoising autoencoder of scikit-learn's 8x8 handwritten digits.
+
+    python -m jaxgen.main --config=configs/denoising_digits.py
+
+Time: 4.4 minutes on 2 CPU cores with other work on them
+Paper: none
+Ours: squared error 0.061 of a restored held-out digit (pixels in [-1, 1]), 0.250 of the noisy one
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='autoencoder',
+        data=dict(source='digits', size=8, channels=1, batch=64),
+        model=dict(corruption='noise', noise=0.5, width=32, hidden=16, latent=16),
+        optim=dict(lr=2e-3, schedule='cosine', ema=0.99, ema_warmup=True),
+        train=dict(steps=2000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(width=8, blocks=1, hidden=4),
+                optim=dict(lr=3e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

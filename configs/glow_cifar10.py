@@ -1,0 +1,32 @@
+"""Glow on CIFAR-10 as in the paper: 44.6 million weights, 32x32.
+
+    python -m jaxgen.main --config=configs/glow_cifar10.py
+
+Time: not measured
+Paper: 3.35 bits/dim (Kingma & Dhariwal 2018, table 2)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='glow',
+        data=dict(source='cifar10', size=32, channels=3, batch=512),
+        model=dict(width=512, depth=32, levels=3, coupling='affine', mixing='matrix', edge=True, learn_top=True),
+        # 64 images on each of 8 processes; ten epochs of warm-up.
+        optim=dict(lr=1e-3, warmup=1000, ema=0.99),
+        train=dict(steps=200_000, log_every=100, save_every=5000, sample_every=20_000, remat=True),
+        variants={
+            'tiny': dict(
+                data=dict(source='shapes', size=8, batch=8),
+                model=dict(width=8, depth=2, levels=2, mixing='lu'),
+                optim=dict(lr=3e-3, warmup=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )

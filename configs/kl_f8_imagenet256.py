@@ -1,0 +1,60 @@
+r"""KL-f8, the autoencoder of Stable Diffusion: 256x256 pixels to 32x32x4 latents, 83.7 million weights.
+
+    python -m jaxgen.main --config=configs/kl_f8_imagenet256.py:lpips \
+        --config.model.lpips="('vgg16-397923af.pth', 'vgg.pth')"
+
+The variant `lpips` is the published loss. Its weights are for a person to fetch: torchvision's VGG-16
+(https://download.pytorch.org/models/vgg16-397923af.pth) and LPIPS's own, version 0.1
+(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
+are compared by their pixels and by the discriminator.
+
+The released model was trained on OpenImages, with the fields below. Latent diffusion multiplies the latents by 0.18215,
+one over their standard deviation: that is the later stage's business.
+
+Time: not measured
+Paper: reconstruction FID 0.90, PSNR 24.19 (Rombach et al. 2022, table 8, and the released code; ImageNet validation)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vqgan',
+        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random', flip=True),
+        model=dict(
+            regulariser='kl',
+            channels=128,
+            multipliers=(1, 2, 4, 4),
+            blocks=2,
+            latent=4,
+            kl_weight=1e-6,
+            perceptual=0.0,
+            adversarial=0.5,
+            discriminator_start=50_001,
+        ),
+        # 4.5e-6 for each image of the batch, and no averages, as in the released code.
+        optim=dict(lr=96 * 4.5e-6, b1=0.5, b2=0.9, ema=0.0),
+        train=dict(steps=250_000, log_every=100, save_every=5000, sample_every=0),
+        evaluate=dict(features='none', samples=50_000),
+        variants={
+            'lpips': dict(model=dict(perceptual=1.0)),
+            'tiny': dict(
+                data=dict(source='shapes', size=8, batch=8),
+                model=dict(
+                    channels=8,
+                    multipliers=(1, 2),
+                    blocks=1,
+                    discriminator_start=1,
+                    discriminator_channels=4,
+                    discriminator_layers=1,
+                ),
+                optim=dict(lr=3e-3, ema=0.9),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,47 @@
+"""A KL autoencoder of the drawn scenes (jaxgen/data/shapes.py): 32x32 pixels to 8x8x4 latents.
+
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/kl_shapes.py
+
+The first stage of a latent diffusion. Its samples are no pictures: they show what a prior has to do.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vqgan',
+        stages=dict(perceptual='runs/classifier_shapes'),
+        data=dict(source='shapes', size=32, channels=3, batch=16),
+        model=dict(
+            regulariser='kl',
+            channels=16,
+            multipliers=(1, 2, 4),
+            blocks=1,
+            latent=4,
+            kl_weight=1e-2,
+            perceptual=0.1,
+            adversarial=0.0,
+        ),
+        optim=dict(lr=2e-3, schedule='cosine', warmup=50, ema=0.995, ema_warmup=True),
+        train=dict(steps=1500, updates_per_call=10, log_every=50, save_every=300, sample_every=0),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(
+                    channels=8, multipliers=(1, 2), adversarial=0.5, discriminator_channels=4, discriminator_layers=1
+                ),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,32 @@
+"""PixelCNN on scikit-learn's 8x8 digits, whose residual blocks have masked convolutions.
+
+    python -m jaxgen.main --config=configs/pixelcnn_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='pixelcnn',
+        data=dict(source='digits', size=8, channels=1, batch=64),
+        model=dict(network='pixelcnn', pixelcnn=dict(channels=32, blocks=4, kernel=5, head=64, dropout=0.3)),
+        optim=dict(lr=3e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
+        train=dict(steps=700, updates_per_call=10, log_every=50, save_every=350, sample_every=350),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(pixelcnn=dict(channels=8, blocks=1, kernel=3, head=12)),
+                optim=dict(lr=1e-2, schedule='constant', warmup=2),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

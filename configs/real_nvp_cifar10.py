@@ -1,0 +1,31 @@
+"""Real NVP on CIFAR-10 as in the paper: 19.6 million weights, 32x32.
+
+    python -m jaxgen.main --config=configs/real_nvp_cifar10.py
+
+Time: not measured
+Paper: 3.49 bits/dim (Dinh et al. 2016, table 1)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='real_nvp',
+        data=dict(source='cifar10', size=32, channels=3, batch=64, flip=True),
+        model=dict(width=64, blocks=8, scales=2, norm=True, constraint=0.9, scale_penalty=5e-5),
+        optim=dict(lr=1e-3, ema=0.999),
+        train=dict(steps=200_000, log_every=100, save_every=5000, sample_every=20_000, remat=True),
+        variants={
+            'tiny': dict(
+                data=dict(source='shapes', size=4, batch=8),
+                model=dict(width=4, blocks=2),
+                optim=dict(lr=3e-3),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )

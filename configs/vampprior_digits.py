@@ -1,0 +1,48 @@
+"""VAE with a VampPrior of 100 learned pseudo-inputs on scikit-learn's 8x8 digits, gated layers.
+
+    python -m jaxgen.main --config=configs/vampprior_digits.py
+
+The variant `normal` is the same model with the prior N(0, I).
+
+Time: 7 minutes on 2 CPU cores with much other work on them
+Paper: none
+Ours: 3.64 bits/dim of 256 levels (bound by 64 importance samples, 359 held-out digits); Fréchet distance 0.76
+(classifier_digits, 500 samples; held-out digits have 0.19)
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vae',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        model=dict(
+            network='gated',
+            hidden=(300, 300),
+            latent=10,
+            prior='vamp',
+            pseudo_inputs=100,
+            pseudo_data=True,
+            pseudo_std=0.05,
+            likelihood='discretised_gaussian',
+            scale=0.5,
+            learn_scale=False,
+            beta_warmup=500,
+        ),
+        optim=dict(lr=1e-3, schedule='cosine', ema=0.999, ema_warmup=True),
+        train=dict(steps=6000, updates_per_call=50, log_every=500, save_every=3000, sample_every=3000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'normal': dict(model=dict(prior='normal')),
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(hidden=(16, 12), latent=4, pseudo_inputs=5, beta_warmup=2, iwae_samples=3),
+                optim=dict(lr=3e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,67 @@
+"""VQGAN of the drawn scenes (jaxgen/data/shapes.py): 32x32 pixels to 8x8 codes out of 256.
+
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/vqgan_shapes.py
+
+The first of two stages: its samples are codes drawn each on its own, no scenes. The discriminator comes in halfway.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vqgan',
+        stages=dict(perceptual='runs/classifier_shapes'),
+        data=dict(source='shapes', size=32, channels=3, batch=16),
+        model=dict(
+            regulariser='vq',
+            channels=16,
+            multipliers=(1, 2, 4),
+            blocks=1,
+            latent=8,
+            vocabulary=256,
+            restart=0.03,
+            perceptual=0.1,
+            adversarial=0.1,
+            discriminator_start=600,
+            discriminator_channels=16,
+            discriminator_layers=2,
+        ),
+        optim=dict(
+            lr=2e-3,
+            schedule='cosine',
+            warmup=50,
+            b1=0.5,
+            b2=0.9,
+            ema=0.995,
+            ema_warmup=True,
+            networks=dict(discriminator=dict(lr=5e-4)),
+        ),
+        train=dict(steps=1200, updates_per_call=10, log_every=50, save_every=300, sample_every=0),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(
+                    channels=8,
+                    multipliers=(1, 2),
+                    latent=4,
+                    vocabulary=8,
+                    restart=0.0,
+                    discriminator_start=1,
+                    discriminator_channels=4,
+                    discriminator_layers=1,
+                ),
+                optim=dict(lr=3e-3, schedule='constant', warmup=0),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,40 @@
+"""VQ-VAE-2's prior on scikit-learn's 8x8 digits: 2x2 coarse codes, with attention, and 4x4 fine ones given these.
+
+    python -m jaxgen.main --config=configs/vqvae2_digits_prior.py
+
+after its first stage, `configs/vqvae2_digits.py`.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='pixelcnn',
+        stages=dict(first='runs/vqvae2_digits'),
+        data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
+        model=dict(
+            network='snail',
+            snail=dict(channels=32, blocks=2, layers=2, heads=4, dropout=0.3),
+            embedding=32,
+            conditional=True,
+        ),
+        optim=dict(lr=3e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
+        train=dict(steps=800, updates_per_call=10, log_every=50, save_every=400, sample_every=400),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(snail=dict(channels=8, blocks=1, layers=1, heads=2), embedding=6, coarser_blocks=1),
+                optim=dict(lr=1e-2, schedule='constant', warmup=2),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

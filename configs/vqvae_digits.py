@@ -1,0 +1,33 @@
+"""VQ-VAE of scikit-learn's 8x8 handwritten digits: 4x4 codes out of 64.
+
+    python -m jaxgen.main --config=configs/vqvae_digits.py
+
+Time: 1.4 minutes on 2 CPU cores with other work on them
+Paper: none
+Ours: of a held-out digit 0.012 squared error (pixels in [-1, 1]), 5.9 bits per code, all 64 codes in use; codes drawn
+each on its own give Fréchet distance 5.84 (classifier_digits, 500 samples; held-out digits have 0.19): they need a prior
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='vqvae',
+        data=dict(source='digits', size=8, channels=1, batch=128),
+        model=dict(width=64, hidden=32, halvings=1, vocabulary=64, latent=16, variance=0.56, restart=0.1),
+        optim=dict(lr=2e-3, schedule='cosine', ema=0.99, ema_warmup=True),
+        train=dict(steps=2000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(width=8, blocks=1, hidden=4, vocabulary=8, latent=4),
+                optim=dict(lr=3e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,390 @@
+"""VQGAN and the KL autoencoder: first stages, whose latents other models are trained on.
+
+Esser et al. 2021, Taming Transformers for High-Resolution Image Synthesis (arXiv 2012.09841): `regulariser` = 'vq', a
+map of codes out of one codebook. Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models
+(arXiv 2112.10752), section 3.1 and appendix G: 'kl', a map of numbers held near N(0, I) very loosely; and VQ-f4, which
+is 'vq' with a large codebook of few numbers. One network, one loss:
+
+    nll + regulariser + adversarial * weight * deceit,  weight = |d nll / d w| / (|d deceit / d w| + 1e-4)
+
+with deceit the generator's side of a game with a discriminator, and w the kernel of the decoder's last layer (VQGAN's
+eq. 7). What pixels and what a network sees make one figure of each image, d = mean |x - y| + perceptual *
+distance(x, y), see `jaxgen/losses/perceptual.py`. What it becomes:
+
+- 'vq': nll = d, and the regulariser is codebook_weight * (codebook loss + beta * commitment). The released code of
+  VQGAN has the two the other way round: beta = 0.25 weights the codebook loss, the commitment counts in full. That is
+  codebook_weight = 0.25 and beta = 4 here.
+- 'kl': nll = D (d / s + log s), with D numbers in an image and s = 1: sums over the image, as the KL term is a sum over
+  its latents, and kl_weight = 1e-6 is meant beside sums. s can be learned (`learn_scale`); in the released code it is a
+  parameter that no optimiser has.
+
+From update `discriminator_start` on a PatchGAN is in the game: it learns to tell x from y, by a hinge loss, and the
+decoder to be taken for real. Both have their own optimiser (`config.optim.networks.discriminator`), and neither step
+touches the other's weights. Half the sum of both parts is the discriminator's loss in the released code: the same to
+Adam.
+
+`sample` is no model of images. Codes are drawn each on its own by how often training met them, latents from normals of
+their channels' mean and variance. A prior is what draws: a transformer over the codes, a diffusion of the latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.errors import UserError
+from jaxgen.losses import adversarial as games
+from jaxgen.losses import perceptual as perception
+from jaxgen.losses.divergences import normal_kl
+from jaxgen.networks import patchgan, quantise
+from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
+
+Array = jax.Array
+
+# Of the running statistics in State.extra: those of the discriminator as in torch, latents and codes slower.
+STATISTICS_DECAY = 0.9
+LATENTS_DECAY = 0.99
+LOG_VAR_BOUNDS = (-30.0, 20.0)  # of the encoder's log variances, as in the published code
+# Losses of the two players: (discriminator, generator).
+GAMES = {
+    'hinge': (games.hinge_discriminator, games.wasserstein_generator),
+    'vanilla': (games.vanilla_discriminator, games.non_saturating_generator),
+}
+
+
+def with_slope(f: Callable, y: Array) -> tuple[Array, dict, Array]:
+    """f(y) -> (scalar, aux) together with d f / d y, each computed once.
+
+    Gradients go from the returned scalar to y and to nothing else that f reads. The loss needs the slopes for its
+    weights, and a second pass through the perceptual network and the discriminator would cost as much as the first.
+    """
+    fixed = jax.lax.stop_gradient(y)
+    (value, aux), slope = jax.value_and_grad(f, has_aux=True)(fixed)
+    value, aux, slope = jax.lax.stop_gradient((value, aux, slope))
+    return value + jnp.vdot(slope, y - fixed), aux, slope
+
+
+def build(
+    context: Context,
+    *,
+    regulariser: str = 'kl',
+    channels: int = 128,
+    multipliers: tuple[int, ...] = (1, 2, 4, 4),
+    blocks: int = 2,
+    attention: tuple[int, ...] = (),
+    latent: int = 4,
+    kl_weight: float = 1e-6,
+    learn_scale: bool = False,
+    vocabulary: int = 1024,
+    beta: float = 0.25,
+    codebook_weight: float = 1.0,
+    restart: float = 0.0,
+    interface: str = 'codes',
+    perceptual: float = 1.0,
+    lpips: tuple[str, ...] = (),
+    adversarial: float = 0.5,
+    game: str = 'hinge',
+    discriminator_start: int = 0,
+    discriminator_channels: int = 64,
+    discriminator_layers: int = 3,
+    discriminator_norm: str = 'batch',
+) -> Family:
+    """VQGAN or KL autoencoder.
+
+    Args:
+      regulariser: 'vq' | 'kl'.
+      channels, multipliers, blocks, attention: of encoder and decoder, see networks/first_stage.py. The latents are
+        smaller than the image by 2 ** (levels - 1).
+      latent: numbers at each position of the latents, or of one code.
+      kl_weight, learn_scale: of 'kl', see above.
+      vocabulary, beta, codebook_weight: of 'vq', see above.
+      restart: of 'vq': codes that fewer latents per update came to, on average, start anew at one of the batch's; 0,
+        as published: never.
+      interface: of 'vq': 'codes' | 'latents', what `encode` gives later stages and `decode` takes. 'latents' are the
+        encoder's numbers as they are, and `decode` finds their codes: so latent diffusion uses VQ-f4.
+      perceptual: weight of the perceptual distance; 0: none. It needs one of two:
+      lpips: files with the weights of LPIPS on VGG-16, see losses/perceptual.py; else a run with features, whose
+        directory is config.stages.perceptual.
+      adversarial: weight of the adversarial loss; 0: there is no discriminator.
+      game: 'hinge' | 'vanilla'.
+      discriminator_start: update from which on the discriminator learns and is listened to.
+      discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
+
+    encode gives the mean latents of 'kl', float32 [n, h, w, latent], or for 'vq' a tuple of the codes, int32 [n, h, w],
+    or latents before they are quantised. State.extra has 'latents' for 'kl': running mean and square of the latents by
+    channel; a later stage divides by their deviation.
+
+    update logs 'reconstruction', d above. For 'vq' it logs 'perplexity', the exp of the entropy of the batch's codes,
+    and 'usage', the share of codes met in the batch. evaluate gives per image, of its reconstruction from the mean
+    latents or codes: 'squared_error' and 'absolute_error', means over pixels in [-1, 1]; 'perceptual', the distance;
+    'kl', nats; 'bits_per_code', -log2 of the shares that codes have in training, mean over codes; and what the
+    discriminator says, 'discriminator_real' and 'discriminator_fake', means over patches.
+
+    Raises:
+      UserError: a value that cannot work, or there is nothing to measure the perceptual distance with.
+    """
+    height, columns, image_channels = context.image
+    quantised = regulariser == 'vq'
+    divisor = 2 ** max(len(multipliers) - 1, 0)
+    if regulariser not in ('vq', 'kl'):
+        raise UserError(f"config.model.regulariser must be 'vq' or 'kl'; it is {regulariser!r}")
+    if not multipliers or min(channels, blocks, latent, *multipliers) < 1 or vocabulary < 2:
+        raise UserError(
+            'config.model: channels, multipliers, blocks and latent must be 1 or more, vocabulary 2 or more'
+        )
+    if min(kl_weight, beta, codebook_weight, restart, perceptual, adversarial, discriminator_start) < 0:
+        raise UserError(
+            'config.model: kl_weight, beta, codebook_weight, restart, perceptual, adversarial and discriminator_start '
+            'must be 0 or more'
+        )
+    if interface not in ('codes', 'latents'):
+        raise UserError(f"config.model.interface must be 'codes' or 'latents'; it is {interface!r}")
+    if learn_scale and quantised:
+        raise UserError("config.model.learn_scale needs config.model.regulariser = 'kl'")
+    if game not in GAMES:
+        raise UserError(f'config.model.game must be one of {tuple(GAMES)}; it is {game!r}')
+    if height % divisor or columns % divisor:
+        raise UserError(
+            f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers = {multipliers}'
+        )
+    if adversarial:
+        patchgan.check(
+            'discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm
+        )
+    if 'perceptual' in context.stages and lpips:
+        raise UserError('give config.stages.perceptual or config.model.lpips, not both')
+    if perceptual and not lpips and 'perceptual' not in context.stages:
+        raise UserError(
+            'config.model.perceptual needs a network to see with: name a run of a classifier as '
+            'config.stages.perceptual, give weights as config.model.lpips, or set it to 0'
+        )
+    by_stage = perception.of_stage(context.stages['perceptual']) if 'perceptual' in context.stages else None
+    weights = perception.load(lpips, context.image) if lpips else None
+
+    grid = (height // divisor, columns // divisor)
+    size = math.prod(context.image)
+    sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
+    rest = dict(remat=context.remat, dtype=context.dtype)
+    encoder = Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest)
+    decoder = Decoder(image_channels=image_channels, **sizes, **rest)
+    discriminator = patchgan.PatchGAN(
+        discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype
+    )
+    last = last_layer(image_channels, context.dtype)
+    judging, deceiving = GAMES[game]
+
+    def seen(frozen, x: Array, y: Array) -> Array:
+        """Perceptual distance [n]."""
+        return by_stage(frozen['perceptual'], x, y) if by_stage else perception.lpips(weights, x, y)
+
+    def posterior(params, x: Array) -> tuple[Array, Array]:
+        """Mean and log variance, [n, h, w, latent]."""
+        mean, log_var = jnp.split(encoder.apply({'params': params['encoder']}, x), 2, -1)
+        return mean, jnp.clip(log_var, *LOG_VAR_BOUNDS)
+
+    def find(params, x: Array) -> tuple[Array, Array, Array]:
+        """Latents and the vectors of their codes, [n, h, w, latent], and the codes, int32 [n, h, w]."""
+        z = encoder.apply({'params': params['encoder']}, x)
+        codes = quantise.nearest(z, params['codebook']['embedding'])
+        return z, quantise.embed(codes, params['codebook']['embedding']), codes
+
+    def latents(params, x: Array, rng: Array) -> tuple[Array, Array, dict, dict]:
+        """What the decoder gets in training, the regulariser's loss, logs, and what is kept of the latents."""
+        if quantised:
+            z, vectors, codes = find(params, x)
+            to_latents, to_codes = quantise.losses(z, vectors)
+            found = {'count': quantise.statistics(z, codes, vocabulary)['count']}
+            value = codebook_weight * (to_latents + beta * to_codes)
+            return quantise.straight_through(z, vectors), value, {'commitment': to_codes}, found
+        mean, log_var = posterior(params, x)
+        z = mean + jnp.exp(0.5 * log_var) * jax.random.normal(rng, mean.shape)
+        kl = normal_kl(mean, log_var).mean()
+        found = {'mean': z.mean((0, 1, 2)), 'square': jnp.square(z).mean((0, 1, 2))}
+        return z, kl_weight * kl, {'kl': kl}, {'latents': jax.lax.stop_gradient(found)}
+
+    def paint(params, z: Array) -> tuple[Array, Array]:
+        """Images, not clipped, and what the decoder's last layer saw."""
+        return decoder.apply({'params': params['decoder']}, z)
+
+    def picture(params, z: Array) -> Array:
+        return jnp.clip(paint(params, z)[0], -1, 1)
+
+    def judge(params, x: Array) -> tuple[Array, dict]:
+        """Values by patch, [n, rows, columns], with the statistics of this batch, and these."""
+        weights = {'params': params['discriminator']}
+        values, new = discriminator.apply(weights, x, train=True, mutable=['batch_stats'])
+        return values, new.get('batch_stats', {})
+
+    def by_last_layer(params, h: Array, slope: Array) -> Array:
+        """Gradient by the last layer's kernel, from the gradient by the images that it made of h."""
+        weights = jax.lax.stop_gradient(params['decoder']['last'])
+        h = jax.lax.stop_gradient(h)
+        image, back = jax.vjp(lambda w: last.apply({'params': {**weights, 'kernel': w}}, h), weights['kernel'])
+        return back(slope.astype(image.dtype))[0]
+
+    def generator_loss(params, given, batch, rng):
+        frozen, step = given
+        x = batch['image']
+        z, regular, logs, found = latents(params, x, rng)
+        y, h = paint(params, z)
+
+        def difference(y):
+            absolute = jnp.abs(x - y).mean()
+            distance = seen(frozen, x, y).mean() if perceptual else jnp.zeros(())
+            return absolute + perceptual * distance, {'absolute_error': absolute, 'perceptual': distance}
+
+        reconstruction, parts, slope = with_slope(difference, y)
+        log_scale = params['scale']['log_scale'] if learn_scale else jnp.zeros(())
+        by_scale = 1.0 if quantised else size * jnp.exp(-log_scale)
+        nll = by_scale * reconstruction + (0.0 if quantised else size * log_scale)
+        value = nll + regular
+        if adversarial:
+            deceit, _, its_slope = with_slope(lambda y: (deceiving(judge(params, y)[0]), {}), y)
+            weight = games.adaptive_weight(
+                by_last_layer(params, h, by_scale * slope), by_last_layer(params, h, its_slope)
+            )
+            value = value + jnp.where(step >= discriminator_start, adversarial * weight, 0.0) * deceit
+            logs |= {'generator_loss': deceit, 'adaptive_weight': weight}
+        if learn_scale:
+            logs['log_scale'] = log_scale
+        # `found` are not logs: they leave by the same door, to be averaged over parts of the batch.
+        return value, {'loss': value, 'reconstruction': reconstruction, **parts, **logs, 'found': found}
+
+    def discriminator_loss(params, given, batch, rng):
+        _, step = given
+        x = batch['image']
+        y = jax.lax.stop_gradient(paint(params, latents(params, x, rng)[0])[0])
+        real, of_real = judge(params, x)
+        fake, of_fake = judge(params, y)
+        value = judging(real, fake)
+        logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
+        found = {'discriminator': jax.tree.map(lambda a, b: (a + b) / 2, of_real, of_fake)}
+        return jnp.where(step >= discriminator_start, value, 0.0), {**logs, 'found': found}
+
+    trained = ['encoder', 'decoder', *(['codebook'] if quantised else []), *(['scale'] if learn_scale else [])]
+    generator_step = gradient_step(generator_loss, context.optim, *trained)
+    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
+
+    def init(rng, batch, frozen):
+        encoder_rng, decoder_rng, codebook_rng, discriminator_rng = jax.random.split(rng, 4)
+        params = {
+            'encoder': encoder.init(encoder_rng, batch['image'][:1])['params'],
+            'decoder': decoder.init(decoder_rng, jnp.zeros((1, *grid, latent)))['params'],
+        }
+        if quantised:
+            bound = 1 / vocabulary  # the published code's start, close together
+            book = jax.random.uniform(codebook_rng, (vocabulary, latent), minval=-bound, maxval=bound)
+            params['codebook'] = {'embedding': book}
+            extra = {'count': jnp.ones(vocabulary)}
+        else:
+            extra = {'latents': {'mean': jnp.zeros(latent), 'square': jnp.ones(latent)}}
+        if learn_scale:
+            params['scale'] = {'log_scale': jnp.zeros(())}
+        averaged = tuple(params)
+        if adversarial:
+            variables = discriminator.init(discriminator_rng, batch['image'][:1])
+            params['discriminator'] = variables['params']
+            extra['discriminator'] = variables.get('batch_stats', {})
+        return new_state(params, context.optim, extra, averaged)
+
+    def restarted(state, x: Array, rng: Array):
+        """The state with its dead codes replaced."""
+        z, _, _ = find(state.params, x)
+        old = state.params['codebook']['embedding']
+        book, count, dead = quantise.restart(old, state.extra['count'], z, rng, restart)
+        ema = dict(state.ema)
+        for name in [k for k in ema if k.partition('@')[0] == 'codebook']:
+            # Averages of a code that is given up are worth nothing either.
+            ema[name] = {'embedding': jnp.where(dead[:, None], book, ema[name]['embedding'])}
+        params = {**state.params, 'codebook': {'embedding': book}}
+        return state.replace(params=params, ema=ema, extra={**state.extra, 'count': count})
+
+    def update(state, frozen, batch, rng):
+        generator_rng, discriminator_rng, restart_rng = jax.random.split(rng, 3)
+        given = (frozen, state.step)
+        state, logs = generator_step(state, given, batch, generator_rng)
+        found = logs.pop('found')
+        decays = dict.fromkeys(found, LATENTS_DECAY)
+        if adversarial:
+            state, more = discriminator_step(state, given, batch, discriminator_rng)
+            found |= more.pop('found')
+            decays['discriminator'] = STATISTICS_DECAY
+            logs |= more
+        if quantised:
+            # Logs are means over the parts of an accumulated gradient; counts are of the whole batch.
+            found['count'] = found['count'] * context.optim.accumulate
+            logs['perplexity'] = quantise.spread_of(found['count'])
+            logs['usage'] = (found['count'] > 0).mean()
+
+        def averaged(name):
+            # At first all updates count alike: the start values would else linger.
+            decay = jnp.minimum(decays[name], state.step / (state.step + 1))
+            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra[name], found[name])
+
+        state = advance(state.replace(extra={name: averaged(name) for name in found}), context.optim)
+        if quantised and restart:
+            # The batch's latents are wanted only where a code is dead: most updates go without.
+            dead = (state.extra['count'] < restart).any()
+            state = jax.lax.cond(dead, lambda s: restarted(s, batch['image'], restart_rng), lambda s: s, state)
+        return state, logs
+
+    def shares(state) -> Array:
+        """How often training met each code, [vocabulary], none 0, sum 1."""
+        count = quantise.smoothed(state.extra['count'])
+        return count / count.sum()
+
+    def evaluate(state, frozen, batch, rng):
+        x, figures = batch['image'], {}
+        if quantised:
+            _, z, codes = find(state.ema, x)
+            figures['bits_per_code'] = -jnp.log2(shares(state))[codes].mean((1, 2))
+        else:
+            z, log_var = posterior(state.ema, x)
+            figures['kl'] = normal_kl(z, log_var)
+        y = picture(state.ema, z)
+        figures['squared_error'] = jnp.square(x - y).mean((1, 2, 3))
+        figures['absolute_error'] = jnp.abs(x - y).mean((1, 2, 3))
+        if perceptual:
+            figures['perceptual'] = seen(frozen, x, y)
+        if adversarial:
+            variables = {'params': state.params['discriminator'], 'batch_stats': state.extra['discriminator']}
+            for name, images in (('real', x), ('fake', y)):
+                figures[f'discriminator_{name}'] = discriminator.apply(variables, images).mean((1, 2))
+        return figures
+
+    def encode(state, frozen, batch, rng):
+        """Mean latents, or latents before they are quantised, float32 [n, h, w, latent]; or a tuple of the codes."""
+        if not quantised:
+            return posterior(state.ema, batch['image'])[0]
+        z, _, codes = find(state.ema, batch['image'])
+        return (codes,) if interface == 'codes' else z
+
+    def by_codes(state, codes: Array) -> Array:
+        return picture(state.ema, quantise.embed(codes, state.ema['codebook']['embedding']))
+
+    def decode(state, frozen, latents, rng):
+        """What `encode` gives -> images [n, H, W, C] in [-1, 1]. Latents need not be any that it gave."""
+        if not quantised:
+            return picture(state.ema, latents)
+        by_book = (
+            quantise.nearest(latents, state.ema['codebook']['embedding']) if interface == 'latents' else latents[0]
+        )
+        return by_codes(state, by_book)
+
+    def sample(state, frozen, batch, rng):
+        keys = example_keys(rng, batch)
+        if quantised:
+            log_share = jnp.log(shares(state))
+            codes = jax.vmap(lambda key: jax.random.categorical(key, log_share, shape=grid))(keys)
+            return by_codes(state, codes)
+        mean, square = state.extra['latents']['mean'], state.extra['latents']['square']
+        deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
+        return decode(state, frozen, mean + deviation * normal(keys, (*grid, latent)), rng)
+
+    discrete = quantised and interface == 'codes'
+    kind = dict(codes=(grid,), vocabulary=vocabulary) if discrete else dict(latent=(*grid, latent))
+    return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, **kind)

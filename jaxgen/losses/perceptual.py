@@ -1,0 +1,200 @@
+"""Perceptual distance: how differently a network sees two images (Zhang et al. 2018, arXiv 1801.03924).
+
+Feature maps of several depths are normalised along their channels, and their squared differences are summed over
+channels, each with its weight, and averaged over positions (eq. 1). The network is one of two:
+
+- LPIPS: VGG-16, with weights of the channels that were fitted to the judgements of people. Both come from files that a
+  person has. As a loss of autoencoders it takes half of the training's memory and time.
+- Any run that encodes, a classifier of the same data above all (`config.stages.perceptual`), every channel with the
+  weight 1: what the paper calls the baseline. It needs no file and works for small images.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxgen import log
+from jaxgen.contract import Family
+from jaxgen.errors import UserError
+from jaxgen.networks.vgg import CHANNELS, LEAST, VGG16
+
+Array = jax.Array
+
+# Files whose distance is the published LPIPS, version 0.1, and digits of their SHA-256.
+PUBLISHED = {
+    'https://download.pytorch.org/models/vgg16-397923af.pth': '397923af',
+    'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth': (
+        'a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868'
+    ),
+}
+ADVICE = f'give two files as config.model.lpips = (VGG, LPIPS); the published ones are {" and ".join(PUBLISHED)}'
+# LPIPS's own scaling of images in [-1, 1], red, green and blue: nearly that of torchvision's images in [0, 1].
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+EPS = 1e-10
+
+
+def normalised(x: Array) -> Array:
+    """Channels [..., c] as a vector of length 1 at every position, or 0 where all are 0. Float32."""
+    x = x.astype(jnp.float32)
+    square = jnp.square(x).sum(-1, keepdims=True)
+    # The root has no derivative at 0, and a map of ReLUs has positions where all is 0.
+    return x / (jnp.sqrt(jnp.maximum(square, EPS**2)) + EPS)
+
+
+def distance(a: Sequence[Array], b: Sequence[Array], weights: Sequence[Array] | None = None) -> Array:
+    """Sum over depths of the mean over positions of the weighted squared differences, float32 [n].
+
+    Args:
+      a, b: feature maps [n, h, w, c] or features [n, c] by depth, c the same at each depth in both.
+      weights: [c] by depth; None: all 1, and each depth gives 0 to 4 (0 to 2 for maps without negative values).
+    """
+    total = 0.0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        square = jnp.square(normalised(x) - normalised(y))
+        square = square.sum(-1) if weights is None else square @ weights[i]
+        total = total + square.reshape(len(square), -1).mean(1)
+    return total
+
+
+def of_stage(stage: Family) -> Callable:
+    """Distance by the features of an earlier stage: (its (state, frozen), x, y) -> [n].
+
+    Its `encode` is asked for maps of several depths (the batch holds 'maps'); one that does not know how gives its
+    features, and these are compared.
+
+    Raises:
+      UserError: its family encodes nothing that could be compared.
+    """
+    if stage.encode is None or stage.codes:
+        raise UserError('config.stages.perceptual must be a run with features: name one of a classifier')
+
+    def maps(weights, images):
+        found = stage.encode(*weights, {'image': images, 'maps': True}, jax.random.key(0))
+        return found if isinstance(found, tuple | list) else (found,)
+
+    return lambda weights, x, y: distance(maps(weights, x), maps(weights, y))
+
+
+def lpips(weights: dict, x: Array, y: Array) -> Array:
+    """LPIPS of images [n, H, W, 1 or 3] in [-1, 1], float32 [n]. Grey ones are seen as colour.
+
+    weights: as `load` gives them.
+    """
+
+    def maps(images):
+        images = jnp.broadcast_to(images, (*images.shape[:-1], 3))
+        return VGG16().apply({'params': weights['vgg']}, (images - SHIFT) / SCALE)
+
+    return distance(maps(x), maps(y), weights['channels'])
+
+
+def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) -> dict:
+    """Reads the weights of LPIPS on VGG-16 from a person's files.
+
+    Args:
+      paths: one or more files that together hold them: .safetensors, or what torch wrote (reading these takes torch),
+        with the names of torchvision's vgg16 and of the `lpips` package. What else is in them is left alone.
+      image: H, W, C of the images that are to be compared.
+
+    Returns:
+      {'vgg': params of VGG16, 'channels': [float32 [c] by depth]}, numpy arrays.
+
+    Raises:
+      UserError: a file cannot be read, weights are missing or of other shapes, or the images are too small.
+    """
+    if min(image[:2]) < LEAST:
+        raise UserError(
+            f'LPIPS needs images of {LEAST} x {LEAST} pixels or more: name a run of a classifier as '
+            'config.stages.perceptual instead'
+        )
+    found, published = {}, set()
+    for path in paths:
+        tensors, sha256 = read(path)
+        published |= {digits for digits in PUBLISHED.values() if sha256.startswith(digits)}
+        found |= {canonical(name): a for name, a in tensors.items()}
+    wanted = shapes()
+    for name, shape in wanted.items():
+        there = list(found[name].shape) if name in found else 'absent'
+        if there != shape:
+            raise UserError(
+                f'{", ".join(paths)}: no weights of LPIPS on VGG-16: {name} is {there} there and must be {shape}; '
+                + ADVICE
+            )
+    if len(published) < len(PUBLISHED):
+        log.say(f'WARNING: {", ".join(paths)} are not the published weights: distances by them are not LPIPS')
+
+    def layout(a):
+        return np.ascontiguousarray(a.transpose(2, 3, 1, 0) if a.ndim == 4 else a, np.float32)
+
+    vgg, last = {}, len(CHANNELS)
+    for path, name in names().items():
+        vgg[path] = layout(found[name])
+    return {
+        'vgg': unflatten_dict(vgg, sep='/'),
+        'channels': [np.asarray(found[f'lin{i}.weight'], np.float32).reshape(-1) for i in range(last)],
+    }
+
+
+def canonical(name: str) -> str:
+    """Names of torchvision ('features.0.weight') and of lpips ('net.slice1.0.weight', 'lin0.model.1.weight') as one."""
+    name = re.sub(r'^(features|net\.slice\d+)\.(\d+)\.(weight|bias)$', r'features.\2.\3', name)
+    return re.sub(r'^lins?\.?(\d+)\.model\.\d+\.weight$', r'lin\1.weight', name)
+
+
+@functools.cache
+def names() -> dict[str, str]:
+    """{path among VGG16's params: name in torch}, where ReLUs and pools count as layers too."""
+    found, number = {}, 0
+    for i, group in enumerate(CHANNELS):
+        for j in range(len(group)):
+            found |= {
+                f'conv{i}_{j}/kernel': f'features.{number}.weight',
+                f'conv{i}_{j}/bias': f'features.{number}.bias',
+            }
+            number += 2
+        number += 1
+    return found
+
+
+@functools.cache
+def shapes() -> dict[str, list[int]]:
+    """{name in torch: shape in torch} of all that LPIPS needs."""
+    image = jax.ShapeDtypeStruct((1, LEAST, LEAST, 3), jnp.float32)
+    ours = flatten_dict(jax.eval_shape(VGG16().init, jax.random.key(0), image)['params'], sep='/')
+    found = {}
+    for path, name in names().items():
+        shape = ours[path].shape
+        found[name] = [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)
+    return found | {f'lin{i}.weight': [1, group[-1], 1, 1] for i, group in enumerate(CHANNELS)}
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], str]:
+    """{name: array} of a .safetensors file or of one that torch wrote, and the file's SHA-256."""
+    try:
+        with open(path, 'rb') as file:
+            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        if path.endswith('.safetensors'):
+            return safetensors.numpy.load_file(path), sha256
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # on archives that are then refused
+            tensors = torch.load(path, map_location='cpu', weights_only=True)
+        return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, sha256
+    except OSError as e:
+        raise UserError(f'the weights {path} cannot be read ({e.strerror or e}): {ADVICE}') from e
+    except ImportError as e:
+        raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
+    except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
+        raise UserError(f'{path} cannot be read as a file of weights ({type(e).__name__}): {ADVICE}') from e

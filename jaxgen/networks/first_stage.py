@@ -1,0 +1,135 @@
+"""Encoder and decoder between images and the small maps that later stages model.
+
+One pair serves VQGAN (Esser et al. 2021, arXiv 2012.09841, table 7) and the autoencoders of latent diffusion, KL-f8 of
+Stable Diffusion among them (Rombach et al. 2022, arXiv 2112.10752, appendix G): DDPM's U-Net without its skips and
+without time. As in the published code a 1x1 convolution stands on either side of the latents; it is part of the
+network here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.attention import SelfAttention
+from jaxgen.networks.layers import Conv, Dense, GroupNorm, upsample_nearest
+
+Array = jax.Array
+
+# Variance 1 / (3 fan in): torch's default, which the published networks keep in all layers.
+INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block, [n, H, W, C] to [n, H, W, features]."""
+
+    features: int
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm1')(x))
+        h = Conv(self.features, init=INIT, dtype=self.dtype, name='conv1')(h)
+        h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm2')(h))
+        h = Conv(self.features, init=INIT, dtype=self.dtype, name='conv2')(h)
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, init=INIT, dtype=self.dtype, name='shortcut')(x)
+        return x + h
+
+
+class Stack(nn.Module):
+    """What encoder and decoder share.
+
+    Attributes:
+      channels: at full size.
+      multipliers: channels of each level over `channels`; every level but the last halves the height and width.
+      blocks: residual blocks per level of the encoder; the decoder has one more.
+      attention: heights in pixels at which every residual block is followed by attention. The middle, at the smallest
+        size, always has it.
+      groups: of the group norms, see GroupNorm.
+      remat: recompute each block's activations in the backward pass.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    attention: tuple[int, ...] = ()
+    groups: int = 32
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def block(self, x: Array, features: int, name: str) -> Array:
+        block = nn.remat(ResBlock) if self.remat else ResBlock
+        return block(features, self.groups, self.dtype, name=name)(x)
+
+    def attend(self, x: Array, name: str) -> Array:
+        norm = functools.partial(GroupNorm, self.groups)
+        attention = nn.remat(SelfAttention) if self.remat else SelfAttention
+        return attention(self.dtype, normalisation=norm, init=INIT, name=name)(x)
+
+    def level(self, x: Array, level: int, blocks: int, name: str) -> Array:
+        for i in range(blocks):
+            x = self.block(x, self.channels * self.multipliers[level], f'{name}{level}_{i}')
+            if x.shape[1] in self.attention:
+                x = self.attend(x, f'{name}{level}_{i}_attention')
+        return x
+
+    def middle(self, x: Array) -> Array:
+        x = self.block(x, x.shape[-1], 'middle_0')
+        x = self.attend(x, 'middle_attention')
+        return self.block(x, x.shape[-1], 'middle_1')
+
+    def end(self, x: Array) -> Array:
+        """What the last convolution sees."""
+        return nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm')(x))
+
+
+class Encoder(Stack):
+    """Images [n, H, W, C] to float32 [n, H / f, W / f, outputs] with f = 2 ** (levels - 1)."""
+
+    outputs: int = 8
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(self.channels, init=INIT, dtype=self.dtype, name='first')(x)
+        for level in range(len(self.multipliers)):
+            if level:
+                # 'SAME' pads at the bottom and right only, as the published code does.
+                x = Conv(x.shape[-1], stride=2, init=INIT, dtype=self.dtype, name=f'down{level - 1}')(x)
+            x = self.level(x, level, self.blocks, 'down')
+        x = self.end(self.middle(x))
+        x = Conv(self.outputs, init=INIT, dtype=self.dtype, name='last')(x)
+        return Dense(self.outputs, init=INIT, dtype=self.dtype, name='to_latent')(x).astype(jnp.float32)
+
+
+class Decoder(Stack):
+    """Latents [n, h, w, c] to images [n, h f, w f, image_channels], not clipped.
+
+    Returns:
+      The images, float32, and what the last convolution saw, [n, h f, w f, channels of the first level].
+    """
+
+    image_channels: int = 3
+
+    @nn.compact
+    def __call__(self, z: Array) -> tuple[Array, Array]:
+        last = len(self.multipliers) - 1
+        x = Dense(z.shape[-1], init=INIT, dtype=self.dtype, name='from_latent')(z)
+        x = Conv(self.channels * self.multipliers[last], init=INIT, dtype=self.dtype, name='first')(x)
+        x = self.middle(x)
+        for level in range(last, -1, -1):
+            x = self.level(x, level, self.blocks + 1, 'up')
+            if level:
+                x = Conv(x.shape[-1], init=INIT, dtype=self.dtype, name=f'up{level}')(upsample_nearest(x))
+        h = self.end(x)
+        return last_layer(self.image_channels, self.dtype, name='last')(h).astype(jnp.float32), h
+
+
+def last_layer(image_channels: int, dtype: Any, name: str | None = None) -> nn.Module:
+    """The decoder's last convolution, by whose gradients the adversarial loss is weighted."""
+    return Conv(image_channels, init=INIT, dtype=dtype, name=name)

@@ -1,0 +1,96 @@
+"""PatchGAN: a discriminator that judges every patch of an image for itself (Isola et al. 2017, arXiv 1611.07004).
+
+Section 3.2 and appendix 6.1.2; used by pix2pix, CycleGAN, VQGAN and latent diffusion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.errors import UserError
+from jaxgen.networks.layers import BatchNorm, Conv
+
+Array = jax.Array
+
+NORMS = ('batch', 'instance', 'none')
+
+
+def instance_norm(x: Array, eps: float = 1e-5) -> Array:
+    """Each channel of each example [n, H, W, C] to mean 0 and variance 1 over its positions, without weights.
+
+    Ulyanov et al. 2016, arXiv 1607.08022. Statistics in float32, result in x's dtype.
+    """
+    y = x.astype(jnp.float32)
+    y = y - y.mean((1, 2), keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
+
+
+def patches(height: int, layers: int) -> int:
+    """Rows of the map that an image of this height gives; 0 or less: it is too small.
+
+    Three layers look at patches of 70 x 70 pixels.
+    """
+    for _ in range(layers):
+        height //= 2
+    return height - 2
+
+
+def check(field: str, image: tuple[int, int, int], channels: int, layers: int, norm: str) -> None:
+    """Raises UserError where a discriminator with these attributes cannot judge such images.
+
+    field: what stands before the names of the attributes in the config.
+    """
+    if norm not in NORMS:
+        raise UserError(f'config.model.{field}norm must be one of {NORMS}; it is {norm!r}')
+    if channels < 1 or layers < 1:
+        raise UserError(f'config.model.{field}channels and {field}layers must be 1 or more')
+    if min(patches(size, layers) for size in image[:2]) < 1:
+        raise UserError(
+            f'config.model.{field}layers = {layers} is too many for images of {image[0]} x {image[1]} pixels: '
+            f'it needs {3 * 2**layers} pixels'
+        )
+
+
+class PatchGAN(nn.Module):
+    """Images [n, H, W, C] to one value per patch, float32 [n, h, w].
+
+    Convolutions of kernel 4: `layers` with stride 2 and two without, leaky ReLUs of slope 0.2 between, norms after all
+    but the first and the last.
+
+    Attributes:
+      channels: of the first layer, ndf in the published code; doubled with every layer up to 8 times as many.
+      layers: n_layers of the published code, 3 for patches of 70 x 70 pixels.
+      norm: 'batch': BatchNorm, see there about `train` and the collection 'batch_stats'; 'instance': without weights;
+        'none'.
+    """
+
+    channels: int = 64
+    layers: int = 3
+    norm: str = 'batch'
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """train: batch statistics are those of this batch."""
+
+        def conv(x, features, stride, bias, name):
+            init = nn.initializers.normal(0.02)
+            padding = ((1, 1), (1, 1))
+            return Conv(features, 4, stride=stride, padding=padding, bias=bias, init=init, dtype=self.dtype, name=name)(
+                x
+            )
+
+        x = nn.leaky_relu(conv(x, self.channels, 2, True, 'conv0'), 0.2)
+        for i in range(1, self.layers + 1):
+            # The norm takes the mean away and has a bias of its own, if it has weights.
+            x = conv(x, self.channels * min(2**i, 8), 2 if i < self.layers else 1, self.norm != 'batch', f'conv{i}')
+            if self.norm == 'batch':
+                x = BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x)
+            elif self.norm == 'instance':
+                x = instance_norm(x)
+            x = nn.leaky_relu(x, 0.2)
+        return conv(x, 1, 1, True, 'last').astype(jnp.float32)[..., 0]

@@ -1,0 +1,203 @@
+"""Networks of variational autoencoders: from pictures to normal distributions over codes, and back.
+
+An encoder gives the mean and the log variance of a diagonal normal. `told` is what it is told beside the picture,
+[n, k] numbers: the class, one-hot, or the code of the level above.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.layers import Conv, Dense, upsample_nearest, variance_scaling
+
+Array = jax.Array
+
+# Bounds on the log variances of gated networks (Tomczak & Welling's code): no component of a mixture of posteriors
+# can shrink to a point or swallow the others.
+LOG_VAR = (-6.0, 2.0)
+
+
+def dense(x: Array, features: int, gated: bool, dtype: Any) -> Array:
+    """A layer of the module that calls this: relu(W x), or gated, (A x) sigmoid(B x) (Dauphin et al. 2017, eq. 1)."""
+    if not gated:
+        return nn.relu(Dense(features, dtype=dtype)(x))
+    value, gate = jnp.split(Dense(2 * features, init=he_normal(), dtype=dtype)(x), 2, -1)
+    return value * nn.sigmoid(gate)
+
+
+def he_normal():
+    """Init of gated networks: N(0, 2 / fan in)."""
+    return nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+def moments(x: Array, latent: int, gated: bool, dtype: Any) -> tuple[Array, Array]:
+    """Mean and log variance, float32 [n, latent] both, by one linear layer of the module that calls this."""
+    init = he_normal() if gated else variance_scaling()
+    mean, log_var = jnp.split(Dense(2 * latent, init=init, dtype=dtype)(x).astype(jnp.float32), 2, -1)
+    return mean, jnp.clip(log_var, *LOG_VAR) if gated else log_var
+
+
+def beside(x: Array, told: Array | None) -> Array:
+    """[n, ..., c] and [n, k] -> [n, ..., c + k], the same k numbers everywhere."""
+    if told is None:
+        return x
+    told = told.reshape(len(x), *[1] * (x.ndim - 2), -1)
+    return jnp.concatenate([x, jnp.broadcast_to(told, (*x.shape[:-1], told.shape[-1]))], -1)
+
+
+class Down(nn.Module):
+    """[n, H, W, C] -> [n, H/2, W/2, features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(Conv(self.features, stride=2, dtype=self.dtype)(x))
+        return nn.relu(Conv(self.features, dtype=self.dtype)(x))
+
+
+class Up(nn.Module):
+    """[n, H, W, C] -> [n, 2H, 2W, features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(Conv(self.features, dtype=self.dtype)(x))
+        return nn.relu(Conv(self.features, dtype=self.dtype)(upsample_nearest(x)))
+
+
+class ConvEncoder(nn.Module):
+    """[n, H, W, C] -> mean and log_var [n, latent], float32."""
+
+    latent: int
+    width: int
+    levels: int
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
+        block = nn.remat(Down) if self.remat else Down
+        x = nn.relu(Conv(self.width, dtype=self.dtype)(beside(x, told)))
+        for i in range(self.levels):
+            x = block(self.width * 2 ** (i + 1), self.dtype, name=f'down{i}')(x)
+        return moments(x.reshape(len(x), -1), self.latent, False, self.dtype)
+
+
+class ConvDecoder(nn.Module):
+    """[n, latent] -> one number per pixel and channel, float32 [n, H, W, C]."""
+
+    image: tuple[int, int, int]
+    width: int
+    levels: int
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        block = nn.remat(Up) if self.remat else Up
+        height, width, channels = self.image
+        shape = (height >> self.levels, width >> self.levels, self.width << self.levels)
+        x = nn.relu(Dense(math.prod(shape), dtype=self.dtype)(z))
+        x = x.reshape(-1, *shape)
+        for i in reversed(range(self.levels)):
+            x = block(self.width * 2**i, self.dtype, name=f'up{i}')(x)
+        return Conv(channels, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+class MlpEncoder(nn.Module):
+    """[n, ...] -> mean and log_var [n, latent], float32."""
+
+    latent: int
+    hidden: tuple[int, ...]
+    gated: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
+        x = beside(x.reshape(len(x), -1), told)
+        for features in self.hidden:
+            x = dense(x, features, self.gated, self.dtype)
+        return moments(x, self.latent, self.gated, self.dtype)
+
+
+class MlpDecoder(nn.Module):
+    """[n, latent] -> one number per pixel and channel, float32 [n, H, W, C]; layers in reverse order."""
+
+    image: tuple[int, int, int]
+    hidden: tuple[int, ...]
+    gated: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        for features in reversed(self.hidden):
+            z = dense(z, features, self.gated, self.dtype)
+        return pixel_numbers(z, self.image, self.gated, self.dtype)
+
+
+def pixel_numbers(x: Array, image: tuple[int, int, int], gated: bool, dtype: Any) -> Array:
+    """The last layer of a decoder, float32 [n, H, W, C]."""
+    init = he_normal() if gated else variance_scaling()
+    return Dense(math.prod(image), init=init, dtype=dtype)(x).astype(jnp.float32).reshape(-1, *image)
+
+
+def joined(a: Array, b: Array, hidden: tuple[int, ...], gated: bool, dtype: Any) -> Array:
+    """All layers but the last for each of a and b [n, ...] alone, the last one for both."""
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    for features in hidden[:-1]:
+        a = dense(a, features, gated, dtype)
+    for features in hidden[:-1]:
+        b = dense(b, features, gated, dtype)
+    return dense(jnp.concatenate([a, b], -1), hidden[-1], gated, dtype)
+
+
+class JoinedEncoder(nn.Module):
+    """x [n, ...] and the code above it [n, k] -> mean and log_var [n, latent], float32."""
+
+    latent: int
+    hidden: tuple[int, ...]
+    gated: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, above: Array) -> tuple[Array, Array]:
+        return moments(joined(x, above, self.hidden, self.gated, self.dtype), self.latent, self.gated, self.dtype)
+
+
+class JoinedDecoder(nn.Module):
+    """Codes [n, latent + k], of the level below and then of the level above, -> float32 [n, H, W, C]."""
+
+    image: tuple[int, int, int]
+    latent: int
+    hidden: tuple[int, ...]
+    gated: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        x = joined(z[:, : self.latent], z[:, self.latent :], self.hidden[::-1], self.gated, self.dtype)
+        return pixel_numbers(x, self.image, self.gated, self.dtype)
+
+
+class Pixels(nn.Module):
+    """A decoder and the log standard deviation that all pixels share: z -> ([n, H, W, C], scalar)."""
+
+    decoder: nn.Module
+    log_scale: float
+    learn_scale: bool
+
+    @nn.compact
+    def __call__(self, z: Array) -> tuple[Array, Array]:
+        log_scale = jnp.float32(self.log_scale)
+        if self.learn_scale:
+            log_scale = self.param('log_scale', nn.initializers.constant(self.log_scale), ())
+        return self.decoder(z), log_scale

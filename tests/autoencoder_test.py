@@ -1,0 +1,135 @@
+"""Autoencoders: what each corruption does to an image, and what is asked of the family with each."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgen.contract import Context
+from jaxgen.errors import UserError
+from jaxgen.families import autoencoder
+from jaxgen.optim import Optim
+
+SMALL = dict(width=4, blocks=1, hidden=2, halvings=1, latent=3)
+KEY = jax.random.key(0)
+
+
+def family(corruption='none', image=(8, 4, 3), accumulate=1, **model):
+    optim = Optim(lambda name, times=1: optax.sgd(0.1), accumulate, lambda step: 0.5)
+    f = autoencoder.build(Context(image, 0, optim), corruption=corruption, **{**SMALL, **model})
+    names = ('init', 'update', 'sample', 'evaluate', 'encode', 'decode')
+    return f._replace(**{name: jax.jit(getattr(f, name)) for name in names})
+
+
+def images(n: int = 4, seed: int = 0, image=(8, 4, 3)) -> dict:
+    x = jax.random.uniform(jax.random.key(seed), (n, *image), minval=-1, maxval=1)
+    return {'image': x, 'index': jnp.arange(n, dtype=jnp.int32)}
+
+
+def test_low_resolution_is_means_of_squares():
+    x = np.asarray(images()['image'])
+    small = np.stack([[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4, 6)])  # [4, 2, n, C]
+    wanted = np.kron(small.transpose(2, 3, 0, 1), np.ones((2, 2))).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(autoencoder.low_resolution(x, 2), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_grey_is_luma():
+    x = np.asarray(images()['image'])
+    luma = 0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]
+    np.testing.assert_allclose(autoencoder.grey(x), np.stack([luma] * 3, -1), rtol=1e-5, atol=1e-6)
+    whites = np.linspace(-1, 1, 48, dtype=np.float32).reshape(1, 4, 4, 3).mean(-1, keepdims=True).repeat(3, -1)
+    np.testing.assert_allclose(autoencoder.grey(whites), whites, atol=1e-6)  # grey stays what it is
+
+
+def test_holes_are_squares_anywhere_alike():
+    found = np.asarray(jax.jit(lambda keys: autoencoder.holes(keys, (5, 4), 3))(jax.random.split(KEY, 2000)))
+    assert found.shape == (2000, 5, 4, 1) and found.dtype == bool
+    places = set()
+    for hole in found[..., 0]:
+        rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
+        assert hole.sum() == 9 and len(rows) == len(columns) == 3 and np.ptp(rows) == np.ptp(columns) == 2
+        places.add((rows[0], columns[0]))
+    assert places == {(i, j) for i in range(3) for j in range(2)}
+    share = found.mean(0)[..., 0]
+    np.testing.assert_allclose(share, np.outer([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], [1 / 2, 1, 1, 1 / 2]), atol=0.05)
+
+
+def test_without_corruption():
+    f, batch = family(), images()
+    state = f.init(KEY, batch, {})
+    after, logs = f.update(state, {}, batch, KEY)
+    z = f.encode(state, {}, batch, KEY)
+    assert z.shape[1:] == f.latent == (4, 2, 3) and f.conditions == () and f.trajectory is None
+    again = f.decode(state, {}, z, KEY)
+    figures = f.evaluate(state, {}, batch, KEY)
+    assert set(figures) == {'squared_error'}
+    np.testing.assert_allclose(figures['squared_error'], jnp.square(again - batch['image']).mean((1, 2, 3)), rtol=1e-4)
+    keys = [jax.random.fold_in(KEY, i) for i in (7, 2)]
+    noise = jnp.stack([jax.random.normal(key, f.latent) for key in keys])
+    drawn = f.sample(state, {}, {'index': jnp.array([7, 2])}, KEY)
+    np.testing.assert_allclose(drawn, f.decode(state, {}, noise, KEY), atol=1e-5)
+    # No randomness: parts of a batch give the same step.
+    parts = family(accumulate=2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        parts.update(state, {}, batch, KEY)[0],
+        after,
+    )
+    assert logs['loss'] == pytest.approx(float(figures['squared_error'].mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize('corruption', ['noise', 'low_resolution', 'grey', 'mask'])
+def test_with_corruption(corruption):
+    """The clean image is the target, the spoilt one all that the network sees; the example's key spoils it."""
+    f, batch = family(corruption, hole=2, noise=0.4), images(6)
+    assert f.conditions == ('image',)
+    state = f.init(KEY, batch, {})
+    figures = f.evaluate(state, {}, batch, KEY)
+    x = batch['image']
+
+    def spoilt(keys):
+        """What the network sees, and which image is restored if it answers `out`."""
+        if corruption == 'noise':
+            return x + 0.4 * jax.vmap(lambda key: jax.random.normal(key, (8, 4, 3)))(keys), lambda out: out
+        if corruption == 'mask':
+            unknown = np.asarray(autoencoder.holes(keys, (8, 4), 2))
+            return x * ~unknown, lambda out: np.where(unknown, out, x)
+        simple = autoencoder.grey if corruption == 'grey' else lambda x: autoencoder.low_resolution(x, 2)
+        return simple(x), lambda out: out + simple(x) - simple(out)
+
+    seen, restored_by = spoilt(jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(6)))
+    np.testing.assert_allclose(figures['squared_error/input'], jnp.square(seen - x).mean((1, 2, 3)), rtol=1e-4)
+    out = f.decode(state, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)  # these two spoil nothing
+    assert np.abs(out).max() < 1, 'nothing was clipped'
+    restored = np.clip(restored_by(out), -1, 1)
+    np.testing.assert_allclose(f.sample(state, {}, batch, KEY), restored, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(f.trajectory)(state, {}, batch, KEY)['image'], [seen, restored], atol=1e-5)
+    np.testing.assert_allclose(figures['squared_error'], np.square(restored - x).mean((1, 2, 3)), rtol=1e-4)
+    moved = f.sample(state, {}, {**batch, 'index': batch['index'] + 1}, KEY)
+    assert (np.abs(moved - restored).max() > 1e-3) == (corruption in ('noise', 'mask'))
+
+    seen, restored_by = spoilt(jax.random.split(KEY, 6))
+    out = f.decode(state, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)
+    _, logs = f.update(state, {}, batch, KEY)
+    assert logs['loss'] == pytest.approx(float(jnp.square(restored_by(out) - x).mean()), rel=1e-4)
+
+
+def test_what_is_known_stays():
+    """Means of squares and luma of what is restored are those that were given, whatever the decoder says."""
+    x, out = images()['image'], images(seed=1)['image']
+    for simple in (autoencoder.grey, lambda x: autoencoder.low_resolution(x, 2)):
+        np.testing.assert_allclose(simple(out + simple(x) - simple(out)), simple(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('model', [
+    dict(corruption='blur'), dict(corruption='noise', noise=0.0), dict(corruption='low_resolution', factor=5),
+    dict(corruption='low_resolution', factor=1), dict(corruption='grey', image=(8, 8, 1)), dict(halvings=0),
+    dict(corruption='mask', hole=0), dict(corruption='mask', hole=9), dict(halvings=4), dict(latent=0), dict(width=1),
+])  # fmt: skip
+def test_says_what_is_wrong(model):
+    with pytest.raises(UserError, match=r'config\.') as error:
+        family(**{'image': (8, 8, 3), **model})
+    assert '\n' not in str(error.value)
