@@ -17,7 +17,7 @@ def get_config(variant: str = ''):
         data=dict(source='shapes', size=32, channels=3, batch=32),
         model=dict(corruption='grey', width=32, hidden=16, latent=16),
         optim=dict(lr=2e-3, schedule='cosine', ema=0.99, ema_warmup=True),
-        train=dict(steps=1500, updates_per_call=20, log_every=100, save_every=500, sample_every=500),
+        train=dict(steps=3000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
