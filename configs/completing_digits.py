@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/completing_digits.py
 
-Time: not measured
+Time: 1.1 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: squared error 0.042 of a completed held-out digit (pixels in [-1, 1]), 0.159 of the one with a hole
 """
 
 from jaxgen.config import make

@@ -5,9 +5,11 @@
 
 The first stage of a latent diffusion. Its samples are no pictures: they show what a prior has to do.
 
-Time: not measured
+Time: 37 minutes on 2 CPU cores that did much else
 Paper: none
-Ours: not measured
+Ours: not there yet. 1,500 updates bring back backgrounds, places and shapes, but all figures in one colour; the mean
+absolute error of the last training batches is 0.080, pixels in [-1, 1]. The latents have mean -0.3 and deviation 1.8
+(0.9, 2.7, 1.7 and 0.8 by channel).
 """
 
 from jaxgen.config import make

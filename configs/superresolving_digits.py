@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/superresolving_digits.py
 
-Time: not measured
+Time: 1.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: squared error 0.047 of a restored held-out digit (pixels in [-1, 1]), 0.198 of the one with large pixels
 """
 
 from jaxgen.config import make

@@ -23,7 +23,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(width=8, blocks=1, hidden=4, vocabulary=8, latent=4),
+                model=dict(width=8, blocks=1, hidden=4, vocabulary=16, latent=4),
                 optim=dict(lr=3e-3, schedule='constant'),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
