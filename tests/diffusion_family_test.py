@@ -408,8 +408,12 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
     plain = diffusion.build(context(image=(4, 4, 4)), **options)
     batch = {'image': images(4), 'index': jnp.arange(4)}
     reshaped = {**batch, 'image': first.encode(1.0, {}, batch, None)}
+    latent, plain = (
+        f._replace(update=jax.jit(f.update), sample=jax.jit(f.sample), trajectory=jax.jit(f.trajectory))
+        for f in (latent, plain)
+    )
     assert latent.divisor == 2 and latent.encode is None
-    state = latent.init(jax.random.key(0), batch, frozen)
+    state = jax.jit(latent.init)(jax.random.key(0), batch, frozen)
     state = jax.tree.map(lambda x: x + 0.1 if x.ndim else x, state)
     _, logs = latent.update(state, frozen, batch, jax.random.key(1))
     _, wanted = plain.update(state, {}, reshaped, jax.random.key(1))
