@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/colourising_shapes.py
 
-Time: not measured
+Time: 3.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: not measured
+Ours: squared error 0.010 of a coloured held-out scene (pixels in [-1, 1]), 0.067 of the grey one (500 scenes)
 """
 
 from jaxgen.config import make
