@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgen.errors import UserError
 from jaxgen.optim import Optim, power_decay
 
 Array = jax.Array
@@ -92,6 +93,14 @@ class Context(NamedTuple):
     stages: dict[str, Family] = {}  # earlier stages by name, their weights come in `frozen`
     dtype: Any = jnp.float32  # dtype of computation; weights are float32 always
     remat: bool = False  # recompute activations in the backward pass, block by block
+
+
+def check_labels(context: Context, conditional: bool) -> None:
+    """Raises UserError where a model is to be told the class and the data have none."""
+    if conditional and not context.classes:
+        raise UserError(
+            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
+        )
 
 
 def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str, ...] = ()) -> State:

@@ -202,15 +202,15 @@ def explore(run, n: int, seed: int, out: str) -> dict:
         examples = test.take(np.arange(min(POINTS, len(test))))
         images, labels = examples['image'], examples.get('label')
         shown = images[: 2 * n]
+        z = explorer.encode(shown if family.codes else images)
         if family.decode is not None:
-            again = explorer.decode(explorer.encode(shown))
+            again = explorer.decode(jax.tree.map(lambda a: a[: len(shown)], z))
             columns = max(1, min(len(shown), n))
             rows = [a[i : i + columns] for i in range(0, len(shown), columns) for a in (shown, again)]
             write('reconstructions', log.grid(np.concatenate(rows), columns))
             error = np.sqrt(np.square((again.astype(float) - shown) / 127.5).mean())
             found['reconstruction_error'] = {'value': float(error), 'n': len(shown)}
         if not family.codes:
-            z = explorer.encode(images)
             if family.decode is not None:
                 for name, sheet in interpolations(explorer, z[: len(shown) // 2 * 2]).items():
                     write(name, sheet)

@@ -177,8 +177,8 @@ def make_evaluator(config: ConfigDict, mesh) -> evaluate.Evaluator:
     else:
         path = which.removeprefix('run:')
         if not os.path.isfile(os.path.join(path, 'config.json')):
-            file = os.path.join('configs', f'{os.path.basename(os.path.abspath(path))}.py')
-            command = f' (python -m jaxgen.main --config={file})' if os.path.isfile(file) else ''
+            file = configs.named(path)
+            command = f' (python -m jaxgen.main --config={file})' if file else ''
             raise UserError(
                 f'config.evaluate.features = {which!r}: no run in {path}; train it first{command}, or --features=none '
                 'for the figures that need no other network'

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import NAMES, assemble, assert_same, devices, main, metrics, path, saved_state
+from support import NAMES, assemble, assert_same, devices, main, metrics, path, saved_state, tiny_stage
 
 from jaxgen import config as configs
 from jaxgen import data, describe, run, sample
@@ -235,7 +235,7 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
     for stage, folder in config.stages.items():
         config.stages[stage] = str(tmp_path / stage)
-        train(tiny(configs.name(configs.named(folder).partition(':')[0])), config.stages[stage])
+        train(tiny_stage(folder), config.stages[stage])
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
     train(config, whole)
     train(short, parts)

@@ -28,13 +28,18 @@ def path(name: str, variant: str = 'tiny') -> str:
     return os.path.join(ROOT, 'configs', f'{name}.py') + (f':{variant}' if variant else '')
 
 
+def tiny_stage(folder: str):
+    """The tiny config of the stage that a config names as the run in `folder`."""
+    return configs.load(os.path.join(ROOT, configs.named(folder).partition(':')[0]) + ':tiny')
+
+
 def fresh_stage(folder: str, mesh):
     """A stage of random weights by the tiny config of its name, where none is trained; see run.assemble."""
     import jax.numpy as jnp
 
     from jaxgen import data, run, sample
 
-    config = configs.load(os.path.join(ROOT, configs.named(folder).partition(':')[0]) + ':tiny')
+    config = tiny_stage(folder)
     a = run.assemble(config, mesh, fresh_stage)
     batch = {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
     state = jax.jit(a.family.init)(jax.random.key(7), sample.to_inside(batch), a.frozen)

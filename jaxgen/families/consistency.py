@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.diffusion import samplers
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
@@ -208,10 +208,7 @@ def build(
             f'config.model.levels must fall, from sigma_max {sigma_max} at most to more than sigma_min {sigma_min}; '
             f'they are {levels}'
         )
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     teacher = context.stages.get('teacher')
     if teacher is not None and teacher.denoise is None:
         raise UserError('config.stages.teacher must be the run of a diffusion model: this one does not denoise')

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.diffusion import importance, parameterisations, processes, samplers
 from jaxgen.diffusion.guidance import classifier_guided, guided
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
@@ -162,10 +162,7 @@ def build(
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(f'config.model.{name} must be one of {allowed}; it is {value!r}')
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     if not 0 <= eta <= 1 or not 0 <= label_dropout < 1 or not 0 <= guidance_rescale <= 1:
         raise UserError(
             f'config.model: eta {eta} and guidance_rescale {guidance_rescale} must be in [0, 1], '

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -220,10 +220,7 @@ def build(
         raise UserError('config.model: width, depth, levels and draws must be 1 or more')
     if temperature < 0:
         raise UserError(f'config.model.temperature {temperature} must be 0 or more')
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     if context.image[0] % 2**levels or context.image[1] % 2**levels:
         raise UserError(
             f'config.data.size = {context.image[0]} must be a multiple of {2**levels} '

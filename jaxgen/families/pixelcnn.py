@@ -25,7 +25,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
@@ -103,10 +103,7 @@ def build(
         raise UserError(f'config.model.network must be one of {tuple(NETWORKS)}; it is {network!r}')
     if sampler not in ('cached', 'plain'):
         raise UserError(f"config.model.sampler must be 'cached' or 'plain'; it is {sampler!r}")
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     if not 2 <= levels <= 256 or temperature <= 0 or embedding < 1 or coarser_blocks < 0:
         raise UserError(
             'config.model: levels must be from 2 to 256, temperature more than 0, embedding 1 or more, coarser_blocks '

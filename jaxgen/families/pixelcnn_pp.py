@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
@@ -62,10 +62,7 @@ def build(
     """
     if sampler not in ('cached', 'plain'):
         raise UserError(f"config.model.sampler must be 'cached' or 'plain'; it is {sampler!r}")
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     if min(filters, blocks, scales, mixtures) < 1 or not 0 <= dropout < 1 or temperature <= 0:
         raise UserError(
             'config.model: filters, blocks, scales and mixtures must be 1 or more, dropout in [0, 1), temperature '

@@ -15,9 +15,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
-from jaxgen.networks.transformer import CausalTransformer, categorical, filtered, flatten, unflatten
+from jaxgen.networks.transformer import CausalTransformer, categorical, check_prior, filtered, flatten, unflatten
 
 Array = jax.Array
 
@@ -52,17 +52,8 @@ def build(
       UserError: a value that cannot work, or a first stage without codes.
     """
     first = context.stages.get('first')
-    if first is None or not first.codes:
-        raise UserError('config.stages.first must be the run of a family with codes: vqvae or vqgan')
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
-    if min(channels, blocks, heads) < 1 or channels % heads:
-        raise UserError(
-            f'config.model: channels {channels}, blocks {blocks}, heads {heads} must be at least 1, and channels a '
-            'multiple of heads'
-        )
+    check_prior(first, channels, blocks, heads)
+    check_labels(context, conditional)
     if not (0 <= dropout < 1 and 0 < keep <= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise UserError(
             'config.model: dropout must be in [0, 1), keep and top_p in (0, 1], temperature and top_k not negative'

@@ -50,7 +50,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
@@ -226,10 +226,7 @@ def build(
         )
     if latent2 and (network == 'conv' or not hidden):
         raise UserError("config.model.latent2 needs config.model.network 'mlp' or 'gated', with a hidden layer or more")
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
     if conditional and (latent2 or prior != 'normal'):
         raise UserError(
             "config.model.conditional goes with one code and a normal prior: set latent2 to 0 and prior to 'normal'"

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks.vdm import SCHEDULES, Schedule, VDMNet
@@ -127,10 +127,7 @@ def build(
             f'config.model: timesteps {timesteps} and sample_steps {sample_steps} must be 0 or more, '
             f'bound_times {bound_times} at least 1'
         )
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
+    check_labels(context, conditional)
 
     net = VDMNet(
         channels=channels,

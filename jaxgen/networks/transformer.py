@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.contract import Family
+from jaxgen.errors import UserError
 from jaxgen.networks.layers import Dense, LayerNorm
 
 Array = jax.Array
@@ -156,6 +158,17 @@ class MaskedTransformer(nn.Module):
         x = LayerNorm(eps=1e-12, dtype=self.dtype, name='norm')(x)
         bias = self.param('bias', nn.initializers.zeros, (self.vocabulary,))
         return embed.attend(x).astype(jnp.float32) + bias
+
+
+def check_prior(first: Family | None, channels: int, blocks: int, heads: int) -> None:
+    """Raises UserError where a transformer of these sizes cannot stand on the codes of the stage `first`."""
+    if first is None or not first.codes:
+        raise UserError('config.stages.first must be the run of a family with codes: vqvae or vqgan')
+    if min(channels, blocks, heads) < 1 or channels % heads:
+        raise UserError(
+            f'config.model: channels {channels}, blocks {blocks}, heads {heads} must be at least 1, and channels a '
+            'multiple of heads'
+        )
 
 
 def flatten(codes: tuple[Array, ...]) -> Array:
