@@ -190,3 +190,60 @@ def test_gradient_penalty_of_a_flat_critic_is_finite():
     for one_sided in (False, True):
         value, slope = jax.value_and_grad(penalty)(0.0, one_sided)
         assert np.isfinite(slope) and abs(float(value) - (not one_sided)) < 1e-5
+
+
+def test_games_against_their_formulas():
+    rng = np.random.default_rng(5)
+    real, fake = 2 * rng.normal(size=40) + 1, 2 * rng.normal(size=30) - 1
+
+    def log_sigmoid(x):
+        return -np.log1p(np.exp(-x))
+
+    logs = log_sigmoid(real).mean() + log_sigmoid(-fake).mean()  # V(D, G) of Goodfellow et al.
+    want = {
+        'minimax': (-logs, log_sigmoid(-fake).mean()),
+        'non_saturating': (-logs, -log_sigmoid(fake).mean()),
+        'wasserstein': (fake.mean() - real.mean(), -fake.mean()),
+        'hinge': (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean(), -fake.mean()),
+        'least_squares': (((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2, ((fake - 1) ** 2).mean() / 2),
+    }
+    assert set(want) == set(adversarial.GAMES)
+    for game, (judging, deceiving) in adversarial.GAMES.items():
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+            a, b = jnp.asarray(real, dtype), jnp.asarray(fake, dtype)
+            got = judging(a, b), deceiving(b)
+            assert all(value.dtype == jnp.float32 and value.shape == () for value in got)
+            np.testing.assert_allclose(got, want[game], rtol=tolerance, atol=tolerance, err_msg=game)
+        # Of patches it is the mean over all.
+        np.testing.assert_allclose(deceiving(jnp.asarray(fake).reshape(5, 3, 2)), want[game][1], rtol=1e-5)
+
+
+def test_games_are_finite_with_slopes_at_large_logits():
+    for game, (judging, deceiving) in adversarial.GAMES.items():
+        for size in (-100.0, 100.0):
+            x = jnp.full(3, size)
+            slopes = (*jax.grad(judging, (0, 1))(x, x), jax.grad(deceiving)(x))
+            assert all(np.isfinite(s).all() for s in slopes), game
+    # What the minimax game is known for: a generator that is found out feels nothing, in the other one much.
+    surely_fake = jnp.full(1, -20.0)
+    assert abs(float(jax.grad(adversarial.minimax_generator)(surely_fake)[0])) < 1e-6
+    assert abs(float(jax.grad(adversarial.non_saturating_generator)(surely_fake)[0]) + 1) < 1e-6
+
+
+def test_r1_penalty():
+    a, b = jax.random.normal(jax.random.key(0), (2, 6, 7))
+
+    def critic(x):
+        return jnp.tanh(x.reshape(len(x), -1) @ a) @ b[0]
+
+    x = jax.random.normal(jax.random.key(1), (3, 2, 3, 1))
+    norm = adversarial.input_gradient_norm(critic, x)  # held against finite differences above
+    np.testing.assert_allclose(adversarial.r1_penalty(critic, x), 0.5 * np.square(norm), rtol=1e-5)
+    # Of a linear critic w x the penalty is |w|^2 / 2, and so its slope by w is w: double differentiation works.
+    w = jnp.array([0.3, -2.0])
+    slope = jax.grad(lambda w: adversarial.r1_penalty(lambda x: x @ w, jnp.ones((4, 2))).mean())(w)
+    np.testing.assert_allclose(slope, w, rtol=1e-6)
+    assert (np.asarray(adversarial.r1_penalty(lambda x: 0 * x[:, 0], jnp.ones((4, 2)))) == 0).all()
+    # A critic of patches: the sum of its values.
+    patches = adversarial.r1_penalty(lambda x: jnp.stack([x @ w, x @ w], 1), jnp.ones((4, 2)))
+    np.testing.assert_allclose(patches, np.full(4, 0.5 * 4 * float(w @ w)), rtol=1e-5)

@@ -30,16 +30,20 @@ def wasserstein_generator(fake: Array) -> Array:
     return -fake.astype(jnp.float32).mean()
 
 
-def input_gradient_norm(critic: Callable, x: Array) -> Array:
-    """Euclidean norm of d critic / d x per example, float32 [n], over all pixels and channels.
+def input_gradient_square(critic: Callable, x: Array) -> Array:
+    """Square of the Euclidean norm of d critic / d x per example, float32 [n], over all pixels and channels.
 
-    The critic must treat examples one by one (no batch normalisation): the gradient of the sum
-    is then each example's own.
+    Where the critic gives several values of an example (patches), it is the gradient of their sum. The critic must
+    treat examples one by one (no batch normalisation): the gradient of the sum over all is then each example's own.
     """
     gradient = jax.grad(lambda x: critic(x).astype(jnp.float32).sum())(x)
-    square = jnp.square(gradient.astype(jnp.float32)).reshape(len(x), -1).sum(-1)
+    return jnp.square(gradient.astype(jnp.float32)).reshape(len(x), -1).sum(-1)
+
+
+def input_gradient_norm(critic: Callable, x: Array) -> Array:
+    """Euclidean norm of d critic / d x per example, float32 [n]; see input_gradient_square."""
     # The root has no derivative at 0, and a critic that is flat somewhere must not give NaN.
-    return jnp.sqrt(jnp.maximum(square, 1e-12))
+    return jnp.sqrt(jnp.maximum(input_gradient_square(critic, x), 1e-12))
 
 
 def gradient_penalty(critic: Callable, real: Array, fake: Array, rng: Array, one_sided: bool = False) -> Array:
@@ -56,6 +60,20 @@ def gradient_penalty(critic: Callable, real: Array, fake: Array, rng: Array, one
     share = jax.random.uniform(rng, (len(real),) + (1,) * (real.ndim - 1), real.dtype)
     excess = input_gradient_norm(critic, real + share * (fake - real)) - 1
     return jnp.square(jnp.maximum(excess, 0.0) if one_sided else excess)
+
+
+def r1_penalty(critic: Callable, x: Array) -> Array:
+    """1/2 |d critic / d x|^2 at data: R1 (Mescheder et al. 2018, arXiv 1801.04406, eq. 9); at samples: R2 (eq. 10).
+
+    Args:
+      critic: [n, ...] -> [n] or one value per patch, logits; see input_gradient_square.
+      x: [n, ...].
+
+    Returns:
+      float32 [n]; the loss is the mean times gamma (10 in the paper). Taken in every k-th step only (Karras et al.
+      2020, arXiv 1912.04958, section 3.1) it counts k times.
+    """
+    return 0.5 * input_gradient_square(critic, x)
 
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:
@@ -84,6 +102,40 @@ def non_saturating_generator(fake: Array) -> Array:
     To the hinge loss belongs -E fake, which is `wasserstein_generator`.
     """
     return jax.nn.softplus(-fake.astype(jnp.float32)).mean()
+
+
+def minimax_generator(fake: Array) -> Array:
+    """E log(1 - sigmoid(fake)), minus the second half of `vanilla_discriminator` (Goodfellow et al. 2014, eq. 1).
+
+    Its slope vanishes where the discriminator knows samples well. Against the best discriminator the sum of both
+    players' game is 2 JS(data, samples) - 2 log 2.
+    """
+    return -jax.nn.softplus(fake.astype(jnp.float32)).mean()
+
+
+def least_squares_discriminator(real: Array, fake: Array) -> Array:
+    """1/2 E (real - 1)^2 + 1/2 E fake^2 (Mao et al. 2017, arXiv 1611.04076, eq. 9).
+
+    Args:
+      real, fake: values of data and of samples, [n] or one per patch; no sigmoid before them.
+    """
+    real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
+    return 0.5 * jnp.square(real - 1).mean() + 0.5 * jnp.square(fake).mean()
+
+
+def least_squares_generator(fake: Array) -> Array:
+    """1/2 E (fake - 1)^2 (Mao et al. 2017, eq. 9). Code that leaves the half out (CycleGAN's) means twice as much."""
+    return 0.5 * jnp.square(fake.astype(jnp.float32) - 1).mean()
+
+
+# {game: (what the discriminator minimises, of values of data and of samples; what the generator does, of the latter)}
+GAMES = {
+    'minimax': (vanilla_discriminator, minimax_generator),
+    'non_saturating': (vanilla_discriminator, non_saturating_generator),
+    'wasserstein': (wasserstein_critic, wasserstein_generator),
+    'hinge': (hinge_discriminator, wasserstein_generator),
+    'least_squares': (least_squares_discriminator, least_squares_generator),
+}
 
 
 def adaptive_weight(reconstruction: PyTree, adversarial: PyTree) -> Array:
