@@ -124,7 +124,14 @@ def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str
     )
 
 
-def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) -> Callable:
+def gradient_step(
+    loss: Callable,
+    optim: Optim,
+    *networks: str,
+    times: int = 1,
+    given: Callable | None = None,
+    keep: Callable | None = None,
+) -> Callable:
     """Turns a loss into one optimiser step on the named networks. No other network is touched.
 
     Args:
@@ -134,6 +141,9 @@ def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) 
       times: optimiser steps within one update, one after another, each on its own equal part of
         the batch (several critic steps per generator step); logs are their means. Learning rates
         follow the count of updates, not of these steps.
+      given: (state, frozen) -> what the loss gets in place of `frozen`, where it reads more of the state.
+      keep: (state, found) -> state, after every step, where the loss finds more than logs: `found` is what it gives
+        as logs['found'], a tree of arrays (batch statistics, say), averaged over the parts of an accumulated gradient.
 
     Returns:
       (state, frozen, batch, rng) -> (state, logs) with params and opt updated. With
@@ -143,8 +153,9 @@ def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) 
 
     def step(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
         def of_trained(trained, batch, rng):
-            return loss({**state.params, **trained}, frozen, batch, rng)
+            return loss({**state.params, **trained}, known, batch, rng)
 
+        known = given(state, frozen) if given else frozen
         trained = {name: state.params[name] for name in networks}
         gradient = jax.grad(of_trained, has_aux=True)
         if optim.accumulate == 1:
@@ -166,7 +177,10 @@ def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) 
             logs[f'grad_norm/{name}'] = optax.tree.norm(grads[name])
             updates, opt[name] = optim.tx(name, times).update(grads[name], opt[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
-        return state.replace(params=params, opt=opt), logs
+        state = state.replace(params=params, opt=opt)
+        if keep:
+            state = keep(state, logs.pop('found'))
+        return state, logs
 
     def steps(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
         def one(state, part):

@@ -64,6 +64,7 @@ def Conv(
 def ConvTranspose(
     features: int,
     *,
+    bias: bool = True,
     init: Callable | None = None,
     dtype: Any = jnp.float32,
     name: str | None = None,
@@ -81,6 +82,7 @@ def ConvTranspose(
         (4, 4),
         padding=((2, 2), (2, 2)),
         input_dilation=(2, 2),
+        use_bias=bias,
         kernel_init=init or variance_scaling(),
         dtype=dtype,
         conv_general_dilated=convolve,
@@ -159,15 +161,28 @@ def LayerNorm(
     return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, name=name)
 
 
-def BatchNorm(*, train: bool, eps: float = 1e-5, dtype: Any = jnp.float32, name: str | None = None) -> nn.Module:
+def BatchNorm(
+    *, train: bool, eps: float = 1e-5, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
+) -> nn.Module:
     """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last, statistics in float32.
 
     Training uses the statistics of the batch, over all devices, and leaves just these in the
     collection 'batch_stats' (so `mutable=['batch_stats']`): the family averages them over updates,
     by its own rule, in State.extra. Otherwise the statistics given in 'batch_stats' are used, and
     an example's result does not depend on the others.
+
+    Args:
+      affine: with a learned scale and bias.
     """
-    return nn.BatchNorm(use_running_average=not train, momentum=0.0, epsilon=eps, dtype=dtype, name=name)
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.0,
+        epsilon=eps,
+        use_bias=affine,
+        use_scale=affine,
+        dtype=dtype,
+        name=name,
+    )
 
 
 def upsample_nearest(x: Array) -> Array:
