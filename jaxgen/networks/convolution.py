@@ -4,7 +4,7 @@ XLA for CPUs brings a convolution into the layout that its fast code takes only 
 computation. In the body of a loop (`lax.scan` over critic steps, gradient accumulation, several
 updates per call) a gradient's convolution, which comes with its axes permuted, takes the slow code:
 100 times slower at 32x32 pixels and 128 channels. So on CPUs the gradients are written here as
-plain NHWC convolutions of transposed arrays. Numbers are the same bit for bit; on other devices
+plain NHWC convolutions of transposed arrays. Numbers are the same to rounding; on other devices
 JAX's own gradients are used.
 """
 
@@ -81,6 +81,13 @@ def _gradients(x: Array, w: Array, dy: Array, window) -> tuple[Array, Array]:
     # dx: dy with holes for the strides, against the kernel turned round and its channels swapped.
     turned = jnp.flip(w, tuple(a - 1 for a in axes)).swapaxes(-1, -2)
     dx = _convolve(dy, turned, (x_dilation, tuple(x_padding), strides, w_dilation, precision))
+    if max(x_dilation) > 1:
+        # dw of a transposed convolution: dy plays the image and x, with its holes, the kernel. The other way round the
+        # image has the holes, under a kernel of the image's size, and XLA's code for that is 10 to 15 times slower.
+        dy_as_batch = dy.transpose(dy.ndim - 1, *axes, 0)  # [o, *size, n]
+        x_as_kernel = x.transpose(*axes, 0, x.ndim - 1)  # [*size, n, c]
+        dw = _convolve(dy_as_batch, x_as_kernel, (w_dilation, tuple(x_padding), strides, x_dilation, precision))
+        return dx, jnp.flip(dw, axes).transpose(*axes, x.ndim - 1, 0)  # [o, *kernel, c] -> [*kernel, c, o]
     # dw: channels of x play the batch, the batch plays the channels, and dy is the kernel.
     x_as_batch = x.transpose(x.ndim - 1, *axes, 0)  # [c, *size, n]
     dy_as_kernel = dy.transpose(*axes, 0, dy.ndim - 1)  # [*size, n, o]
