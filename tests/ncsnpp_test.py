@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.networks.ncsnpp import NCSNpp, smooth, upsample_smooth
+from jaxgen.networks.layers import smooth, upsample_smooth
+from jaxgen.networks.ncsnpp import NCSNpp
 
 NCSNPP = {'embedding': 'fourier', 'resampling': 'fir', 'pyramid': 'residual'}
 SMALL = {'channels': 16, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}

@@ -197,3 +197,30 @@ def downsample_mean(x: Array) -> Array:
     """Mean of every 2x2 square: [n, H, W, C] to [n, H/2, W/2, C]. H and W are even."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def smooth(x: Array, pad: int, stride: int) -> Array:
+    """The filter [1, 3, 3, 1] / 8 along height and width: [n, H, W, C] to [n, H', W', C].
+
+    Args:
+      pad: zeros at each of the four sides. H' is (H + 2 pad - 4) // stride + 1.
+      stride: step between results; 2 with pad 1 is the downsampling of NCSN++ and StyleGAN2.
+    """
+    for axis in (1, 2):
+        y = jnp.pad(x, [(pad, pad) if i == axis else (0, 0) for i in range(4)])
+        reach = (y.shape[axis] - 4) // stride * stride + 1
+        a, b, c, d = (jax.lax.slice_in_dim(y, i, i + reach, stride, axis) for i in range(4))
+        x = ((a + d) + 3 * (b + c)) / 8
+    return x
+
+
+def upsample_smooth(x: Array) -> Array:
+    """Zeros between pixels, then [1, 3, 3, 1] / 4 along height and width: [n, H, W, C] to [n, 2H, 2W, C]."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        y = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])
+        before, after = (jax.lax.slice_in_dim(y, i, i + size, 1, axis) for i in (0, 2))
+        # Every other tap meets a zero: two of the four remain for a pixel.
+        pairs = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis + 1)
+        x = pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+    return x

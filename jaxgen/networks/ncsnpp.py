@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from jaxgen.networks.attention import SelfAttention
 from jaxgen.networks.embeddings import sinusoidal
-from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
+from jaxgen.networks.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    downsample_mean,
+    smooth,
+    upsample_nearest,
+    upsample_smooth,
+    variance_scaling,
+)
 
 Array = jax.Array
 
@@ -22,33 +31,6 @@ Array = jax.Array
 EMBEDDINGS = ('positional', 'fourier')
 RESAMPLINGS = ('fir', 'box', 'conv')
 PYRAMIDS = ('none', 'residual', 'skip')
-
-
-def smooth(x: Array, pad: int, stride: int) -> Array:
-    """The filter [1, 3, 3, 1] / 8 along height and width: [n, H, W, C] to [n, H', W', C].
-
-    Args:
-      pad: zeros at each of the four sides. H' is (H + 2 pad - 4) // stride + 1.
-      stride: step between results; 2 with pad 1 is NCSN++'s downsampling.
-    """
-    for axis in (1, 2):
-        y = jnp.pad(x, [(pad, pad) if i == axis else (0, 0) for i in range(4)])
-        reach = (y.shape[axis] - 4) // stride * stride + 1
-        a, b, c, d = (jax.lax.slice_in_dim(y, i, i + reach, stride, axis) for i in range(4))
-        x = ((a + d) + 3 * (b + c)) / 8
-    return x
-
-
-def upsample_smooth(x: Array) -> Array:
-    """Zeros between pixels, then [1, 3, 3, 1] / 4 along height and width: [n, H, W, C] to [n, 2H, 2W, C]."""
-    for axis in (1, 2):
-        size = x.shape[axis]
-        y = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])
-        before, after = (jax.lax.slice_in_dim(y, i, i + size, 1, axis) for i in (0, 2))
-        # Every other tap meets a zero: two of the four remain for a pixel.
-        pairs = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis + 1)
-        x = pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-    return x
 
 
 class Block(nn.Module):
