@@ -31,15 +31,17 @@ DEFAULTS: dict[str, Any] = {
     'model': {},  # keyword arguments of the family's build
     'stages': {},  # {name: run directory} of earlier stages
     'data': {
-        'source': 'digits',  # digits | shapes | gaussians:1 | gaussians:2 | folder:PATH | a TFDS name
+        'source': 'digits',  # digits | shapes | gaussians:1 | folder:PATH | pairs:PATH | a TFDS name; see data/
+        'other': '',  # a second source, whose pictures come unpaired as the feature 'other'
         'size': 8,  # pixels, height = width
         'channels': 1,  # 1 or 3
-        'features': ('image',),  # what a batch holds, e.g. ('image', 'label')
+        'features': ('image',),  # what a batch holds, e.g. ('image', 'label'), ('image', 'edges')
         'classes': 0,  # number of classes where the source cannot say (a folder, a TFDS set)
         'batch': 128,  # examples of one update, over all devices
         'keep_classes': (),  # classes that training is restricted to; the test split keeps all, for finding the others
         'box': (),  # (top, left, height, width) cut out before anything else
         'crop': 'center',  # center | random: the square that is resized to size x size
+        'jitter': 0,  # pixels by which training pictures are enlarged before size x size are cut out anywhere
         'flip': False,  # mirror half of the training images left to right
         'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
         'test_share': 0.2,  # share of a source without a test split that is held out
@@ -253,6 +255,10 @@ def check(resolved: dict) -> None:
         )
     if 'image' not in data['features']:
         raise UserError("config.data.features must hold 'image'")
+    if data['other'] and 'other' not in data['features']:
+        raise UserError("config.data.other is read only where config.data.features holds 'other'")
+    if data['jitter'] < 0:
+        raise UserError(f'config.data.jitter must be 0 or more; it is {data["jitter"]}')
     if not 0 <= optim['ema'] < 1:
         raise UserError(f'config.optim.ema must be in [0, 1); it is {optim["ema"]}')
     if not all(isinstance(std, int | float) and 0 < std < 0.288 for std in optim['ema_std']):

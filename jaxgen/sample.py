@@ -50,14 +50,14 @@ def batches(assembled, config, n: int, condition: dict[str, int]) -> dict[str, n
         if name == 'label' and not 0 <= value < spec.classes:
             raise UserError(f'condition label={value} must be between 0 and {spec.classes - 1}')
     out = {'index': np.arange(n, dtype=np.int32)}
-    for name in family.conditions:
-        if name in condition:
-            out[name] = np.full(n, condition[name], spec.features[name].dtype)
-        elif name == 'label':
-            out[name] = (np.arange(n) % spec.classes).astype(np.int32)
-        else:
-            source = data.dataset(config.data, 'test')
-            out[name] = source.take(np.arange(n) % len(source))[name]
+    if 'label' in family.conditions:
+        out['label'] = (np.arange(n) % spec.classes).astype(np.int32)
+    out |= {name: np.full(n, value, spec.features[name].dtype) for name, value in condition.items()}
+    rest = [name for name in family.conditions if name not in out]
+    if rest:
+        source = data.dataset(config.data, 'test')
+        examples = source.take(np.arange(n) % len(source))
+        out |= {name: examples[name] for name in rest}
     return out
 
 

@@ -309,7 +309,7 @@ def test_shapes_examples_say_what_they_show(tmp_path, monkeypatch):
                 k: (s.shape, s.dtype) for k, s in spec.features.items()
             }
             np.testing.assert_array_equal(e['factors'], shapes.draw_factors(first + i))
-            np.testing.assert_array_equal(e['image'], shapes.render(e['factors'], 16))
+            np.testing.assert_array_equal(e['image'], shapes.draw(e['factors'], 16).image)
             assert e['label'] == e['factors'][0]
             shape, colour, size, background = (n[v] for n, v in zip(names, e['factors'][[0, 1, 2, 6]], strict=True))
             words = shapes.decode_caption(e['caption']).split()
@@ -331,10 +331,10 @@ def test_every_caption_fits_and_comes_back():
 @pytest.mark.parametrize('size', [8, 33, 64])
 def test_shapes_lie_where_the_factors_say(size):
     for shape, (x, y), rotation in itertools.product(range(8), [(0, 0), (7, 0), (2, 5)], [0, 1, 5]):
-        cover = shapes.mask([shape, 0, 2, x, y, rotation, 0], size) / 255
+        cover = shapes.draw([shape, 0, 2, x, y, rotation, 0], size).mask / 255
         # Wherever it is, all of it shows.
         np.testing.assert_allclose(
-            cover.sum(), shapes.mask([shape, 0, 2, 3, 3, rotation, 0], size).sum() / 255, rtol=0.03
+            cover.sum(), shapes.draw([shape, 0, 2, 3, 3, rotation, 0], size).mask.sum() / 255, rtol=0.03
         )
         centre = (cover * np.arange(size)).sum() / cover.sum(), (cover.T * np.arange(size)).sum() / cover.sum()
         where = 0.32 + 0.36 * np.array([x, y]) / 7
@@ -343,15 +343,54 @@ def test_shapes_lie_where_the_factors_say(size):
 
 
 def test_shapes_colours_and_areas():
-    image = shapes.render([1, 0, 2, 3, 3, 0, 2], 64)  # a large red square on black
+    image = shapes.draw([1, 0, 2, 3, 3, 0, 2], 64).image  # a large red square on black
     inside = image[32, 32]
     assert inside[0] > 200 and inside[1] < 60 and inside[2] < 60 and image[0, 0].max() < 30
-    areas = {s: shapes.mask([i, 0, 2, 4, 4, 0, 0], 128).mean() / 255 for i, s in enumerate(shapes.SHAPES)}
+    areas = {s: shapes.draw([i, 0, 2, 4, 4, 0, 0], 128).mask.mean() / 255 for i, s in enumerate(shapes.SHAPES)}
     r = 0.3
     np.testing.assert_allclose(areas['circle'], np.pi * r**2, rtol=0.02)
     np.testing.assert_allclose(areas['ring'], np.pi * r**2 * (1 - 0.55**2), rtol=0.02)
     np.testing.assert_allclose(areas['triangle'], 3 * 3**0.5 / 4 * r**2, rtol=0.02)
     np.testing.assert_allclose(areas['square'], 2 * (0.95 * r) ** 2, rtol=0.02)
+
+
+@pytest.mark.parametrize('style', shapes.STYLES)
+def test_shapes_masks_edges_and_styles(style):
+    for shape in range(8):
+        factors = [shape, 0, 2, 3, 4, 1, 2]  # large and red on black
+        scene = shapes.draw(factors, 64, style)
+        red, cover, edges = scene.image[..., 0] / 229.5, scene.mask / 255, scene.edges / 255
+        inside, outside = cover == 1, cover == 0
+
+        def apart(a, b):  # of the pixels a to the nearest of b
+            return np.sqrt(np.square(np.argwhere(a)[:, None] - np.argwhere(b)).sum(-1).min(1))
+
+        depth = apart(inside, ~inside)
+        assert (red[inside][depth < 3] > 0.9).all() and (red[outside] < 0.15).all()
+        middle = red[inside][depth > 6]
+        assert ((middle > 0.9) == (style == 'filled')).all()
+        # A line of one pixel on the border: where a pixel is half covered it is drawn, elsewhere it is not.
+        assert (edges[(cover > 0.3) & (cover < 0.7)] > 0.4).all() and (edges[inside][depth > 2.5] == 0).all()
+        assert (edges[outside][apart(outside, ~outside) > 2.5] == 0).all()  # tips are finer than a pixel
+
+
+def test_shapes_with_their_masks_and_edges(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, 'SHAPES', {'train': 12, 'test': 5})
+    config = make(tmp_path, source='shapes', size=16, channels=3, features=('image', 'mask', 'edges', 'factors'))
+    about = data.spec(config).features
+    assert about['mask'].shape == about['edges'].shape == (16, 16, 1)
+    plain, styled = (data.dataset({**config, 'source': s}, 'train') for s in ('shapes', 'shapes:outlined'))
+    for examples, style in ((plain, 'filled'), (styled, 'outlined')):
+        scene = shapes.draw(examples[7]['factors'], 16, style)
+        for name, x in scene._asdict().items():
+            np.testing.assert_array_equal(examples[7][name], x.reshape(about[name].shape))
+    seen = [{e['factors'].tobytes() for e in (x[i] for i in range(12))} for x in (plain, styled)]
+    assert not seen[0] & seen[1], 'each style has training scenes of its own'
+    plain, styled = (data.dataset({**config, 'source': s}, 'test') for s in ('shapes', 'shapes:outlined'))
+    assert all((plain[i]['factors'] == styled[i]['factors']).all() for i in range(5))
+    assert any((plain[i]['image'] != styled[i]['image']).any() for i in range(5))
+    with refused('shapes:dotted must be shapes:STYLE, one of filled, outlined'):
+        data.spec({**config, 'source': 'shapes:dotted'})
 
 
 # --- order
@@ -699,6 +738,134 @@ def test_held_out_images_stay_held_out():
         )
 
 
+# --- pictures that belong together, and such that do not
+
+
+def write_pairs(path, image, **others) -> str:
+    """Ramps by number: as they are in image/, darker by the feature's number in the others; the source's name."""
+    for k, (part, numbers) in enumerate({'image': image, **others}.items()):
+        os.makedirs(path / part, exist_ok=True)
+        for i in numbers:
+            ramp = np.arange(20, dtype=np.uint8)[None].repeat(12, 0) + 20 * i + 100 * k
+            Image.fromarray(ramp).save(path / part / f'{i}.{"png" if k else "bmp"}')
+    return f'pairs:{path}'
+
+
+def test_pairs_stay_together(tmp_path):
+    """Whatever the order, the crop, the window and the mirror."""
+    source = write_pairs(tmp_path / 'in', range(5), edges=range(5))
+    config = make(tmp_path, source=source, size=6, features=('image', 'edges'), test_share=0.3)
+    assert data.spec(config).features['edges'].shape == (6, 6, 1)
+    splits = [data.dataset(config, split) for split in ('train', 'test')]
+    assert len(splits[0]) + len(splits[1]) == 5 and min(map(len, splits)) > 0
+    only = data.dataset({**config, 'features': ('image',)}, 'test')
+    assert len(only) == len(splits[1]), 'one set is prepared, whichever of its features are asked for'
+    windows = set()
+    for fields in ({}, {'flip': True}, {'crop': 'random', 'flip': True, 'jitter': 4}):
+        for batch in take({**config, **fields}, 12):
+            np.testing.assert_array_equal(batch['edges'], batch['image'] + 100)
+            windows |= {int(x) % 20 for x in batch['image'].min((1, 2, 3))} if 'jitter' in fields else set()
+    assert len(windows) > 8
+
+
+@pytest.mark.parametrize('parts, match', [
+    (dict(edges=[0, 1]), "2 of the images in image/ have no partner in edges/, like 'image/2.bmp'"),
+    (dict(edges=[0, 1, 2, 3, 4]), "1 of the images in edges/ have no partner in image/, like 'edges/4.png'"),
+    (dict(mask=[0, 1, 2, 3]), 'must hold its images in image, edges: edges is not there'),
+    (dict(edges=[0, 1, 2, 3], **{'': [9]}), 'an image lies outside of all sub-folders'),
+])  # fmt: skip
+def test_pairs_that_are_none(tmp_path, parts, match):
+    source = write_pairs(tmp_path / 'in', range(4), **parts)
+    with refused(match):
+        data.dataset(make(tmp_path, source=source, features=('image', 'edges')), 'train')
+
+
+def test_pairs_without_a_folder_or_with_two_of_a_name(tmp_path):
+    config = make(tmp_path, source='pairs:/not/here', features=('image', 'edges'))
+    assert data.spec(config).features['edges'].shape == (8, 8, 1), 'described where the folder is not'
+    with refused('/not/here does not exist'):
+        data.dataset(config, 'train')
+    with refused('say which folder, like pairs:/home'):
+        data.spec({**config, 'source': 'pairs:'})
+    source = write_pairs(tmp_path / 'in', range(3), edges=range(3))
+    grey(1).save(tmp_path / 'in' / 'image' / '1.png')
+    with refused(r'image/1.bmp and image/1.png have one name'):
+        data.dataset({**config, 'source': source}, 'train')
+
+
+def test_pairs_of_which_one_cannot_be_read(tmp_path, capfd):
+    source = write_pairs(tmp_path / 'in', range(6), edges=range(6))
+    (tmp_path / 'in' / 'edges' / '3.png').write_bytes(b'')
+    config = make(tmp_path, source=source, size=12, features=('image', 'edges'), max_corrupt=0.1)
+    splits = [data.dataset(config, split) for split in ('train', 'test')]
+    found = [int(e['image'].min()) // 20 for s in splits for e in (s[i] for i in range(len(s)))]
+    assert sorted(found) == [0, 1, 2, 4, 5] and '1 of 12 files' in capfd.readouterr().err
+
+
+def test_jitter_moves_a_window(five):
+    """Every window of a square that is larger, and none in evaluation."""
+    config = {**five, 'size': 8, 'jitter': 4}  # squares of 12 pixels, as they are stored: nothing is resized
+    found = np.concatenate([b['image'][:, 0, 0, 0] for b in take(config, 60)])
+    assert {int(x) % 20 for x in found} == set(range(4, 9)), 'columns 0 to 4 of the square, which begins at 4'
+    plain = data.dataset(config, 'train')[0]['image']
+    np.testing.assert_array_equal(plain, data.dataset({**five, 'size': 8}, 'train')[0]['image'])
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
+
+
+def test_rows_and_columns_of_a_window():
+    square = Image.fromarray(np.arange(25, dtype=np.uint8).reshape(5, 5))
+    for row, column in itertools.product((0, 1, 2), (0, 1, 2)):
+        x = np.asarray(transforms.window(square, 3, (row + 0.5) / 3, (column + 0.5) / 3))
+        np.testing.assert_array_equal(x, np.asarray(square)[row : row + 3, column : column + 3])
+
+
+def test_others_come_unpaired(five, tmp_path):
+    """A second source has an order and an augmentation of its own, both functions of (seed, number)."""
+    other = write_folder(tmp_path / 'others', [200, 210, 220])
+    config = {**five, 'other': other, 'features': ('image', 'other'), 'test_share': 0.3, 'size': 4}
+    assert data.spec(config).features['other'].shape == (4, 4, 1)
+    batches = take(config, 60)
+    pairs = [
+        (int(a.min()) // 20, int(b[0, 0, 0])) for x in batches for a, b in zip(x['image'], x['other'], strict=True)
+    ]
+    counts = np.unique(np.array(pairs), axis=0, return_counts=True)[1]
+    assert len(counts) == 4 * 2 and counts.min() > 0.7 * counts.mean(), 'all pairs are met alike'
+    assert_same(batches[7:12], take(config, 5, start=7))
+    parts = [take(config, 6, process_index=i, process_count=2) for i in range(2)]
+    joined = [{k: np.concatenate([x[k] for x in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+    assert_same(batches[:6], joined)
+    alone = take({**config, 'other': '', 'features': ('image',)}, 6)
+    assert_same(alone, [{'image': x['image']} for x in batches[:6]])
+    # In evaluation both stand still.
+    test = data.dataset(config, 'test')
+    taken = test.take(np.arange(len(test)))
+    assert all((taken[k][i] == test[i][k]).all() for k in ('image', 'other') for i in range(len(test)))
+    others = data.dataset({**config, 'source': other, 'other': '', 'features': ('image',)}, 'test')
+    np.testing.assert_array_equal(taken['other'][-1], others[(len(test) - 1) % len(others)]['image'])
+    assert others.identity in test.identity
+
+
+def test_others_are_mirrored_on_their_own(tmp_path):
+    source = write_folder(tmp_path / 'in', [])
+    for name in ('a', 'b'):
+        Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(8, 0)).save(tmp_path / 'in' / f'{name}.png')
+    config = make(tmp_path, source=source, other=source, features=('image', 'other'), flip=True, batch=256)
+    flipped = {k: x[:, 0, 0, 0] > 0 for k, x in take(config, 1)[0].items()}
+    assert abs(np.corrcoef(flipped['image'], flipped['other'])[0, 1]) < 0.2 and 0.4 < flipped['other'].mean() < 0.6
+
+
+def test_others_that_are_not_there(prepared, tmp_path):
+    config = make(prepared, features=('image', 'other'))
+    for other, match in {
+        '': 'set config.data.other',
+        'digit': "config.data.other: no source 'digit'",
+        f'folder:{tmp_path}/nowhere': 'nowhere does not exist',
+        'folder:': 'config.data.other: say which folder',
+    }.items():
+        with refused(match):
+            data.dataset({**config, 'other': other}, 'train')
+
+
 # --- sets of TFDS
 
 
@@ -926,22 +1093,22 @@ from jaxgen import data
 from jaxgen.config import DEFAULTS
 from jaxgen.data import builders, shapes
 builders.SHAPES = {'train': 50, 'test': 20}
-render, calls = shapes.render, []
+draw, calls = shapes.draw, []
 def dying(*args):
     calls.append(0)
     if len(calls) == 60:  # in the second split
         os.kill(os.getpid(), signal.SIGKILL)
-    return render(*args)
-shapes.render = dying
+    return draw(*args)
+shapes.draw = dying
 data.dataset({**DEFAULTS['data'], 'dir': sys.argv[1], 'source': 'shapes', 'size': 4, 'channels': 3}, 'train')
 """
     process = run(code, str(tmp_path))
     assert process.communicate(timeout=120)[1] == '' and process.returncode == -signal.SIGKILL
     place = tmp_path / 'jaxgen_shapes' / 'size4'
-    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.0.0').exists()
+    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.1.0').exists()
     monkeypatch.setattr(builders, 'SHAPES', {'train': 50, 'test': 20})
     assert len(data.dataset(make(tmp_path, source='shapes', size=4, channels=3), 'test')) == 20
-    assert sorted(os.listdir(place)) == ['.lock', '1.0.0']
+    assert sorted(os.listdir(place)) == ['.lock', '1.1.0']
 
 
 def test_two_processes_prepare_one_set(tmp_path):

@@ -9,11 +9,15 @@
 
 `data.source` is one of
   digits       1,797 handwritten digits, 8 x 8, out of scikit-learn
-  shapes       scenes drawn here, at any size, with label, factors and caption
+  shapes       scenes drawn here, at any size, with label, factors, caption, mask and edges; shapes:outlined are
+               scenes in another style, for models that turn one into the other
   gaussians:1  points of three Gaussians in one dimension, as pictures of one grey pixel
   gaussians:2  points of 25 Gaussians in a square: red and green of one pixel
   folder:PATH  a person's own images, any size and mode; classes from sub-folders
+  pairs:PATH   images that belong together: PATH/image/NAME.png and, as features, others in sub-folders named as they
+               like, PATH/edges/NAME.png
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
+and `data.other` names a second one, whose pictures are the feature 'other': of another domain, and unpaired.
 """
 
 from jaxgen.data.folder import Pictures

@@ -16,11 +16,13 @@ from PIL import Image
 
 from jaxgen.data import folder, shapes
 from jaxgen.data.transforms import uniform
+from jaxgen.errors import UserError
 
 Examples = Iterator[tuple[int, dict]]
 TEST_SHARE = 0.2  # of digits
 SHAPES = {'train': 10_000, 'test': 2_000}  # scenes of each split
 FIRST = {'train': 0, 'test': 1_000_000_000}  # number of its first one
+STYLES_APART = 100_000_000  # from the first training scene of one style to that of the next
 POINTS = {'train': 10_000, 'test': 2_000}  # of a mixture of Gaussians
 POINT_CHANNELS = {1: 1, 2: 3}  # of a picture that is a point, by its dimensions
 POINT_STREAM = 4  # of `uniform`; see transforms.py for the others
@@ -90,15 +92,24 @@ class JaxgenDigits(JaxgenBuilder, skip_registration=True):
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
     size: int = 32  # pixels
+    style: str = 'filled'  # one of shapes.STYLES
 
 
 class JaxgenShapes(JaxgenBuilder, skip_registration=True):
-    """10,000 training and 2,000 test scenes (jaxgen/data/shapes.py); fewer above 64 pixels, where drawing is slow."""
+    """10,000 training and 2,000 test scenes (jaxgen/data/shapes.py); fewer above 64 pixels, where drawing is slow.
+
+    Each style trains on scenes of its own, so that no two pictures of two styles belong together. The test scenes are
+    the same in all, so that what is turned from style to style can be held against the truth.
+    """
+
+    VERSION = tfds.core.Version('1.1.0')
 
     @staticmethod
     def features(config):
         return {
             'image': tfds.features.Image(shape=(config.size, config.size, 3)),
+            'mask': tfds.features.Image(shape=(config.size, config.size, 1)),
+            'edges': tfds.features.Image(shape=(config.size, config.size, 1)),
             'label': tfds.features.ClassLabel(names=shapes.SHAPES),
             'factors': tfds.features.Tensor(shape=(len(shapes.FACTORS),), dtype=np.int32),
             'caption': tfds.features.Tensor(shape=(shapes.CAPTION,), dtype=np.uint8),
@@ -106,14 +117,16 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        size = self.builder_config.size
+        size, style = self.builder_config.size, self.builder_config.style
         share = min(1, 64 / size)
+        first = {**FIRST, 'train': FIRST['train'] + STYLES_APART * shapes.STYLES.index(style)}
 
         def examples(split):
             for i in range(max(int(SHAPES[split] * share), 1)):
-                factors = shapes.draw_factors(FIRST[split] + i)
+                factors = shapes.draw_factors(first[split] + i)
+                scene = shapes.draw(factors, size, style)
                 example = {
-                    'image': png(shapes.render(factors, size)),
+                    **{name: png(x) for name, x in scene._asdict().items()},
                     'label': int(factors[0]),
                     'factors': factors,
                     'caption': shapes.encode_caption(shapes.caption(factors)),
@@ -185,6 +198,7 @@ class FolderConfig(tfds.core.BuilderConfig):
     max_corrupt: float = 0.01
     threads: int = 4
     report: str = ''  # file for the list of unreadable files
+    parts: tuple[str, ...] = ()  # sub-folders that hold an example's images in files of one name; (): they are classes
 
 
 class JaxgenFolder(JaxgenBuilder, skip_registration=True):
@@ -192,6 +206,8 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
 
     @staticmethod
     def features(config):
+        if config.parts:
+            return {part: tfds.features.Image() for part in config.parts}
         image = {'image': tfds.features.Image()}
         n = len(config.listing.classes)
         return image | ({'label': tfds.features.ClassLabel(num_classes=n)} if n else {})
@@ -201,12 +217,21 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
         config = self.builder_config
         listing = config.listing
         files = folder.readable(listing, config.max_corrupt, config.threads, config.report)
+        within = {part: {folder.stem(f.path): f for f in files if folder.top(f.path) == part} for part in config.parts}
+        if config.parts:  # without what has lost a partner
+            files = [f for name, f in within['image'].items() if all(name in part for part in within.values())]
+        if not files:
+            raise UserError(f'{listing.folder}: no example is left of which all images can be read')
+
+        def content(file):
+            with open(folder.place(listing, file), 'rb') as f:
+                return f.read()
 
         def examples(chosen):
             for key, file in enumerate(chosen):
-                with open(folder.place(listing, file), 'rb') as f:
-                    example = {'image': f.read()}
-                if listing.classes:
+                name = folder.stem(file.path)
+                example = {part: content(within[part][name]) for part in config.parts} or {'image': content(file)}
+                if listing.classes and not config.parts:
                     example['label'] = listing.classes.index(folder.top(file.path))
                 yield key, example
 

@@ -100,11 +100,43 @@ def digest(*parts) -> str:
     return hashlib.sha256('\0'.join(map(str, parts)).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
-def key(listing: Listing, test_share: float) -> str:
+def stem(path: str) -> str:
+    """What files of one example have in common: a path below the first-level sub-folder, without the ending."""
+    return os.path.splitext(path.split('/', 1)[-1])[0]
+
+
+def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The sub-folders, each of which holds one image of every example: files of one name belong together.
+
+    Raises:
+      UserError: one that is wanted is not there, or a file has no partner.
+    """
+    within = {part: {} for part in listing.classes}
+    missing = [part for part in wanted if part not in within]
+    if missing:
+        what = f'{missing[0]} is not there' if within else 'an image lies outside of all sub-folders'
+        raise UserError(f'the folder {listing.folder} must hold its images in {", ".join(wanted)}: {what}')
+    for file in listing.files:
+        part, name = top(file.path), stem(file.path)
+        if name in within[part]:
+            raise UserError(f'{listing.folder}: {within[part][name]} and {file.path} have one name')
+        within[part][name] = file.path
+    for part, files in within.items():
+        for other, others in within.items():
+            alone = [path for name, path in files.items() if name not in others]
+            if alone:
+                raise UserError(
+                    f'{listing.folder}: {len(alone)} of the images in {part}/ have no partner in {other}/, '
+                    f'like {alone[0]!r}'
+                )
+    return listing.classes
+
+
+def key(listing: Listing, test_share: float, parts: tuple[str, ...] = ()) -> str:
     """A name for the set prepared from this listing: another one as soon as a file changes."""
     title = re.sub(r'[^A-Za-z0-9]+', '_', os.path.basename(listing.folder))[:32].strip('_') or 'folder'
     files = (field for file in listing.files for field in file)
-    return f'{title}-{digest(listing.folder, test_share, *files)[:16]}'
+    return f'{title}-{digest(listing.folder, test_share, *parts, *files)[:16]}'
 
 
 def split(files: list[File], test_share: float) -> tuple[list[File], list[File]]:

@@ -7,7 +7,9 @@ resuming seeks to a number, and how many processes share the work changes nothin
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,16 @@ import numpy as np
 
 from jaxgen.data import sources, transforms
 from jaxgen.errors import RunError, UserError
+
+OTHER = 'other'  # the feature that comes from config.data.other, unpaired
+
+
+class Places(NamedTuple):
+    """What is cut out of training pictures, each float [n] in [0, 1)."""
+
+    square: np.ndarray | None = None  # where the square lies along the longer side; None: in the middle
+    row: np.ndarray | None = None  # where the window lies in a square that is data.jitter pixels larger than it;
+    column: np.ndarray | None = None  # None: the square is not larger
 
 
 class Spec(NamedTuple):
@@ -35,6 +47,12 @@ def spec(data) -> Spec:
     Raises:
       UserError: an unknown source, a feature that it lacks, or a class.
     """
+    if OTHER in data['features']:
+        own, other = sections(data)
+        with of_other():
+            pictures = spec(other).features['image']
+        about = spec(own)
+        return about._replace(features={**about.features, OTHER: pictures})
     source = sources.resolve(data)
     chosen = sources.choose(source, data)
     if data['keep_classes']:
@@ -49,7 +67,31 @@ def spec(data) -> Spec:
 
 def shape(feature: sources.Feature, data) -> tuple[int, ...]:
     """Shape of one example's feature in a batch."""
-    return (data['size'], data['size'], data['channels']) if feature.image else feature.shape
+    return (data['size'], data['size'], feature.channels or data['channels']) if feature.image else feature.shape
+
+
+def sections(data) -> tuple[dict, dict]:
+    """The section `data` of a config that asks for OTHER as two: of its own pictures, and of the others.
+
+    Raises:
+      UserError: nothing says where these come from.
+    """
+    if not data['other']:
+        raise UserError(
+            f'config.data.features: {OTHER!r} are the pictures of a second source: set config.data.other, to '
+            'shapes:outlined or folder:PATH, say'
+        )
+    own = {**data, 'features': tuple(name for name in data['features'] if name != OTHER)}
+    return own, {**data, 'source': data['other'], 'features': ('image',), 'keep_classes': ()}
+
+
+@contextlib.contextmanager
+def of_other() -> Iterator[None]:
+    """A mistake in the source is named as one in config.data.other."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(str(e).replace('config.data.source', 'config.data.other')) from e
 
 
 class Examples:
@@ -62,7 +104,7 @@ class Examples:
     def __init__(self, records: sources.Records | Selected, data):
         self.records, self.data = records, data
         self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
-        pixels = data['size'] ** 2 * data['channels']
+        pixels = sum(math.prod(self.shapes[name]) for name, f in records.chosen.items() if f.image)
         self.fits = len(records) * pixels <= data['cache_mb'] * 2**20
         self.cache = self.empty(len(records)) if self.fits else {}
         self.known = np.zeros(len(records), bool)  # which of them the cache holds
@@ -81,14 +123,14 @@ class Examples:
             raise IndexError(f'example {i} of {len(self)}')
         return {name: np.asarray(x[0]) for name, x in self.take(np.array([i % len(self)])).items()}
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def take(self, indices: np.ndarray, places: Places | None = None) -> dict[str, np.ndarray]:
         """The examples [n] as one batch, fresh arrays [n, ...].
 
         Args:
-          positions: where each image's square lies, [n] in [0, 1); None for the middle.
+          places: what is cut out of each one's pictures; None: their squares, as for evaluation.
         """
-        if not self.fits or positions is not None:
-            return self.decoded(indices, positions)
+        if not self.fits or places is not None:
+            return self.decoded(indices, places)
         new = np.unique(indices[~self.known[indices]])
         if len(new):
             # Two threads may write the same values at once; an example is known after it is written.
@@ -97,26 +139,51 @@ class Examples:
             self.known[new] = True
         return {name: x[indices] for name, x in self.cache.items()}
 
-    def decoded(self, indices: np.ndarray, positions: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def decoded(self, indices: np.ndarray, places: Places | None = None) -> dict[str, np.ndarray]:
         """As `take`, from the stored records."""
         out = self.empty(len(indices))
-        for row, i in enumerate(map(int, indices)):
+        for n, i in enumerate(map(int, indices)):
+            place = Places(*(None if x is None else x[n] for x in places or Places()))
             for name, value in self.records[i].items():
                 if self.records.chosen[name].image:
-                    value = self.image(i, value, None if positions is None else positions[row])
-                out[name][row] = value
+                    value = self.image(i, value, self.shapes[name][-1], place)
+                out[name][n] = value
         return out
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
 
-    def image(self, i: int, encoded: bytes, position: float | None) -> np.ndarray:
+    def image(self, i: int, encoded: bytes, channels: int, place: Places) -> np.ndarray:
         try:
-            image = transforms.load(encoded, self.data['channels'])
+            image = transforms.load(encoded, channels)
         except Exception as e:
             raise RunError(f'{self.records.place}: example {i} cannot be decoded ({sources.reason(e)})') from e
-        image = transforms.cut(image, self.data['box'])
-        return transforms.to_array(transforms.square(image, self.data['size'], position))
+        image, size = transforms.cut(image, self.data['box']), self.data['size']
+        if place.row is None:
+            return transforms.to_array(transforms.square(image, size, place.square))
+        image = transforms.square(image, size + self.data['jitter'], place.square)
+        return transforms.to_array(transforms.window(image, size, place.row, place.column))
+
+
+class Beside:
+    """Examples and, as OTHER, the pictures of a second source: here in stored order, those of the shorter one again and
+    again. In training each has an order of its own."""
+
+    def __init__(self, examples: Examples, others: Examples):
+        self.examples, self.others = examples, others
+
+    @property
+    def identity(self) -> str:
+        return f'{self.examples.identity} {OTHER}: {self.others.identity}'
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return {**self.examples[i], OTHER: self.others[i % len(self) % len(self.others)]['image']}
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {**self.examples.take(indices), OTHER: self.others.take(indices % len(self.others))['image']}
 
 
 class Selected:
@@ -144,7 +211,7 @@ def labels(data, split: str) -> np.ndarray:
     return np.array([records[i]['label'] for i in range(len(records))], np.int32)
 
 
-def dataset(data, split: str) -> Examples:
+def dataset(data, split: str) -> Examples | Beside:
     """The examples of split 'train' or 'test' in stored order, cut and resized as for evaluation.
 
     The set is prepared first if it is not there yet. Of 'train' only those in data.keep_classes, if it names any.
@@ -154,6 +221,11 @@ def dataset(data, split: str) -> Examples:
     """
     if split not in ('train', 'test'):
         raise UserError(f"a split is 'train' or 'test', not {split!r}")
+    if OTHER in data['features']:
+        own, other = sections(data)
+        with of_other():
+            others = dataset(other, split)
+        return Beside(dataset(own, split), others)
     records, kept = sources.open_records(sources.resolve(data), data, split), tuple(data['keep_classes'])
     if kept and split == 'train':
         numbers = np.flatnonzero(np.isin(labels(data, split), kept))
@@ -165,7 +237,7 @@ def dataset(data, split: str) -> Examples:
     return examples
 
 
-def order(seed: int, n: int) -> Callable[[np.ndarray], np.ndarray]:
+def order(seed: int, n: int, stream: int = transforms.ORDER) -> Callable[[np.ndarray], np.ndarray]:
     """The function from numbers (int [b], any) to examples (int [b], 0 to n - 1).
 
     Every epoch, numbers e * n to (e + 1) * n - 1, is a random order of all examples: their order
@@ -178,7 +250,7 @@ def order(seed: int, n: int) -> Callable[[np.ndarray], np.ndarray]:
     @functools.lru_cache(maxsize=4)
     def part(i: int) -> np.ndarray:
         numbers = i * epochs * n + np.arange(epochs * n)
-        keys = transforms.uniform(seed, numbers, transforms.ORDER)
+        keys = transforms.uniform(seed, numbers, stream)
         return np.argsort(keys.reshape(epochs, n), axis=1, kind='stable').reshape(-1)
 
     def examples(numbers: np.ndarray) -> np.ndarray:
@@ -189,6 +261,37 @@ def order(seed: int, n: int) -> Callable[[np.ndarray], np.ndarray]:
         return out
 
     return examples
+
+
+def mixed(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The function from numbers [n] to the training examples with these numbers, augmented.
+
+    All pictures of one example are cut and mirrored alike.
+
+    Args:
+      apart: added to the streams of randomness: another order and another augmentation.
+    """
+    which = order(seed, len(examples), transforms.ORDER + apart)
+    pictures = [name for name, feature in examples.records.chosen.items() if feature.image]
+
+    def take(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        def uniform(stream: int, wanted: bool = True) -> np.ndarray | None:
+            return transforms.uniform(seed, numbers, stream + apart) if wanted else None
+
+        places = Places(
+            uniform(transforms.CROP, data['crop'] == 'random'),
+            uniform(transforms.ROW, data['jitter'] > 0),
+            uniform(transforms.COLUMN, data['jitter'] > 0),
+        )
+        moved = any(x is not None for x in places)
+        out = examples.take(which(numbers), places if moved else None)
+        if data['flip']:
+            flip = uniform(transforms.FLIP) < 0.5
+            for name in pictures:
+                out[name][flip] = out[name][flip, :, ::-1]
+        return out
+
+    return take
 
 
 def batches(
@@ -222,17 +325,16 @@ def batches(
     if batch < 1 or batch % process_count:
         raise UserError(f'config.data.batch = {batch} must be a multiple of the {process_count} processes')
     examples = dataset(data, split)
-    which = order(seed, len(examples))
+    if isinstance(examples, Beside):
+        take = mixed(examples.examples, data, seed)
+        others = mixed(examples.others, data, seed, transforms.OTHER)
+    else:
+        take, others = mixed(examples, data, seed), None
     own = np.arange(batch).reshape(process_count, -1)[process_index]  # this process's part of a batch
 
     def make(step: int) -> dict[str, np.ndarray]:
         numbers = step * batch + own
-        positions = transforms.uniform(seed, numbers, transforms.CROP) if data['crop'] == 'random' else None
-        out = examples.take(which(numbers), positions)
-        if data['flip']:
-            flip = transforms.uniform(seed, numbers, transforms.FLIP) < 0.5
-            out['image'][flip] = out['image'][flip, :, ::-1]
-        return out
+        return take(numbers) | ({OTHER: others(numbers)['image']} if others else {})
 
     steps = grain.MapDataset.range(start, 2**62 // batch).map(make)
     # An element is a whole batch, so few of them are kept ready.

@@ -1,7 +1,8 @@
 """Simple scenes, drawn at any size, with all that is to know about them.
 
     factors = draw_factors(number=3)
-    picture = render(factors, size=64)
+    scene = draw(factors, size=64)
+    scene.image, scene.mask, scene.edges  # the picture, which of it is the shape, and a line drawing
     print(caption(factors))  # a small cyan heart on a beige background
 
 A scene is one shape on a plain background. Seven factors say how it looks (`FACTORS`); each is
@@ -12,9 +13,10 @@ read off another (as in dSprites, Matthey et al. 2017). Scene `number` is a pure
 from __future__ import annotations
 
 import colorsys
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from jaxgen.data.transforms import uniform
 
@@ -51,8 +53,18 @@ FACTORS = {
     'rotation': 12,
     'background': len(BACKGROUNDS),
 }
+STYLES = ('filled', 'outlined')  # how the shape is coloured: all of it, or its border only
+BORDER = 0.065  # width of the border over the picture's width
 CAPTION = 64  # bytes
 FINER, FINEST = 4, 256  # drawn at 4 times the size, and at 256 pixels at least, then averaged
+
+
+class Scene(NamedTuple):
+    """What is drawn of one scene, uint8."""
+
+    image: np.ndarray  # [size, size, 3]
+    mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
+    edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
 
 
 def draw_factors(number: int) -> np.ndarray:
@@ -120,8 +132,8 @@ def outline(shape: str) -> list[np.ndarray]:
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
 
 
-def mask(factors: np.ndarray, size: int) -> np.ndarray:
-    """How much of each pixel the shape covers: uint8 [size, size], 0..255."""
+def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
+    """The scene in one of STYLES; mask and edges are the same in all."""
     f = named(factors)
     radius = list(SIZES.values())[f['size']]
     # Places where the largest shape lies wholly inside, the same for all sizes: factors stay independent.
@@ -130,21 +142,40 @@ def mask(factors: np.ndarray, size: int) -> np.ndarray:
     angle = 2 * np.pi * f['rotation'] / FACTORS['rotation']
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # clockwise, y being down
     finer = max(FINER, FINEST // size)
-    image = Image.new('L', (size * finer, size * finer))
-    draw = ImageDraw.Draw(image)
-    for i, polygon in enumerate(OUTLINES[SHAPES[f['shape']]]):
+    polygons = []
+    for polygon in OUTLINES[SHAPES[f['shape']]]:
         # PIL wants whole pixels and fills those of the outline too: half a pixel less on each side.
         scale = radius * size * finer - 0.5
         points = np.rint(centre * size * finer + scale * polygon @ turn - 0.5)
-        draw.polygon([tuple(p) for p in points], fill=0 if i else 255)
-    return np.asarray(image.reduce(finer))
+        polygons.append([tuple(p) for p in points])
 
+    def canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        image = Image.new('L', (size * finer, size * finer))
+        return image, ImageDraw.Draw(image)
 
-def render(factors: np.ndarray, size: int) -> np.ndarray:
-    """The scene, uint8 [size, size, 3]."""
-    f = named(factors)
+    def lines(width: int) -> Image.Image:
+        """The shape's outline: of its body where there is no hole, and of its hole where there is a body."""
+        image, pen = canvas()
+        pen.line(polygons[0] + polygons[0][:2], fill=255, width=width, joint='curve')
+        for hole in polygons[1:]:
+            pen.polygon(hole, fill=0)
+            inner, pen = canvas()
+            pen.line(hole + hole[:2], fill=255, width=width, joint='curve')
+            body, pen = canvas()
+            pen.polygon(polygons[0], fill=255)
+            image = ImageChops.lighter(image, ImageChops.darker(inner, body))
+        return image
+
+    inside, pen = canvas()
+    for i, polygon in enumerate(polygons):
+        pen.polygon(polygon, fill=0 if i else 255)
+    # Half of a line lies outside.
+    coloured = inside if style == 'filled' else ImageChops.darker(inside, lines(2 * round(BORDER * size * finer)))
+    cover, covered, edges = (np.asarray(x.reduce(finer)) for x in (inside, coloured, lines(finer)))
+
     colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))
     background = np.array(colorsys.hsv_to_rgb(*list(BACKGROUNDS.values())[f['background']]))
     light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
-    cover = mask(factors, size)[..., None] / 255
-    return np.rint(255 * (cover * colour + (1 - cover) * background * light)).astype(np.uint8)
+    share = covered[..., None] / 255
+    image = np.rint(255 * (share * colour + (1 - share) * background * light)).astype(np.uint8)
+    return Scene(image, cover, edges)

@@ -34,11 +34,12 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen.data import builders, folder
+from jaxgen.data import builders, folder, shapes
 from jaxgen.errors import RunError, UserError
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
+OWN = ('digits', 'shapes', 'shapes:outlined', 'gaussians:1', 'gaussians:2')
 PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
@@ -51,6 +52,7 @@ class Feature(NamedTuple):
     dtype: Any = np.uint8
     classes: int = 0
     image: bool = False
+    channels: int = 0  # of an image; 0: as many as the config asks for
 
 
 class Source(NamedTuple):
@@ -78,16 +80,20 @@ def resolve(data) -> Source:
     if name == 'digits':
         features = builders.JaxgenDigits.features(None)
         return Source(name, lambda: find(features), lambda: builders.JaxgenDigits(data_dir=here))
-    if name == 'shapes':
-        config = builders.ShapesConfig(name=f'size{data["size"]}', size=data['size'])
+    if name.partition(':')[0] == 'shapes':
+        style = name.partition(':')[2] or shapes.STYLES[0]
+        if style not in shapes.STYLES:
+            raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(shapes.STYLES)}')
+        styled = '' if style == shapes.STYLES[0] else f'{style}_'
+        config = builders.ShapesConfig(name=f'{styled}size{data["size"]}', size=data['size'], style=style)
         features = builders.JaxgenShapes.features(config)
         return Source(name, lambda: find(features), lambda: builders.JaxgenShapes(config=config, data_dir=here))
     if name.partition(':')[0] == 'gaussians':
         return gaussians_source(data, here)
-    if name.startswith('folder:'):
-        if name == 'folder:':
-            raise UserError('config.data.source: say which folder, like folder:/home/me/pictures')
-        return folder_source(data, here)
+    if name.startswith(('folder:', 'pairs:')):
+        if name.endswith(':'):
+            raise UserError(f'config.data.source: say which folder, like {name}/home/me/pictures')
+        return folder_source(data, here) if name.startswith('folder:') else pairs_source(data, here)
     builder = functools.partial(tfds_builder, name, here)
     return Source(name, lambda: find(builder().info.features), builder, own=False)
 
@@ -142,6 +148,37 @@ def folder_source(data, here: str) -> Source:
     return Source(data['source'], features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check)
 
 
+def pairs_source(data, here: str) -> Source:
+    """A folder whose sub-folders hold the image features of an example in files of one name."""
+
+    wanted = tuple(dict.fromkeys(('image', *data['features'])))
+
+    @functools.cache
+    def config() -> builders.FolderConfig:
+        listing = folder.scan(data['source'].partition(':')[2])
+        parts = folder.paired(listing, wanted)
+        key = folder.key(listing, data['test_share'], parts)
+        report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
+        return builders.FolderConfig(
+            name=key,
+            listing=listing,
+            test_share=data['test_share'],
+            max_corrupt=data['max_corrupt'],
+            threads=data['threads'],
+            report=report,
+            parts=parts,
+        )
+
+    def check() -> None:
+        folder.check(config().listing, data['max_corrupt'], config().report)
+
+    # What the config names is taken to be there: it may be on another machine.
+    features = {name: Feature((name,), image=True) for name in wanted}
+    return Source(
+        data['source'], lambda: features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check
+    )
+
+
 def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
     """A TFDS builder by its name, or a UserError."""
     try:
@@ -156,9 +193,9 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
         raise UserError(f'config.data.source: {name} cannot be had: {reason(e)}') from e
     if os.path.isdir(os.path.expanduser(name)):
         raise UserError(f'config.data.source: for the images in a folder write folder:{name}')
-    known = ['digits', 'shapes', 'gaussians:1', 'gaussians:2', *tfds.list_builders(with_community_datasets=False)]
+    known = [*OWN, *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    listed = 'digits, shapes, folder:PATH, gaussians:1, gaussians:2 and the names of TFDS'
+    listed = 'digits, shapes, folder:PATH, pairs:PATH, gaussians:1, gaussians:2 and the names of TFDS'
     hint = f'did you mean {" or ".join(close)}?' if close else f'known: {listed}'
     raise UserError(f'config.data.source: no source {name!r}; {hint}')
 
@@ -166,20 +203,19 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
 def find(features) -> dict[str, Feature]:
     """{name: Feature} of all features that a batch can hold.
 
-    'image' is the image feature, by its type; 'label' the class label; others go by their path, like
-    'attributes/Smiling', if they are numbers of a fixed shape. Integers and bools become int32,
-    but uint8 stays; floats become float32.
+    'image' is the image feature of that name, or else the first one; 'label' the class label; others go by their
+    path, like 'attributes/Smiling', if they are images too, or numbers of a fixed shape. Integers and bools become
+    int32, but uint8 stays; floats become float32.
     """
     found: dict[str, Feature] = {}
+    images: dict[str, Feature] = {}
 
     def visit(feature, path: tuple[str, ...]) -> None:
         if isinstance(feature, dict | tfds.features.FeaturesDict):
             for key, inner in feature.items():
                 visit(inner, (*path, key))
         elif isinstance(feature, tfds.features.Image):
-            found.setdefault('image', Feature(path, image=True))
-            if path[-1] == 'image':
-                found['image'] = Feature(path, image=True)
+            images['/'.join(path)] = Feature(path, image=True, channels=1 if feature.shape[-1] == 1 else 0)
         elif isinstance(feature.shape, tuple) and None not in feature.shape:
             dtype = np.dtype(feature.np_dtype)  # the field dtype would import TensorFlow
             if dtype.kind not in 'biuf' or isinstance(feature, tfds.features.Video | tfds.features.Audio):
@@ -192,7 +228,9 @@ def find(features) -> dict[str, Feature]:
             found['/'.join(path)] = one
 
     visit(features, ())
-    return found
+    main = next((name for name, f in images.items() if f.path[-1] == 'image'), next(iter(images), ''))
+    first = {'image': images.pop(main)._replace(channels=0)} if images else {}
+    return {**first, **found, **images}
 
 
 def choose(source: Source, data) -> dict[str, Feature]:

@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 
 from jaxgen.errors import UserError
 
-# Streams of `uniform`: one per use, so that no two uses share their numbers.
-FLIP, CROP, ORDER = 1, 2, 3
+# Streams of `uniform`: one per use, so that no two uses share their numbers. 4 is in builders.py; a second source of
+# pictures has the same ones plus OTHER.
+FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
 
 
 def load(encoded: bytes, channels: int) -> Image.Image:
@@ -80,6 +81,12 @@ def square(image: Image.Image, size: int, position: float | None = None) -> Imag
     left, top = (n // 2 if position is None else int(position * (n + 1)) for n in spare)
     image = image.crop((left, top, left + side, top + side))
     return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def window(image: Image.Image, size: int, row: float, column: float) -> Image.Image:
+    """size x size pixels of a larger image; row and column say where, from 0 (top, left) to below 1."""
+    left, top = int(column * (image.width - size + 1)), int(row * (image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
 
 
 def to_array(image: Image.Image) -> np.ndarray:
