@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     'optim': {
         'name': 'adam',  # adam | adamw | radam | rmsprop | sgd
         'lr': 2e-4,
-        'schedule': 'constant',  # constant | linear | cosine, to 0 at the last update
+        'schedule': 'constant',  # constant | linear | cosine, to 0 at the last update; half_linear: from the middle on
         'warmup': 0,  # updates of linear rise
         'b1': 0.9,
         'b2': 0.999,
@@ -100,7 +100,7 @@ CHOICES = {
     'data.channels': (1, 3),
     'data.crop': ('center', 'random'),
     'optim.name': ('adam', 'adamw', 'radam', 'rmsprop', 'sgd'),
-    'optim.schedule': ('constant', 'linear', 'cosine'),
+    'optim.schedule': ('constant', 'linear', 'cosine', 'half_linear'),
     'train.dtype': ('float32', 'bfloat16'),
     'evaluate.split': ('train', 'test'),
 }

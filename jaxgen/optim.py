@@ -25,13 +25,15 @@ class Optim(NamedTuple):
 def learning_rate(steps: int, *, lr: float, schedule: str, warmup: int) -> optax.Schedule:
     """Learning rate by update: linear rise over `warmup` updates, then `schedule`.
 
-    schedule: 'constant', or 'linear' / 'cosine' decay to 0 at update `steps`.
+    schedule: 'constant', or 'linear' / 'cosine' decay to 0 at update `steps`; 'half_linear' decays in the second half
+      of the updates only.
     """
     after = max(steps - warmup, 1)
     shapes = {
         'constant': lambda: optax.constant_schedule(lr),
         'linear': lambda: optax.linear_schedule(lr, 0.0, after),
         'cosine': lambda: optax.cosine_decay_schedule(lr, after),
+        'half_linear': lambda: optax.linear_schedule(lr, 0.0, after - after // 2, after // 2),
     }
     if not warmup:
         return shapes[schedule]()

@@ -40,6 +40,8 @@ def test_schedules():
     np.testing.assert_allclose([rate(i) for i in (4, 7, 10)], [1.0, 0.5, 0.0], atol=1e-7)
     cosine = learning_rate(8, lr=2.0, schedule='cosine', warmup=0)
     np.testing.assert_allclose([cosine(i) for i in (0, 4, 8)], [2.0, 1.0, 0.0], atol=1e-6)
+    half = learning_rate(12, lr=2.0, schedule='half_linear', warmup=2)
+    np.testing.assert_allclose([half(i) for i in (0, 1, 2, 7, 8, 12)], [1.0, 2.0, 2.0, 2.0, 1.6, 0.0], atol=1e-6)
     assert learning_rate(8, lr=2.0, schedule='constant', warmup=0)(1000) == 2.0
 
 

@@ -63,24 +63,26 @@ def Conv(
 
 def ConvTranspose(
     features: int,
+    kernel: int = 4,
     *,
     bias: bool = True,
     init: Callable | None = None,
     dtype: Any = jnp.float32,
     name: str | None = None,
 ) -> nn.Module:
-    """Transposed convolution of [n, H, W, C] to [n, 2H, 2W, features] with kernel 4 and stride 2.
+    """Transposed convolution of [n, H, W, C] to [n, 2H, 2W, features] with stride 2.
 
     It is torch's `ConvTranspose2d(kernel_size=4, stride=2, padding=1)` with the kernel turned by half a turn: the image
     with holes between its pixels, and a plain convolution.
 
     Args:
+      kernel: 3 is torch's `kernel_size=3, stride=2, padding=1, output_padding=1`.
       init: of the kernel; None: variance_scaling(1). The bias starts at 0.
     """
     return nn.Conv(
         features,
-        (4, 4),
-        padding=((2, 2), (2, 2)),
+        (kernel, kernel),
+        padding=((kernel // 2, (kernel + 1) // 2),) * 2,
         input_dilation=(2, 2),
         use_bias=bias,
         kernel_init=init or variance_scaling(),
@@ -183,6 +185,16 @@ def BatchNorm(
         dtype=dtype,
         name=name,
     )
+
+
+def instance_norm(x: Array, eps: float = 1e-5) -> Array:
+    """Each channel of each example [n, H, W, C] to mean 0 and variance 1 over its positions, without weights.
+
+    Ulyanov et al. 2016, arXiv 1607.08022. Statistics in float32, result in x's dtype.
+    """
+    y = x.astype(jnp.float32)
+    y = y - y.mean((1, 2), keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
 
 
 def upsample_nearest(x: Array) -> Array:

@@ -12,21 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.errors import UserError
-from jaxgen.networks.layers import BatchNorm, Conv
+from jaxgen.networks.layers import BatchNorm, Conv, instance_norm
 
 Array = jax.Array
 
 NORMS = ('batch', 'instance', 'none')
-
-
-def instance_norm(x: Array, eps: float = 1e-5) -> Array:
-    """Each channel of each example [n, H, W, C] to mean 0 and variance 1 over its positions, without weights.
-
-    Ulyanov et al. 2016, arXiv 1607.08022. Statistics in float32, result in x's dtype.
-    """
-    y = x.astype(jnp.float32)
-    y = y - y.mean((1, 2), keepdims=True)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
 
 
 def patches(height: int, layers: int) -> int:
