@@ -13,15 +13,25 @@ from jaxgen.config import make
 def get_config(variant: str = ''):
     return make(
         variant,
-        family='wgan_gp',
+        family='gan',
         data=dict(source='cifar10', size=32, channels=3, batch=320),  # 5 critic steps of 64 images
-        model=dict(latent=128, width=128, levels=3, n_critic=5, penalty=10.0, generator_batch=2),
+        model=dict(
+            game='wasserstein',
+            network='resnet',
+            latent=128,
+            width=128,
+            multipliers=(1, 1, 1, 1),
+            discriminator_steps=5,
+            generator_batch=2,
+            penalty=10.0,
+            dequantise=True,
+        ),
         optim=dict(lr=2e-4, schedule='linear', b1=0.0, b2=0.9, ema=0.0),  # the paper averages no weights
         train=dict(steps=100_000, log_every=100, save_every=2000, sample_every=2000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=16, batch=10),
-                model=dict(latent=8, width=8),
+                data=dict(source='shapes', size=8, batch=10),
+                model=dict(latent=8, width=8, multipliers=(1, 1)),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
                 evaluate=dict(batch=8, examples=8),

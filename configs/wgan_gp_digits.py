@@ -13,9 +13,19 @@ from jaxgen.config import make
 def get_config(variant: str = ''):
     return make(
         variant,
-        family='wgan_gp',
+        family='gan',
         data=dict(source='digits', size=8, channels=1, batch=160),  # 5 critic steps of 32 images
-        model=dict(latent=32, width=32, levels=2),
+        model=dict(
+            game='wasserstein',
+            network='resnet',
+            latent=32,
+            width=32,
+            multipliers=(1, 1, 1),
+            discriminator_steps=5,
+            generator_batch=2,
+            penalty=10.0,
+            dequantise=True,
+        ),
         optim=dict(lr=2e-3, schedule='linear', b1=0.0, b2=0.9, ema=0.998, ema_warmup=True),
         train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),

@@ -268,7 +268,7 @@ def test_full_disk(tmp_path):
 @pytest.mark.parametrize('name', FAMILIES)
 def test_not_a_number_stops(name, tmp_path, capfd):
     """A learning rate that blows up after a while: the last good checkpoint is still finite."""
-    networks = '' if name != 'wgan_gp_digits' else '--config.optim.networks.critic.lr=1e36'
+    networks = '' if name != 'wgan_gp_digits' else '--config.optim.networks.discriminator.lr=1e36'
     args = ['jaxgen', *long_run(name, tmp_path, steps=40, save_every=2), '--config.optim.name=sgd']
     rate = ['--config.optim.lr=1e36', *filter(None, [networks]), '--config.optim.warmup=0', '--config.optim.clip=0.0']
     assert run_main([*args, *rate]) == 1

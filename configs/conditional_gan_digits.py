@@ -1,0 +1,50 @@
+"""Conditional GAN on scikit-learn's 8x8 handwritten digits: the class beside z and beside the image.
+
+    python -m jaxgen.main --config=configs/conditional_gan_digits.py
+    python -m jaxgen.main --mode=sample --workdir=runs/conditional_gan_digits --condition=label=3
+
+The variant `projection` is SN-GAN's with a projection discriminator and conditional batch normalisation.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
+        model=dict(network='dcgan', conditional='concat', latent=32, width=32, multipliers=(2, 1)),
+        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
+        train=dict(steps=10_000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'projection': dict(
+                data=dict(batch=160),  # 5 discriminator steps of 32 images
+                model=dict(
+                    game='hinge',
+                    network='resnet',
+                    conditional='projection',
+                    multipliers=(1, 1, 1),
+                    pooling='sum',
+                    discriminator_steps=5,
+                    generator_batch=2,
+                    spectral=('discriminator',),
+                    dequantise=True,
+                ),
+                optim=dict(lr=1e-3, schedule='linear', b1=0.0, b2=0.9),
+                train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
+            ),
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(latent=4, width=4, multipliers=(1,)),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,30 @@
+"""DCGAN on CelebA faces, 64x64, in the size of the torch port that is widely used.
+
+    python -m jaxgen.main --config=configs/dcgan_celeba.py
+
+Time: not measured
+Paper: no figure for these faces (Radford et al. 2015)
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='celeb_a', size=64, channels=3, batch=128),
+        model=dict(network='dcgan', latent=100, width=64, multipliers=(8, 4, 2, 1)),
+        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.0),  # the paper averages no weights
+        train=dict(steps=32_000, log_every=100, save_every=2000, sample_every=2000),  # 25 epochs
+        variants={
+            'tiny': dict(
+                data=dict(source='shapes', size=8, batch=8),
+                model=dict(latent=4, width=4, multipliers=(2, 1)),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )

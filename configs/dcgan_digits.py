@@ -1,0 +1,31 @@
+"""DCGAN on scikit-learn's 8x8 handwritten digits.
+
+    python -m jaxgen.main --config=configs/dcgan_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='digits', size=8, channels=1, batch=64),
+        model=dict(network='dcgan', latent=32, width=32, multipliers=(2, 1)),
+        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
+        train=dict(steps=10_000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(latent=4, width=4, multipliers=(1,)),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,35 @@
+"""The GAN of 2014, two perceptrons, on scikit-learn's 8x8 handwritten digits.
+
+    python -m jaxgen.main --config=configs/gan_digits.py
+
+The variant `minimax` has the loss of the paper's equation 1 for the generator too, where this one has that of its
+section 3.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='digits', size=8, channels=1, batch=64),
+        model=dict(game='non_saturating', network='mlp', latent=32, hidden=(256, 256)),
+        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
+        train=dict(steps=20_000, updates_per_call=50, log_every=500, save_every=5000, sample_every=5000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'minimax': dict(model=dict(game='minimax')),
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(latent=4, hidden=(16, 12)),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,42 @@
+"""SN-GAN, hinge loss and spectral normalisation, on scikit-learn's 8x8 handwritten digits.
+
+    python -m jaxgen.main --config=configs/sngan_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='digits', size=8, channels=1, batch=160),  # 5 discriminator steps of 32 images
+        model=dict(
+            game='hinge',
+            network='resnet',
+            latent=32,
+            width=32,
+            multipliers=(1, 1, 1),
+            pooling='sum',
+            discriminator_steps=5,
+            generator_batch=2,
+            spectral=('discriminator',),
+            dequantise=True,
+        ),
+        optim=dict(lr=1e-3, schedule='linear', b1=0.0, b2=0.9, ema=0.998, ema_warmup=True),
+        train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(latent=4, width=4, multipliers=(1, 1), discriminator_steps=2),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,39 @@
+"""WGAN with clipped weights on scikit-learn's 8x8 handwritten digits.
+
+    python -m jaxgen.main --config=configs/wgan_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='gan',
+        data=dict(source='digits', size=8, channels=1, batch=160),  # 5 critic steps of 32 images
+        model=dict(
+            game='wasserstein',
+            network='dcgan',
+            latent=32,
+            width=32,
+            multipliers=(2, 1),
+            discriminator_steps=5,
+            weight_clip=0.02,
+        ),
+        optim=dict(name='rmsprop', lr=2e-4, b2=0.99, ema=0.998, ema_warmup=True),
+        train=dict(steps=5000, updates_per_call=10, log_every=200, save_every=1000, sample_every=1000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=10),
+                model=dict(latent=4, width=4, multipliers=(1,)),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

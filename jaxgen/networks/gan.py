@@ -1,0 +1,315 @@
+"""Generators and discriminators of the plain adversarial families: perceptrons, DCGAN, residual networks, BigGAN.
+
+A generator maps z [n, latent] and, where there are classes, c [n, classes] (one-hot) to images float32 [n, H, W, C] in
+(-1, 1). A discriminator maps images, and c, to values float32 [n]. Both take `train`: batch normalisation is then by
+this batch, see layers.BatchNorm.
+
+How c is told ('concat': Mirza & Osindero 2014, arXiv 1411.1784; 'projection': Miyato & Koyama 2018, arXiv 1802.05637):
+
+    concat       generator: c beside z; discriminator: c beside the image, a map for each class
+    projection   discriminator: psi(h) + <embedding of c, h> with its last features h (the latter's eq. 2);
+                 generator: c sets gains and shifts of residual networks' batch normalisation, and is beside z in others
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.layers import (
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    downsample_mean,
+    upsample_nearest,
+    variance_scaling,
+)
+
+Array = jax.Array
+
+
+def beside(x: Array, c: Array | None) -> Array:
+    """x [n, ..., C] with c [n, d] as more channels, [n, ..., C + d]; x alone where c is None."""
+    if c is None:
+        return x
+    c = c.reshape(len(c), *[1] * (x.ndim - 2), -1)
+    return jnp.concatenate([x, jnp.broadcast_to(c, (*x.shape[:-1], c.shape[-1])).astype(x.dtype)], -1)
+
+
+class Verdict(nn.Module):
+    """Features [n, d] to values [n], in float32; with a class c [n, classes] by projection."""
+
+    bias: bool = True
+    kernel_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self, h: Array, c: Array | None = None) -> Array:
+        h = h.astype(jnp.float32)
+        value = Dense(1, bias=self.bias, init=self.kernel_init, name='value')(h)[:, 0]
+        if c is not None:
+            value = value + (Dense(h.shape[-1], bias=False, init=self.kernel_init, name='embedding')(c) * h).sum(-1)
+        return value
+
+
+# --- perceptrons (Goodfellow et al. 2014)
+
+
+class PerceptronGenerator(nn.Module):
+    """z, and c beside it, through ReLU layers of the sizes `hidden`."""
+
+    image: tuple[int, int, int]
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array, c: Array | None = None, train: bool = False) -> Array:
+        x = beside(z, c)
+        for features in self.hidden:
+            x = nn.relu(Dense(features, init=variance_scaling(2.0), dtype=self.dtype)(x))
+        x = Dense(math.prod(self.image), dtype=self.dtype)(x).astype(jnp.float32)
+        return jnp.tanh(x).reshape(-1, *self.image)
+
+
+class PerceptronDiscriminator(nn.Module):
+    """Leaky ReLU layers of the sizes `hidden`; the paper has maxout and dropout."""
+
+    hidden: tuple[int, ...]
+    projection: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
+        x = x.reshape(len(x), -1)
+        x = x if self.projection else beside(x, c)
+        for features in self.hidden:
+            x = nn.leaky_relu(Dense(features, init=variance_scaling(2.0), dtype=self.dtype)(x), 0.2)
+        return Verdict(name='verdict')(x, c if self.projection else None)
+
+
+# --- DCGAN (Radford et al. 2015, arXiv 1511.06434), with the 4x4 kernels of the torch port that is widely used
+
+
+class DcganGenerator(nn.Module):
+    """A linear layer to the smallest map, then transposed convolutions, each to twice the size.
+
+    Attributes:
+      width, multipliers: channels of the maps are width * multipliers, from the smallest map to the one before the
+        image: the image is 2 ** len(multipliers) times as large as the first.
+    """
+
+    image: tuple[int, int, int]
+    width: int = 64
+    multipliers: tuple[int, ...] = (8, 4, 2, 1)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array, c: Array | None = None, train: bool = False) -> Array:
+        common = dict(bias=False, init=nn.initializers.normal(0.02), dtype=self.dtype)
+        levels = len(self.multipliers)
+        height, columns, channels = self.image[0] >> levels, self.image[1] >> levels, self.image[2]
+        features = [self.width * m for m in self.multipliers] + [channels]
+        x = Dense(height * columns * features[0], **common, name='first')(beside(z, c))
+        x = x.reshape(-1, height, columns, features[0])
+        for i in range(levels):
+            x = nn.relu(BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x))
+            x = ConvTranspose(features[i + 1], **common, name=f'up{i}')(x)
+        return jnp.tanh(x.astype(jnp.float32))
+
+
+class DcganDiscriminator(nn.Module):
+    """The generator's mirror image: convolutions of stride 2, leaky ReLUs of slope 0.2, a linear layer.
+
+    Attributes:
+      multipliers: as the generator has them, from the smallest map on.
+      norm: batch normalisation after all convolutions but the first.
+    """
+
+    width: int = 64
+    multipliers: tuple[int, ...] = (8, 4, 2, 1)
+    norm: bool = True
+    projection: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
+        init = nn.initializers.normal(0.02)
+        x = x if self.projection else beside(x, c)
+        for i, m in enumerate(reversed(self.multipliers)):
+            common = dict(stride=2, padding=((1, 1), (1, 1)), bias=not self.norm, init=init, dtype=self.dtype)
+            x = Conv(self.width * m, 4, **common, name=f'conv{i}')(x)
+            if self.norm and i:
+                x = BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x)
+            x = nn.leaky_relu(x, 0.2)
+        x = x.reshape(len(x), -1)
+        return Verdict(bias=not self.norm, kernel_init=init, name='verdict')(x, c if self.projection else None)
+
+
+# --- residual networks (Gulrajani et al. 2017, appendix F; Miyato et al. 2018; BigGAN, Brock et al. 2018)
+
+
+class Block(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions, [n, H, W, C] -> [n, H', W', features].
+
+    Attributes:
+      resample: 'up' doubles H and W, 'down' halves them, '' keeps them.
+      norm: with batch normalisation, on the statistics of the batch if `train`. Given c [n, d], its gains 1 + A c and
+        shifts B c are those of the example (de Vries et al. 2017).
+      first: no normalisation and activation before the first convolution, as the input is an image.
+      kernel_init: of all kernels; None: He's for convolutions, no effect of c at the start.
+    """
+
+    features: int
+    resample: str = ''
+    norm: bool = False
+    first: bool = False
+    train: bool = False
+    kernel_init: Callable | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array | None = None) -> Array:
+        def activate(h, name):
+            if not self.norm:
+                return nn.relu(h)
+            h = BatchNorm(train=self.train, affine=c is None, dtype=self.dtype, name=name)(h)
+            if c is not None:
+                common = dict(bias=False, init=self.kernel_init or nn.initializers.zeros, dtype=self.dtype)
+                gain = Dense(h.shape[-1], **common, name=f'{name}_gain')(c)[:, None, None]
+                h = h * (1 + gain) + Dense(h.shape[-1], **common, name=f'{name}_shift')(c)[:, None, None]
+            return nn.relu(h)
+
+        he = self.kernel_init or variance_scaling(2.0)
+
+        h = x if self.first else activate(x, 'norm1')
+        h = upsample_nearest(h) if self.resample == 'up' else h
+        h = Conv(self.features, init=he, dtype=self.dtype, name='conv1')(h)
+        h = activate(h, 'norm2')
+        h = Conv(self.features, init=he, dtype=self.dtype, name='conv2')(h)
+        h = downsample_mean(h) if self.resample == 'down' else h
+
+        # A 1x1 convolution and resampling may change places: it runs where there are fewer pixels.
+        # (The authors' code pools last except in the critic's first block; the result is the same.)
+        x = downsample_mean(x) if self.resample == 'down' else x
+        if self.resample or x.shape[-1] != self.features:
+            x = Dense(self.features, init=self.kernel_init, dtype=self.dtype, name='shortcut')(x)
+        x = upsample_nearest(x) if self.resample == 'up' else x
+        return x + h
+
+
+class Attention(nn.Module):
+    """Residual attention of every pixel to all 2x2 squares, [n, H, W, C] (SAGAN, Zhang et al. 2018, arXiv 1805.08318).
+
+    Queries and keys have C / 8 channels, values C / 2; keys and values are the largest of each square. Logits are not
+    scaled. `gain` starts at 0: a new block passes its input on unchanged.
+    """
+
+    kernel_init: Callable | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, height, width, features = x.shape
+
+        def project(name, part, pool):
+            h = Dense(max(features // part, 1), bias=False, init=self.kernel_init, dtype=self.dtype, name=name)(x)
+            h = nn.max_pool(h, (2, 2), (2, 2)) if pool else h
+            return h.reshape(n, -1, h.shape[-1])  # [n, positions, channels]
+
+        query, key, value = project('query', 8, False), project('key', 8, True), project('value', 2, True)
+        logits = jnp.einsum('nqc,nkc->nqk', query, key).astype(jnp.float32)
+        h = jnp.einsum('nqk,nkc->nqc', jax.nn.softmax(logits).astype(self.dtype), value)
+        h = Dense(features, bias=False, init=self.kernel_init, dtype=self.dtype, name='out')(
+            h.reshape(n, height, width, -1)
+        )
+        gain = self.param('gain', nn.initializers.zeros, ())
+        return x + gain.astype(self.dtype) * h
+
+
+class ResidualGenerator(nn.Module):
+    """Blocks that double the size, from a linear layer's map.
+
+    Attributes:
+      width, multipliers: channels are width * multipliers, first those of the first map, then those after each block.
+      attention: heights of maps that get Attention.
+      projection: c sets gains and shifts of the blocks' norms; else it is beside z.
+      embedding: with projection: dimensions of one embedding of the class that all norms share (BigGAN); 0: each norm
+        has its own gains and shifts of every class.
+      skip: z is cut into equal pieces, one for the first map and one for each block, which is told its piece beside
+        the class (BigGAN, appendix B).
+      kernel_init: of all kernels, see Block.
+    """
+
+    image: tuple[int, int, int]
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 1, 1)
+    attention: tuple[int, ...] = ()
+    projection: bool = False
+    embedding: int = 0
+    skip: bool = False
+    kernel_init: Callable | None = None
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, z: Array, c: Array | None = None, train: bool = False) -> Array:
+        block = nn.remat(Block) if self.remat else Block
+        levels = len(self.multipliers) - 1
+        height, columns, channels = self.image[0] >> levels, self.image[1] >> levels, self.image[2]
+        if c is not None and not self.projection:
+            z, c = beside(z, c), None
+        if c is not None and self.embedding:
+            table = self.param('embedding', nn.initializers.orthogonal(), (c.shape[-1], self.embedding))
+            c = c @ table
+        pieces = jnp.split(z, levels + 1, -1) if self.skip else [z]
+        told = [piece if c is None else beside(piece, c) for piece in pieces[1:]] if self.skip else [c] * levels
+
+        x = Dense(
+            height * columns * self.width * self.multipliers[0], init=self.kernel_init, dtype=self.dtype, name='first'
+        )(pieces[0])
+        x = x.reshape(-1, height, columns, self.width * self.multipliers[0])
+        for i, m in enumerate(self.multipliers[1:]):
+            common = dict(norm=True, train=train, kernel_init=self.kernel_init, dtype=self.dtype)
+            x = block(self.width * m, 'up', **common, name=f'block{i}')(x, told[i])
+            if x.shape[1] in self.attention:
+                x = Attention(kernel_init=self.kernel_init, dtype=self.dtype, name=f'attention{i}')(x)
+        x = nn.relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x))
+        return jnp.tanh(Conv(channels, init=self.kernel_init, dtype=self.dtype, name='last')(x).astype(jnp.float32))
+
+
+class ResidualDiscriminator(nn.Module):
+    """Blocks, the first `halvings` of which halve the size; no batch normalisation: it judges images one by one.
+
+    Attributes:
+      multipliers: as the generator has them; its last is the first here.
+      pooling: 'mean' | 'sum', of the last map over its positions.
+      attention, kernel_init: as the generator's.
+    """
+
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 1, 1)
+    halvings: int = 2
+    attention: tuple[int, ...] = ()
+    pooling: str = 'mean'
+    projection: bool = False
+    kernel_init: Callable | None = None
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
+        block = nn.remat(Block) if self.remat else Block
+        x = x if self.projection else beside(x, c)
+        for i, m in enumerate(reversed(self.multipliers)):
+            common = dict(first=i == 0, kernel_init=self.kernel_init, dtype=self.dtype)
+            x = block(self.width * m, 'down' if i < self.halvings else '', **common, name=f'block{i}')(x)
+            if x.shape[1] in self.attention:
+                x = Attention(kernel_init=self.kernel_init, dtype=self.dtype, name=f'attention{i}')(x)
+        x = nn.relu(x).astype(jnp.float32)
+        x = x.mean((1, 2)) if self.pooling == 'mean' else x.sum((1, 2))  # [n, width]
+        return Verdict(kernel_init=self.kernel_init, name='verdict')(x, c if self.projection else None)

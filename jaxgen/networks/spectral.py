@@ -1,0 +1,69 @@
+"""Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957): kernels divided by their largest singular value.
+
+It bounds the slope of every layer by 1, and so that of a network of ReLUs. The singular value comes from power
+iteration (the paper's algorithm 1): one iteration in each training step, from the vector of the step before, since
+weights change little in between. These vectors are state beside the weights; a family keeps them in State.extra.
+
+It is a function of the weights, not of the layers: any network is normalised by it, and none knows of it. So is
+BigGAN's orthogonal regularisation (Brock et al. 2018, arXiv 1809.11096, eq. 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Array = jax.Array
+PyTree = Any
+
+
+def unit(x: Array) -> Array:
+    """x [n] with length 1; 0 stays 0."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum() + 1e-24)
+
+
+def start(rng: Array, weights: PyTree) -> PyTree:
+    """Random vectors [features], one for each kernel [..., features] among the weights, under its name.
+
+    Scales, biases and embeddings have none: they are left as they are.
+    """
+    kernels = {path: w for path, w in flatten_dict(weights).items() if path[-1] == 'kernel'}
+    keys = jax.random.split(rng, len(kernels))
+    drawn = {path: unit(jax.random.normal(k, w.shape[-1:])) for k, (path, w) in zip(keys, kernels.items(), strict=True)}
+    return unflatten_dict(drawn)
+
+
+def normalise(weights: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:
+    """The weights with their kernels normalised, and the vectors after one iteration of each.
+
+    A convolution's kernel is taken as the matrix [height * width * in, out]. Gradients go through the singular value
+    and not through the vectors: d sigma / d W = v u^T (eq. 12).
+
+    Args:
+      vectors: what `start` or this function gave; {} leaves the weights as they are.
+    """
+    normalised, found = flatten_dict(weights), {}
+    with jax.default_matmul_precision('float32'):
+        for path, u in flatten_dict(vectors).items():
+            kernel = normalised[path]
+            matrix = kernel.reshape(-1, kernel.shape[-1])
+            fixed = jax.lax.stop_gradient(matrix)
+            v = unit(fixed @ u)
+            u = unit(v @ fixed)
+            normalised[path] = kernel / (v @ matrix @ u)
+            found[path] = u
+    return unflatten_dict(normalised), unflatten_dict(found)
+
+
+def orthogonality(weights: PyTree) -> Array:
+    """Sum over kernels of |W^T W * (1 - I)|^2: 0 where the filters of each are orthogonal, whatever their lengths."""
+
+    def one(kernel: Array) -> Array:
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        gram = matrix.T @ matrix
+        return jnp.square(gram - jnp.diag(jnp.diag(gram))).sum()
+
+    return sum(one(w) for path, w in flatten_dict(weights).items() if path[-1] == 'kernel')
