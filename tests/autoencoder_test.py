@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxgen.contract import Context
+from jaxgen.data import corruptions
 from jaxgen.errors import UserError
 from jaxgen.families import autoencoder
 from jaxgen.optim import Optim
@@ -27,34 +28,6 @@ def family(corruption='none', image=(8, 4, 3), accumulate=1, **model):
 def images(n: int = 4, seed: int = 0, image=(8, 4, 3)) -> dict:
     x = jax.random.uniform(jax.random.key(seed), (n, *image), minval=-1, maxval=1)
     return {'image': x, 'index': jnp.arange(n, dtype=jnp.int32)}
-
-
-def test_low_resolution_is_means_of_squares():
-    x = np.asarray(images()['image'])
-    small = np.stack([[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4, 6)])  # [4, 2, n, C]
-    wanted = np.kron(small.transpose(2, 3, 0, 1), np.ones((2, 2))).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(autoencoder.low_resolution(x, 2), wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_grey_is_luma():
-    x = np.asarray(images()['image'])
-    luma = 0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2]
-    np.testing.assert_allclose(autoencoder.grey(x), np.stack([luma] * 3, -1), rtol=1e-5, atol=1e-6)
-    whites = np.linspace(-1, 1, 48, dtype=np.float32).reshape(1, 4, 4, 3).mean(-1, keepdims=True).repeat(3, -1)
-    np.testing.assert_allclose(autoencoder.grey(whites), whites, atol=1e-6)  # grey stays what it is
-
-
-def test_holes_are_squares_anywhere_alike():
-    found = np.asarray(jax.jit(lambda keys: autoencoder.holes(keys, (5, 4), 3))(jax.random.split(KEY, 2000)))
-    assert found.shape == (2000, 5, 4, 1) and found.dtype == bool
-    places = set()
-    for hole in found[..., 0]:
-        rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
-        assert hole.sum() == 9 and len(rows) == len(columns) == 3 and np.ptp(rows) == np.ptp(columns) == 2
-        places.add((rows[0], columns[0]))
-    assert places == {(i, j) for i in range(3) for j in range(2)}
-    share = found.mean(0)[..., 0]
-    np.testing.assert_allclose(share, np.outer([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], [1 / 2, 1, 1, 1 / 2]), atol=0.05)
 
 
 def test_without_corruption():
@@ -95,9 +68,9 @@ def test_with_corruption(corruption):
         if corruption == 'noise':
             return x + 0.4 * jax.vmap(lambda key: jax.random.normal(key, (8, 4, 3)))(keys), lambda out: out
         if corruption == 'mask':
-            unknown = np.asarray(autoencoder.holes(keys, (8, 4), 2))
+            unknown = np.asarray(corruptions.holes(keys, (8, 4), 2))
             return x * ~unknown, lambda out: np.where(unknown, out, x)
-        simple = autoencoder.grey if corruption == 'grey' else lambda x: autoencoder.low_resolution(x, 2)
+        simple = corruptions.grey if corruption == 'grey' else lambda x: corruptions.low_resolution(x, 2)
         return simple(x), lambda out: out + simple(x) - simple(out)
 
     seen, restored_by = spoilt(jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(6)))
@@ -120,7 +93,7 @@ def test_with_corruption(corruption):
 def test_what_is_known_stays():
     """Means of squares and luma of what is restored are those that were given, whatever the decoder says."""
     x, out = images()['image'], images(seed=1)['image']
-    for simple in (autoencoder.grey, lambda x: autoencoder.low_resolution(x, 2)):
+    for simple in (corruptions.grey, lambda x: corruptions.low_resolution(x, 2)):
         np.testing.assert_allclose(simple(out + simple(x) - simple(out)), simple(x), atol=1e-5)
 
 

@@ -24,39 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.data.corruptions import grey, holes, low_resolution
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
 
 Array = jax.Array
 
 CORRUPTIONS = ('none', 'noise', 'low_resolution', 'grey', 'mask')
-LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-
-
-def low_resolution(x: Array, factor: int) -> Array:
-    """[n, H, W, C] with every square of factor x factor pixels as its mean, at full size."""
-    n, height, width, channels = x.shape
-    squares = x.reshape(n, height // factor, factor, width // factor, factor, channels)
-    return jnp.broadcast_to(squares.mean((2, 4), keepdims=True), squares.shape).reshape(x.shape)
-
-
-def grey(x: Array) -> Array:
-    """[n, H, W, 3] with its luma in all three channels."""
-    return jnp.broadcast_to((x * jnp.array(LUMA)).sum(-1, keepdims=True), x.shape)
-
-
-def holes(keys: Array, size: tuple[int, int], hole: int) -> Array:
-    """bool [n, H, W, 1], True in one square of hole x hole pixels per key, anywhere within the image alike."""
-
-    def one(key: Array) -> Array:
-        inside = []
-        for axis, length in enumerate(size):
-            first = jax.random.randint(jax.random.fold_in(key, axis), (), 0, length - hole + 1)
-            place = jnp.arange(length)
-            inside.append((place >= first) & (place < first + hole))
-        return (inside[0][:, None] & inside[1][None])[..., None]
-
-    return jax.vmap(one)(keys)
 
 
 def build(
