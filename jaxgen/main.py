@@ -143,7 +143,7 @@ def evaluate_mode(run, seed: int) -> None:
         evaluator = runs.make_evaluator(run.config, run.assembled.mesh)
         evaluator.check(config.samples)
     record = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
-    metrics = run.evaluate()
+    metrics = run.evaluate() | run.modes(config.samples, seed)
     if evaluator is not None:
         metrics |= run.compare(evaluator, config.samples, seed)
         record |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}

@@ -19,7 +19,7 @@ from jaxgen import data, evaluate, log, optim, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State
 from jaxgen.errors import UserError
-from jaxgen.metrics import features
+from jaxgen.metrics import features, scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,18 @@ class Run:
         if 'factors' in a.spec.features and a.family.encode is not None and not a.family.codes:
             results |= over(evaluate.codes_and_factors, 'codes')
         return results
+
+    def modes(self, n: int, seed: int = 0) -> dict[str, dict]:
+        """Where the data are a known mixture of Gaussians, what n samples cover of it: see scores.modes_covered. Else
+        {}."""
+        mixture = data.modes(self.config.data)
+        if mixture is None or self.assembled.family.sample is None:
+            return {}
+        shares, means, stds = mixture
+        points = self.sample(n, seed).reshape(n, -1)[:, : means.shape[1]] / 127.5 - 1
+        good, covered, kl = scores.modes_covered(points, shares, means, stds)
+        found = {'good_samples': {'value': good, 'stderr': float(np.sqrt(good * (1 - good) / n)), 'n': n}}
+        return found | {'modes': {'value': covered, 'n': n, 'of': len(means)}, 'mode_kl': {'value': kl, 'n': n}}
 
     def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
         """Figures of n samples against a data set; see evaluate.figures."""

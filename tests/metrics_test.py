@@ -10,7 +10,7 @@ from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import neighbours
 from jaxgen.metrics.moments import Moments, finite, frechet, merge
 from jaxgen.metrics.neighbours import neighbourhood
-from jaxgen.metrics.scores import class_balance, inception_score, kernel_distance
+from jaxgen.metrics.scores import class_balance, inception_score, kernel_distance, modes_covered
 
 
 def gaussian(mean, covariance, n=101) -> Moments:
@@ -148,6 +148,24 @@ def test_kernel_distance_tells_apart_and_has_no_bias():
     assert abs(near) < 4 * spread / np.sqrt(6), 'about 0, where a biased estimate is above'
     assert kernel_distance(x, y, subsets=50, size=50)[0] > abs(near)
     assert kernel_distance(x, y, 5, 50) != kernel_distance(x, y, 5, 50, seed=0)
+
+
+def test_modes_covered():
+    shares, means, stds = np.array([0.5, 0.25, 0.25]), np.array([[0.0, 0], [4, 0], [0, 4]]), np.array([1.0, 0.5, 1])
+    points = np.array([[0, 2.9], [-3.1, 0], [1.4, 0], [2.6, 0], [0, 1.1], [4, 1.6], [9, 9], [3, 0]])
+    # Of the first: 0 (between it and the third: the nearer in deviations), 2, 3; of the second 7; of the third 4.
+    good, covered, kl = modes_covered(points, shares, means, stds)
+    distance = np.sqrt(((points[:, None] - means) ** 2).sum(-1)) / stds
+    which = [int(d.argmin()) for d in distance if d.min() <= 3]
+    assert good == len(which) / 8 == 5 / 8 and covered == len(set(which)) == 3
+    share = np.bincount(which) / len(which)
+    assert kl == pytest.approx((share * np.log(share / shares)).sum()) and kl > 0
+    assert modes_covered(np.full((3, 2), 99.0), shares, means, stds) == (0, 0, np.inf)
+    assert modes_covered(points[2:4], shares, means, stds)[1:] == (1, pytest.approx(np.log(2)))
+    rng = np.random.default_rng(0)
+    own = means[rng.choice(3, 20_000, p=shares)]
+    good, covered, kl = modes_covered(own + rng.normal(size=own.shape) * 0.01, shares, means, stds)
+    assert good == 1 and covered == 3 and kl < 1e-3
 
 
 def test_class_balance():

@@ -22,7 +22,19 @@ and `data.other` names a second one, whose pictures are the feature 'other': of 
 
 from jaxgen.data.folder import Pictures
 from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec
-from jaxgen.data.sources import root
+from jaxgen.data.sources import modes, root
 from jaxgen.data.transforms import to_float, to_uint8
 
-__all__ = ['Examples', 'Pictures', 'Spec', 'batches', 'dataset', 'labels', 'root', 'spec', 'to_float', 'to_uint8']
+__all__ = [
+    'Examples',
+    'Pictures',
+    'Spec',
+    'batches',
+    'dataset',
+    'labels',
+    'modes',
+    'root',
+    'spec',
+    'to_float',
+    'to_uint8',
+]

@@ -40,6 +40,7 @@ from jaxgen.errors import RunError, UserError
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
 OWN = ('digits', 'shapes', 'shapes:outlined', 'gaussians:1', 'gaussians:2')
+GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
 PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
@@ -100,7 +101,7 @@ def resolve(data) -> Source:
 
 def gaussians_source(data, here: str) -> Source:
     name = data['source']
-    found = {'gaussians:1': 1, 'gaussians:2': 2}.get(name)
+    found = GAUSSIANS.get(name)
     if found is None:
         raise UserError(f'config.data.source: {name} must be gaussians:1 or gaussians:2, by the number of dimensions')
     channels = builders.POINT_CHANNELS[found]
@@ -111,6 +112,13 @@ def gaussians_source(data, here: str) -> Source:
     config = builders.GaussiansConfig(name=f'dimensions{found}', dimensions=found)
     features = builders.JaxgenGaussians.features(config)
     return Source(name, lambda: find(features), lambda: builders.JaxgenGaussians(config=config, data_dir=here))
+
+
+def modes(data) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Shares [k], means [k, d] and standard deviations [k] of the Gaussians that the source is a mixture of, in the
+    first d colours of its one pixel, in [-1, 1]; None: it is something else."""
+    dimensions = GAUSSIANS.get(data['source'])
+    return builders.gaussians(dimensions) if dimensions else None
 
 
 def folder_source(data, here: str) -> Source:

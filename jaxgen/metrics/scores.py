@@ -76,6 +76,29 @@ def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 2020
     return float(np.mean(found)), float(np.std(found))
 
 
+def modes_covered(points, shares, means, stds, within: float = 3.0) -> tuple[float, int, float]:
+    """How much of a mixture of Gaussians a sampler covers (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
+
+    A point is good if it is within 3 standard deviations of a mean; that mode is then covered.
+
+    Args:
+      points: [n, d].
+      shares, means, stds: of the mixture, [k], [k, d] and [k].
+
+    Returns:
+      Share of good points (of d = 2 dimensions the mixture's own has 0.989 of them), number of modes covered, and
+      KL(good points' shares of modes || the mixture's) in nats, infinite where no point is good.
+    """
+    points, means = finite(points, 'points').astype(np.float64), np.asarray(means, np.float64)
+    distance = np.sqrt(np.square(points[:, None] - means).sum(-1)) / np.asarray(stds)  # [n, k]
+    good = distance.min(1) <= within
+    counts = np.bincount(distance.argmin(1)[good], minlength=len(means))
+    hit = counts > 0
+    share = counts[hit] / max(counts.sum(), 1)
+    kl = float((share * np.log(share / np.asarray(shares)[hit])).sum()) if hit.any() else np.inf
+    return float(good.mean()), int(hit.sum()), kl
+
+
 def class_balance(logits, counts) -> tuple[int, float]:
     """Which classes a sampler reaches, and how evenly (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
 
