@@ -1,9 +1,10 @@
-"""NCSN++ (continuous, VE SDE) on CIFAR-10 (Song et al. 2021); blocks=8 is "deep".
+"""NCSN++ (continuous, VE SDE) on CIFAR-10 (Song et al. 2021); `:deep` is twice as deep.
 
     python -m jaxgen.main --config=configs/ncsnpp_cifar10.py
+    python -m jaxgen.main --config=configs/ncsnpp_cifar10.py:deep
 
 Time: not measured
-Paper: FID 2.38, Inception Score 9.83
+Paper: FID 2.38, Inception Score 9.83; `:deep` 2.20, 9.89
 Ours: not measured
 """
 
@@ -41,6 +42,7 @@ def get_config(variant: str = ''):
         optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.999),
         train=dict(steps=1_300_000, log_every=100, save_every=5000, sample_every=50_000),
         variants={
+            'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(

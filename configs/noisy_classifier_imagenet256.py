@@ -1,6 +1,7 @@
 """The noisy classifier that guides ADM on ImageNet 256x256 (Dhariwal & Nichol 2021).
 
     python -m jaxgen.main --config=configs/noisy_classifier_imagenet256.py
+    python -m jaxgen.main --config=configs/noisy_classifier_imagenet256.py:size128    # and size512
 
 Time: not measured
 Paper: with it ADM's FID goes from 10.94 to 4.59
@@ -29,6 +30,10 @@ def get_config(variant: str = ''):
         optim=dict(name='adamw', lr=3e-4, schedule='linear', weight_decay=0.05, ema=0.0),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=0, dtype='bfloat16'),
         variants={
+            'size128': dict(
+                data=dict(size=128), model=dict(adm=dict(multipliers=(1, 1, 2, 3, 4))), train=dict(steps=300_000)
+            ),
+            'size512': dict(data=dict(size=512), model=dict(adm=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4)))),
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
         'crop': 'center',  # center | random: the square that is resized to size x size
         'jitter': 0,  # pixels by which training pictures are enlarged before size x size are cut out anywhere
         'flip': False,  # mirror half of the training images left to right
+        'low_resolution': 0,  # side in pixels of the feature 'low_resolution', means of squares of the image
         'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
         'test_share': 0.2,  # share of a source without a test split that is held out
         'max_corrupt': 0.01,  # share of unreadable files of a folder that is put up with
@@ -257,6 +258,10 @@ def check(resolved: dict) -> None:
         raise UserError("config.data.features must hold 'image'")
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")
+    if data['low_resolution'] < 0 or data['size'] % (data['low_resolution'] or 1):
+        raise UserError(
+            f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}'
+        )
     if data['jitter'] < 0:
         raise UserError(f'config.data.jitter must be 0 or more; it is {data["jitter"]}')
     if not 0 <= optim['ema'] < 1:

@@ -194,7 +194,13 @@ def sine(scaled, told):
     return np.sin(3 * scaled) + 0.1 * wide(told)
 
 
+EYES = Family(None, None, None, None, encode=lambda state, frozen, batch, rng: batch['image'].reshape(-1, 64))
+
+
 def slow_distance(name, a, b):
+    if name == 'perceptual':  # of EYES: the squared distance of two vectors of length 1
+        a, b = (x.reshape(len(x), -1) / np.sqrt(np.square(x).sum((1, 2, 3)))[:, None] for x in (a, b))
+        return np.square(a - b).sum(1)
     total = []
     for one in a - b:
         if name == 'l2':
@@ -208,18 +214,20 @@ def slow_distance(name, a, b):
 
 
 @pytest.mark.parametrize('target_decay', [0.0, 0.9])
-@pytest.mark.parametrize('recipe', ['pseudo_huber-gap', 'l2-none', 'l1-none', 'l2-gap'])
+@pytest.mark.parametrize('recipe', ['pseudo_huber-gap', 'l2-none', 'l1-none', 'l2-gap', 'perceptual-none'])
 def test_loss_and_gradient_are_those_of_a_slow_oracle(recipe, target_decay, stub):
     """What is compared are neighbours of the N levels with one image and one noise; no gradient reaches the lower."""
     distance, weighting = recipe.split('-')
     stub()
     sgd = optim(name='sgd', lr=1.0, b1=0.0)
-    family = build({'optim': sgd}, distance=distance, weighting=weighting, target_decay=target_decay)
+    stages = {'stages': {'perceptual': EYES}} if distance == 'perceptual' else {}
+    frozen = {name: (None, {}) for name in stages.get('stages', {})}
+    family = build({'optim': sgd, **stages}, distance=distance, weighting=weighting, target_decay=target_decay)
     state, x_0, w, other = start(family, step=99), data(64), 0.2, -0.3
     state = state.replace(params={'denoiser': {'w': jnp.float32(w)}})
     if target_decay:
         state = state.replace(extra={'target': {'w': jnp.float32(other)}})
-    after, logs = family.update(state, {}, {'image': x_0}, jax.random.key(1))
+    after, logs = family.update(state, frozen, {'image': x_0}, jax.random.key(1))
     (scaled_low, told_low, _, train_low, _), (scaled, told, _, train, _) = Net.seen
     assert train and train_low
     low, high = (np.exp(4 * np.asarray(t, np.float64)) for t in (told_low, told))
@@ -398,7 +406,10 @@ def test_teacher_and_network_are_told_the_class(stub):
 def test_starts_from_the_teachers_average(stub):
     stub()
     family = build({'stages': {'teacher': TEACHER}}, **{**DISTIL, 'init_from_teacher': True}, target_decay=0.9)
-    theirs = build().init(jax.random.key(5), {}, {}).replace(params=None, ema={'denoiser': {'w': jnp.float32(0.7)}})
+    # What a teacher with augmentation learned of it is left out.
+    theirs = build().init(jax.random.key(5), {}, {}).replace(
+        params=None, ema={'denoiser': {'w': jnp.float32(0.7), 'augment': {'kernel': jnp.ones((9, 4))}}}
+    )
     frozen = {'teacher': (theirs, {})}
     state = family.init(jax.random.key(0), {}, frozen)
     for weights in (state.params['denoiser'], state.ema['denoiser'], state.extra['target']):
@@ -483,6 +494,12 @@ def test_defaults_are_the_improved_recipe():
         ({'network': 'mlp'}, {}, ['network', 'ncsnpp', 'mlp']),
         ({'discretisation': 'linear'}, {}, ['discretisation', 'doubling']),
         ({'distance': 'lpips'}, {}, ['distance', 'pseudo_huber', 'lpips']),
+        ({'distance': 'perceptual'}, {}, ['distance', 'stages.perceptual', 'model.lpips']),
+        ({'distance': 'perceptual'}, {'stages': {'perceptual': TEACHER}}, ['stages.perceptual', 'features']),
+        (
+            {'distance': 'perceptual', 'lpips': ('lpips.pth',)}, {'stages': {'perceptual': EYES}},
+            ['stages.perceptual', 'model.lpips', 'not both'],
+        ),
         ({'weighting': 'snr'}, {}, ['weighting', 'gap']),
         ({'times': 'karras'}, {}, ['times', 'lognormal']),
         ({'solver': 'rk4'}, {}, ['solver', 'heun']),

@@ -25,7 +25,10 @@ PUBLISHED = {
     'iddpm_cifar10': {'denoiser': 52_546_438},
     'ddpmpp_cifar10': {'denoiser': 61_804_419},
     'ncsnpp_cifar10': {'denoiser': 62_758_915},
-    'edm_cifar10': {'denoiser': 55_733_891 - 1_152},  # of the augmentation's labels, which it goes without
+    'edm_cifar10': {'denoiser': 55_733_891},
+    'edm_ffhq64': {'denoiser': 61_805_571},
+    'edm_imagenet64': {'denoiser': 295_899_267},
+    'iddpm_imagenet64': {'denoiser': 121_063_942},
     'consistency_cifar10': {'denoiser': 56_395_651},
     'ddpm_cifar10': {'denoiser': 35_746_307},
     'ncsn_cifar10': {'denoiser': 30_117_635},
@@ -34,6 +37,8 @@ PUBLISHED = {
     'vdm_cifar10': {'denoiser': 30_578_179, 'schedule': 2, 'total': 30_578_181},
     'vae_mnist': {'total': 652_824},
     'dit_imagenet256': {'denoiser': 675_129_632 - 256 * 1152},  # of the table of positions, which is fixed
+    # Without the same table, and the half of the last layer that its authors throw away.
+    'sit_imagenet256': {'denoiser': 675_129_632 - 256 * 1152 - 16 * 1153},
     'real_nvp_cifar10': {'flow': 19_631_640 - 51},  # signs of weight-normalised single numbers, which nothing learns
     'glow_cifar10': {'flow': 44_603_604},
     'pixelcnn_cifar10': {'pixelcnn': 5_340_416},
@@ -51,6 +56,24 @@ PUBLISHED = {
     'wgan_gp_cifar10': {'generator': 1_204_483, 'discriminator': 1_053_825},
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
     'sngan_cifar10': {'generator': 4_276_739, 'discriminator': 1_053_825},
+}
+# The same of variants.
+VARIANTS = {
+    'adm_imagenet256:unconditional': {'denoiser': 552_814_086},
+    'adm_imagenet256:size128': {'denoiser': 421_529_606},
+    'adm_imagenet256:size512': {'denoiser': 558_997_638},
+    'adm_imagenet256:upsampler': {'denoiser': 311_795_910},
+    'adm_imagenet256:upsampler512': {'denoiser': 308_835_270},
+    'noisy_classifier_imagenet256:size128': {'classifier': 42_568_040},
+    'noisy_classifier_imagenet256:size512': {'classifier': 54_448_360},
+    'iddpm_imagenet64:conditional': {'denoiser': 273_049_350},
+    'ncsnpp_cifar10:deep': {'denoiser': 107_587_075},
+    'ddpmpp_cifar10:deep': {'denoiser': 106_632_579},
+    'edm_cifar10:conditional': {'denoiser': 55_735_299},
+    'edm_cifar10:ve': {'denoiser': 56_397_827 + 128},  # with the frequencies, which are buffers in the published code
+    'edm_ffhq64:ve': {'denoiser': 62_761_091 + 128},
+    'dit_imagenet256:s2': {'denoiser': 32_865_056},
+    'sit_imagenet256:s2': {'denoiser': 32_865_056 - 16 * 385},
 }
 # The log that must fall on a fixed batch. Adversarial families have none: each player's loss rises
 # as the other learns.
@@ -117,6 +140,14 @@ def test_full_size_describes(name):
     assert about['state_bytes'] > 8 * about['parameters']['total']
     shape, dtype = about['batch']['image']
     assert shape == [config.data.batch, config.data.size, config.data.size, config.data.channels] and dtype == 'uint8'
+
+
+@pytest.mark.slow
+def test_published_variants(variant):
+    name, _, which = variant.partition(':')
+    state = run.assemble(configs.load(path(name, which)), stage=run.abstract_stage).abstract
+    for network, count in VARIANTS[variant].items():
+        assert sum(leaf.size for leaf in jax.tree.leaves(state.params[network])) == count
 
 
 def test_docstring_says_what_and_how(name):

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.config import DEFAULTS
 from jaxgen.data import builders, folder, shapes, sources, transforms
@@ -810,6 +811,21 @@ def test_jitter_moves_a_window(five):
     plain = data.dataset(config, 'train')[0]['image']
     np.testing.assert_array_equal(plain, data.dataset({**five, 'size': 8}, 'train')[0]['image'])
     assert_same(take(config, 12)[7:], take(config, 5, start=7))
+
+
+def test_low_resolution_is_means_of_squares(five):
+    """Of the image as it is in the batch: cut and mirrored with it."""
+    config = {**five, 'size': 12, 'low_resolution': 4, 'features': ('image', 'low_resolution')}
+    assert data.spec(config).features['low_resolution'].shape == (4, 4, 1)
+    for fields in ({}, {'flip': True, 'crop': 'random', 'jitter': 4}):
+        for batch in take({**config, **fields}, 3):
+            means = batch['image'].reshape(-1, 4, 3, 4, 3, 1).mean((2, 4))
+            np.testing.assert_allclose(batch['low_resolution'], means, atol=0.5001)
+    assert data.dataset(config, 'train')[0]['low_resolution'].dtype == np.uint8
+    with refused('config.data.low_resolution makes one'):
+        data.spec({**config, 'low_resolution': 0})
+    with refused('config.data.low_resolution = 5 must divide'):
+        configs.make(family='diffusion', data={'size': 12, 'low_resolution': 5})
 
 
 def test_rows_and_columns_of_a_window():

@@ -175,6 +175,43 @@ def test_labels_are_left_out_and_guidance_asks_for_none(monkeypatch):
     np.testing.assert_array_equal(seen[0], [4, 5, 10, 10])
 
 
+def test_upsampling_shows_the_small_image(monkeypatch):
+    """Beside x_t, enlarged by linear interpolation; in a guided batch twice; in samples it is a condition."""
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Half())
+    Half.seen.clear()
+    family = build(upsampling=True, conditional=True, label_dropout=0.1, guidance=2.0, sample_steps=2, bound_steps=3)
+    assert family.conditions == ('label', 'low_resolution') and family.encode is None
+    small = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (5, 4, 4, 1)), jnp.float32)
+    batch = {'image': images(5), 'label': jnp.arange(5), 'low_resolution': small, 'index': jnp.arange(5)}
+    state = family.init(jax.random.key(0), batch, {})
+    assert Half.seen[-1].shape == (1, 8, 8, 2)
+    # Between pixels of twice the size lie a quarter and three quarters; at the edge the pixel itself.
+    padded = np.pad(small, [(0, 0), (1, 1), (1, 1), (0, 0)], mode='edge')
+    rows = np.stack([padded[:, :-2] + 3 * padded[:, 1:-1], 3 * padded[:, 1:-1] + padded[:, 2:]], 2) / 4
+    rows = rows.reshape(5, 8, 6, 1)
+    wanted = np.stack([rows[:, :, :-2] + 3 * rows[:, :, 1:-1], 3 * rows[:, :, 1:-1] + rows[:, :, 2:]], 3) / 4
+    wanted = wanted.reshape(5, 8, 8, 1)
+    family.update(state, {}, batch, jax.random.key(1))
+    np.testing.assert_allclose(Half.seen[-1][..., 1:], wanted, atol=1e-6)
+    with jax.disable_jit():
+        family.sample(state, {}, {k: batch[k] for k in ('index', *family.conditions)}, jax.random.key(1))
+    np.testing.assert_allclose(Half.seen[-1][..., 1:], np.tile(wanted, (2, 1, 1, 1)), atol=1e-6)
+    assert family.evaluate(state, {}, batch, jax.random.key(1))['bits_per_dim'].shape == (5,)
+    with pytest.raises(UserError, match='low_resolution'):
+        family.init(jax.random.key(0), {'image': images(5)}, {})
+
+
+class Half(nn.Module):
+    """A network that remembers what it was shown and puts out half as many channels."""
+
+    seen = []
+
+    @nn.compact
+    def __call__(self, x, t, label=None, *, train):
+        self.seen.append(x)
+        return 0 * x[..., :1] + self.param('w', nn.initializers.zeros, ())
+
+
 def test_lognormal_times(monkeypatch):
     """EDM: log sigma is normal, and what the network is told is a quarter of it."""
     monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
@@ -251,6 +288,7 @@ def test_divisor():
         ({'process': 'vp'}, {}, ['variance', 'fixed_small']),
         ({'process': 'vp', 'variance': 'fixed_small', 'spacing': 'trailing'}, {}, ['spacing', 'trailing', 'vp']),
         ({'times': 'lognormal'}, {}, ['times', 'linear']),
+        ({'unet': {**UNET, 'patch': 4}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
         ({'zero_terminal': True}, {}, ['zero_terminal', 'prediction']),
         ({'sigma_min': 60.0}, {}, ['sigma_min']),
         (

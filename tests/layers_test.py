@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
+from jaxgen.networks.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    downsample_mean,
+    from_patches,
+    to_patches,
+    upsample_nearest,
+    variance_scaling,
+)
 
 
 def slow_group_norm(x, groups, eps):
@@ -82,6 +91,14 @@ def test_stride_two_pads_bottom_and_right():
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
     y = Conv(1, stride=2).apply({'params': {'kernel': kernel, 'bias': jnp.zeros(1)}}, x)
     np.testing.assert_array_equal(y[0, :, :, 0], [[0, 2], [8, 10]])
+
+
+def test_patches_and_back():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    y = to_patches(x, 2)
+    assert y.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(y[1, 1, 2], x[1, 2:, 4:].reshape(-1))
+    np.testing.assert_array_equal(from_patches(y, 2), x)
 
 
 def test_initial_weights():

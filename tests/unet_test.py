@@ -224,3 +224,15 @@ def test_time_and_class_are_heard_per_example():
     ):
         assert jnp.abs(other[1] - y[1]).max() > 1e-3
         np.testing.assert_allclose(other[::2], y[::2], atol=1e-5)
+
+
+def test_patches_are_what_the_first_level_sees():
+    """With patch 2 it is the network of half the size on four times as many colours."""
+    network, shapes = small(**SINGLE, patch=2)
+    params = randomised(shapes)
+    inner = UNet(**{**SMALL, **SINGLE}, out_channels=4)
+    x = jnp.concatenate([X[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
+    y = compiled(inner)(params, x, T, LABEL, jax.random.key(0))
+    found = compiled(network)(params, X, T, LABEL, jax.random.key(0))
+    for k, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        np.testing.assert_allclose(found[:, i::2, j::2, 0], y[..., k], atol=1e-5)

@@ -17,7 +17,8 @@
   pairs:PATH   images that belong together: PATH/image/NAME.png and, as features, others in sub-folders named as they
                like, PATH/edges/NAME.png
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
-and `data.other` names a second one, whose pictures are the feature 'other': of another domain, and unpaired.
+and `data.other` names a second one, whose pictures are the feature 'other': of another domain, and unpaired. Of any
+source `data.low_resolution` makes a feature of that name, the image at so many pixels.
 """
 
 from jaxgen.data.folder import Pictures

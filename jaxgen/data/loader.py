@@ -67,7 +67,8 @@ def spec(data) -> Spec:
 
 def shape(feature: sources.Feature, data) -> tuple[int, ...]:
     """Shape of one example's feature in a batch."""
-    return (data['size'], data['size'], feature.channels or data['channels']) if feature.image else feature.shape
+    side = feature.side or data['size']
+    return (side, side, feature.channels or data['channels']) if feature.image else feature.shape
 
 
 def sections(data) -> tuple[dict, dict]:
@@ -146,7 +147,8 @@ class Examples:
             place = Places(*(None if x is None else x[n] for x in places or Places()))
             for name, value in self.records[i].items():
                 if self.records.chosen[name].image:
-                    value = self.image(i, value, self.shapes[name][-1], place)
+                    side, _, channels = self.shapes[name]
+                    value = transforms.reduced(self.image(i, value, channels, place), side)
                 out[name][n] = value
         return out
 

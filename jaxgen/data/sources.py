@@ -54,6 +54,7 @@ class Feature(NamedTuple):
     classes: int = 0
     image: bool = False
     channels: int = 0  # of an image; 0: as many as the config asks for
+    side: int = 0  # in pixels, of an image that is made smaller than the others; 0: as they are
 
 
 class Source(NamedTuple):
@@ -247,14 +248,18 @@ def choose(source: Source, data) -> dict[str, Feature]:
     Raises:
       UserError: one that the source lacks, or a number of classes that is not the source's.
     """
-    found = source.features()
+    found = dict(source.features())
+    if data['low_resolution']:
+        found['low_resolution'] = found['image']._replace(side=data['low_resolution'])
     missing = [name for name in data['features'] if name not in found]
     if missing:
         close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.6)
         hint = f'did you mean {" or ".join(close)}?' if close else f'it has {", ".join(list(found)[:20])}'
         if not close and len(found) > 20:
             hint += f', ... ({len(found)} in all)'
-        if source.name.startswith('folder:') and 'label' in missing:
+        if 'low_resolution' in missing:
+            hint = 'config.data.low_resolution makes one of the image'
+        elif source.name.startswith('folder:') and 'label' in missing:
             hint = 'put every image into a sub-folder named after its class'
         raise UserError(f'config.data.features: {source.name} has no {", ".join(map(repr, missing))}; {hint}')
     chosen = {name: found[name] for name in data['features']}

@@ -95,6 +95,14 @@ def to_array(image: Image.Image) -> np.ndarray:
     return x[..., None] if x.ndim == 2 else x
 
 
+def reduced(x: np.ndarray, side: int) -> np.ndarray:
+    """Means of equal squares of an image [H, W, C], H = W, uint8 [side, side, C]; side divides H."""
+    part = len(x) // side
+    if part == 1:
+        return x
+    return np.rint(x.reshape(side, part, side, part, -1).mean((1, 3))).astype(np.uint8)
+
+
 def uniform(seed: int, number, stream: int) -> np.ndarray:
     """A number in [0, 1) for each example number: float64, of number's shape.
 

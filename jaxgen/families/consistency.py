@@ -15,11 +15,11 @@ In isolation (consistency training, algorithm 3) x_low is the same image with th
 algorithm 2). Both networks drop the same activations.
 
     recipe                               levels     d             weight  N         target
-    CD (Song et al. 2023), CIFAR-10      uniform    l2, l1        none    constant  the weights themselves
-    CT (Song et al. 2023)                uniform    l2, l1        none    sqrt      averaged weights
+    CD (Song et al. 2023), CIFAR-10      uniform    perceptual    none    constant  the weights themselves
+    CT (Song et al. 2023)                uniform    perceptual    none    sqrt      averaged weights
     improved CT (Song & Dhariwal 2023)   lognormal  pseudo_huber  gap     doubling  the weights themselves
 
-Song & Dhariwal 2023 is arXiv 2310.14189. The distance LPIPS of the first paper waits for a perceptual network.
+Song & Dhariwal 2023 is arXiv 2310.14189. What the first two see with is LPIPS; l2 and l1 are their second choices.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ from jaxgen.contract import Context, Family, advance, check_labels, example_keys
 from jaxgen.diffusion import samplers
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
+from jaxgen.losses import perceptual
 from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
 
 Array = jax.Array
 
 RHO = 7  # of the levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)
 SCHEDULES = ('doubling', 'sqrt', 'constant')
-DISTANCES = ('pseudo_huber', 'l2', 'l1')
+DISTANCES = ('pseudo_huber', 'l2', 'l1', 'perceptual')
+SEEN = 224  # pixels; smaller images are enlarged to it before LPIPS is asked, as in the published code
 # Where evaluate looks, in shares of the way from sigma_min^(1/7) to sigma_max^(1/7).
 PLACES = (0.25, 0.5, 0.75)
 
@@ -126,6 +128,7 @@ def build(
     time_std: float = 2.0,
     distance: str = 'pseudo_huber',
     huber: float = 0.00054,
+    lpips: tuple[str, ...] = (),
     weighting: str = 'gap',
     target_decay: float = 0.0,
     adapt_decay: bool = False,
@@ -148,7 +151,9 @@ def build(
       times: how a pair of levels is drawn: 'uniform' | 'lognormal', log(sigma) with mean `time_mean` and standard
         deviation `time_std`, see `draw_intervals`.
       distance: 'pseudo_huber', sqrt(|a - b|^2 + c^2) - c with c = `huber` times the root of the number of values in an
-        image; 'l2', 'l1': the mean of squared or absolute differences, as in the published code.
+        image; 'l2', 'l1': the mean of squared or absolute differences, as in the published code; 'perceptual', by the
+        features of `config.stages.perceptual`, a run of a classifier, or by LPIPS.
+      lpips: files with its weights, see losses/perceptual.py.
       weighting: of the distance: 'none' | 'gap', 1 / (sigma_high - sigma_low).
       target_decay: mu, of the average of the weights that the lower level is judged by; 0: the weights themselves.
       adapt_decay: mu is target_decay^(start_scales / N), so it rises with N (Song et al. 2023, appendix C).
@@ -209,6 +214,12 @@ def build(
             f'they are {levels}'
         )
     check_labels(context, conditional)
+    seen = perceptual.measure(context.stages, lpips, context.image)
+    if distance == 'perceptual' and seen is None:
+        raise UserError(
+            "config.model.distance = 'perceptual' needs a network to see with: name a run of a classifier as "
+            'config.stages.perceptual, or give weights as config.model.lpips'
+        )
     teacher = context.stages.get('teacher')
     if teacher is not None and teacher.denoise is None:
         raise UserError('config.stages.teacher must be the run of a diffusion model: this one does not denoise')
@@ -251,8 +262,14 @@ def build(
         there = slope(x + step * here, low) if solver == 'heun' else here
         return x + step * (here + there) / 2
 
-    def compare(a: Array, b: Array) -> Array:
+    def enlarged(x: Array) -> Array:
+        size = [max(side, SEEN) for side in context.image[:2]]
+        return jax.image.resize(x, (len(x), *size, context.image[2]), 'linear') if lpips else x
+
+    def compare(frozen, a: Array, b: Array) -> Array:
         """`distance` of each example, [n]."""
+        if distance == 'perceptual':
+            return seen(frozen, enlarged(a), enlarged(b))
         if distance == 'l1':
             return jnp.abs(a - b).mean((1, 2, 3))
         if distance == 'l2':
@@ -273,7 +290,7 @@ def build(
         judge = params['denoiser'] if target is None else target
         wanted = estimate(judge, lower(frozen, batch, eps, x, high, low), low, label, rng_dropout)
         found = estimate(params['denoiser'], x, high, label, rng_dropout)
-        values = compare(found, jax.lax.stop_gradient(wanted))
+        values = compare(frozen, found, jax.lax.stop_gradient(wanted))
         value = (values / (high - low) if weighting == 'gap' else values).mean()
         return value, {'loss': value}
 
@@ -283,7 +300,8 @@ def build(
         label = jnp.zeros(1, jnp.int32) if classes else None
         weights = net.init(rng, jnp.zeros((1, *context.image)), jnp.zeros(1), label, train=False)['params']
         if teacher is not None and init_from_teacher:
-            theirs = frozen['teacher'][0].ema.get('denoiser')
+            theirs = dict(frozen['teacher'][0].ema.get('denoiser', {}))
+            theirs.pop('augment', None)  # of no use to a network that is never told of augmentation
             if jax.tree.map(jnp.shape, theirs) != jax.tree.map(jnp.shape, weights):
                 raise UserError(
                     f"config.model.init_from_teacher: the teacher's network has other weights than this {network!r}; "

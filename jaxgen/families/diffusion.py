@@ -23,6 +23,9 @@ Any sampler goes with any of them. Measured is the variational bound of a chain 
 likelihood by the probability-flow ODE of a process in continuous time (Song et al. 2021b, section 4.3), both in
 bits per dimension.
 
+With `upsampling` the network sees a small image too, `batch['low_resolution']`, enlarged by linear interpolation: ADM's
+upsamplers (Dhariwal & Nichol 2021, section 5.3), the second stage of a cascade.
+
 With `config.stages.first`, an autoencoder, all of it happens to that stage's latents (latent diffusion, Rombach et al.
 2021, arXiv 2112.10752): x_0 = latent_scale encode(image), and what is sampled is decoded. Latents have no bits;
 measured is then 'eps_error', the mean square error of the noise, at ten levels evenly over time.
@@ -37,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
-from jaxgen.diffusion import importance, parameterisations, processes, samplers
+from jaxgen.diffusion import augment, importance, parameterisations, processes, samplers
 from jaxgen.diffusion.guidance import classifier_guided, guided
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
@@ -73,6 +76,8 @@ def build(
     refinenet: dict = FIELDS['refinenet'],
     conditional: bool = False,
     label_dropout: float = 0.0,
+    upsampling: bool = False,
+    augmentation: float = 0.0,
     process: str = 'linear',
     timesteps: int = 1000,
     beta_start: float = 1e-4,
@@ -117,6 +122,8 @@ def build(
       network: 'unet' | 'adm' | 'ncsnpp' | 'dit' | 'refinenet'; the section of that name says how it looks.
       conditional: tell the network the class, `batch['label']`.
       label_dropout: share of the labels that are left out in training, so that `guidance` can be used.
+      upsampling: show the network `batch['low_resolution']`, an image of any smaller size.
+      augmentation: p, of each change of the training images that the network is told of, see `augment`; 0: none.
       process, timesteps, beta_start, beta_end, zero_terminal, sigma_min, sigma_max: see `processes.make`.
       prediction, data_std: what the network puts out, see `parameterisations.coefficients`.
       times: how t is drawn in training: 'uniform'; 'importance', steps of a chain by the size of their loss, see
@@ -186,6 +193,13 @@ def build(
             'config.model: latents are in no range and no classifier sees them: clip False, classifier_scale 0, and '
             f'latent_scale above 0; they are {clip}, {classifier_scale} and {latent_scale}'
         )
+    if first is not None and (upsampling or augmentation):
+        raise UserError('config.model: upsampling and augmentation are of images; config.stages.first gives latents')
+    if augmentation and (network != 'ncsnpp' or not 0 <= augmentation <= 1):
+        raise UserError(
+            "config.model.augmentation must be from 0 to 1, and only the network 'ncsnpp' can be told of it; they are "
+            f'{augmentation} and {network!r}'
+        )
     shape = first.latent if first is not None else context.image  # of what is diffused
     if classifier_scale and (classifier is None or classifier.classify is None):
         raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
@@ -235,6 +249,8 @@ def build(
                 f'refinenet.levels = {section["levels"]}; they are {process!r}, {prediction!r} and {timesteps}'
             )
         section = {**section, 'sigmas': (sigma_min, sigma_max)}
+    if augmentation:
+        section = {**section, 'augment': augment.LABELS}
     # One class more where labels are left out: it stands for no label.
     classes = context.classes + bool(label_dropout) if conditional else 0
     net = NETWORKS[network](
@@ -269,21 +285,33 @@ def build(
         at = way.at(t)
         return at.alpha[:, None, None, None], at.sigma[:, None, None, None]
 
-    def apply(params, x, t, label, train, rngs=None):
+    def enlarged(batch) -> Array | None:
+        """The small image at the size of the large one, where the network is shown it."""
+        if not upsampling:
+            return None
+        small = batch['low_resolution']
+        return jax.image.resize(small, (len(small), *shape), 'linear')
+
+    def apply(params, x, t, label, low, train, rngs=None, **changes):
         """The network's output, and with a learned variance where it lies between its bounds, [0, 1]."""
-        scale = parameterisations.input_scale(prediction, *level(t), data_std)
+        x = parameterisations.input_scale(prediction, *level(t), data_std) * x
+        x = x if low is None else jnp.concatenate([x, low], -1)
         told = 0.25 * jnp.log(way.at(t).sigma / way.at(t).alpha) if prediction == 'edm' else way.told(t)
-        output = net.apply({'params': params['denoiser']}, scale * x, told, label, train=train, rngs=rngs)
+        output = net.apply({'params': params['denoiser']}, x, told, label, train=train, rngs=rngs, **changes)
         return (output[..., :channels], (output[..., channels:] + 1) / 2) if learned else (output, None)
 
-    def denoiser(params, label, scale: float):
+    def denoiser(params, label, low, scale: float):
         """(x, t) -> estimate of x_0, and with a learned variance (estimate, fraction). scale: of guidance."""
 
         def denoise(x, t):
             t = jnp.broadcast_to(t, (len(x),))
             at = way.at(t)
             here = (guidance_from * at.alpha <= at.sigma) & (at.sigma <= guidance_to * at.alpha)
-            one = functools.partial(apply, params, train=False)
+
+            def one(x, t, label):  # of twice as many where there is guidance
+                beside = None if low is None else jnp.concatenate([low] * (len(x) // len(low)))
+                return apply(params, x, t, label, beside, train=False)
+
             output, fraction = guided(
                 one, x, t, label, context.classes, scale, here, guidance_rescale, guidance_channels
             )
@@ -310,13 +338,16 @@ def build(
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
         x_0, label = to_latent(frozen, batch, jax.random.fold_in(rng, 0)), batch.get('label')
+        changes = {}
+        if augmentation:
+            x_0, changes['augment'] = augment.augment(jax.random.fold_in(rng, 1), x_0, augmentation)
         t = batch['t'] if times == 'importance' else draw_times(rng_t, len(x_0))
         eps = jax.random.normal(rng_noise, x_0.shape)
         alpha, sigma = level(t)
         x_t = alpha * x_0 + sigma * eps
         if label_dropout:
             label = jnp.where(jax.random.bernoulli(rng_label, label_dropout, t.shape), context.classes, label)
-        output, fraction = apply(params, x_t, t, label, True, {'dropout': rng_dropout})
+        output, fraction = apply(params, x_t, t, label, enlarged(batch), True, {'dropout': rng_dropout}, **changes)
         wanted = parameterisations.target(prediction, x_0, eps, alpha, sigma, data_std)
         weight = parameterisations.weight(weighting, prediction, alpha, sigma, data_std, gamma)
         errors = (weight * jnp.square(output - wanted)).mean((1, 2, 3))  # [n]
@@ -341,8 +372,14 @@ def build(
     def init(rng, batch, frozen):
         if first is not None and (found := jax.eval_shape(to_latent, frozen, batch, rng).shape[1:]) != shape:
             raise UserError(f'config.stages.first was trained on other images: latents {found}, not {shape}')
+        if upsampling and 'low_resolution' not in batch:
+            raise UserError(
+                "config.model.upsampling needs 'low_resolution' in config.data.features, and its side in pixels as "
+                'config.data.low_resolution'
+            )
         label = jnp.zeros(1, jnp.int32) if classes else None
-        variables = net.init(rng, jnp.zeros((1, *shape)), jnp.zeros(1), label, train=False)
+        x = jnp.zeros((1, *shape[:2], channels * (1 + upsampling)))
+        variables = net.init(rng, x, jnp.zeros(1), label, train=False)
         history = importance.start(timesteps) if times == 'importance' else None
         return new_state({'denoiser': variables['params']}, context.optim, history)
 
@@ -375,7 +412,7 @@ def build(
         rng_start, rng_steps = jax.random.split(rng)
         x = grid.sigma[-1] * normal(example_keys(rng_start, batch), shape)
         label = batch.get('label')
-        denoise = guide(denoiser(state.ema, label, guidance), frozen, label)
+        denoise = guide(denoiser(state.ema, label, enlarged(batch), guidance), frozen, label)
         return draw(denoise, x, grid, example_keys(rng_steps, batch), **options)
 
     def sample(state, frozen, batch, rng):
@@ -406,7 +443,7 @@ def build(
 
     def evaluate(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
-        denoise = denoiser(state.ema, batch.get('label'), 1.0)
+        denoise = denoiser(state.ema, batch.get('label'), enlarged(batch), 1.0)
         if first is not None:
             return {'eps_error': eps_error(denoise, to_latent(frozen, batch, rng), keys)}
         if way.steps:
@@ -416,11 +453,11 @@ def build(
     def denoise(state, frozen, batch, x, sigma):
         """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
         t = way.time(sigma)
-        found = denoiser(state.ema, batch.get('label'), guidance)(level(t)[0] * x, t)
+        found = denoiser(state.ema, batch.get('label'), enlarged(batch), guidance)(level(t)[0] * x, t)
         return found[0] if learned else found
 
     def without_label(state, n: int):
-        return denoiser(state.ema, jnp.full(n, context.classes) if conditional else None, 1.0)
+        return denoiser(state.ema, jnp.full(n, context.classes) if conditional else None, None, 1.0)
 
     def encode(state, frozen, batch, rng):
         """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion."""
@@ -431,8 +468,9 @@ def build(
         x = samplers.ddim(without_label(state, len(latents)), grid.sigma[-1] * latents, grid, None)
         return jnp.clip(x, -1, 1)
 
-    # A network that always wants a label cannot encode an image without one.
-    invertible = first is None and (not conditional or bool(label_dropout))
+    # A network that always wants a label, or a small image, cannot encode an image without one.
+    invertible = first is None and not upsampling and (not conditional or bool(label_dropout))
+    conditions = {'label': conditional or bool(classifier_scale), 'low_resolution': upsampling}
     return Family(
         init,
         update,
@@ -442,7 +480,7 @@ def build(
         decode=decode if invertible else None,
         denoise=denoise,
         trajectory=trajectory,
-        conditions=('label',) if conditional or classifier_scale else (),
+        conditions=tuple(name for name, wanted in conditions.items() if wanted),
         divisor=divisor,
         free=(
             *('sampler', 'sample_steps', 'spacing', 'shift', 'clip', 'eta', 's_churn', 's_min', 's_max', 's_noise'),

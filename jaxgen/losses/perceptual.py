@@ -86,6 +86,22 @@ def of_stage(stage: Family) -> Callable:
     return lambda weights, x, y: distance(maps(weights, x), maps(weights, y))
 
 
+def measure(stages: dict[str, Family], paths: tuple[str, ...], image: tuple[int, int, int]) -> Callable | None:
+    """Distance (frozen, x, y) -> [n] of images [n, H, W, C] by what a config names: the run config.stages.perceptual,
+    or the files config.model.lpips. None: it names neither.
+
+    Raises:
+      UserError: it names both, or one that cannot be used.
+    """
+    if 'perceptual' not in stages:
+        weights = load(paths, image) if paths else None
+        return (lambda frozen, x, y: lpips(weights, x, y)) if paths else None
+    if paths:
+        raise UserError('give config.stages.perceptual or config.model.lpips, not both')
+    by_stage = of_stage(stages['perceptual'])
+    return lambda frozen, x, y: by_stage(frozen['perceptual'], x, y)
+
+
 def lpips(weights: dict, x: Array, y: Array) -> Array:
     """LPIPS of images [n, H, W, 1 or 3] in [-1, 1], float32 [n]. Grey ones are seen as colour.
 

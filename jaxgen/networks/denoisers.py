@@ -51,16 +51,20 @@ def check_network(network: str, section: dict, image: tuple[int, int, int]) -> i
         multipliers = section['multipliers']
         if not multipliers or min(multipliers) <= 0:
             raise UserError(f'{where}.multipliers must be one or more numbers above 0; they are {multipliers}')
-        divisor = 2 ** (len(multipliers) - 1)
+        patch = section.get('patch', 1)
+        if patch < 1:
+            raise UserError(f'{where}.patch must be at least 1; it is {patch}')
+        divisor = patch * 2 ** (len(multipliers) - 1)
     for size in image[:2]:
         if size % divisor:
             raise UserError(
                 f'images of {size} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
             )
-    sizes = [image[0] >> level for level in range(len(section.get('multipliers', ())))]
+    top = image[0] // section.get('patch', 1)
+    sizes = [top >> level for level in range(len(section.get('multipliers', ())))]
     for size in section.get('attention', ()):
         if size not in sizes:
-            raise UserError(f'{where}.attention: no level of the network has {size} pixels, only {sizes}')
+            raise UserError(f'{where}.attention: no level of the network has {size} rows, only {sizes}')
     if network == 'ncsnpp':
         for name, allowed in {'embedding': EMBEDDINGS, 'resampling': RESAMPLINGS, 'pyramid': PYRAMIDS}.items():
             if section[name] not in allowed:

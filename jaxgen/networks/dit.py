@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.networks.embeddings import cosines_first
-from jaxgen.networks.layers import Dense, LayerNorm
+from jaxgen.networks.layers import Dense, LayerNorm, from_patches, to_patches
 
 Array = jax.Array
 
@@ -113,8 +113,7 @@ class DiT(nn.Module):
             condition = condition + embed(label)
         condition = nn.silu(condition)  # once here, as every block would begin with it
 
-        h = x.reshape(n, rows, patch, columns, patch, image_channels).swapaxes(2, 3)
-        h = h.reshape(n, rows * columns, patch * patch * image_channels)
+        h = to_patches(x, patch).reshape(n, rows * columns, patch * patch * image_channels)
         h = Dense(channels, dtype=self.dtype, name='first')(h)  # [n, T, channels]
         h = h + position_embedding(rows, columns, channels).astype(self.dtype)
 
@@ -134,5 +133,4 @@ class DiT(nn.Module):
         shift, scale = jnp.split(modulation[:, None], 2, -1)
         h = LayerNorm(affine=False, dtype=self.dtype, name='norm')(h) * (1 + scale) + shift
         h = Dense(patch * patch * out_channels, init=ZEROS, dtype=self.dtype, name='last')(h)
-        h = h.reshape(n, rows, columns, patch, patch, out_channels).swapaxes(2, 3)
-        return h.reshape(n, height, width, out_channels).astype(jnp.float32)
+        return from_patches(h.reshape(n, rows, columns, -1), patch).astype(jnp.float32)

@@ -236,3 +236,17 @@ def upsample_smooth(x: Array) -> Array:
         pairs = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis + 1)
         x = pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
     return x
+
+
+def to_patches(x: Array, size: int) -> Array:
+    """Squares of pixels as vectors, row by row, colours innermost: [n, H, W, C] to [n, H/size, W/size, size^2 C]."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // size, size, w // size, size, c).swapaxes(2, 3)
+    return x.reshape(n, h // size, w // size, size * size * c)
+
+
+def from_patches(x: Array, size: int) -> Array:
+    """The inverse of `to_patches`: [n, h, w, size^2 C] to [n, h size, w size, C]."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, size, size, c // size**2).swapaxes(2, 3)
+    return x.reshape(n, h * size, w * size, c // size**2)

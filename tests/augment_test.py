@@ -1,0 +1,108 @@
+"""Augmentation that does not leak: the warp of a picture that is known everywhere, and what the network is told."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusion_family_test import context, images
+
+from jaxgen.diffusion import augment
+from jaxgen.errors import UserError
+from jaxgen.families import diffusion
+
+H, W = 24, 32
+
+
+def picture(x, y):
+    """Smooth, and symmetric in nothing; x to the right and y down, in pixels from the middle."""
+    return np.cos(0.25 * x + 0.3) + np.sin(0.2 * y + 0.1 * x) + 0.02 * x
+
+
+X, Y = np.meshgrid(np.arange(W) - (W - 1) / 2, np.arange(H) - (H - 1) / 2)
+IMAGE = np.repeat(picture(X, Y)[None, ..., None], 2, -1).astype(np.float32)
+INNER = np.s_[5:-5, 8:-8]
+
+
+def rotation(angle):
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def looked_up(matrix, move):
+    """The picture at matrix (q - move) for every pixel's place q."""
+    x, y = np.einsum('ij,jhw->ihw', matrix, np.stack([X - move[0], Y - move[1]]))
+    return picture(x, y), (np.abs(x) < W / 2 - 1) & (np.abs(y) < H / 2 - 1)
+
+
+def test_nothing_done_is_the_same_image_and_whole_pixels_are_exact():
+    x = np.random.default_rng(0).normal(size=(2, 8, 5, 3)).astype(np.float32)
+    matrix, none = jnp.tile(jnp.eye(2), (2, 1, 1)), jnp.zeros((2, 2))
+    np.testing.assert_allclose(augment.warp(x, matrix, none), x, atol=1e-5)
+    moved = augment.warp(x, matrix, none + jnp.array([2.0, -3.0]))  # to the right and up
+    np.testing.assert_allclose(moved[:, :-3, 2:], x[:, 3:, :-2], atol=1e-5)
+
+
+@pytest.mark.parametrize('matrix', [rotation(0.4), rotation(-2.0) * 0.8, np.diag([1.3, 1 / 1.3])], ids=['a', 'b', 'c'])
+def test_warp_looks_up(matrix):
+    move = np.array([1.7, -0.6])
+    found = augment.warp(IMAGE, jnp.asarray(matrix, jnp.float32)[None], jnp.asarray(move, jnp.float32)[None])
+    wanted, inside = looked_up(matrix, move)
+    error = np.abs(found[0, ..., 1] - wanted)
+    assert error[inside].max() < 0.05 and inside.mean() > 0.6
+    assert np.isfinite(found).all() and np.abs(found).max() < 3.5  # mirrors, not holes, lie outside
+
+
+def test_labels_tell_what_was_done():
+    n = 32
+    x, labels = jax.jit(lambda key: augment.augment(key, jnp.tile(IMAGE, (n, 1, 1, 1)), 1.0))(jax.random.key(0))
+    assert labels.shape == (n, augment.LABELS) and 0.2 < labels[:, 0].mean() < 0.8 and 0.2 < labels[:, 1].mean() < 0.8
+    for image, (across, down, scale, c, s, u, v, *moves) in zip(np.asarray(x), np.asarray(labels), strict=True):
+        along = np.arctan2(v, u)
+        errors = []
+        for stretch in (np.hypot(u, v), -np.hypot(u, v)):  # as published, the labels leave both open
+            matrix = rotation(np.arctan2(s, c + 1)) / 2 ** (0.2 * scale)
+            ratio = 2 ** (0.2 * stretch)
+            matrix = matrix @ rotation(-along) @ np.diag([1 / ratio, ratio]) @ rotation(along)
+            matrix = np.diag([1 - 2 * across, 1 - 2 * down]) @ matrix
+            wanted, inside = looked_up(matrix, 0.125 * np.array(moves) * [W, H])
+            errors.append(np.abs(image[..., 0] - wanted)[inside].max() if inside.any() else 0)
+        assert min(errors) < 0.08
+
+
+def test_without_changes_half_are_mirrored():
+    x, labels = augment.augment(jax.random.key(1), jnp.tile(IMAGE, (64, 1, 1, 1)), 0.0)
+    across = np.asarray(labels[:, 0]) == 1
+    assert 16 < across.sum() < 48 and not labels[:, 1:].any()
+    np.testing.assert_array_equal(x[across][0], IMAGE[0, :, ::-1])
+    np.testing.assert_array_equal(x[~across][0], IMAGE[0])
+
+
+def test_the_network_is_told_in_training_only(monkeypatch):
+    seen = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, t, label=None, augment=None, *, train):
+            seen.append((x, augment))
+            return 0 * x + self.param('w', nn.initializers.zeros, ())
+
+    made = []
+    monkeypatch.setitem(diffusion.NETWORKS, 'ncsnpp', lambda **fields: made.append(fields) or Net())
+    network = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}
+    family = diffusion.build(context(), network='ncsnpp', ncsnpp=network, timesteps=20, augmentation=0.5)
+    assert made[0]['augment'] == augment.LABELS
+    state = family.init(jax.random.key(0), {}, {})
+    seen.clear()
+    family.update(state, {}, {'image': images(64)}, jax.random.key(1))
+    ((_, labels),) = seen
+    assert labels.shape == (64, augment.LABELS) and (np.abs(labels) > 0).any(0).all()
+    seen.clear()
+    family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
+    assert all(labels is None for _, labels in seen)
+
+
+def test_refuses_networks_that_cannot_be_told():
+    with pytest.raises(UserError, match=r'augmentation.*ncsnpp'):
+        diffusion.build(context(), augmentation=0.1)
