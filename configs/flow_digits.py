@@ -29,7 +29,7 @@ def get_config(variant: str = ''):
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
-        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=500, examples=64),
         variants={
             'tiny': dict(
                 data=dict(batch=8),

@@ -20,7 +20,7 @@ def get_config(variant: str = ''):
         model=dict(channels=32, blocks=4, fourier=(3, 6, 7), dropout=0.1, sample_steps=100, bound_times=32),
         optim=dict(lr=2e-3, warmup=50, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
-        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
             'tiny': dict(
                 data=dict(batch=8),
