@@ -61,7 +61,8 @@ class Family(NamedTuple):
     may count on 'image' alone. Where the batch of `classify` holds 'sigma' [n] too, its images are noisy ones,
     image + sigma eps. `denoise` is what a diffusion model is to later stages: x [n, H, W, C] = image + sigma eps with
     sigma [n], whatever its own process, to an estimate of the image. Where `codes` says so, latents are not one array
-    but a tuple of int32 [n, h, w], one for each grid.
+    but a tuple of int32 [n, h, w], one for each grid. Where these grids are scales of one map, `embed` gives what the
+    codes of grid k add to the map that is decoded.
     `frozen` holds the weights of earlier stages, {} for most families.
     """
 
@@ -76,6 +77,7 @@ class Family(NamedTuple):
     classify: Callable | None = None  # (state, frozen, batch, rng) -> logits [n, classes]
     denoise: Callable | None = None  # (state, frozen, batch, x, sigma) -> images [n, H, W, C], not clipped
     trajectory: Callable | None = None  # as sample -> {name: what it passed through, [steps, n, H, W, C]}
+    embed: Callable | None = None  # (state, frozen, codes [n, *codes[k]], k) -> a part of a map, float32 [n, h, w, D]
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume

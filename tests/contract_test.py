@@ -52,6 +52,8 @@ PUBLISHED = {
     'vampprior_mnist': {'total': 1_508_864},
     'transformer_imagenet256': {'transformer': 1_410_640_896},
     'maskgit_imagenet256': {'transformer': 172_457_193},
+    'var_imagenet256': {'transformer': 310_283_520},
+    'var_vqvae_imagenet256': {'total': 108_948_355 + 2_765_633},
     'jem_cifar10': {'energy': 36_478_389 - 6_410 - 641},  # of two layers that the published model never calls
     'wgan_gp_cifar10': {'generator': 1_204_483, 'discriminator': 1_053_825},
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
@@ -94,6 +96,7 @@ FALLS = {
     'noisy_classifier': 'loss',
     'diffusion': 'loss',
     'vae': 'loss',
+    'var': 'loss',
     'vdm': 'loss',
     'gan': None,
 }

@@ -3,7 +3,9 @@
 Esser et al. 2021, Taming Transformers for High-Resolution Image Synthesis (arXiv 2012.09841): `regulariser` = 'vq', a
 map of codes out of one codebook. Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models
 (arXiv 2112.10752), section 3.1 and appendix G: 'kl', a map of numbers held near N(0, I) very loosely; and VQ-f4, which
-is 'vq' with a large codebook of few numbers. One network, one loss:
+is 'vq' with a large codebook of few numbers. Tian et al. 2024, Visual Autoregressive Modeling (arXiv 2404.02905),
+section 3.2: 'vq' with `scales`, codes on grids of several sizes whose vectors add up to the map, see
+networks/multiscale.py. One network, one loss:
 
     nll + regulariser + adversarial * weight * deceit,  weight = |d nll / d w| / (|d deceit / d w| + 1e-4)
 
@@ -29,6 +31,7 @@ their channels' mean and variance. A prior is what draws: a transformer over the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -42,6 +45,7 @@ from jaxgen.losses import perceptual as perception
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
+from jaxgen.networks.multiscale import MultiScale, grids_of
 
 Array = jax.Array
 
@@ -77,9 +81,11 @@ def build(
     blocks: int = 2,
     attention: tuple[int, ...] = (),
     latent: int = 4,
+    latent_kernel: int = 1,
     kl_weight: float = 1e-6,
     learn_scale: bool = False,
     vocabulary: int = 1024,
+    scales: tuple[int, ...] = (),
     beta: float = 0.25,
     codebook_weight: float = 1.0,
     restart: float = 0.0,
@@ -100,8 +106,10 @@ def build(
       channels, multipliers, blocks, attention: of encoder and decoder, see networks/first_stage.py. The latents are
         smaller than the image by 2 ** (levels - 1).
       latent: numbers at each position of the latents, or of one code.
+      latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's.
       kl_weight, learn_scale: of 'kl', see above.
       vocabulary, beta, codebook_weight: of 'vq', see above.
+      scales: of 'vq': rows of each grid of codes, coarse first, the last as many as the latents have; (): one grid.
       restart: of 'vq': codes that fewer latents per update came to, on average, start anew at one of the batch's; 0,
         as published: never.
       interface: of 'vq': 'codes' | 'latents', what `encode` gives later stages and `decode` takes. 'latents' are the
@@ -114,15 +122,16 @@ def build(
       discriminator_start: update from which on the discriminator learns and is listened to.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
-    encode gives the mean latents of 'kl', float32 [n, h, w, latent], or for 'vq' a tuple of the codes, int32 [n, h, w],
-    or latents before they are quantised. State.extra has 'latents' for 'kl': running mean and square of the latents by
-    channel; a later stage divides by their deviation.
+    encode gives the mean latents of 'kl', float32 [n, h, w, latent], or for 'vq' a tuple of the codes, int32 [n, h, w]
+    of each grid, or latents before they are quantised. State.extra has 'latents' for 'kl': running mean and square of
+    the latents by channel; a later stage divides by their deviation.
 
     update logs 'reconstruction', d above. For 'vq' it logs 'perplexity', the exp of the entropy of the batch's codes,
-    and 'usage', the share of codes met in the batch. evaluate gives per image, of its reconstruction from the mean
-    latents or codes: 'squared_error' and 'absolute_error', means over pixels in [-1, 1]; 'perceptual', the distance;
-    'kl', nats; 'bits_per_code', -log2 of the shares that codes have in training, mean over codes; and what the
-    discriminator says, 'discriminator_real' and 'discriminator_fake', means over patches.
+    and 'usage', the share of codes met in the batch; with scales also those of each, 'usage/scale0', ... evaluate gives
+    per image, of its reconstruction from the mean latents or codes: 'squared_error' and 'absolute_error', means over
+    pixels in [-1, 1]; 'perceptual', the distance; 'kl', nats; 'bits_per_code', -log2 of the shares that codes have in
+    training (in their grid), mean over codes; and what the discriminator says, 'discriminator_real' and
+    'discriminator_fake', means over patches.
 
     Raises:
       UserError: a value that cannot work, or there is nothing to measure the perceptual distance with.
@@ -132,9 +141,10 @@ def build(
     divisor = 2 ** max(len(multipliers) - 1, 0)
     if regulariser not in ('vq', 'kl'):
         raise UserError(f"config.model.regulariser must be 'vq' or 'kl'; it is {regulariser!r}")
-    if not multipliers or min(channels, blocks, latent, *multipliers) < 1 or vocabulary < 2:
+    if not multipliers or min(channels, blocks, latent, latent_kernel, *multipliers) < 1 or vocabulary < 2:
         raise UserError(
-            'config.model: channels, multipliers, blocks and latent must be 1 or more, vocabulary 2 or more'
+            'config.model: channels, multipliers, blocks, latent and latent_kernel must be 1 or more, vocabulary 2 or '
+            'more'
         )
     if min(kl_weight, beta, codebook_weight, restart, perceptual, adversarial, discriminator_start) < 0:
         raise UserError(
@@ -166,11 +176,22 @@ def build(
     weights = perception.load(lpips, context.image) if lpips else None
 
     grid = (height // divisor, columns // divisor)
+    if scales and not quantised:
+        raise UserError("config.model.scales needs config.model.regulariser = 'vq'")
+    if scales and not (scales[0] >= 1 and scales[-1] == grid[0] and list(scales) == sorted(set(scales))):
+        raise UserError(
+            f'config.model.scales must rise from 1 or more to {grid[0]}, the rows of the latents; they are {scales}'
+        )
+    grids = grids_of(scales, grid) if scales else (grid,)
+    count_shape = (len(grids), vocabulary) if scales else (vocabulary,)
     size = math.prod(context.image)
-    sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
+    sizes = dict(
+        channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, latent_kernel=latent_kernel
+    )
     rest = dict(remat=context.remat, dtype=context.dtype)
     encoder = Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest)
     decoder = Decoder(image_channels=image_channels, **sizes, **rest)
+    quantiser = MultiScale(grids, latent, **({} if scales else dict(phis=0)))
     discriminator = patchgan.PatchGAN(
         discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype
     )
@@ -186,20 +207,35 @@ def build(
         mean, log_var = jnp.split(encoder.apply({'params': params['encoder']}, x), 2, -1)
         return mean, jnp.clip(log_var, *LOG_VAR_BOUNDS)
 
-    def find(params, x: Array) -> tuple[Array, Array, Array]:
-        """Latents and the vectors of their codes, [n, h, w, latent], and the codes, int32 [n, h, w]."""
+    def coded(params, z: Array) -> tuple[list[Array], list[Array], list[Array]]:
+        """For each grid what was looked up, [n, *grid, latent], what the decoder would get if it were the last one,
+        [n, h, w, latent], and the codes, int32 [n, *grid]."""
+        return quantiser.apply({'params': params.get('phi', {})}, z, params['codebook']['embedding'])
+
+    def added(params, codes: Array, k: int) -> Array:
+        """What the codes of grid k add to the map that is decoded, [n, h, w, latent]."""
+        phi, book = params.get('phi', {}), params['codebook']['embedding']
+        return quantiser.apply({'params': phi}, codes, book, k, method='added')
+
+    def by_grid(count: Array) -> Array:
+        """How often each code was met, [grids, vocabulary]."""
+        return count.reshape(-1, vocabulary)
+
+    def find(params, x: Array) -> tuple[Array, list[Array], list[Array], list[Array]]:
+        """Latents [n, h, w, latent], and what `coded` gives of them."""
         z = encoder.apply({'params': params['encoder']}, x)
-        codes = quantise.nearest(z, params['codebook']['embedding'])
-        return z, quantise.embed(codes, params['codebook']['embedding']), codes
+        return z, *coded(params, z)
 
     def latents(params, x: Array, rng: Array) -> tuple[Array, Array, dict, dict]:
         """What the decoder gets in training, the regulariser's loss, logs, and what is kept of the latents."""
         if quantised:
-            z, vectors, codes = find(params, x)
-            to_latents, to_codes = quantise.losses(z, vectors)
-            found = {'count': quantise.statistics(z, codes, vocabulary)['count']}
+            z, looked_up, sums, codes = find(params, x)
+            terms = [quantise.losses(z, vectors) for vectors in sums]
+            to_latents, to_codes = (sum(t) / len(t) for t in zip(*terms, strict=True))
+            counts = [quantise.statistics(*q, vocabulary)['count'] for q in zip(looked_up, codes, strict=True)]
             value = codebook_weight * (to_latents + beta * to_codes)
-            return quantise.straight_through(z, vectors), value, {'commitment': to_codes}, found
+            found = {'count': jnp.stack(counts).reshape(count_shape)}
+            return quantise.straight_through(z, sums[-1]), value, {'commitment': to_codes}, found
         mean, log_var = posterior(params, x)
         z = mean + jnp.exp(0.5 * log_var) * jax.random.normal(rng, mean.shape)
         kl = normal_kl(mean, log_var).mean()
@@ -265,21 +301,25 @@ def build(
         found = {'discriminator': jax.tree.map(lambda a, b: (a + b) / 2, of_real, of_fake)}
         return jnp.where(step >= discriminator_start, value, 0.0), {**logs, 'found': found}
 
-    trained = ['encoder', 'decoder', *(['codebook'] if quantised else []), *(['scale'] if learn_scale else [])]
+    parts = {'encoder': True, 'decoder': True, 'codebook': quantised, 'phi': scales, 'scale': learn_scale}
+    trained = [name for name, there in parts.items() if there]
     generator_step = gradient_step(generator_loss, context.optim, *trained)
     discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
 
     def init(rng, batch, frozen):
         encoder_rng, decoder_rng, codebook_rng, discriminator_rng = jax.random.split(rng, 4)
+        empty = jnp.zeros((1, *grid, latent))
         params = {
             'encoder': encoder.init(encoder_rng, batch['image'][:1])['params'],
-            'decoder': decoder.init(decoder_rng, jnp.zeros((1, *grid, latent)))['params'],
+            'decoder': decoder.init(decoder_rng, empty)['params'],
         }
         if quantised:
             bound = 1 / vocabulary  # the published code's start, close together
             book = jax.random.uniform(codebook_rng, (vocabulary, latent), minval=-bound, maxval=bound)
             params['codebook'] = {'embedding': book}
-            extra = {'count': jnp.ones(vocabulary)}
+            if scales:
+                params['phi'] = quantiser.init(jax.random.fold_in(codebook_rng, 0), empty, book)['params']
+            extra = {'count': jnp.ones(count_shape)}
         else:
             extra = {'latents': {'mean': jnp.zeros(latent), 'square': jnp.ones(latent)}}
         if learn_scale:
@@ -293,15 +333,16 @@ def build(
 
     def restarted(state, x: Array, rng: Array):
         """The state with its dead codes replaced."""
-        z, _, _ = find(state.params, x)
-        old = state.params['codebook']['embedding']
-        book, count, dead = quantise.restart(old, state.extra['count'], z, rng, restart)
+        looked_up = jnp.concatenate([q.reshape(-1, latent) for q in find(state.params, x)[1]])
+        old, counts = state.params['codebook']['embedding'], by_grid(state.extra['count'])
+        book, count, dead = quantise.restart(old, counts.sum(0), looked_up, rng, restart)
+        counts = jnp.where(dead, count / len(grids), counts).reshape(count_shape)
         ema = dict(state.ema)
         for name in [k for k in ema if k.partition('@')[0] == 'codebook']:
             # Averages of a code that is given up are worth nothing either.
             ema[name] = {'embedding': jnp.where(dead[:, None], book, ema[name]['embedding'])}
         params = {**state.params, 'codebook': {'embedding': book}}
-        return state.replace(params=params, ema=ema, extra={**state.extra, 'count': count})
+        return state.replace(params=params, ema=ema, extra={**state.extra, 'count': counts})
 
     def update(state, frozen, batch, rng):
         generator_rng, discriminator_rng, restart_rng = jax.random.split(rng, 3)
@@ -317,8 +358,10 @@ def build(
         if quantised:
             # Logs are means over the parts of an accumulated gradient; counts are of the whole batch.
             found['count'] = found['count'] * context.optim.accumulate
-            logs['perplexity'] = quantise.spread_of(found['count'])
-            logs['usage'] = (found['count'] > 0).mean()
+            counts = by_grid(found['count'])
+            for tail, count in [('', counts.sum(0)), *((f'/scale{k}', counts[k]) for k in range(len(scales)))]:
+                logs[f'perplexity{tail}'] = quantise.spread_of(count)
+                logs[f'usage{tail}'] = (count > 0).mean()
 
         def averaged(name):
             # At first all updates count alike: the start values would else linger.
@@ -328,20 +371,22 @@ def build(
         state = advance(state.replace(extra={name: averaged(name) for name in found}), context.optim)
         if quantised and restart:
             # The batch's latents are wanted only where a code is dead: most updates go without.
-            dead = (state.extra['count'] < restart).any()
+            dead = (by_grid(state.extra['count']).sum(0) < restart).any()
             state = jax.lax.cond(dead, lambda s: restarted(s, batch['image'], restart_rng), lambda s: s, state)
         return state, logs
 
     def shares(state) -> Array:
-        """How often training met each code, [vocabulary], none 0, sum 1."""
-        count = quantise.smoothed(state.extra['count'])
-        return count / count.sum()
+        """How often training met each code, [grids, vocabulary], none 0; the sum over each grid's is 1."""
+        count = jax.vmap(quantise.smoothed)(by_grid(state.extra['count']))
+        return count / count.sum(-1, keepdims=True)
 
     def evaluate(state, frozen, batch, rng):
         x, figures = batch['image'], {}
         if quantised:
-            _, z, codes = find(state.ema, x)
-            figures['bits_per_code'] = -jnp.log2(shares(state))[codes].mean((1, 2))
+            _, _, sums, codes = find(state.ema, x)
+            z = sums[-1]
+            bits = sum(-jnp.log2(share)[c].sum((1, 2)) for share, c in zip(shares(state), codes, strict=True))
+            figures['bits_per_code'] = bits / sum(math.prod(g) for g in grids)
         else:
             z, log_var = posterior(state.ema, x)
             figures['kl'] = normal_kl(z, log_var)
@@ -360,31 +405,38 @@ def build(
         """Mean latents, or latents before they are quantised, float32 [n, h, w, latent]; or a tuple of the codes."""
         if not quantised:
             return posterior(state.ema, batch['image'])[0]
-        z, _, codes = find(state.ema, batch['image'])
-        return (codes,) if interface == 'codes' else z
+        z, _, _, codes = find(state.ema, batch['image'])
+        return tuple(codes) if interface == 'codes' else z
 
-    def by_codes(state, codes: Array) -> Array:
-        return picture(state.ema, quantise.embed(codes, state.ema['codebook']['embedding']))
+    def embed(state, frozen, codes, k):
+        """What codes int32 [n, *grids[k]] add to the map that is decoded, float32 [n, h, w, latent]."""
+        return added(state.ema, codes, k)
+
+    def by_codes(state, codes: tuple[Array, ...]) -> Array:
+        return picture(state.ema, sum(added(state.ema, c, k) for k, c in enumerate(codes)))
 
     def decode(state, frozen, latents, rng):
         """What `encode` gives -> images [n, H, W, C] in [-1, 1]. Latents need not be any that it gave."""
         if not quantised:
             return picture(state.ema, latents)
-        by_book = (
-            quantise.nearest(latents, state.ema['codebook']['embedding']) if interface == 'latents' else latents[0]
-        )
-        return by_codes(state, by_book)
+        if interface == 'latents':
+            return picture(state.ema, coded(state.ema, latents)[1][-1])
+        return by_codes(state, latents)
 
     def sample(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
         if quantised:
             log_share = jnp.log(shares(state))
-            codes = jax.vmap(lambda key: jax.random.categorical(key, log_share, shape=grid))(keys)
-            return by_codes(state, codes)
+
+            def draw(key, k):
+                return jax.random.categorical(jax.random.fold_in(key, k), log_share[k], shape=grids[k])
+
+            return by_codes(state, tuple(jax.vmap(functools.partial(draw, k=k))(keys) for k in range(len(grids))))
         mean, square = state.extra['latents']['mean'], state.extra['latents']['square']
         deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
         return decode(state, frozen, mean + deviation * normal(keys, (*grid, latent)), rng)
 
     discrete = quantised and interface == 'codes'
-    kind = dict(codes=(grid,), vocabulary=vocabulary) if discrete else dict(latent=(*grid, latent))
+    kind = dict(codes=grids, vocabulary=vocabulary) if discrete else dict(latent=(*grid, latent))
+    kind |= dict(embed=embed) if discrete and scales else {}
     return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, **kind)

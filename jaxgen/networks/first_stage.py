@@ -52,6 +52,7 @@ class Stack(nn.Module):
       attention: heights in pixels at which every residual block is followed by attention. The middle, at the smallest
         size, always has it.
       groups: of the group norms, see GroupNorm.
+      latent_kernel: height and width of the convolutions on either side of the latents.
       remat: recompute each block's activations in the backward pass.
     """
 
@@ -60,8 +61,14 @@ class Stack(nn.Module):
     blocks: int = 2
     attention: tuple[int, ...] = ()
     groups: int = 32
+    latent_kernel: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+
+    def at_latents(self, x: Array, name: str) -> Array:
+        size = x.shape[-1]
+        options = dict(init=INIT, dtype=self.dtype, name=name)
+        return (Conv(size, self.latent_kernel, **options) if self.latent_kernel > 1 else Dense(size, **options))(x)
 
     def block(self, x: Array, features: int, name: str) -> Array:
         block = nn.remat(ResBlock) if self.remat else ResBlock
@@ -104,7 +111,7 @@ class Encoder(Stack):
             x = self.level(x, level, self.blocks, 'down')
         x = self.end(self.middle(x))
         x = Conv(self.outputs, init=INIT, dtype=self.dtype, name='last')(x)
-        return Dense(self.outputs, init=INIT, dtype=self.dtype, name='to_latent')(x).astype(jnp.float32)
+        return self.at_latents(x, 'to_latent').astype(jnp.float32)
 
 
 class Decoder(Stack):
@@ -119,7 +126,7 @@ class Decoder(Stack):
     @nn.compact
     def __call__(self, z: Array) -> tuple[Array, Array]:
         last = len(self.multipliers) - 1
-        x = Dense(z.shape[-1], init=INIT, dtype=self.dtype, name='from_latent')(z)
+        x = self.at_latents(z, 'from_latent')
         x = Conv(self.channels * self.multipliers[last], init=INIT, dtype=self.dtype, name='first')(x)
         x = self.middle(x)
         for level in range(last, -1, -1):

@@ -1,0 +1,73 @@
+"""VAR on ImageNet 256x256, class-conditional (Tian et al. 2024): d16, and d20, d24, d30 and, of 512x512 pixels, d36.
+
+    python -m jaxgen.main --config=configs/var_imagenet256.py
+
+after its first stage, `configs/var_vqvae_imagenet256.py`. The others by name, say `var_imagenet256.py:d30`; `d36`
+stands on `configs/var_vqvae_imagenet256.py:px512`.
+
+The published learning rate falls to a share of itself and not to 0, and the weight decay leaves out biases, positions
+and scales of attention.
+
+Time: not measured
+Paper: FID 3.30; d20 2.57, d24 2.09, d30 1.92 (guidance 1.5, top_k 900, top_p 0.96); d36 at 512x512 2.63
+Ours: not measured
+"""
+
+from jaxgen.config import deep_update, make
+
+EPOCH = 1_281_167
+
+
+def size(blocks: int, epochs: int, gate: float, lr: float = 8e-5, batch: int = 768, weight_decay: float = 0.05) -> dict:
+    """What depends on the depth; lr is that of 256 images, as in the released code."""
+    steps = epochs * EPOCH // batch
+    return dict(
+        data=dict(batch=batch),
+        model=dict(channels=64 * blocks, blocks=blocks, heads=blocks, drop_path=blocks / 240, gate=gate),
+        optim=dict(lr=lr * batch / 256, warmup=steps // 50, weight_decay=weight_decay),
+        train=dict(steps=steps),
+    )
+
+
+def get_config(variant: str = ''):
+    base = size(16, 200, 1e-3, lr=1e-4)
+    d36 = dict(stages=dict(first='runs/var_vqvae_imagenet256_px512'), data=dict(size=512), model=dict(shared=True))
+    return make(
+        variant,
+        family='var',
+        stages=dict(first='runs/var_vqvae_imagenet256'),
+        data=dict(
+            source='imagenet2012',
+            size=256,
+            channels=3,
+            features=('image', 'label'),
+            crop='random',
+            **base['data'],
+        ),
+        model=dict(conditional=True, label_dropout=0.1, guidance=1.5, top_k=900, top_p=0.96, **base['model']),
+        optim=dict(name='adamw', schedule='linear', b2=0.95, clip=2.0, ema=0.0, **base['optim']),
+        train=dict(
+            log_every=100,
+            save_every=5000,
+            sample_every=50_000,
+            samples=16,
+            dtype='bfloat16',
+            remat=True,
+            **base['train'],
+        ),
+        sample=dict(batch=32),
+        variants={
+            'd20': size(20, 250, 1e-3, lr=1e-4),
+            'd24': size(24, 350, 1e-4),
+            'd30': size(30, 350, 1e-5, batch=1024, weight_decay=0.08),
+            'd36': deep_update(size(36, 350, 5e-6, weight_decay=0.08), d36),
+            'tiny': dict(
+                data=dict(source='shapes', size=8, batch=8),
+                model=dict(channels=16, blocks=2, heads=2),
+                optim=dict(lr=3e-3, warmup=0),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, dtype='float32', remat=False),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8),
+            ),
+        },
+    )

@@ -1,0 +1,135 @@
+"""The multi-scale residual quantiser of VAR (Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2).
+
+A map z [n, h, w, D] becomes K grids of codes out of one codebook, coarse first. With r_1 = z, grid k gives
+
+    q_k = nearest(shrunk(r_k)),   e_k = phi_k(enlarged(codebook[q_k])),   r_{k+1} = r_k - e_k
+
+and e_1 + ... + e_K is what a decoder gets: every scale says what those before it left unsaid. Shrinking takes means
+over areas, enlarging is bicubic, and phi(x) = (1 - ratio) x + ratio conv(x) mends what was enlarged.
+
+Both resizings are products with matrices, which are worked out beforehand and equal torch's `interpolate`: modes 'area'
+and 'bicubic' (a = -0.75, edges repeated), which `jax.image.resize` has otherwise or not at all.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.errors import UserError
+from jaxgen.networks import quantise
+from jaxgen.networks.first_stage import INIT
+from jaxgen.networks.layers import Conv
+
+Array = jax.Array
+Grid = tuple[int, int]
+
+CUBIC = -0.75  # slope of the cubic kernel at 1
+
+
+def area_weights(size: int, to: int) -> np.ndarray:
+    """float32 [to, size]: each of `to` places is the mean of those of `size` places that it touches."""
+    weights = np.zeros((to, size), np.float32)
+    for i in range(to):
+        begin, end = i * size // to, -(-(i + 1) * size // to)
+        weights[i, begin:end] = 1 / (end - begin)
+    return weights
+
+
+def bicubic_weights(size: int, to: int) -> np.ndarray:
+    """float32 [to, size]: cubic convolution (Keys 1981) of the four places around each, half a pixel at the edges."""
+
+    def kernel(x):
+        near = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
+        far = CUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
+        return np.where(x <= 1, near, far)
+
+    weights = np.zeros((to, size))
+    place = (np.arange(to) + 0.5) * size / to - 0.5
+    for shift in range(-1, 3):
+        tap = np.floor(place) + shift
+        np.add.at(weights, (np.arange(to), np.clip(tap, 0, size - 1).astype(int)), kernel(np.abs(place - tap)))
+    return weights.astype(np.float32)
+
+
+def resized(x: Array, grid: Grid, weights) -> Array:
+    """[n, h, w, D] to [n, *grid, D] by `weights`(size, to) of each axis."""
+    if x.shape[1:3] == grid:
+        return x
+    rows, columns = (weights(size, to) for size, to in zip(x.shape[1:3], grid, strict=True))
+    # At full precision, as in `quantise.nearest`: codes must not depend on the device.
+    return jnp.einsum('ph,nhwd,qw->npqd', rows, x, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def shrunk(x: Array, grid: Grid) -> Array:
+    """Means over areas: [n, h, w, D] to [n, *grid, D]."""
+    return resized(x, grid, area_weights)
+
+
+def enlarged(x: Array, grid: Grid) -> Array:
+    """Bicubic: [n, h, w, D] to [n, *grid, D]."""
+    return resized(x, grid, bicubic_weights)
+
+
+def grids_of(scales: tuple[int, ...], grid: Grid) -> tuple[Grid, ...]:
+    """(rows, columns) of each scale, which is a number of rows; columns are as many as the shape of `grid` asks for."""
+    return tuple((rows, max(1, round(rows * grid[1] / grid[0]))) for rows in scales)
+
+
+def phi_of(scale: int, scales: int, phis: int) -> int:
+    """Which of `phis` convolutions a scale has, of `scales`: they share the way from coarse to fine evenly but, where
+    there are four of them, for the two at the ends (the released code's rule)."""
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+    ticks = np.linspace(margin, 1 - margin, phis)
+    return int(np.abs(ticks - scale / max(scales - 1, 1)).argmin())
+
+
+class MultiScale(nn.Module):
+    """Quantises z [n, h, w, features] on several grids, or on one.
+
+    The codebook [K, features] is no weight of this network but handed in. All is float32, whatever computes z.
+
+    Attributes:
+      grids: coarse ones first; the last one is that of z.
+      features: numbers of a code.
+      phis: convolutions that the scales share; 0: none, and phi is nothing. Published: 4 for 10 scales.
+      ratio: the convolution's share in phi.
+    """
+
+    grids: tuple[Grid, ...]
+    features: int
+    phis: int = 4
+    ratio: float = 0.5
+
+    def setup(self):
+        self.phi = [Conv(self.features, init=INIT) for _ in range(self.phis)]
+
+    def added(self, codes: Array, codebook: Array, scale: int) -> Array:
+        """e_k, float32 [n, h, w, features]: what codes int [n, *grids[scale]] add to the map that is decoded."""
+        x = enlarged(quantise.embed(codes, codebook), self.grids[-1])
+        if not self.phis:
+            return x
+        return (1 - self.ratio) * x + self.ratio * self.phi[phi_of(scale, len(self.grids), self.phis)](x)
+
+    def __call__(self, z: Array, codebook: Array) -> tuple[list[Array], list[Array], list[Array]]:
+        """For each scale what was looked up, [n, *grid, features], the sum of e_1 to e_k, [n, h, w, features], and the
+        codes, int32 [n, *grid]. Gradients go from the sums to the codebook and to phi, none to z.
+
+        Raises:
+          UserError: z is no map of the size that it was made for.
+        """
+        if z.shape[1:3] != self.grids[-1]:
+            raise UserError(
+                f'config.data.size: latents are {z.shape[1:3]} here, and the codes are for {self.grids[-1]}'
+            )
+        rest, total = jax.lax.stop_gradient(z.astype(jnp.float32)), jnp.zeros(())
+        looked_up, sums, codes = [], [], []
+        for scale, grid in enumerate(self.grids):
+            looked_up.append(shrunk(rest, grid))
+            codes.append(quantise.nearest(looked_up[-1], codebook))
+            part = self.added(codes[-1], codebook, scale)
+            rest, total = rest - jax.lax.stop_gradient(part), total + part
+            sums.append(total)
+        return looked_up, sums, codes

@@ -1,0 +1,198 @@
+"""The transformer of VAR (Tian et al. 2024, arXiv 2404.02905, section 3.3), which predicts codes scale by scale.
+
+A token is one place of one scale. It is told what all coarser scales add up to there, and it sees the tokens of its own
+scale and of the coarser ones: all codes of a scale are predicted at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.networks.layers import Dense, LayerNorm
+
+Array = jax.Array
+Cache = tuple[Array, Array]
+
+MOST_SCALE = math.log(100)  # of the logarithm of what normalised queries are multiplied by
+
+
+def modulation_init(std: float, gate: float) -> nn.initializers.Initializer:
+    """Of a layer of [..., 6 C] outputs, in the order of `Block`: half as large, the gates by `gate`."""
+
+    def init(rng, shape, dtype=jnp.float32):
+        share = jnp.repeat(jnp.array([gate, gate, 0.5, 0.5, 0.5, 0.5]), shape[-1] // 6)
+        return std * share * jax.random.normal(rng, shape, dtype)
+
+    return init
+
+
+def normalised(x: Array) -> Array:
+    """x over its length along the last axis, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+class Block(nn.Module):
+    """Self-attention, then an MLP, with adaptive norms: tokens [n, T, C], condition [n, 6 C or C] to tokens.
+
+    With a cache of the keys and values of all coarser scales, [n, T', heads, C / heads], the input is the tokens of the
+    next scale; the second result is that cache with theirs added. `nn.scan` stacks them.
+
+    Attributes:
+      std: of the weights at the start; those that end a branch are smaller by (2 blocks)^1/2.
+    """
+
+    heads: int
+    blocks: int
+    std: float
+    gate: float
+    unit_queries: bool
+    shared: bool
+    dropout: float
+    drops_path: bool
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache | None, drop_path: Array, condition: Array, mask: Array | None):
+        n, tokens, channels = x.shape
+        init, last = nn.initializers.normal(self.std), nn.initializers.normal(self.std / math.sqrt(2 * self.blocks))
+        modulation = modulation_init(self.std, self.gate)
+        if self.shared:
+            # A table of its own on top of what all blocks get.
+            table = self.param('modulation', modulation_init(channels**-0.5, self.gate), (6 * channels,))
+            m = condition + table.astype(self.dtype)
+        else:
+            m = Dense(6 * channels, init=modulation, dtype=self.dtype, name='modulation')(condition)
+        gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(m[:, None], 6, -1)  # [n, 1, C] each
+
+        def norm(x, scale, shift, name):
+            return LayerNorm(affine=False, dtype=self.dtype, name=name)(x) * (1 + scale) + shift
+
+        def branch(h):
+            """Dropout of numbers, and of the whole branch of some examples (Huang et al. 2016)."""
+            h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
+            if not (self.drops_path and self.train):
+                return h
+            kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - drop_path, (n, 1, 1))
+            return jnp.where(kept, h / (1 - drop_path).astype(self.dtype), 0)
+
+        h = norm(x, scale1, shift1, 'norm1')
+        qkv = Dense(3 * channels, bias=False, init=init, dtype=self.dtype, name='qkv')(h)
+        bias = self.param('bias', nn.initializers.zeros, (2, channels)).astype(self.dtype)  # keys need none
+        q, k, v = jnp.split(qkv, 3, -1)
+        q, k, v = (a.reshape(n, tokens, self.heads, -1) for a in (q + bias[0], k, v + bias[1]))
+        scale = 0.25 * (channels // self.heads) ** -0.5
+        if self.unit_queries:
+            log_scale = self.param('log_scale', nn.initializers.constant(math.log(4)), (self.heads,))
+            q = normalised(q) * jnp.exp(jnp.minimum(log_scale, MOST_SCALE))[:, None]
+            q, k, scale = q.astype(self.dtype), normalised(k).astype(self.dtype), 1.0
+        if cache is not None:
+            k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
+            cache = k, v
+        h = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)  # [n, T, heads, C / heads]
+        h = Dense(channels, init=last, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
+        x = x + branch(gate1 * h)
+
+        h = norm(x, scale2, shift2, 'norm2')
+        h = nn.gelu(Dense(4 * channels, init=init, dtype=self.dtype, name='mlp1')(h), approximate=True)
+        h = Dense(channels, init=last, dtype=self.dtype, name='mlp2')(h)
+        return x + branch(gate2 * h), cache
+
+
+class VARTransformer(nn.Module):
+    """What coarser scales add up to, and a class, to logits of the codes.
+
+    Attributes:
+      vocabulary: number of codes.
+      grids: (rows, columns) of each scale, coarse first.
+      channels, blocks, heads: published with d = 16, 20, 24, 30, 36 blocks: 64 d channels, d heads.
+      classes: number of classes; label `classes` stands for none.
+      dropout, drop_path: of branches, in training; the second drops whole ones, rising from 0 in the first block to
+        this in the last. Published: 0 and d / 240.
+      unit_queries: queries and keys have length 1, and each head's queries are then scaled by a learned number.
+      shared: one layer makes of the class what modulates all blocks, and each block adds a table of its own.
+      gate: how large the gates of the branches start, beside half of them for what else modulates.
+    """
+
+    vocabulary: int
+    grids: tuple[tuple[int, int], ...]
+    channels: int = 64
+    blocks: int = 4
+    heads: int = 4
+    classes: int = 0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    unit_queries: bool = True
+    shared: bool = False
+    gate: float = 1e-3
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, words: Array | None, label: Array, cache: Cache | None = None, scale: int = 0, *, train: bool = False
+    ):
+        """Args:
+          words: float32 [n, T, D], what the scales before a token's own add up to at its place, scale by scale: of
+            all scales but the first, which has none before it. With a cache of the one at `scale`, None of the first.
+          label: int32 [n], from 0 to `classes`.
+          cache: of `empty_cache`, or what came of the scale before.
+
+        Returns:
+          float32 logits [n, T of all scales, vocabulary]; with a cache (logits of this scale's tokens, cache).
+        """
+        channels, lengths = self.channels, [h * w for h, w in self.grids]
+        std = (3 * channels) ** -0.5
+        init = nn.initializers.normal(std)
+        condition = nn.Embed(self.classes + 1, channels, embedding_init=init, dtype=self.dtype, name='label')(label)
+        parts = []
+        if scale == 0:
+            start = self.param('start', init, (lengths[0], channels)).astype(self.dtype)
+            parts.append(condition[:, None] + start)
+        if words is not None:
+            parts.append(Dense(channels, init=init, dtype=self.dtype, name='words')(words))
+        x = jnp.concatenate(parts, 1)  # [n, T, C]
+        levels = np.repeat(np.arange(len(lengths)), lengths)
+        positions = self.param('positions', init, (len(levels), channels))
+        places = positions + self.param('levels', init, (len(lengths), channels))[levels]
+        begin = sum(lengths[:scale])
+        x = x + places[begin : begin + x.shape[1]].astype(self.dtype)
+
+        condition = nn.silu(condition)  # once here, as every block would begin with it
+        modulation = condition
+        if self.shared:
+            modulation = Dense(6 * channels, init=init, dtype=self.dtype, name='modulation')(condition)
+        stack = nn.scan(
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=self.blocks,
+        )(
+            heads=self.heads, blocks=self.blocks, std=std, gate=self.gate, unit_queries=self.unit_queries,
+            shared=self.shared, dropout=self.dropout, drops_path=self.drop_path > 0, train=train, dtype=self.dtype,
+            name='blocks',
+        )  # fmt: skip
+        # What a cache holds is coarser, all of it to be seen.
+        mask = None if cache is not None else (levels[:, None] >= levels)[None, None]  # [1, 1, T, T]
+        x, new = stack(x, cache, jnp.linspace(0, self.drop_path, self.blocks), modulation, mask)
+
+        half = nn.initializers.normal(0.5 * std)
+        m = Dense(2 * channels, init=half, dtype=self.dtype, name='head_modulation')(condition)
+        gain, shift = jnp.split(m[:, None], 2, -1)
+        x = LayerNorm(affine=False, dtype=self.dtype, name='norm')(x) * (1 + gain) + shift
+        head = Dense(self.vocabulary, init=nn.initializers.normal(0.02 * std), dtype=self.dtype, name='head')
+        logits = head(x).astype(jnp.float32)
+        return logits if cache is None else (logits, new)
+
+    def empty_cache(self, n: int) -> Cache:
+        """Keys and values of no token yet, [blocks, n, 0, heads, C / heads] each."""
+        shape = (self.blocks, n, 0, self.heads, self.channels // self.heads)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
