@@ -56,6 +56,7 @@ PUBLISHED = {
     'var_vqvae_imagenet256': {'total': 108_948_355 + 2_765_633},
     'jem_cifar10': {'energy': 36_478_389 - 6_410 - 641},  # of two layers that the published model never calls
     'wgan_gp_cifar10': {'generator': 1_204_483, 'discriminator': 1_053_825},
+    'infogan_mnist': {'generator': 6_652_481, 'discriminator': 6_559_169, 'recogniser': 133_262},
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
     'sngan_cifar10': {'generator': 4_276_739, 'discriminator': 1_053_825},
 }
@@ -99,6 +100,7 @@ FALLS = {
     'var': 'loss',
     'vdm': 'loss',
     'gan': None,
+    'infogan': None,
 }
 
 

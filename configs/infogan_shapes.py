@@ -1,0 +1,33 @@
+"""InfoGAN on drawn scenes of seven factors (jaxgen/data/shapes.py), 32x32: two categories and four numbers.
+
+    python -m jaxgen.main --config=configs/infogan_shapes.py
+
+`--mode=evaluate` says which code came to stand for which factor; `--mode=explore` shows what each code does.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='infogan',
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'factors'), batch=64),
+        model=dict(noise=32, categories=(8, 8), continuous=4, width=16, levels=3, hidden=128),
+        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True, networks=dict(generator=dict(lr=1e-3))),
+        train=dict(steps=8000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(noise=3, categories=(3, 2), continuous=1, width=2, levels=2, hidden=8, recogniser_hidden=6),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,288 @@
+"""InfoGAN: a GAN whose codes mean something (Chen et al. 2016, arXiv 1606.03657).
+
+The generator draws from noise z and from codes c: categories, each of its values as likely, and numbers uniform on
+[-1, 1]. Beside the game of `gan.py` a recogniser Q(c | x) guesses the codes of samples, and both players raise the
+bound on the mutual information between codes and pictures (eq. 5 and 6)
+
+    L_I = E_c,z log Q(c | G(z, c)) + H(c) <= I(c; G(z, c)),
+
+so that a code must change the picture in a way of its own. Nothing says in which: which code came to stand for which
+factor is measured afterwards (jaxgen/metrics/disentanglement.py, where the data have factors).
+
+Q is a small head on the discriminator's features (section 6 of the paper, appendix C has the sizes). It learns in the
+discriminator's step, with it, as in the published code; the generator's step changes the generator alone. Of a number
+Q gives mean and deviation of a normal, not less than LEAST_DEVIATION, so that the bound cannot run away to precision.
+
+All three networks are averaged, and the averages are run once on each batch for the statistics of their batch
+normalisation, as in `gan.py`: the generator on the update's noise, discriminator and recogniser on data.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, spread
+from jaxgen.errors import UserError
+from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
+from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
+
+Array = jax.Array
+
+PLAYERS = ('generator', 'discriminator', 'recogniser')
+# Of the running batch statistics: the newest ten updates or so count.
+STATISTICS_DECAY = 0.9
+LEAST_DEVIATION = 0.1  # of Q's normals; codes are within [-1, 1]
+SLOPE = 0.1  # of the leaky ReLUs; the published code has 0.01
+
+
+class Generator(nn.Module):
+    """Noise and codes [n, d] to images float32 [n, H, W, C] in (-1, 1): two linear layers, transposed convolutions.
+
+    Attributes:
+      width: channels of the largest map but the image; they double towards the smallest, 2 ** levels times as small.
+      hidden: units of the first linear layer.
+    """
+
+    image: tuple[int, int, int]
+    width: int = 64
+    levels: int = 2
+    hidden: int = 1024
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array, train: bool = False) -> Array:
+        def normed(x, name):
+            return nn.relu(BatchNorm(train=train, dtype=self.dtype, name=name)(x))
+
+        init = nn.initializers.normal(0.02)
+        height, columns, channels = self.image
+        height, columns = height >> self.levels, columns >> self.levels
+        features = [self.width * 2**i for i in reversed(range(self.levels))] + [channels]
+        x = normed(Dense(self.hidden, init=init, dtype=self.dtype, name='dense0')(z), 'norm0')
+        x = Dense(height * columns * features[0], init=init, dtype=self.dtype, name='dense1')(x)
+        x = normed(x, 'norm1').reshape(-1, height, columns, features[0])
+        for i in range(self.levels):
+            x = normed(x, f'up_norm{i}') if i else x
+            x = ConvTranspose(features[i + 1], init=init, dtype=self.dtype, name=f'up{i}')(x)
+        return jnp.tanh(x.astype(jnp.float32))
+
+
+class Discriminator(nn.Module):
+    """Images [n, H, W, C] to values float32 [n] and features [n, hidden], which the recogniser has too."""
+
+    width: int = 64
+    levels: int = 2
+    hidden: int = 1024
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        init = nn.initializers.normal(0.02)
+        for i in range(self.levels):
+            common = dict(stride=2, padding=((1, 1), (1, 1)), init=init, dtype=self.dtype)
+            x = Conv(self.width * 2**i, 4, **common, name=f'conv{i}')(x)
+            x = BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x) if i else x
+            x = nn.leaky_relu(x, SLOPE)
+        x = Dense(self.hidden, init=init, dtype=self.dtype, name='dense')(x.reshape(len(x), -1))
+        x = nn.leaky_relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x), SLOPE)
+        return Dense(1, init=init, name='value')(x.astype(jnp.float32))[:, 0], x
+
+
+class Recogniser(nn.Module):
+    """Features [n, hidden] to what describes Q(c | x), float32 [n, outputs]."""
+
+    outputs: int
+    hidden: int = 128
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        init = nn.initializers.normal(0.02)
+        x = Dense(self.hidden, init=init, dtype=self.dtype, name='dense')(x)
+        x = nn.leaky_relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x), SLOPE)
+        return Dense(self.outputs, init=init, name='out')(x.astype(jnp.float32))
+
+
+def build(
+    context: Context,
+    *,
+    noise: int = 62,
+    categories: tuple[int, ...] = (10,),
+    continuous: int = 2,
+    width: int = 64,
+    levels: int = 2,
+    hidden: int = 1024,
+    recogniser_hidden: int = 128,
+    category_weight: float = 1.0,
+    continuous_weight: float = 0.1,
+) -> Family:
+    """InfoGAN.
+
+    Args:
+      noise: dimensions of z, uniform on [-1, 1].
+      categories: number of values of each categorical code.
+      continuous: how many codes are numbers.
+      width, levels, hidden, recogniser_hidden: of the networks, see there.
+      category_weight, continuous_weight: lambda, the weights of L_I for the two kinds of code.
+
+    encode gives the codes that Q finds likeliest, float32 [n, len(categories) + continuous]: of a category its number,
+    of a number its mean. decode takes such codes, categories rounded, with one draw of the noise for all, by its key:
+    what differs between two pictures is by their codes.
+
+    Logs: 'information/categories' and '/continuous', L_I in nats; of categories it is at most the sum of the logs of
+    their numbers of values. evaluate gives 'discriminator', the value of the image, and 'information', of the codes of
+    a sample with the example's number.
+
+    Raises:
+      UserError: a value that cannot work.
+    """
+    height, columns, _ = context.image
+    divisor = 2**levels
+    if min(noise, width, levels, hidden, recogniser_hidden) < 1 or continuous < 0:
+        raise UserError(
+            'config.model: noise, width, levels, hidden and recogniser_hidden must be 1 or more, continuous 0 or more'
+        )
+    if min(categories, default=2) < 2 or not len(categories) + continuous:
+        raise UserError('config.model: categories must have 2 values or more each, and there must be a code at all')
+    if min(category_weight, continuous_weight) < 0:
+        raise UserError('config.model: category_weight and continuous_weight must be 0 or more')
+    if height % divisor or columns % divisor:
+        raise UserError(
+            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
+        )
+    sizes = (width, levels, hidden)
+    networks = {
+        'generator': Generator(context.image, *sizes, dtype=context.dtype),
+        'discriminator': Discriminator(*sizes, dtype=context.dtype),
+        'recogniser': Recogniser(sum(categories) + 2 * continuous, recogniser_hidden, dtype=context.dtype),
+    }
+    entropies = (sum(math.log(k) for k in categories), continuous * math.log(2))  # nats
+    edges = [sum(categories[:i]) for i in range(1, len(categories) + 1)]
+
+    def play(params, name: str, x: Array) -> tuple[Any, dict]:
+        """What a network gives in training, and the batch statistics that it did it with."""
+        out, new = networks[name].apply({'params': params[name]}, x, train=True, mutable=['batch_stats'])
+        return out, new.get('batch_stats', {})
+
+    def fixed(state, name: str, x: Array):
+        """What an averaged network gives, with the running statistics."""
+        return networks[name].apply({'params': state.ema[name], 'batch_stats': state.extra[name]}, x)
+
+    def one_hot(chosen: Array) -> Array:
+        """Categories, integers [n, len(categories)], as [n, sum(categories)]."""
+        parts = [jax.nn.one_hot(chosen[:, i], k) for i, k in enumerate(categories)]
+        return jnp.concatenate([jnp.zeros((len(chosen), 0)), *parts], -1)
+
+    def draw(rng: Array, n: int) -> Array:
+        """z and c of n samples, [n, noise + sum(categories) + continuous]; c stands at the end."""
+        noise_rng, number_rng, *category_rngs = jax.random.split(rng, 2 + len(categories))
+        chosen = [jax.random.randint(key, (n,), 0, k) for key, k in zip(category_rngs, categories, strict=True)]
+        chosen = jnp.stack(chosen, -1) if chosen else jnp.zeros((n, 0), jnp.int32)
+        z = jax.random.uniform(noise_rng, (n, noise), minval=-1, maxval=1)
+        numbers = jax.random.uniform(number_rng, (n, continuous), minval=-1, maxval=1)
+        return jnp.concatenate([z, one_hot(chosen), numbers], -1)
+
+    def split(found: Array) -> tuple[list[Array], Array, Array]:
+        """Q's outputs: logits of each category [n, k], means and log deviations of the numbers [n, continuous]."""
+        *logits, numbers = jnp.split(found, edges, -1)
+        mean, raw = jnp.split(numbers, 2, -1)
+        # A softplus: smooth down to the least deviation, about 0.8 at the start.
+        return logits, mean, jnp.log(LEAST_DEVIATION + jax.nn.softplus(raw))
+
+    def information(found: Array, z: Array) -> tuple[Array, Array]:
+        """log Q(c | x) + H(c) of each example [n], nats: of the categories and of the numbers that are in `z`."""
+        logits, mean, log_deviation = split(found)
+        *hot, numbers = jnp.split(z[:, noise:], edges, -1)
+        pairs = zip(logits, hot, strict=True)
+        of_categories = sum((jax.nn.log_softmax(a) * b).sum(-1) for a, b in pairs) + jnp.zeros(len(z))
+        error = (numbers - mean) * jnp.exp(-log_deviation)
+        of_numbers = -(0.5 * jnp.square(error) + log_deviation + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return of_categories + entropies[0], of_numbers + entropies[1]
+
+    def bound(params, features: Array, z: Array) -> tuple[Array, dict]:
+        """The weighted L_I, and its parts for the logs."""
+        of_categories, of_numbers = (a.mean() for a in information(play(params, 'recogniser', features)[0], z))
+        logs = {'information/categories': of_categories, 'information/continuous': of_numbers}
+        return category_weight * of_categories + continuous_weight * of_numbers, logs
+
+    def discriminator_loss(params, frozen, batch, rng):
+        x = batch['image']
+        z = draw(rng, len(x))
+        (real, _), _ = play(params, 'discriminator', x)
+        (fake, features), _ = play(params, 'discriminator', play(params, 'generator', z)[0])
+        value = vanilla_discriminator(real, fake)
+        known, logs = bound(params, features, z)
+        return value - known, {'discriminator_loss': value, **logs}
+
+    def generator_loss(params, frozen, batch, rng):
+        z = batch['z']
+        (fake, features), _ = play(params, 'discriminator', play(params, 'generator', z)[0])
+        value = non_saturating_generator(fake)
+        return value - bound(params, features, z)[0], {'generator_loss': value}
+
+    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator', 'recogniser')
+    generator_step = gradient_step(generator_loss, context.optim, 'generator')
+
+    def init(rng, batch, frozen):
+        inputs = {
+            'generator': jnp.zeros((1, noise + sum(categories) + continuous)),
+            'discriminator': batch['image'][:1],
+            'recogniser': jnp.zeros((1, hidden)),
+        }
+        keys = dict(zip(PLAYERS, jax.random.split(rng, 3), strict=True))
+        variables = {name: networks[name].init(keys[name], inputs[name]) for name in PLAYERS}
+        params = {name: variables[name]['params'] for name in PLAYERS}
+        return new_state(params, context.optim, extra={name: variables[name]['batch_stats'] for name in PLAYERS})
+
+    def update(state, frozen, batch, rng):
+        discriminator_rng, z_rng = jax.random.split(rng)
+        x = batch['image']
+        z = spread(draw(z_rng, len(x)))
+        state, logs = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
+        state, generator_logs = generator_step(state, frozen, {'z': z}, z_rng)
+        # At first all statistics count alike: the start values would else linger.
+        decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
+        state = advance(state, context.optim)
+        (_, features), of_discriminator = play(state.ema, 'discriminator', x)
+        new = {
+            'generator': play(state.ema, 'generator', z)[1],
+            'discriminator': of_discriminator,
+            'recogniser': play(state.ema, 'recogniser', features)[1],
+        }
+        extra = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra, new)
+        return state.replace(extra=extra), logs | generator_logs
+
+    def encode(state, frozen, batch, rng):
+        _, features = fixed(state, 'discriminator', batch['image'])
+        logits, mean, _ = split(fixed(state, 'recogniser', features))
+        return jnp.concatenate([*(a.argmax(-1, keepdims=True).astype(jnp.float32) for a in logits), mean], -1)
+
+    def decode(state, frozen, latents, rng):
+        chosen, numbers = latents[:, : len(categories)], latents[:, len(categories) :]
+        most = jnp.array(categories, jnp.float32) - 1
+        chosen = jnp.clip(jnp.round(chosen), 0, most).astype(jnp.int32)
+        z = jnp.broadcast_to(jax.random.uniform(rng, (noise,), minval=-1, maxval=1), (len(latents), noise))
+        return fixed(state, 'generator', jnp.concatenate([z, one_hot(chosen), numbers], -1))
+
+    def drawn(batch, rng) -> Array:
+        """z and c of the samples with the numbers of a batch."""
+        return jax.vmap(lambda key: draw(key, 1)[0])(example_keys(rng, batch))
+
+    def sample(state, frozen, batch, rng):
+        return fixed(state, 'generator', drawn(batch, rng))
+
+    def evaluate(state, frozen, batch, rng):
+        z = drawn(batch, rng)
+        value, _ = fixed(state, 'discriminator', batch['image'])
+        _, features = fixed(state, 'discriminator', fixed(state, 'generator', z))
+        of_categories, of_numbers = information(fixed(state, 'recogniser', features), z)
+        return {'discriminator': value, 'information': of_categories + of_numbers}
+
+    return Family(
+        init, update, sample, evaluate, encode, decode, divisor=divisor, latent=(len(categories) + continuous,)
+    )
