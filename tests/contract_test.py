@@ -50,6 +50,11 @@ PUBLISHED = {
     'vqgan_imagenet256': {'total': 72_141_699 + 2_765_633},
     'vq_f4_celebahq256': {'total': 55_322_782 + 2_765_633},
     'vampprior_mnist': {'total': 1_508_864},
+    'pix2pix_facades': {'generator': 54_413_955, 'discriminator': 2_768_705},
+    'cyclegan_horse2zebra': {
+        'forward': 11_378_179, 'backward': 11_378_179,
+        'discriminator_image': 2_764_737, 'discriminator_other': 2_764_737,
+    },  # fmt: skip
     'transformer_imagenet256': {'transformer': 1_410_640_896},
     'maskgit_imagenet256': {'transformer': 172_457_193},
     'var_imagenet256': {'transformer': 310_283_520},
