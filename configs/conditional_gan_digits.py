@@ -20,7 +20,7 @@ def get_config(variant: str = ''):
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
         model=dict(network='dcgan', conditional='concat', latent=32, width=32, multipliers=(2, 1)),
         optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
-        train=dict(steps=10_000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
+        train=dict(steps=6000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'projection': dict(

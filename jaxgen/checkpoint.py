@@ -246,7 +246,9 @@ class Checkpoints:
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places)
         args = {item: ocp.args.StandardRestore(value) for item, value in target.items()}
         found = self.manager.restore(step, args=ocp.args.Composite(**args))
-        rest = {item: found[item] if item in wanted else None for item in ITEMS}
+        # What has no arrays is not saved, and is what it is: {} or None.
+        rest = {item: getattr(abstract, item) if item in items else None for item in ITEMS}
+        rest |= {item: found[item] for item in wanted}
         counter = jax.device_put(np.int32(about['step']), sharding.replicated(mesh))
         return State(step=counter, **rest), about
 

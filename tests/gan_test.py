@@ -330,6 +330,23 @@ def test_samples_are_of_normalised_weights():
     np.testing.assert_allclose(f.decode(state, {}, z, jax.random.key(2)), want, atol=1e-5)
 
 
+def test_an_empty_state_beside_the_weights_comes_back(tmp_path):
+    """Perceptrons without normalisation have no statistics and no vectors; their run goes on and draws all the same."""
+    from jaxgen import checkpoint, sharding
+
+    f = family(base=MLP)
+    state = jax.jit(f.init)(jax.random.key(0), images(3), {})
+    assert not jax.tree.leaves(state.extra)
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), 1)
+    checkpoints.save(state.replace(step=jnp.int32(2)), {'examples': 6, 'meter': {}, 'jax': jax.__version__})
+    checkpoints.wait()
+    mesh = sharding.make_mesh(1)
+    for items in (checkpoint.ITEMS, ('ema', 'extra')):
+        again, _ = checkpoints.restore(jax.eval_shape(lambda: state), mesh, items)
+        assert again.extra == state.extra
+    checkpoints.close()
+
+
 # --- the update
 
 
@@ -532,7 +549,7 @@ def test_both_penalties_and_dequantisation_reach_the_loss():
     batch = images(3)
 
     def logs(**model):
-        f = family(discriminator_steps=1, **model)
+        f = family(base=MLP, game='wasserstein', penalty=10.0, dequantise=True, **model)
         state = f.init(jax.random.key(0), batch, {})
         # A critic as good as flat: slopes are far below 1.
         flat = jax.tree.map(lambda w: 1e-3 * w, state.params['discriminator'])
