@@ -101,8 +101,9 @@ def codes_and_factors(
     family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]
 ) -> dict[str, dict]:
     """{name: {'value', 'n'}} of the codes of the first n examples of `source`, which has 'factors': 'mig' and
-    'mig/0', 'mig/1', ... by factor, and 'beta_vae_score'; see jaxgen/metrics/disentanglement.py. {} where the codes
-    are not vectors of two numbers or more.
+    'mig/0', 'mig/1', ... by factor, and 'beta_vae_score'; see jaxgen/metrics/disentanglement.py. Beside the gap of a
+    factor stand the number of the 'latent' that knows most of it, and how much, 'known'. {} where the codes are not
+    vectors of two numbers or more.
     """
     like = {'image': source.take(np.arange(1))['image']}
     shape = jax.eval_shape(encoder(family), state, frozen, like, seed)['latents'].shape
@@ -112,7 +113,12 @@ def codes_and_factors(
     latents = over(encoder(family), state, frozen, mesh, source, n, size, seed, progress)['latents']
     gap, gaps = disentanglement.mutual_information_gap(latents, factors)
     score, stderr = disentanglement.beta_vae_score(latents, factors)
-    each = {f'mig/{i}': {'value': float(g), 'n': n} for i, g in enumerate(gaps) if g == g}
+    table = disentanglement.known(latents, factors)
+    each = {
+        f'mig/{i}': {'value': float(g), 'n': n, 'latent': int(row.argmax()), 'known': float(row.max())}
+        for i, (g, row) in enumerate(zip(gaps, table, strict=True))
+        if g == g
+    }
     return {'mig': {'value': gap, 'n': n}, **each, 'beta_vae_score': {'value': score, 'stderr': stderr, 'n': n}}
 
 

@@ -191,7 +191,8 @@ def save_evaluation(path: str, record: dict, metrics: dict[str, dict]) -> None:
     for name, m in metrics.items():
         spread = next((f' +- {m[key]:.4g} ({key})' for key in ('stderr', 'std') if key in m), '')
         against = f' against {m["n_reference"]}' if 'n_reference' in m else ''
-        print(f'{name}: {m["value"]:.6g}{spread}, n = {m["n"]}{against}')
+        best = f'; latent {m["latent"]} knows {m["known"]:.4g}' if 'latent' in m else ''
+        print(f'{name}: {m["value"]:.6g}{spread}, n = {m["n"]}{against}{best}')
     device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
     log.save_json(path, {**record, 'metrics': metrics, 'versions': versions, 'device': device})

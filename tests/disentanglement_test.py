@@ -159,6 +159,8 @@ def test_any_family_that_encodes_is_measured(monkeypatch):
     found = figures(monkeypatch, straight)
     assert {'mig', 'mig/0', 'mig/1', 'mig/2', 'beta_vae_score', 'nothing'} == set(found)
     np.testing.assert_allclose([found['mig']['value'], found['mig/2']['value']], 1, atol=1e-6)
+    assert [found[f'mig/{i}']['latent'] for i in range(3)] == [0, 1, 2]
+    np.testing.assert_allclose([found[f'mig/{i}']['known'] for i in range(3)], 1, atol=1e-6)
     assert found['mig']['n'] == len(GRID) and found['beta_vae_score']['value'] > 0.99
     assert figures(monkeypatch, turned)['mig']['value'] < 0.5
     maps = figures(monkeypatch, lambda state, frozen, batch, rng: batch['image'])

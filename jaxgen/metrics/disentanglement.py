@@ -37,6 +37,20 @@ def check(latents, factors) -> tuple[np.ndarray, np.ndarray]:
     return latents, factors
 
 
+def known(latents, factors, bins: int = BINS) -> np.ndarray:
+    """How much each latent knows of each factor: their mutual information in shares of the factor's entropy, [k, d]
+    from 0 to 1; nan for a factor that is the same in all examples. Arguments as below.
+    """
+    latents, factors = check(latents, factors)
+    codes = in_bins(latents, bins)
+    found = np.full((factors.shape[1], codes.shape[1]), np.nan)
+    for i, factor in enumerate(factors.T):
+        whole = entropy(np.bincount(factor))
+        if whole > 0:
+            found[i] = [mutual_information(code, factor) / whole for code in codes.T]
+    return found
+
+
 def mutual_information_gap(latents, factors, bins: int = BINS) -> tuple[float, np.ndarray]:
     """MIG (Chen et al. 2018, arXiv 1802.04942, eq. 6): how much more the best latent knows of a factor than the
     second best, in shares of the factor's entropy; mean over factors.
@@ -56,14 +70,8 @@ def mutual_information_gap(latents, factors, bins: int = BINS) -> tuple[float, n
       UserError: a code of one number, or no factor that differs.
       RunError: a latent is not finite.
     """
-    latents, factors = check(latents, factors)
-    codes = in_bins(latents, bins)
-    gaps = np.full(factors.shape[1], np.nan)
-    for i, factor in enumerate(factors.T):
-        whole = entropy(np.bincount(factor))
-        if whole > 0:
-            second, best = np.sort([mutual_information(code, factor) for code in codes.T])[-2:]
-            gaps[i] = (best - second) / whole
+    ordered = np.sort(known(latents, factors, bins), 1)
+    gaps = ordered[:, -1] - ordered[:, -2]
     if np.isnan(gaps).all():
         raise UserError('no factor differs between these examples: there is nothing to tell apart')
     return float(np.nanmean(gaps)), gaps
