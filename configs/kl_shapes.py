@@ -28,6 +28,7 @@ def get_config(variant: str = ''):
             blocks=1,
             latent=4,
             kl_weight=1e-2,
+            first_log_var=-6.0,
             perceptual=0.1,
             adversarial=0.0,
         ),

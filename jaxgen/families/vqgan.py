@@ -83,6 +83,7 @@ def build(
     latent: int = 4,
     latent_kernel: int = 1,
     kl_weight: float = 1e-6,
+    first_log_var: float = 0.0,
     learn_scale: bool = False,
     vocabulary: int = 1024,
     scales: tuple[int, ...] = (),
@@ -108,6 +109,9 @@ def build(
       latent: numbers at each position of the latents, or of one code.
       latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's.
       kl_weight, learn_scale: of 'kl', see above.
+      first_log_var: of 'kl': log variance of the posterior before the first update, about. At the published 0 the noise
+        is louder than the latents at first, and a short training learns to do without them: colours are the last thing
+        to come. -6 lets them through from the start.
       vocabulary, beta, codebook_weight: of 'vq', see above.
       scales: of 'vq': rows of each grid of codes, coarse first, the last as many as the latents have; (): one grid.
       restart: of 'vq': codes that fewer latents per update came to, on average, start anew at one of the batch's; 0,
@@ -313,6 +317,9 @@ def build(
             'encoder': encoder.init(encoder_rng, batch['image'][:1])['params'],
             'decoder': decoder.init(decoder_rng, empty)['params'],
         }
+        if not quantised:
+            bias = params['encoder']['to_latent']['bias']
+            params['encoder']['to_latent'] |= {'bias': bias.at[latent:].add(first_log_var)}
         if quantised:
             bound = 1 / vocabulary  # the published code's start, close together
             book = jax.random.uniform(codebook_rng, (vocabulary, latent), minval=-bound, maxval=bound)
