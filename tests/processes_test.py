@@ -102,6 +102,11 @@ def test_error_scale_and_weight(prediction):
     found = weight('min_snr', prediction, alpha, sigma, 0.5, 5.0) * 0.01
     np.testing.assert_allclose(found, jnp.minimum(snr, 5) * jnp.square(off[:, :1]), rtol=1e-4)
     assert (weight('none', prediction, alpha, sigma, 0.5, 5.0) == 1).all()
+    # The error of the velocity that the wrong x_0 stands for, with eps = (x_t - alpha x_0) / sigma.
+    velocity = (x_t - alpha * (x_0 + off)) / sigma - (x_0 + off) - (eps - x_0)
+    found = weight('flow', prediction, alpha, sigma, 0.5, 5.0) * 0.01
+    np.testing.assert_allclose(found, jnp.square(velocity[:, :1]), rtol=1e-3)
+    assert jnp.isfinite(weight('flow', 'x0', jnp.ones(1), jnp.zeros(1), 0.5, 5.0)).all()
 
 
 def test_edm_network_sees_and_gives_unit_variance():

@@ -66,7 +66,8 @@ def error_scale(prediction: str, alpha: Array, sigma: Array, data_std: float = 0
     return -sigma / (b * alpha - a * sigma)
 
 
-WEIGHTINGS = ('none', 'min_snr', 'bound')
+WEIGHTINGS = ('none', 'min_snr', 'eps', 'v', 'flow', 'bound')
+LEAST = 0.05  # sigma, where a weight would grow without bound
 
 
 def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std: float, gamma: float) -> Array:
@@ -74,9 +75,15 @@ def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std
 
     'none'        1: what each of the papers that brought a prediction in minimises
     'min_snr'     error of x_0 times min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, arXiv 2303.09556)
+    'eps', 'v', 'flow'
+                  the error of that prediction, whatever the network puts out: of large patches it tells the image more
+                  easily than noise or velocity (Li & He 2025, arXiv 2511.13720)
     'bound'       1, since another loss stands in its place: the terms of the variational bound
     """
-    if weighting != 'min_snr':
+    if weighting in ('none', 'bound'):
         return jnp.ones_like(alpha)
-    snr = (alpha / sigma) ** 2
-    return jnp.minimum(snr, gamma) * error_scale(prediction, alpha, sigma, data_std) ** 2
+    sigma = jnp.maximum(sigma, 1e-6)  # 0 / 0 else
+    of_x_0 = error_scale(prediction, alpha, sigma, data_std) ** 2
+    if weighting == 'min_snr':
+        return jnp.minimum((alpha / sigma) ** 2, gamma) * of_x_0
+    return of_x_0 / error_scale(weighting, alpha, jnp.maximum(sigma, LEAST)) ** 2

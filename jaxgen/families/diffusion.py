@@ -16,6 +16,7 @@ and what is combined, how t is drawn and how it is weighted tells one paper from
     EDM (Karras et al. 2022)             ve              edm         lognormal      heun
     flow matching (Lipman et al. 2022)   flow            flow        uniform        euler, heun
     SD3's recipe (Esser et al. 2024)     flow            flow        logit_normal   euler
+    JiT (Li & He 2025)                   flow            x0          logit_normal   heun, weighting flow
     SiT (Ma et al. 2024)                 flow            flow        uniform        euler_maruyama
     NCSN (Song & Ermon 2019)             geometric       score       uniform        annealed_langevin
 
