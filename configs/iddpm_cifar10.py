@@ -1,9 +1,13 @@
 """Improved DDPM on CIFAR-10 (Nichol & Dhariwal 2021), learned variance, 4000 steps.
 
     python -m jaxgen.main --config=configs/iddpm_cifar10.py
+    python -m jaxgen.main --config=configs/iddpm_cifar10.py:imagenet64
+    python -m jaxgen.main --config=configs/iddpm_cifar10.py:imagenet64,conditional
+
+The last two are the published models of ImageNet 64x64.
 
 Time: not measured
-Paper: FID 3.19, 3.17 bits/dim (hybrid loss, cosine schedule)
+Paper: FID 3.19, 3.17 bits/dim (hybrid loss, cosine schedule); `:imagenet64` 19.2, 3.57; told the class, FID 2.92
 Ours: not measured
 """
 
@@ -34,6 +38,17 @@ def get_config(variant: str = ''):
         optim=dict(lr=1e-4, ema=0.9999),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
+            'imagenet64': dict(
+                data=dict(source='imagenet2012', size=64),
+                model=dict(adm=dict(multipliers=(1, 2, 3, 4), dropout=0.0)),
+                train=dict(steps=1_500_000),
+            ),
+            'conditional': dict(
+                data=dict(batch=2048, features=('image', 'label')),
+                model=dict(adm=dict(channels=192), conditional=True),
+                optim=dict(lr=3e-4),
+                train=dict(steps=250_000),
+            ),
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(adm=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), heads=2), timesteps=20),
