@@ -1,0 +1,35 @@
+"""CycleGAN between two styles of drawn scenes (jaxgen/data/shapes.py), 32x32: filled shapes and outlined ones.
+
+    python -m jaxgen.main --config=configs/cyclegan_shapes.py
+
+No scene of one style belongs to one of the other. `--mode=sample --film=3` shows both ways: outlined scenes, these
+filled, and back; then filled ones, these outlined, and back. Only the test scenes are the same in both styles.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='cyclegan',
+        data=dict(source='shapes', other='shapes:outlined', size=32, channels=3, features=('image', 'other'), batch=8),
+        model=dict(width=16, halvings=1, blocks=3, discriminator_channels=16, discriminator_layers=2),
+        optim=dict(lr=5e-4, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
+        train=dict(steps=1000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(width=4, blocks=1, pool=6, discriminator_channels=4, discriminator_layers=1),
+                optim=dict(lr=3e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

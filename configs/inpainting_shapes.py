@@ -1,0 +1,50 @@
+"""Inpainting of drawn scenes (jaxgen/data/shapes.py), 32x32, under strokes of a brush: gated convolutions.
+
+    python -m jaxgen.main --config=configs/inpainting_shapes.py
+
+`--mode=sample --film=4` shows what is given, the coarse painting, the fine one, and the truth.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='inpainting',
+        data=dict(source='shapes', size=32, channels=3, batch=16),
+        model=dict(
+            masks='both',
+            brush=(2.0, 5.0),
+            hole=10,
+            width=8,
+            dilations=(2, 4),
+            l1=10.0,
+            discriminator_channels=16,
+            discriminator_layers=4,
+        ),
+        optim=dict(lr=1e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
+        train=dict(steps=1500, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(
+                    brush=(1.0, 2.0),
+                    hole=3,
+                    width=4,
+                    dilations=(),
+                    discriminator_channels=4,
+                    discriminator_layers=2,
+                ),
+                optim=dict(lr=3e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

@@ -1,0 +1,292 @@
+"""pix2pix: image-to-image translation with conditional adversarial networks (Isola et al. 2017, arXiv 1611.07004).
+
+An input c (edges, a map of labels, a spoilt picture) is turned into an image x. The generator G has dropout for its
+only noise z, and the discriminator D judges an image beside its input, patch by patch. They minimise
+
+    D: 1/2 (-E log s(D(c, x)) - E log(1 - s(D(c, G(c, z)))))
+    G: -E log s(D(c, G(c, z))) + l1 * E |x - G(c, z)|
+
+(eq. 1 to 4; s is the sigmoid). L1 sees to the picture at large, D to what L1 leaves blurred; what the input does not
+say, like a colour, G decides by itself.
+
+The input is a feature of the data, whatever its channels; or, with `condition` = 'image', the image itself under a
+blur and noise: recovery of pictures, as Schawinski et al. 2017 (arXiv 1702.00403) do for galaxies.
+
+The published code normalises by the batch, in sampling too. Of its batches of one image that leaves a norm of each
+image by itself, `norm` = 'instance' here, whatever the batch. It takes from every map what is the same all over the
+image, so that a colour that the input does not say cannot come from the depth of the network: where there are such
+ones `norm` = 'batch' with larger batches serves better. Samples are then drawn with fixed statistics, so that one
+does not depend on what is drawn with it: after each update the averaged generator (the one that samples) runs once on
+the update's inputs, and the running average of those statistics is State.extra. Dropout stays on in sampling, as
+published.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.data.corruptions import blurred
+from jaxgen.errors import UserError
+from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
+from jaxgen.networks import patchgan
+from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, GroupNorm
+
+Array = jax.Array
+
+INIT = nn.initializers.normal(0.02)
+# Of the running batch statistics: the newest ten updates or so count.
+STATISTICS_DECAY = 0.9
+
+
+def drop(x: Array, keys: Array, rate: float) -> Array:
+    """x [n, ...] with numbers set to 0 at this rate and the others made larger for it, each example by its key."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def Norm(kind: str, features: int, train: bool, dtype: Any) -> nn.Module:
+    """Of each channel, over the batch too or over each image by itself."""
+    if kind == 'batch':
+        return BatchNorm(train=train, dtype=dtype, name='norm')
+    return GroupNorm(features, 1e-5, dtype, least=1, name='norm')
+
+
+class Down(nn.Module):
+    """[n, H, W, C] to [n, H/2, W/2, features]; with `full` H and W stay.
+
+    Attributes:
+      first: of an image.
+      norm: the norm behind it, or ''.
+    """
+
+    features: int
+    full: bool
+    first: bool
+    norm: str
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x if self.first else nn.leaky_relu(x, 0.2)
+        rest = dict(padding=((1, 1), (1, 1)), bias=False, init=INIT, dtype=self.dtype, name='conv')
+        x = Conv(self.features, **rest)(x) if self.full else Conv(self.features, 4, stride=2, **rest)(x)
+        return Norm(self.norm, self.features, self.train, self.dtype)(x) if self.norm else x
+
+
+class Up(nn.Module):
+    """[n, H, W, C] to [n, 2H, 2W, features]; with `full` H and W stay. With dropout at this rate."""
+
+    features: int
+    full: bool
+    norm: str
+    rate: float
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Array) -> Array:
+        conv = Conv if self.full else ConvTranspose
+        x = conv(self.features, bias=False, init=INIT, dtype=self.dtype, name='conv')(nn.relu(x))
+        x = Norm(self.norm, self.features, self.train, self.dtype)(x)
+        return drop(x, keys, self.rate) if self.rate else x
+
+
+class UNet(nn.Module):
+    """Inputs [n, H, W, C] to images float32 [n, H, W, features] in (-1, 1) (appendix 6.1.1).
+
+    Convolutions of kernel 4 and stride 2, and as many transposed ones, each of which sees what its counterpart saw.
+    Norms come after all layers but the first, the innermost convolution and the last.
+
+    Attributes:
+      width: channels of the first convolution, ngf in the published code; doubled with every layer up to 8 times.
+      full: convolutions of kernel 3 and stride 1 before these, and after. None as published; but where pictures are
+        small a first convolution that halves them is too coarse.
+      halvings: of the image: 8 of 256 x 256 pixels leave one.
+      dropouts: how many of the transposed convolutions after the innermost one have dropout.
+      rate: of it.
+      norm: 'batch' | 'instance'.
+    """
+
+    features: int
+    width: int = 64
+    full: int = 0
+    halvings: int = 8
+    dropouts: int = 3
+    rate: float = 0.5
+    norm: str = 'instance'
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Array, train: bool = False) -> Array:
+        """keys [n], of the dropout; train: batch statistics are those of this batch."""
+        down, up = (nn.remat(block) if self.remat else block for block in (Down, Up))
+        widths = [self.width * min(2**i, 8) for i in range(self.full + self.halvings)]
+        last, maps = len(widths) - 1, []
+        for i, width in enumerate(widths):
+            norm = self.norm if 0 < i < last else ''
+            x = down(width, i < self.full, i == 0, norm, train, self.dtype, name=f'down{i}')(x)
+            maps.append(x)
+        for i in range(last, 0, -1):
+            rate = self.rate if 0 < last - i <= self.dropouts else 0.0
+            own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+            x = up(widths[i - 1], i < self.full, self.norm, rate, train, self.dtype, name=f'up{i}')(x, own)
+            x = jnp.concatenate([maps[i - 1], x], -1)
+        conv = Conv if self.full else ConvTranspose
+        x = conv(self.features, init=INIT, dtype=self.dtype, name='last')(nn.relu(x))
+        return jnp.tanh(x.astype(jnp.float32))
+
+
+def build(
+    context: Context,
+    *,
+    condition: str = 'edges',
+    blur: float = 0.0,
+    noise: float = 0.0,
+    width: int = 64,
+    full: int = 0,
+    halvings: int = 8,
+    dropouts: int = 3,
+    dropout: float = 0.5,
+    norm: str = 'instance',
+    l1: float = 100.0,
+    discriminator_channels: int = 64,
+    discriminator_layers: int = 3,
+    discriminator_norm: str = 'batch',
+) -> Family:
+    """pix2pix.
+
+    Args:
+      condition: the feature that is turned into the image; or 'image', where blur and noise spoil it.
+      blur, noise: standard deviations of the Gaussian that blurs the input, pixels, and of the Gaussian noise that is
+        then added to it, of pixels in [-1, 1].
+      width, full, halvings, dropouts, dropout: of the generator, see UNet.
+      norm: 'instance' | 'batch', of the generator, see above.
+      l1: weight of the absolute error.
+      discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
+
+    sample turns inputs of the test split, each with noise and dropout by its own key. evaluate gives per image
+    'squared_error' and 'absolute_error' of the output against the image, means over pixels in [-1, 1], and for
+    recovery 'squared_error/input', that of the spoilt image itself.
+
+    Raises:
+      UserError: a value that cannot work.
+    """
+    height, columns, channels = context.image
+    divisor = 2**halvings
+    if min(width, halvings) < 1 or min(full, dropouts) < 0 or not 0 <= dropout < 1:
+        raise UserError(
+            'config.model: width and halvings must be 1 or more, full and dropouts 0 or more, dropout from 0 to below 1'
+        )
+    if norm not in ('instance', 'batch'):
+        raise UserError(f"config.model.norm must be 'instance' or 'batch'; it is {norm!r}")
+    if min(blur, noise, l1) < 0:
+        raise UserError('config.model: blur, noise and l1 must be 0 or more')
+    if condition == 'image' and not blur and not noise:
+        raise UserError("config.model.condition = 'image' needs config.model.blur or noise, or there is nothing to do")
+    if height % divisor or columns % divisor:
+        raise UserError(
+            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
+        )
+    patchgan.check('discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm)
+
+    generator = UNet(channels, width, full, halvings, dropouts, dropout, norm, context.remat, context.dtype)
+    discriminator = patchgan.PatchGAN(
+        discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype
+    )
+
+    def given(batch, keys: Array) -> Array:
+        """The generator's input [n, H, W, C] by keys [n]."""
+        x = blurred(batch[condition], blur)
+        return x + noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys), x.shape[1:]) if noise else x
+
+    def turn(weights, c: Array, keys: Array) -> tuple[Array, dict]:
+        """Images, in training, and the batch's statistics."""
+        y, new = generator.apply({'params': weights}, c, keys, train=True, mutable=['batch_stats'])
+        return y, new.get('batch_stats', {})
+
+    def judge(weights, c: Array, x: Array) -> Array:
+        """Logits by patch, normalised by this batch."""
+        pair = jnp.concatenate([c, x], -1)
+        return discriminator.apply({'params': weights}, pair, train=True, mutable=['batch_stats'])[0]
+
+    def discriminator_loss(params, frozen, batch, rng):
+        c, x = batch['input'], batch['image']
+        y, _ = turn(params['generator'], c, jax.random.split(rng, len(x)))
+        real, fake = judge(params['discriminator'], c, x), judge(params['discriminator'], c, y)
+        value = 0.5 * vanilla_discriminator(real, fake)
+        logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
+        return value, logs
+
+    def generator_loss(params, frozen, batch, rng):
+        c, x = batch['input'], batch['image']
+        y, _ = turn(params['generator'], c, jax.random.split(rng, len(x)))
+        absolute = jnp.abs(x - y).mean()
+        value = non_saturating_generator(judge(params['discriminator'], c, y)) + l1 * absolute
+        return value, {'generator_loss': value, 'absolute_error': absolute}
+
+    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
+    generator_step = gradient_step(generator_loss, context.optim, 'generator')
+
+    def init(rng, batch, frozen):
+        generator_rng, discriminator_rng = jax.random.split(rng)
+        if batch[condition].ndim != 4:
+            raise UserError(f'config.model.condition = {condition!r} is no picture: it cannot be turned into one')
+        c, x = batch[condition][:1], batch['image'][:1]
+        variables = generator.init(generator_rng, c, jax.random.split(rng, 1))
+        params = {
+            'generator': variables['params'],
+            'discriminator': discriminator.init(discriminator_rng, jnp.concatenate([c, x], -1))['params'],
+        }
+        # Only the generator makes pictures; an averaged discriminator would serve nothing.
+        return new_state(params, context.optim, extra=variables.get('batch_stats'), ema=('generator',))
+
+    def update(state, frozen, batch, rng):
+        input_rng, discriminator_rng, generator_rng, statistics_rng = jax.random.split(rng, 4)
+        c = given(batch, jax.random.split(input_rng, len(batch['image'])))
+        batch = {'input': c, 'image': batch['image']}
+        state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
+        state, more = generator_step(state, frozen, batch, generator_rng)
+        # At first all statistics count alike: the start values would else linger.
+        decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
+        state = advance(state, context.optim)
+        if norm == 'batch':
+            _, new = turn(state.ema['generator'], c, jax.random.split(statistics_rng, len(c)))
+            state = state.replace(extra=jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.extra, new))
+        return state, logs | more
+
+    def translate(state, batch, rng) -> tuple[Array, Array]:
+        """Inputs and outputs, [n, H, W, C], each by its own key."""
+        keys = example_keys(rng, batch)
+        c = given(batch, keys)
+        statistics = {'batch_stats': state.extra} if norm == 'batch' else {}
+        return c, generator.apply({'params': state.ema['generator'], **statistics}, c, keys)
+
+    def sample(state, frozen, batch, rng):
+        return translate(state, batch, rng)[1]
+
+    def trajectory(state, frozen, batch, rng):
+        """{'image': [3, n, H, W, C]}: the input, what is made of it, and the truth."""
+        c, y = translate(state, batch, rng)
+        shown = c if c.shape == y.shape else jnp.broadcast_to(c.mean(-1, keepdims=True), y.shape)
+        return {'image': jnp.stack([shown, y, batch['image']])}
+
+    def evaluate(state, frozen, batch, rng):
+        x = batch['image']
+        c, y = translate(state, batch, rng)
+        figures = {
+            'squared_error': jnp.square(x - y).mean((1, 2, 3)),
+            'absolute_error': jnp.abs(x - y).mean((1, 2, 3)),
+        }
+        if condition == 'image':
+            figures['squared_error/input'] = jnp.square(x - c).mean((1, 2, 3))
+        return figures
+
+    conditions = tuple(dict.fromkeys((condition, 'image')))  # the image itself is shown as the truth
+    return Family(init, update, sample, evaluate, trajectory=trajectory, conditions=conditions, divisor=divisor)
