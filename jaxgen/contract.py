@@ -215,6 +215,21 @@ def split_batch(batch: PyTree, n: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // n, n, *x.shape[1:]), 0, 1), batch)
 
 
+def check_parts(n: int, parts: int, field: str) -> None:
+    """Raises UserError where a batch of n examples cannot be cut into so many equal parts, and each of these into equal
+    parts for the devices: of others XLA may compute something else.
+
+    Args:
+      field: of the config, which says how many parts there are.
+    """
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    if n % (parts * devices):
+        each = f', each for {devices} devices' if devices > 1 else ''
+        raise UserError(
+            f'config.data.batch = {n} must be a multiple of {parts * devices}: {field} makes {parts} parts{each}'
+        )
+
+
 def spread(x: PyTree) -> PyTree:
     """Lays arrays [n, ...] that a family made itself over the devices, as a batch lies.
 

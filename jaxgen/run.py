@@ -42,7 +42,8 @@ class Assembled:
         n = self.config.data.batch
         batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
         init = functools.partial(init_state, self.family)
-        state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for contract.check_parts
+            state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
         for name in self.config.optim.networks:
             if name not in state.params:
                 raise UserError(f'config.optim.networks.{name}: no such network{configs.near(name, state.params)}')

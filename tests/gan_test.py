@@ -606,5 +606,14 @@ def test_says_what_is_wrong(model, no_compile):
 
 
 def test_says_that_the_batch_does_not_fit(no_compile):
-    with pytest.raises(UserError, match=r'multiple of config\.model\.discriminator_steps = 3'):
-        jax.eval_shape(lambda: family().init(jax.random.key(0), {'image': jnp.zeros((4, 8, 8, 1))}, {}))
+    def start(n, **optim):
+        return jax.eval_shape(lambda: family(optim=adam(**optim)).init(jax.random.key(0), images(n), {}))
+
+    with pytest.raises(UserError, match=r'multiple of 3: config\.model\.discriminator_steps'):
+        start(4)
+    with pytest.raises(UserError, match='multiple of 6'):
+        start(3, accumulate=2)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4, 2), ('data', 'fsdp'))):
+        with pytest.raises(UserError, match=r'multiple of 24: .* makes 3 parts, each for 8 devices'):
+            start(12)
+        start(24)

@@ -39,7 +39,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, spread
+from jaxgen.contract import (
+    Context,
+    Family,
+    advance,
+    check_labels,
+    check_parts,
+    example_keys,
+    gradient_step,
+    new_state,
+    spread,
+)
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import GAMES, gradient_penalty, r1_penalty
 from jaxgen.losses.augmentation import AUGMENTATIONS, augment
@@ -218,7 +228,7 @@ def build(
         if dequantise:
             x = x + jax.random.uniform(pixel_rng, x.shape, minval=-1 / 255, maxval=1 / 255)
         weights, _ = spectral_norm.normalise(params['generator'], extra['generator']['vectors'])
-        fake, _ = play(generator, weights, jax.random.normal(z_rng, (len(x), latent)), c)
+        fake, _ = play(generator, weights, spread(jax.random.normal(z_rng, (len(x), latent))), c)
         x, fake = (augment(y, k, augmentation) for y, k in zip((x, fake), jax.random.split(augment_rng), strict=True))
 
         weights, vectors = spectral_norm.normalise(params['discriminator'], extra['discriminator']['vectors'])
@@ -280,11 +290,8 @@ def build(
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng, *vector_rngs = jax.random.split(rng, 4)
-        if len(batch['image']) % discriminator_steps:
-            raise UserError(
-                f'config.data.batch = {len(batch["image"])} must be a multiple of config.model.discriminator_steps = '
-                f'{discriminator_steps}'
-            )
+        parts = discriminator_steps * optim.accumulate
+        check_parts(len(batch['image']), parts, 'config.model.discriminator_steps (by config.optim.accumulate)')
         one = {name: x[:1] for name, x in batch.items()}
         variables = {
             'generator': generator.init(generator_rng, jnp.zeros((1, latent)), classes(one)),

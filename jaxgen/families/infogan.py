@@ -185,7 +185,8 @@ def build(
         chosen = jnp.stack(chosen, -1) if chosen else jnp.zeros((n, 0), jnp.int32)
         z = jax.random.uniform(noise_rng, (n, noise), minval=-1, maxval=1)
         numbers = jax.random.uniform(number_rng, (n, continuous), minval=-1, maxval=1)
-        return jnp.concatenate([z, one_hot(chosen), numbers], -1)
+        # By examples over the devices: left to itself XLA may cut the columns, and then mixes up what it puts together.
+        return spread(jnp.concatenate([z, one_hot(chosen), numbers], -1))
 
     def split(found: Array) -> tuple[list[Array], Array, Array]:
         """Q's outputs: logits of each category [n, k], means and log deviations of the numbers [n, continuous]."""
@@ -242,7 +243,7 @@ def build(
     def update(state, frozen, batch, rng):
         discriminator_rng, z_rng = jax.random.split(rng)
         x = batch['image']
-        z = spread(draw(z_rng, len(x)))
+        z = draw(z_rng, len(x))
         state, logs = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
         state, generator_logs = generator_step(state, frozen, {'z': z}, z_rng)
         # At first all statistics count alike: the start values would else linger.
