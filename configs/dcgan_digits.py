@@ -2,6 +2,8 @@
 
     python -m jaxgen.main --config=configs/dcgan_digits.py
 
+The variant `augmented` shows the discriminator changed pictures only (DiffAugment, Zhao et al. 2020).
+
 Time: not measured
 Paper: none
 Ours: not measured
@@ -20,6 +22,7 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
+            'augmented': dict(model=dict(augmentation=('colour', 'translation', 'cutout'))),
             'tiny': dict(
                 data=dict(batch=8),
                 model=dict(latent=4, width=4, multipliers=(1,)),

@@ -27,7 +27,7 @@ def get_config(variant: str = ''):
         variants={
             'minimax': dict(model=dict(game='minimax')),
             'least_squares': dict(model=dict(game='least_squares')),
-            'r1': dict(model=dict(r1=1.0)),
+            'r1': dict(model=dict(r1=0.01)),
             'wgan_gp': dict(data=dict(batch=1280), model=wasserstein, optim=dict(b1=0.0, b2=0.9)),
             'tiny': dict(
                 data=dict(batch=10),

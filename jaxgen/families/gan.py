@@ -136,12 +136,10 @@ def build(
     levels = {'mlp': 0, 'dcgan': len(multipliers)}.get(network, len(multipliers) - 1)
     halvings = halvings or max(levels - 1, 1)
     divisor = 2 ** (max(levels, halvings) if residual else levels)
-    for field, value, allowed in (
-        *(('game', game, tuple(GAMES)), ('network', network, NETWORKS), ('pooling', pooling, ('mean', 'sum'))),
-        *(('conditional', conditional, CONDITIONALS),),
-        *(('spectral', name, PLAYERS) for name in spectral),
-        *(('augmentation', name, tuple(AUGMENTATIONS)) for name in augmentation),
-    ):
+    choices = [('game', game, tuple(GAMES)), ('network', network, NETWORKS), ('conditional', conditional, CONDITIONALS)]
+    choices += [('pooling', pooling, ('mean', 'sum')), *(('spectral', name, PLAYERS) for name in spectral)]
+    choices += [('augmentation', name, tuple(AUGMENTATIONS)) for name in augmentation]
+    for field, value, allowed in choices:
         if value not in allowed:
             raise UserError(f'config.model.{field} must be of {allowed}; it is {value!r}')
     check_labels(context, bool(conditional))
