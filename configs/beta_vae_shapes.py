@@ -18,8 +18,8 @@ def get_config(variant: str = ''):
         variant,
         family='vae',
         data=dict(source='shapes', size=32, channels=3, features=('image', 'factors'), batch=64),
-        model=dict(network='conv', width=8, levels=3, latent=10, likelihood='bernoulli', beta=4.0),
-        optim=dict(lr=1e-3, schedule='cosine', ema=0.999, ema_warmup=True),
+        model=dict(network='conv', width=8, levels=3, latent=10, activation='silu', likelihood='bernoulli', beta=4.0),
+        optim=dict(lr=2e-3, schedule='cosine', warmup=100, ema=0.999, ema_warmup=True),
         train=dict(steps=4000, updates_per_call=20, log_every=200, save_every=1000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={

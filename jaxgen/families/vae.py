@@ -65,6 +65,7 @@ from jaxgen.networks.vae import (
 )
 
 Array = jax.Array
+ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu}
 Moments = tuple[Array, Array]  # mean and log variance of diagonal normals, [n, latent] both
 
 
@@ -146,6 +147,7 @@ def build(
     latent2: int = 0,
     width: int = 32,
     levels: int = 2,
+    activation: str = 'relu',
     hidden: tuple[int, ...] = (400,),
     conditional: bool = False,
     prior: str = 'normal',
@@ -171,6 +173,8 @@ def build(
       latent2: dimensions of the code above it; 0: none. Not with 'conv'.
       width, levels: of 'conv': channels at full size, doubled each of `levels` times that the
         image is halved.
+      activation: of 'conv': 'relu' | 'silu'. Narrow networks of ReLUs can die for whole groups of pictures, say all
+        bright ones, and give all of them one grey.
       hidden: of 'mlp' and 'gated': layer widths of the encoder; the decoder has them in reverse. A network of two
         inputs has all but the last layer for each of them alone.
       conditional: tell encoder and decoder the class, `batch['label']`.
@@ -206,6 +210,8 @@ def build(
     divisor = 2**levels if network == 'conv' else 1
     if network not in ('conv', 'mlp', 'gated'):
         raise UserError(f"config.model.network must be 'conv', 'mlp' or 'gated'; it is {network!r}")
+    if activation not in ACTIVATIONS:
+        raise UserError(f'config.model.activation must be one of {tuple(ACTIVATIONS)}; it is {activation!r}')
     if prior not in ('normal', 'vamp'):
         raise UserError(f"config.model.prior must be 'normal' or 'vamp'; it is {prior!r}")
     if likelihood not in log_probs:
@@ -240,8 +246,8 @@ def build(
     # By name: encoder q(z | x), or q(z | x, z2) below encoder2 q(z2 | x); decoder2 p(z | z2).
     networks = {}
     if network == 'conv':
-        networks['encoder'] = ConvEncoder(latent, width, levels, dtype, context.remat)
-        decoder = ConvDecoder(context.image, width, levels, dtype, context.remat)
+        networks['encoder'] = ConvEncoder(latent, width, levels, ACTIVATIONS[activation], dtype, context.remat)
+        decoder = ConvDecoder(context.image, width, levels, ACTIVATIONS[activation], dtype, context.remat)
     elif latent2:
         networks['encoder'] = JoinedEncoder(latent, hidden, gated, dtype)
         networks['encoder2'] = MlpEncoder(latent2, hidden, gated, dtype)

@@ -7,6 +7,7 @@ An encoder gives the mean and the log variance of a diagonal normal. `told` is w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -54,24 +55,26 @@ class Down(nn.Module):
     """[n, H, W, C] -> [n, H/2, W/2, features]."""
 
     features: int
+    activation: Callable
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(Conv(self.features, stride=2, dtype=self.dtype)(x))
-        return nn.relu(Conv(self.features, dtype=self.dtype)(x))
+        x = self.activation(Conv(self.features, stride=2, dtype=self.dtype)(x))
+        return self.activation(Conv(self.features, dtype=self.dtype)(x))
 
 
 class Up(nn.Module):
     """[n, H, W, C] -> [n, 2H, 2W, features]."""
 
     features: int
+    activation: Callable
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.relu(Conv(self.features, dtype=self.dtype)(x))
-        return nn.relu(Conv(self.features, dtype=self.dtype)(upsample_nearest(x)))
+        x = self.activation(Conv(self.features, dtype=self.dtype)(x))
+        return self.activation(Conv(self.features, dtype=self.dtype)(upsample_nearest(x)))
 
 
 class ConvEncoder(nn.Module):
@@ -80,15 +83,16 @@ class ConvEncoder(nn.Module):
     latent: int
     width: int
     levels: int
+    activation: Callable
     dtype: Any
     remat: bool
 
     @nn.compact
     def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
         block = nn.remat(Down) if self.remat else Down
-        x = nn.relu(Conv(self.width, dtype=self.dtype)(beside(x, told)))
+        x = self.activation(Conv(self.width, dtype=self.dtype)(beside(x, told)))
         for i in range(self.levels):
-            x = block(self.width * 2 ** (i + 1), self.dtype, name=f'down{i}')(x)
+            x = block(self.width * 2 ** (i + 1), self.activation, self.dtype, name=f'down{i}')(x)
         return moments(x.reshape(len(x), -1), self.latent, False, self.dtype)
 
 
@@ -98,6 +102,7 @@ class ConvDecoder(nn.Module):
     image: tuple[int, int, int]
     width: int
     levels: int
+    activation: Callable
     dtype: Any
     remat: bool
 
@@ -106,10 +111,10 @@ class ConvDecoder(nn.Module):
         block = nn.remat(Up) if self.remat else Up
         height, width, channels = self.image
         shape = (height >> self.levels, width >> self.levels, self.width << self.levels)
-        x = nn.relu(Dense(math.prod(shape), dtype=self.dtype)(z))
+        x = self.activation(Dense(math.prod(shape), dtype=self.dtype)(z))
         x = x.reshape(-1, *shape)
         for i in reversed(range(self.levels)):
-            x = block(self.width * 2**i, self.dtype, name=f'up{i}')(x)
+            x = block(self.width * 2**i, self.activation, self.dtype, name=f'up{i}')(x)
         return Conv(channels, dtype=self.dtype)(x).astype(jnp.float32)
 
 
