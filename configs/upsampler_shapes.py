@@ -1,0 +1,51 @@
+"""An upsampler of the drawn scenes (jaxgen/data/shapes.py), from 8x8 to 32x32: what ADM's upsamplers are, small.
+
+    python -m jaxgen.main --config=configs/upsampler_shapes.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        data=dict(
+            source='shapes', size=32, channels=3, batch=32, features=('image', 'low_resolution'), low_resolution=8
+        ),
+        model=dict(
+            unet=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(), patch=2),
+            upsampling=True,
+            process='cosine',
+            # Of patches a network tells the image more easily than the noise, which is in every pixel.
+            prediction='x0',
+            weighting='min_snr',
+            variance='fixed_small',
+            sampler='ddim',
+            sample_steps=50,
+            spacing='trailing',
+            bound_steps=100,
+        ),
+        optim=dict(lr=2e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
+        train=dict(steps=600, log_every=50, save_every=300, sample_every=0),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=500, examples=64),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8, low_resolution=4),
+                model=dict(
+                    unet=dict(channels=8),
+                    timesteps=20,
+                    sample_steps=4,
+                    bound_steps=0,
+                ),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )
