@@ -5,11 +5,11 @@
 
 The first stage of a latent diffusion. Its samples are no pictures: they show what a prior has to do.
 
-Time: 37 minutes on 2 CPU cores that did much else
+Time: 18 minutes on one CPU core for 3,000 updates
 Paper: none
-Ours: not there yet. 1,500 updates bring back backgrounds, places and shapes, but all figures in one colour; the mean
-absolute error of the last training batches is 0.080, pixels in [-1, 1]. The latents have mean -0.3 and deviation 1.8
-(0.9, 2.7, 1.7 and 0.8 by channel).
+Ours: not measured as it stands. 3,000 updates from a first log variance of 0 give back backgrounds, places and
+shapes, but two colours for all figures: mean absolute error 0.055 on the test split, pixels in [-1, 1]. On one batch of
+16 scenes of 16x16 that start had 0.25 after 300 updates, this one 0.07.
 """
 
 from jaxgen.config import make

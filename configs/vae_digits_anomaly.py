@@ -2,9 +2,10 @@
 
     python -m jaxgen.main --config=configs/vae_digits_anomaly.py
 
-Time: not measured
+Time: 40 seconds on one CPU core
 Paper: none
-Ours: not measured
+Ours: area under the ROC curve for the digits 5 to 9 of the test split: 0.997 by squared error, 0.91 by
+reconstruction in nats, 0.92 by the ELBO
 """
 
 from jaxgen.config import make

