@@ -3,7 +3,7 @@
     python -m jaxgen.main --config=configs/edm_cifar10.py
     python -m jaxgen.main --config=configs/edm_cifar10.py:conditional
     python -m jaxgen.main --config=configs/edm_cifar10.py:conditional,ve
-    python -m jaxgen.main --config=configs/edm_cifar10.py:ffhq64 --config.data.source=folder:/where/it/lies  # or with ve
+    python -m jaxgen.main --config=configs/edm_cifar10.py:ffhq64 --config.data.source=folder:PATH  # or with ve
     python -m jaxgen.main --config=configs/edm_cifar10.py:imagenet64
 
 `:ffhq64` and `:imagenet64` are the published models of these sets. FFHQ is for a person to fetch
