@@ -7,7 +7,7 @@
 
 `:conditional` guides at middle levels only (Kynkaanniemi et al. 2024) and puts part of the contrast back (Lin et al.
 2023); `:v` is the recipe of the latter, with 50 steps of DDIM; `:min_snr` has the weights of Hang et al. 2023. These
-three were not trained since.
+three have not been trained yet.
 
 Time: 3.6 minutes on 2 CPU cores
 Paper: none
