@@ -65,6 +65,7 @@ class Scene(NamedTuple):
     image: np.ndarray  # [size, size, 3]
     mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
     edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
+    segments: np.ndarray  # [size, size], a map of what is where: number of its colour or background, see `segment`
 
 
 def draw_factors(number: int) -> np.ndarray:
@@ -132,8 +133,14 @@ def outline(shape: str) -> list[np.ndarray]:
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
 
 
+def segment(factors: np.ndarray) -> tuple[int, int]:
+    """Grey levels of the background and of the shape in a map of segments: 16 of them, backgrounds are the darker."""
+    f = named(factors)
+    return 17 * f['background'], 17 * (len(BACKGROUNDS) + f['colour'])
+
+
 def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
-    """The scene in one of STYLES; mask and edges are the same in all."""
+    """The scene in one of STYLES; all but the image is the same in all of them."""
     f = named(factors)
     radius = list(SIZES.values())[f['size']]
     # Places where the largest shape lies wholly inside, the same for all sizes: factors stay independent.
@@ -178,4 +185,5 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
     share = covered[..., None] / 255
     image = np.rint(255 * (share * colour + (1 - share) * background * light)).astype(np.uint8)
-    return Scene(image, cover, edges)
+    segments = np.where(cover > 127, *segment(factors)[::-1]).astype(np.uint8)
+    return Scene(image, cover, edges, segments)
