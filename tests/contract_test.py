@@ -59,6 +59,8 @@ PUBLISHED = {
     'var_vqvae_imagenet256': {'total': 108_948_355 + 2_765_633},
     'jem_cifar10': {'energy': 36_478_389 - 6_410 - 641},  # of two layers that the published model never calls
     'wgan_gp_cifar10': {'generator': 1_204_483, 'discriminator': 1_053_825},
+    'stylegan2_ffhq1024': {'generator': 30_370_060, 'discriminator': 29_012_513},  # 2,101,248 of them the mapping
+    'stylegan2_ffhq256': {'generator': 30_034_338, 'discriminator': 28_864_129},
     'infogan_mnist': {'generator': 6_652_481, 'discriminator': 6_559_169, 'recogniser': 133_262},
     'biggan_imagenet128': {'generator': 70_433_988, 'discriminator': 87_982_370},
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
@@ -66,6 +68,8 @@ PUBLISHED = {
 }
 # The same of variants.
 VARIANTS = {
+    'stylegan2_ffhq256:paper256': {'generator': 24_767_458, 'discriminator': 24_001_089},
+    'stylegan2_ffhq256:auto': {'generator': 23_191_522, 'discriminator': 24_001_089},
     'adm_imagenet256:unconditional': {'denoiser': 552_814_086},
     'adm_imagenet256:size128': {'denoiser': 421_529_606},
     'adm_imagenet256:size512': {'denoiser': 558_997_638},
@@ -112,6 +116,7 @@ FALLS = {
     'var': 'loss',
     'vdm': 'loss',
     'gan': None,
+    'stylegan2': None,
     'infogan': None,
 }
 

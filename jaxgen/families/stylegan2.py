@@ -63,6 +63,14 @@ def counted(optim: Optim, every: int) -> Optim:
     return optim._replace(tx=lambda name, times=1: optim.tx(name, times * (every + 1) / every))
 
 
+def mix(first: Array, second: Array, layers: int, share: float, rng: Array) -> Array:
+    """Styles of all layers [n, layers, latent]: of w `first` [n, latent], and in a share of the images of `second` from
+    a layer on that is drawn evenly, not the first one (Karras et al. 2019, arXiv 1812.04948, section 3.1)."""
+    coin, u = jax.random.uniform(rng, (len(first), 2)).T
+    since = jnp.where(coin < share, 1 + jnp.floor(u * (layers - 1)), layers)
+    return jnp.where((jnp.arange(layers) < since[:, None])[..., None], first[:, None], second[:, None])
+
+
 def path_lengths(paint: Callable, w: Array, rng: Array) -> Array:
     """|J_w^T y| for a random image y of noise with a mean square of 1 / (H W), float32 [n].
 
@@ -183,12 +191,9 @@ def build(
         return generator.apply({'params': weights}, w, noise, method='paint')
 
     def mixed(weights, batch, rng: Array) -> Array:
-        """w [n, layers, latent] of two latents batch['z'] [n, 2, latent] each, of the first alone in most layers."""
+        """w [n, layers, latent] of two latents batch['z'] [n, 2, latent] each."""
         first, second = (to_w(weights, batch['z'][:, i], labels(batch)) for i in (0, 1))
-        coin, u = jax.random.uniform(rng, (len(first), 2)).T
-        since = jnp.where(coin < mixing, 1 + jnp.floor(u * (layers - 1)), layers)
-        first_alone = jnp.arange(layers) < since[:, None]
-        return jnp.where(first_alone[..., None], first[:, None], second[:, None])
+        return mix(first, second, layers, mixing, rng)
 
     def noise_of(rng: Array, n: int) -> list[Array]:
         """[n, s, s, 1] for each layer."""
