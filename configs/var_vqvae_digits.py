@@ -5,9 +5,10 @@
 
 The first of two stages: its samples are codes drawn each on its own, no digits.
 
-Time: not measured
+Time: 7.4 minutes on one CPU core with much other work on it, 2.4 minutes of CPU time
 Paper: none
-Ours: not measured
+Ours: of held-out digits, from their codes: mean absolute error 0.084, squared error 0.021, pixels in [-1, 1]; 5.4 bits
+per code, all 64 codes in use; codes drawn each on its own give Fréchet distance 3.47 (classifier_digits, 500 samples)
 """
 
 from jaxgen.config import make
