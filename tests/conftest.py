@@ -12,9 +12,10 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettemp
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}'))
-# Most of a test's time is compiling, and tiny programs need no optimising. XLA's older code for fused operations compiles
-# in half the time or less; the flag is in jaxlib 0.10 and gone in 0.12, which ends the process at flags it does not know.
-OLDER_FUSIONS = ' --xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''
+# Most of a test's time is compiling, and tiny programs need no optimising. XLA's older code for fused operations
+# compiles in half the time or less; jaxlib 0.12 has it no more, and ends the process at flags that it does not know.
+HAS_OLDER = version('jaxlib').startswith('0.10.')
+OLDER_FUSIONS = ' --xla_cpu_use_fusion_emitters=false' if HAS_OLDER else ''
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + OLDER_FUSIONS)
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.

@@ -407,8 +407,10 @@ def test_starts_from_the_teachers_average(stub):
     stub()
     family = build({'stages': {'teacher': TEACHER}}, **{**DISTIL, 'init_from_teacher': True}, target_decay=0.9)
     # What a teacher with augmentation learned of it is left out.
-    theirs = build().init(jax.random.key(5), {}, {}).replace(
-        params=None, ema={'denoiser': {'w': jnp.float32(0.7), 'augment': {'kernel': jnp.ones((9, 4))}}}
+    theirs = (
+        build()
+        .init(jax.random.key(5), {}, {})
+        .replace(params=None, ema={'denoiser': {'w': jnp.float32(0.7), 'augment': {'kernel': jnp.ones((9, 4))}}})
     )
     frozen = {'teacher': (theirs, {})}
     state = family.init(jax.random.key(0), {}, frozen)

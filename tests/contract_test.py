@@ -50,9 +50,11 @@ PUBLISHED = {
     'inpainting_places2': {'generator': 4_052_478},
     'pix2pix_facades': {'generator': 54_413_955, 'discriminator': 2_768_705},
     'cyclegan_horse2zebra': {
-        'forward': 11_378_179, 'backward': 11_378_179,
-        'discriminator_image': 2_764_737, 'discriminator_other': 2_764_737,
-    },  # fmt: skip
+        'forward': 11_378_179,
+        'backward': 11_378_179,
+        'discriminator_image': 2_764_737,
+        'discriminator_other': 2_764_737,
+    },
     'transformer_imagenet256': {'transformer': 1_410_640_896},
     'maskgit_imagenet256': {'transformer': 172_457_193},
     'var_imagenet256': {'transformer': 310_283_520},
@@ -285,6 +287,14 @@ def test_learns_a_fixed_batch(distinct):
     assert after[figure].mean() < 0.9 * before[figure].mean()
 
 
+def train_stages(config, folder) -> None:
+    """Trains the stages that a config stands on, and theirs before them, by their tiny configs."""
+    for stage, name in config.stages.items():
+        of_stage, config.stages[stage] = tiny_stage(name), str(folder / os.path.basename(name))
+        train_stages(of_stage, folder)
+        train(of_stage, config.stages[stage])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_stopped_and_resumed_is_the_same(name, tmp_path):
@@ -292,9 +302,7 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     config = tiny(name, train={'steps': 4, 'save_every': 4, 'log_every': 2})
     schedule = {'schedule': 'constant'}  # the others depend on the number of steps
     config = configs.make(**configs.deep_update(config.to_dict(), {'optim': schedule}))
-    for stage, folder in config.stages.items():
-        config.stages[stage] = str(tmp_path / stage)
-        train(tiny_stage(folder), config.stages[stage])
+    train_stages(config, tmp_path)
     short = configs.make(**configs.deep_update(config.to_dict(), {'train': {'steps': 1}}))
     train(config, whole)
     train(short, parts)
