@@ -373,7 +373,8 @@ def test_shapes_masks_edges_and_styles(style):
         # A line of one pixel on the border: where a pixel is half covered it is drawn, elsewhere it is not.
         assert (edges[(cover > 0.3) & (cover < 0.7)] > 0.4).all() and (edges[inside][depth > 2.5] == 0).all()
         assert (edges[outside][apart(outside, ~outside) > 2.5] == 0).all()  # tips are finer than a pixel
-        np.testing.assert_array_equal(scene.segments, np.where(cover > 0.5, 17 * 8, 17 * 2))  # red is 0 of 8, black 2
+        # Red is the eighth of 16, 022 in base 3, and black the third.
+        np.testing.assert_array_equal(scene.segments, np.where(cover[..., None] > 0.5, [0, 254, 254], [0, 0, 254]))
 
 
 def test_shapes_with_their_masks_and_edges(tmp_path, monkeypatch):
@@ -1124,10 +1125,10 @@ data.dataset({**DEFAULTS['data'], 'dir': sys.argv[1], 'source': 'shapes', 'size'
     process = run(code, str(tmp_path))
     assert process.communicate(timeout=120)[1] == '' and process.returncode == -signal.SIGKILL
     place = tmp_path / 'jaxgen_shapes' / 'size4'
-    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.2.0').exists()
+    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.3.0').exists()
     monkeypatch.setattr(builders, 'SHAPES', {'train': 50, 'test': 20})
     assert len(data.dataset(make(tmp_path, source='shapes', size=4, channels=3), 'test')) == 20
-    assert sorted(os.listdir(place)) == ['.lock', '1.2.0']
+    assert sorted(os.listdir(place)) == ['.lock', '1.3.0']
 
 
 def test_two_processes_prepare_one_set(tmp_path):

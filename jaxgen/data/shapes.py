@@ -65,7 +65,7 @@ class Scene(NamedTuple):
     image: np.ndarray  # [size, size, 3]
     mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
     edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
-    segments: np.ndarray  # [size, size], a map of what is where: number of its colour or background, see `segment`
+    segments: np.ndarray  # [size, size, 3], a map of what is where: see `segment`
 
 
 def draw_factors(number: int) -> np.ndarray:
@@ -133,10 +133,12 @@ def outline(shape: str) -> list[np.ndarray]:
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
 
 
-def segment(factors: np.ndarray) -> tuple[int, int]:
-    """Grey levels of the background and of the shape in a map of segments: 16 of them, backgrounds are the darker."""
+def segment(factors: np.ndarray) -> np.ndarray:
+    """What stands for the background and for the shape in a map of segments, uint8 [2, 3]: one of 16 colours that say
+    which it is, backgrounds first, and are not those that it has. (Digits of its number in base 3.)"""
     f = named(factors)
-    return 17 * f['background'], 17 * (len(BACKGROUNDS) + f['colour'])
+    number = np.array([f['background'], len(BACKGROUNDS) + f['colour']])
+    return (number[:, None] // np.array([9, 3, 1]) % 3 * 127).astype(np.uint8)
 
 
 def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
@@ -185,5 +187,5 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
     share = covered[..., None] / 255
     image = np.rint(255 * (share * colour + (1 - share) * background * light)).astype(np.uint8)
-    segments = np.where(cover > 127, *segment(factors)[::-1]).astype(np.uint8)
+    segments = segment(factors)[(cover > 127).astype(int)]
     return Scene(image, cover, edges, segments)
