@@ -5,9 +5,9 @@
 `--mode=evaluate` says how far the code's axes are the factors; `--mode=explore` shows what each axis does. The
 variant `vae` has beta = 1.
 
-Time: not measured
+Time: 9.3 minutes on one CPU core with other work on it, 5.5 minutes of CPU time
 Paper: none
-Ours: not measured
+Ours: mutual information gap 0.158, beta-VAE score 0.448; five of ten numbers of the code in use
 """
 
 from jaxgen.config import make

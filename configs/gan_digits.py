@@ -5,9 +5,9 @@
 The variant `minimax` has the loss of the paper's equation 1 for the generator too, where this one has that of its
 section 3.
 
-Time: not measured
+Time: 5.7 minutes on one CPU core with much other work on it
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 1.01 (500 samples; held-out digits: 0.19)
 """
 
 from jaxgen.config import make

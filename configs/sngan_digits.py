@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/sngan_digits.py
 
-Time: not measured
+Time: 12.2 minutes on one CPU core with much other work on it
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.64 (500 samples; held-out digits: 0.19)
 """
 
 from jaxgen.config import make
