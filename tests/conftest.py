@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker('slow')
 
 
+def pytest_runtest_teardown(item, nextitem):
+    # What one file compiled is of no use to the next, and a process that keeps it all grows to several gigabytes.
+    if nextitem is None or nextitem.module is not item.module:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def no_compile():
     """Fails the test if XLA compiles anything."""

@@ -275,8 +275,8 @@ def test_lazy_penalties_are_the_eager_ones_in_the_mean():
 
     for network, weight, every in (('discriminator', 'r1', 'r1_every'), ('generator', 'path', 'path_every')):
         none = change(network, 0)
-        eager = jax.tree.map(jnp.subtract, change(network, 0, **{weight: 0.1, every: 1}), none)
-        lazy = [jax.tree.map(jnp.subtract, change(network, step, **{weight: 0.1, every: 3}), none) for step in range(3)]
+        eager = jax.tree.map(jnp.subtract, change(network, 0, **{weight: 1.0, every: 1}), none)
+        lazy = [jax.tree.map(jnp.subtract, change(network, step, **{weight: 1.0, every: 3}), none) for step in range(3)]
         assert max(float(jnp.abs(w).max()) for w in jax.tree.leaves(eager)) > 1e-3
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-3, atol=2e-5), lazy[0], eager)
         assert all((w == 0).all() for w in jax.tree.leaves(lazy[1:]))
@@ -403,7 +403,7 @@ def test_samples_are_truncated_and_have_their_own_noise():
 
 
 def test_projection_finds_an_image_of_its_own():
-    f, batch = family(projection_steps=150), images(3)
+    f, batch = family(projection_steps=150), images(4)
     state = f.init(jax.random.key(0), batch, {})
     key, latents = jax.random.key(2), jax.random.normal(jax.random.key(1), (3, 6))
     x = f.decode(state, {}, latents, key)
