@@ -411,7 +411,7 @@ def test_projection_finds_an_image_of_its_own():
     assert w.shape == (3, 6)
     far = jnp.square(f.decode(state, {}, jnp.zeros((3, 6)), key) - x).mean((1, 2, 3))
     near = jnp.square(f.decode(state, {}, w, key) - x).mean((1, 2, 3))
-    assert (near < 0.1 * far).all(), (near, far)
+    assert (near < 0.1 * far.mean()).all(), (near, far)  # of one image the middle of W may happen to be near
 
 
 def test_white_noise_has_no_autocorrelation_and_stripes_have():
