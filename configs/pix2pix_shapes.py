@@ -1,11 +1,11 @@
-"""pix2pix on the drawn scenes (jaxgen/data/shapes.py), 32x32: pictures out of maps, line drawings, or masks.
+"""pix2pix on the drawn scenes (jaxgen/data/shapes.py), 32x32: pictures out of line drawings, or out of maps.
 
-    python -m jaxgen.main --config=configs/pix2pix_shapes.py          # out of maps of what is where
-    python -m jaxgen.main --config=configs/pix2pix_shapes.py:edges    # out of line drawings
-    python -m jaxgen.main --config=configs/pix2pix_shapes.py:mask     # out of masks of the shape
+    python -m jaxgen.main --config=configs/pix2pix_shapes.py             # out of line drawings: edges
+    python -m jaxgen.main --config=configs/pix2pix_shapes.py:segments    # out of maps of what is where: masks
 
-Only the maps say which colours there are. `--mode=sample --film=3` shows inputs, what is made of them, and the scenes
-that they were made from.
+Colours of lines and maps say which colours the scene has, and are not those. `edges` and `mask` of these data say
+nothing of colours: what is made of them has colours of the generator's own. `--mode=sample --film=3` shows inputs,
+what is made of them, and the scenes that they were made from.
 
 Time: not measured
 Paper: none
@@ -19,9 +19,9 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='pix2pix',
-        data=dict(source='shapes', size=32, channels=3, features=('image', 'segments'), batch=8),
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'sketch'), batch=8),
         model=dict(
-            condition='segments',
+            condition='sketch',
             norm='batch',
             width=16,
             full=1,
@@ -41,8 +41,7 @@ def get_config(variant: str = ''):
         train=dict(steps=3000, updates_per_call=10, log_every=50, save_every=1000, sample_every=0),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
-            'edges': dict(data=dict(features=('image', 'edges')), model=dict(condition='edges')),
-            'mask': dict(data=dict(features=('image', 'mask')), model=dict(condition='mask')),
+            'segments': dict(data=dict(features=('image', 'segments')), model=dict(condition='segments')),
             'tiny': dict(
                 data=dict(size=8, batch=8),
                 model=dict(width=4, halvings=1, dropouts=1, discriminator_channels=4, discriminator_layers=1),

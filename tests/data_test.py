@@ -375,13 +375,13 @@ def test_shapes_masks_edges_and_styles(style):
         assert (edges[outside][apart(outside, ~outside) > 2.5] == 0).all()  # tips are finer than a pixel
         # Red is the eighth of 16, 022 in base 3, and black the third.
         np.testing.assert_array_equal(scene.segments, np.where(cover[..., None] > 0.5, [0, 254, 254], [0, 0, 254]))
+        np.testing.assert_array_equal(scene.sketch, np.where(edges[..., None] > 0.5, [0, 254, 254], [0, 0, 254]))
 
 
 def test_shapes_with_their_masks_and_edges(tmp_path, monkeypatch):
     monkeypatch.setattr(builders, 'SHAPES', {'train': 12, 'test': 5})
-    config = make(
-        tmp_path, source='shapes', size=16, channels=3, features=('image', 'mask', 'edges', 'segments', 'factors')
-    )
+    features = (*shapes.Scene._fields, 'factors')
+    config = make(tmp_path, source='shapes', size=16, channels=3, features=features)
     about = data.spec(config).features
     assert about['mask'].shape == about['edges'].shape == (16, 16, 1)
     plain, styled = (data.dataset({**config, 'source': s}, 'train') for s in ('shapes', 'shapes:outlined'))
@@ -1125,10 +1125,10 @@ data.dataset({**DEFAULTS['data'], 'dir': sys.argv[1], 'source': 'shapes', 'size'
     process = run(code, str(tmp_path))
     assert process.communicate(timeout=120)[1] == '' and process.returncode == -signal.SIGKILL
     place = tmp_path / 'jaxgen_shapes' / 'size4'
-    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.3.0').exists()
+    assert [name for name in os.listdir(place) if name.startswith('incomplete')] and not (place / '1.4.0').exists()
     monkeypatch.setattr(builders, 'SHAPES', {'train': 50, 'test': 20})
     assert len(data.dataset(make(tmp_path, source='shapes', size=4, channels=3), 'test')) == 20
-    assert sorted(os.listdir(place)) == ['.lock', '1.3.0']
+    assert sorted(os.listdir(place)) == ['.lock', '1.4.0']
 
 
 def test_two_processes_prepare_one_set(tmp_path):

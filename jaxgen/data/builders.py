@@ -102,7 +102,7 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     the same in all, so that what is turned from style to style can be held against the truth.
     """
 
-    VERSION = tfds.core.Version('1.3.0')
+    VERSION = tfds.core.Version('1.4.0')
 
     @staticmethod
     def features(config):
@@ -111,6 +111,7 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
             'mask': tfds.features.Image(shape=(config.size, config.size, 1)),
             'edges': tfds.features.Image(shape=(config.size, config.size, 1)),
             'segments': tfds.features.Image(shape=(config.size, config.size, 3)),
+            'sketch': tfds.features.Image(shape=(config.size, config.size, 3)),
             'label': tfds.features.ClassLabel(names=shapes.SHAPES),
             'factors': tfds.features.Tensor(shape=(len(shapes.FACTORS),), dtype=np.int32),
             'caption': tfds.features.Tensor(shape=(shapes.CAPTION,), dtype=np.uint8),

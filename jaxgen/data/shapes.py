@@ -66,6 +66,7 @@ class Scene(NamedTuple):
     mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
     edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
     segments: np.ndarray  # [size, size, 3], a map of what is where: see `segment`
+    sketch: np.ndarray  # [size, size, 3], the outline on the background, in the colours of that map
 
 
 def draw_factors(number: int) -> np.ndarray:
@@ -187,5 +188,7 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
     share = covered[..., None] / 255
     image = np.rint(255 * (share * colour + (1 - share) * background * light)).astype(np.uint8)
-    segments = segment(factors)[(cover > 127).astype(int)]
-    return Scene(image, cover, edges, segments)
+    below, above = segment(factors)
+    segments = np.where(cover[..., None] > 127, above, below)
+    sketch = np.where(edges[..., None] > 127, above, below)
+    return Scene(image, cover, edges, segments, sketch)
