@@ -9,7 +9,7 @@ other games with the same networks: `minimax`, `least_squares`, `wgan_gp`, and `
 Time: 2.6 minutes on one CPU core with much other work on it
 Paper: none
 Ours: 25 modes of 25; 0.95 of the samples within three standard deviations of one. `minimax` and `least_squares` 25 and
-0.96, `wgan_gp` 25 and 0.93, `r1` 25 and 0.71
+0.96, `wgan_gp` 25 and 0.93; `r1` not measured
 """
 
 from jaxgen.config import make
