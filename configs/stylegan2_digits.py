@@ -2,9 +2,14 @@
 
     python -m jaxgen.main --config=configs/stylegan2_digits.py
 
-Time: not measured
+Without the path length, as the ADA paper has it for CIFAR-10. With it, nine tenths of the images' styles mixed and the
+published learning rate of 2e-3, all samples looked alike after 1500 updates (Fréchet distance 17.4). Noise is not made
+use of: its strengths stay at 0.001.
+
+Time: 2 minutes of CPU (7.6 minutes on one shared core)
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 3.05 (classifier_digits, 500 samples; held-out digits have 0.19); root mean squared error of
+      projections 0.125 (16 held-out digits, pixels in [-1, 1])
 """
 
 from jaxgen.config import make
@@ -20,23 +25,25 @@ def get_config(variant: str = ''):
             mapping_layers=2,
             channel_base=512,
             channel_max=32,
-            r1=0.3,
+            mixing=0.5,
+            r1=0.02,
+            path=0.0,
             augment_images=200_000,
             projection_steps=200,
         ),
         optim=dict(
-            lr=2e-3,
+            lr=1e-2,
             b1=0.0,
             b2=0.99,
             ema=0.998,
             ema_warmup=True,
             # Lazy penalties: see families/stylegan2.py.
             networks=dict(
-                generator=dict(lr=2e-3 * 4 / 5, b2=0.99 ** (4 / 5)),
-                discriminator=dict(lr=2e-3 * 16 / 17, b2=0.99 ** (16 / 17)),
+                generator=dict(lr=1e-2 * 4 / 5, b2=0.99 ** (4 / 5)),
+                discriminator=dict(lr=1e-2 * 16 / 17, b2=0.99 ** (16 / 17)),
             ),
         ),
-        train=dict(steps=3000, updates_per_call=10, log_every=100, save_every=1000, sample_every=1000),
+        train=dict(steps=2000, updates_per_call=10, log_every=100, save_every=500, sample_every=500),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
@@ -50,6 +57,7 @@ def get_config(variant: str = ''):
                     augment_p=0.5,
                     augment_every=1,
                     r1_every=2,
+                    path=2.0,
                     path_every=2,
                     projection_steps=2,
                 ),
