@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxgen.losses import adaptive_augmentation as ada
+from jaxgen.networks import warp as warping
 
-H = np.asarray(ada.FILTER)
+H = np.asarray(warping.FILTER)
 
 
 def images(n=6, height=8, width=8, channels=3) -> np.ndarray:
@@ -108,13 +109,13 @@ def test_warp_is_its_definition():
     rng = np.random.default_rng(1)
     matrix = np.eye(2) + 0.3 * rng.normal(size=(3, 2, 2))
     offset = rng.normal(size=(3, 2))
-    got = jax.jit(ada.warp)(x, jnp.float32(matrix), jnp.float32(offset))
+    got = jax.jit(warping.warp)(x, jnp.float32(matrix), jnp.float32(offset))
     want = [slow_warp(*each) for each in zip(x, matrix, offset, strict=True)]
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_warps_that_move_pixels_onto_pixels_move_them():
-    x, warp = images(3), jax.jit(ada.warp)
+    x, warp = images(3), jax.jit(warping.warp)
     matrix = jnp.broadcast_to(jnp.eye(2), (3, 2, 2))
     moves = np.array([(0, 0), (3, -2), (-7, 20)])
     for one, move, got in zip(x, moves, warp(x, matrix, jnp.float32(moves)), strict=True):
@@ -123,7 +124,7 @@ def test_warps_that_move_pixels_onto_pixels_move_them():
     # Turned by a quarter, a smooth picture is turned; the filter is not quite symmetric.
     i, j = np.mgrid[:32, :32]
     smooth = (np.sin(i / 4) * np.cos(j / 5 + 1)).astype('float32')
-    got = warp(smooth[None, :, :, None], ada.rotation(jnp.full(1, math.pi / 2)), jnp.zeros((1, 2)))[0, ..., 0]
+    got = warp(smooth[None, :, :, None], warping.rotation(jnp.full(1, math.pi / 2)), jnp.zeros((1, 2)))[0, ..., 0]
     inner = np.s_[8:-8, 8:-8]
     wrong = sorted(np.abs(got - np.rot90(smooth, k))[inner].max() for k in (1, 3))
     assert wrong[0] < 0.02 and wrong[1] > 0.5

@@ -12,6 +12,7 @@ from diffusion_family_test import context, images
 from jaxgen.diffusion import augment
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
+from jaxgen.networks.warp import warp
 
 H, W = 24, 32
 
@@ -39,15 +40,17 @@ def looked_up(matrix, move):
 def test_nothing_done_is_the_same_image_and_whole_pixels_are_exact():
     x = np.random.default_rng(0).normal(size=(2, 8, 5, 3)).astype(np.float32)
     matrix, none = jnp.tile(jnp.eye(2), (2, 1, 1)), jnp.zeros((2, 2))
-    np.testing.assert_allclose(augment.warp(x, matrix, none), x, atol=1e-5)
-    moved = augment.warp(x, matrix, none + jnp.array([2.0, -3.0]))  # to the right and up
+    np.testing.assert_allclose(warp(x, matrix, none), x, atol=1e-5)
+    moved = warp(x, matrix, none + jnp.array([3.0, -2.0]))  # up and to the right
     np.testing.assert_allclose(moved[:, :-3, 2:], x[:, 3:, :-2], atol=1e-5)
 
 
 @pytest.mark.parametrize('matrix', [rotation(0.4), rotation(-2.0) * 0.8, np.diag([1.3, 1 / 1.3])], ids=['a', 'b', 'c'])
 def test_warp_looks_up(matrix):
     move = np.array([1.7, -0.6])
-    found = augment.warp(IMAGE, jnp.asarray(matrix, jnp.float32)[None], jnp.asarray(move, jnp.float32)[None])
+    # `looked_up` has x first, `warp` rows first.
+    rows_first, offset = matrix[::-1, ::-1].copy(), -(matrix @ move)[::-1]
+    found = warp(IMAGE, jnp.asarray(rows_first, jnp.float32)[None], jnp.asarray(offset, jnp.float32)[None])
     wanted, inside = looked_up(matrix, move)
     error = np.abs(found[0, ..., 1] - wanted)
     assert error[inside].max() < 0.05 and inside.mean() > 0.6
