@@ -206,6 +206,15 @@ def advance(state: State, optim: Optim) -> State:
     return state.replace(step=state.step + 1, ema=ema)
 
 
+def running(state: State, old: PyTree, new: PyTree, decay: float) -> PyTree:
+    """Running average of what updates find (batch statistics, counts of codes): `old` with `new` of this update in it.
+
+    At first all updates count alike: the start values would else linger. To be called before `advance`.
+    """
+    decay = jnp.minimum(decay, state.step / (state.step + 1))
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+
+
 def split_batch(batch: PyTree, n: int) -> PyTree:
     """Cuts every [n * b, ...] into [n, b, ...] for a scan over n parts.
 

@@ -29,7 +29,7 @@ RATE = 1e-2
 KINDS = {
     # The commitment counts in full and the codebook's loss by a quarter: the released code's way.
     'vq': dict(regulariser='vq', codebook_weight=0.25, beta=4.0, discriminator_start=1),
-    'kl': dict(regulariser='kl', kl_weight=0.1, learn_scale=True, game='vanilla', discriminator_norm='none'),
+    'kl': dict(regulariser='kl', kl_weight=0.1, learn_scale=True, game='non_saturating', discriminator_norm='none'),
 }
 
 

@@ -48,6 +48,7 @@ from jaxgen.contract import (
     example_keys,
     gradient_step,
     new_state,
+    running,
     spread,
 )
 from jaxgen.errors import UserError
@@ -264,11 +265,7 @@ def build(
         """What a player's step found goes into State.extra: vectors as they are, statistics into their average."""
 
         def kept(state, found):
-            # At first all statistics count alike: the start values would else linger.
-            decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
-            statistics = jax.tree.map(
-                lambda old, new: decay * old + (1 - decay) * new, state.extra[name]['batch_stats'], found['batch_stats']
-            )
+            statistics = running(state, state.extra[name]['batch_stats'], found['batch_stats'], STATISTICS_DECAY)
             of_name = {'vectors': found['vectors'], 'batch_stats': statistics}
             return state.replace(extra={**state.extra, name: of_name})
 

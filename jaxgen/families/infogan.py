@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, spread
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
@@ -246,17 +246,15 @@ def build(
         z = draw(z_rng, len(x))
         state, logs = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
         state, generator_logs = generator_step(state, frozen, {'z': z}, z_rng)
-        # At first all statistics count alike: the start values would else linger.
-        decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
-        state = advance(state, context.optim)
-        (_, features), of_discriminator = play(state.ema, 'discriminator', x)
+        averaged = advance(state, context.optim)
+        (_, features), of_discriminator = play(averaged.ema, 'discriminator', x)
         new = {
-            'generator': play(state.ema, 'generator', z)[1],
+            'generator': play(averaged.ema, 'generator', z)[1],
             'discriminator': of_discriminator,
-            'recogniser': play(state.ema, 'recogniser', features)[1],
+            'recogniser': play(averaged.ema, 'recogniser', features)[1],
         }
-        extra = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra, new)
-        return state.replace(extra=extra), logs | generator_logs
+        extra = running(state, state.extra, new, STATISTICS_DECAY)
+        return averaged.replace(extra=extra), logs | generator_logs
 
     def encode(state, frozen, batch, rng):
         _, features = fixed(state, 'discriminator', batch['image'])

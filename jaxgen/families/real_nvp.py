@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, running
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -301,12 +301,10 @@ def build(
     def update(state, frozen, batch, rng):
         step_rng, noise_rng = jax.random.split(rng)
         state, logs = step(state, frozen, batch, step_rng)
-        state = advance(state, context.optim)
         # Statistics are those of the averaged weights, which are what is measured.
-        _, new = trained(state.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
-        decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
-        extra = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra, new)
-        return state.replace(extra=extra), logs
+        averaged = advance(state, context.optim)
+        _, new = trained(averaged.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
+        return averaged.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), logs
 
     def evaluate(state, frozen, batch, rng):
         def draw(keys):

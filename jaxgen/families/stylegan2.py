@@ -39,6 +39,7 @@ from jaxgen.contract import (
     gradient_step,
     new_state,
     normal,
+    running,
     spread,
 )
 from jaxgen.errors import UserError
@@ -169,10 +170,7 @@ def build(
             raise UserError(f'config.model.{field} must be between 0 and 1; it is {value}')
     if unknown := [name for name in augmentation if name not in CHANGES]:
         raise UserError(f'config.model.augmentation must be of {tuple(CHANGES)}; {unknown[0]!r} is not')
-    if 'perceptual' in context.stages and lpips:
-        raise UserError('give config.stages.perceptual or config.model.lpips, not both')
-    by_stage = perception.of_stage(context.stages['perceptual']) if 'perceptual' in context.stages else None
-    weights_of_lpips = perception.load(lpips, context.image) if lpips else None
+    seen_by = perception.measure(context.stages, lpips, context.image)  # (frozen, x, y) -> [n]
 
     common = dict(channel_base=channel_base, channel_max=channel_max, classes=context.classes if conditional else 0)
     common |= dict(mapping_layers=mapping_layers, dtype=context.dtype, remat=context.remat)
@@ -248,9 +246,7 @@ def build(
 
     def seen(state, found):
         """What a discriminator's step saw of the data."""
-        # At first all updates count alike: the start value would else linger.
-        decay = jnp.minimum(DEVIATION_DECAY, state.step / (state.step + 1))
-        deviation = decay * state.extra['deviation'] + (1 - decay) * found['deviation']
+        deviation = running(state, state.extra['deviation'], found['deviation'], DEVIATION_DECAY)
         return replace(state, {'signs': state.extra['signs'] + found['signs'], 'deviation': deviation})
 
     given = dict(given=lambda state, frozen: state.extra)
@@ -329,13 +325,11 @@ def build(
 
     def difference(frozen, x: Array, y: Array) -> Array:
         """What `encode` makes small, [n]."""
-        if by_stage:
-            return by_stage(frozen['perceptual'], x, y)
-        if not lpips:
+        if seen_by is None:
             return jnp.square(x - y).mean((1, 2, 3))
-        while x.shape[1] > 256:  # what VGG-16 was trained to see
+        while lpips and x.shape[1] > 256:  # what VGG-16 was trained to see
             x, y = downsample_mean(x), downsample_mean(y)
-        return perception.lpips(weights_of_lpips, x, y)
+        return seen_by(frozen, x, y)
 
     def encode(state, frozen, batch, rng):
         """float32 [n, latent], see above."""

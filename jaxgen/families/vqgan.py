@@ -38,10 +38,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, running
 from jaxgen.errors import UserError
-from jaxgen.losses import adversarial as games
 from jaxgen.losses import perceptual as perception
+from jaxgen.losses.adversarial import GAMES, adaptive_weight
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
@@ -53,11 +53,6 @@ Array = jax.Array
 STATISTICS_DECAY = 0.9
 LATENTS_DECAY = 0.99
 LOG_VAR_BOUNDS = (-30.0, 20.0)  # of the encoder's log variances, as in the published code
-# Losses of the two players: (discriminator, generator).
-GAMES = {
-    'hinge': (games.hinge_discriminator, games.wasserstein_generator),
-    'vanilla': (games.vanilla_discriminator, games.non_saturating_generator),
-}
 
 
 def with_slope(f: Callable, y: Array) -> tuple[Array, dict, Array]:
@@ -122,7 +117,7 @@ def build(
       lpips: files with the weights of LPIPS on VGG-16, see losses/perceptual.py; else a run with features, whose
         directory is config.stages.perceptual.
       adversarial: weight of the adversarial loss; 0: there is no discriminator.
-      game: 'hinge' | 'vanilla'.
+      game: of losses/adversarial.py: 'hinge' | 'non_saturating' | ..., see GAMES there.
       discriminator_start: update from which on the discriminator learns and is listened to.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
@@ -169,15 +164,12 @@ def build(
         patchgan.check(
             'discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm
         )
-    if 'perceptual' in context.stages and lpips:
-        raise UserError('give config.stages.perceptual or config.model.lpips, not both')
-    if perceptual and not lpips and 'perceptual' not in context.stages:
+    seen = perception.measure(context.stages, lpips, context.image)  # (frozen, x, y) -> [n]
+    if perceptual and seen is None:
         raise UserError(
             'config.model.perceptual needs a network to see with: name a run of a classifier as '
             'config.stages.perceptual, give weights as config.model.lpips, or set it to 0'
         )
-    by_stage = perception.of_stage(context.stages['perceptual']) if 'perceptual' in context.stages else None
-    weights = perception.load(lpips, context.image) if lpips else None
 
     grid = (height // divisor, columns // divisor)
     if scales and not quantised:
@@ -201,10 +193,6 @@ def build(
     )
     last = last_layer(image_channels, context.dtype)
     judging, deceiving = GAMES[game]
-
-    def seen(frozen, x: Array, y: Array) -> Array:
-        """Perceptual distance [n]."""
-        return by_stage(frozen['perceptual'], x, y) if by_stage else perception.lpips(weights, x, y)
 
     def posterior(params, x: Array) -> tuple[Array, Array]:
         """Mean and log variance, [n, h, w, latent]."""
@@ -284,9 +272,7 @@ def build(
         value = nll + regular
         if adversarial:
             deceit, _, its_slope = with_slope(lambda y: (deceiving(judge(params, y)[0]), {}), y)
-            weight = games.adaptive_weight(
-                by_last_layer(params, h, by_scale * slope), by_last_layer(params, h, its_slope)
-            )
+            weight = adaptive_weight(by_last_layer(params, h, by_scale * slope), by_last_layer(params, h, its_slope))
             value = value + jnp.where(step >= discriminator_start, adversarial * weight, 0.0) * deceit
             logs |= {'generator_loss': deceit, 'adaptive_weight': weight}
         if learn_scale:
@@ -370,12 +356,8 @@ def build(
                 logs[f'perplexity{tail}'] = quantise.spread_of(count)
                 logs[f'usage{tail}'] = (count > 0).mean()
 
-        def averaged(name):
-            # At first all updates count alike: the start values would else linger.
-            decay = jnp.minimum(decays[name], state.step / (state.step + 1))
-            return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.extra[name], found[name])
-
-        state = advance(state.replace(extra={name: averaged(name) for name in found}), context.optim)
+        extra = {name: running(state, state.extra[name], found[name], decays[name]) for name in found}
+        state = advance(state.replace(extra=extra), context.optim)
         if quantised and restart:
             # The batch's latents are wanted only where a code is dead: most updates go without.
             dead = (by_grid(state.extra['count']).sum(0) < restart).any()
