@@ -17,10 +17,18 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='cyclegan',
-        data=dict(source='shapes', other='shapes:outlined', size=32, channels=3, features=('image', 'other'), batch=8),
-        model=dict(width=16, halvings=1, blocks=3, discriminator_channels=16, discriminator_layers=2),
-        optim=dict(lr=5e-4, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
-        train=dict(steps=1000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
+        data=dict(source='shapes', other='shapes:outlined', size=32, channels=3, features=('image', 'other'), batch=4),
+        model=dict(
+            width=12,
+            halvings=1,
+            blocks=3,
+            norm='group',
+            discriminator_channels=12,
+            discriminator_layers=2,
+            discriminator_norm='batch',
+        ),
+        optim=dict(lr=1e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
+        train=dict(steps=2000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(

@@ -66,26 +66,34 @@ def oracle(weights: dict, x: np.ndarray, halvings: int, blocks: int) -> np.ndarr
         h = F.pad(h, (pad,) * 4, mode='reflect')
         return F.conv2d(h, tensor(w['kernel']).permute(3, 2, 0, 1), tensor(w['bias']), **kwargs)
 
-    h = F.relu(F.instance_norm(conv(tensor(x).permute(0, 3, 1, 2), weights['first'], 3)))
+    def normed(h, weights, name):
+        if name not in weights:
+            return F.instance_norm(h)
+        w = weights[name]['group']
+        return F.group_norm(h, max(1, h.shape[1] // 4), tensor(w['scale']), tensor(w['bias']), eps=1e-5)
+
+    h = F.relu(normed(conv(tensor(x).permute(0, 3, 1, 2), weights['first'], 3), weights, 'first_norm'))
     for i in range(1, halvings + 1):
-        h = F.relu(F.instance_norm(conv(h, weights[f'down{i}'], 0, stride=2, padding=1)))
+        h = F.relu(normed(conv(h, weights[f'down{i}'], 0, stride=2, padding=1), weights, f'down_norm{i}'))
     for i in range(blocks):
         w = weights[f'block{i}']
-        inner = F.relu(F.instance_norm(conv(h, w['conv1'], 1)))
-        h = h + F.instance_norm(conv(inner, w['conv2'], 1))
+        inner = F.relu(normed(conv(h, w['conv1'], 1), w, 'norm1'))
+        h = h + normed(conv(inner, w['conv2'], 1), w, 'norm2')
     for i in range(halvings, 0, -1):
         w = weights[f'up{i}']  # the kernel turned by half a turn, as torch's [in, out, H, W]
         kernel = tensor(np.asarray(w['kernel'])[::-1, ::-1].copy()).permute(2, 3, 0, 1)
         up = F.conv_transpose2d(h, kernel, tensor(w['bias']), stride=2, padding=1, output_padding=1)
-        h = F.relu(F.instance_norm(up))
+        h = F.relu(normed(up, weights, f'up_norm{i}'))
     return torch.tanh(conv(h, weights['last'], 3)).permute(0, 2, 3, 1).numpy()
 
 
-def test_generator_equals_torch():
+@pytest.mark.parametrize('norm', ['instance', 'group'])
+def test_generator_equals_torch(norm):
     x = np.random.default_rng(0).normal(size=(2, 16, 8, 3)).astype(np.float32)
-    net, rng = cyclegan.Generator(3, 2, 2), np.random.default_rng(1)
+    net, rng = cyclegan.Generator(4, 2, 2, norm), np.random.default_rng(1)
     like = jax.eval_shape(net.init, jax.random.key(0), x)['params']
     weights = jax.tree.map(lambda a: (0.3 * rng.normal(size=a.shape)).astype(np.float32), like)
+    assert ('first_norm' in weights) == ('norm1' in weights['block0']) == (norm == 'group')
     y = jax.jit(net.apply)({'params': weights}, x)
     np.testing.assert_allclose(y, oracle(weights, x, 2, 2), atol=2e-5)
 
@@ -205,7 +213,7 @@ def test_samples_go_one_way_and_trajectories_both():
 
 @pytest.mark.parametrize('model, said', [
     (dict(halvings=-1), 'halvings'), (dict(halvings=3), 'multiple of 8'), (dict(image=(4, 4, 3), halvings=2), '8 or'),
-    (dict(blocks=0), 'blocks'), (dict(pool=-1), 'pool'), (dict(cycle=-1.0), 'cycle'),
+    (dict(blocks=0), 'blocks'), (dict(norm='layer'), 'norm'), (dict(pool=-1), 'pool'), (dict(cycle=-1.0), 'cycle'),
     (dict(discriminator_layers=3), 'discriminator_layers'),
 ])  # fmt: skip
 def test_says_what_is_wrong(model, said):
