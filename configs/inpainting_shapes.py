@@ -16,7 +16,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='inpainting',
-        data=dict(source='shapes', size=32, channels=3, batch=16),
+        data=dict(source='shapes', size=32, channels=3, batch=8),
         model=dict(
             masks='both',
             brush=(2.0, 5.0),
@@ -24,8 +24,8 @@ def get_config(variant: str = ''):
             width=8,
             dilations=(2, 4),
             l1=10.0,
-            discriminator_channels=16,
-            discriminator_layers=4,
+            discriminator_channels=12,
+            discriminator_layers=3,
         ),
         optim=dict(lr=1e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
         train=dict(steps=1500, updates_per_call=10, log_every=50, save_every=500, sample_every=0),

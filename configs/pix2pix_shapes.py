@@ -22,11 +22,12 @@ def get_config(variant: str = ''):
         data=dict(source='shapes', size=32, channels=3, features=('image', 'sketch'), batch=8),
         model=dict(
             condition='sketch',
-            norm='batch',
+            norm='group',
             width=16,
             full=1,
             halvings=4,
             dropouts=1,
+            dropout=0.2,
             discriminator_channels=16,
             discriminator_layers=2,
         ),

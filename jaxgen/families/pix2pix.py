@@ -12,13 +12,11 @@ say, like a colour, G decides by itself.
 The input is a feature of the data, whatever its channels; or, with `condition` = 'image', the image itself under a
 blur and noise: recovery of pictures, as Schawinski et al. 2017 (arXiv 1702.00403) do for galaxies.
 
-The published code normalises by the batch, in sampling too. Of its batches of one image that leaves a norm of each
-image by itself, `norm` = 'instance' here, whatever the batch. It takes from every map what is the same all over the
-image, so that a colour that the input does not say cannot come from the depth of the network: where there are such
-ones `norm` = 'batch' with larger batches serves better. Samples are then drawn with fixed statistics, so that one
-does not depend on what is drawn with it: after each update the averaged generator (the one that samples) runs once on
-the update's inputs, and the running average of those statistics is State.extra. Dropout stays on in sampling, as
-published.
+The published code normalises by the batch, in sampling too, and its batches are of one image: that is a norm of each
+channel of each image, `norm` = 'instance', here in batches of any size, and a sample depends on nothing but its input
+and its own noise. Such a norm takes from a map what is the same all over it: in pictures of flat colours that is
+nearly all there is, and `norm` = 'group', of several channels at once, leaves it. Dropout stays on in sampling, as
+published. The discriminator normalises by the batch.
 """
 
 from __future__ import annotations
@@ -34,13 +32,12 @@ from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
-from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, GroupNorm
+from jaxgen.networks.layers import Conv, ConvTranspose, GroupNorm
 
 Array = jax.Array
 
 INIT = nn.initializers.normal(0.02)
-# Of the running batch statistics: the newest ten updates or so count.
-STATISTICS_DECAY = 0.9
+NORMS = ('instance', 'group')
 
 
 def drop(x: Array, keys: Array, rate: float) -> Array:
@@ -49,11 +46,10 @@ def drop(x: Array, keys: Array, rate: float) -> Array:
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def Norm(kind: str, features: int, train: bool, dtype: Any) -> nn.Module:
-    """Of each channel, over the batch too or over each image by itself."""
-    if kind == 'batch':
-        return BatchNorm(train=train, dtype=dtype, name='norm')
-    return GroupNorm(features, 1e-5, dtype, least=1, name='norm')
+def Norm(kind: str, channels: int, dtype: Any) -> nn.Module:
+    """Of each channel by itself, or of groups of four or more; with weights."""
+    groups, least = (channels, 1) if kind == 'instance' else (32, 4)
+    return GroupNorm(groups, 1e-5, dtype, least, name='norm')
 
 
 class Down(nn.Module):
@@ -68,7 +64,6 @@ class Down(nn.Module):
     full: bool
     first: bool
     norm: str
-    train: bool
     dtype: Any
 
     @nn.compact
@@ -76,7 +71,7 @@ class Down(nn.Module):
         x = x if self.first else nn.leaky_relu(x, 0.2)
         rest = dict(padding=((1, 1), (1, 1)), bias=False, init=INIT, dtype=self.dtype, name='conv')
         x = Conv(self.features, **rest)(x) if self.full else Conv(self.features, 4, stride=2, **rest)(x)
-        return Norm(self.norm, self.features, self.train, self.dtype)(x) if self.norm else x
+        return Norm(self.norm, self.features, self.dtype)(x) if self.norm else x
 
 
 class Up(nn.Module):
@@ -86,14 +81,13 @@ class Up(nn.Module):
     full: bool
     norm: str
     rate: float
-    train: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, keys: Array) -> Array:
         conv = Conv if self.full else ConvTranspose
         x = conv(self.features, bias=False, init=INIT, dtype=self.dtype, name='conv')(nn.relu(x))
-        x = Norm(self.norm, self.features, self.train, self.dtype)(x)
+        x = Norm(self.norm, self.features, self.dtype)(x)
         return drop(x, keys, self.rate) if self.rate else x
 
 
@@ -110,7 +104,7 @@ class UNet(nn.Module):
       halvings: of the image: 8 of 256 x 256 pixels leave one.
       dropouts: how many of the transposed convolutions after the innermost one have dropout.
       rate: of it.
-      norm: 'batch' | 'instance'.
+      norm: 'instance' | 'group'.
     """
 
     features: int
@@ -124,19 +118,19 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, keys: Array, train: bool = False) -> Array:
-        """keys [n], of the dropout; train: batch statistics are those of this batch."""
+    def __call__(self, x: Array, keys: Array) -> Array:
+        """keys [n], of the dropout."""
         down, up = (nn.remat(block) if self.remat else block for block in (Down, Up))
         widths = [self.width * min(2**i, 8) for i in range(self.full + self.halvings)]
         last, maps = len(widths) - 1, []
         for i, width in enumerate(widths):
             norm = self.norm if 0 < i < last else ''
-            x = down(width, i < self.full, i == 0, norm, train, self.dtype, name=f'down{i}')(x)
+            x = down(width, i < self.full, i == 0, norm, self.dtype, name=f'down{i}')(x)
             maps.append(x)
         for i in range(last, 0, -1):
             rate = self.rate if 0 < last - i <= self.dropouts else 0.0
             own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-            x = up(widths[i - 1], i < self.full, self.norm, rate, train, self.dtype, name=f'up{i}')(x, own)
+            x = up(widths[i - 1], i < self.full, self.norm, rate, self.dtype, name=f'up{i}')(x, own)
             x = jnp.concatenate([maps[i - 1], x], -1)
         conv = Conv if self.full else ConvTranspose
         x = conv(self.features, init=INIT, dtype=self.dtype, name='last')(nn.relu(x))
@@ -167,7 +161,7 @@ def build(
       blur, noise: standard deviations of the Gaussian that blurs the input, pixels, and of the Gaussian noise that is
         then added to it, of pixels in [-1, 1].
       width, full, halvings, dropouts, dropout: of the generator, see UNet.
-      norm: 'instance' | 'batch', of the generator, see above.
+      norm: 'instance' | 'group', of the generator, see above.
       l1: weight of the absolute error.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
@@ -184,8 +178,8 @@ def build(
         raise UserError(
             'config.model: width and halvings must be 1 or more, full and dropouts 0 or more, dropout from 0 to below 1'
         )
-    if norm not in ('instance', 'batch'):
-        raise UserError(f"config.model.norm must be 'instance' or 'batch'; it is {norm!r}")
+    if norm not in NORMS:
+        raise UserError(f'config.model.norm must be one of {NORMS}; it is {norm!r}')
     if min(blur, noise, l1) < 0:
         raise UserError('config.model: blur, noise and l1 must be 0 or more')
     if condition == 'image' and not blur and not noise:
@@ -206,10 +200,8 @@ def build(
         x = blurred(batch[condition], blur)
         return x + noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys), x.shape[1:]) if noise else x
 
-    def turn(weights, c: Array, keys: Array) -> tuple[Array, dict]:
-        """Images, in training, and the batch's statistics."""
-        y, new = generator.apply({'params': weights}, c, keys, train=True, mutable=['batch_stats'])
-        return y, new.get('batch_stats', {})
+    def turn(weights, c: Array, keys: Array) -> Array:
+        return generator.apply({'params': weights}, c, keys)
 
     def judge(weights, c: Array, x: Array) -> Array:
         """Logits by patch, normalised by this batch."""
@@ -218,7 +210,7 @@ def build(
 
     def discriminator_loss(params, frozen, batch, rng):
         c, x = batch['input'], batch['image']
-        y, _ = turn(params['generator'], c, jax.random.split(rng, len(x)))
+        y = turn(params['generator'], c, jax.random.split(rng, len(x)))
         real, fake = judge(params['discriminator'], c, x), judge(params['discriminator'], c, y)
         value = 0.5 * vanilla_discriminator(real, fake)
         logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
@@ -226,7 +218,7 @@ def build(
 
     def generator_loss(params, frozen, batch, rng):
         c, x = batch['input'], batch['image']
-        y, _ = turn(params['generator'], c, jax.random.split(rng, len(x)))
+        y = turn(params['generator'], c, jax.random.split(rng, len(x)))
         absolute = jnp.abs(x - y).mean()
         value = non_saturating_generator(judge(params['discriminator'], c, y)) + l1 * absolute
         return value, {'generator_loss': value, 'absolute_error': absolute}
@@ -239,34 +231,26 @@ def build(
         if batch[condition].ndim != 4:
             raise UserError(f'config.model.condition = {condition!r} is no picture: it cannot be turned into one')
         c, x = batch[condition][:1], batch['image'][:1]
-        variables = generator.init(generator_rng, c, jax.random.split(rng, 1))
         params = {
-            'generator': variables['params'],
+            'generator': generator.init(generator_rng, c, jax.random.split(rng, 1))['params'],
             'discriminator': discriminator.init(discriminator_rng, jnp.concatenate([c, x], -1))['params'],
         }
         # Only the generator makes pictures; an averaged discriminator would serve nothing.
-        return new_state(params, context.optim, extra=variables.get('batch_stats'), ema=('generator',))
+        return new_state(params, context.optim, ema=('generator',))
 
     def update(state, frozen, batch, rng):
-        input_rng, discriminator_rng, generator_rng, statistics_rng = jax.random.split(rng, 4)
+        input_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
         c = given(batch, jax.random.split(input_rng, len(batch['image'])))
         batch = {'input': c, 'image': batch['image']}
         state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
         state, more = generator_step(state, frozen, batch, generator_rng)
-        # At first all statistics count alike: the start values would else linger.
-        decay = jnp.minimum(STATISTICS_DECAY, state.step / (state.step + 1))
-        state = advance(state, context.optim)
-        if norm == 'batch':
-            _, new = turn(state.ema['generator'], c, jax.random.split(statistics_rng, len(c)))
-            state = state.replace(extra=jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.extra, new))
-        return state, logs | more
+        return advance(state, context.optim), logs | more
 
     def translate(state, batch, rng) -> tuple[Array, Array]:
         """Inputs and outputs, [n, H, W, C], each by its own key."""
         keys = example_keys(rng, batch)
         c = given(batch, keys)
-        statistics = {'batch_stats': state.extra} if norm == 'batch' else {}
-        return c, generator.apply({'params': state.ema['generator'], **statistics}, c, keys)
+        return c, turn(state.ema['generator'], c, keys)
 
     def sample(state, frozen, batch, rng):
         return translate(state, batch, rng)[1]
