@@ -209,7 +209,8 @@ def advance(state: State, optim: Optim) -> State:
 def running(state: State, old: PyTree, new: PyTree, decay: float) -> PyTree:
     """Running average of what updates find (batch statistics, counts of codes): `old` with `new` of this update in it.
 
-    At first all updates count alike: the start values would else linger. To be called before `advance`.
+    At first all count alike: the start values would else linger. `state.step` says how many are in `old`: before
+    `advance` the values of init do not count.
     """
     decay = jnp.minimum(decay, state.step / (state.step + 1))
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)

@@ -304,7 +304,8 @@ def build(
         # Statistics are those of the averaged weights, which are what is measured.
         averaged = advance(state, context.optim)
         _, new = trained(averaged.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
-        return averaged.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), logs
+        # Those of init count too: they are the first batch's.
+        return averaged.replace(extra=running(averaged, state.extra, new, STATISTICS_DECAY)), logs
 
     def evaluate(state, frozen, batch, rng):
         def draw(keys):
