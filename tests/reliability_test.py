@@ -148,11 +148,10 @@ def test_same_run_twice_and_several_updates_per_call(tmp_path):
 
 
 def test_checkpoints_kept_and_a_trace_on_demand(tmp_path):
-    from jaxgen.train import train
-
-    config = configs.load(path('vae_digits')).to_dict()
-    fields = {'steps': 18, 'save_every': 2, 'log_every': 6, 'keep': 2, 'keep_every': 6, 'sample_every': 0}
-    train(configs.make(**configs.deep_update(config, {'train': fields})), str(tmp_path), profile=True)
+    # In a process of its own: a trace takes in all that its process ever compiled, here hundreds of programs.
+    more = {'train.keep': 2, 'train.keep_every': 6, 'train.sample_every': 0}
+    done = main(*long_run('vae_digits', tmp_path, 18, 2, **more), '--profile')
+    assert done.returncode == 0, done.stderr
     assert checkpoints(tmp_path) == [6, 12, 16, 18]
     assert sorted(os.listdir(tmp_path / 'digests')) == ['12.json', '16.json', '18.json', '6.json']
     assert glob.glob(str(tmp_path / 'profile' / '**' / '*.xplane.pb'), recursive=True)
