@@ -154,6 +154,7 @@ def distinct(request):
     return request.param
 
 
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in EMBEDDED])
 def test_full_size_describes(name):
     config = configs.load(path(name, ''))
     about = describe.describe(config, run.assemble(config, stage=run.abstract_stage))

@@ -126,7 +126,6 @@ def test_equals_diffusers():
         (32_865_056, 384, 12, 6),
         (130_315_808, 768, 12, 12),
         (457_840_672, 1024, 24, 16),
-        (674_834_720, 1152, 28, 16),
     ],
 )
 def test_published_sizes(count, channels, blocks, heads):

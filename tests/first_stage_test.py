@@ -141,23 +141,6 @@ def test_equals_diffusers(kind, options, outputs):
     assert h.shape == (2, 16, 16, 8)
 
 
-def count(network, *args) -> int:
-    tree = jax.eval_shape(lambda: network.init(jax.random.key(0), *map(jnp.zeros, args)))
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize('encoder, decoder, latent, outputs, sizes', [
-    (34_163_664, 49_490_199, (1, 32, 32, 4), 8, dict(multipliers=(1, 2, 4, 4))),
-    (29_363_968, 42_515_587, (1, 16, 16, 256), 256, dict(multipliers=(1, 1, 2, 2, 4), attention=(16,))),
-    (22_337_411 + 12, 32_960_771 + 12, (1, 64, 64, 3), 3, dict(multipliers=(1, 2, 4))),
-])  # fmt: skip
-def test_published_sizes(encoder, decoder, latent, outputs, sizes):
-    """Stable Diffusion's KL-f8, VQGAN's f16, latent diffusion's VQ-f4, each with its 1x1 convolution."""
-    x = (1, 256, 256, 3)
-    assert count(Encoder(outputs=outputs, **sizes), x) == encoder
-    assert count(Decoder(**sizes), latent) == decoder
-
-
 def test_remat_and_bfloat16():
     """One changes nothing but memory, the other little."""
     outputs = {}

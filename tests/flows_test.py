@@ -587,7 +587,6 @@ def test_classes_by_bayes_rule():
 
 
 @pytest.mark.parametrize('image, model, count', [
-    ((32, 32, 3), dict(), 44_603_604),
     # One channel fewer in every 3x3 convolution: two in each step, one in each split, one of the top.
     ((32, 32, 3), dict(edge=False), 44_603_604 - 9 * (96 * 512 + 32 * (12 + 24 + 48) + (12 + 24) + 96)),
     ((64, 64, 3), dict(depth=48, levels=4), 112_377_540),

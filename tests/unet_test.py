@@ -123,22 +123,6 @@ def test_equals_diffusers_at_full_size():
     np.testing.assert_allclose(ours, reference, atol=1e-4 * reference.std())
 
 
-@pytest.mark.parametrize(
-    ('size', 'count', 'options'),
-    [
-        (32, 35_746_307, {}),
-        (64, 78_700_803, {'multipliers': (1, 2, 2, 2, 4)}),
-        (256, 113_673_219, {'multipliers': (1, 1, 2, 2, 4, 4)}),
-    ],
-)
-def test_published_sizes(size, count, options):
-    network = UNet(**options)
-    shapes = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1), train=False)
-    )
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
-
-
 def test_time_embedding():
     np.testing.assert_allclose(
         sinusoidal(jnp.array([10]), 8)[0],
