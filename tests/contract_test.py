@@ -66,6 +66,7 @@ PUBLISHED = {
     'infogan_mnist': {'generator': 6_652_481, 'discriminator': 6_559_169, 'recogniser': 133_262},
     'biggan_imagenet128': {'generator': 70_433_988, 'discriminator': 87_982_370},
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
+    'ddgan_cifar10': {'generator': 48_432_515, 'discriminator': 12_741_633},
     'sngan_cifar10': {'generator': 4_276_739, 'discriminator': 1_053_825},
 }
 # The same of variants.
@@ -118,6 +119,7 @@ FALLS = {
     'var': 'loss',
     'vdm': 'loss',
     'gan': None,
+    'ddgan': None,
     'stylegan2': None,
     'infogan': None,
 }

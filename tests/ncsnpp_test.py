@@ -77,7 +77,7 @@ def test_published_sizes(size, count, options):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-def plain(network, params, x, t, label, augment):
+def plain(network, params, x, t, label=None, augment=None, style=None):
     """The network by torch's plain functions: NHWC arrays to [n, C, H, W].
 
     The filter is one 4x4 kernel per channel. Where EDM filters after the convolution, so does this.
@@ -105,15 +105,22 @@ def plain(network, params, x, t, label, augment):
         return F.conv2d(x, kernel.permute(3, 2, 0, 1), p.get('bias'), stride=stride, padding=pad)
 
     def norm(p, x):
-        return F.group_norm(x, min(x.shape[1] // 4, 32), p['scale'], p['bias'], eps=1e-6)
+        return F.group_norm(x, min(x.shape[1] // 4, 32), p.get('scale'), p.get('bias'), eps=1e-6)
+
+    def styled(p, name, x):
+        x = norm(p.get(name, {}), x)
+        if style is None:
+            return x
+        gain, shift = dense(p[f'{name}_style'], style)[..., None, None].chunk(2, 1)
+        return (1 + gain) * x + shift
 
     def block(name, x, resample=None):
         p = params[name]
-        h = F.silu(norm(p['norm1'], x))
+        h = F.silu(styled(p, 'norm1', x))
         if resample:
             x, h = resample(x), resample(h)
         h = conv(p['conv1'], h) + dense(p['embedding'], embedding)[..., None, None]
-        h = conv(p['conv2'], F.silu(norm(p['norm2'], h)))
+        h = conv(p['conv2'], F.silu(styled(p, 'norm2', h)))
         x = scale * (h + (conv(p['shortcut'], x, pad=0) if 'shortcut' in p else x))
         if f'{name}_attention' in params:
             p = params[f'{name}_attention']

@@ -36,6 +36,8 @@ PYRAMIDS = ('none', 'residual', 'skip')
 class Block(nn.Module):
     """Residual block of BigGAN's kind, told the time: [n, H, W, C], [n, E] to [n, H', W', features].
 
+    With a style [n, S] it says gains and shifts of the norms (adaptive group normalisation).
+
     Attributes:
       resample: applied in both branches, after the first norm in the one and before the shortcut
         in the other: a function of images, or None.
@@ -49,13 +51,20 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+    def __call__(self, x: Array, embedding: Array, style: Array | None, train: bool) -> Array:
+        def norm(h, name):
+            if style is None:
+                return GroupNorm(dtype=self.dtype, name=name)(h)
+            found = Dense(2 * h.shape[-1], dtype=self.dtype, name=f'{name}_style')(style)[:, None, None, :]
+            gain, shift = jnp.split(found, 2, -1)
+            return (1 + gain) * GroupNorm(affine=False, dtype=self.dtype, name=name)(h) + shift
+
+        h = nn.silu(norm(x, 'norm1'))
         if self.resample:
             x, h = self.resample(x), self.resample(h)
         h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
         h = h + Dense(self.features, dtype=self.dtype, name='embedding')(embedding)[:, None, None, :]
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
+        h = nn.silu(norm(h, 'norm2'))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
         if self.resample or x.shape[-1] != self.features:
@@ -117,7 +126,14 @@ class NCSNpp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, t: Array, label: Array | None = None, augment: Array | None = None, *, train: bool
+        self,
+        x: Array,
+        t: Array,
+        label: Array | None = None,
+        augment: Array | None = None,
+        style: Array | None = None,
+        *,
+        train: bool,
     ) -> Array:
         """Args:
         x: float32 [n, H, W, C].
@@ -125,6 +141,7 @@ class NCSNpp(nn.Module):
           sigma if 'fourier' (score_sde: ln sigma; EDM: ln(sigma) / 4).
         label: int32 [n] in [0, classes), read if classes > 0; outside of it: no class.
         augment: float32 [n, augment], read if augment > 0; None, as in sampling: zeros.
+        style: float32 [n, S], sets gains and shifts of the blocks' norms (denoising diffusion GANs); None: none.
         train: with dropout; needs the rng 'dropout'.
         """
         scale = 1.0 if self.resampling == 'conv' else math.sqrt(0.5)
@@ -133,11 +150,11 @@ class NCSNpp(nn.Module):
             'box': (downsample_mean, upsample_nearest),
             'conv': (None, None),
         }[self.resampling]
-        res_block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        res_block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         attend = nn.remat(SelfAttention) if self.remat else SelfAttention
 
         def block(h, features, name, *, resample=None, attention=False):
-            h = res_block(features, resample, scale, self.dropout, self.dtype, name=name)(h, embedding, train)
+            h = res_block(features, resample, scale, self.dropout, self.dtype, name=name)(h, embedding, style, train)
             if attention:
                 # q, k and v start with a tenth of the usual variance.
                 h = attend(self.dtype, init=variance_scaling(0.2), name=f'{name}_attention')(h) * scale

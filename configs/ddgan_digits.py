@@ -1,0 +1,66 @@
+"""Denoising diffusion GAN on scikit-learn's 8x8 handwritten digits: four steps.
+
+    python -m jaxgen.main --config=configs/ddgan_digits.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='ddgan',
+        data=dict(source='digits', size=8, channels=1, batch=64),
+        model=dict(
+            timesteps=4,
+            latent=32,
+            style=64,
+            mapping_layers=2,
+            channels=32,
+            multipliers=(1, 2),
+            blocks=1,
+            attention=(),
+            discriminator_channels=32,
+            discriminator_multipliers=(1, 2, 4),
+            discriminator_embedding=64,
+            r1=0.05,
+            r1_every=4,
+        ),
+        optim=dict(
+            lr=5e-4,
+            schedule='cosine',
+            b1=0.5,
+            b2=0.9,
+            ema=0.998,
+            ema_warmup=True,
+            networks=dict(generator=dict(lr=8e-4)),
+        ),
+        train=dict(steps=3000, updates_per_call=10, log_every=100, save_every=1000, sample_every=1000),
+        evaluate=dict(features='run:runs/classifier_digits', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(batch=8),
+                model=dict(
+                    timesteps=2,
+                    latent=3,
+                    style=4,
+                    mapping_layers=1,
+                    channels=4,
+                    multipliers=(1, 1),
+                    blocks=1,
+                    attention=(),
+                    discriminator_channels=4,
+                    discriminator_multipliers=(1, 1),
+                    discriminator_embedding=4,
+                    r1_every=2,
+                ),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

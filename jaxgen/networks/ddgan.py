@@ -1,0 +1,96 @@
+"""Networks of denoising diffusion GANs (Xiao et al. 2021, arXiv 2112.07804, appendix C)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.layers import Conv, Dense, smooth, variance_scaling
+from jaxgen.networks.ncsnpp import NCSNpp
+from jaxgen.networks.stylegan2 import minibatch_deviation
+
+Array = jax.Array
+
+SLOPE = 0.2  # of the discriminator's leaky ReLU
+
+
+class Generator(nn.Module):
+    """x_t [n, H, W, C], t [n] and z [n, latent] to x_0 float32 [n, H, W, C] in (-1, 1).
+
+    A perceptron makes a style of z, and NCSN++ with this style does the rest.
+
+    Attributes:
+      style: numbers of it.
+      mapping_layers: dense layers after the perceptron's first.
+      unet: fields of NCSNpp.
+    """
+
+    style: int
+    mapping_layers: int
+    unet: dict
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, z: Array, *, train: bool) -> Array:
+        h = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + 1e-8)
+        for i in range(self.mapping_layers + 1):
+            h = nn.silu(Dense(self.style, dtype=self.dtype, name=f'mapping{i}')(h))
+        return jnp.tanh(NCSNpp(**self.unet, dtype=self.dtype, name='unet')(x, t, style=h, train=train))
+
+
+class Block(nn.Module):
+    """Residual block, told the time: [n, H, W, C], [n, E] to [n, H, W, features], or half as high and wide."""
+
+    features: int
+    down: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array) -> Array:
+        h = Conv(self.features, dtype=self.dtype, name='conv1')(nn.leaky_relu(x, SLOPE))
+        h = h + Dense(self.features, dtype=self.dtype, name='embedding')(embedding)[:, None, None, :]
+        h = nn.leaky_relu(h, SLOPE)
+        if self.down:
+            x, h = smooth(x, 1, 2), smooth(h, 1, 2)
+        h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
+        return (h + Dense(self.features, bias=False, dtype=self.dtype, name='shortcut')(x)) * math.sqrt(0.5)
+
+
+class Discriminator(nn.Module):
+    """x_s and x_t [n, H, W, C], s the step before t, and s [n] to values float32 [n].
+
+    Attributes:
+      channels: of the first layer.
+      multipliers: channels of each block over `channels`.
+      full: how many blocks come before the first one that makes the map smaller; all others do.
+      embedding: numbers that the time becomes.
+      group: images whose deviation is looked at together, see stylegan2.minibatch_deviation.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    full: int = 1
+    embedding: int = 256
+    group: int = 4
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_s: Array, s: Array, x_t: Array) -> Array:
+        block = nn.remat(Block) if self.remat else Block
+        embedding = sinusoidal(s, self.embedding)
+        for i in (1, 2):
+            embedding = nn.leaky_relu(Dense(self.embedding, dtype=self.dtype, name=f'time{i}')(embedding), SLOPE)
+        h = Dense(self.channels, dtype=self.dtype, name='first')(jnp.concatenate([x_s, x_t], -1))
+        for i, multiplier in enumerate(self.multipliers):
+            h = block(self.channels * multiplier, i >= self.full, self.dtype, name=f'block{i}')(h, embedding)
+        deviation = minibatch_deviation(h, self.group)[:, None, None, None]
+        h = jnp.concatenate([h, jnp.broadcast_to(deviation, (*h.shape[:-1], 1)).astype(h.dtype)], -1)
+        h = Conv(h.shape[-1] - 1, init=variance_scaling(0), dtype=self.dtype, name='last')(h)
+        h = nn.leaky_relu(h, SLOPE).astype(jnp.float32).sum((1, 2))
+        return Dense(1, name='value')(h)[:, 0]
