@@ -119,20 +119,24 @@ class GroupNorm(nn.Module):
       eps: added to the variance. 1e-6 in TensorFlow's code, and so in DDPM's; 1e-5 in torch.
       dtype: of the result.
       least: channels of a group.
+      affine: with a learned scale and bias.
     """
 
     groups: int = 32
     eps: float = 1e-6
     dtype: Any = jnp.float32
     least: int = 4
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
         most = max(1, min(self.groups, channels // self.least))
         groups = next(g for g in range(most, 0, -1) if channels % g == 0)
-        scale = self.param('scale', nn.initializers.ones, (channels,))
-        bias = self.param('bias', nn.initializers.zeros, (channels,))
+        scale, bias = 1.0, 0.0
+        if self.affine:
+            scale = self.param('scale', nn.initializers.ones, (channels,))
+            bias = self.param('bias', nn.initializers.zeros, (channels,))
 
         def to_channels(z):  # [n, groups] to [n, 1, C]
             return jnp.repeat(z, channels // groups, axis=1)[:, None]
