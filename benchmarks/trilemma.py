@@ -89,9 +89,9 @@ def find_runs(folder: str, like) -> dict[str, run.Run]:
     for path in sorted(glob.glob(os.path.join(folder, '*', 'config.json'))):
         workdir = os.path.dirname(path)
         config = run.saved_config(workdir)
-        same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box'))
+        same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box', 'keep_classes'))
         if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
-            found[os.path.basename(workdir)] = jaxgen.load(workdir)
+            found[os.path.basename(workdir)] = jaxgen.load(workdir, all_weights=True)
     return found
 
 
