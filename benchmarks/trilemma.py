@@ -91,7 +91,7 @@ def find_runs(folder: str, like) -> dict[str, run.Run]:
         config = run.saved_config(workdir)
         same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box', 'keep_classes'))
         if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
-            found[os.path.basename(workdir)] = jaxgen.load(workdir, all_weights=True)
+            found[os.path.basename(workdir)] = run.load(workdir, all_weights=True)
     return found
 
 
