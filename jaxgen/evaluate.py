@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxgen import data, log, sample, sharding
+from jaxgen.data import shapes
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import detection, disentanglement, neighbours, scores
 from jaxgen.metrics import features as networks
@@ -243,13 +244,55 @@ class Evaluator:
         }
 
 
+def asked(run, evaluator: Evaluator, n: int) -> dict[str, np.ndarray]:
+    """What n samples are to show, by the features of the data that the evaluator's network names: the class that each
+    is drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. {} where nothing is."""
+    names, conditions, section = evaluator.features.reads, run.assembled.family.conditions, run.config.data.to_dict()
+    if not names or not conditions:
+        return {}
+    if 'label' in conditions:
+        return {'label': sample.batches(run.assembled, run.config, n, {})['label']} if names == ('label',) else {}
+    section |= {'features': ('image', *names), 'other': ''}
+    try:
+        data.spec(section)
+    except UserError:  # the data do not say
+        return {}
+    source = data.dataset(section, 'test')
+    examples = source.take(np.arange(n) % len(source))
+    return {name: examples[name] for name in names}
+
+
+def hits(evaluator: Evaluator, images: np.ndarray, wanted: dict[str, np.ndarray], told: bool, n: int) -> dict:
+    """Whether the evaluator's network finds in each picture what was asked for: {'asked/accuracy': [b], ...}, 0 or 1.
+
+    Args:
+      images: uint8 [b, H, W, C], some of n.
+      wanted: of `asked`, for these.
+      told: by a caption, which names some factors only: 'asked/accuracy/0', ... are of those, and 'asked/caption' says
+        whether all of them are right.
+    """
+    size, found = evaluator.batch(n), {}
+    for start in range(0, len(images), size):
+        batch = {'image': images, **wanted}
+        placed, real = sharding.put_padded(evaluator.mesh, {k: v[start : start + size] for k, v in batch.items()}, size)
+        values = networks.program(evaluator.features.hits)(evaluator.features.variables, placed)
+        for name, x in values.items():
+            found.setdefault(f'asked/{name}', []).append(sharding.to_host(x)[:real])
+    found = {name: np.concatenate(parts) for name, parts in found.items()}
+    if told and 'factors' in wanted:
+        names = [f'asked/accuracy/{i}' for i, name in enumerate(shapes.FACTORS) if name in shapes.TOLD]
+        found = {name: found[name] for name in names}
+        found['asked/caption'] = np.prod(list(found.values()), 0)
+    return found
+
+
 def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Callable[[int], None]) -> Iterator[dict]:
-    """Outputs of the evaluator's network for n samples of a run, piece by piece.
+    """Outputs of the evaluator's network for n samples of a run, and `hits`, piece by piece.
 
     Every piece is kept in the run's directory until `forget`, so that what was stopped goes on
     where it was.
     """
-    wanted = sample.batches(run.assembled, run.config, n, {})
+    wanted, to_show = sample.batches(run.assembled, run.config, n, {}), asked(run, evaluator, n)
     size = sharding.round_up(run.assembled.mesh, min(run.config.sample.batch, n))
     folder = piece_folder(run, evaluator, size, seed)
     for start in range(0, n, size):
@@ -261,6 +304,9 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
                 run.assembled.family, run.state, run.assembled.frozen, run.assembled.mesh, batch, size, seed
             )
             piece = evaluator.extract(images, n)
+            if to_show:
+                shown = {k: v[start : start + size] for k, v in to_show.items()}
+                piece |= hits(evaluator, images, shown, 'caption' in batch, n)
             if jax.process_index() == 0:
                 log.save_npz(path, piece)
         progress(start + len(batch['index']))

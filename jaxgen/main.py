@@ -29,6 +29,7 @@ if __name__ == '__main__':
 
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -72,7 +73,9 @@ def define_flags() -> flags.FlagValues:
         'evaluate: a folder of pictures instead of a run, against the data of --config',
         flag_values=values,
     )
-    flags.DEFINE_multi_string('condition', [], 'sample: NAME=VALUE, e.g. label=3', flag_values=values)
+    flags.DEFINE_multi_string(
+        'condition', [], "sample: NAME=VALUE, e.g. label=3 or caption='a small red heart'", flag_values=values
+    )
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
     boolean('help', False, 'show this', flag_values=values)
@@ -100,18 +103,17 @@ def as_number(text: str) -> float:
         return 0.0
 
 
-def number(text: str) -> tuple[str, int]:
-    name, _, value = text.partition('=')
-    try:
-        return name, int(value)
-    except ValueError as e:
-        raise UserError(f'write --condition={name or "label"}=NUMBER; it is {text!r}') from e
+def given_condition(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition('=')
+    if not name or not equals:
+        raise UserError(f"write --condition=label=NUMBER or --condition=caption='some words'; it is {text!r}")
+    return name, value
 
 
-def sample_mode(run, n: int, seed: int, condition: dict[str, int], out: str, frames: int) -> None:
+def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, frames: int) -> None:
     n = n or 64
     film = run.film(min(n, 8), frames, seed, condition) if frames else None
-    given = ''.join(f'_{name}{value}' for name, value in condition.items())
+    given = ''.join(f'_{name}{re.sub("[^a-z0-9]+", "-", value.lower())}' for name, value in condition.items())
     own = os.path.join(run.workdir, 'samples', f'step{run.step}_{run.weights}_seed{seed}{given}')
     first, out = jax.process_index() == 0, out or own
     pieces = run.draw(n, seed, condition)  # its mistakes come before anything is removed
@@ -237,7 +239,7 @@ def main(argv: list[str]) -> None:
         else:
             print(json.dumps(describe.describe(config, runs.assemble(config, stage=runs.abstract_stage)), indent=2))
         return
-    condition = dict(number(text) for text in values.condition)
+    condition = dict(given_condition(text) for text in values.condition)
     if values.images:
         config = runs.saved_config(values.workdir) if values.workdir else configs.load(values.config)
         images_mode(configs.override(config, overrides), values.images, values.out)

@@ -118,21 +118,21 @@ class Run:
     def step(self) -> int:
         return int(self.state.step)
 
-    def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int] | None = None) -> np.ndarray:
+    def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
         """Draws n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
 
-        condition: {name: value} for all images, e.g. {'label': 3}.
+        condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
         """
         parts = list(self.draw(n, seed, condition))
         return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
 
-    def draw(self, n: int, seed: int = 0, condition: dict[str, int] | None = None):
+    def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
         a = self.assembled
         batches = sample.batches(a, self.config, n, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
 
-    def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int] | None = None) -> np.ndarray:
+    def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
         """The steps that led to the first n images of `sample`; see sample.film."""
         a = self.assembled
         batch = sample.batches(a, self.config, n, condition or {})
@@ -172,10 +172,24 @@ class Run:
         return found | {'modes': {'value': covered, 'n': n, 'of': len(means)}, 'mode_kl': {'value': kl, 'n': n}}
 
     def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
-        """Figures of n samples against a data set; see evaluate.figures."""
+        """Figures of n samples against a data set; see evaluate.figures. Where they were asked to show something that
+        the evaluator's network names, also how many do, 'asked/...'; see evaluate.hits."""
+        found: dict[str, list] = {}
+
+        def outputs(pieces):
+            for piece in pieces:
+                for name in [name for name in piece if name.startswith('asked/')]:
+                    found.setdefault(name, []).append(piece.pop(name))
+                yield piece
+
         with log.bar(n, 'samples', jax.process_index() != 0) as bar:
             pieces = evaluate.sample_features(self, evaluator, n, seed, lambda done: bar.update(done - bar.n))
-            return evaluator.figures(pieces, n)
+            results = evaluator.figures(outputs(pieces), n)
+        for name, parts in found.items():
+            values = np.concatenate(parts).astype(np.float64)
+            spread = {'stderr': float(values.std(ddof=1) / np.sqrt(n)), 'n': n}
+            results[f'{name}/{evaluator.features.name}'] = {'value': float(values.mean()), **spread}
+        return results
 
 
 def make_evaluator(config: ConfigDict, mesh) -> evaluate.Evaluator:

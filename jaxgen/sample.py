@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import data, sharding
+from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 
 
@@ -29,11 +30,35 @@ def program(family):
     return jax.jit(draw)
 
 
-def batches(assembled, config, n: int, condition: dict[str, int]) -> dict[str, np.ndarray]:
+def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
+    """What a person gives for all samples, as one example has it.
+
+    Raises:
+      UserError: the family has no such condition, or the value is not one for it.
+    """
+    family, spec = assembled.family, assembled.spec
+    try:
+        number = 0 if name == 'caption' else int(value)
+    except ValueError as e:
+        raise UserError(f'write --condition={name}=NUMBER; it is {value!r}') from e
+    if name not in family.conditions:
+        has = f'its conditions: {", ".join(family.conditions)}' if family.conditions else 'it has none'
+        raise UserError(f'this run takes no condition {name!r}; {has}')
+    feature = spec.features[name]
+    if name == 'caption':
+        return captions.check(str(value), feature.shape[0], family.words, config.data)
+    if feature.shape:
+        raise UserError(f'condition {name!r} is not one number; only labels and captions can be given')
+    if name == 'label' and not 0 <= number < spec.classes:
+        raise UserError(f'condition label={number} must be between 0 and {spec.classes - 1}')
+    return np.array(number, feature.dtype)
+
+
+def batches(assembled, config, n: int, condition: dict[str, int | str]) -> dict[str, np.ndarray]:
     """'index' [n] and the conditions that the family reads, [n, ...] each.
 
     A condition that is not given: labels count up through the classes; anything else (a mask, a
-    low-resolution image) comes from the test split, in order.
+    low-resolution image, a caption) comes from the test split, in order.
 
     Raises:
       UserError: the family draws nothing, has no such condition, or a value is out of range.
@@ -41,18 +66,11 @@ def batches(assembled, config, n: int, condition: dict[str, int]) -> dict[str, n
     family, spec = assembled.family, assembled.spec
     if family.sample is None:
         raise UserError(f'a {config.family} draws no pictures: there is nothing to sample')
-    for name, value in condition.items():
-        if name not in family.conditions:
-            has = f'its conditions: {", ".join(family.conditions)}' if family.conditions else 'it has none'
-            raise UserError(f'this run takes no condition {name!r}; {has}')
-        if spec.features[name].shape:
-            raise UserError(f'condition {name!r} is not one number; only labels can be given on the command line')
-        if name == 'label' and not 0 <= value < spec.classes:
-            raise UserError(f'condition label={value} must be between 0 and {spec.classes - 1}')
+    given = {name: one_condition(assembled, config, name, value) for name, value in condition.items()}
     out = {'index': np.arange(n, dtype=np.int32)}
     if 'label' in family.conditions:
         out['label'] = (np.arange(n) % spec.classes).astype(np.int32)
-    out |= {name: np.full(n, value, spec.features[name].dtype) for name, value in condition.items()}
+    out |= {name: np.repeat(value[None], n, 0) for name, value in given.items()}
     rest = [name for name in family.conditions if name not in out]
     if rest:
         source = data.dataset(config.data, 'test')

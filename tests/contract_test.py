@@ -56,6 +56,13 @@ PUBLISHED = {
         'discriminator_image': 2_764_737,
         'discriminator_other': 2_764_737,
     },
+    'attngan_cub': {
+        'generator': 7_084_592,
+        'discriminator64': 6_313_730,
+        'discriminator128': 19_424_002,
+        'discriminator256': 71_858_946,
+        'text': 2_075_320 - 1_024,  # of second biases in torch's LSTM, which add to the first
+    },
     'transformer_imagenet256': {'transformer': 1_410_640_896},
     'maskgit_imagenet256': {'transformer': 172_457_193},
     'var_imagenet256': {'transformer': 310_283_520},
@@ -103,6 +110,7 @@ FALLS = {
     'ebm': None,  # the difference of two energies: samples chase the data
     'js_generator': 'loss',
     'maskgit': 'loss',
+    'attngan': None,
     'autoencoder': 'loss',
     'cyclegan': None,
     'inpainting': None,

@@ -53,6 +53,7 @@ FACTORS = {
     'rotation': 12,
     'background': len(BACKGROUNDS),
 }
+TOLD = ('shape', 'colour', 'size', 'background')  # the factors that have names: captions say these
 STYLES = ('filled', 'outlined')  # how the shape is coloured: all of it, or its border only
 BORDER = 0.065  # width of the border over the picture's width
 CAPTION = 64  # bytes

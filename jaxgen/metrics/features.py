@@ -32,6 +32,8 @@ class Features(NamedTuple):
     image: tuple[int, int, int] | None  # H, W, C that it reads; None: any size, grey or colour
     apply: Callable  # (variables, uint8 [n, H, W, C]) -> {'features': [n, d], 'logits': [n, c], 'spatial': [n, s]}
     variables: Any
+    reads: tuple[str, ...] = ()  # features of the data, beside 'image', that `hits` compares with what a picture shows
+    hits: Callable | None = None  # (variables, {'image': uint8 [n, H, W, C], ...}) -> {'accuracy': [n], ...}, its own
 
     def shapes(self, image: tuple[int, int, int]) -> dict[str, int]:
         """{output: its dimensions} for pictures of shape `image`; 'logits' and 'spatial' only where there are any.
@@ -81,10 +83,19 @@ def of_run(run) -> Features:
             out['logits'] = family.classify(state, frozen, batch, rng)
         return {name: x.reshape(len(x), -1).astype(jnp.float32) for name, x in out.items()}
 
+    def hits(variables, batch):
+        state, frozen = variables
+        batch = {**batch, 'image': data.to_float(batch['image'])}
+        found = family.evaluate(state, frozen, batch, jax.random.key(0))
+        return {name: x for name, x in found.items() if name.split('/')[0] == 'accuracy'}
+
+    reads = tuple(name for name in run.config.data.features if name != 'image')
+    named = run.config.family == 'classifier' and reads
     weights = (run.state.ema, run.state.extra)
     name = os.path.basename(os.path.abspath(run.workdir))
     variables = (run.state, run.assembled.frozen)
-    return Features(name, digest(weights), tuple(run.assembled.spec.features['image'].shape), apply, variables)
+    image = tuple(run.assembled.spec.features['image'].shape)
+    return Features(name, digest(weights), image, apply, variables, *((reads, hits) if named else ()))
 
 
 def of_inception(path: str, cache: str, mesh) -> Features:

@@ -1,0 +1,46 @@
+"""AttnGAN on drawn scenes and their captions (jaxgen/data/shapes.py), in two stages: 16x16, then 32x32.
+
+    python -m jaxgen.main --config=configs/attngan_shapes.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='attngan',
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=24),
+        model=dict(
+            **dict(stages=2, doublings=2, width=12, latent=32, condition=32, blocks=1),
+            **dict(discriminator_width=24, discriminator_norm=False, r1=1.0, matching=0.5),
+            **dict(words=1024, length=10, embedding=32, features=64, dropout=0.0, encoder_width=12),
+        ),
+        optim=dict(
+            lr=1e-3,
+            b1=0.5,
+            schedule='half_linear',
+            ema=0.995,
+            ema_warmup=True,
+            networks=dict(text=dict(lr=2e-3), encoder=dict(lr=2e-3)),
+        ),
+        train=dict(steps=2400, updates_per_call=10, log_every=50, save_every=600, sample_every=600),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(
+                    **dict(stages=2, doublings=1, width=4, latent=4, condition=4, discriminator_width=4),
+                    **dict(words=64, embedding=4, features=4, encoder_width=4),
+                ),
+                optim=dict(lr=1e-3, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )

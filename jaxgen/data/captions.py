@@ -1,0 +1,51 @@
+"""Captions that a person gives: what may stand in them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import numpy as np
+
+from jaxgen.data import sources
+from jaxgen.errors import UserError
+
+
+def words(text: bytes) -> list[bytes]:
+    """The words of a caption in UTF-8, as jaxgen/networks/text.py reads them."""
+    return re.findall(rb'[a-z0-9_\x80-\xff]+', text.lower())
+
+
+def known(data) -> set[bytes]:
+    """All words of the training captions."""
+    section = {**data, 'features': ('caption',)}
+    records = sources.open_records(sources.resolve(section), section, 'train')
+    return {word for i in range(len(records)) for word in words(bytes(records[i]['caption']))}
+
+
+def check(text: str, room: int, most: int, data) -> np.ndarray:
+    """A caption as data sets hold it, uint8 [room]: UTF-8, zeros behind the text.
+
+    Args:
+      most: words that the model reads; 0: any number.
+      data: the section `data` of the config that it was trained with.
+
+    Raises:
+      UserError: it is empty, too long, or has a word that no training caption has.
+    """
+    encoded = text.encode()
+    found = words(encoded)
+    if not found:
+        raise UserError("write --condition=caption='some words'; it has none")
+    if len(encoded) > room:
+        raise UserError(f'condition caption: {len(encoded)} bytes are more than the {room} that captions have here')
+    if most and len(found) > most:
+        raise UserError(f'condition caption: {len(found)} words are more than the {most} that this model reads')
+    vocabulary = {word.decode() for word in known(data)}
+    for word in (w.decode() for w in found):
+        if word not in vocabulary:
+            close = difflib.get_close_matches(word, vocabulary, n=3, cutoff=0.6)
+            some = ', '.join(sorted(vocabulary)[:20]) + (', ...' if len(vocabulary) > 20 else '')
+            hint = f'did you mean {" or ".join(close)}?' if close else f'they have {some}'
+            raise UserError(f'condition caption: no training caption has the word {word!r}; {hint}')
+    return np.frombuffer(encoded.ljust(room, b'\0'), np.uint8)
