@@ -24,7 +24,8 @@ SLOW = (
     *('explore_test', 'first_stage_test', 'flows_test', 'inception_test', 'js_generator_test', 'ncsnpp_test'),
     *('pixelcnn_test', 'pixelcnn_pp_test', 'refinenet_test', 'reliability_test', 'transformer_test'),
     *('unet_test', 'vae_test', 'var_test', 'vdm_test', 'vqgan_test', 'vqvae_test', 'gan_test'),
-    *('stylegan2_test', 'ddgan_test', 'infogan_test', 'pix2pix_test', 'cyclegan_test', 'inpainting_test', 'attngan_test'),
+    *('stylegan2_test', 'ddgan_test', 'infogan_test', 'pix2pix_test', 'cyclegan_test', 'inpainting_test'),
+    'attngan_test',
 )
 
 

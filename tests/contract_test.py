@@ -154,7 +154,10 @@ def name(request):
 # of embedded data, one of each family and network. All others are traced; the formulations of diffusion have tests of
 # their own.
 EMBEDDED = [
-    n for n in NAMES if configs.load(path(n, '')).data.source.partition(':')[0] in ('digits', 'shapes', 'gaussians')
+    n
+    for n in NAMES
+    if n not in PUBLISHED
+    and configs.load(path(n, '')).data.source.partition(':')[0] in ('digits', 'shapes', 'gaussians')
 ]
 DISTINCT = {(c.family, c.model.get('network')): n for n in reversed(EMBEDDED) for c in [configs.load(path(n))]}
 FAMILIES = sorted({family: n for (family, _), n in DISTINCT.items()}.values())
