@@ -216,7 +216,14 @@ def test_matching_loss_is_cross_entropy_both_ways():
     logits[0, 2] = logits[2, 0] = -torch.inf
     right = torch.arange(N)
     expected = sum(torch.nn.functional.cross_entropy(x, right) for x in (logits, logits.T))
-    np.testing.assert_allclose(matching_loss(similarity, same), expected, rtol=1e-4)
+    np.testing.assert_allclose(matching_loss(similarity, np.eye(N, dtype=bool), same), expected, rtol=1e-4)
+    # Two pictures among three captions, the last two of which are theirs.
+    own = np.eye(N, dtype=bool)[1:]
+    logits = torch.tensor(10 * similarity[1:])
+    expected = torch.nn.functional.cross_entropy(logits, right[1:]) + torch.nn.functional.cross_entropy(
+        logits.T[1:], right[:2]
+    )
+    np.testing.assert_allclose(matching_loss(similarity[1:], own, own), expected, rtol=1e-4)
     parallel = sentence_similarity(jnp.eye(2), jnp.array([[3.0, 0.0], [1.0, 1.0]]))
     np.testing.assert_allclose(parallel, [[1, 0.5**0.5], [0, 0.5**0.5]], atol=1e-5)
 
@@ -225,7 +232,7 @@ def test_matching_loss_is_cross_entropy_both_ways():
 
 SMALL = dict(
     stages=2, doublings=1, width=2, latent=3, condition=3, blocks=1, discriminator_width=2, words=50, length=8,
-    embedding=3, features=4, encoder_width=4, discriminator_norm=False, r1=0.5, dropout=0.0,
+    embedding=3, features=4, encoder_width=4, discriminator_norm=False, r1=0.5, hard=True, dropout=0.0,
 )  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def updated():
 def test_the_losses_of_an_update():
     _, state, _, logs = updated()
     b, n, p = batch(), 4, state.params
-    _, z_rng, noise_rng, *_ = jax.random.split(jax.random.key(5), 5)
+    _, z_rng, noise_rng, _ = jax.random.split(jax.random.key(5), 4)
     numbers = word_numbers(b['caption'], 8, 50)
     words, sentence = TextEncoder(50, 3, 4).apply({'params': state.ema['text']}, numbers)
     z, noise = jax.random.normal(z_rng, (n, 3)), jax.random.normal(noise_rng, (n, 3))
@@ -260,7 +267,10 @@ def test_the_losses_of_an_update():
         {'params': p['generator']}, z, noise, sentence, words, numbers > 0, train=True, mutable=['batch_stats']
     )
     real = {4: b['image'].reshape(n, 4, 2, 4, 2, 3).mean((2, 4)), 8: b['image']}
-    other = np.asarray(sentence)[[3, 0, 1, 2]]
+    unit = np.asarray(sentence / jnp.linalg.norm(sentence, axis=1, keepdims=True))
+    cosines = unit @ unit.T
+    cosines[[0, 1, 2, 3, 0, 3], [0, 1, 2, 3, 3, 0]] = -2  # the first and the last are one caption
+    other = np.asarray(sentence)[cosines.argmax(1)]
     for i, (side, x) in enumerate(real.items()):
         network, variables = networks.Discriminator(2, 1 + i, 1, False), {'params': p[f'discriminator{side}']}
 
@@ -277,6 +287,18 @@ def test_the_losses_of_an_update():
     assert float(logs['generator_loss']) == pytest.approx(
         float(logs['deceit'] + logs['kl'] + 5 * logs['mismatch']), rel=1e-4
     )
+
+
+def test_rounds_are_of_parts_and_all_captions():
+    """Two rounds: each player makes two steps, and logs are means; captions of both parts are told apart in each."""
+    f, b = build(rounds=2, hard=False), batch()
+    state, key = updated()[1], jax.random.key(5)
+    _, logs = jax.eval_shape(f.update, state, {}, b, key)
+    assert all(x.shape == () for x in logs.values())
+    shapes_of = jax.make_jaxpr(f.update)(state, {}, b, key)
+    assert 'f32[2,4,8]' in str(shapes_of), 'words of four captions, two pictures in a round'
+    with pytest.raises(UserError, match='rounds'):
+        jax.eval_shape(build(rounds=3).init, key, b, {})
 
 
 def test_samples_end_the_stages_and_evaluate_looks_at_them():

@@ -18,6 +18,10 @@ where the KL is a mean over dimensions, and DAMSM tells, by their features, the 
 from the batch's others, and the reverse (losses/matching.py). Captions that are the same word for word do not count as
 others.
 
+Where captions differ in many things at once, two of a small batch hardly ever differ in one alone: whoever knows the
+colour need not look at the shape. So `rounds` > 1 plays the game on parts of a large batch, whose captions all are
+others, and `hard` takes for c' not any other caption of the batch but the one with the nearest features.
+
 The encoders of captions and of images, which learn these features of the data, are published as a stage of their own.
 Here they learn beside the GAN, one step in each update, from data alone: neither player touches them, and all of the
 GAN reads captions by their moving averages, which sample too.
@@ -36,17 +40,19 @@ from jaxgen.contract import (
     Context,
     Family,
     advance,
+    check_parts,
     example_keys,
     gradient_step,
     new_state,
     normal,
     running,
+    split_batch,
     spread,
 )
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.losses.divergences import normal_kl
-from jaxgen.losses.matching import cosine, matching_loss, sentence_similarity, word_similarity
+from jaxgen.losses.matching import LOW, cosine, matching_loss, sentence_similarity, word_similarity
 from jaxgen.networks import attngan as networks
 from jaxgen.networks.layers import downsample_mean, upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
@@ -70,6 +76,8 @@ def build(
     discriminator_width: int = 64,
     discriminator_norm: bool = True,
     r1: float = 0.0,
+    rounds: int = 1,
+    hard: bool = False,
     words: int = 5450,
     length: int = 18,
     embedding: int = 300,
@@ -90,6 +98,9 @@ def build(
       latent: dimensions of z.
       discriminator_width, discriminator_norm: channels of the discriminators' first maps; their batch normalisation.
       r1: weight of R1 at data, of both of a discriminator's values (losses/adversarial.py); 0, as published: none.
+      rounds: of the game in one update, each of a step of the discriminators and one of the generator on its own part
+        of the batch.
+      hard: wrong captions are near ones.
       words: numbers that words may have, see networks/text.py; more make it rarer that two words share one.
       length: words of a caption that are read.
       embedding, features, dropout: of the text encoder; the image encoder has as many features.
@@ -107,10 +118,13 @@ def build(
     """
     levels = doublings + stages - 1
     divisor, (height, columns, _) = 2**levels, context.image
-    if min(stages, doublings, width, latent, condition, discriminator_width, length, embedding, encoder_width) < 1:
+    if (
+        min(stages, doublings, width, latent, condition, discriminator_width, rounds, length, embedding, encoder_width)
+        < 1
+    ):
         raise UserError(
-            'config.model: stages, doublings, width, latent, condition, discriminator_width, length, embedding and '
-            'encoder_width must be 1 or more'
+            'config.model: stages, doublings, width, latent, condition, discriminator_width, rounds, length, embedding '
+            'and encoder_width must be 1 or more'
         )
     if words < 2 or features < 2 or features % 2:
         raise UserError('config.model: words must be 2 or more, and features an even number')
@@ -140,21 +154,34 @@ def build(
     encoder = networks.ImageEncoder(encoder_width, levels, features, context.dtype)
 
     def read(weights, caption: Array, rng: Array | None = None) -> dict[str, Array]:
-        """Features of captions: 'sentence' [n, d], 'words' [n, T, d], and 'there' [n, T], where there is a word; with
-        dropout, given its rng."""
+        """Captions and their features: 'sentence' [n, d], 'words' [n, T, d], and 'there' [n, T], where there is a word;
+        with dropout, given its rng."""
         numbers = word_numbers(caption, length, words)
         found, sentence = text.apply(
             {'params': weights}, numbers, rng is not None, rngs={} if rng is None else {'dropout': rng}
         )
-        return {'words': found, 'sentence': sentence, 'there': numbers > 0}
+        return {'caption': caption, 'words': found, 'sentence': sentence, 'there': numbers > 0}
 
-    def mismatch(weights, images: Array, told: dict[str, Array], caption: Array) -> Array:
-        """The matching loss of a batch."""
+    def equal(caption: Array, other: Array) -> Array:
+        """Which of captions [n, L] are which of [m, L], bool [n, m]."""
+        return (caption[:, None] == other[None]).all(-1)
+
+    def mismatch(weights, images: Array, place: Array, told: dict[str, Array]) -> Array:
+        """The matching loss of images among what all captions told; place [n]: which of these is whose."""
         regions, whole = encoder.apply({'params': weights}, images)
-        same = (caption[:, None] == caption[None]).all(-1)
+        own = place[:, None] == jnp.arange(len(told['caption']))
+        same = equal(told['caption'][place], told['caption'])
         by_word = word_similarity(regions, told['words'], told['there'], attend, gather)
         by_sentence = sentence_similarity(whole, told['sentence'])
-        return matching_loss(by_word, same, sharpness) + matching_loss(by_sentence, same, sharpness)
+        return matching_loss(by_word, own, same, sharpness) + matching_loss(by_sentence, own, same, sharpness)
+
+    def others(told: dict[str, Array]) -> Array:
+        """Sentences [n, d] that are wrong for the captions."""
+        if not hard:
+            return jnp.roll(told['sentence'], 1, 0)
+        near = sentence_similarity(told['sentence'], told['sentence'])
+        near = jnp.where(equal(told['caption'], told['caption']), LOW, near)
+        return told['sentence'][near.argmax(1)]
 
     def paint(weights, given: dict[str, Array]):
         """In training: ((images, mean, log variance), batch statistics)."""
@@ -180,11 +207,11 @@ def build(
 
     def matching_step_loss(params, frozen, batch, rng):
         told = read(params['text'], batch['caption'], rng)
-        value = mismatch(params['encoder'], batch['image'], told, batch['caption'])
+        value = mismatch(params['encoder'], batch['image'], jnp.arange(len(batch['image'])), told)
         return value, {'matching_loss': value}
 
     def discriminator_loss(params, frozen, batch, rng):
-        own, other = batch['sentence'], jnp.roll(batch['sentence'], 1, 0)
+        own, other = batch['sentence'], batch['other']
         total, logs = 0.0, {}
         for name, x, made in zip(discriminators, smaller(batch['image']), batch['made'], strict=True):
             real, (right, wrong) = judge(params, name, x, [own, other])
@@ -195,7 +222,8 @@ def build(
             total, logs[f'{name}_loss'] = total + value, value
         return total, logs
 
-    def generator_loss(params, average, batch, rng):
+    def generator_loss(params, known, batch, rng):
+        average, told = known
         (images, mean, log_variance), _ = paint(params['generator'], batch)
         deceit = 0.0
         for name, x in zip(discriminators, images, strict=True):
@@ -204,13 +232,15 @@ def build(
         divergence = normal_kl(mean, log_variance).mean() / condition
         value, logs = deceit + kl * divergence, {'deceit': deceit, 'kl': divergence}
         if matching:
-            logs['mismatch'] = mismatch(average['encoder'], images[-1], batch, batch['caption'])
+            logs['mismatch'] = mismatch(average['encoder'], images[-1], batch['place'], told)
             value = value + matching * logs['mismatch']
         return value, {'generator_loss': value, **logs}
 
+    # Learning rates follow the count of updates.
+    optim = context.optim._replace(tx=lambda name, times=1: context.optim.tx(name, times * rounds))
     matching_turn = gradient_step(matching_step_loss, context.optim, 'text', 'encoder')
-    discriminator_turn = gradient_step(discriminator_loss, context.optim, *discriminators)
-    generator_turn = gradient_step(generator_loss, context.optim, 'generator', given=lambda state, frozen: state.ema)
+    discriminator_turn = gradient_step(discriminator_loss, optim, *discriminators)
+    generator_turn = gradient_step(generator_loss, optim, 'generator', given=lambda state, told: (state.ema, told))
 
     def init(rng, batch, frozen):
         caption, x = batch['caption'][:1], batch['image'][:1]
@@ -218,8 +248,9 @@ def build(
             raise UserError(
                 f'a caption must be bytes, uint8 [n]; that of config.data.source is {caption.dtype} {caption.shape[1:]}'
             )
-        if len(batch['image']) // context.optim.accumulate < 2:
+        if len(batch['image']) // optim.accumulate < 2:
             raise UserError('config.data.batch must be 2 or more (by config.optim.accumulate): captions are compared')
+        check_parts(len(batch['image']), rounds * optim.accumulate, 'config.model.rounds (by config.optim.accumulate)')
         text_rng, encoder_rng, generator_rng, *rngs = jax.random.split(rng, 3 + stages)
         sentence, of_words = jnp.zeros((1, features)), jnp.zeros((1, length, features))
         z, noise, there = jnp.zeros((1, latent)), jnp.zeros((1, condition)), jnp.ones((1, length), bool)
@@ -233,25 +264,36 @@ def build(
                 for i, (name, network) in enumerate(discriminators.items())
             },
         }
-        return new_state(params, context.optim, painting['batch_stats'], ema=('text', 'encoder', 'generator'))
+        return new_state(params, optim, painting['batch_stats'], ema=('text', 'encoder', 'generator'))
 
     def update(state, frozen, batch, rng):
-        matching_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 5)
+        matching_rng, z_rng, noise_rng, rounds_rng = jax.random.split(rng, 4)
         n, batch = len(batch['image']), {name: batch[name] for name in ('image', 'caption')}
         state, logs = matching_turn(state, frozen, batch, matching_rng)
+        told = read(state.ema['text'], batch['caption'])
         given = {
+            **told,
+            'image': batch['image'],
+            'place': spread(jnp.arange(n)),
+            'other': others(told),
             'z': spread(jax.random.normal(z_rng, (n, latent))),
             'noise': spread(jax.random.normal(noise_rng, (n, condition))),
-            'caption': batch['caption'],
-            **read(state.ema['text'], batch['caption']),
         }
-        (made, _, _), _ = paint(state.params['generator'], given)
-        shown = {'image': batch['image'], 'made': made, 'sentence': given['sentence']}
-        state, more = discriminator_turn(state, frozen, shown, discriminator_rng)
-        state, most = generator_turn(state, frozen, given, generator_rng)
+
+        def one(state, part_and_rng):
+            part, rng = part_and_rng
+            discriminator_rng, generator_rng = jax.random.split(rng)
+            (made, _, _), _ = paint(state.params['generator'], part)
+            state, logs = discriminator_turn(state, frozen, {**part, 'made': made}, discriminator_rng)
+            state, more = generator_turn(state, told, part, generator_rng)
+            return state, logs | more
+
+        parts = split_batch(given, rounds)
+        state, more = jax.lax.scan(one, state, (parts, jax.random.split(rounds_rng, rounds)))
         after = advance(state, context.optim)
-        _, found = paint(after.ema['generator'], given)
-        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs | more | most
+        _, found = paint(after.ema['generator'], jax.tree.map(lambda x: x[0], parts))
+        logs |= jax.tree.map(lambda x: x.mean(0), more)
+        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs
 
     def draw(state, batch, rng) -> tuple[Array, ...]:
         """Images of all stages for the captions in the batch."""

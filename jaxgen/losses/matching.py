@@ -49,15 +49,15 @@ def word_similarity(regions: Array, words: Array, there: Array, attend: float = 
     return jax.nn.logsumexp(jnp.where(there, gather * cosine(found, words), LOW), axis=-1)
 
 
-def matching_loss(similarity: Array, same: Array, sharpness: float = 10.0) -> Array:
-    """-log P(D_i | Q_i) - log P(Q_i | D_i), means over the batch (eqs. 11 and 12).
+def matching_loss(similarity: Array, own: Array, same: Array, sharpness: float = 10.0) -> Array:
+    """-log P(D_i | Q_i) - log P(Q_i | D_i), means over the pictures (eqs. 11 and 12).
 
     Args:
-      similarity: [n, n]; picture i belongs to caption i.
-      same: bool [n, n], where two captions are one: such a pair, but for i with itself, counts neither way.
+      similarity: [n, m], of n pictures with m captions, theirs and perhaps more.
+      own: bool [n, m], which caption is whose; one for each picture.
+      same: bool [n, m], which captions are word for word the picture's: these count neither way, but for its own.
       sharpness: gamma_3.
     """
-    own = jnp.eye(len(similarity), dtype=bool)
     logits = jnp.where(same & ~own, LOW, sharpness * similarity)
     right = sum((jax.nn.log_softmax(logits, axis) * own).sum() for axis in (0, 1))
     return -right / len(similarity)
