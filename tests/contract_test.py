@@ -69,6 +69,12 @@ PUBLISHED = {
     'var_vqvae_imagenet256': {'total': 108_948_355 + 2_765_633},
     'jem_cifar10': {'energy': 36_478_389 - 6_410 - 641},  # of two layers that the published model never calls
     'wgan_gp_cifar10': {'generator': 1_204_483, 'discriminator': 1_053_825},
+    'stargan2_celebahq256': {
+        'generator': 43_467_395 - 172_032,  # of the decoder's shortcuts, which a high pass leaves out
+        'mapping': 2_438_272,
+        'encoder': 20_916_928,
+        'discriminator': 20_852_290,
+    },
     'stylegan2_ffhq1024': {'generator': 30_370_060, 'discriminator': 29_012_513},  # 2,101,248 of them the mapping
     'stylegan2_ffhq256': {'generator': 30_034_338, 'discriminator': 28_864_129},
     'infogan_mnist': {'generator': 6_652_481, 'discriminator': 6_559_169, 'recogniser': 133_262},
@@ -79,6 +85,12 @@ PUBLISHED = {
 }
 # The same of variants.
 VARIANTS = {
+    'stargan2_celebahq256:afhq': {
+        'generator': 33_892_995,
+        'mapping': 3_259_072,
+        'encoder': 20_949_760,
+        'discriminator': 20_852_803,
+    },
     'stylegan2_ffhq256:paper256': {'generator': 24_767_458, 'discriminator': 24_001_089},
     'stylegan2_ffhq256:auto': {'generator': 23_191_522, 'discriminator': 24_001_089},
     'adm_imagenet256:unconditional': {'denoiser': 552_814_086},
@@ -129,6 +141,7 @@ FALLS = {
     'vdm': 'loss',
     'gan': None,
     'ddgan': None,
+    'stargan2': None,
     'stylegan2': None,
     'infogan': None,
 }

@@ -18,7 +18,8 @@
                like, PATH/edges/NAME.png
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
 and `data.other` names a second one, whose pictures are the feature 'other': of another domain, and unpaired. Of any
-source `data.low_resolution` makes a feature of that name, the image at so many pixels.
+source `data.low_resolution` makes a feature of that name, the image at so many pixels. Where a source has labels,
+'domain' is the label once more: in sampling 'label' is what is asked for, 'domain' what a given picture is.
 """
 
 from jaxgen.data.folder import Pictures

@@ -249,6 +249,8 @@ def choose(source: Source, data) -> dict[str, Feature]:
       UserError: one that the source lacks, or a number of classes that is not the source's.
     """
     found = dict(source.features())
+    if 'label' in found:
+        found.setdefault('domain', found['label'])
     if data['low_resolution']:
         found['low_resolution'] = found['image']._replace(side=data['low_resolution'])
     missing = [name for name in data['features'] if name not in found]
