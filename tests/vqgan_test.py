@@ -29,7 +29,9 @@ RATE = 1e-2
 KINDS = {
     # The commitment counts in full and the codebook's loss by a quarter: the released code's way.
     'vq': dict(regulariser='vq', codebook_weight=0.25, beta=4.0, discriminator_start=1),
-    'kl': dict(regulariser='kl', kl_weight=0.1, learn_scale=True, game='non_saturating', discriminator_norm='none'),
+    'kl': dict(
+        regulariser='kl', kl_weight=0.1, learn_scale=True, pixels='l2', game='non_saturating', discriminator_norm='none'
+    ),
 }
 
 
@@ -101,7 +103,7 @@ def parts(kind: str, params, x, rng):
         {'params': params['decoder']}, mean + jnp.exp(log_var / 2) * jax.random.normal(rng, mean.shape)
     )
     log_scale = params['scale']['log_scale']
-    nll = (jnp.abs(x - y) / jnp.exp(log_scale) + log_scale).sum((1, 2, 3)).mean()
+    nll = (jnp.square(x - y) / jnp.exp(log_scale) + log_scale).sum((1, 2, 3)).mean()
     deceit = -jnp.log(jax.nn.sigmoid(judge(params, y, 'none'))).mean()
     return nll, 0.1 * normal_kl(mean, log_var).mean(), deceit, y
 
@@ -329,6 +331,7 @@ def test_says_what_cannot_work(tmp_path):
         (dict(kl_weight=-1.0), 'kl_weight'),
         (dict(regulariser='vq', learn_scale=True), 'learn_scale'),
         (dict(game='none'), 'game'),
+        (dict(pixels='huber'), 'pixels'),
         (dict(discriminator_layers=3), 'discriminator_layers'),
         (dict(discriminator_norm='layer'), 'discriminator_norm'),
         (dict(perceptual=1.0), 'stages.perceptual'),

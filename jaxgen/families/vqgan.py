@@ -11,7 +11,8 @@ networks/multiscale.py. One network, one loss:
 
 with deceit the generator's side of a game with a discriminator, and w the kernel of the decoder's last layer (VQGAN's
 eq. 7). What pixels and what a network sees make one figure of each image, d = mean |x - y| + perceptual *
-distance(x, y), see `jaxgen/losses/perceptual.py`. What it becomes:
+distance(x, y), see `jaxgen/losses/perceptual.py`; or of squares (`pixels` = 'l2', as later VQGANs have it). What it
+becomes:
 
 - 'vq': nll = d, and the regulariser is codebook_weight * (codebook loss + beta * commitment). The released code of
   VQGAN has the two the other way round: beta = 0.25 weights the codebook loss, the commitment counts in full. That is
@@ -86,6 +87,7 @@ def build(
     codebook_weight: float = 1.0,
     restart: float = 0.0,
     interface: str = 'codes',
+    pixels: str = 'l1',
     perceptual: float = 1.0,
     lpips: tuple[str, ...] = (),
     adversarial: float = 0.5,
@@ -113,6 +115,8 @@ def build(
         as published: never.
       interface: of 'vq': 'codes' | 'latents', what `encode` gives later stages and `decode` takes. 'latents' are the
         encoder's numbers as they are, and `decode` finds their codes: so latent diffusion uses VQ-f4.
+      pixels: 'l1' | 'l2', the mean of absolute or of squared differences. The former is content with a median: small
+        figures on plain backgrounds come late with it, and their colours last.
       perceptual: weight of the perceptual distance; 0: none. It needs one of two:
       lpips: files with the weights of LPIPS on VGG-16, see losses/perceptual.py; else a run with features, whose
         directory is config.stages.perceptual.
@@ -156,6 +160,8 @@ def build(
         raise UserError("config.model.learn_scale needs config.model.regulariser = 'kl'")
     if game not in GAMES:
         raise UserError(f'config.model.game must be one of {tuple(GAMES)}; it is {game!r}')
+    if pixels not in ('l1', 'l2'):
+        raise UserError(f"config.model.pixels must be 'l1' or 'l2'; it is {pixels!r}")
     if height % divisor or columns % divisor:
         raise UserError(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers = {multipliers}'
@@ -262,8 +268,9 @@ def build(
 
         def difference(y):
             absolute = jnp.abs(x - y).mean()
+            of_pixels = absolute if pixels == 'l1' else jnp.square(x - y).mean()
             distance = seen(frozen, x, y).mean() if perceptual else jnp.zeros(())
-            return absolute + perceptual * distance, {'absolute_error': absolute, 'perceptual': distance}
+            return of_pixels + perceptual * distance, {'absolute_error': absolute, 'perceptual': distance}
 
         reconstruction, parts, slope = with_slope(difference, y)
         log_scale = params['scale']['log_scale'] if learn_scale else jnp.zeros(())
