@@ -817,6 +817,13 @@ def test_jitter_moves_a_window(five):
     assert_same(take(config, 12)[7:], take(config, 5, start=7))
 
 
+def test_domain_is_the_label_once_more(prepared):
+    config = make(prepared, features=('image', 'label', 'domain'))
+    batch = data.dataset(config, 'test').take(np.arange(9))
+    assert len(set(batch['label'].tolist())) > 1
+    np.testing.assert_array_equal(batch['domain'], batch['label'])
+
+
 def test_low_resolution_is_means_of_squares(five):
     """Of the image as it is in the batch: cut and mirrored with it."""
     config = {**five, 'size': 12, 'low_resolution': 4, 'features': ('image', 'low_resolution')}
