@@ -94,6 +94,7 @@ def draw(rows: list[dict], network: str, title: str, path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout='constrained')
+    axes.set_prop_cycle(color=plt.get_cmap('tab20').colors)  # the usual ten are too few
     for key in dict.fromkeys((r['run'], r['sampler']) for r in rows):
         own = [r for r in rows if (r['run'], r['sampler']) == key]
         x = [r['evaluations'] for r in own]
