@@ -2,9 +2,17 @@
 
     python -m jaxgen.main --config=configs/attngan_shapes.py
 
-Time: not measured
+`--mode=sample --condition=caption='a large red circle on a white background'` paints one caption; `--film=2` shows both
+stages. `--mode=evaluate` says what samples show of their captions, as `classifier_shapes` sees it: asked/accuracy/0 is
+the share of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, asked/caption that of samples of which all
+four are right. Shapes come last: by the end of this short training the encoders of captions and images tell them apart
+(73% of 300 held-out pictures are nearer to their own caption than to the same one with any other shape), and the
+generator does not paint them yet.
+
+Time: 27.6 minutes on a CPU core with much other work on it; 11 minutes of CPU
 Paper: none
-Ours: not measured
+Ours: of 2,000 samples of held-out captions 97.7% show the colour, 99.9% the background, 64.9% the size, and 13.4% the
+shape, which is chance; 10.4% show all four. Fréchet distance 25.4
 """
 
 from jaxgen.config import make
