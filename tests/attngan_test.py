@@ -346,7 +346,7 @@ def test_a_caption_is_a_condition():
 
 
 @pytest.mark.parametrize('text, said', [
-    ('', 'has none'), ('!?', 'has none'), ('a ' * 40, '80 bytes'), ('a ' * 11, '11 words are more than the 10'),
+    ('', 'has none'), ('!?', 'has none'), ('a ' * 40, '80 bytes'), ('a ' * 11, '11 words are more than the 8'),
     ('a small red hart', "'hart'; did you mean heart"), ('a qqqqqq', "'qqqqqq'; they have a, an, background, beige"),
 ])  # fmt: skip
 def test_captions_that_cannot_be_read(text, said, no_compile):
