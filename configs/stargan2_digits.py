@@ -2,9 +2,17 @@
 
     python -m jaxgen.main --config=configs/stargan2_digits.py
 
-Time: not measured
+`--mode=sample --film=11` shows of every picture three rows: the picture as each digit in a style from noise; pictures
+to take after; and what it becomes after these. So small, a digit and a style of 16 numbers are all there is to say: the
+results look like the pictures that they take after, and little is left of the picture that is turned.
+
+Scenes of 32x32, each shape a domain, are too much for minutes on a CPU: 1,200 updates of 8 scenes (0.29 s each)
+turned backgrounds into those of the pictures taken after, but no shape into another.
+
+Time: 6.7 minutes of CPU (21 minutes on a core shared with other work)
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 0.20 (classifier_digits, 500 samples; held-out digits have 0.19); by that classifier all of them
+      are the digit that was asked for; error of the way there and back 0.123, of styles 0.025 (359 held-out digits)
 """
 
 from jaxgen.config import make
