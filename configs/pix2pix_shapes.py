@@ -7,9 +7,10 @@ Colours of lines and maps say which colours the scene has, and are not those. `e
 nothing of colours: what is made of them has colours of the generator's own. `--mode=sample --film=3` shows inputs,
 what is made of them, and the scenes that they were made from.
 
-Time: not measured
+Time: 14.6 minutes on one CPU core with other work on it, 5 minutes of CPU time
 Paper: none
-Ours: not measured
+Ours: squared error 0.012, of pixels in [-1, 1]; a classifier reads 99 % of the colours, all backgrounds and 49 % of the
+shapes as they are
 """
 
 from jaxgen.config import make
