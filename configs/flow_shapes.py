@@ -1,10 +1,12 @@
-"""Flow matching (rectified flow) on the drawn scenes (jaxgen/data/shapes.py), 32x32.
+"""Flow matching (rectified flow) on the drawn scenes (jaxgen/data/shapes.py), 32x32, by their latents of 8x8x4.
 
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
     python -m jaxgen.main --config=configs/flow_shapes.py
 
-Time: 20 minutes on 2 CPU cores with other work on them
+Time: 9.6 minutes on one CPU core with other work on it, after 11.4 minutes of kl_shapes
 Paper: none
-Ours: colours, backgrounds, sizes and places are right, shapes are still blurred; distance not measured
+Ours: Fréchet distance 13.5 by the scenes' classifier (500 samples), precision 0.92, recall 0.69
 """
 
 from jaxgen.config import make
@@ -14,9 +16,10 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='diffusion',
-        data=dict(source='shapes', size=32, channels=3, batch=32),
+        stages=dict(first='runs/kl_shapes'),
+        data=dict(source='shapes', size=32, channels=3, batch=64),
         model=dict(
-            unet=dict(channels=16, multipliers=(1, 2, 4), blocks=1, attention=(8,), dropout=0.0),
+            unet=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
             process='flow',
             prediction='flow',
             times='logit_normal',
@@ -25,17 +28,20 @@ def get_config(variant: str = ''):
             variance='fixed_small',
             sampler='euler',
             sample_steps=50,
+            latent_scale=0.5,
             clip=False,
         ),
-        optim=dict(lr=2e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
-        train=dict(steps=1500, log_every=50, save_every=500, sample_every=500),
+        optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.998, ema_warmup=True),
+        train=dict(steps=1500, updates_per_call=5, log_every=50, save_every=500, sample_every=750),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
                 data=dict(size=8, batch=8),
-                model=dict(unet=dict(channels=8, multipliers=(1, 2), attention=(4,)), sample_steps=4, ode_steps=3),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
+                model=dict(
+                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=4, ode_steps=3
+                ),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
                 evaluate=dict(batch=8, examples=8, features='none'),
             ),
