@@ -41,7 +41,7 @@ def get_config(variant: str = ''):
                     discriminator_channels=4,
                     discriminator_multipliers=(1, 1),
                     discriminator_embedding=4,
-                    r1_every=2,
+                    r1_every=1,
                 ),
                 optim=dict(lr=1e-3, ema=0.9),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),

@@ -164,11 +164,16 @@ def build(
         value = vanilla_discriminator(real, fake)
         logs = {'discriminator_real': real.mean(), 'discriminator_fake': fake.mean(), 'discriminator_loss': value}
         if r1:
-            # In the mean over updates it is what it would be in each.
-            logs['r1'] = jax.lax.cond(
-                count % r1_every == 0,
-                lambda: r1_every * r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean(),
-                lambda: jnp.zeros(()),
+
+            def penalty():
+                return r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean()
+
+            # In the mean over updates it is what it would be in each. (On several virtual devices of one CPU XLA may come
+            # to a standstill over sums under a condition, so there is none where none is needed.)
+            logs['r1'] = (
+                penalty()
+                if r1_every == 1
+                else jax.lax.cond(count % r1_every == 0, lambda: r1_every * penalty(), lambda: jnp.zeros(()))
             )
             value = value + r1 * logs['r1']
         return value, logs
