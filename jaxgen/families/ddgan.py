@@ -168,8 +168,8 @@ def build(
             def penalty():
                 return r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean()
 
-            # In the mean over updates it is what it would be in each. (On several virtual devices of one CPU XLA may come
-            # to a standstill over sums under a condition, so there is none where none is needed.)
+            # In the mean over updates it is what it would be in each. No condition where none is needed: on several
+            # virtual devices of one CPU XLA may come to a standstill over the sums under it.
             logs['r1'] = (
                 penalty()
                 if r1_every == 1
