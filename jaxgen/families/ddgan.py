@@ -27,7 +27,7 @@ from jaxgen.contract import Context, Family, advance, example_keys, gradient_ste
 from jaxgen.diffusion.samplers import ancestral, levels
 from jaxgen.diffusion.schedules import Schedule, posterior, variance_preserving
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
+from jaxgen.losses.adversarial import lazily, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.ddgan import Discriminator, Generator
 from jaxgen.networks.ncsnpp import PYRAMIDS, RESAMPLINGS
 
@@ -164,16 +164,8 @@ def build(
         value = vanilla_discriminator(real, fake)
         logs = {'discriminator_real': real.mean(), 'discriminator_fake': fake.mean(), 'discriminator_loss': value}
         if r1:
-
-            def penalty():
-                return r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean()
-
-            # In the mean over updates it is what it would be in each. No condition where none is needed: on several
-            # virtual devices of one CPU XLA may come to a standstill over the sums under it.
-            logs['r1'] = (
-                penalty()
-                if r1_every == 1
-                else jax.lax.cond(count % r1_every == 0, lambda: r1_every * penalty(), lambda: jnp.zeros(()))
+            logs['r1'] = lazily(
+                lambda: r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean(), count, r1_every
             )
             value = value + r1 * logs['r1']
         return value, logs

@@ -52,7 +52,7 @@ from jaxgen.contract import (
     spread,
 )
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import GAMES, gradient_penalty, r1_penalty
+from jaxgen.losses.adversarial import GAMES, gradient_penalty, lazily, r1_penalty
 from jaxgen.losses.augmentation import AUGMENTATIONS, augment
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
@@ -243,10 +243,7 @@ def build(
             logs['penalty'] = gradient_penalty(f, x, fake, penalty_rng, one_sided).mean()
             value = value + penalty * logs['penalty']
         if r1:
-            # In the mean over updates it is what it would be in each.
-            logs['r1'] = jax.lax.cond(
-                step % r1_every == 0, lambda: r1_every * r1_penalty(f, x).mean(), lambda: jnp.zeros(())
-            )
+            logs['r1'] = lazily(lambda: r1_penalty(f, x).mean(), step, r1_every)
             value = value + r1 * logs['r1']
         found = {'vectors': vectors, 'batch_stats': statistics}
         return value, {'discriminator_loss': value, **logs, 'found': found}
