@@ -15,6 +15,7 @@ from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import stargan2
 from jaxgen.networks import stargan2 as networks
+from jaxgen.networks.layers import Norm
 from jaxgen.optim import Optim
 
 DOMAINS = 3
@@ -202,7 +203,7 @@ def test_networks_of_vectors_equal_torch():
 def test_norms_of_groups_leave_plain_colours():
     """Of a map that is the same all over nothing is left by norms of single channels."""
     x = jnp.broadcast_to(jnp.arange(8.0), (1, 4, 4, 8))
-    one, groups = (networks.norm_layer(n, 8, jnp.float32, affine=False).apply({}, x) for n in ('instance', 'group'))
+    one, groups = (Norm(n, 8, affine=False).apply({}, x) for n in ('instance', 'group'))
     np.testing.assert_allclose(one, 0, atol=1e-6)
     np.testing.assert_allclose(groups[0, 0, 0], np.tile((np.arange(4) - 1.5) / math.sqrt(1.25), 2), rtol=1e-4)
 

@@ -36,12 +36,11 @@ from jaxgen.contract import Context, Family, advance, gradient_step, new_state, 
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
 from jaxgen.networks import patchgan
-from jaxgen.networks.layers import Conv, ConvTranspose, GroupNorm, instance_norm
+from jaxgen.networks.layers import NORMS, Conv, ConvTranspose, Norm, instance_norm
 
 Array = jax.Array
 
 INIT = nn.initializers.normal(0.02)
-NORMS = ('instance', 'group')
 
 
 def mirrored(x: Array, reach: int) -> Array:
@@ -57,7 +56,9 @@ class Normed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return instance_norm(x) if self.norm == 'instance' else GroupNorm(eps=1e-5, dtype=self.dtype, name='group')(x)
+        if self.norm == 'instance':
+            return instance_norm(x)
+        return Norm(self.norm, x.shape[-1], dtype=self.dtype, name='group')(x)
 
 
 class Block(nn.Module):

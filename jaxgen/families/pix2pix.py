@@ -32,24 +32,17 @@ from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
-from jaxgen.networks.layers import Conv, ConvTranspose, GroupNorm
+from jaxgen.networks.layers import NORMS, Conv, ConvTranspose, Norm
 
 Array = jax.Array
 
 INIT = nn.initializers.normal(0.02)
-NORMS = ('instance', 'group')
 
 
 def drop(x: Array, keys: Array, rate: float) -> Array:
     """x [n, ...] with numbers set to 0 at this rate and the others made larger for it, each example by its key."""
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0)
-
-
-def Norm(kind: str, channels: int, dtype: Any) -> nn.Module:
-    """Of each channel by itself, or of groups of four or more; with weights."""
-    groups, least = (channels, 1) if kind == 'instance' else (32, 4)
-    return GroupNorm(groups, 1e-5, dtype, least, name='norm')
 
 
 class Down(nn.Module):
@@ -71,7 +64,7 @@ class Down(nn.Module):
         x = x if self.first else nn.leaky_relu(x, 0.2)
         rest = dict(padding=((1, 1), (1, 1)), bias=False, init=INIT, dtype=self.dtype, name='conv')
         x = Conv(self.features, **rest)(x) if self.full else Conv(self.features, 4, stride=2, **rest)(x)
-        return Norm(self.norm, self.features, self.dtype)(x) if self.norm else x
+        return Norm(self.norm, self.features, dtype=self.dtype, name='norm')(x) if self.norm else x
 
 
 class Up(nn.Module):
@@ -87,7 +80,7 @@ class Up(nn.Module):
     def __call__(self, x: Array, keys: Array) -> Array:
         conv = Conv if self.full else ConvTranspose
         x = conv(self.features, bias=False, init=INIT, dtype=self.dtype, name='conv')(nn.relu(x))
-        x = Norm(self.norm, self.features, self.dtype)(x)
+        x = Norm(self.norm, self.features, dtype=self.dtype, name='norm')(x)
         return drop(x, keys, self.rate) if self.rate else x
 
 

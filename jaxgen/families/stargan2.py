@@ -35,10 +35,10 @@ from jaxgen.contract import Context, Family, advance, example_keys, gradient_ste
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
+from jaxgen.networks.layers import NORMS
 
 Array = jax.Array
 
-NORMS = ('instance', 'group')
 GUIDES = ('latent', 'reference')  # where styles come from
 
 

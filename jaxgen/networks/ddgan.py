@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxgen.networks.embeddings import sinusoidal
 from jaxgen.networks.layers import Conv, Dense, smooth, variance_scaling
 from jaxgen.networks.ncsnpp import NCSNpp
-from jaxgen.networks.stylegan2 import minibatch_deviation
+from jaxgen.networks.stylegan2 import minibatch_deviation, normalised
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, z: Array, *, train: bool) -> Array:
-        h = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + 1e-8)
+        h = normalised(z)
         for i in range(self.mapping_layers + 1):
             h = nn.silu(Dense(self.style, dtype=self.dtype, name=f'mapping{i}')(h))
         return jnp.tanh(NCSNpp(**self.unet, dtype=self.dtype, name='unet')(x, t, style=h, train=train))

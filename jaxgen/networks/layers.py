@@ -17,6 +17,8 @@ from jaxgen.networks.convolution import convolve
 
 Array = jax.Array
 
+NORMS = ('instance', 'group')  # kinds of Norm
+
 
 def variance_scaling(scale: float = 1.0) -> Callable:
     """Uniform init with variance scale / mean(fan in, fan out), the default of DDPM and others.
@@ -153,6 +155,19 @@ class GroupNorm(nn.Module):
         variance = jnp.maximum(of_groups(jnp.square(y)) - jnp.square(mean), 0)
         y = (y - to_channels(mean)) * (to_channels(jax.lax.rsqrt(variance + self.eps)) * scale) + bias
         return y.reshape(x.shape).astype(self.dtype)
+
+
+def Norm(
+    kind: str, channels: int, *, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
+) -> nn.Module:
+    """The norms of NORMS, of [n, ..., channels]: 'instance', of each channel of each image by itself, or 'group', of
+    groups of four or more channels, which leaves what is the same all over an image; eps as in torch.
+
+    Args:
+      affine: with a learned scale and bias.
+    """
+    groups, least = (channels, 1) if kind == 'instance' else (32, 4)
+    return GroupNorm(groups, 1e-5, dtype, least, affine, name=name)
 
 
 def LayerNorm(

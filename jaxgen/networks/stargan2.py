@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, upsample_nearest
+from jaxgen.networks.layers import Conv, Dense, Norm, downsample_mean, upsample_nearest
 
 Array = jax.Array
 
@@ -53,12 +53,6 @@ def edges(x: Array) -> Array:
     return 9 * x - y
 
 
-def norm_layer(norm: str, channels: int, dtype: Any, affine: bool = True) -> nn.Module:
-    """Of each channel by itself, or of groups of four or more."""
-    groups, least = (channels, 1) if norm == 'instance' else (32, 4)
-    return GroupNorm(groups, 1e-5, dtype, least, affine)
-
-
 class Adaptive(nn.Module):
     """Norm of [n, H, W, C] with the gains and shifts that a style [n, d] asks for (Huang & Belongie 2017, arXiv
     1703.06868)."""
@@ -70,7 +64,7 @@ class Adaptive(nn.Module):
     def __call__(self, x: Array, s: Array) -> Array:
         features = x.shape[-1]
         gain, shift = jnp.split(Dense(2 * features, init=HE, name='style')(s)[:, None, None], 2, -1)
-        y = norm_layer(self.norm, features, self.dtype, affine=False)(x)
+        y = Norm(self.norm, features, affine=False, dtype=self.dtype)(x)
         return (1 + gain).astype(self.dtype) * y + shift.astype(self.dtype)
 
 
@@ -91,7 +85,7 @@ class Down(nn.Module):
         rest = dict(init=HE, dtype=self.dtype)
 
         def normed(x):
-            return norm_layer(self.norm, x.shape[-1], self.dtype)(x) if self.norm else x
+            return Norm(self.norm, x.shape[-1], dtype=self.dtype)(x) if self.norm else x
 
         h = leaky(normed(x))
         h = Conv(x.shape[-1], **rest, name='conv1')(h)
@@ -181,7 +175,7 @@ class Generator(nn.Module):
                     place = jax.image.resize(mask, (*y.shape[:3], 1), 'linear', antialias=False)
                     y = y * place.astype(y.dtype)
                 x = x + edges(y) / self.high_pass
-        x = leaky(norm_layer(self.norm, x.shape[-1], self.dtype)(x))
+        x = leaky(Norm(self.norm, x.shape[-1], dtype=self.dtype)(x))
         return Dense(channels, init=HE, dtype=self.dtype, name='last')(x).astype(jnp.float32)
 
 
