@@ -69,6 +69,13 @@ def over(function, state, frozen, mesh, source, n: int, size: int, seed: int, pr
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
+def average(values: np.ndarray) -> dict:
+    """{'value', 'stderr', 'n'} of float64 [n]."""
+    n = len(values)
+    stderr = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    return {'value': float(values.mean()), 'stderr': stderr, 'n': n}
+
+
 def measure(
     family, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None], odd=None
 ) -> dict[str, dict]:
@@ -86,8 +93,7 @@ def measure(
     for name, values in found.items():
         if not np.isfinite(values).all():
             raise RunError(f'{name} is not finite for example {int(np.argmin(np.isfinite(values)))} of the test split')
-        stderr = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-        results[name] = {'value': float(values.mean()), 'stderr': stderr, 'n': n}
+        results[name] = average(values)
     if odd is not None and (odd.all() or not odd.any()):
         log.say(f'the first {n} test examples are all of one kind: no area under an ROC curve')
     elif odd is not None:
@@ -244,21 +250,24 @@ class Evaluator:
         }
 
 
-def asked(run, evaluator: Evaluator, n: int) -> dict[str, np.ndarray]:
-    """What n samples are to show, by the features of the data that the evaluator's network names: the class that each
-    is drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. {} where nothing is."""
+def asked(run, evaluator: Evaluator, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What samples are to show, by the features of the data that the evaluator's network names: the class that each is
+    drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. {} where nothing is.
+
+    given: of the samples, see sample.batches.
+    """
     names, conditions, section = evaluator.features.reads, run.assembled.family.conditions, run.config.data.to_dict()
     if not names or not conditions:
         return {}
     if 'label' in conditions:
-        return {'label': sample.batches(run.assembled, run.config, n, {})['label']} if names == ('label',) else {}
+        return {'label': given['label']} if names == ('label',) else {}
     section |= {'features': ('image', *names), 'other': ''}
     try:
         data.spec(section)
     except UserError:  # the data do not say
         return {}
     source = data.dataset(section, 'test')
-    examples = source.take(np.arange(n) % len(source))
+    examples = source.take(given['index'] % len(source))
     return {name: examples[name] for name in names}
 
 
@@ -271,9 +280,8 @@ def hits(evaluator: Evaluator, images: np.ndarray, wanted: dict[str, np.ndarray]
       told: by a caption, which names some factors only: 'asked/accuracy/0', ... are of those, and 'asked/caption' says
         whether all of them are right.
     """
-    size, found = evaluator.batch(n), {}
+    size, found, batch = evaluator.batch(n), {}, {'image': images, **wanted}
     for start in range(0, len(images), size):
-        batch = {'image': images, **wanted}
         placed, real = sharding.put_padded(evaluator.mesh, {k: v[start : start + size] for k, v in batch.items()}, size)
         values = networks.program(evaluator.features.hits)(evaluator.features.variables, placed)
         for name, x in values.items():
@@ -292,7 +300,8 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
     Every piece is kept in the run's directory until `forget`, so that what was stopped goes on
     where it was.
     """
-    wanted, to_show = sample.batches(run.assembled, run.config, n, {}), asked(run, evaluator, n)
+    wanted = sample.batches(run.assembled, run.config, n, {})
+    to_show = asked(run, evaluator, wanted)
     size = sharding.round_up(run.assembled.mesh, min(run.config.sample.batch, n))
     folder = piece_folder(run, evaluator, size, seed)
     for start in range(0, n, size):

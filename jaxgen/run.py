@@ -186,9 +186,7 @@ class Run:
             pieces = evaluate.sample_features(self, evaluator, n, seed, lambda done: bar.update(done - bar.n))
             results = evaluator.figures(outputs(pieces), n)
         for name, parts in found.items():
-            values = np.concatenate(parts).astype(np.float64)
-            spread = {'stderr': float(values.std(ddof=1) / np.sqrt(n)), 'n': n}
-            results[f'{name}/{evaluator.features.name}'] = {'value': float(values.mean()), **spread}
+            results[f'{name}/{evaluator.features.name}'] = evaluate.average(np.concatenate(parts).astype(np.float64))
         return results
 
 

@@ -367,8 +367,8 @@ def test_whether_samples_show_what_was_asked():
     section = config.data.to_dict()
     judge = evaluate.Evaluator(network, section, 'train', sharding.make_mesh(1, jax.devices()[:1]), 2)
     run = types.SimpleNamespace(assembled=a, config=config)
-    wanted = evaluate.asked(run, judge, 3)
-    texts = sample.batches(a, config, 3, {})['caption']
+    given = sample.batches(a, config, 3, {})
+    wanted, texts = evaluate.asked(run, judge, given), given['caption']
     assert [shapes.caption(f) for f in wanted['factors']] == [shapes.decode_caption(t) for t in texts]
     images = np.zeros((3, 8, 8, 3), np.uint8)
     images[:, 0, :7, 0] = wanted['factors']
@@ -384,4 +384,4 @@ def test_whether_samples_show_what_was_asked():
     nothing = types.SimpleNamespace(
         assembled=types.SimpleNamespace(family=a.family._replace(conditions=())), config=config
     )
-    assert evaluate.asked(nothing, judge, 3) == {}
+    assert evaluate.asked(nothing, judge, given) == {}
