@@ -301,11 +301,11 @@ def build(
     def update(state, frozen, batch, rng):
         step_rng, noise_rng = jax.random.split(rng)
         state, logs = step(state, frozen, batch, step_rng)
-        # Statistics are those of the averaged weights, which are what is measured.
-        averaged = advance(state, context.optim)
-        _, new = trained(averaged.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
-        # Those of init count too: they are the first batch's.
-        return averaged.replace(extra=running(averaged, state.extra, new, STATISTICS_DECAY)), logs
+        state = advance(state, context.optim)
+        # Statistics are those of the averaged weights, which are what is measured; those of init, of the first batch,
+        # count too.
+        _, new = trained(state.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
+        return state.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), logs
 
     def evaluate(state, frozen, batch, rng):
         def draw(keys):
