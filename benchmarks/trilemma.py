@@ -9,6 +9,10 @@ them stand the held-out pictures, measured as if a model had made them: no model
 data that is better than they are. Prints the table, and writes benchmarks/results/trilemma_<dataset>.json
 and the picture benchmarks/pictures/trilemma_<dataset>.png (pip install -e '.[bench]').
 
+    python benchmarks/trilemma.py --dataset=digits --only=gan_digits,dcgan_digits,vae_digits --name=gans
+
+takes the runs named alone, and writes gans_digits.json and gans_digits.png.
+
 The trilemma: Xiao et al. 2022, Tackling the Generative Learning Trilemma with Denoising Diffusion GANs.
 """
 
@@ -83,11 +87,13 @@ def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[
     return {name: batch / statistics.median(times) for name, times in seconds.items()}
 
 
-def find_runs(folder: str, like) -> dict[str, run.Run]:
-    """All finished runs in `folder` that draw pictures of the data set of the config `like`, by name."""
+def find_runs(folder: str, like, only: list[str]) -> dict[str, run.Run]:
+    """Finished runs in `folder`, all or those named, that draw pictures of the data set of the config `like`."""
     found = {}
     for path in sorted(glob.glob(os.path.join(folder, '*', 'config.json'))):
         workdir = os.path.dirname(path)
+        if only and os.path.basename(workdir) not in only:
+            continue
         config = run.saved_config(workdir)
         same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box', 'keep_classes'))
         if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
@@ -162,12 +168,17 @@ def main() -> None:
     parser.add_argument('--n', type=int, default=2000, help='samples of every run')
     parser.add_argument('--batch', type=int, default=256, help='samples drawn at once when speed is measured')
     parser.add_argument('--turns', type=int, default=5)
+    parser.add_argument('--only', default='', help='names of runs, separated by commas')
+    parser.add_argument('--name', default='trilemma', help='of the files that are written')
     arguments = parser.parse_args()
     paths = sorted(glob.glob(os.path.join(ROOT, 'configs', f'*_{arguments.dataset}.py')))
     if not paths:
         parser.error(f'no config is named *_{arguments.dataset}.py')
     paths.sort(key=lambda path: configs.load(path).family != 'classifier')  # the others are measured with it
+    only = [name for name in arguments.only.split(',') if name]
     for path in paths:
+        if only and path is not paths[0] and configs.name(path) not in only:
+            continue
         workdir = os.path.join(arguments.runs, configs.name(path))
         if not trained(workdir, configs.load(path)):
             train(path, workdir)
@@ -176,7 +187,9 @@ def main() -> None:
     network = configs.name(paths[0])
     if like.family != 'classifier':
         parser.error(f'no config of a classifier is named *_{arguments.dataset}.py: the runs are measured with it')
-    runs = find_runs(arguments.runs, like)
+    runs = find_runs(arguments.runs, like, only)
+    if absent := sorted({*only} - {*runs}):
+        parser.error(f'no finished run that draws {arguments.dataset} is named {", ".join(absent)}')
     like.evaluate.features = f'run:{os.path.join(arguments.runs, network)}'
     evaluator = run.make_evaluator(like, next(iter(runs.values())).assembled.mesh)
     evaluator.check(arguments.n)
@@ -204,9 +217,9 @@ def main() -> None:
         'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
     }
     here = os.path.join(ROOT, 'benchmarks')
-    log.save_json(os.path.join(here, 'results', f'trilemma_{arguments.dataset}.json'), record)
+    log.save_json(os.path.join(here, 'results', f'{arguments.name}_{arguments.dataset}.json'), record)
     title = f'Quality, diversity, speed: {arguments.dataset}'
-    draw(rows, network, title, os.path.join(here, 'pictures', f'trilemma_{arguments.dataset}.png'))
+    draw(rows, network, title, os.path.join(here, 'pictures', f'{arguments.name}_{arguments.dataset}.png'))
 
 
 if __name__ == '__main__':

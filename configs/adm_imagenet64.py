@@ -45,7 +45,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=4),
+                    adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                     timesteps=20,
                     sample_steps=5,
                 ),

@@ -78,7 +78,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,)),
+                    ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
                     start_scales=2,
                     end_scales=8,
                     total_steps=4,

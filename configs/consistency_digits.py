@@ -45,7 +45,13 @@ def get_config(variant: str = ''):
             ),
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(ncsnpp=dict(channels=8), start_scales=2, end_scales=8, total_steps=4, sample_steps=2),
+                model=dict(
+                    ncsnpp=dict(channels=8, multipliers=(1,), attention=()),
+                    start_scales=2,
+                    end_scales=8,
+                    total_steps=4,
+                    sample_steps=2,
+                ),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

@@ -26,7 +26,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8, box=()),
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,)),
+                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
                     timesteps=20,
                     beta_end=0.5,
                     sampler='ddim',

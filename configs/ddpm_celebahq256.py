@@ -28,7 +28,7 @@ def get_config(variant: str = ''):
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
                     # Dropout as in ddpm_cifar10:tiny, so that tests compile one program for both.
-                    unet=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.1),
                     timesteps=20,
                     beta_end=0.5,
                 ),

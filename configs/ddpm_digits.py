@@ -35,7 +35,13 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(unet=dict(channels=8), timesteps=20, beta_end=0.5, sample_steps=0, bound_steps=0),
+                model=dict(
+                    unet=dict(channels=8, multipliers=(1,), attention=()),
+                    timesteps=20,
+                    beta_end=0.5,
+                    sample_steps=0,
+                    bound_steps=0,
+                ),
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

@@ -32,7 +32,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,)), sample_steps=5, ode_steps=3
+                    ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=5, ode_steps=3
                 ),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),

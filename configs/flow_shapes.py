@@ -32,7 +32,7 @@ def get_config(variant: str = ''):
             clip=False,
         ),
         optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.998, ema_warmup=True),
-        train=dict(steps=1500, updates_per_call=5, log_every=50, save_every=500, sample_every=750),
+        train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=600, sample_every=1200),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(

@@ -24,7 +24,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(adm=dict(channels=8, head_channels=4), timesteps=20),
+                model=dict(adm=dict(channels=8, multipliers=(1,), attention=(), head_channels=4), timesteps=20),
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, samples=4),
                 sample=dict(batch=4),

@@ -32,7 +32,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=4), timesteps=20
+                    adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=4), timesteps=20
                 ),
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, samples=4, dtype='float32'),

@@ -37,7 +37,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(size=8, batch=8, low_resolution=4),
                 model=dict(
-                    unet=dict(channels=8),
+                    unet=dict(channels=8, multipliers=(1,), attention=()),
                     timesteps=20,
                     sample_steps=4,
                     bound_steps=0,

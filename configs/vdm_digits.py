@@ -24,7 +24,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(channels=8, blocks=2, sample_steps=5, bound_times=3),
+                model=dict(channels=8, blocks=1, sample_steps=5, bound_times=3),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

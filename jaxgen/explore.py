@@ -101,13 +101,16 @@ def flat_map(z: np.ndarray, method: str, seed: int) -> np.ndarray:
     """Latents [n, ...] in two dimensions [n, 2], by 'pca' or 'tsne' (of the first 50 principal components)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     flat = z.reshape(len(z), -1)
     kept = 2 if method == 'pca' else min(50, *flat.shape)
     flat = PCA(kept, random_state=seed).fit_transform(flat)
     if method == 'pca':
         return flat
-    return TSNE(2, perplexity=min(30, (len(z) - 1) / 3), init='pca', random_state=seed).fit_transform(flat)
+    # Where other work is on the cores, OpenMP's threads spin for each other: two took two hundred times as long as one.
+    with threadpool_limits(1, 'openmp'):
+        return TSNE(2, perplexity=min(30, (len(z) - 1) / 3), init='pca', random_state=seed).fit_transform(flat)
 
 
 def labelled(section: dict) -> dict:

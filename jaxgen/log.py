@@ -11,7 +11,6 @@ import uuid
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
@@ -26,6 +25,19 @@ def say(message: str) -> None:
 def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
     """A progress bar of pictures, on stderr."""
     return tqdm(total=total, desc=what or None, unit='image', dynamic_ncols=True, file=sys.stderr, disable=quiet)
+
+
+def summary_writer(directory: str, **options):
+    """TensorBoard's events in `directory`."""
+    # tensorboardX imports torch where there is one, which takes seconds, for pictures of networks that we do not draw.
+    torch = sys.modules.get('torch')
+    sys.modules['torch'] = torch  # None hides it
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if torch is None:
+            del sys.modules['torch']
+    return SummaryWriter(directory, **options)
 
 
 class Meter:
@@ -57,7 +69,7 @@ class Writer:
         self.path = os.path.join(workdir, 'metrics.jsonl')
         cut_back(self.path, step)
         self.file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
-        self.board = SummaryWriter(os.path.join(workdir, 'tensorboard'), purge_step=step + 1, flush_secs=30)
+        self.board = summary_writer(os.path.join(workdir, 'tensorboard'), purge_step=step + 1, flush_secs=30)
         every = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings; a log file needs few
         self.bar = tqdm(
             total=steps,

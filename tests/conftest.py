@@ -12,6 +12,8 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettemp
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}'))
+# Workers share the cores: OpenMP's threads (of torch and scikit-learn) would spin while they wait for each other.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Most of a test's time is compiling, and tiny programs need no optimising. XLA's older code for fused operations
 # compiles in half the time or less; jaxlib 0.12 has it no more, and ends the process at flags that it does not know.
 HAS_OLDER = version('jaxlib').startswith('0.10.')

@@ -187,6 +187,10 @@ COMPARED = (
 )
 
 
+# Whose first weights depend on the first batch, so that all devices must agree on it before the first update.
+BY_THE_BATCH = ('glow_digits', 'pixelcnn_pp_digits', 'real_nvp_digits')
+
+
 @pytest.fixture(params=sorted(DISTINCT.values()))
 def distinct(request):
     return request.param
@@ -230,9 +234,10 @@ def test_traces_at_tiny_size(name):
     family, state, frozen = assembled.family, assembled.abstract, assembled.frozen
     batch = jax.eval_shape(lambda: first_batch(config))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    after, logs = jax.eval_shape(family.update, state, frozen, batch, key)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert all(leaf.shape == () for leaf in logs.values())
+    if name in EMBEDDED:  # of the others, describe traces an update at full size
+        after, logs = jax.eval_shape(family.update, state, frozen, batch, key)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert all(leaf.shape == () for leaf in logs.values())
     if family.sample is not None:
         wanted = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.batches(assembled, config, 4, {}).items()
@@ -276,10 +281,10 @@ def test_updates_sample_and_evaluate(distinct, tmp_path):
 
     if figure := FALLS[config.family]:  # on a fixed batch, with the same draws at the start and at the end
         learnt, seen = state, []
-        for key in jnp.tile(jax.random.split(jax.random.key(1), 60), 4):
+        for key in jnp.tile(jax.random.split(jax.random.key(1), 40), 4):
             learnt, logs = update(learnt, frozen, batch, key)
             seen.append(logs[figure])
-        before, *_, after = np.reshape(seen, (4, 60)).mean(1)
+        before, *_, after = np.reshape(seen, (4, 40)).mean(1)
         assert after < 0.9 * before, f'{figure} does not fall'
 
     if family.sample is not None:
@@ -289,11 +294,9 @@ def test_updates_sample_and_evaluate(distinct, tmp_path):
         images = draw(state, frozen, wanted, jax.random.key(1))
         assert images.shape == (4, *batch['image'].shape[1:])
         assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
-        # A sample is a function of the seed and its number: not of what is drawn beside it.
-        last = {k: v[2:] for k, v in wanted.items()}
-        np.testing.assert_allclose(
-            images[2:], jax.jit(family.sample)(state, frozen, last, jax.random.key(1)), atol=2e-4
-        )
+        # A sample is a function of the seed and its number: not of its place, nor of what is drawn beside it.
+        turned = draw(state, frozen, {k: v[::-1] for k, v in wanted.items()}, jax.random.key(1))
+        np.testing.assert_allclose(images, turned[::-1], atol=2e-4)
         # Where pictures are given, there need be no other noise in it: other ones are given too.
         others = {k: v[::-1] if v.ndim == 4 else v for k, v in wanted.items()} | {'index': wanted['index'] + 4}
         other = draw(state, frozen, others, jax.random.key(1))
@@ -355,9 +358,9 @@ def test_half_precision(distinct):
     assembled = assemble(config)
     family, frozen, state = assembled.family, assembled.frozen, assembled.abstract
     key, shapes = jax.eval_shape(lambda: jax.random.key(1)), jax.eval_shape(lambda: first_batch(config))
-    after, _ = jax.eval_shape(family.update, state, frozen, shapes, key)
+    jaxpr, (after, _) = jax.make_jaxpr(family.update, return_shape=True)(state, frozen, shapes, key)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((after.params, after.ema)))
-    text = str(jax.make_jaxpr(family.update)(state, frozen, shapes, key))
+    text = str(jaxpr)
     assert 'bf16' in text, 'nothing is computed in bfloat16'
     if distinct not in COMPARED:
         return
@@ -418,7 +421,7 @@ def on_devices(names: list[str]) -> None:
     assert jax.device_count() == 8
     sharding.SMALLEST_SHARDED = 64  # so that tiny weights are cut too
     for name in names:
-        results = []
+        start, results = None, []
         for place, fsdp in ((jax.devices()[:1], 1), (None, 2)):
             batch = math.lcm(8, tiny(name).data.batch)
             config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})
@@ -431,8 +434,10 @@ def on_devices(names: list[str]) -> None:
             batch = next(iter(data.batches(config.data, 'train', seed=0)))
             placed = sharding.put_batch(assembled.mesh, batch)
             frozen = jax.device_put(assembled.frozen, sharding.over_weights(assembled.mesh, assembled.frozen))
-            init = jax.jit(lambda *args, a=assembled: run.init_state(a.family, *args), out_shardings=places)
-            state = init(jax.random.key(0), placed, frozen)
+            if not results or name in BY_THE_BATCH:
+                init = jax.jit(lambda *args, a=assembled: run.init_state(a.family, *args), out_shardings=places)
+                start = jax.device_get(init(jax.random.key(0), placed, frozen))
+            state = jax.device_put(start, places)
             call = make_call(assembled, places, 1, 0)
             for _ in range(2):
                 state, logs = call(state, frozen, jax.tree.map(lambda x: x[None], placed))
@@ -476,12 +481,12 @@ def test_weights_of_any_width_after_the_run(tmp_path, capfd):
     from support import mistake
 
     def trained(name, **optim):
-        config = tiny('flow_digits', optim=optim, train={'steps': 4, 'save_every': 2, 'keep': 1, 'keep_every': 2})
+        config = tiny(name, optim=optim, train={'steps': 4, 'save_every': 2, 'keep': 1, 'keep_every': 2})
         train(config, str(tmp_path / name))
         return str(tmp_path / name)
 
-    kept = trained('kept', ema_std=(0.05, 0.1))
-    drawn = {w: run.load(kept, weights=w).sample(n=2).astype(int) for w in ('ema', '0.07', '0.1')}
+    kept = trained('flow_digits', ema_std=(0.05, 0.1))
+    drawn = {w: run.load(kept, weights=w).sample(n=2).astype(int) for w in ('ema', '0.07')}
     tracked = saved_state(kept).ema['denoiser@0.1']
     made = run.load(kept, weights='0.1').state.ema['denoiser']
     for a, b in zip(*map(jax.tree.leaves, (tracked, made)), strict=True):
@@ -489,8 +494,8 @@ def test_weights_of_any_width_after_the_run(tmp_path, capfd):
     assert np.abs(drawn['0.07'] - drawn['ema']).max() > 0
     film = run.load(kept).film(2, 3)
     assert film.shape == (2, 2, 3, 8, 8, 1) and film.dtype == np.uint8
-    end, sample = film[:, 0, -1].astype(float), run.load(kept).sample(n=2)
-    assert np.corrcoef(end.ravel(), sample.ravel())[0, 1] > 0.95  # but for the scale of grey
-    plain = trained('plain')
+    end = film[:, 0, -1].astype(float)
+    assert np.corrcoef(end.ravel(), drawn['ema'].ravel())[0, 1] > 0.95  # but for the scale of grey
+    plain = trained('vae_digits')
     capfd.readouterr()
     assert 'ema_std' in mistake(capfd, '--mode=sample', f'--workdir={plain}', '--weights=0.07')

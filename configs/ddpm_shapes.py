@@ -1,0 +1,46 @@
+"""DDPM on the drawn scenes (jaxgen/data/shapes.py), 32x32, by their latents of 8x8x4.
+
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
+    python -m jaxgen.main --config=configs/ddpm_shapes.py
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        stages=dict(first='runs/kl_shapes'),
+        data=dict(source='shapes', size=32, channels=3, batch=64),
+        model=dict(
+            unet=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
+            variance='fixed_small',
+            sample_steps=250,
+            latent_scale=0.5,
+            clip=False,
+        ),
+        optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.998, ema_warmup=True),
+        train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=600, sample_every=1200),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                data=dict(size=8, batch=8),
+                model=dict(
+                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    timesteps=20,
+                    beta_end=0.5,
+                    sample_steps=0,
+                ),
+                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
+                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
+                sample=dict(batch=4),
+                evaluate=dict(batch=8, examples=8, features='none'),
+            ),
+        },
+    )
