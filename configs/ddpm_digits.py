@@ -6,12 +6,12 @@
     python -m jaxgen.main --config=configs/ddpm_digits.py:min_snr        # velocities, weighted by the signal
 
 `:conditional` guides at middle levels only (Kynkaanniemi et al. 2024) and puts part of the contrast back (Lin et al.
-2023); `:v` is the recipe of the latter, with 50 steps of DDIM; `:min_snr` has the weights of Hang et al. 2023. These
-three have not been trained yet.
+2023); `:v` is the recipe of the latter, with 50 steps of DDIM; `:min_snr` has the weights of Hang et al. 2023.
 
-Time: 3.6 minutes on 2 CPU cores
+Time: 3.6 minutes on 2 CPU cores; the variants 9.7, 8.2 and 5.8 minutes on one core with much other work on it
 Paper: none
-Ours: 4.95 bits/dim of 256 levels (variational bound, 359 held-out digits)
+Ours: 4.95 bits/dim of 256 levels (variational bound, 359 held-out digits), Fréchet distance 0.74 (500 samples);
+`:conditional` 4.87 and 0.47, all samples the digit asked for; `:v` 5.02 and 0.99; `:min_snr` 5.60 and 0.78
 """
 
 from jaxgen.config import make

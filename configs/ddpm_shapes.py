@@ -4,9 +4,9 @@
     python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
     python -m jaxgen.main --config=configs/ddpm_shapes.py
 
-Time: not measured
+Time: 24.4 minutes on one CPU core with other work on it, after 11.4 minutes of kl_shapes
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 15.3 by the scenes' classifier (500 samples), precision 0.90, recall 0.71
 """
 
 from jaxgen.config import make

@@ -4,9 +4,9 @@
     python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
     python -m jaxgen.main --config=configs/edm_shapes.py
 
-Time: not measured
+Time: 25.2 minutes on one CPU core with other work on it, after 11.4 minutes of kl_shapes
 Paper: none
-Ours: not measured
+Ours: Fréchet distance 14.0 by the scenes' classifier (500 samples), precision 0.91, recall 0.67
 """
 
 from jaxgen.config import make

@@ -90,12 +90,12 @@ def of_run(run) -> Features:
         return {name: x for name, x in found.items() if name.split('/')[0] == 'accuracy'}
 
     reads = tuple(name for name in run.config.data.features if name != 'image')
-    named = run.config.family == 'classifier' and reads
+    judges = family.sample is None and family.classify is not None and reads  # it is there to say what pictures show
     weights = (run.state.ema, run.state.extra)
     name = os.path.basename(os.path.abspath(run.workdir))
     variables = (run.state, run.assembled.frozen)
     image = tuple(run.assembled.spec.features['image'].shape)
-    return Features(name, digest(weights), image, apply, variables, *((reads, hits) if named else ()))
+    return Features(name, digest(weights), image, apply, variables, *((reads, hits) if judges else ()))
 
 
 def of_inception(path: str, cache: str, mesh) -> Features:
