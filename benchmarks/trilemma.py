@@ -138,17 +138,17 @@ def draw(rows: list[dict], network: str, title: str, path: str) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout='constrained')
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout='constrained')
     real = next(r for r in rows if 'images_per_second' not in r)
     models = sorted((r for r in rows if r is not real), key=lambda r: r['images_per_second'])
+    colours = plt.get_cmap('tab20').colors
     for i, r in enumerate(models):
         x, y = r['images_per_second'], r['figures']['frechet']['value']
-        recall = r['figures']['recall']['value']
-        axes.scatter(x, y, s=20 + 400 * recall, color=f'C{i}', alpha=0.55, linewidths=0)
-        up = 1 if i % 2 else -1  # neighbours' names on either side
-        label = f'{r["name"]}\nrecall {recall:.2f}'
-        place = {'xytext': (0, 22 * up), 'textcoords': 'offset points', 'ha': 'center', 'va': 'center'}
-        axes.annotate(label, (x, y), fontsize=8, **place)
+        recall, colour = r['figures']['recall']['value'], colours[i % len(colours)]
+        axes.scatter(x, y, s=20 + 400 * recall, color=colour, alpha=0.6, linewidths=0)
+        # The name stands beside the picture: systems of one kind lie too near each other.
+        axes.scatter([], [], s=40, color=colour, alpha=0.6, linewidths=0, label=f'{r["name"]}, recall {recall:.2f}')
+    figure.legend(loc='outside right upper', fontsize=7, title='slow to fast', title_fontsize=7)
     floor = real['figures']['frechet']['value']
     axes.axhline(floor, color='0.5', linestyle='--', linewidth=1)
     axes.text(0.01, floor, 'held-out pictures', transform=axes.get_yaxis_transform(), va='bottom', fontsize=8)
