@@ -17,6 +17,7 @@ def get_config(variant: str = ''):
         data=dict(source='digits', size=8, channels=1, batch=32),
         model=dict(
             timesteps=4,
+            beta_max=10.0,  # 8x8 pixels are lost in less noise than the paper's 32x32
             latent=32,
             style=64,
             mapping_layers=2,
@@ -27,17 +28,17 @@ def get_config(variant: str = ''):
             discriminator_channels=24,
             discriminator_multipliers=(1, 2, 4),
             discriminator_embedding=64,
-            r1=0.02,
+            r1=0.01,
             r1_every=4,
         ),
         optim=dict(
-            lr=5e-4,
+            lr=1e-3,
             schedule='cosine',
             b1=0.5,
             b2=0.99,
             ema=0.998,
             ema_warmup=True,
-            networks=dict(generator=dict(lr=1.5e-4)),
+            networks=dict(generator=dict(lr=1e-4)),
         ),
         train=dict(steps=8000, updates_per_call=10, log_every=100, save_every=2000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
