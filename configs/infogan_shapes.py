@@ -17,15 +17,25 @@ def get_config(variant: str = ''):
         variant,
         family='infogan',
         data=dict(source='shapes', size=32, channels=3, features=('image', 'factors'), batch=64),
-        model=dict(noise=32, categories=(8, 8), continuous=4, width=16, levels=3, hidden=128),
-        optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True, networks=dict(generator=dict(lr=1e-3))),
-        train=dict(steps=8000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
+        model=dict(
+            noise=32, categories=(8, 8), continuous=4, width=24, levels=3, hidden=128, discriminator_norm=False, r1=0.5
+        ),
+        optim=dict(lr=5e-4, b1=0.5, b2=0.99, ema=0.995, ema_warmup=True, networks=dict(generator=dict(lr=1e-3))),
+        train=dict(steps=4000, updates_per_call=20, log_every=100, save_every=1000, sample_every=500),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
                 data=dict(size=8, batch=8),
                 model=dict(
-                    noise=3, categories=(3, 2), continuous=1, width=16, levels=2, hidden=32, recogniser_hidden=16
+                    noise=3,
+                    categories=(3, 2),
+                    continuous=1,
+                    width=16,
+                    levels=2,
+                    hidden=32,
+                    recogniser_hidden=16,
+                    discriminator_norm=True,
+                    r1=0.0,
                 ),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

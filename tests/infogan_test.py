@@ -120,6 +120,17 @@ def test_neither_player_touches_the_other(moving):
     assert logs['information/categories'] < math.log(6) + 1e-5
 
 
+def test_penalty_of_a_discriminator_without_normalisation():
+    f = family(discriminator_norm=False, r1=0.5)
+    state, batch = started(f)
+    assert state.extra['discriminator'] == {}
+    after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    network, params = infogan.Discriminator(3, 2, 6, norm=False), state.params['discriminator']
+    slope = jax.grad(lambda x: network.apply({'params': params}, x, train=True)[0].sum())(batch['image'])
+    assert float(logs['r1']) == pytest.approx(float(0.5 * jnp.square(slope).sum((1, 2, 3)).mean()), rel=1e-4)
+
+
 def test_codes_come_back_as_the_categories_and_numbers_that_they_are():
     f = family()
     state, batch = started(f)
@@ -153,7 +164,7 @@ def test_one_kind_of_code_will_do(codes):
 WRONG = [
     *({name: 0} for name in ('noise', 'width', 'levels', 'hidden')),
     *({'continuous': -1}, {'categories': (1,)}, {'categories': (), 'continuous': 0}),
-    *({'category_weight': -1.0}, {'levels': 4}),
+    *({'category_weight': -1.0}, {'levels': 4}, {'r1': -1.0, 'discriminator_norm': False}, {'r1': 1.0}),
 ]
 
 

@@ -338,7 +338,7 @@ TINY = f'--config={path("ddpm_digits")}'
         ([TINY, "--config.optim.networks={'denoser': {'lr': 1e-3}}"], 'did you mean denoiser'),
         ([TINY, "--config.optim.networks={'denoiser': {'lrr': 1e-3}}"], 'did you mean lr'),
         ([TINY, f'--workdir={__file__}'], 'cannot be written to'),
-        ([TINY, '--config.data.size=9'], '9'),
+        ([f'--config={path("ddpm_digits", "")}', '--config.data.size=9'], '9'),
         ([TINY, '--config.data.source=cifar11'], 'cifar1'),
         ([TINY, '--config.family=difusion'], 'did you mean diffusion'),
         ([TINY, '--mode=trane'], 'did you mean train'),

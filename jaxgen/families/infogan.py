@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
+from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
 
 Array = jax.Array
@@ -78,18 +78,22 @@ class Discriminator(nn.Module):
     width: int = 64
     levels: int = 2
     hidden: int = 1024
+    norm: bool = True  # batch normalisation
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        def normed(x, name):
+            return BatchNorm(train=train, dtype=self.dtype, name=name)(x) if self.norm else x
+
         init = nn.initializers.normal(0.02)
         for i in range(self.levels):
             common = dict(stride=2, padding=((1, 1), (1, 1)), init=init, dtype=self.dtype)
             x = Conv(self.width * 2**i, 4, **common, name=f'conv{i}')(x)
-            x = BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x) if i else x
+            x = normed(x, f'norm{i}') if i else x
             x = nn.leaky_relu(x, SLOPE)
         x = Dense(self.hidden, init=init, dtype=self.dtype, name='dense')(x.reshape(len(x), -1))
-        x = nn.leaky_relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x), SLOPE)
+        x = nn.leaky_relu(normed(x, 'norm'), SLOPE)
         return Dense(1, init=init, name='value')(x.astype(jnp.float32))[:, 0], x
 
 
@@ -118,6 +122,8 @@ def build(
     levels: int = 2,
     hidden: int = 1024,
     recogniser_hidden: int = 128,
+    discriminator_norm: bool = True,
+    r1: float = 0.0,
     category_weight: float = 1.0,
     continuous_weight: float = 0.1,
 ) -> Family:
@@ -128,6 +134,8 @@ def build(
       categories: number of values of each categorical code.
       continuous: how many codes are numbers.
       width, levels, hidden, recogniser_hidden: of the networks, see there.
+      discriminator_norm: batch normalisation of the discriminator, as published.
+      r1: weight of the penalty of losses/adversarial.py, for a discriminator without it.
       category_weight, continuous_weight: lambda, the weights of L_I for the two kinds of code.
 
     encode gives the codes that Q finds likeliest, float32 [n, len(categories) + continuous]: of a category its number,
@@ -149,8 +157,10 @@ def build(
         )
     if min(categories, default=2) < 2 or not len(categories) + continuous:
         raise UserError('config.model: categories must have 2 values or more each, and there must be a code at all')
-    if min(category_weight, continuous_weight) < 0:
-        raise UserError('config.model: category_weight and continuous_weight must be 0 or more')
+    if min(category_weight, continuous_weight, r1) < 0:
+        raise UserError('config.model: category_weight, continuous_weight and r1 must be 0 or more')
+    if r1 and discriminator_norm:
+        raise UserError('config.model.r1 is of single images: set config.model.discriminator_norm = False')
     if height % divisor or columns % divisor:
         raise UserError(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
@@ -158,7 +168,7 @@ def build(
     sizes = (width, levels, hidden)
     networks = {
         'generator': Generator(context.image, *sizes, dtype=context.dtype),
-        'discriminator': Discriminator(*sizes, dtype=context.dtype),
+        'discriminator': Discriminator(*sizes, norm=discriminator_norm, dtype=context.dtype),
         'recogniser': Recogniser(sum(categories) + 2 * continuous, recogniser_hidden, dtype=context.dtype),
     }
     entropies = (sum(math.log(k) for k in categories), continuous * math.log(2))  # nats
@@ -218,7 +228,11 @@ def build(
         (fake, features), _ = play(params, 'discriminator', play(params, 'generator', z)[0])
         value = vanilla_discriminator(real, fake)
         known, logs = bound(params, features, z)
-        return value - known, {'discriminator_loss': value, **logs}
+        logs = {'discriminator_loss': value, **logs}
+        if r1:
+            logs['r1'] = r1_penalty(lambda x: play(params, 'discriminator', x)[0][0], x).mean()
+            value = value + r1 * logs['r1']
+        return value - known, logs
 
     def generator_loss(params, frozen, batch, rng):
         z = batch['z']
@@ -238,7 +252,9 @@ def build(
         keys = dict(zip(PLAYERS, jax.random.split(rng, 3), strict=True))
         variables = {name: networks[name].init(keys[name], inputs[name]) for name in PLAYERS}
         params = {name: variables[name]['params'] for name in PLAYERS}
-        return new_state(params, context.optim, extra={name: variables[name]['batch_stats'] for name in PLAYERS})
+        return new_state(
+            params, context.optim, extra={name: variables[name].get('batch_stats', {}) for name in PLAYERS}
+        )
 
     def update(state, frozen, batch, rng):
         discriminator_rng, z_rng = jax.random.split(rng)
