@@ -176,9 +176,9 @@ def main() -> None:
         parser.error(f'no config is named *_{arguments.dataset}.py')
     paths.sort(key=lambda path: configs.load(path).family != 'classifier')  # the others are measured with it
     only = [name for name in arguments.only.split(',') if name]
+    if only:
+        paths[1:] = [path for path in paths[1:] if configs.name(path) in only]
     for path in paths:
-        if only and path is not paths[0] and configs.name(path) not in only:
-            continue
         workdir = os.path.join(arguments.runs, configs.name(path))
         if not trained(workdir, configs.load(path)):
             train(path, workdir)

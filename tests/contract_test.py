@@ -224,11 +224,11 @@ def test_full_size_describes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', COUNTED)
 def test_published_sizes(name):
-    name, _, which = name.partition(':')
-    state = run.assemble(configs.load(path(name, which)), stage=run.abstract_stage).abstract
+    file, _, variant = name.partition(':')
+    state = run.assemble(configs.load(path(file, variant)), stage=run.abstract_stage).abstract
     sizes = {network: describe.count(weights) for network, weights in state.params.items()}
     sizes['total'] = sum(sizes.values())
-    for network, count in COUNTED[f'{name}:{which}' if which else name].items():
+    for network, count in COUNTED[name].items():
         assert sizes[network] == count
 
 
@@ -436,7 +436,7 @@ def on_devices(names: list[str]) -> None:
     assert jax.device_count() == 8
     sharding.SMALLEST_SHARDED = 64  # so that tiny weights are cut too
     for name in names:
-        start, results = None, []
+        results = []
         for place, fsdp in ((jax.devices()[:1], 1), (None, 2)):
             batch = math.lcm(8, tiny(name).data.batch)
             config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})

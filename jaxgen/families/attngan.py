@@ -50,7 +50,7 @@ from jaxgen.contract import (
     spread,
 )
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
+from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.losses.matching import LOW, cosine, matching_loss, sentence_similarity, word_similarity
 from jaxgen.networks import attngan as networks
@@ -133,8 +133,7 @@ def build(
             'config.model: blocks, r1, matching, kl, attend, gather and sharpness must be 0 or more, and dropout in '
             '[0, 1)'
         )
-    if r1 and discriminator_norm:
-        raise UserError('config.model.r1 is of single images: set config.model.discriminator_norm = False')
+    check_penalties(discriminator_norm, r1=r1)
     if height % divisor or columns % divisor:
         raise UserError(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.stages = {stages} and '

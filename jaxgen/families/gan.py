@@ -52,7 +52,7 @@ from jaxgen.contract import (
     spread,
 )
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import GAMES, gradient_penalty, lazily, r1_penalty
+from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
 from jaxgen.losses.augmentation import AUGMENTATIONS, augment
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
@@ -172,8 +172,7 @@ def build(
             f"config.model.network = 'biggan' cuts z into {levels + 1} pieces and knows classes by projection: "
             f'config.model.latent = {latent} must be a multiple, config.model.conditional is {conditional!r}'
         )
-    if network == 'dcgan' and discriminator_norm and (penalty or r1):
-        raise UserError('config.model.penalty and r1 are of single images: set config.model.discriminator_norm = False')
+    check_penalties(network == 'dcgan' and discriminator_norm, penalty=penalty, r1=r1)
 
     told = conditional == 'projection'
     of_dtype = dict(dtype=context.dtype)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
+from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
 
 Array = jax.Array
@@ -159,8 +159,7 @@ def build(
         raise UserError('config.model: categories must have 2 values or more each, and there must be a code at all')
     if min(category_weight, continuous_weight, r1) < 0:
         raise UserError('config.model: category_weight, continuous_weight and r1 must be 0 or more')
-    if r1 and discriminator_norm:
-        raise UserError('config.model.r1 is of single images: set config.model.discriminator_norm = False')
+    check_penalties(discriminator_norm, r1=r1)
     if height % divisor or columns % divisor:
         raise UserError(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgen.errors import UserError
+
 Array = jax.Array
 PyTree = Any
 
@@ -74,6 +76,16 @@ def r1_penalty(critic: Callable, x: Array) -> Array:
       2020, arXiv 1912.04958, section 3.1) it counts k times.
     """
     return 0.5 * input_gradient_square(critic, x)
+
+
+def check_penalties(discriminator_norm: bool, **weights: float) -> None:
+    """Raises UserError where a penalty of single images has a weight, by its field of config.model, and the
+    discriminator sees a batch at once, by its normalisation."""
+    if discriminator_norm and any(weights.values()):
+        raise UserError(
+            f'config.model.{" and ".join(weights)} {"are" if len(weights) > 1 else "is"} of single images: set '
+            'config.model.discriminator_norm = False'
+        )
 
 
 def lazily(penalty: Callable, step: Array, every: int) -> Array:
