@@ -11,14 +11,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-{os.getuid()}'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
-os.environ.setdefault('TFDS_DATA_DIR', os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}'))
+# Never a person's own: the sets drawn here are small, see support.py.
+os.environ['TFDS_DATA_DIR'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}')
 # Workers share the cores: OpenMP's threads (of torch and scikit-learn) would spin while they wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Most of a test's time is compiling, and tiny programs need no optimising. XLA's older code for fused operations
-# compiles in half the time or less; jaxlib 0.12 has it no more, and ends the process at flags that it does not know.
+# compiles in half the time or less, and programs in one piece in three quarters of it, the workers having a core each.
+# jaxlib 0.12 has not all of these flags, and ends the process at those that it does not know.
 HAS_OLDER = version('jaxlib').startswith('0.10.')
-OLDER_FUSIONS = ' --xla_cpu_use_fusion_emitters=false' if HAS_OLDER else ''
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + OLDER_FUSIONS)
+OLDER = ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1' if HAS_OLDER else ''
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + OLDER)
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
 SLOW = (

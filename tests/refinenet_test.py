@@ -279,6 +279,7 @@ def test_the_family_tells_sigma(monkeypatch):
         ({'prediction': 'eps'}, ['score', 'eps']),
         ({'image': (7, 7, 1)}, ['7', 'multiple of 2']),
         ({'refinenet': {'channels': 7, 'levels': 5}}, ['channels', '7']),
+        ({'refinenet': {'stages': 5, 'levels': 5}}, ['stages', '5']),
     ],
 )
 def test_refuses_in_one_line(options, says):

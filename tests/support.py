@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 
 from jaxgen import config as configs
+from jaxgen.data import builders
 from jaxgen.main import run_main
+
+# A tenth of each drawn set is enough for tests, and drawing a whole one takes 25 s.
+builders.SHAPES, builders.POINTS = {'train': 1000, 'test': 200}, {'train': 1000, 'test': 200}
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'configs', '*.py')))

@@ -47,6 +47,8 @@ def check_network(network: str, section: dict, image: tuple[int, int, int]) -> i
             )
     elif network == 'refinenet':
         divisor = 2
+        if not 1 <= section['stages'] <= 4:
+            raise UserError(f'{where}.stages must be from 1 to 4; it is {section["stages"]}')
     else:
         multipliers = section['multipliers']
         if not multipliers or min(multipliers) <= 0:

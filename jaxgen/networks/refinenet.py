@@ -181,7 +181,8 @@ class RefineNet(nn.Module):
     Published with 128 channels for 32x32 pixels, 64 for MNIST.
 
     Attributes:
-      channels: of the first of four stages; the others have twice as many.
+      channels: of the first stage; the others have twice as many.
+      stages: up to 4, as published. The second halves the size, the third and the fourth are dilated.
       levels: number of noise levels, of which every norm has a table.
       sigmas: sigma of the first and the last level, over images in [-1, 1]; between them their logarithm is even.
       classes: number of classes if the network is told the class, else 0, as published.
@@ -190,6 +191,7 @@ class RefineNet(nn.Module):
     """
 
     channels: int = 128
+    stages: int = 4
     levels: int = 10
     sigmas: tuple[float, float] = (0.02, 2.0)
     classes: int = 0
@@ -213,16 +215,17 @@ class RefineNet(nn.Module):
         residual, refine = (nn.remat(Residual), nn.remat(Refine)) if self.remat else (Residual, Refine)
 
         h = Conv(self.channels, init=INIT, dtype=self.dtype, name='first')(x)
-        stages = []
-        for i, (multiplier, dilation) in enumerate([(1, 1), (2, 1), (2, 2), (2, 4)]):
+        maps = []
+        for i, (multiplier, dilation) in enumerate([(1, 1), (2, 1), (2, 2), (2, 4)][: self.stages]):
             for j in range(2):
                 block = residual(multiplier * self.channels, layer, dilation, i > 0 and j == 0, name=f'stage{i}_{j}')
                 h = block(h, told)
-            stages.append(h)
+            maps.append(h)
 
-        h = refine(2 * self.channels, layer, name='refine3')([stages[3]], told)
-        for i, multiplier, units in [(2, 2, 1), (1, 1, 1), (0, 1, 3)]:
-            h = refine(multiplier * self.channels, layer, units, name=f'refine{i}')([stages[i], h], told)
+        last = self.stages - 1
+        h = refine(maps[last].shape[-1], layer, name=f'refine{last}')([maps[last]], told)
+        for i, multiplier, units in [(2, 2, 1), (1, 1, 1), (0, 1, 3)][3 - last :]:
+            h = refine(multiplier * self.channels, layer, units, name=f'refine{i}')([maps[i], h], told)
         h = layer(self.out_channels or x.shape[-1], name='last')(h, told).astype(jnp.float32)
 
         low, high = self.sigmas
