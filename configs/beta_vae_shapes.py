@@ -26,7 +26,9 @@ def get_config(variant: str = ''):
             'vae': dict(model=dict(beta=1.0)),
             'tiny': dict(
                 data=dict(size=8, batch=8),
-                model=dict(width=4, levels=1, latent=4, activation='relu', iwae_samples=3),
+                model=dict(
+                    width=4, levels=1, latent=4, activation='relu', likelihood='gaussian', scale=0.3, iwae_samples=3
+                ),
                 optim=dict(lr=1e-2, schedule='constant', warmup=0),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

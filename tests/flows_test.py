@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -485,7 +486,8 @@ def test_actnorms_start_with_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize('build, model', [
-    (small_glow, dict()), (small_glow, dict(mixing='lu', classes=3, conditional=True)), (small_real_nvp, dict()),
+    (small_glow, dict()), (small_glow, dict(mixing='lu', classes=3, conditional=True)),
+    (functools.partial(small_real_nvp, scales=1), dict()),
 ])  # fmt: skip
 def test_fulfils_the_contract(build, model):
     f, batch = build(**model), images()

@@ -63,7 +63,7 @@ def check_equal_to_uninterrupted(name: str, workdir, tmp_path) -> None:
     assert metrics(whole) == metrics(workdir) and len(metrics(whole)) == STEPS[name] // 7
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', ['vae_digits', 'wgan_gp_digits'])  # DDPM is stopped by SIGTERM below
 def test_killed_run_goes_on_as_if_nothing_had_been(name, tmp_path):
     workdir = tmp_path / 'run'
     process = start(*long_run(name, workdir))

@@ -117,13 +117,13 @@ def test_fulfils_the_contract(model):
     for i in range(2):
         state, logs = update(state, {}, batch, jax.random.key(i))
     assert int(state.step) == 2 and all(np.isfinite(v) for v in logs.values())
-    drawn = f.sample(state, {}, {'index': jnp.arange(3)}, jax.random.key(1))
+    drawn = jax.jit(f.sample)(state, {}, {'index': jnp.arange(3)}, jax.random.key(1))
     assert drawn.shape == (3, 8, 4, 3) and np.isfinite(drawn).all() and np.abs(drawn).max() <= 1
-    figures = f.evaluate(state, {}, {**batch, 'index': jnp.arange(5)}, jax.random.key(2))
+    figures = jax.jit(f.evaluate)(state, {}, {**batch, 'index': jnp.arange(5)}, jax.random.key(2))
     assert all(v.shape == (5,) and np.isfinite(v).all() for v in figures.values())
-    z = f.encode(state, {}, batch, jax.random.key(3))
+    z = jax.jit(f.encode)(state, {}, batch, jax.random.key(3))
     assert z.shape == (5, SMALL['latent'] + model.get('latent2', 0)) == (5, *f.latent)
-    again = f.decode(state, {}, z, jax.random.key(4))
+    again = jax.jit(f.decode)(state, {}, z, jax.random.key(4))
     np.testing.assert_allclose(((again - batch['image']) ** 2).mean((1, 2, 3)), figures['squared_error'], rtol=1e-4)
     np.testing.assert_allclose(figures['nll_elbo'], figures['reconstruction'] + figures['kl'], rtol=1e-5)
     assert figures['nll_iwae'].mean() < figures['nll_elbo'].mean() + 0.1, 'the tighter bound, up to noise'
