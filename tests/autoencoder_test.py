@@ -32,7 +32,7 @@ def images(n: int = 4, seed: int = 0, image=(8, 4, 3)) -> dict:
 
 def test_without_corruption():
     f, batch = family(), images()
-    state = f.init(KEY, batch, {})
+    state = jax.jit(f.init)(KEY, batch, {})
     after, logs = f.update(state, {}, batch, KEY)
     z = f.encode(state, {}, batch, KEY)
     assert z.shape[1:] == f.latent == (4, 2, 3) and f.conditions == () and f.trajectory is None
@@ -59,7 +59,7 @@ def test_with_corruption(corruption):
     """The clean image is the target, the spoilt one all that the network sees; the example's key spoils it."""
     f, batch = family(corruption, hole=2, noise=0.4), images(6)
     assert f.conditions == ('image',)
-    state = f.init(KEY, batch, {})
+    state = jax.jit(f.init)(KEY, batch, {})
     figures = f.evaluate(state, {}, batch, KEY)
     x = batch['image']
 

@@ -67,7 +67,7 @@ def logits_of(f, state, data) -> np.ndarray:
 
 def test_label_head():
     f, data = family(dropout=0.0, smoothing=0.3), batch()
-    state = f.init(jax.random.key(0), data, {})
+    state = jax.jit(f.init)(jax.random.key(0), data, {})
     logits = logits_of(f, state, data)
     assert logits.shape == (5, 4)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), logits, atol=1e-5)
@@ -82,7 +82,7 @@ def test_label_head():
 
 def test_heads_of_factors():
     f, data = family(target='factors', counts=COUNTS, classes=0), batch()
-    state = f.init(jax.random.key(0), data, {})
+    state = jax.jit(f.init)(jax.random.key(0), data, {})
     parts = np.split(logits_of(f, state, data), [3, 5], -1)
     assert [p.shape[-1] for p in parts] == list(COUNTS)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), parts[0], atol=1e-5)
@@ -97,7 +97,7 @@ def test_heads_of_factors():
 
 def test_dropout_is_of_training_alone():
     f, data = family(dropout=0.5), batch()
-    state = f.init(jax.random.key(0), data, {})
+    state = jax.jit(f.init)(jax.random.key(0), data, {})
     one, two = (f.update(state, {}, data, jax.random.key(i))[1]['loss'] for i in (1, 2))
     assert one != two
     again = [f.encode(state, {}, {'image': data['image']}, jax.random.key(i)) for i in (1, 2)]
@@ -107,7 +107,7 @@ def test_dropout_is_of_training_alone():
 
 def test_an_example_stands_alone():
     f, data = family(stride=2), batch()
-    state = f.init(jax.random.key(0), data, {})
+    state = jax.jit(f.init)(jax.random.key(0), data, {})
     alone = f.encode(state, {}, {'image': data['image'][2:3]}, None)
     np.testing.assert_allclose(f.encode(state, {}, data, None)[2:3], alone, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_learns_digits():
     data = {'image': jnp.float32(digits.images[..., None] / 8 - 1), 'label': jnp.int32(digits.target)}
     train, test = ({k: v[i::2] for k, v in data.items()} for i in (0, 1))
     f = family(classes=10, width=8, features=32, tx=optax.adam(5e-3))
-    state = f.init(jax.random.key(0), train, {})
+    state = jax.jit(f.init)(jax.random.key(0), train, {})
 
     @jax.jit
     def learn(state, rng):

@@ -41,7 +41,7 @@ def batch(n: int = 4, seed: int = 0) -> dict:
 
 @functools.cache
 def start():
-    return family().init(jax.random.key(0), batch(), {})
+    return jax.jit(family().init)(jax.random.key(0), batch(), {})
 
 
 @jax.jit

@@ -111,7 +111,7 @@ def test_update_is_the_papers_algorithm_written_out():
     """Both losses by an oracle with the same draws, the penalty in every other update and then twice."""
     f, x = family(), jnp.asarray(X[:, :4, :4])
     batch = {'image': x}
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     weights = {'discriminator': random_weights(Discriminator(4, (1, 1), embedding=4), x, STEP, x)}
     state = state.replace(params={**state.params, **jax.tree.map(jnp.asarray, weights)})
     net = Generator(5, 1, {k: SMALL[k] for k in ('channels', 'multipliers', 'blocks', 'attention')} | dict(
@@ -172,7 +172,7 @@ def test_update_is_the_papers_algorithm_written_out():
 def test_steps_of_a_sample():
     """From noise down, each x_s between its x_t and its estimate, and the last one the estimate itself."""
     f, batch = family(), {'image': jnp.asarray(X[:, :4, :4]), 'index': jnp.arange(4)}
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     seen = jax.jit(f.trajectory)(state, {}, batch, jax.random.key(1))
     assert seen['x'].shape == seen['x_0'].shape == (3, 4, 4, 4, 3)
     np.testing.assert_array_equal(seen['x'][-1], seen['x_0'][-1])

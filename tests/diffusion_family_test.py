@@ -16,7 +16,7 @@ from jaxgen.errors import UserError
 from jaxgen.families import diffusion
 from jaxgen.optim import make_optim
 
-UNET = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,), 'dropout': 0.0}
+UNET = {'channels': 8, 'multipliers': (1,), 'blocks': 1, 'attention': (), 'dropout': 0.0}
 TINY = {'unet': UNET, 'timesteps': 20}
 
 
@@ -260,7 +260,7 @@ def test_continuous_time(options):
 
 
 def test_divisor():
-    assert diffusion.build(context(), **TINY).divisor == 2
+    assert diffusion.build(context(), unet={**UNET, 'multipliers': (1, 2)}).divisor == 2
     assert diffusion.build(context(image=(32, 32, 3))).divisor == 8
 
 
@@ -272,7 +272,7 @@ def test_divisor():
             {'image': (10, 10, 1)},
             ['10', 'multiple of 4'],
         ),
-        ({'unet': {**UNET, 'attention': (16,)}}, {}, ['attention', '16', r'\[8, 4\]']),
+        ({'unet': {**UNET, 'attention': (16,)}}, {}, ['attention', '16', r'\[8\]']),
         ({'unet': {**UNET, 'multipliers': ()}}, {}, ['multipliers']),
         ({'unet': {**UNET, 'blocks': 0}}, {}, ['blocks']),
         ({'unet': {**UNET, 'channels': 7}}, {}, ['channels', '7']),
@@ -288,7 +288,7 @@ def test_divisor():
         ({'process': 'vp'}, {}, ['variance', 'fixed_small']),
         ({'process': 'vp', 'variance': 'fixed_small', 'spacing': 'trailing'}, {}, ['spacing', 'trailing', 'vp']),
         ({'times': 'lognormal'}, {}, ['times', 'linear']),
-        ({'unet': {**UNET, 'patch': 4}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
+        ({'unet': {**UNET, 'patch': 8}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
         ({'zero_terminal': True}, {}, ['zero_terminal', 'prediction']),
         ({'sigma_min': 60.0}, {}, ['sigma_min']),
         (
@@ -439,7 +439,7 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
     """Through a first stage that only reshapes and scales, a flow in its latents is one in the reshaped images."""
     first, frozen = toy_autoencoder()
     options = dict(
-        unet={**UNET, 'attention': (2,)}, process='flow', prediction='flow', variance='fixed_small', sampler='heun',
+        unet=UNET, process='flow', prediction='flow', variance='fixed_small', sampler='heun',
         sample_steps=3, clip=False,
     )  # fmt: skip
     latent = diffusion.build(context(stages={'first': first}), **options, latent_scale=0.5)
@@ -469,7 +469,7 @@ def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
     first, frozen = toy_autoencoder()
     monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
     batch = {'image': 0 * images(64), 'index': jnp.arange(64)}
-    options = {**TINY, 'unet': {**UNET, 'attention': (2,)}, 'clip': False}
+    options = {**TINY, 'clip': False}
     family = diffusion.build(context(stages={'first': first}), **options)
     state = family.init(jax.random.key(0), batch, frozen)
     found = family.evaluate(state, frozen, batch, jax.random.key(1))
@@ -479,7 +479,7 @@ def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
 
 def test_says_what_is_wrong_with_a_first_stage():
     first, frozen = toy_autoencoder()
-    options = {**TINY, 'unet': {**UNET, 'attention': (2,)}}
+    options = TINY
     with pytest.raises(UserError, match='continuous'):
         diffusion.build(context(stages={'first': first._replace(latent=())}), **options, clip=False)
     with pytest.raises(UserError, match='maps'):

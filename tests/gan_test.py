@@ -300,7 +300,7 @@ def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
     optim = adam(accumulate=accumulate, ema=0.9)
     f = family(optim=optim, base=MLP, spectral=('generator', 'discriminator'), discriminator_steps=3)
     batch = images(12)
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
     # The generator's step reads its weights before the step, and so does the iteration; its average is made after.
     _, want = spectral.normalise(state.params['generator'], state.extra['generator']['vectors'])
@@ -309,7 +309,7 @@ def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
     close(after.extra['average']['vectors'], want, atol=1e-5)
     # Three steps of the discriminator with a rate of 0: three iterations at one place.
     still = family(optim=adam(name='sgd', lr=0.0), base=MLP, spectral=('discriminator',), discriminator_steps=3)
-    state = still.init(jax.random.key(0), batch, {})
+    state = jax.jit(still.init)(jax.random.key(0), batch, {})
     after, _ = jax.jit(still.update)(state, {}, batch, jax.random.key(1))
     want = state.extra['discriminator']['vectors']
     for _ in range(3):
@@ -320,7 +320,7 @@ def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
 
 def test_samples_are_of_normalised_weights():
     f = family(base=MLP, spectral=('generator',))
-    state = f.init(jax.random.key(0), images(4), {})
+    state = jax.jit(f.init)(jax.random.key(0), images(4), {})
     for _ in range(100):
         _, vectors = spectral.normalise(state.ema['generator'], state.extra['average']['vectors'])
         state = state.replace(extra={**state.extra, 'average': {'vectors': vectors, 'batch_stats': {}}})
@@ -412,7 +412,7 @@ def test_update_equals_the_papers_algorithm_written_out():
     # Plain gradient descent: Adam would blow the rounding of a bias in front of a norm up to whole steps.
     f = family(dequantise=False, optim=adam(name='sgd'))
     batch, key = images(3 * 4), jax.random.key(11)
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     got, logs = jax.jit(f.update)(state, {}, batch, key)
 
     generator = networks.ResidualGenerator((8, 8, 1), 4, (1, 1))
@@ -469,10 +469,10 @@ def test_update_equals_the_papers_algorithm_written_out():
 
 def test_neither_player_touches_the_other():
     batch = images(6)
-    start = family(base=MLP).init(jax.random.key(0), batch, {})
+    start = jax.jit(family(base=MLP).init)(jax.random.key(0), batch, {})
     for moving, still in (('generator', 'discriminator'), ('discriminator', 'generator')):
         f = family(base=MLP, discriminator_steps=3, optim=adam(networks={still: dict(name='sgd', lr=0.0)}))
-        state = f.init(jax.random.key(0), batch, {})
+        state = jax.jit(f.init)(jax.random.key(0), batch, {})
         after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
         close(after.params[still], start.params[still], atol=0)
         changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params[moving], start.params[moving])
@@ -485,7 +485,7 @@ def test_neither_player_touches_the_other():
 def test_clipped_weights_are_the_discriminators():
     f = family(base=MLP, game='wasserstein', weight_clip=0.03, discriminator_steps=2, optim=adam(lr=0.02))
     batch = images(4)
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
     free = family(base=MLP, game='wasserstein', discriminator_steps=2, optim=adam(lr=0.02))
     free = jax.jit(free.update)(free.init(jax.random.key(0), batch, {}), {}, batch, jax.random.key(1))[0]
@@ -502,7 +502,7 @@ def test_lazy_penalty_is_the_eager_one_in_the_mean():
     for every in (1, 3):
         optim = adam(name='sgd', lr=0.0)
         f = family(base=MLP, r1=5.0, r1_every=every, optim=optim)
-        state, update, logs = f.init(jax.random.key(0), batch, {}), jax.jit(f.update), []
+        state, update, logs = jax.jit(f.init)(jax.random.key(0), batch, {}), jax.jit(f.update), []
         for i in range(6):
             state, line = update(state, {}, batch, jax.random.key(i))
             logs.append(line)
@@ -518,7 +518,7 @@ def test_lazy_penalty_is_the_eager_one_in_the_mean():
 def test_samples_are_normalised_as_a_large_batch_of_them():
     f = family(base=DCGAN, optim=adam(networks={'generator': dict(lr=0.0)}), generator_batch=64)
     batch = images(2)
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     state = state.replace(ema={'generator': randomised(state.params['generator'], 1)})
     state = state.replace(params={**state.params, 'generator': state.ema['generator']})
     update = jax.jit(f.update)
@@ -536,7 +536,7 @@ def test_samples_are_normalised_as_a_large_batch_of_them():
 
 def test_truncated_samples_are_of_z_within_the_bound():
     f = family(base=MLP, truncation=0.5)
-    state = f.init(jax.random.key(0), images(4), {})
+    state = jax.jit(f.init)(jax.random.key(0), images(4), {})
     index = jnp.arange(50, dtype=jnp.int32)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(index)
     z = jax.vmap(lambda k: jax.random.truncated_normal(k, -0.5, 0.5, (3,)))(keys)
@@ -550,7 +550,7 @@ def test_both_penalties_and_dequantisation_reach_the_loss():
 
     def logs(**model):
         f = family(base=MLP, game='wasserstein', penalty=10.0, dequantise=True, **model)
-        state = f.init(jax.random.key(0), batch, {})
+        state = jax.jit(f.init)(jax.random.key(0), batch, {})
         # A critic as good as flat: slopes are far below 1.
         flat = jax.tree.map(lambda w: 1e-3 * w, state.params['discriminator'])
         state = state.replace(params={**state.params, 'discriminator': flat})
@@ -577,7 +577,7 @@ def test_both_players_know_the_class(base, conditional):
 
 def test_evaluate_scores_with_the_discriminator():
     f = family()
-    state = f.init(jax.random.key(0), images(3), {})
+    state = jax.jit(f.init)(jax.random.key(0), images(3), {})
     scores = f.evaluate(state, {}, images(5), jax.random.key(1))
     assert set(scores) == {'discriminator'} and scores['discriminator'].shape == (5,)
     assert np.ptp(scores['discriminator']) > 0

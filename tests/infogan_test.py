@@ -26,7 +26,7 @@ def family(rates: dict | None = None, image=(8, 8, 1), **model):
 
 def started(f):
     batch = {'image': jax.random.uniform(jax.random.key(3), (4, 8, 8, 1), minval=-1, maxval=1)}
-    return f.init(jax.random.key(0), batch, {}), batch
+    return jax.jit(f.init)(jax.random.key(0), batch, {}), batch
 
 
 def test_networks_equal_torch():

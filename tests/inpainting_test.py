@@ -43,7 +43,7 @@ def batch(n: int = 3) -> dict:
 
 @functools.cache
 def start():
-    return family().init(jax.random.key(0), batch(), {})
+    return jax.jit(family().init)(jax.random.key(0), batch(), {})
 
 
 @jax.jit
@@ -204,7 +204,7 @@ def test_sizes_of_the_authors_code():
 @pytest.mark.parametrize('kind', ['strokes', 'square'])
 def test_masks_are_each_images_own(kind):
     f, b, key = family(masks=kind, attention=False), batch(), jax.random.key(2)
-    state = f.init(jax.random.key(0), b, {})
+    state = jax.jit(f.init)(jax.random.key(0), b, {})
     given, _, y, x = f.trajectory(state, {}, b, key)['image']
     mask = masks_of(jax.vmap(lambda i: jax.random.fold_in(key, i))(b['index']), kind)
     np.testing.assert_allclose(given, np.where(mask, 0, x), atol=1e-6)
@@ -217,7 +217,7 @@ def test_masks_of_the_data():
     b |= {'mask': jnp.where(jnp.arange(8)[None, :, None, None] < jnp.array([2, 4, 6])[:, None, None, None], 0.7, -0.7)}
     b['mask'] = jnp.broadcast_to(b['mask'], (3, 8, 16, 1))
     assert f.conditions == ('image', 'mask')
-    state = f.init(jax.random.key(0), b, {})
+    state = jax.jit(f.init)(jax.random.key(0), b, {})
     np.testing.assert_allclose(f.evaluate(state, {}, b, key)['hole'], [2 / 8, 4 / 8, 6 / 8], rtol=1e-5)
     with pytest.raises(UserError, match="'label' is neither"):
         g = build(masks='label')

@@ -81,7 +81,7 @@ def test_level_histogram_is_a_distribution_of_levels():
 def test_loss_is_the_mean_over_scales_of_exact_divergences():
     f = family(smoothing=(0.3, 2.0), generator_batch=3, latent=2)
     batch = {'image': jax.random.uniform(jax.random.key(0), (64, 1, 1, 1), minval=-1, maxval=1)}
-    state = f.init(jax.random.key(1), batch, {})
+    state = jax.jit(f.init)(jax.random.key(1), batch, {})
     _, logs = f.update(state, {}, batch, jax.random.key(2))
     drawn = f.decode(state, {}, jax.random.normal(jax.random.key(2), (192, 2)), None)
     edges = np.concatenate([[-np.inf], np.linspace(-1, 1, 33)[1:-1], [np.inf]])
@@ -101,7 +101,7 @@ def test_bits_are_those_of_the_samples():
     """A generator of zero weights makes 0 always: level 128 has all its samples, and the others one each."""
     f = family(measured=1000)
     batch = {'image': jnp.array([-1.0, 1.0, 1 / 255])[:, None, None, None], 'index': jnp.arange(3)}
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     nothing = state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema))
     bits = f.evaluate(nothing, {}, batch, jax.random.key(1))['bits_per_dim']
     np.testing.assert_allclose(bits, [math.log2(1256), math.log2(1256), -math.log2(1001 / 1256)], atol=1e-5)
@@ -116,7 +116,7 @@ def test_learns_two_modes():
         'image': jnp.float32(np.round((x + 1) * 127.5) / 127.5 - 1)[:, None, None, None],
         'index': jnp.arange(2048),
     }
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     updates = jax.jit(lambda s, k: jax.lax.scan(lambda s, k: f.update(s, {}, batch, k), s, k))
     before = f.evaluate(state, {}, batch, jax.random.key(2))['bits_per_dim'].mean()
     state, logs = updates(state, jax.random.split(jax.random.key(1), 200))

@@ -42,7 +42,7 @@ def batch(n: int = 4) -> dict:
 
 @functools.cache
 def start():
-    return family().init(jax.random.key(0), batch(), {})
+    return jax.jit(family().init)(jax.random.key(0), batch(), {})
 
 
 def network(halvings=3, dropouts=1, rate=0.5, full=0, norm='instance'):
@@ -184,7 +184,7 @@ def test_samples_are_of_inputs_of_the_data():
 def test_recovery_spoils_by_each_examples_key():
     f, b, key = family(condition='image', blur=0.8, noise=0.3, dropout=0.0), batch(), jax.random.key(7)
     assert f.conditions == ('image',)
-    state = f.init(jax.random.key(0), b, {})
+    state = jax.jit(f.init)(jax.random.key(0), b, {})
     c, y, x = f.trajectory(state, {}, b, key)['image']
     np.testing.assert_array_equal(x, b['image'])
     keys = jax.random.split(key, 4)  # without dropout they say nothing

@@ -46,7 +46,7 @@ def batch(n: int = 4) -> dict:
 @functools.cache
 def start():
     """With running averages that are not the weights."""
-    state = family().init(jax.random.key(0), batch(), {})
+    state = jax.jit(family().init)(jax.random.key(0), batch(), {})
     return state.replace(ema=jax.tree.map(lambda a: 0.9 * a, state.ema))
 
 

@@ -257,7 +257,7 @@ def test_mixing_takes_the_second_style_from_a_layer_on():
 def test_lazy_penalties_are_the_eager_ones_in_the_mean():
     """The gradient of k updates is that of a penalty in each: k times as large in one, and none in the others."""
     batch, key = images(), jax.random.key(1)
-    start = family().init(jax.random.key(0), batch, {})
+    start = jax.jit(family().init)(jax.random.key(0), batch, {})
     start = start.replace(params=randomised(start.params, 5))
 
     def change(network, step, **model):
@@ -297,7 +297,7 @@ def test_update_is_the_algorithm_written_out():
     """Four plain gradient steps, each on one player's loss, and what is kept beside the weights."""
     f = family(r1=0.3, r1_every=1, path=2.0, path_every=1, mixing=0.0, by=optim(accumulate=1))
     batch, n = images(), 4
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     state = state.replace(extra={**state.extra, 'path_length': jnp.float32(0.5)})
     got, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(9))
 
@@ -371,7 +371,7 @@ def test_augmentation_follows_what_the_discriminator_knows():
     model = dict(augmentation=('blit',), augment_every=2, augment_images=160, r1=0.0, path=0.0, augment_p=0.5)
     f, batch = family(**model, by=optim(lr=1e-9)), images()
     update = jax.jit(f.update)
-    start = f.init(jax.random.key(0), batch, {})
+    start = jax.jit(f.init)(jax.random.key(0), batch, {})
     for bias, wanted in ((100.0, [0.5, 0.55, 0.55, 0.6]), (-100.0, [0.5, 0.45, 0.45, 0.4])):
         state = start.replace(params=jax.tree.map(jnp.copy, start.params))
         state.params['discriminator']['value']['bias'] = jnp.full(1, bias)
@@ -386,7 +386,7 @@ def test_augmentation_follows_what_the_discriminator_knows():
 
 def test_samples_are_truncated_and_have_their_own_noise():
     batch, index = images(), {'index': jnp.arange(3, dtype=jnp.int32)}
-    state = family().init(jax.random.key(0), batch, {})
+    state = jax.jit(family().init)(jax.random.key(0), batch, {})
     weights = randomised(state.ema['generator'], 4)
     state = state.replace(ema={'generator': weights}, extra={**state.extra, 'w': jnp.arange(6.0)})
     g = networks.Generator(4, 1, 6, 2, 0, 32, 6)
@@ -404,7 +404,7 @@ def test_samples_are_truncated_and_have_their_own_noise():
 
 def test_projection_finds_an_image_of_its_own():
     f, batch = family(projection_steps=150), images(4)
-    state = f.init(jax.random.key(0), batch, {})
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
     key, latents = jax.random.key(2), jax.random.normal(jax.random.key(1), (3, 6))
     x = f.decode(state, {}, latents, key)
     w = jax.jit(f.encode)(state, {}, {'image': x}, key)

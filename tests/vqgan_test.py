@@ -312,7 +312,7 @@ def test_perceptual_distance_is_part_of_the_loss():
     context = Context((8, 8, 3), 0, sgd(), {'perceptual': stage})
     f = vqgan.build(context, **{**SMALL, 'multipliers': (1,), 'perceptual': 2.0, 'adversarial': 0.0})
     x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1, maxval=1)
-    state = f.init(jax.random.key(0), {'image': x}, frozen)
+    state = jax.jit(f.init)(jax.random.key(0), {'image': x}, frozen)
     after, logs = jax.jit(f.update)(state, frozen, {'image': x}, jax.random.key(1))
     np.testing.assert_allclose(logs['reconstruction'], logs['absolute_error'] + 2 * logs['perceptual'], rtol=1e-5)
     np.testing.assert_allclose(logs['loss'], 192 * logs['reconstruction'] + 1e-6 * logs['kl'], rtol=1e-5)

@@ -158,7 +158,7 @@ def test_published_sizes(model, counts):
 def two():
     """A family of two levels, its state before and after an update, and what update logged."""
     f, batch = family(levels=2), images()
-    before = f.init(KEY, batch, {})
+    before = jax.jit(f.init)(KEY, batch, {})
     return f, batch, before, *f.update(before, {}, batch, KEY)
 
 
@@ -227,7 +227,7 @@ def test_parts_of_a_batch_give_the_same_update(codebook):
     results = []
     for accumulate in (1, 4):
         f = family(optim=sgd(0.1, accumulate), codebook=codebook, restart=0.9999)
-        state = f.init(KEY, images(), {})
+        state = jax.jit(f.init)(KEY, images(), {})
         for i in range(2):
             state, logs = f.update(state, {}, images(seed=i), jax.random.key(i))
         # Norms and logs are of the same gradient; a state holds the codes that were restarted too.
@@ -238,7 +238,7 @@ def test_parts_of_a_batch_give_the_same_update(codebook):
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
 def test_dead_codes_come_back(codebook):
     f, batch = family(codebook=codebook, restart=0.995), images()
-    state = f.init(KEY, batch, {})
+    state = jax.jit(f.init)(KEY, batch, {})
     met = np.zeros(6, int)
     np.add.at(met, np.ravel(f.encode(state, {}, batch, KEY)[0]), 1)
     assert (met == 0).any() and (met > 0).any()
@@ -266,7 +266,7 @@ def test_dead_codes_come_back(codebook):
 def test_the_update_descends_the_papers_loss(codebook):
     """One SGD step against a gradient put together from parts."""
     f, batch = family(codebook=codebook, variance=0.5, commitment=0.3, optim=sgd(1.0)), images()
-    state = f.init(KEY, batch, {})
+    state = jax.jit(f.init)(KEY, batch, {})
     after, logs = f.update(state, {}, batch, KEY)
     sizes = dict(width=4, blocks=1, hidden=2, halvings=1)
     encoder, decoder = Pyramid(levels=1, latent=3, **sizes), PyramidDecoder(features=1, **sizes)
