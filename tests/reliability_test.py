@@ -138,7 +138,7 @@ def test_same_run_twice_and_several_updates_per_call(tmp_path):
 
     states = []
     for i, k in enumerate((1, 1, 3)):
-        config = configs.load(path('ddpm_digits')).to_dict()
+        config = configs.load(path('dcgan_digits')).to_dict()
         config = configs.make(**configs.deep_update(config, {'train': {**base, 'updates_per_call': k}}))
         train(config, str(tmp_path / str(i)))
         states.append(saved_state(tmp_path / str(i), 6))
