@@ -9,8 +9,8 @@ four are right. Shapes come last: after a quarter of this training they were sti
 
 Time: 49 minutes on a CPU core with much other work beside it
 Paper: none
-Ours: of 2,000 samples of held-out captions 97.7% show the colour, 99.9% the background, 64.9% the size, and 13.4% the
-shape, which is chance; 10.4% show all four. Fréchet distance 25.4
+Ours: of 2,000 samples of held-out captions 99.8% show the colour, 100% the background, 66.3% the size, and 31.2% the
+shape, of which 12.5% is chance; 28.5% show all four. Fréchet distance 18.7
 """
 
 from jaxgen.config import make

@@ -4,9 +4,11 @@
 
 `--mode=sample --film=4` shows what is given, the coarse painting, the fine one, and the truth.
 
-Time: not measured
+Contextual attention is left out: at 8x8 places there is hardly a square that knows anything.
+
+Time: 15.4 minutes on a CPU core with other work beside it
 Paper: none
-Ours: not measured
+Ours: squared error 0.0125, within holes (a quarter of the picture) 0.051; Fréchet distance of what is completed 8.5
 """
 
 from jaxgen.config import make
@@ -16,19 +18,20 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='inpainting',
-        data=dict(source='shapes', size=32, channels=3, batch=8),
+        data=dict(source='shapes', size=32, channels=3, batch=16),
         model=dict(
             masks='both',
             brush=(2.0, 5.0),
             hole=10,
             width=8,
             dilations=(2, 4),
+            attention=False,
             l1=10.0,
             discriminator_channels=12,
             discriminator_layers=3,
         ),
-        optim=dict(lr=1e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
-        train=dict(steps=1500, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
+        optim=dict(lr=2e-3, schedule='half_linear', b1=0.5, ema=0.99, ema_warmup=True),
+        train=dict(steps=9000, updates_per_call=10, log_every=50, save_every=1000, sample_every=0),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
@@ -38,6 +41,7 @@ def get_config(variant: str = ''):
                     hole=3,
                     width=4,
                     dilations=(),
+                    attention=True,
                     discriminator_channels=4,
                     discriminator_layers=2,
                 ),
