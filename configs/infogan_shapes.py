@@ -20,8 +20,16 @@ def get_config(variant: str = ''):
         model=dict(
             noise=32, categories=(8, 8), continuous=4, width=24, levels=3, hidden=128, discriminator_norm=False, r1=0.5
         ),
-        optim=dict(lr=5e-4, b1=0.5, b2=0.99, ema=0.995, ema_warmup=True, networks=dict(generator=dict(lr=1e-3))),
-        train=dict(steps=4000, updates_per_call=20, log_every=100, save_every=1000, sample_every=500),
+        optim=dict(
+            lr=5e-4,
+            schedule='half_linear',
+            b1=0.5,
+            b2=0.99,
+            ema=0.995,
+            ema_warmup=True,
+            networks=dict(generator=dict(lr=1e-3)),
+        ),
+        train=dict(steps=10000, updates_per_call=20, log_every=100, save_every=1000, sample_every=500),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
@@ -37,6 +45,7 @@ def get_config(variant: str = ''):
                     discriminator_norm=True,
                     r1=0.0,
                 ),
+                optim=dict(schedule='constant'),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),
                 evaluate=dict(batch=8, examples=8, features='none'),
