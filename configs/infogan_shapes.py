@@ -4,8 +4,8 @@
 
 `--mode=evaluate` says which code came to stand for which factor; `--mode=explore` shows what each code does.
 
-Colours and backgrounds come out right, shapes do not; after 10,000 updates with a rate that falls in the second half, all
-samples of one pair of categories are one picture (recall 0.002).
+Colours and backgrounds come out right, shapes do not. After 10,000 updates, with a rate that falls in the second half,
+all samples of one pair of categories are one picture (recall 0.002).
 
 Time: 14.1 minutes on a CPU core with other work beside it
 Paper: none
