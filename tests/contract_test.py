@@ -177,8 +177,8 @@ FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
 
 
 # What the loop does with a state is the same for all of them, so it is held against a few: one with a stage and no more
-# than weights, one with batch statistics, one with a pool of pictures.
-WITH_THE_LOOP = ('maskgit_digits', 'dcgan_digits', 'cyclegan_shapes')
+# than weights, one with batch statistics, one with a buffer of pictures.
+WITH_THE_LOOP = ('maskgit_digits', 'dcgan_digits', 'igebm_digits')
 
 # Of which half precision is held against full.
 COMPARED = (
