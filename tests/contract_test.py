@@ -172,7 +172,14 @@ EMBEDDED = [
     if n not in PUBLISHED
     and configs.load(path(n, '')).data.source.partition(':')[0] in ('digits', 'shapes', 'gaussians')
 ]
-DISTINCT = {(c.family, c.model.get('network')): n for n in reversed(EMBEDDED) for c in [configs.load(path(n))]}
+
+
+def last_of_each(names, variant: str = 'tiny') -> dict:
+    """{(family, network): name of a config}, the last one of each."""
+    return {(c.family, c.model.get('network')): n for n in names for c in [configs.load(path(n, variant))]}
+
+
+DISTINCT = last_of_each(reversed(EMBEDDED))
 FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
 
 
@@ -191,10 +198,10 @@ COMPARED = (
 
 
 # An update that is the mean of what each example costs cannot differ by devices: of such families a few stand for all.
-MEANS_ALONE = ('consistency', 'noisy_classifier', 'pixelcnn_pp', 'var', 'vdm')
+MEANS_ALONE = ('consistency', 'noisy_classifier', 'var', 'vdm')
 
 # Whose first weights depend on the first batch, so that all devices must agree on it before the first update.
-BY_THE_BATCH = ('glow_digits', 'real_nvp_digits')
+BY_THE_BATCH = ('glow_digits', 'pixelcnn_pp_digits', 'real_nvp_digits')
 
 
 @pytest.fixture(params=sorted(DISTINCT.values()))
@@ -204,9 +211,7 @@ def distinct(request):
 
 # An update of full size is traced once for each family and network; of the others of a kind the weights are counted.
 FULL_SIZE = [n for n in NAMES if n not in EMBEDDED]
-DESCRIBED = sorted(
-    {(c.family, c.model.get('network')): n for n in FULL_SIZE for c in [configs.load(path(n, ''))]}.values()
-)
+DESCRIBED = sorted(last_of_each(FULL_SIZE, '').values())
 COUNTED = {**{n: PUBLISHED.get(n, {}) for n in FULL_SIZE if n not in DESCRIBED}, **VARIANTS}
 
 

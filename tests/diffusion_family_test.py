@@ -479,13 +479,12 @@ def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
 
 def test_says_what_is_wrong_with_a_first_stage():
     first, frozen = toy_autoencoder()
-    options = TINY
     with pytest.raises(UserError, match='continuous'):
-        diffusion.build(context(stages={'first': first._replace(latent=())}), **options, clip=False)
+        diffusion.build(context(stages={'first': first._replace(latent=())}), **TINY, clip=False)
     with pytest.raises(UserError, match='maps'):
-        diffusion.build(context(stages={'first': first._replace(latent=(64,))}), **options, clip=False)
+        diffusion.build(context(stages={'first': first._replace(latent=(64,))}), **TINY, clip=False)
     with pytest.raises(UserError, match='clip'):
-        diffusion.build(context(stages={'first': first}), **options)
-    family = diffusion.build(context(stages={'first': first}), **options, clip=False)
+        diffusion.build(context(stages={'first': first}), **TINY)
+    family = diffusion.build(context(stages={'first': first}), **TINY, clip=False)
     with pytest.raises(UserError, match='other images'):
         family.init(jax.random.key(0), {'image': images(2, 16)}, frozen)
