@@ -2,11 +2,16 @@
 
     python benchmarks/throughput.py --config=configs/ddpm_digits.py --what=train
     python benchmarks/throughput.py --config=configs/ddpm_cifar10.py --what=train --batch=8 --vs=torch
+    python benchmarks/throughput.py --config=configs/dit_imagenet256.py --batch=64 --config.train.remat=False
 
+Stages that a config stands on need no run: speed does not depend on what they learned.
 `--vs=torch` (ddpm only) builds the same U-Net with diffusers on torch, checks that it has as many
 parameters, and runs both in turns, so that a drift of the machine's speed hits both; the ratio is
 jaxgen's speed over torch's, the median over the turns. For training a turn is one update (Adam and
-moving average on both sides); for sampling one network evaluation of ancestral sampling.
+moving average on both sides); for sampling one network evaluation of ancestral sampling. On a GPU torch
+has TensorFloat-32 as JAX has it, cuDNN's search for the fastest convolution, and autocast where
+`--dtype=bfloat16`; both take turns on one device (set XLA_PYTHON_CLIENT_PREALLOCATE=false, or there is no
+memory left for torch).
 """
 
 from __future__ import annotations
@@ -28,6 +33,17 @@ import jaxgen
 from jaxgen import config as configs
 from jaxgen import data, run, sample, sharding
 from jaxgen.train import make_call
+
+
+def untrained_stage(path: str, mesh):
+    """run.restored_stage without a run: first weights, which are as fast as trained ones."""
+    file = configs.named(path)
+    if not file:
+        sys.exit(f'no config is of the name of the stage {path}')
+    a = run.assemble(configs.load(file), mesh, untrained_stage)
+    batch = {k: np.zeros((a.config.data.batch, *v.shape), v.dtype) for k, v in a.spec.features.items()}
+    state = jax.jit(lambda *args: run.init_state(a.family, *args))(jax.random.key(0), batch, a.frozen)
+    return a.family, state.replace(params=None, opt=None), a.frozen
 
 
 def timed(action) -> float:
@@ -97,7 +113,10 @@ def torch_actions(config, image, what: str):
     import torch
 
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.set_default_device('cuda' if jax.default_backend() == 'gpu' else 'cpu')
     net = torch_unet(config, image)
+    half = torch.autocast(torch.get_default_device().type, torch.bfloat16, config.train.dtype == 'bfloat16')
     n = config.data.batch if what == 'train' else config.sample.batch
     x = torch.randn(n, image[2], image[0], image[1])
     averaged = [p.detach().clone() for p in net.parameters()]
@@ -107,7 +126,9 @@ def torch_actions(config, image, what: str):
     def update():
         t = torch.randint(0, 1000, (n,))
         noise, a = torch.randn_like(x), steps[t].view(-1, 1, 1, 1)
-        loss = torch.nn.functional.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample, noise)
+        with half:
+            found = net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample.float()
+        loss = torch.nn.functional.mse_loss(found, noise)
         optimiser.zero_grad()
         loss.backward()
         if config.optim.clip:
@@ -115,11 +136,13 @@ def torch_actions(config, image, what: str):
         optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(averaged, list(net.parameters()), 1 - config.optim.ema)
+        loss.item()  # waits for the device
 
     @torch.no_grad()
     def evaluate():
         net.eval()
-        net(x, torch.full((n,), 500)).sample.sum().item()
+        with half:
+            net(x, torch.full((n,), 500)).sample.sum().item()
 
     return (update if what == 'train' else evaluate), sum(p.numel() for p in net.parameters())
 
@@ -135,7 +158,7 @@ def measure_data(config, seconds: float) -> dict:
 
 
 def measure(config, what: str, turns: int, vs: str) -> dict:
-    assembled = run.assemble(config)
+    assembled = run.assemble(config, stage=untrained_stage)
     action, state = jax_train(assembled)
     images, calls = config.data.batch, 1
     if what == 'sample':
@@ -183,8 +206,11 @@ def main() -> None:
     parser.add_argument('--turns', type=int, default=10)
     parser.add_argument('--dtype', choices=('', 'float32', 'bfloat16'), default='')
     parser.add_argument('--out', default='', help='write the JSON here too')
-    arguments = parser.parse_args()
-    config = configs.load(arguments.config)
+    arguments, rest = parser.parse_known_args()
+    overrides = [text for text in rest if text.startswith('--config.')]
+    if rest != overrides:
+        parser.error(f'unknown arguments: {" ".join(text for text in rest if text not in overrides)}')
+    config = configs.override(configs.load(arguments.config), overrides)
     if arguments.vs and (config.family != 'diffusion' or arguments.what == 'data'):
         sys.exit('--vs=torch is for training and sampling of ddpm configs')
     if arguments.batch:
@@ -203,6 +229,7 @@ def main() -> None:
         'batch': config.data.batch,
         'dtype': jnp.dtype(config.train.dtype).name,
         **result,
+        'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
         'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
         'cores': len(os.sched_getaffinity(0)),
         'machine': platform.machine(),

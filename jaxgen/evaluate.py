@@ -37,7 +37,7 @@ def program(family):
     def evaluate(state, frozen, batch, seed):
         return family.evaluate(state, frozen, sample.to_inside(batch), jax.random.key(seed))
 
-    return jax.jit(evaluate)
+    return sharding.jit(evaluate)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def encoder(family):
         images = {'image': sample.to_inside(batch)['image']}
         return {'latents': family.encode(state, frozen, images, jax.random.key(seed))}
 
-    return jax.jit(encode)
+    return sharding.jit(encode)
 
 
 def over(function, state, frozen, mesh, source, n: int, size: int, seed: int, progress: Callable[[int], None]) -> dict:

@@ -137,7 +137,7 @@ class Explorer:
             z = latents['z'] if not self.family.codes else tuple(latents[str(i)] for i in range(len(latents)))
             return data.to_uint8(self.family.decode(state, frozen, z, key))
 
-        self.programs = {'encode': jax.jit(encode), 'decode': jax.jit(decode)}
+        self.programs = {'encode': sharding.jit(encode), 'decode': sharding.jit(decode)}
 
     def apply(self, name: str, arrays: dict[str, np.ndarray]):
         n, state, frozen = len(next(iter(arrays.values()))), self.run.state, self.run.assembled.frozen

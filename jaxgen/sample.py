@@ -27,7 +27,7 @@ def program(family):
         images = family.sample(state, frozen, to_inside(batch), jax.random.key(seed))
         return data.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
-    return jax.jit(draw)
+    return sharding.jit(draw)
 
 
 def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
@@ -113,7 +113,7 @@ def film(family, state, frozen, mesh, batch: dict, seed: int, frames: int) -> np
         raise UserError('--film shows the steps of a sampler, and this family draws in one step')
     n = len(batch['index'])
     placed, _ = sharding.put_padded(mesh, batch, sharding.round_up(mesh, n))
-    seen = jax.jit(family.trajectory)(state, frozen, to_inside(placed), jax.random.key(seed))
+    seen = sharding.jit(family.trajectory)(state, frozen, to_inside(placed), jax.random.key(seed))
     rows = []
     for x in seen.values():
         picked = np.round(np.linspace(0, len(x) - 1, min(frames, len(x)))).astype(int)

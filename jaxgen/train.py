@@ -73,7 +73,7 @@ def make_call(assembled: Assembled, places, updates: int, seed: int):
         state, logs = one(state, jax.tree.map(lambda x: x[0], batches))
         return state, jax.tree.map(lambda x: x[None], logs)
 
-    return jax.jit(call, donate_argnums=0, out_shardings=(places, sharding.replicated(assembled.mesh)))
+    return sharding.jit(call, donate_argnums=0, out_shardings=(places, sharding.replicated(assembled.mesh)))
 
 
 @jax.jit
@@ -127,7 +127,8 @@ class Training:
             one = sharding.put_batch(self.a.mesh, next(stream))
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-        init = jax.jit(functools.partial(init_state, self.a.family), out_shardings=self.places, compiler_options=once)
+        first = functools.partial(init_state, self.a.family)
+        init = sharding.jit(first, out_shardings=self.places, compiler_options=once)
         return init(jax.random.key(self.config.seed), one, self.frozen)
 
     def not_finite(self, what: str) -> RunError:

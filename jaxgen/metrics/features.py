@@ -112,7 +112,7 @@ def of_inception(path: str, cache: str, mesh) -> Features:
 
 @functools.cache
 def program(apply: Callable):
-    return jax.jit(apply)
+    return sharding.jit(apply)
 
 
 def extract(features: Features, mesh, images: np.ndarray, size: int) -> dict[str, np.ndarray]:
