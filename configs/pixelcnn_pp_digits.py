@@ -22,7 +22,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=8),
-                model=dict(filters=6, scales=2, mixtures=3, dropout=0.1),
+                model=dict(filters=6, scales=1, mixtures=3, dropout=0.1),
                 optim=dict(lr=1e-2, schedule='constant', warmup=2),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

@@ -60,9 +60,10 @@ class Family(NamedTuple):
     'index', the number of each sample, and the arrays named in `conditions`. `encode` and `classify`
     may count on 'image' alone. Where the batch of `classify` holds 'sigma' [n] too, its images are noisy ones,
     image + sigma eps. `denoise` is what a diffusion model is to later stages: x [n, H, W, C] = image + sigma eps with
-    sigma [n], whatever its own process, to an estimate of the image. Where `codes` says so, latents are not one array
-    but a tuple of int32 [n, h, w], one for each grid. Where these grids are scales of one map, `embed` gives what the
-    codes of grid k add to the map that is decoded.
+    sigma [n], whatever its own process, to an estimate of the image. Where there are `conditions` and no `encode`,
+    `decode` takes a fifth argument, the batch of `sample`: what would be drawn under them from these latents. Where
+    `codes` says so, latents are not one array but a tuple of int32 [n, h, w], one for each grid. Where these grids are
+    scales of one map, `embed` gives what the codes of grid k add to the map that is decoded.
     `frozen` holds the weights of earlier stages, {} for most families.
     """
 

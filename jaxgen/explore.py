@@ -2,7 +2,8 @@
 
 What a family can show depends on its functions: reconstructions need `encode` and `decode`; interpolations, traversals
 and maps want latents that are numbers, not codes; a family that only decodes (a GAN) interpolates between draws of
-N(0, I); nearest neighbours need nothing but samples.
+N(0, I), each row under one condition where it has any (a class, a caption, a picture to turn); nearest neighbours need
+nothing but samples.
 """
 
 from __future__ import annotations
@@ -133,9 +134,13 @@ class Explorer:
         def encode(state, frozen, batch, key):
             return self.family.encode(state, frozen, sample.to_inside(batch), key)
 
-        def decode(state, frozen, latents, key):
-            z = latents['z'] if not self.family.codes else tuple(latents[str(i)] for i in range(len(latents)))
-            return data.to_uint8(self.family.decode(state, frozen, z, key))
+        def decode(state, frozen, arrays, key):
+            if self.family.codes:
+                z, given = tuple(arrays[str(i)] for i in range(len(arrays))), ()
+            else:
+                z, batch = arrays['z'], sample.to_inside({k: v for k, v in arrays.items() if k != 'z'})
+                given = (batch,) if batch else ()
+            return data.to_uint8(self.family.decode(state, frozen, z, key, *given))
 
         self.programs = {'encode': sharding.jit(encode), 'decode': sharding.jit(decode)}
 
@@ -153,20 +158,26 @@ class Explorer:
         """Latents [n, ...], or a tuple of codes, of uint8 images."""
         return self.apply('encode', {'image': images})
 
-    def decode(self, z) -> np.ndarray:
-        """uint8 images of latents [n, ...] or of a tuple of codes."""
+    def decode(self, z, conditions: dict[str, np.ndarray] | None = None) -> np.ndarray:
+        """uint8 images of latents [n, ...], under conditions {name: [n, ...]} if any, or of a tuple of codes."""
         if isinstance(z, tuple):
             return self.apply('decode', {str(i): codes for i, codes in enumerate(z)})
-        return self.apply('decode', {'z': np.asarray(z, np.float32)})
+        return self.apply('decode', {'z': np.asarray(z, np.float32), **(conditions or {})})
 
 
-def interpolations(explorer: Explorer, ends: np.ndarray) -> dict[str, np.ndarray]:
-    """Sheets of FRAMES pictures a row, from each of the latents [2n, ...] of even number to the next."""
+def interpolations(
+    explorer: Explorer, ends: np.ndarray, conditions: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Sheets of FRAMES pictures a row, from each of the latents [2n, ...] of even number to the next.
+
+    conditions: {name: [n, ...]}, one for a row.
+    """
+    given = {name: np.repeat(value, FRAMES, 0) for name, value in (conditions or {}).items()}
     share = np.linspace(0, 1, FRAMES)
     sheets = {}
     for name, between in (('linear', linear), ('spherical', spherical)):
         z = between(ends[::2], ends[1::2], share)
-        sheets[f'interpolation_{name}'] = log.grid(explorer.decode(z.reshape(-1, *z.shape[2:])), FRAMES)
+        sheets[f'interpolation_{name}'] = log.grid(explorer.decode(z.reshape(-1, *z.shape[2:]), given), FRAMES)
     return sheets
 
 
@@ -224,7 +235,8 @@ def explore(run, n: int, seed: int, out: str) -> dict:
     elif family.decode is not None and family.latent:
         keys = jax.random.split(jax.random.key(seed), 2 * n)
         ends = np.asarray(jax.vmap(functools.partial(jax.random.normal, shape=family.latent))(keys))
-        for name, sheet in interpolations(explorer, ends).items():
+        wanted = sample.batches(run.assembled, config, n, {}) if family.conditions else {}
+        for name, sheet in interpolations(explorer, ends, wanted).items():
             write(name, sheet)
     if family.sample is not None:
         train = data.dataset(config.data, 'train')

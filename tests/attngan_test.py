@@ -12,7 +12,7 @@ import pytest
 from support import assemble, path
 
 from jaxgen import config as configs
-from jaxgen import evaluate, sample, sharding
+from jaxgen import contract, evaluate, sample, sharding
 from jaxgen.contract import Context
 from jaxgen.data import captions, shapes
 from jaxgen.errors import UserError
@@ -263,22 +263,22 @@ def test_the_losses_of_an_update():
     words, sentence = TextEncoder(50, 3, 4).apply({'params': state.ema['text']}, numbers)
     z, noise = jax.random.normal(z_rng, (n, 3)), jax.random.normal(noise_rng, (n, 3))
     generator = networks.Generator((8, 8, 3), 2, 1, 2, 3, 1)
-    (made, *_), _ = generator.apply(
-        {'params': p['generator']}, z, noise, sentence, words, numbers > 0, train=True, mutable=['batch_stats']
-    )
+    apply = jax.jit(functools.partial(generator.apply, train=True, mutable=['batch_stats']))
+    (made, *_), _ = apply({'params': p['generator']}, z, noise, sentence, words, numbers > 0)
     real = {4: b['image'].reshape(n, 4, 2, 4, 2, 3).mean((2, 4)), 8: b['image']}
     unit = np.asarray(sentence / jnp.linalg.norm(sentence, axis=1, keepdims=True))
     cosines = unit @ unit.T
     cosines[[0, 1, 2, 3, 0, 3], [0, 1, 2, 3, 3, 0]] = -2  # the first and the last are one caption
     other = np.asarray(sentence)[cosines.argmax(1)]
     for i, (side, x) in enumerate(real.items()):
-        network, variables = networks.Discriminator(2, 1 + i, 1, False), {'params': p[f'discriminator{side}']}
+        judge = jax.jit(networks.Discriminator(2, 1 + i, 1, False).apply)
+        variables = {'params': p[f'discriminator{side}']}
 
-        def f(x, network=network, variables=variables):
-            alone, (told,) = network.apply(variables, x, [sentence])
+        def f(x, judge=judge, variables=variables):
+            alone, (told,) = judge(variables, x, [sentence])
             return alone, told
 
-        _, (wrong,) = network.apply(variables, x, [other])
+        _, (wrong,) = judge(variables, x, [other])
         a, bad = (lambda v: -jax.nn.log_sigmoid(v).mean(), lambda v: -jax.nn.log_sigmoid(-v).mean())
         expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(made[i]))) + bad(wrong)) / 3
         slope = jax.grad(lambda x, f=f: sum(v.sum() for v in f(x)))(x)
@@ -309,6 +309,8 @@ def test_samples_end_the_stages_and_evaluate_looks_at_them():
     assert small.shape == (4, 4, 4, 3)
     np.testing.assert_array_equal(stages[0], upsample_nearest(small))
     assert np.abs(x[0] - x[3]).max() > 1e-3, 'one caption, two samples'
+    z = contract.normal(contract.example_keys(jax.random.split(key)[0], b), f.latent)
+    np.testing.assert_allclose(jax.jit(f.decode)(state, {}, z, key, b), x, atol=1e-5)
     figures = f.evaluate(state, {}, b, key)
     again = f.evaluate(state, {}, {**b, 'image': x}, key)
     np.testing.assert_allclose(again['match/image'], figures['match/sample'], atol=1e-5)

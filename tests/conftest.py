@@ -1,5 +1,6 @@
 """Shared by all tests: one compilation cache, the CPU, no data set outside a temporary directory."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -21,6 +22,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 HAS_OLDER = version('jaxlib').startswith('0.10.')
 OLDER = ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1' if HAS_OLDER else ''
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + OLDER)
+
+# Tracing makes millions of small objects; looking through them for cycles at every 700 takes a tenth of its time.
+gc.set_threshold(100_000, 10, 10)
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
 SLOW = (

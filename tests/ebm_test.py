@@ -376,7 +376,8 @@ def test_energies_tell_digits_from_shuffled_pixels(joint):
 
     evaluate = jax.jit(f.evaluate)
     before = evaluate(state, {}, test, jax.random.key(2))
-    state, logs = jax.jit(lambda s, k: jax.lax.scan(one, s, k))(state, jax.random.split(jax.random.key(1), 200))
+    keys = jax.random.split(jax.random.key(1), 200 if joint else 80)
+    state, logs = jax.jit(lambda s, k: jax.lax.scan(one, s, k))(state, keys)
     figures = evaluate(state, {}, test, jax.random.key(2))
     n = len(figures['energy'])
     auc = roc_auc_score([1] * n + [0] * n, -np.concatenate([figures['energy'], figures['energy/shuffled']]))

@@ -98,7 +98,7 @@ def test_explores_what_each_family_has(tmp_path, capfd):
     sheets = {
         'vae_digits': {'reconstructions', 'interpolation_linear', 'interpolation_spherical', 'traversals', 'map_pca',
                        'map_tsne', 'neighbours'},
-        'wgan_gp_digits': {'interpolation_linear', 'interpolation_spherical', 'neighbours'},
+        'conditional_gan_digits': {'interpolation_linear', 'interpolation_spherical', 'neighbours'},
         'classifier_digits': {'map_pca', 'map_tsne'},
     }  # fmt: skip
     for name, wanted in sheets.items():

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgen.contract import Context, gradient_step, new_state, split_batch
+from jaxgen.contract import Context, example_keys, gradient_step, new_state, normal, split_batch
 from jaxgen.errors import UserError
 from jaxgen.families import gan
 from jaxgen.networks import gan as networks
@@ -566,10 +566,13 @@ def test_both_players_know_the_class(base, conditional):
     f = family(base=base, conditional=conditional, classes=3)
     batch = images(6, classes=3)
     state, _ = jax.jit(f.update)(f.init(jax.random.key(0), batch, {}), {}, batch, jax.random.key(1))
-    assert f.conditions == ('label',) and f.decode is None
+    assert f.conditions == ('label',)
     index = jnp.array([5, 5, 6])
-    drawn = f.sample(state, {}, {'index': index, 'label': jnp.array([0, 1, 0])}, jax.random.key(2))
+    wanted = {'index': index, 'label': jnp.array([0, 1, 0])}
+    drawn = f.sample(state, {}, wanted, jax.random.key(2))
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 and np.abs(drawn[0] - drawn[2]).max() > 1e-4
+    z = normal(example_keys(jax.random.key(2), wanted), f.latent)
+    np.testing.assert_allclose(f.decode(state, {}, z, None, wanted), drawn, atol=1e-6)
     x = {'image': jnp.broadcast_to(batch['image'][:1], (3, 8, 8, 1)), 'label': jnp.arange(3)}
     values = f.evaluate(state, {}, x, jax.random.key(3))['discriminator']
     assert np.ptp(values) > 1e-6, 'the discriminator does not look at the class'

@@ -19,6 +19,7 @@ from support import ROOT, assert_same, devices, main, metrics, mistake, path, sa
 
 from jaxgen import config as configs
 from jaxgen.main import run_main
+from jaxgen.train import train
 
 FAMILIES = ('ddpm_digits', 'vae_digits', 'wgan_gp_digits')
 
@@ -43,7 +44,7 @@ def checkpoints(workdir) -> list[int]:
     return sorted(int(d) for d in os.listdir(folder) if d.isdigit()) if os.path.isdir(folder) else []
 
 
-STEPS = {'ddpm_digits': 60, 'vae_digits': 200, 'wgan_gp_digits': 100}  # enough for a kill to land in the middle
+STEPS = {'ddpm_digits': 60, 'vae_digits': 200}  # enough for a kill to land in the middle
 
 
 def long_run(name: str, workdir, steps: int = 0, save_every: int = 10, **more) -> list[str]:
@@ -51,20 +52,22 @@ def long_run(name: str, workdir, steps: int = 0, save_every: int = 10, **more) -
     return [f'--config={path(name)}', f'--workdir={workdir}', *(f'--config.{k}={v}' for k, v in fields.items())]
 
 
-def check_equal_to_uninterrupted(name: str, workdir, tmp_path) -> None:
-    """Goes on with the run in `workdir` and compares it with one that was never stopped."""
-    done = main(*long_run(name, workdir))
+def check_equal_to_uninterrupted(name: str, workdir, tmp_path, **more) -> str:
+    """Goes on with the run in `workdir` and compares it with one that was never stopped; what was said."""
+    done = main(*long_run(name, workdir, **more))
     assert done.returncode == 0, done.stderr
     assert 'going on from step' in done.stderr
-    whole = tmp_path / 'whole'
-    done = main(*long_run(name, whole))
-    assert done.returncode == 0 and 'going on' not in done.stderr, done.stderr
+    whole = str(tmp_path / 'whole')
+    config, _, *fields = long_run(name, whole, **more)
+    train(configs.override(configs.load(config.removeprefix('--config=')), fields), whole)
     assert_same(saved_state(whole, STEPS[name]), saved_state(workdir, STEPS[name]))
     assert metrics(whole) == metrics(workdir) and len(metrics(whole)) == STEPS[name] // 7
+    return done.stderr
 
 
-@pytest.mark.parametrize('name', ['vae_digits', 'wgan_gp_digits'])  # DDPM is stopped by SIGTERM below
-def test_killed_run_goes_on_as_if_nothing_had_been(name, tmp_path):
+def test_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
+    """What is left of it is the loop's and the checkpoints' affair; DDPM is stopped by SIGTERM below."""
+    name = 'vae_digits'
     workdir = tmp_path / 'run'
     process = start(*long_run(name, workdir))
     wait_for(lambda: checkpoints(workdir), process)
@@ -83,12 +86,8 @@ def test_sigterm_saves_and_goes_on_the_same(tmp_path):
     assert process.returncode == 75, stderr
     (step,) = checkpoints(workdir)
     assert f'saved at step {step}' in stderr and 0 < step < 60
-    done = main(*long_run('ddpm_digits', workdir, save_every=1000))
-    assert f'going on from step {step} of 60' in done.stderr
-    whole = tmp_path / 'whole'
-    main(*long_run('ddpm_digits', whole, save_every=1000))
-    assert_same(saved_state(whole, 60), saved_state(workdir, 60))
-    assert metrics(whole) == metrics(workdir)
+    said = check_equal_to_uninterrupted('ddpm_digits', workdir, tmp_path, save_every=1000)
+    assert f'going on from step {step} of 60' in said
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

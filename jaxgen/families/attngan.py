@@ -294,16 +294,20 @@ def build(
         logs |= jax.tree.map(lambda x: x.mean(0), more)
         return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs
 
-    def draw(state, batch, rng) -> tuple[Array, ...]:
-        """Images of all stages for the captions in the batch."""
+    def draw(state, batch, rng, z: Array | None = None) -> tuple[Array, ...]:
+        """Images of all stages for the captions in the batch, and for latents [n, latent] if there are any."""
         z_rng, noise_rng = jax.random.split(rng)
         told = read(state.ema['text'], batch['caption'])
-        z, noise = normal(example_keys(z_rng, batch), (latent,)), normal(example_keys(noise_rng, batch), (condition,))
+        z = normal(example_keys(z_rng, batch), (latent,)) if z is None else z
+        noise = normal(example_keys(noise_rng, batch), (condition,))
         variables = {'params': state.ema['generator'], 'batch_stats': state.extra}
         return generator.apply(variables, z, noise, told['sentence'], told['words'], told['there'])[0]
 
     def sample(state, frozen, batch, rng):
         return draw(state, batch, rng)[-1]
+
+    def decode(state, frozen, latents, rng, batch):
+        return draw(state, batch, rng, latents)[-1]
 
     def trajectory(state, frozen, batch, rng):
         images = list(draw(state, batch, rng))
@@ -325,8 +329,10 @@ def build(
         update,
         sample,
         evaluate,
+        decode=decode,
         trajectory=trajectory,
         conditions=('caption',),
         divisor=divisor,
+        latent=(latent,),
         words=length,
     )

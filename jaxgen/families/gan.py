@@ -323,8 +323,8 @@ def build(
         weights, _ = spectral_norm.normalise(state.ema['generator'], state.extra['average']['vectors'])
         return generator.apply({'params': weights, 'batch_stats': state.extra['average']['batch_stats']}, z, c)
 
-    def decode(state, frozen, latents, rng):
-        return paint(state, latents, None)
+    def decode(state, frozen, latents, rng, batch=None):
+        return paint(state, latents, classes(batch))
 
     def draw(key) -> Array:
         if truncation:
@@ -345,7 +345,7 @@ def build(
         update,
         sample,
         evaluate,
-        decode=None if conditional else decode,
+        decode=decode,
         conditions=conditions,
         divisor=divisor,
         free=('truncation',),

@@ -230,9 +230,12 @@ def build(
             logs |= {f'{guide}/{name}': v for name, v in more.items()}
         return advance(state, optim), logs
 
-    def sample(state, frozen, batch, rng):
-        s = drawn(state.ema, normal(example_keys(rng, batch), (latent,)), batch['label'])
+    def decode(state, frozen, latents, rng, batch):
+        s = drawn(state.ema, latents, batch['label'])
         return jnp.clip(turn(state.ema, batch['image'], s, places(batch)), -1, 1)
+
+    def sample(state, frozen, batch, rng):
+        return decode(state, frozen, normal(example_keys(rng, batch), (latent,)), rng, batch)
 
     def trajectory(state, frozen, batch, rng):
         """By row, [1 + domains, n, H, W, C]; the picture itself stands first."""
@@ -260,4 +263,14 @@ def build(
         }
 
     conditions = ('label', 'domain', 'image', *((mask,) if mask else ()))
-    return Family(init, update, sample, evaluate, trajectory=trajectory, conditions=conditions, divisor=divisor)
+    return Family(
+        init,
+        update,
+        sample,
+        evaluate,
+        decode=decode,
+        trajectory=trajectory,
+        conditions=conditions,
+        divisor=divisor,
+        latent=(latent,),
+    )

@@ -384,8 +384,8 @@ def build(
         x = target(batch['image'], jax.random.split(rng, len(batch['image'])))
         return inference(state.ema, x, None).code
 
-    def decode(state, frozen, latents, rng):
-        return mean_image(state.ema, latents)
+    def decode(state, frozen, latents, rng, batch=None):
+        return mean_image(state.ema, latents, told(batch))
 
     return Family(
         init,
@@ -393,9 +393,9 @@ def build(
         sample,
         evaluate,
         encode=None if conditional else encode,
-        decode=None if conditional else decode,
+        decode=decode,
         conditions=('label',) if conditional else (),
         divisor=divisor,
         free=('iwae_samples',),
-        latent=() if conditional else (size,),
+        latent=(size,),
     )

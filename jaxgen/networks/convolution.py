@@ -95,6 +95,7 @@ def _gradients(x: Array, w: Array, dy: Array, window) -> tuple[Array, Array]:
     return dx, dw.transpose(*axes, 0, x.ndim - 1)  # [c, *kernel, o] -> [*kernel, c, o]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(window, saved, dy):
     def own(x, w, dy):
         return jax.vjp(lambda x, w: _plain(x, w, window), x, w)[1](dy)

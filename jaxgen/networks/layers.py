@@ -6,6 +6,7 @@ for all of them. Images are NHWC. Weights are float32; `dtype` is that of the co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,29 @@ def Dense(
     return nn.Dense(features, use_bias=bias, kernel_init=init or variance_scaling(), dtype=dtype, name=name)
 
 
+# Traced once for each shape, not once for each layer of a network.
+@functools.partial(jax.jit, static_argnames=('groups', 'eps'))
+def group_norm(x: Array, scale: Array | float, bias: Array | float, groups: int, eps: float) -> Array:
+    """Group normalisation of [n, ..., C] with scale and bias [C], in float32."""
+    channels = x.shape[-1]
+
+    def to_channels(z):  # [n, groups] to [n, 1, C]
+        return jnp.repeat(z, channels // groups, axis=1)[:, None]
+
+    def of_groups(z):  # mean over positions, then channels: [n, positions, C] to [n, groups]
+        return z.mean(1).reshape(len(z), groups, -1).mean(-1)
+
+    y = x.astype(jnp.float32).reshape(len(x), -1, channels)  # [n, positions, C]
+    # One pass over x gives both moments, and the channels stay innermost: half the time of the
+    # two-pass form on a CPU. E[y^2] - E[y]^2 loses all digits when the mean is large beside the
+    # deviation, so the values are first shifted by one of their own: no moment depends on it.
+    y = y - jax.lax.stop_gradient(to_channels(y[:, 0, :: channels // groups]))
+    mean = of_groups(y)
+    variance = jnp.maximum(of_groups(jnp.square(y)) - jnp.square(mean), 0)
+    y = (y - to_channels(mean)) * (to_channels(jax.lax.rsqrt(variance + eps)) * scale) + bias
+    return y.reshape(x.shape)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) of [n, ..., C] over each group's channels and all positions.
 
@@ -140,21 +164,7 @@ class GroupNorm(nn.Module):
             scale = self.param('scale', nn.initializers.ones, (channels,))
             bias = self.param('bias', nn.initializers.zeros, (channels,))
 
-        def to_channels(z):  # [n, groups] to [n, 1, C]
-            return jnp.repeat(z, channels // groups, axis=1)[:, None]
-
-        def of_groups(z):  # mean over positions, then channels: [n, positions, C] to [n, groups]
-            return z.mean(1).reshape(len(z), groups, -1).mean(-1)
-
-        y = x.astype(jnp.float32).reshape(len(x), -1, channels)  # [n, positions, C]
-        # One pass over x gives both moments, and the channels stay innermost: half the time of the
-        # two-pass form on a CPU. E[y^2] - E[y]^2 loses all digits when the mean is large beside the
-        # deviation, so the values are first shifted by one of their own: no moment depends on it.
-        y = y - jax.lax.stop_gradient(to_channels(y[:, 0, :: channels // groups]))
-        mean = of_groups(y)
-        variance = jnp.maximum(of_groups(jnp.square(y)) - jnp.square(mean), 0)
-        y = (y - to_channels(mean)) * (to_channels(jax.lax.rsqrt(variance + self.eps)) * scale) + bias
-        return y.reshape(x.shape).astype(self.dtype)
+        return group_norm(x, scale, bias, groups, self.eps).astype(self.dtype)
 
 
 def Norm(
