@@ -28,7 +28,8 @@ gc.set_threshold(100_000, 10, 10)
 
 # What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
 SLOW = (
-    *('adm_test', 'classifier_test', 'consistency_test', 'dit_test', 'ebm_test', 'evaluate_test'),
+    *('adm_test', 'classifier_test', 'consistency_test', 'diffusion_family_test', 'dit_test', 'ebm_test'),
+    'evaluate_test',
     *('explore_test', 'first_stage_test', 'flows_test', 'inception_test', 'js_generator_test', 'ncsnpp_test'),
     *('pixelcnn_test', 'pixelcnn_pp_test', 'refinenet_test', 'reliability_test', 'transformer_test'),
     *('unet_test', 'vae_test', 'var_test', 'vdm_test', 'vqgan_test', 'vqvae_test', 'gan_test'),

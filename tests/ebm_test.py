@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
@@ -20,6 +19,12 @@ from jaxgen.networks import energy as energies
 from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
 from jaxgen.optim import Optim
+
+try:
+    import torch
+except ImportError:  # it comes with [bench]
+    torch = None
+needs_torch = pytest.mark.skipif(torch is None, reason='without torch')
 
 SMALL = dict(
     network='wide_resnet', width=4, multipliers=(1,), blocks=1, buffer=12, steps=3, step=0.5, noise=0.1, clamp=0.0,
@@ -135,6 +140,7 @@ def test_accumulation_changes_nothing():
 # --- the loss
 
 
+@needs_torch
 def test_loss_is_that_of_the_papers():
     """The update's gradient against torch's autograd of logsumexp, on the chains that it ran."""
     f, batch = family(classes=3, joint=True, regulariser=0.2, classification=0.7, optim=sgd(1.0)), images()
@@ -232,6 +238,7 @@ def randomised(params: dict, seed: int = 0) -> dict:
     return jax.tree.map(one, params)
 
 
+@needs_torch
 def test_wide_network_is_torchs():
     net, x = WideResNet(6, (1, 2, 3), 2, 5), images(3, (8, 8, 3))['image']
     params = randomised(jax.eval_shape(net.init, jax.random.key(0), x)['params'])
@@ -241,6 +248,7 @@ def test_wide_network_is_torchs():
     )  # fmt: skip
 
 
+@needs_torch
 def test_residual_network_is_torchs():
     """With kernels normalised by exact singular values in torch, by many power steps here."""
     net, x = ResidualEnergy(6, (1, 2), 2, 1), images(3, (8, 8, 3))['image']

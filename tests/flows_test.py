@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-import torch.nn.functional as F
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import glow, real_nvp
 from jaxgen.networks import couplings
 from jaxgen.optim import Optim
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError:  # it comes with [bench]
+    torch = None
+needs_torch = pytest.mark.skipif(torch is None, reason='without torch')
 
 IMAGE = (4, 4, 1)
 
@@ -89,6 +94,7 @@ def jacobian_log_det(f, x) -> np.ndarray:
 # --- rearrangements ---------------------------------------------------------------------------------------------------
 
 
+@needs_torch
 def test_squeezes():
     x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
     oracle = F.pixel_unshuffle(torch.tensor(np.array(x)).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
@@ -366,6 +372,7 @@ class TorchGlow:
         return torch.cat(zs, 1), log_p
 
 
+@needs_torch
 def test_glow_is_that_of_torch():
     net, x = glow_flow((8, 4, 3), depth=3), 0.3 * jax.random.normal(jax.random.key(3), (3, 8, 4, 3))
     variables = initial(net, x)
@@ -450,6 +457,7 @@ class TorchRealNVP:
         return torch.cat([z.permute(0, 2, 3, 1).flatten(1) for z in (*zs, x)], 1), log_det
 
 
+@needs_torch
 @pytest.mark.parametrize('train', [False, True])
 def test_real_nvp_is_that_of_torch(train):
     net, x = real_nvp_flow((4, 8, 3), blocks=2), jax.random.normal(jax.random.key(3), (4, 4, 8, 3))
