@@ -142,7 +142,9 @@ class Run:
         """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
         config.evaluate.examples examples (0: all). Where training was restricted to some classes, also how well each
         finds the others; where the data have factors, also how far the codes keep them apart."""
-        a, c = self.assembled, self.config
+        a, c, state = self.assembled, self.config, self.state
+        if state.params is None:  # adversarial families have figures of the critic, which sampling needs not
+            state = load(self.workdir, config=c, weights=self.weights, all_weights=True, mesh=a.mesh).state
         source = data.dataset(c.data, 'test')
         n = min(c.evaluate.examples or len(source), len(source))
         odd = ~np.isin(data.labels(c.data, 'test')[:n], c.data.keep_classes) if c.data.keep_classes else None
@@ -150,7 +152,7 @@ class Run:
         def over(function, what: str, *more) -> dict[str, dict]:
             with log.bar(n, what, jax.process_index() != 0) as bar:
                 return function(
-                    a.family, self.state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
+                    a.family, state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
                     lambda done: bar.update(done - bar.n), *more,
                 )  # fmt: skip
 
@@ -237,7 +239,7 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
       config: in place of the saved one, say with another sampler; the weights must fit it.
       weights: 'ema' or 'params', which of them sampling and evaluation use; or a width, '0.07': the average of that
         standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
-      all_weights: restore `params` too (evaluation of adversarial families reads the critic).
+      all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
 
     Raises:
       UserError: no run there, no checkpoint yet, or weights of another model.
