@@ -46,23 +46,12 @@ def flops(jaxpr: core.Jaxpr) -> int:
             holes = math.prod(eqn.params['lhs_dilation'])
             total += 2 * math.prod(out) * math.prod(kernel) // features // holes
         else:
-            inner = [flops(j) for p in eqn.params.values() for j in subjaxprs(p)]
+            inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
             if name == 'cond':
                 total += max(inner, default=0)
             else:
                 total += sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
     return total
-
-
-def subjaxprs(value):
-    """The jaxprs in a parameter of an equation."""
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from subjaxprs(v)
 
 
 def describe(config, assembled) -> dict:
