@@ -144,8 +144,12 @@ class Run:
         finds the others; where the data have factors, also how far the codes keep them apart."""
         a, c, state = self.assembled, self.config, self.state
         if state.params is None:  # adversarial families have figures of the critic, which sampling needs not
-            whole = load(self.workdir, config=c, weights=self.weights, all_weights=True, mesh=a.mesh)
-            state = state.replace(params=whole.state.params)
+            checkpoints = Checkpoints(self.workdir)
+            saved, _ = checkpoints.restore(a.abstract, a.mesh, ('params',))
+            checkpoints.close()
+            if int(saved.step) != self.step:
+                raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
+            state = state.replace(params=saved.params)
         source = data.dataset(c.data, 'test')
         n = min(c.evaluate.examples or len(source), len(source))
         odd = ~np.isin(data.labels(c.data, 'test')[:n], c.data.keep_classes) if c.data.keep_classes else None

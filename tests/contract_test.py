@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from support import NAMES, assemble, assert_same, devices, main, metrics, path, 
 from jaxgen import config as configs
 from jaxgen import data, describe, run, sample, sharding
 from jaxgen.checkpoint import Checkpoints
+from jaxgen.errors import UserError
 from jaxgen.train import train
 
 # Parameters of the published systems (papers and reference code), by network.
@@ -374,7 +376,11 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     assert metrics(whole) == metrics(parts)
     assert [line['step'] for line in metrics(whole)] == [2, 4]
     if name == 'dcgan_digits':  # its figures are the critic's, whose weights sampling does not load
-        assert np.isfinite(run.load(parts).evaluate()['discriminator']['value'])
+        loaded = run.load(parts)
+        assert np.isfinite(loaded.evaluate()['discriminator']['value'])
+        earlier = dataclasses.replace(loaded, state=loaded.state.replace(step=jnp.int32(2)))
+        with pytest.raises(UserError, match='gone on to step 4: load it again'):
+            earlier.evaluate()
 
 
 @pytest.mark.slow
