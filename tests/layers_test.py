@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 from jaxgen.networks.layers import (
     Conv,
     Dense,
+    Embed,
     GroupNorm,
     downsample_mean,
     from_patches,
+    look_up,
+    max_pool,
     to_patches,
     upsample_nearest,
     variance_scaling,
@@ -91,6 +95,37 @@ def test_stride_two_pads_bottom_and_right():
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1)
     y = Conv(1, stride=2).apply({'params': {'kernel': kernel, 'bias': jnp.zeros(1)}}, x)
     np.testing.assert_array_equal(y[0, :, :, 0], [[0, 2], [8, 10]])
+
+
+def slopes(function, x):
+    """Of the sum of a function, each number with a weight of its own."""
+    y, backward = jax.vjp(function, x)
+    return backward(jax.random.normal(jax.random.key(1), y.shape, y.dtype))[0]
+
+
+def test_maxima_are_those_of_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 3))
+    ours, theirs = max_pool, lambda x: nn.max_pool(x, (2, 2), (2, 2))
+    assert max_pool(x).shape == (2, 2, 3, 3)
+    np.testing.assert_array_equal(ours(x), theirs(x))
+    np.testing.assert_array_equal(slopes(ours, x), slopes(theirs, x))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_look_ups_are_those_of_indexing(dtype):
+    numbers = jnp.array([[0, 3, 3], [2, 3, 0]])
+    params = Embed(4, 5).init(jax.random.key(0), numbers)
+    ours, theirs = (
+        lambda p, e=e: e(4, 5, dtype=dtype).apply({'params': {'embedding': p}}, numbers) for e in (Embed, nn.Embed)
+    )
+    table = params['params']['embedding']
+    assert ours(table).dtype == dtype and ours(table).shape == (2, 3, 5)
+    np.testing.assert_array_equal(ours(table), theirs(table))
+    found, expected = slopes(ours, table), slopes(theirs, table)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
+    np.testing.assert_array_equal(found[1], 0)
+    assert np.isnan(look_up(table, jnp.array([-1, 0, 4]))).all(1).tolist() == [True, False, True]
 
 
 def test_patches_and_back():

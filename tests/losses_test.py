@@ -76,6 +76,23 @@ def test_bernoulli_at_large_logits(dtype):
     np.testing.assert_allclose(slope.astype(jnp.float32)[:, 0], [-1, 0, 0, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.7])
+def test_cross_entropy_against_a_slow_one(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.normal(size=(2, 3, 5)), rng.integers(0, 5, (2, 3))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = smoothing / 5 + (1 - smoothing) * (np.arange(5) == labels[..., None])
+    got = likelihoods.cross_entropy(jnp.float32(logits), jnp.array(labels), smoothing)
+    np.testing.assert_allclose(got, -(wanted * log_p).sum(-1), 1e-5)
+    slope = jax.grad(lambda x: likelihoods.cross_entropy(x, jnp.array(labels), smoothing).sum())(jnp.float32(logits))
+    np.testing.assert_allclose(slope, np.exp(log_p) - wanted, atol=1e-6)
+
+
+def test_a_label_out_of_range_is_not_a_number():
+    found = likelihoods.cross_entropy(jnp.zeros((3, 3)), jnp.array([0, 3, -1]))
+    assert np.isnan(found).tolist() == [False, True, True]
+
+
 def test_gaussian_against_scipy():
     rng = np.random.default_rng(2)
     mean, x = rng.normal(size=(2, 5, 3, 2)).astype('float32')

@@ -42,9 +42,9 @@ def record(history: dict[str, Array], t: Array, errors: Array) -> dict[str, Arra
     same = t[:, None] == t[None, :]
     before = jnp.tril(same, -1).sum(-1)  # examples of the same step earlier in the batch, [n]
     after = jnp.triu(same, 1).sum(-1)
-    kept = jnp.where(after < KEEP, t, steps)  # out of range: dropped
+    kept = jnp.where(after < KEEP, t, steps + jnp.arange(n))  # out of range: dropped
     place = (history['seen'][t] + before) % KEEP
     return {
-        'errors': history['errors'].at[kept, place].set(errors, mode='drop'),
-        'seen': history['seen'] + jnp.zeros(steps, jnp.int32).at[t].add(jnp.ones(n, jnp.int32)),
+        'errors': history['errors'].at[kept, place].set(errors, mode='drop', unique_indices=True),
+        'seen': history['seen'] + jax.nn.one_hot(t, steps, dtype=jnp.int32).sum(0),
     }

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxgen.contract import Context, Family, advance, gradient_step, new_state
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, variance_scaling
 
 Array = jax.Array
@@ -78,13 +79,6 @@ class Classifier(nn.Module):
         features = nn.silu(x.astype(jnp.float32))
         kept = nn.Dropout(self.dropout, deterministic=not train)(features)
         return features, Dense(self.outputs, name='logits')(kept)
-
-
-def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
-    """Logits [..., k] and int labels [...] in [0, k) -> [...], nats. NaN for a label of k or more."""
-    log_p = jax.nn.log_softmax(logits)
-    right = jnp.take_along_axis(log_p, label[..., None], -1)[..., 0]
-    return -(1 - smoothing) * right - smoothing * log_p.mean(-1)
 
 
 def build(

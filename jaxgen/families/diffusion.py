@@ -45,6 +45,7 @@ from jaxgen.diffusion import augment, importance, parameterisations, processes, 
 from jaxgen.diffusion.guidance import classifier_guided, guided
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
 
 Array = jax.Array
@@ -364,7 +365,7 @@ def build(
         if times == 'importance':
             # One place for each example of the whole batch, of which this may be a part.
             parts = context.optim.accumulate
-            logs['errors'] = jnp.zeros(parts * len(t)).at[batch['place']].set(parts * errors)
+            logs['errors'] = jnp.zeros(parts * len(t)).at[batch['place']].set(parts * errors, unique_indices=True)
             errors = errors * batch['importance']
         return errors.mean(), {'loss': errors.mean(), **logs}
 
@@ -405,7 +406,7 @@ def build(
             alpha, sigma = level(t)
             seen = {'image': x / alpha, 'sigma': (sigma / alpha)[:, 0, 0, 0]}
             logits = classifier.classify(shown, its_frozen, seen, jax.random.key(0))
-            return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
+            return -cross_entropy(logits, label)
 
         return classifier_guided(denoise, log_probability, level, classifier_scale)
 

@@ -43,6 +43,7 @@ from jaxgen.contract import (
     spread,
 )
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks import energy as energies
 from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
@@ -213,8 +214,7 @@ def build(
 
     def score(f: Array, label: Array) -> tuple[Array, Array]:
         """Cross-entropy [n], nats, and hits [n], 0 or 1."""
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(f), label[:, None], -1)[:, 0]
-        return -log_p, (f.argmax(-1) == label).astype(jnp.float32)
+        return cross_entropy(f, label), (f.argmax(-1) == label).astype(jnp.float32)
 
     def loss(params, vectors, batch, rng):
         weights = effective(params['energy'], vectors)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import MaskedTransformer, categorical, check_prior, filtered, flatten, unflatten
 
 Array = jax.Array
@@ -115,9 +116,8 @@ def build(
         n = len(codes)
         masked = mask_some(jax.random.split(mask_rng, n), jax.random.uniform(share_rng, (n,)), length)
         shown = jnp.where(masked, mask_token, codes)
-        log_p = jax.nn.log_softmax(logits_of(params, shown, batch, True, {'dropout': dropout_rng}))
-        right = -jnp.take_along_axis(log_p, codes[..., None], -1)[..., 0]  # [n, T]
-        error = (1 - smoothing) * right - smoothing * log_p.mean(-1)
+        logits = logits_of(params, shown, batch, True, {'dropout': dropout_rng})
+        error, right = (cross_entropy(logits, codes, s) for s in (smoothing, 0.0))  # [n, T]
         # Every masked code counts alike, as in eq. 1; 2 / pi of all are masked in the mean.
         value, bits = ((e * masked).sum(1).mean() / (length * 2 / math.pi) for e in (error, right / math.log(2)))
         return value, {'loss': value, 'masked_bits': bits}
@@ -143,8 +143,7 @@ def build(
             drawn = categorical(draw_keys, filtered(logits, temperature, top_k, top_p))
             unknown = tokens == mask_token
             drawn = jnp.where(unknown, drawn, tokens)
-            sureness = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
-            sureness = jnp.where(unknown, sureness, jnp.inf)
+            sureness = jnp.where(unknown, -cross_entropy(logits, drawn), jnp.inf)
             done = (t + 1) / steps
             # At least one code is settled in each step, and none is left after the last.
             count = jnp.minimum(jnp.floor(masked_share(done) * length), unknown.sum(1, keepdims=True) - 1)
@@ -167,8 +166,7 @@ def build(
         def one(r):
             at = jax.vmap(jax.random.fold_in, (0, None))(keys, (8 * r).astype(jnp.int32))
             masked = mask_some(at, jnp.full(len(codes), r), length)
-            log_p = jax.nn.log_softmax(logits_of(state.ema, jnp.where(masked, mask_token, codes), batch))
-            right = -jnp.take_along_axis(log_p, codes[..., None], -1)[..., 0]
+            right = cross_entropy(logits_of(state.ema, jnp.where(masked, mask_token, codes), batch), codes)
             return (right * masked).sum(1) / masked.sum(1)
 
         return {'masked_bits': jax.lax.map(one, (jnp.arange(8) + 0.5) / 8).mean(0) / math.log(2)}

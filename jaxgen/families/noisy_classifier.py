@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
 from jaxgen.diffusion import processes
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.adm import ADMClassifier
 from jaxgen.networks.denoisers import GIVEN, check_network
 
@@ -71,8 +72,7 @@ def build(
 
     def score(logits: Array, label: Array) -> tuple[Array, Array]:
         """Cross-entropy [n], nats, and hits [n], 0 or 1."""
-        right = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], -1)[:, 0]
-        return -right, (logits.argmax(-1) == label).astype(jnp.float32)
+        return cross_entropy(logits, label), (logits.argmax(-1) == label).astype(jnp.float32)
 
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout = jax.random.split(rng, 3)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import CausalTransformer, categorical, check_prior, filtered, flatten, unflatten
 
 Array = jax.Array
@@ -82,7 +83,7 @@ def build(
         """-log p of each code, [n, T]; `shown` are the codes that the network sees."""
         tokens = jnp.concatenate([start(batch, len(codes)), shown[:, :-1]], 1)
         logits = net.apply({'params': params['transformer']}, tokens, train=train, rngs=rngs)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], -1)[..., 0]
+        return cross_entropy(logits, codes)
 
     def loss(params, frozen, batch, rng):
         code_rng, keep_rng, other_rng, dropout_rng = jax.random.split(rng, 4)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.multiscale import shrunk
 from jaxgen.networks.transformer import categorical, check_prior, filtered, flatten
 from jaxgen.networks.var import VARTransformer
@@ -104,7 +105,7 @@ def build(
     def nats(params, codes, words, label, train=False, rngs=None) -> Array:
         """-log p of each code, [n, T]."""
         logits = net.apply({'params': params['transformer']}, words, label, train=train, rngs=rngs)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], -1)[..., 0]
+        return cross_entropy(logits, codes)
 
     def loss(params, frozen, batch, rng):
         code_rng, label_rng, dropout_rng = jax.random.split(rng, 3)

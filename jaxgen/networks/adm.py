@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxgen.networks.attention import SelfAttention
 from jaxgen.networks.embeddings import cosines_first
-from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
+from jaxgen.networks.layers import Conv, Dense, Embed, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
 
 Array = jax.Array
 
@@ -171,7 +171,7 @@ class ADMUNet(Half):
         embedding = self.embed(t)
         if self.classes:
             start = nn.initializers.normal(1.0)  # as torch starts embeddings
-            embed = nn.Embed(self.classes, 4 * self.channels, embedding_init=start, dtype=self.dtype, name='label')
+            embed = Embed(self.classes, 4 * self.channels, embedding_init=start, dtype=self.dtype, name='label')
             embedding = embedding + embed(label)
         embedding = nn.silu(embedding)  # once here, as every block would begin with it
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.networks.embeddings import cosines_first
-from jaxgen.networks.layers import Dense, LayerNorm, from_patches, to_patches
+from jaxgen.networks.layers import Dense, Embed, LayerNorm, from_patches, to_patches
 
 Array = jax.Array
 
@@ -109,7 +109,7 @@ class DiT(nn.Module):
         condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time1')(cosines_first(t, 256))  # [n, channels]
         condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time2')(nn.silu(condition))
         if self.classes:
-            embed = nn.Embed(self.classes, channels, embedding_init=NORMAL, dtype=self.dtype, name='label')
+            embed = Embed(self.classes, channels, embedding_init=NORMAL, dtype=self.dtype, name='label')
             condition = condition + embed(label)
         condition = nn.silu(condition)  # once here, as every block would begin with it
 

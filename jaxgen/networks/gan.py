@@ -27,6 +27,7 @@ from jaxgen.networks.layers import (
     ConvTranspose,
     Dense,
     downsample_mean,
+    max_pool,
     upsample_nearest,
     variance_scaling,
 )
@@ -218,7 +219,7 @@ class Attention(nn.Module):
 
         def project(name, part, pool):
             h = Dense(max(features // part, 1), bias=False, init=self.kernel_init, dtype=self.dtype, name=name)(x)
-            h = nn.max_pool(h, (2, 2), (2, 2)) if pool else h
+            h = max_pool(h) if pool else h
             return h.reshape(n, -1, h.shape[-1])  # [n, positions, channels]
 
         query, key, value = project('query', 8, False), project('key', 8, True), project('value', 2, True)

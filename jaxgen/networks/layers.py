@@ -226,6 +226,42 @@ def instance_norm(x: Array, eps: float = 1e-5) -> Array:
     return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def look_up(table: Array, numbers: Array) -> Array:
+    """Rows [..., C] of a table [K, C] by their numbers int [...]; NaN where there is no such row.
+
+    The gradient is a product with zeros and ones: that of indexing adds up in an order which changes on GPUs from run
+    to run (see sharding.collides).
+    """
+    return jnp.take(table, jnp.where(numbers < 0, len(table), numbers), axis=0, mode='fill')
+
+
+def _look_up_backward(kept, gradient):
+    table, numbers = kept
+    hits = jax.nn.one_hot(numbers.reshape(-1), len(table), dtype=gradient.dtype)
+    gradient = jnp.matmul(hits.T, gradient.reshape(-1, table.shape[-1]), precision='highest')
+    return gradient.astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, numbers: (look_up(table, numbers), (table, numbers)), _look_up_backward)
+
+
+class Embed(nn.Embed):
+    """flax's, by `look_up`: int [...] to [..., features]."""
+
+    def __call__(self, numbers: Array) -> Array:
+        return look_up(self.embedding.astype(self.dtype or self.embedding.dtype), numbers)
+
+
+def max_pool(x: Array) -> Array:
+    """Maximum of every 2x2 square: [n, H, W, C] to [n, H // 2, W // 2, C]; an odd last row or column is left out.
+
+    Its gradient, unlike that of flax's, does not write to overlapping places (see sharding.collides).
+    """
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
 def upsample_nearest(x: Array) -> Array:
     """Every pixel four times: [n, H, W, C] to [n, 2H, 2W, C]."""
     n, h, w, c = x.shape

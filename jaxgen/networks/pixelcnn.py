@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.layers import Conv, Dense, variance_scaling
+from jaxgen.networks.layers import Conv, Dense, Embed, variance_scaling
 from jaxgen.networks.masked import (
     CausalAttention,
     CausalConv,
@@ -62,7 +62,7 @@ class Told(nn.Module):
         told = 0.0
         if self.classes:
             init = nn.initializers.normal(0.05)
-            table = nn.Embed(self.classes, self.features, embedding_init=init, dtype=self.dtype, name='label')
+            table = Embed(self.classes, self.features, embedding_init=init, dtype=self.dtype, name='label')
             told = table(condition.label)[:, None, None]
         if condition.map is not None:
             told = told + Dense(self.features, dtype=self.dtype, name='map')(cut(condition.map, place))
@@ -372,7 +372,7 @@ class Coarser(nn.Module):
     def __call__(self, codes: tuple[Array, ...]) -> Array:
         parts = []
         for i, code in enumerate(codes):
-            x = nn.Embed(self.vocabulary, self.channels, dtype=self.dtype, name=f'embed{i}')(code)
+            x = Embed(self.vocabulary, self.channels, dtype=self.dtype, name=f'embed{i}')(code)
             times = [size // own for size, own in zip(self.grid, code.shape[1:], strict=True)]
             parts.append(jnp.repeat(jnp.repeat(x, times[0], 1), times[1], 2))
         x = Conv(self.channels, dtype=self.dtype, name='first')(jnp.concatenate(parts, -1))
@@ -401,7 +401,7 @@ class Level(nn.Module):
     def setup(self):
         if self.vocabulary:
             init = nn.initializers.normal(1.0)
-            self.embed = nn.Embed(self.vocabulary, self.embedding, embedding_init=init)
+            self.embed = Embed(self.vocabulary, self.embedding, embedding_init=init)
 
     def look(self, values: Array) -> Array:
         """int [..., C] -> float32 [..., C], or [..., embedding] of codes, whose C is 1."""

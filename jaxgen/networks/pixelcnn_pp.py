@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.layers import Embed
 from jaxgen.networks.masked import CausalConv, CausalUp, Handover, Place, of_pixels, of_rows
 from jaxgen.networks.pixelcnn import Condition, concat_elu
 
@@ -44,7 +45,7 @@ class GatedResNet(nn.Module):
         h = CausalConv(2 * self.filters, self.kernel, left=1, start=0.1, name='conv2', **normed)(h, place)
         if self.classes:
             init = nn.initializers.normal(0.05)
-            table = nn.Embed(self.classes, 2 * self.filters, embedding_init=init, dtype=self.dtype, name='label')
+            table = Embed(self.classes, 2 * self.filters, embedding_init=init, dtype=self.dtype, name='label')
             h = h + table(label)[:, None, None]
         a, b = jnp.split(h, 2, -1)
         return x + a * jax.nn.sigmoid(b)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.layers import look_up
+
 Array = jax.Array
 EPS = 1e-5  # of the Laplace smoothing of counts
 
@@ -39,7 +41,7 @@ def nearest(z: Array, codebook: Array) -> Array:
 
 def embed(codes: Array, codebook: Array) -> Array:
     """The vectors [..., D] of codes int [...]; NaN for a code that is not in the codebook [K, D]."""
-    return jnp.take(codebook, jnp.where(codes < 0, len(codebook), codes), axis=0, mode='fill')
+    return look_up(codebook, codes)
 
 
 def straight_through(z: Array, quantised: Array) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.networks.layers import Conv, Dense, downsample_mean
+from jaxgen.networks.layers import Conv, Dense, downsample_mean, look_up
 
 Array = jax.Array
 
@@ -64,14 +64,10 @@ class Norm(nn.Module):
         def start(key, shape):  # factors near 1, shifts 0
             return jnp.pad(1 + 0.02 * jax.random.normal(key, (shape[0], 2 * channels)), ((0, 0), (0, channels)))
 
-        def look_up(name, rows, init, row):
-            # A product, exact as one factor is 0 or 1: the gradient of indexing is slow, and on GPUs not reproducible.
-            table = self.param(name, init, (rows, 3 * channels))
-            return jnp.matmul(jax.nn.one_hot(row, rows), table, precision='highest')
-
-        table = look_up('level', self.levels, start, level)  # [n, 3 C]
+        table = look_up(self.param('level', start, (self.levels, 3 * channels)), level)  # [n, 3 C]
         if self.classes:
-            table = table + look_up('label', self.classes, nn.initializers.zeros, label)
+            by_class = self.param('label', nn.initializers.zeros, (self.classes, 3 * channels))
+            table = table + look_up(by_class, label)
         scale, factor, shift = jnp.split(table, 3, -1)  # [n, C] each
 
         # Both moments in one pass, the values shifted by one of their own against cancellation, as in GroupNorm; then

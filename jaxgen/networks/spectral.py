@@ -64,6 +64,6 @@ def orthogonality(weights: PyTree) -> Array:
     def one(kernel: Array) -> Array:
         matrix = kernel.reshape(-1, kernel.shape[-1])
         gram = matrix.T @ matrix
-        return jnp.square(gram - jnp.diag(jnp.diag(gram))).sum()
+        return jnp.square(jnp.where(jnp.eye(len(gram), dtype=bool), 0, gram)).sum()
 
     return sum(one(w) for path, w in flatten_dict(weights).items() if path[-1] == 'kernel')

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.networks.layers import Dense
+from jaxgen.networks.layers import Dense, look_up
 
 Array = jax.Array
 
@@ -109,7 +109,7 @@ class TextEncoder(nn.Module):
         def init(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -0.1, 0.1)
 
-        x = self.param('embedding', init, (self.numbers, self.embedding))[words]
+        x = look_up(self.param('embedding', init, (self.numbers, self.embedding)), words)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         ways = [
             LSTM(self.features // 2, reverse, name=name)(x, words > 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
-from jaxgen.networks.layers import Dense, LayerNorm
+from jaxgen.networks.layers import Dense, Embed, LayerNorm
 
 Array = jax.Array
 
@@ -114,7 +114,7 @@ class CausalTransformer(nn.Module):
         Returns:
           float32 logits [n, T, vocabulary]; with a cache (logits [n, 1, vocabulary], cache).
         """
-        x = nn.Embed(self.vocabulary, self.channels, embedding_init=NORMAL, dtype=self.dtype, name='tokens')(tokens)
+        x = Embed(self.vocabulary, self.channels, embedding_init=NORMAL, dtype=self.dtype, name='tokens')(tokens)
         positions = self.param('positions', nn.initializers.zeros, (self.length, self.channels))
         place = positions[: tokens.shape[1]] if cache is None else jax.lax.dynamic_slice_in_dim(positions, index, 1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x + place.astype(self.dtype))
@@ -149,7 +149,7 @@ class MaskedTransformer(nn.Module):
     def __call__(self, tokens: Array, *, train: bool = False) -> Array:
         """tokens: int32 [n, length] -> float32 logits [n, length, vocabulary]."""
         init = nn.initializers.truncated_normal(0.02)
-        embed = nn.Embed(self.vocabulary, self.channels, embedding_init=init, dtype=self.dtype, name='tokens')
+        embed = Embed(self.vocabulary, self.channels, embedding_init=init, dtype=self.dtype, name='tokens')
         positions = self.param('positions', init, (self.length, self.channels)).astype(self.dtype)
         x = LayerNorm(eps=1e-12, dtype=self.dtype, name='embedded')(embed(tokens) + positions)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

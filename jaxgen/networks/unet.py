@@ -13,6 +13,7 @@ from jaxgen.networks.embeddings import sinusoidal
 from jaxgen.networks.layers import (
     Conv,
     Dense,
+    Embed,
     GroupNorm,
     from_patches,
     to_patches,
@@ -94,7 +95,7 @@ class UNet(nn.Module):
         embedding = Dense(4 * top, dtype=self.dtype, name='time1')(sinusoidal(t, top))  # [n, 4 channels]
         embedding = Dense(4 * top, dtype=self.dtype, name='time2')(nn.silu(embedding))
         if self.classes:
-            embedding = embedding + nn.Embed(self.classes, 4 * top, dtype=self.dtype, name='label')(label)
+            embedding = embedding + Embed(self.classes, 4 * top, dtype=self.dtype, name='label')(label)
         embedding = nn.silu(embedding)  # once here, as every block would begin with it
 
         last = len(self.multipliers) - 1

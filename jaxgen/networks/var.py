@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.networks.layers import Dense, LayerNorm
+from jaxgen.networks.layers import Dense, Embed, LayerNorm, look_up
 
 Array = jax.Array
 Cache = tuple[Array, Array]
@@ -151,7 +151,7 @@ class VARTransformer(nn.Module):
         channels, lengths = self.channels, [h * w for h, w in self.grids]
         std = (3 * channels) ** -0.5
         init = nn.initializers.normal(std)
-        condition = nn.Embed(self.classes + 1, channels, embedding_init=init, dtype=self.dtype, name='label')(label)
+        condition = Embed(self.classes + 1, channels, embedding_init=init, dtype=self.dtype, name='label')(label)
         parts = []
         if scale == 0:
             start = self.param('start', init, (lengths[0], channels)).astype(self.dtype)
@@ -161,7 +161,7 @@ class VARTransformer(nn.Module):
         x = jnp.concatenate(parts, 1)  # [n, T, C]
         levels = np.repeat(np.arange(len(lengths)), lengths)
         positions = self.param('positions', init, (len(levels), channels))
-        places = positions + self.param('levels', init, (len(lengths), channels))[levels]
+        places = positions + look_up(self.param('levels', init, (len(lengths), channels)), levels)
         begin = sum(lengths[:scale])
         x = x + places[begin : begin + x.shape[1]].astype(self.dtype)
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.layers import Conv
+from jaxgen.networks.layers import Conv, max_pool
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ class VGG16(nn.Module):
     def __call__(self, x: Array) -> list[Array]:
         maps = []
         for i, group in enumerate(self.channels):
-            x = nn.max_pool(x, (2, 2), (2, 2)) if i else x
+            x = max_pool(x) if i else x
             for j, features in enumerate(group):
                 x = nn.relu(Conv(features, padding=((1, 1), (1, 1)), dtype=jnp.float32, name=f'conv{i}_{j}')(x))
             maps.append(x)
