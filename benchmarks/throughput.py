@@ -81,7 +81,9 @@ def jax_sample(assembled, state):
     config = assembled.config
     n = config.sample.batch
     batch = sample.batches(assembled, config, n, {})
-    return lambda: list(sample.draw(assembled.family, state, assembled.frozen, assembled.mesh, batch, n, n, 0))
+    return lambda: list(
+        sample.draw(assembled.family, state, assembled.frozen, assembled.mesh, lambda _: batch, n, n, 0)
+    )
 
 
 def torch_unet(config, image):

@@ -15,7 +15,8 @@ def get_config(variant: str = ''):
         variant,
         family='ddgan',
         data=dict(source='cifar10', size=32, channels=3, batch=256, flip=True),
-        # The published code takes the penalty every 15 updates, and does not count it 15 times.
+        # The published code takes the penalty every 15 updates, and does not count it 15 times. Its learning rates end
+        # at 1e-5, these at 0.
         model=dict(r1=0.02 / 15, r1_every=15),
         optim=dict(
             lr=1.25e-4,

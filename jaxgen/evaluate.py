@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxgen import data, log, sample, sharding
 from jaxgen.data import shapes
+from jaxgen.data.loader import OTHER
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import detection, disentanglement, neighbours, scores
 from jaxgen.metrics import features as networks
@@ -250,25 +251,34 @@ class Evaluator:
         }
 
 
-def asked(run, evaluator: Evaluator, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def asked(run, evaluator: Evaluator) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None:
     """What samples are to show, by the features of the data that the evaluator's network names: the class that each is
-    drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. {} where nothing is.
+    drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. None where nothing is.
 
-    given: of the samples, see sample.batches.
+    Returns:
+      From what samples get (see sample.giver) to {name: [n]}.
     """
     names, conditions, section = evaluator.features.reads, run.assembled.family.conditions, run.config.data.to_dict()
     if not names or not conditions:
-        return {}
+        return None
     if 'label' in conditions:
-        return {'label': given['label']} if names == ('label',) else {}
+        return (lambda given: {'label': given['label']}) if names == ('label',) else None
+    # Of what becomes of pictures of another source nothing is known, but that all styles have the same test scenes.
+    sources = {section[key].partition(':')[0] for key in ('source', 'other')}
+    if OTHER in conditions and sources != {'shapes'}:
+        return None
     section |= {'features': ('image', *names), 'other': ''}
     try:
         data.spec(section)
     except UserError:  # the data do not say
-        return {}
+        return None
     source = data.dataset(section, 'test')
-    examples = source.take(given['index'] % len(source))
-    return {name: examples[name] for name in names}
+
+    def wanted(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        examples = source.again_and_again(given['index'])
+        return {name: examples[name] for name in names}
+
+    return wanted
 
 
 def hits(evaluator: Evaluator, images: np.ndarray, wanted: dict[str, np.ndarray], told: bool, n: int) -> dict:
@@ -276,7 +286,7 @@ def hits(evaluator: Evaluator, images: np.ndarray, wanted: dict[str, np.ndarray]
 
     Args:
       images: uint8 [b, H, W, C], some of n.
-      wanted: of `asked`, for these.
+      wanted: by `asked`, of these.
       told: by a caption, which names some factors only: 'asked/accuracy/0', ... are of those, and 'asked/caption' says
         whether all of them are right.
     """
@@ -300,25 +310,24 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
     Every piece is kept in the run's directory until `forget`, so that what was stopped goes on
     where it was.
     """
-    wanted = sample.batches(run.assembled, run.config, n, {})
-    to_show = asked(run, evaluator, wanted)
+    give, to_show = sample.giver(run.assembled, run.config, {}), asked(run, evaluator)
     size = sharding.round_up(run.assembled.mesh, min(run.config.sample.batch, n))
     folder = piece_folder(run, evaluator, size, seed)
     for start in range(0, n, size):
-        batch = {k: v[start : start + size] for k, v in wanted.items()}
+        numbers = np.arange(start, min(start + size, n))
         path = os.path.join(folder, f'{start:08d}.npz')
-        piece = read_piece(path, len(batch['index']))
+        piece = read_piece(path, len(numbers))
         if sharding.any_host(piece is None):
+            batch = give(numbers)
             images = sample.draw_batch(
                 run.assembled.family, run.state, run.assembled.frozen, run.assembled.mesh, batch, size, seed
             )
             piece = evaluator.extract(images, n)
             if to_show:
-                shown = {k: v[start : start + size] for k, v in to_show.items()}
-                piece |= hits(evaluator, images, shown, 'caption' in batch, n)
+                piece |= hits(evaluator, images, to_show(batch), 'caption' in batch, n)
             if jax.process_index() == 0:
                 log.save_npz(path, piece)
-        progress(start + len(batch['index']))
+        progress(start + len(numbers))
         yield piece
 
 

@@ -70,7 +70,7 @@ def transformation(
         'adam': lambda: optax.adam(rate, b1, b2, eps),
         'adamw': lambda: optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay),
         'radam': lambda: optax.radam(rate, b1, b2, eps),
-        'rmsprop': lambda: optax.rmsprop(rate, decay=b2, eps=eps),
+        'rmsprop': lambda: optax.rmsprop(rate, decay=b2, eps=eps, eps_in_sqrt=False),
         'sgd': lambda: optax.sgd(rate, momentum=b1 or None),
     }
     chain = [optax.clip_by_global_norm(clip)] if clip else []

@@ -129,8 +129,8 @@ class Run:
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
         a = self.assembled
-        batches = sample.batches(a, self.config, n, condition or {})
-        return sample.draw(a.family, self.state, a.frozen, a.mesh, batches, n, self.config.sample.batch, seed)
+        give = sample.giver(a, self.config, condition or {})
+        return sample.draw(a.family, self.state, a.frozen, a.mesh, give, n, self.config.sample.batch, seed)
 
     def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
         """The steps that led to the first n images of `sample`; see sample.film."""
@@ -247,11 +247,16 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
       all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
 
     Raises:
-      UserError: no run there, no checkpoint yet, or weights of another model.
+      UserError: no run there, no checkpoint yet, weights of another model, or weights that have no batch statistics.
       RunError: no checkpoint can be read.
     """
     config = config or saved_config(workdir)
     assembled = assemble(config, mesh)
+    if weights != 'ema' and assembled.family.statistics:
+        raise UserError(
+            f'--weights={weights}: what {config.family} draws with includes statistics of the averaged weights, which '
+            'fit no others: leave --weights out'
+        )
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
     checkpoints = Checkpoints(workdir)
     found = checkpoints.restore(assembled.abstract, assembled.mesh, items)

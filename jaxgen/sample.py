@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
         has = f'its conditions: {", ".join(family.conditions)}' if family.conditions else 'it has none'
         raise UserError(f'this run takes no condition {name!r}; {has}')
     feature = spec.features[name]
+    if name == 'domain':
+        raise UserError("condition 'domain' is what a given picture is, as the data say: give label, what it becomes")
     if name == 'caption':
         return captions.check(str(value), feature.shape[0], family.words, config.data)
     if feature.shape:
@@ -54,11 +56,11 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     return np.array(number, feature.dtype)
 
 
-def batches(assembled, config, n: int, condition: dict[str, int | str]) -> dict[str, np.ndarray]:
-    """'index' [n] and the conditions that the family reads, [n, ...] each.
+def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """What samples get, by their numbers [n]: 'index' [n] and the conditions that the family reads, [n, ...] each.
 
-    A condition that is not given: labels count up through the classes; anything else (a mask, a
-    low-resolution image, a caption) comes from the test split, in order.
+    A condition that is not given: labels count up through the classes; anything else (a mask, a low-resolution image, a
+    caption) comes from the test split, in order, again and again. Pictures are read when their samples' turn comes.
 
     Raises:
       UserError: the family draws nothing, has no such condition, or a value is out of range.
@@ -67,28 +69,35 @@ def batches(assembled, config, n: int, condition: dict[str, int | str]) -> dict[
     if family.sample is None:
         raise UserError(f'a {config.family} draws no pictures: there is nothing to sample')
     given = {name: one_condition(assembled, config, name, value) for name, value in condition.items()}
-    out = {'index': np.arange(n, dtype=np.int32)}
-    if 'label' in family.conditions:
-        out['label'] = (np.arange(n) % spec.classes).astype(np.int32)
-    out |= {name: np.repeat(value[None], n, 0) for name, value in given.items()}
-    rest = [name for name in family.conditions if name not in out]
-    if rest:
-        source = data.dataset(config.data, 'test')
-        examples = source.take(np.arange(n) % len(source))
-        out |= {name: examples[name] for name in rest}
-    return out
+    rest = [name for name in family.conditions if name != 'label' and name not in given]
+    source = data.dataset(config.data, 'test') if rest else None
+
+    def give(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        out = {'index': numbers.astype(np.int32)}
+        if 'label' in family.conditions:
+            out['label'] = (numbers % spec.classes).astype(np.int32)
+        out |= {name: np.repeat(value[None], len(numbers), 0) for name, value in given.items()}
+        examples = source.again_and_again(numbers) if rest else {}
+        return out | {name: examples[name] for name in rest}
+
+    return give
 
 
-def draw(family, state, frozen, mesh, batch: dict, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Images of `batch` (host arrays [n, ...]) in pieces of at most `size`, uint8.
+def batches(assembled, config, n: int, condition: dict[str, int | str]) -> dict[str, np.ndarray]:
+    """What the first n samples get, all at once; see `giver`."""
+    return giver(assembled, config, condition)(np.arange(n))
+
+
+def draw(family, state, frozen, mesh, give: Callable, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """The first n images in pieces of at most `size`, uint8, of what `give` gives them (see `giver`).
 
     Raises:
       RunError: an image is not finite; uint8 would hide it.
     """
     size = sharding.round_up(mesh, min(size, n))
     for start in range(0, n, size):
-        piece = {k: v[start : start + size] for k, v in batch.items()}
-        yield draw_batch(family, state, frozen, mesh, piece, size, seed)
+        numbers = np.arange(start, min(start + size, n))
+        yield draw_batch(family, state, frozen, mesh, give(numbers), size, seed)
 
 
 def draw_batch(family, state, frozen, mesh, batch: dict, size: int, seed: int) -> np.ndarray:

@@ -185,9 +185,8 @@ class Training:
         if self.a.family.sample is None:
             return
         n = self.config.train.samples
-        wanted = sample.batches(self.a, self.config, n, {})
-        size = self.config.sample.batch
-        images = list(sample.draw(self.a.family, self.state, self.frozen, self.a.mesh, wanted, n, size, 0))
+        give, size = sample.giver(self.a, self.config, {}), self.config.sample.batch
+        images = list(sample.draw(self.a.family, self.state, self.frozen, self.a.mesh, give, n, size, 0))
         if self.writer:
             sheet = log.grid(np.concatenate(images))
             log.save_png(self.grid_path(), sheet)
@@ -197,8 +196,8 @@ class Training:
     def evaluate(self) -> None:
         """Draws samples, the same each time, and writes the figures that they get."""
         n, family = self.config.train.evaluate_samples, self.a.family
-        wanted = sample.batches(self.a, self.config, n, {})
-        images = sample.draw(family, self.state, self.frozen, self.a.mesh, wanted, n, self.config.sample.batch, 0)
+        give = sample.giver(self.a, self.config, {})
+        images = sample.draw(family, self.state, self.frozen, self.a.mesh, give, n, self.config.sample.batch, 0)
         found = self.evaluator.figures((self.evaluator.extract(piece, n) for piece in images), n)
         if self.writer:
             self.writer.figures(self.step, {name: figure['value'] for name, figure in found.items()})

@@ -381,6 +381,8 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
         earlier = dataclasses.replace(loaded, state=loaded.state.replace(step=jnp.int32(2)))
         with pytest.raises(UserError, match='gone on to step 4: load it again'):
             earlier.evaluate()
+        with pytest.raises(UserError, match='leave --weights out'):  # its batch statistics are of the averaged ones
+            run.load(parts, weights='params')
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.config import DEFAULTS
 from jaxgen.data import builders, folder, shapes, sources, transforms
-from jaxgen.data.loader import order
+from jaxgen.data.loader import Beside, order
 from jaxgen.errors import RunError, UserError
 
 
@@ -765,6 +765,10 @@ def test_pairs_stay_together(tmp_path):
     assert len(splits[0]) + len(splits[1]) == 5 and min(map(len, splits)) > 0
     only = data.dataset({**config, 'features': ('image',)}, 'test')
     assert len(only) == len(splits[1]), 'one set is prepared, whichever of its features are asked for'
+    smaller = {**config, 'features': ('image', 'edges', 'low_resolution'), 'low_resolution': 3}
+    assert data.dataset(smaller, 'test')[0]['low_resolution'].shape == (3, 3, 1)
+    with refused(f'{source} has pictures alone, and no label'):
+        data.spec({**config, 'features': ('image', 'label')})
     windows = set()
     for fields in ({}, {'flip': True}, {'crop': 'random', 'flip': True, 'jitter': 4}):
         for batch in take({**config, **fields}, 12):
@@ -869,6 +873,11 @@ def test_others_come_unpaired(five, tmp_path):
     assert all((taken[k][i] == test[i][k]).all() for k in ('image', 'other') for i in range(len(test)))
     others = data.dataset({**config, 'source': other, 'other': '', 'features': ('image',)}, 'test')
     np.testing.assert_array_equal(taken['other'][-1], others[(len(test) - 1) % len(others)]['image'])
+    # Samples are of all pictures of both, however many there are of the other kind.
+    for one, two in ((test.examples, others), (others, test.examples)):
+        found = Beside(one, two).again_and_again(np.arange(7))
+        for name, source in (('image', one), ('other', two)):
+            np.testing.assert_array_equal(found[name], source.take(np.arange(7) % len(source))['image'])
     assert others.identity in test.identity
 
 

@@ -184,6 +184,7 @@ def test_steps_of_a_sample():
 @pytest.mark.parametrize('model', [
     dict(timesteps=0), dict(latent=0), dict(beta_min=3.0, beta_max=2.0), dict(channels=5), dict(resampling='cubic'),
     dict(multipliers=(1,) * 4), dict(discriminator_multipliers=(1,) * 5), dict(r1=-1.0), dict(dropout=1.0),
+    dict(multipliers=()),
 ])  # fmt: skip
 def test_says_what_is_wrong(model):
     with pytest.raises(UserError, match=r'config\.'):

@@ -85,6 +85,7 @@ class Torch:
         return self.torch.tensor(np.asarray(a))
 
     def dense(self, x, w):
+        w = w if isinstance(w, dict) else {'kernel': w}  # an embedding
         x = x @ self.tensor(w['kernel'])
         return x + self.tensor(w['bias']) if 'bias' in w else x
 
@@ -316,6 +317,17 @@ def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
         _, want = spectral.normalise(state.params['discriminator'], want)
     close(after.extra['discriminator']['vectors'], want, atol=1e-5)
     assert state.extra['generator']['vectors'] == {}
+
+
+def test_what_starts_at_zero_has_no_norm():
+    """SAGAN: residual networks told the class by projection, both players normalised."""
+    f = family(classes=3, conditional='projection', attention=(8,), spectral=('generator', 'discriminator'))
+    batch = images(6, classes=3)
+    state = jax.jit(f.init)(jax.random.key(0), batch, {})
+    after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, logs)))
+    gains = after.params['generator']['block0']['norm1_gain']
+    assert gains.shape[0] == 3 and np.abs(gains).max() > 0
 
 
 def test_samples_are_of_normalised_weights():

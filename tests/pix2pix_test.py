@@ -210,6 +210,6 @@ def test_says_what_is_wrong(model, said):
 
 
 def test_what_is_no_picture_is_no_input():
-    f = build(condition='label')
-    with pytest.raises(UserError, match="'label' is no picture"):
-        jax.eval_shape(f.init, jax.random.key(0), batch() | {'label': jnp.zeros(4, jnp.int32)}, {})
+    for given in (jnp.zeros(4, jnp.int32), batch()['image'][:, ::2, ::2]):
+        with pytest.raises(UserError, match=r"'seen' is no picture of config\.data\.size"):
+            jax.eval_shape(build(condition='seen').init, jax.random.key(0), batch() | {'seen': given}, {})

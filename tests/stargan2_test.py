@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import assemble, path
 
+from jaxgen import config as configs
+from jaxgen import sample
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import stargan2
@@ -348,8 +351,15 @@ def test_rates_go_by_updates():
     (dict(classes=0), 'needs domains'), (dict(halvings=3), 'multiple of 8'), (dict(width=0), 'width'),
     (dict(most=2), 'most'), (dict(norm='batch'), 'norm'), (dict(cycle=-1.0), 'cycle'), (dict(skips=(4,)), 'skips'),
     (dict(high_pass=1.0), 'skips'), (dict(high_pass=1.0, skips=(2,)), 'skips'), (dict(mask='mask'), 'mask'),
+    (dict(image=(4, 4, 3), halvings=2), '2 pixels of the smallest'),
 ])  # fmt: skip
 def test_says_what_is_wrong(model, said):
     with pytest.raises(UserError, match=said) as error:
         build(**model)
     assert 'config.' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_the_domain_of_a_picture_is_no_condition():
+    config = configs.load(path('stargan2_digits'))
+    with pytest.raises(UserError, match='give label'):
+        sample.giver(assemble(config), config, {'domain': 3})

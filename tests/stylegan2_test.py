@@ -430,6 +430,7 @@ def test_white_noise_has_no_autocorrelation_and_stripes_have():
 
 def test_says_what_is_wrong():
     wrong = dict(r1=-1.0, mixing=1.5, group=0, augmentation=('blur',), channel_base=2, augment_p=2.0, truncation=-0.1)
+    wrong |= dict(augment_target=60.0)
     for field, value in wrong.items():
         with pytest.raises(UserError, match=field) as error:
             family(**{field: value})

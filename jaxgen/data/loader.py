@@ -140,6 +140,10 @@ class Examples:
             self.known[new] = True
         return {name: x[indices] for name, x in self.cache.items()}
 
+    def again_and_again(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """As `take`, of any numbers from 0: after the last example comes the first."""
+        return self.take(numbers % len(self))
+
     def decoded(self, indices: np.ndarray, places: Places | None = None) -> dict[str, np.ndarray]:
         """As `take`, from the stored records."""
         out = self.empty(len(indices))
@@ -168,8 +172,8 @@ class Examples:
 
 
 class Beside:
-    """Examples and, as OTHER, the pictures of a second source: here in stored order, those of the shorter one again and
-    again. In training each has an order of its own."""
+    """Examples and, as OTHER, the pictures of a second source: here in stored order, and as many as there are examples,
+    again and again where the second source has fewer. In training each has an order of its own."""
 
     def __init__(self, examples: Examples, others: Examples):
         self.examples, self.others = examples, others
@@ -185,7 +189,11 @@ class Beside:
         return {**self.examples[i], OTHER: self.others[i % len(self) % len(self.others)]['image']}
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {**self.examples.take(indices), OTHER: self.others.take(indices % len(self.others))['image']}
+        return {**self.examples.take(indices), OTHER: self.others.again_and_again(indices)['image']}
+
+    def again_and_again(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """As `take`, of any numbers from 0: after the last of either source comes its first."""
+        return {**self.examples.again_and_again(numbers), OTHER: self.others.again_and_again(numbers)['image']}
 
 
 class Selected:

@@ -160,7 +160,11 @@ def folder_source(data, here: str) -> Source:
 def pairs_source(data, here: str) -> Source:
     """A folder whose sub-folders hold the image features of an example in files of one name."""
 
-    wanted = tuple(dict.fromkeys(('image', *data['features'])))
+    # Features that are made of others are no folders.
+    made = {'low_resolution'} if data['low_resolution'] else set()
+    wanted = tuple(name for name in dict.fromkeys(('image', *data['features'])) if name not in made)
+    if labels := {'label', 'domain'} & set(wanted):
+        raise UserError(f'config.data.features: {data["source"]} has pictures alone, and no {min(labels)}')
 
     @functools.cache
     def config() -> builders.FolderConfig:

@@ -87,6 +87,8 @@ def build(
       UserError: a value that cannot work.
     """
     height, columns, _ = context.image
+    if not multipliers:
+        raise UserError('config.model.multipliers must have a number for each level: they are none')
     divisor = math.lcm(2 ** (len(multipliers) - 1), 2 ** max(len(discriminator_multipliers) - discriminator_full, 0))
     if min(timesteps, latent, style, blocks, r1_every, *multipliers, *discriminator_multipliers) < 1:
         raise UserError(

@@ -349,5 +349,6 @@ def build(
         conditions=conditions,
         divisor=divisor,
         free=('truncation',),
+        statistics=network != 'mlp' or 'generator' in spectral,
         latent=(latent,),
     )

@@ -298,5 +298,13 @@ def build(
         return {'discriminator': value, 'information': of_categories + of_numbers}
 
     return Family(
-        init, update, sample, evaluate, encode, decode, divisor=divisor, latent=(len(categories) + continuous,)
+        init,
+        update,
+        sample,
+        evaluate,
+        encode,
+        decode,
+        divisor=divisor,
+        latent=(len(categories) + continuous,),
+        statistics=True,
     )

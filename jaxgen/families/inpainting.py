@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, spread
 from jaxgen.data.corruptions import holes, strokes
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
@@ -135,8 +135,10 @@ def build(
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng, vectors_rng = jax.random.split(rng, 3)
-        if not made and batch[masks].ndim != 4:
-            raise UserError(f'config.model.masks = {masks!r} is neither one of {MASKS} nor a picture')
+        if not made and (batch[masks].shape[:3] != batch['image'].shape[:3] or batch[masks].ndim != 4):
+            raise UserError(
+                f'config.model.masks = {masks!r} is neither one of {MASKS} nor a picture of config.data.size = {height}'
+            )
         x, mask = batch['image'][:1], jnp.zeros((1, height, columns, 1))
         params = {
             'generator': generator.init(generator_rng, x, mask)['params'],
@@ -148,7 +150,7 @@ def build(
 
     def update(state, frozen, batch, rng):
         mask_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
-        mask = masked(batch, jax.random.split(mask_rng, len(batch['image'])))
+        mask = spread(masked(batch, jax.random.split(mask_rng, len(batch['image']))))
         batch = {'image': batch['image'], 'mask': mask}
         state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
         state, more = generator_step(state, frozen, batch, generator_rng)

@@ -221,8 +221,8 @@ def build(
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng = jax.random.split(rng)
-        if batch[condition].ndim != 4:
-            raise UserError(f'config.model.condition = {condition!r} is no picture: it cannot be turned into one')
+        if batch[condition].shape[:3] != batch['image'].shape[:3] or batch[condition].ndim != 4:
+            raise UserError(f'config.model.condition = {condition!r} is no picture of config.data.size = {height}')
         c, x = batch[condition][:1], batch['image'][:1]
         params = {
             'generator': generator.init(generator_rng, c, jax.random.split(rng, 1))['params'],

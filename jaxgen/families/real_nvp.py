@@ -336,6 +336,7 @@ def build(
         divisor=divisor,
         free=('temperature', 'draws'),
         latent=(size,),
+        statistics=True,
     )
 
 

@@ -114,6 +114,11 @@ def build(
         raise UserError(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
         )
+    if norm == 'instance' and min(height, columns) < 2 << halvings:
+        raise UserError(
+            f'config.model.norm = {norm!r} needs 2 pixels of the smallest map: config.model.halvings = {halvings} are '
+            f'too many for config.data.size = {height}'
+        )
     sizes = [height >> i for i in range(halvings)]
     if bool(skips) != bool(high_pass) or not set(skips) <= set(sizes):
         raise UserError(

@@ -56,7 +56,7 @@ MEAN_DECAY = 0.995  # of the mean of w
 DEVIATION_DECAY = 0.99  # of the mean deviation of a group of data
 PATH_SHARE = 2  # the path length is taken of one in so many of a batch's images
 # Of the projection of an image into w, as published.
-PROJECTION = dict(rate=0.1, rise=0.05, fall=0.25, jitter=0.05, jitter_until=0.75, noise_penalty=1e5, draws=1000)
+PROJECTION = dict(rate=0.1, rise=0.05, fall=0.25, jitter=0.05, jitter_until=0.75, noise_penalty=1e5, draws=10_000)
 
 
 def counted(optim: Optim, every: int) -> Optim:
@@ -124,7 +124,8 @@ def build(
 
     Args:
       latent: dimensions of z and of w.
-      mapping_layers, channel_base, channel_max: see networks/stylegan2.py.
+      mapping_layers, channel_base, channel_max: see networks/stylegan2.py. The published code maps labels for a
+        conditional discriminator by 8 layers always; here both networks have mapping_layers.
       group: images whose deviation the discriminator sees.
       conditional: both players are told the class, `batch['label']`; samples then take a class as their condition.
       mixing: share of training's images with the styles of two latents, the second from a random layer on.
@@ -165,7 +166,8 @@ def build(
         raise UserError(f'config.model.channel_base must be {height} or more, channel_max 1 or more')
     if min(r1, path, truncation) < 0:
         raise UserError('config.model: r1, path and truncation must be 0 or more')
-    for field, value in (('mixing', mixing), ('path_decay', path_decay), ('augment_p', augment_p)):
+    shares = dict(mixing=mixing, path_decay=path_decay, augment_p=augment_p, augment_target=augment_target)
+    for field, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f'config.model.{field} must be between 0 and 1; it is {value}')
     if unknown := [name for name in augmentation if name not in CHANGES]:

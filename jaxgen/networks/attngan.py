@@ -5,7 +5,8 @@ attention to words.
     discriminator  an image of one stage -> values with and without its caption
     image encoder  an image of the last stage -> features of its regions and of all of it, in the space of the text's
 
-Kernels start orthogonal, as in the published code; convolutions before a norm have no bias.
+Kernels start orthogonal, as in the published code; gains of norms start at 1, there by N(1, 0.02^2). Convolutions
+before a norm have no bias.
 """
 
 from __future__ import annotations

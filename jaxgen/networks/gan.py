@@ -9,6 +9,8 @@ How c is told ('concat': Mirza & Osindero 2014, arXiv 1411.1784; 'projection': M
     concat       generator: c beside z; discriminator: c beside the image, a map for each class
     projection   discriminator: psi(h) + <embedding of c, h> with its last features h (the latter's eq. 2);
                  generator: c sets gains and shifts of residual networks' batch normalisation, and is beside z in others
+
+Gains of batch normalisation start at 1; DCGAN's torch port draws them from N(1, 0.02^2).
 """
 
 from __future__ import annotations
@@ -175,14 +177,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, c: Array | None = None) -> Array:
+        def by_class(features, name):
+            if self.kernel_init:
+                return Dense(features, bias=False, init=self.kernel_init, dtype=self.dtype, name=name)(c)[:, None, None]
+            # An embedding and no kernel: spectral normalisation finds no direction in zeros.
+            table = self.param(name, nn.initializers.zeros, (c.shape[-1], features))
+            return (c @ table).astype(self.dtype)[:, None, None]
+
         def activate(h, name):
             if not self.norm:
                 return nn.relu(h)
             h = BatchNorm(train=self.train, affine=c is None, dtype=self.dtype, name=name)(h)
             if c is not None:
-                common = dict(bias=False, init=self.kernel_init or nn.initializers.zeros, dtype=self.dtype)
-                gain = Dense(h.shape[-1], **common, name=f'{name}_gain')(c)[:, None, None]
-                h = h * (1 + gain) + Dense(h.shape[-1], **common, name=f'{name}_shift')(c)[:, None, None]
+                h = h * (1 + by_class(h.shape[-1], f'{name}_gain')) + by_class(h.shape[-1], f'{name}_shift')
             return nn.relu(h)
 
         he = self.kernel_init or variance_scaling(2.0)
