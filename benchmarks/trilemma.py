@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[
     return {name: batch / statistics.median(times) for name, times in seconds.items()}
 
 
-def find_runs(folder: str, like, only: list[str]) -> dict[str, run.Run]:
+def find_runs(folder: str, like, only: Sequence[str] = ()) -> dict[str, run.Run]:
     """Finished runs in `folder`, all or those named, that draw pictures of the data set of the config `like`."""
     found = {}
     for path in sorted(glob.glob(os.path.join(folder, '*', 'config.json'))):

@@ -175,7 +175,7 @@ class Checkpoints:
         try:
             with open(path, encoding='utf-8') as file:
                 saved = json.load(file)
-        except (OSError, json.JSONDecodeError) as e:
+        except (OSError, ValueError) as e:
             return f'its digest cannot be read ({e})'
         found = digest(os.path.join(self.folder, str(step)))
         changed = sorted(k for k in saved if saved[k] != found.get(k))  # a stray file beside them does no harm

@@ -177,11 +177,16 @@ def merge(path: str, defaults: dict, given: dict) -> dict:
         if key not in defaults:
             raise UserError(f'config.{where}: no such field{near(key, defaults)}')
         default = defaults[key]
+        if where in ('stages', 'optim.networks') and not isinstance(value, dict):
+            raise UserError(f'config.{where} is a section: write config.{where}.NAME = ...; it is {value!r}')
         if where == 'stages':
             merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
         elif where == 'optim.networks':
             shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'networks')
             own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
+            for name, fields in value.items():
+                if not isinstance(fields, dict):
+                    raise UserError(f'config.{where}.{name} is a section with fields: {", ".join(own)}')
             checked = {name: merge(f'{where}.{name}', own, fields) for name, fields in value.items()}
             merged[key] = {name: {k: checked[name][k] for k in fields} for name, fields in value.items()}
         elif isinstance(default, dict):
@@ -275,8 +280,10 @@ def check(resolved: dict) -> None:
         raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")
     if train['evaluate_every'] and features == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
-    if data['box'] and len(data['box']) != 4:
+    if data['box'] and not (len(data['box']) == 4 and all(isinstance(x, int) for x in data['box'])):
         raise UserError('config.data.box must be (top, left, height, width)')
+    if not 0 <= resolved['seed'] < 2**31:
+        raise UserError(f'config.seed must be from 0 to {2**31 - 1}; it is {resolved["seed"]}')
     if not 0 < data['test_share'] < 1:
         raise UserError(f'config.data.test_share must be between 0 and 1; it is {data["test_share"]}')
 

@@ -85,6 +85,7 @@ class Family(NamedTuple):
     latent: tuple[int, ...] = ()  # shape of one example's latents, for a later stage to be built on
     codes: tuple[tuple[int, int], ...] = ()  # or grids (h, w) of integers, coarse ones first,
     vocabulary: int = 0  # each from 0 to vocabulary - 1
+    image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `run.assemble` says it
     statistics: bool = False  # State.extra holds batch statistics or norms of the averaged weights: no others sample
     words: int = 0  # of a caption that `sample` reads; longer ones are refused on the command line; 0: any number
 

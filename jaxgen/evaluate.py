@@ -335,7 +335,7 @@ def piece_folder(run, evaluator: Evaluator, size: int, seed: int) -> str:
     """Where the pieces of one evaluation lie: by all that decides what is in them."""
     config, weights = run.config.to_dict(), (run.state.ema, run.state.extra, run.assembled.frozen)
     key = [config['family'], config['model'], config['data'], networks.digest(weights), seed, size]
-    key += [evaluator.features.digest, jax.__version__]
+    key += [evaluator.features.digest, jax.__version__, config['train']['dtype'], config['stages']]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return os.path.join(run.workdir, 'evaluation', name)
 

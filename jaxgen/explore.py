@@ -226,10 +226,11 @@ def explore(run, n: int, seed: int, out: str) -> dict:
             found['reconstruction_error'] = {'value': float(error), 'n': len(shown)}
         if not family.codes:
             if family.decode is not None:
-                for name, sheet in interpolations(explorer, z[: len(shown) // 2 * 2]).items():
-                    write(name, sheet)
+                if len(shown) > 1:
+                    for name, sheet in interpolations(explorer, z[: len(shown) // 2 * 2]).items():
+                        write(name, sheet)
                 write('traversals', traversals(explorer, z))
-            if len(z) > 3:
+            if len(z) > 3 and z[0].size > 1:
                 for method in ('pca', 'tsne'):
                     write(f'map_{method}', scatter(images, flat_map(z, method, seed), labels))
     elif family.decode is not None and family.latent:

@@ -133,7 +133,7 @@ def cut_back(path: str, step: int) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for line in file:
             try:
                 record = json.loads(line)

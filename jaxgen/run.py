@@ -20,6 +20,7 @@ from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State
 from jaxgen.errors import UserError
 from jaxgen.metrics import features, scores
+from jaxgen.metrics.features import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,24 @@ def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
     return run.assembled.family, run.state, run.assembled.frozen
 
 
+def stage_digests(assembled: Assembled) -> dict[str, str]:
+    """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was learned on them fits no others."""
+    return {name: digest((state.ema, state.extra)) for name, (state, _) in assembled.frozen.items()}
+
+
+def check_stages(about: dict, assembled: Assembled, workdir: str) -> None:
+    """Raises UserError where a stage has other weights than when the checkpoint `about` was saved."""
+    saved = about.get('stages', {})
+    if saved:
+        for name, found in stage_digests(assembled).items():
+            if saved.get(name, found) != found:
+                path = assembled.config.stages[name]
+                raise UserError(
+                    f'config.stages.{name}: the weights in {path} are not those that {workdir} learned on: put these '
+                    'back, or train it anew in another --workdir'
+                )
+
+
 def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
     """The same as shapes and dtypes, of the run in `path` or, before there is one, of the config of that name.
 
@@ -93,7 +112,12 @@ def assemble(config: ConfigDict, mesh=None, stage: Callable = restored_stage) ->
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
     )
-    family = configs.builder(config.family)(context, **config.model.to_dict())
+    if 'first' in stages and stages['first'][0].image != context.image:
+        raise UserError(
+            f'config.stages.first was trained on other images: they are {stages["first"][0].image} (height, width, '
+            f'channels), and those of config.data {context.image}'
+        )
+    family = configs.builder(config.family)(context, **config.model.to_dict())._replace(image=context.image)
     height, width, _ = context.image
     if height % family.divisor or width % family.divisor:
         raise UserError(f'config.data.size = {height} must be a multiple of {family.divisor} for this network')
@@ -233,7 +257,7 @@ def saved_config(workdir: str) -> ConfigDict:
     try:
         with open(path, encoding='utf-8') as file:
             return configs.make(**json.load(file))
-    except json.JSONDecodeError as e:
+    except ValueError as e:
         raise UserError(f'{path} is damaged ({e}): put back the config of this run') from e
 
 
@@ -247,7 +271,8 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
       all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
 
     Raises:
-      UserError: no run there, no checkpoint yet, weights of another model, or weights that have no batch statistics.
+      UserError: no run there, no checkpoint yet, weights of another model, weights that have no batch statistics, or
+        a stage that has been trained on.
       RunError: no checkpoint can be read.
     """
     config = config or saved_config(workdir)
@@ -262,7 +287,8 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
     found = checkpoints.restore(assembled.abstract, assembled.mesh, items)
     if found is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
-    state, _ = found
+    state, about = found
+    check_stages(about, assembled, workdir)
     names = [name for name in state.ema if '@' not in name]
     if weights == 'params':
         ema = {name: state.params[name] for name in names}

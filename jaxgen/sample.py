@@ -30,6 +30,11 @@ def program(family):
     return sharding.jit(draw)
 
 
+def classes(spec, config) -> np.ndarray:
+    """The classes that training saw."""
+    return np.unique(np.array(config.data.keep_classes or range(spec.classes), np.int32))
+
+
 def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     """What a person gives for all samples, as one example has it.
 
@@ -51,16 +56,19 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
         return captions.check(str(value), feature.shape[0], family.words, config.data)
     if feature.shape:
         raise UserError(f'condition {name!r} is not one number; only labels and captions can be given')
-    if name == 'label' and not 0 <= number < spec.classes:
-        raise UserError(f'condition label={number} must be between 0 and {spec.classes - 1}')
+    if name == 'label' and number not in (kept := classes(spec, config)):
+        all_of = f'between 0 and {spec.classes - 1}'
+        allowed = f'one of those that training saw, {kept.tolist()}' if len(kept) < spec.classes else all_of
+        raise UserError(f'condition label={number} must be {allowed}')
     return np.array(number, feature.dtype)
 
 
 def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """What samples get, by their numbers [n]: 'index' [n] and the conditions that the family reads, [n, ...] each.
 
-    A condition that is not given: labels count up through the classes; anything else (a mask, a low-resolution image, a
-    caption) comes from the test split, in order, again and again. Pictures are read when their samples' turn comes.
+    A condition that is not given: labels count up through the classes that training saw; anything else (a mask, a
+    low-resolution image, a caption) comes from the test split, in order, again and again. Pictures are read when their
+    samples' turn comes.
 
     Raises:
       UserError: the family draws nothing, has no such condition, or a value is out of range.
@@ -75,7 +83,8 @@ def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.nd
     def give(numbers: np.ndarray) -> dict[str, np.ndarray]:
         out = {'index': numbers.astype(np.int32)}
         if 'label' in family.conditions:
-            out['label'] = (numbers % spec.classes).astype(np.int32)
+            kept = classes(spec, config)
+            out['label'] = kept[numbers % len(kept)]
         out |= {name: np.repeat(value[None], len(numbers), 0) for name, value in given.items()}
         examples = source.again_and_again(numbers) if rest else {}
         return out | {name: examples[name] for name in rest}
@@ -94,7 +103,7 @@ def draw(family, state, frozen, mesh, give: Callable, n: int, size: int, seed: i
     Raises:
       RunError: an image is not finite; uint8 would hide it.
     """
-    size = sharding.round_up(mesh, min(size, n))
+    size = sharding.round_up(mesh, max(min(size, n), 1))
     for start in range(0, n, size):
         numbers = np.arange(start, min(start + size, n))
         yield draw_batch(family, state, frozen, mesh, give(numbers), size, seed)

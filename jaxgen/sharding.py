@@ -29,13 +29,19 @@ def start_hosts() -> None:
     # It would take SIGTERM away from interrupt.py, which saves.
     jax.config.update('jax_enable_preemption_service', False)
     given = {}
-    if 'JAX_NUM_PROCESSES' in os.environ:
-        given = {
-            'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-            'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-            'process_id': int(os.environ['JAX_PROCESS_ID']),
-        }
-    jax.distributed.initialize(**given, heartbeat_timeout_seconds=60)
+    try:
+        if 'JAX_NUM_PROCESSES' in os.environ:
+            given = {
+                'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
+                'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
+                'process_id': int(os.environ['JAX_PROCESS_ID']),
+            }
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=60)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise UserError(
+            '--multihost needs a cluster that JAX knows, or JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and '
+            f'JAX_PROCESS_ID: {" ".join(str(e).split())}'
+        ) from e
 
 
 def collides(jaxpr) -> bool:

@@ -16,7 +16,7 @@ from jaxgen import config as configs
 from jaxgen import data, interrupt, log, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import RunError, UserError
-from jaxgen.run import Assembled, assemble, init_state, make_evaluator, saved_config
+from jaxgen.run import Assembled, assemble, check_stages, init_state, make_evaluator, saved_config, stage_digests
 
 # With several hosts, calls between two agreements on whether one of them has been told to stop.
 CALLS_PER_AGREEMENT = 10
@@ -95,10 +95,15 @@ class Training:
         if self.checkpoints.steps():
             check_resume(workdir, config, a.family.free)
         found = self.checkpoints.restore(a.abstract, a.mesh)
+        identity = data.dataset(config.data, 'train').identity
+        self.about = {'jax': jax.__version__, 'stages': stage_digests(a), 'data': identity}
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
         self.places = sharding.over_weights(a.mesh, a.abstract)
         if found:
             self.state, about = found
+            check_stages(about, a, workdir)
+            if about.get('data', self.about['data']) != self.about['data']:
+                log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
             log.say(f'going on from step {about["step"]} of {config.train.steps}')
         else:
@@ -165,7 +170,7 @@ class Training:
         if not all_finite(self.state):
             raise self.not_finite(f'weights or optimiser state are not finite at step {self.step}: not saved')
         examples = self.step * self.config.data.batch
-        self.checkpoints.save(self.state, {'examples': examples, 'meter': self.meter.state(), 'jax': jax.__version__})
+        self.checkpoints.save(self.state, {'examples': examples, 'meter': self.meter.state(), **self.about})
 
     def save_and_leave(self) -> None:
         self.save()

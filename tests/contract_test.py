@@ -375,6 +375,15 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     assert_same(saved_state(whole, 4), saved_state(parts, 4))
     assert metrics(whole) == metrics(parts)
     assert [line['step'] for line in metrics(whole)] == [2, 4]
+    if config.stages:  # what was learned on a stage fits no other weights of it
+        a = run.assemble(config)
+        _, about = Checkpoints(parts).restore(a.abstract, a.mesh)
+        assert about['stages'] == run.stage_digests(a) and about['data']
+        with pytest.raises(UserError, match=r'config\.stages\.first: the weights in'):
+            run.check_stages({'stages': {'first': 'others'}}, a, parts)
+        with pytest.raises(UserError, match='trained on other images'):
+            larger = configs.make(**configs.deep_update(config.to_dict(), {'data': {'size': 16}}))
+            run.assemble(larger)
     if name == 'dcgan_digits':  # its figures are the critic's, whose weights sampling does not load
         loaded = run.load(parts)
         assert np.isfinite(loaded.evaluate()['discriminator']['value'])

@@ -203,6 +203,16 @@ def test_only_a_fair_part_of_many_features_is_kept(monkeypatch):
     assert abs(kept.features[:50].mean() - 499.5) < 100, 'the first ones are no fair sample'
 
 
+def test_statistics_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, capfd):
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(statistics, 'write', full)
+    made = statistics.Statistics(*[None] * len(statistics.Statistics._fields))
+    assert statistics.cached(str(tmp_path), 'title', 'key', lambda: made) == made
+    assert 'No space left' in capfd.readouterr().err
+
+
 @pytest.mark.parametrize('damage', ['truncate', 'flip', 'empty', 'other'])
 def test_damaged_cache_is_put_aside_and_made_again(damage, tmp_path, capfd):
     made = []

@@ -614,6 +614,7 @@ def test_size_of_the_published_glow(image, model, count):
     (small_glow, dict(levels=3)), (small_glow, dict(conditional=True)), (small_glow, dict(temperature=-1.0)),
     (small_glow, dict(draws=0)), (small_real_nvp, dict(scales=4)), (small_real_nvp, dict(blocks=0)),
     (small_real_nvp, dict(constraint=1.0)), (small_real_nvp, dict(scale_penalty=-1.0)),
+    (small_real_nvp, dict(image=(1, 1, 3), scales=1)),
 ])  # fmt: skip
 def test_says_what_is_wrong(build, model):
     with pytest.raises(UserError, match=r'config\.') as error:

@@ -89,6 +89,7 @@ def test_cross_entropy_against_a_slow_one(smoothing):
 
 
 def test_a_label_out_of_range_is_not_a_number():
+    assert likelihoods.cross_entropy(jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([1])) == pytest.approx(math.log(2))
     found = likelihoods.cross_entropy(jnp.zeros((3, 3)), jnp.array([0, 3, -1]))
     assert np.isnan(found).tolist() == [False, True, True]
 

@@ -363,6 +363,8 @@ def test_prior_learns_codes_in_its_update():
     (dict(sampler='quick'), (4, 4, 1)), (dict(temperature=0.0), (4, 4, 1)), (dict(conditional=True), (4, 4, 1)),
     (dict(gated={**GATED, 'kernel': 4}), (4, 4, 1)), (dict(gated={**GATED, 'channels': 2}), (4, 4, 3)),
     (dict(network='snail', snail={**SNAIL, 'heads': 3}), (4, 4, 1)),
+    (dict(network='snail', snail={**SNAIL, 'heads': -1}), (4, 4, 1)),
+    (dict(gated={**GATED, 'hidden_kernel': -1}), (4, 4, 1)),
     (dict(gated={**GATED, 'dropout': 1.0}), (4, 4, 1)), (dict(gated={**GATED, 'blocks': 0}), (4, 4, 1)),
     (dict(stages={'first': Family(None, None, None, None)}), (4, 4, 1)),
     (dict(stages={'first': signs(((2, 2), (3, 3)))}), (1, 13, 1)),

@@ -336,6 +336,12 @@ TINY = f'--config={path("ddpm_digits")}'
         ([TINY, '--config.mesh.fsdp=3'], 'number of devices'),
         ([TINY, "--config.optim.networks={'denoser': {'lr': 1e-3}}"], 'did you mean denoiser'),
         ([TINY, "--config.optim.networks={'denoiser': {'lrr': 1e-3}}"], 'did you mean lr'),
+        ([TINY, '--config.optim.networks=3'], 'config.optim.networks.NAME'),
+        ([TINY, '--config.optim.networks.denoiser=3'], 'section with fields'),
+        ([TINY, '--config.stages=runs/first'], 'config.stages.NAME'),
+        ([TINY, "--config.data.box=('a', 0, 8, 8)"], '(top, left, height, width)'),
+        ([TINY, '--config.seed=2147483648'], 'config.seed must be'),
+        ([TINY, '--multihost'], 'JAX_COORDINATOR_ADDRESS'),
         ([TINY, f'--workdir={__file__}'], 'cannot be written to'),
         ([f'--config={path("ddpm_digits", "")}', '--config.data.size=9'], '9'),
         ([TINY, '--config.data.source=cifar11'], 'cifar1'),
@@ -457,8 +463,9 @@ def test_weights_of_another_model_are_named(copy, capfd):
     (copy / 'config.json').write_text(json.dumps(config))
     stderr = mistake(capfd, '--mode=sample', f'--workdir={copy}')
     assert 'another model' in stderr and 'coder' in stderr
-    (copy / 'config.json').write_text('{')
-    assert 'damaged' in mistake(capfd, '--mode=sample', f'--workdir={copy}')
+    for damaged in (b'{', b'{"seed": "\xff"}'):
+        (copy / 'config.json').write_bytes(damaged)
+        assert 'damaged' in mistake(capfd, '--mode=sample', f'--workdir={copy}')
 
 
 def test_conditions_that_do_not_exist(copy, capfd):

@@ -481,7 +481,7 @@ def test_size_of_the_published_mixture_models(model, count):
     dict(samples=2, beta=4.0), dict(scale=0.0), dict(network='conv', levels=3), dict(latent=0),
     dict(prior='vampire'), dict(prior='vamp', pseudo_inputs=0), dict(network='conv', levels=0, latent2=2),
     dict(hidden=(), latent2=2), dict(conditional=True), dict(beta_warmup=-1), dict(samples=2, beta_warmup=5),
-    dict(white=0), dict(white=1, likelihood='gaussian'),
+    dict(white=0), dict(hidden=(-5,)), dict(white=1, likelihood='gaussian'),
 ])  # fmt: skip
 def test_says_what_is_wrong(model):
     with pytest.raises(UserError, match=r'config\.') as error:

@@ -18,6 +18,7 @@ from jaxgen.losses import adversarial
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import quantise
 from jaxgen.networks.first_stage import Decoder, Encoder
+from jaxgen.networks.multiscale import MultiScale
 from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.optim import Optim
 
@@ -244,6 +245,19 @@ def test_encode_decode_evaluate_and_sample_agree(kind):
         state.replace(extra={**state.extra, 'count': count}), {}, {'index': jnp.arange(2)}, jax.random.key(0)
     )
     np.testing.assert_allclose(only, decode(state, {}, (jnp.full((2, 4, 4), 3),), jax.random.key(0)), atol=1e-5)
+
+
+def test_larger_grids_of_codes_make_larger_images():
+    """As a transformer over a larger grid wants it: the codes' own vectors, and attention where training had it."""
+    f, state = build(**KINDS['vq'], attention=(8,)), start('vq')
+    state = jax.eval_shape(f.init, jax.random.key(0), images(), {})
+    assert any('attention' in name and 'up0' in name for name in state.ema['decoder'])
+    y = jax.eval_shape(f.decode, state, {}, (jax.ShapeDtypeStruct((2, 8, 12), jnp.int32),), jax.random.key(0))
+    assert y.shape == (2, 16, 24, 1)
+    codes = jnp.arange(24).reshape(1, 4, 6) % 7
+    book = jax.random.normal(jax.random.key(0), (7, 3))
+    made = MultiScale(((2, 3),), 3, phis=0).apply({}, codes, book, 0, method='added')
+    np.testing.assert_array_equal(made, book[codes])
 
 
 def test_statistics_of_latents():

@@ -101,6 +101,9 @@ def build(
         dropout=dropout, remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
 
+    # Codes masked in the mean over r: j or more are where cos(pi r / 2) > (j - 1) / length.
+    usual = sum(2 / math.pi * math.acos(j / length) for j in range(length))
+
     def to_codes(frozen, batch, rng) -> Array:
         return flatten(first.encode(*frozen['first'], batch, rng))
 
@@ -118,8 +121,8 @@ def build(
         shown = jnp.where(masked, mask_token, codes)
         logits = logits_of(params, shown, batch, True, {'dropout': dropout_rng})
         error, right = (cross_entropy(logits, codes, s) for s in (smoothing, 0.0))  # [n, T]
-        # Every masked code counts alike, as in eq. 1; 2 / pi of all are masked in the mean.
-        value, bits = ((e * masked).sum(1).mean() / (length * 2 / math.pi) for e in (error, right / math.log(2)))
+        # Every masked code counts alike, as in eq. 1.
+        value, bits = ((e * masked).sum(1).mean() / usual for e in (error, right / math.log(2)))
         return value, {'loss': value, 'masked_bits': bits}
 
     step = gradient_step(loss, context.optim, 'transformer')

@@ -50,8 +50,8 @@ def check_network(network: str, section: dict, colours: int) -> None:
     if section['blocks'] < 1:
         raise UserError(f'{where}.blocks must be 1 or more; it is {section["blocks"]}')
     for name in ('kernel', 'hidden_kernel'):
-        if section.get(name, 1) % 2 == 0:
-            raise UserError(f'{where}.{name} must be odd; it is {section[name]}')
+        if section.get(name, 1) % 2 == 0 or section.get(name, 1) < 1:
+            raise UserError(f'{where}.{name} must be odd, and 1 or more; it is {section[name]}')
     if section['kernel'] < 3:
         raise UserError(f'{where}.kernel must be 3 or more; it is {section["kernel"]}')
     if not 0 <= section['dropout'] < 1:
@@ -62,7 +62,7 @@ def check_network(network: str, section: dict, colours: int) -> None:
                 "config.model.network = 'snail' is for one value per pixel, grey images or codes: take 'gated', or the "
                 'family pixelcnn_pp, for colours'
             )
-        if section['heads'] and section['channels'] % section['heads']:
+        if section['heads'] < 0 or (section['heads'] and section['channels'] % section['heads']):
             raise UserError(f'{where}.channels must be a multiple of heads; they are {section}')
 
 

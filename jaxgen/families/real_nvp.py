@@ -261,6 +261,11 @@ def build(
         raise UserError(
             f'config.data.size = {context.image[0]} must be a multiple of {divisor} for config.model.scales = {scales}'
         )
+    if math.prod(context.image[:2]) < 2 * divisor**2:
+        raise UserError(
+            f'config.data.size = {context.image[0]}: half of the pixels stand still, so the smallest map of '
+            f'config.model.scales = {scales} must have 2 or more'
+        )
 
     size = math.prod(context.image)
     net = Flow(context.image, scales, width, blocks, norm, context.dtype, context.remat)

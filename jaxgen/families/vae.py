@@ -218,9 +218,9 @@ def build(
         raise UserError(f'config.model.likelihood must be one of {tuple(log_probs)}; it is {likelihood!r}')
     if likelihood != 'bernoulli' and (binarise or white != 255):
         raise UserError("config.model.binarise and white need config.model.likelihood = 'bernoulli'")
-    if min(latent, width, samples, iwae_samples, pseudo_inputs) < 1 or scale <= 0:
+    if min(latent, width, samples, iwae_samples, pseudo_inputs, *hidden) < 1 or scale <= 0:
         raise UserError(
-            'config.model: latent, width, scale, samples, iwae_samples and pseudo_inputs must be more than 0'
+            'config.model: latent, hidden, width, scale, samples, iwae_samples and pseudo_inputs must be more than 0'
         )
     if not 1 <= white <= 255:
         raise UserError(f'config.model.white must be 1 to 255; it is {white}')

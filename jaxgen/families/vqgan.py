@@ -190,7 +190,7 @@ def build(
     sizes = dict(
         channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, latent_kernel=latent_kernel
     )
-    rest = dict(remat=context.remat, dtype=context.dtype)
+    rest = dict(height=context.image[0], remat=context.remat, dtype=context.dtype)
     encoder = Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest)
     decoder = Decoder(image_channels=image_channels, **sizes, **rest)
     quantiser = MultiScale(grids, latent, **({} if scales else dict(phis=0)))

@@ -89,7 +89,7 @@ def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
     # A sum and no look-up, whose gradient adds up in an order that changes on GPUs (see sharding.collides).
     right = jnp.where(jnp.arange(k) == label[..., None], log_p, 0).sum(-1)
     right = jnp.where((label >= 0) & (label < k), right, jnp.nan)
-    return -(1 - smoothing) * right - smoothing * log_p.mean(-1)
+    return -(1 - smoothing) * right - smoothing * log_p.mean(-1) if smoothing else -right
 
 
 def categorical(logits: Array, values: Array) -> Array:

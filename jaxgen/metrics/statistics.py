@@ -96,7 +96,10 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
     if sharding.any_host(found is None):
         found = make()._replace(logits=None)
         if jax.process_index() == 0:
-            write(path, key, found)
+            try:
+                write(path, key, found)
+            except OSError as e:  # a set may lie where nothing can be written
+                log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
     return found
 
 

@@ -49,8 +49,9 @@ class Stack(nn.Module):
       channels: at full size.
       multipliers: channels of each level over `channels`; every level but the last halves the height and width.
       blocks: residual blocks per level of the encoder; the decoder has one more.
-      attention: heights in pixels at which every residual block is followed by attention. The middle, at the smallest
-        size, always has it.
+      height: of the images that it is trained on; 0: of those that it gets.
+      attention: heights in pixels, of maps in training, at which every residual block is followed by attention. The
+        middle, at the smallest size, always has it.
       groups: of the group norms, see GroupNorm.
       latent_kernel: height and width of the convolutions on either side of the latents.
       remat: recompute each block's activations in the backward pass.
@@ -59,6 +60,7 @@ class Stack(nn.Module):
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
+    height: int = 0
     attention: tuple[int, ...] = ()
     groups: int = 32
     latent_kernel: int = 1
@@ -82,7 +84,7 @@ class Stack(nn.Module):
     def level(self, x: Array, level: int, blocks: int, name: str) -> Array:
         for i in range(blocks):
             x = self.block(x, self.channels * self.multipliers[level], f'{name}{level}_{i}')
-            if x.shape[1] in self.attention:
+            if (self.height >> level if self.height else x.shape[1]) in self.attention:
                 x = self.attend(x, f'{name}{level}_{i}_attention')
         return x
 

@@ -107,8 +107,11 @@ class MultiScale(nn.Module):
         self.phi = [Conv(self.features, init=INIT) for _ in range(self.phis)]
 
     def added(self, codes: Array, codebook: Array, scale: int) -> Array:
-        """e_k, float32 [n, h, w, features]: what codes int [n, *grids[scale]] add to the map that is decoded."""
-        x = enlarged(quantise.embed(codes, codebook), self.grids[-1])
+        """e_k, float32 [n, h, w, features]: what codes int [n, *grids[scale]] add to the map that is decoded. With one
+        grid alone, codes may be more than in training, and so is the map."""
+        x = quantise.embed(codes, codebook)
+        if len(self.grids) > 1:
+            x = enlarged(x, self.grids[-1])
         if not self.phis:
             return x
         return (1 - self.ratio) * x + self.ratio * self.phi[phi_of(scale, len(self.grids), self.phis)](x)
