@@ -35,7 +35,6 @@ def get_config(variant: str = ''):
             batch=256,
             flip=True,
             features=('image', 'label'),
-            crop='random',
         ),
         model=dict(
             network='adm',

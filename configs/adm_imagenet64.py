@@ -26,7 +26,6 @@ def get_config(variant: str = ''):
             batch=2048,
             flip=True,
             features=('image', 'label'),
-            crop='random',
         ),
         model=dict(
             network='adm',

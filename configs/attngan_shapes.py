@@ -20,28 +20,28 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='attngan',
-        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=96),
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=32),
         model=dict(
-            **dict(stages=2, doublings=2, width=12, latent=32, condition=32, blocks=1),
-            **dict(discriminator_width=24, discriminator_norm=False, r1=1.0, matching=0.5, rounds=4, hard=True),
+            **dict(stages=2, doublings=2, width=16, latent=32, condition=32, blocks=1),
+            **dict(discriminator_width=32, discriminator_norm=False, r1=0.1, matching=0.5, swap=True),
             **dict(words=1024, length=8, embedding=32, features=48, dropout=0.0, encoder_width=16),
         ),
         optim=dict(
             lr=1e-3,
             b1=0.5,
             schedule='half_linear',
-            ema=0.98,
+            ema=0.995,
             ema_warmup=True,
             networks=dict(text=dict(lr=2e-3), encoder=dict(lr=2e-3)),
         ),
-        train=dict(steps=2400, updates_per_call=5, log_every=20, save_every=400, sample_every=400),
+        train=dict(steps=8000, updates_per_call=20, log_every=100, save_every=1000, sample_every=500),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
                 data=dict(size=8, batch=16),
                 model=dict(
                     **dict(stages=2, doublings=1, width=4, latent=4, condition=4, discriminator_width=4),
-                    **dict(rounds=2, words=64, embedding=4, features=4, encoder_width=4),
+                    **dict(words=64, embedding=4, features=4, encoder_width=4),
                 ),
                 optim=dict(lr=1e-3, schedule='constant'),
                 train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),

@@ -18,7 +18,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='diffusion',
-        data=dict(source='cifar10', size=32, channels=3, batch=128, flip=True),
+        data=dict(source='cifar10', size=32, channels=3, batch=128),
         model=dict(
             network='adm',
             adm=dict(

@@ -22,7 +22,7 @@ def get_config(variant: str = ''):
             batch=256,
             flip=True,
             features=('image', 'label'),
-            crop='random',
+            crop='random',  # of the whole shorter side; the published one is up to a fifth smaller
         ),
         model=dict(
             adm=dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(32, 16, 8), head_channels=64),

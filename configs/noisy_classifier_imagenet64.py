@@ -21,9 +21,10 @@ def get_config(variant: str = ''):
             batch=256,
             flip=True,
             features=('image', 'label'),
-            crop='random',
+            crop='random',  # of the whole shorter side; the published one is up to a fifth smaller
         ),
         model=dict(
+            process='cosine',
             adm=dict(channels=128, multipliers=(1, 2, 3, 4), blocks=4, attention=(32, 16, 8), head_channels=64),
         ),
         optim=dict(name='adamw', lr=3e-4, schedule='linear', weight_decay=0.05, ema=0.0),

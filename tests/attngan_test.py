@@ -232,7 +232,7 @@ def test_matching_loss_is_cross_entropy_both_ways():
 
 SMALL = dict(
     stages=2, doublings=1, width=2, latent=3, condition=3, blocks=1, discriminator_width=2, words=50, length=8,
-    embedding=3, features=4, encoder_width=4, discriminator_norm=False, r1=0.5, hard=True, dropout=0.0,
+    embedding=3, features=4, encoder_width=4, discriminator_norm=False, r1=0.5, swap=True, dropout=0.0,
 )  # fmt: skip
 
 
@@ -248,28 +248,37 @@ def batch(n: int = 4) -> dict:
 
 
 @functools.cache
-def updated():
+def updated(swap: bool = True):
     """The family, its state, and the state and logs after an update by the key 5."""
-    f, b = build(), batch()
+    f, b = build(swap=swap), batch()
     state = jax.jit(f.init)(jax.random.key(0), b, {})
     return f, state, *jax.jit(f.update)(state, {}, b, jax.random.key(5))
 
 
-def test_the_losses_of_an_update():
-    _, state, _, logs = updated()
+@pytest.mark.parametrize('swap', [True, False])
+def test_the_losses_of_an_update(swap):
+    _, state, _, logs = updated(swap)
     b, n, p = batch(), 4, state.params
-    _, z_rng, noise_rng, _ = jax.random.split(jax.random.key(5), 4)
+    _, wrong_rng, z_rng, noise_rng, _, _ = jax.random.split(jax.random.key(5), 6)
     numbers = word_numbers(b['caption'], 8, 50)
-    words, sentence = TextEncoder(50, 3, 4).apply({'params': state.ema['text']}, numbers)
+    text = functools.partial(TextEncoder(50, 3, 4).apply, {'params': state.ema['text']})
+    words, sentence = text(numbers)
+    order = np.asarray(jax.random.uniform(wrong_rng, numbers.shape))
+    changed = np.array(numbers)
+    for i in range(n):  # at one of the places where the caption before has another word, that word
+        own, other = numbers[i], numbers[i - 1]
+        places = [k for k in range(8) if own[k] != other[k] and min(own[k], other[k]) > 0]
+        place = max(places, key=lambda k, i=i: order[i, k], default=0)
+        changed[i, place] = other[place]
+    changed = changed if swap else np.roll(numbers, 1, 0)
+    # Of 50 numbers, two words share one.
+    assert (changed != numbers).sum(1).tolist() == ([0, 1, 1, 1] if swap else [0, 6, 8, 4])
+    _, other = text(jnp.asarray(changed))
     z, noise = jax.random.normal(z_rng, (n, 3)), jax.random.normal(noise_rng, (n, 3))
     generator = networks.Generator((8, 8, 3), 2, 1, 2, 3, 1)
     apply = jax.jit(functools.partial(generator.apply, train=True, mutable=['batch_stats']))
     (made, *_), _ = apply({'params': p['generator']}, z, noise, sentence, words, numbers > 0)
     real = {4: b['image'].reshape(n, 4, 2, 4, 2, 3).mean((2, 4)), 8: b['image']}
-    unit = np.asarray(sentence / jnp.linalg.norm(sentence, axis=1, keepdims=True))
-    cosines = unit @ unit.T
-    cosines[[0, 1, 2, 3, 0, 3], [0, 1, 2, 3, 3, 0]] = -2  # the first and the last are one caption
-    other = np.asarray(sentence)[cosines.argmax(1)]
     for i, (side, x) in enumerate(real.items()):
         judge = jax.jit(networks.Discriminator(2, 1 + i, 1, False).apply)
         variables = {'params': p[f'discriminator{side}']}
@@ -279,25 +288,26 @@ def test_the_losses_of_an_update():
             return alone, told
 
         _, (wrong,) = judge(variables, x, [other])
-        a, bad = (lambda v: -jax.nn.log_sigmoid(v).mean(), lambda v: -jax.nn.log_sigmoid(-v).mean())
-        expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(made[i]))) + bad(wrong)) / 3
+        a, bad = (lambda v: -jax.nn.log_sigmoid(v).mean(), lambda v: -jax.nn.log_sigmoid(-v).sum() / n)
+        expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(made[i]))) + bad(wrong[1:])) / 3  # the first is right
         slope = jax.grad(lambda x, f=f: sum(v.sum() for v in f(x)))(x)
         expected += 0.5 * 0.5 * jnp.square(slope).sum((1, 2, 3)).mean()
         np.testing.assert_allclose(logs[f'discriminator{side}_loss'], expected, rtol=1e-4)
     assert float(logs['generator_loss']) == pytest.approx(
         float(logs['deceit'] + logs['kl'] + 5 * logs['mismatch']), rel=1e-4
     )
-
-
-def test_rounds_are_of_parts_and_all_captions():
-    """Two rounds: each player makes two steps, and logs are means; captions of both parts are told apart in each."""
-    f, b = build(rounds=2, hard=False), batch()
-    state, key = updated()[1], jax.random.key(5)
-    traced, (_, logs) = jax.make_jaxpr(f.update, return_shape=True)(state, {}, b, key)
-    assert all(x.shape == () for x in logs.values())
-    assert 'f32[2,4,8]' in str(traced), 'words of four captions, two pictures in a round'
-    with pytest.raises(UserError, match='rounds'):
-        jax.eval_shape(build(rounds=3).init, key, b, {})
+    # The mismatch of the data: each picture has its caption among all four and, with swap, four wrong ones.
+    regions, whole = networks.ImageEncoder(4, 2, 4).apply({'params': p['encoder']}, b['image'])
+    text = functools.partial(TextEncoder(50, 3, 4).apply, {'params': p['text']})
+    all_numbers = np.concatenate([numbers, changed])[: 8 if swap else 4]
+    words, sentence = text(jnp.asarray(all_numbers))
+    own = np.arange(4)[:, None] == np.arange(len(all_numbers))
+    same = (np.asarray(numbers)[:, None] == all_numbers).all(-1)
+    similarities = (
+        word_similarity(regions, words, jnp.asarray(all_numbers > 0)), sentence_similarity(whole, sentence)
+    )  # fmt: skip
+    expected = sum(matching_loss(x, own, same) for x in similarities)
+    np.testing.assert_allclose(logs['matching_loss'], expected, rtol=1e-4)
 
 
 def test_samples_end_the_stages_and_evaluate_looks_at_them():
@@ -346,6 +356,15 @@ def test_a_caption_is_a_condition():
     assert found['caption'].shape == (3, 64) and shapes.decode_caption(found['caption'][2]) == text
 
 
+def test_classes_that_training_did_not_see_are_not_asked_for():
+    config = configs.load(path('conditional_gan_digits'))
+    config.data.keep_classes = (7, 2, 4)
+    given = sample.batches(assemble(config), config, 5, {})
+    assert given['label'].tolist() == [2, 4, 7, 2, 4]
+    with pytest.raises(UserError, match=r'one of those that training saw, \[2, 4, 7\]'):
+        sample.batches(assemble(config), config, 5, {'label': 3})
+
+
 @pytest.mark.parametrize('text, said', [
     ('', 'has none'), ('!?', 'has none'), ('a ' * 40, '80 bytes'), ('a ' * 11, '11 words are more than the 8'),
     ('a small red hart', "'hart'; did you mean heart"), ('a qqqqqq', "'qqqqqq'; they have a, an, background, beige"),
@@ -369,7 +388,7 @@ def test_whether_samples_show_what_was_asked():
     judge = evaluate.Evaluator(network, section, 'train', sharding.make_mesh(1, jax.devices()[:1]), 2)
     run = types.SimpleNamespace(assembled=a, config=config)
     given = sample.batches(a, config, 3, {})
-    wanted, texts = evaluate.asked(run, judge, given), given['caption']
+    wanted, texts = evaluate.asked(run, judge)(given), given['caption']
     assert [shapes.caption(f) for f in wanted['factors']] == [shapes.decode_caption(t) for t in texts]
     images = np.zeros((3, 8, 8, 3), np.uint8)
     images[:, 0, :7, 0] = wanted['factors']
@@ -385,4 +404,10 @@ def test_whether_samples_show_what_was_asked():
     nothing = types.SimpleNamespace(
         assembled=types.SimpleNamespace(family=a.family._replace(conditions=())), config=config
     )
-    assert evaluate.asked(nothing, judge, given) == {}
+    assert evaluate.asked(nothing, judge) is None
+    # Of pictures that were another source's nothing is known, but that styles of the scenes share the test scenes.
+    for other, known in (('digits', False), ('shapes:outlined', True)):
+        turning = types.SimpleNamespace(family=a.family._replace(conditions=('other',)))
+        run = types.SimpleNamespace(assembled=turning, config=configs.load(path('attngan_shapes')))
+        run.config.data.other = other
+        assert (evaluate.asked(run, judge) is not None) == known

@@ -12,6 +12,7 @@ import pytest
 
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
+from jaxgen.diffusion.schedules import posterior
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
 from jaxgen.optim import make_optim
@@ -299,6 +300,14 @@ def test_divisor():
         ({'timesteps': 1}, {}, ['timesteps']),
         ({'eta': 1.5}, {}, ['eta', '1.5']),
         ({'unet': {**UNET, 'dropout': 1.0}}, {}, ['dropout']),
+        ({'process': 'flow', 'variance': 'fixed_small', 'prediction': 'eps'}, {}, ['prediction', 'alpha']),
+        ({'shift': 3.0}, {}, ['shift', 'flow']),
+        ({'predictor': 'euler'}, {}, ['predictor', 'euler_maruyama']),
+        ({'ode_steps': 0}, {}, ['ode_steps']),
+        ({'langevin_steps': 0}, {}, ['langevin_steps']),
+        ({'data_std': 0.0}, {}, ['data_std']),
+        ({'strength': -1.0}, {}, ['strength']),
+        ({'network': 'adm', 'adm': {'head_channels': 0, 'heads': 0, 'attention': ()}}, {}, ['head_channels']),
     ],
 )
 def test_refuses_in_one_line(options, changes, says):
@@ -390,6 +399,37 @@ def test_classifier_guidance_pulls_to_the_class():
     )
     pull = {s: (drawn[s, 0] - drawn[s, 1]).mean() for s in (1.0, 50.0)}
     assert 0 < pull[1.0] < pull[50.0]
+
+
+def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
+    """Dhariwal & Nichol 2021, algorithm 1: the mean of a step moves by its variance times the gradient."""
+    seen = {}
+
+    def walked(denoise, x, schedule, keys, **_):
+        t = jnp.asarray(schedule.t)[-2:-1]
+        seen.update(schedule=schedule, moved=denoise(x, t), x=x)
+        return x
+
+    monkeypatch.setitem(diffusion.SAMPLERS, 'ancestral', walked)
+    options = {**TINY, 'sample_steps': 5, 'beta_end': 0.5, 'variance': 'fixed_small', 'clip': False}
+    batch = {'index': jnp.arange(2), 'label': jnp.zeros(2, jnp.int32)}
+    stages, frozen = {'classifier': toy_classifier()}, {'classifier': (None, {})}
+    _, state = tiny(sample_steps=5, beta_end=0.5)
+    x_0 = []
+    for scale in (0.0, 3.0):
+        family = diffusion.build(context(classes=2, stages=stages), **options, classifier_scale=scale)
+        family.sample(state, frozen, batch, jax.random.key(0))
+        x_0.append(seen['moved'])
+    way, moves = seen['schedule'], posterior(seen['schedule'])
+    alpha, sigma = way.alpha[-2], way.sigma[-2]
+
+    def log_p(x):
+        mean = (x / alpha).mean((1, 2, 3)) / (1 + sigma / alpha)
+        return jax.nn.log_sigmoid(2 * mean).sum()
+
+    gradient = jax.grad(log_p)(seen['x'])
+    moved = moves.x_0_weight[-2] * (x_0[1] - x_0[0])
+    np.testing.assert_allclose(moved, 3.0 * moves.variance[-2] * gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_importance_sampling_through_updates():

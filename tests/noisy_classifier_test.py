@@ -48,6 +48,12 @@ def test_sees_images_of_any_process_as_its_own(process, monkeypatch):
     if process == 'linear':
         alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
         np.testing.assert_allclose(np.interp(told, np.arange(1000), alpha_bar), alpha**2, rtol=1e-2)
+    # What is noisier than anything it was shown comes as the last level.
+    family.classify(state, {}, {'image': 1e6 * x, 'sigma': jnp.full(3, 1e6)}, jax.random.key(0))
+    seen, told = Stub.seen[-1]
+    way = noisy_classifier.processes.make(process)
+    np.testing.assert_allclose(told, way.told(jnp.full(3, way.end, jnp.float32)), rtol=1e-3)
+    np.testing.assert_allclose(seen, way.at(np.array(float(way.end))).sigma * x, rtol=1e-2)
     # A clean image is the first level's.
     family.classify(state, {}, {'image': x}, jax.random.key(0))
     seen, told = Stub.seen[-1]
@@ -77,6 +83,8 @@ def test_refuses_in_one_line():
         noisy_classifier.build(context(classes=0), **TINY)
     with pytest.raises(UserError, match='process'):
         noisy_classifier.build(context(), **TINY, process='flow')
+    with pytest.raises(UserError, match='head_channels must be 1'):
+        noisy_classifier.build(context(), adm={**TINY['adm'], 'head_channels': 0})
     with pytest.raises(UserError, match='multiple of 2'):
         noisy_classifier.build(context(image=(7, 7, 1)), **TINY)
     from jaxgen.families import classifier

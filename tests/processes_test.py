@@ -65,6 +65,8 @@ def test_levels(name, spacing):
         np.testing.assert_allclose(grid.sigma[::-1], by_hand, rtol=1e-6)
     if spacing in ('trailing', 'respaced'):
         assert grid.t[-1] == 999
+    # One level alone is noise, not the data.
+    assert processes.levels(way, 1, spacing).t.tolist() == [way.end]
     if name == 'flow':
         np.testing.assert_allclose(grid.t, np.arange(1, 19) / 18)
         shifted = processes.levels(way, 4, 'uniform', shift=3.0)

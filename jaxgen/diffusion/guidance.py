@@ -10,26 +10,26 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def classifier_guided(denoise: Callable, log_probability: Callable, level: Callable, scale: float) -> Callable:
-    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, algorithm 2): score of p(x_t) p(y | x_t)^scale.
+def classifier_guided(denoise: Callable, log_probability: Callable, reach: Callable, scale: float) -> Callable:
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4): the gradient of scale log p(y | x_t)
+    moves the estimate of x_0 by `reach` times itself.
 
-    With the score s, x_0 = (x_t + sigma^2 s) / alpha. So the gradient of scale log p(y | x_t) moves the estimate of
-    x_0 by sigma^2 / alpha times itself. (Their algorithm 1 shifts a chain's mean by its variance times the gradient
-    instead: the same as steps grow small.)
+    Algorithm 2 is the score of p(x_t) p(y | x_t)^scale: with the score s, x_0 = (x_t + sigma^2 s) / alpha, and reach is
+    sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient, and
+    reach is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less where alpha is nearly 0.
 
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).
       log_probability: (x, t) -> log p(y | x_t), [n].
-      level: t [n] -> (alpha, sigma), broadcasting against x; alpha > 0.
+      reach: t [n] -> number, broadcasting against x.
     """
 
     def guided(x: Array, t: Array):
         t = jnp.broadcast_to(t, (len(x),))
-        alpha, sigma = level(t)
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
         found = denoise(x, t)
         x_0, *fraction = found if isinstance(found, tuple) else (found,)
-        x_0 = x_0 + scale * sigma**2 / alpha * gradient
+        x_0 = x_0 + scale * reach(t) * gradient
         return (x_0, *fraction) if fraction else x_0
 
     return guided

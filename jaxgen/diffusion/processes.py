@@ -171,12 +171,14 @@ def levels(process: Process, n: int, spacing: str, shift: float = 1.0) -> Schedu
     """The levels that a sampler visits, numpy float64, from the one next to the data to the last.
 
     Args:
-      n: how many; 0: all steps of a chain, 100 in continuous time.
+      n: how many; 0: all steps of a chain, 100 in continuous time; 1: the last one, which is noise.
       spacing: of a chain 'uniform' | 'trailing' | 'respaced' | 'quadratic', see `schedules`; in continuous time
         'uniform', evenly in t. Of both 'karras': evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
       shift: moves times, t to shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
     """
     n = n or process.steps or 100
+    if n == 1:  # most spacings have the first level then, which is the data but for a little noise
+        return process.at(np.array([process.end]))
     if spacing == 'karras':
         ends = process.at(np.array([process.low, process.end], np.float64))
         low, high = (ends.sigma / ends.alpha) ** (1 / 7)

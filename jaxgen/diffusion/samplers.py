@@ -262,6 +262,9 @@ def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
     return np.array([-alpha_s * scale - weights.sum(), *weights])
 
 
+PREDICTORS = ('reverse_diffusion', 'euler_maruyama', 'none')
+
+
 def predictor_corrector(
     denoise: Callable,
     x: Array,

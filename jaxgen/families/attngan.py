@@ -5,8 +5,8 @@ as the one before, and every stage has a discriminator of its own. The first sta
 from a Gaussian about it (conditioning augmentation, StackGAN, 1612.03242); each later one looks, place by place, at the
 words that fit there. With `attention` = False it gets the sentence once more instead, which is StackGAN++.
 
-Discriminators judge an image alone and with a caption; data with another example's caption count as fake. With
-a = -log s(D) and b = -log(1 - s(D)), s being the sigmoid, a stage's discriminator minimises
+Discriminators judge an image alone and with a caption; data with a wrong caption, another example's, count as fake.
+With a = -log s(D) and b = -log(1 - s(D)), s being the sigmoid, a stage's discriminator minimises
 
     (E a(x) + E a(x, c)) / 2 + (E b(G) + E b(G, c) + E b(x, c')) / 3
 
@@ -18,9 +18,10 @@ where the KL is a mean over dimensions, and DAMSM tells, by their features, the 
 from the batch's others, and the reverse (losses/matching.py). Captions that are the same word for word do not count as
 others.
 
-Where captions differ in many things at once, two of a small batch hardly ever differ in one alone: whoever knows the
-colour need not look at the shape. So `rounds` > 1 plays the game on parts of a large batch, whose captions all are
-others, and `hard` takes for c' not any other caption of the batch but the one with the nearest features.
+Where captions differ in many things at once, two of a batch hardly ever differ in one alone: whoever knows the colour
+need not look at the shape. So with `swap` the wrong caption is the example's own but for one word, which another's has
+in that place, and DAMSM has these to tell from the right ones too. (Yuksekgonul et al. 2022, arXiv 2210.01936, teach
+CLIP the order of words by captions that are wrong in little.)
 
 The encoders of captions and of images, which learn these features of the data, are published as a stage of their own.
 Here they learn beside the GAN, one step in each update, from data alone: neither player touches them, and all of the
@@ -32,6 +33,7 @@ Batch statistics of the averaged generator are kept as in families/gan.py.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +42,11 @@ from jaxgen.contract import (
     Context,
     Family,
     advance,
-    check_parts,
     example_keys,
     gradient_step,
     new_state,
     normal,
     running,
-    split_batch,
     spread,
 )
 from jaxgen.errors import UserError
@@ -58,6 +58,7 @@ from jaxgen.networks.layers import downsample_mean, upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
 
 Array = jax.Array
+PyTree = Any
 
 # Of the running batch statistics: the newest ten updates or so count.
 STATISTICS_DECAY = 0.9
@@ -76,8 +77,7 @@ def build(
     discriminator_width: int = 64,
     discriminator_norm: bool = True,
     r1: float = 0.0,
-    rounds: int = 1,
-    hard: bool = False,
+    swap: bool = False,
     words: int = 5450,
     length: int = 18,
     embedding: int = 300,
@@ -98,9 +98,8 @@ def build(
       latent: dimensions of z.
       discriminator_width, discriminator_norm: channels of the discriminators' first maps; their batch normalisation.
       r1: weight of R1 at data, of both of a discriminator's values (losses/adversarial.py); 0, as published: none.
-      rounds: of the game in one update, each of a step of the discriminators and one of the generator on its own part
-        of the batch.
-      hard: wrong captions are near ones.
+      swap: wrong captions are right ones but for a word, which takes the place of another as it stands, be it an
+        article. Captions of one kind of sentence are meant, whose words stand in the same places.
       words: numbers that words may have, see networks/text.py; more make it rarer that two words share one.
       length: words of a caption that are read.
       embedding, features, dropout: of the text encoder; the image encoder has as many features.
@@ -118,13 +117,10 @@ def build(
     """
     levels = doublings + stages - 1
     divisor, (height, columns, _) = 2**levels, context.image
-    if (
-        min(stages, doublings, width, latent, condition, discriminator_width, rounds, length, embedding, encoder_width)
-        < 1
-    ):
+    if min(stages, doublings, width, latent, condition, discriminator_width, length, embedding, encoder_width) < 1:
         raise UserError(
-            'config.model: stages, doublings, width, latent, condition, discriminator_width, rounds, length, embedding '
-            'and encoder_width must be 1 or more'
+            'config.model: stages, doublings, width, latent, condition, discriminator_width, length, embedding and '
+            'encoder_width must be 1 or more'
         )
     if words < 2 or features < 2 or features % 2:
         raise UserError('config.model: words must be 2 or more, and features an even number')
@@ -152,39 +148,43 @@ def build(
     text = TextEncoder(words, embedding, features, dropout)
     encoder = networks.ImageEncoder(encoder_width, levels, features, context.dtype)
 
-    def read(weights, caption: Array, rng: Array | None = None) -> dict[str, Array]:
-        """Captions and their features: 'sentence' [n, d], 'words' [n, T, d], and 'there' [n, T], where there is a word;
-        with dropout, given its rng."""
-        numbers = word_numbers(caption, length, words)
+    def numbers_of(batch) -> Array:
+        """Of the words of the captions in a batch, int32 [n, T]."""
+        return word_numbers(batch['caption'], length, words)
+
+    def read(weights, numbers: Array, rng: Array | None = None) -> dict[str, Array]:
+        """Captions by their words' 'numbers' [n, T], and their features: 'sentence' [n, d], 'words' [n, T, d], and
+        'there' [n, T], where there is a word; with dropout, given its rng."""
         found, sentence = text.apply(
             {'params': weights}, numbers, rng is not None, rngs={} if rng is None else {'dropout': rng}
         )
-        return {'caption': caption, 'words': found, 'sentence': sentence, 'there': numbers > 0}
+        return {'numbers': numbers, 'words': found, 'sentence': sentence, 'there': numbers > 0}
 
-    def equal(caption: Array, other: Array) -> Array:
-        """Which of captions [n, L] are which of [m, L], bool [n, m]."""
-        return (caption[:, None] == other[None]).all(-1)
+    def wrong_ones(numbers: Array, rng: Array) -> Array:
+        """A wrong caption for each, [n, T]."""
+        other = jnp.roll(numbers, 1, 0)
+        if not swap:
+            return other
+        differ = (numbers != other) & (numbers > 0) & (other > 0)
+        place = jnp.where(differ, jax.random.uniform(rng, numbers.shape), -1).argmax(1)
+        return jnp.where(jnp.arange(length) == place[:, None], other, numbers)
 
-    def mismatch(weights, images: Array, place: Array, told: dict[str, Array]) -> Array:
-        """The matching loss of images among what all captions told; place [n]: which of these is whose."""
+    def mismatch(weights, images: Array, told: dict[str, Array]) -> Array:
+        """The matching loss of images among what captions told: theirs, in this order, and perhaps more."""
         regions, whole = encoder.apply({'params': weights}, images)
-        own = place[:, None] == jnp.arange(len(told['caption']))
-        same = equal(told['caption'][place], told['caption'])
+        own = jnp.arange(len(images))[:, None] == jnp.arange(len(told['numbers']))
+        same = (told['numbers'][: len(images), None] == told['numbers']).all(-1)
         by_word = word_similarity(regions, told['words'], told['there'], attend, gather)
         by_sentence = sentence_similarity(whole, told['sentence'])
         return matching_loss(by_word, own, same, sharpness) + matching_loss(by_sentence, own, same, sharpness)
 
-    def others(told: dict[str, Array]) -> Array:
-        """Sentences [n, d] that are wrong for the captions."""
-        if not hard:
-            return jnp.roll(told['sentence'], 1, 0)
-        near = sentence_similarity(told['sentence'], told['sentence'])
-        near = jnp.where(equal(told['caption'], told['caption']), LOW, near)
-        return told['sentence'][near.argmax(1)]
+    def among(told: PyTree, wrong: PyTree) -> PyTree:
+        """What captions are told from: with `swap` wrong ones, behind all right ones."""
+        return jax.tree.map(lambda *x: jnp.concatenate(x), told, wrong) if swap else told
 
     def paint(weights, given: dict[str, Array]):
         """In training: ((images, mean, log variance), batch statistics)."""
-        arguments = (given[name] for name in ('z', 'noise', 'sentence', 'words', 'there'))
+        arguments = given['z'], given['noise'], *(given['told'][name] for name in ('sentence', 'words', 'there'))
         out, new = generator.apply({'params': weights}, *arguments, train=True, mutable=['batch_stats'])
         return out, new['batch_stats']
 
@@ -205,41 +205,41 @@ def build(
         return tuple(reversed(sizes))
 
     def matching_step_loss(params, frozen, batch, rng):
-        told = read(params['text'], batch['caption'], rng)
-        value = mismatch(params['encoder'], batch['image'], jnp.arange(len(batch['image'])), told)
+        told = read(params['text'], among(batch['numbers'], batch['wrong']), rng)
+        value = mismatch(params['encoder'], batch['image'], told)
         return value, {'matching_loss': value}
 
     def discriminator_loss(params, frozen, batch, rng):
-        own, other = batch['sentence'], batch['other']
+        own, other = batch['told']['sentence'], batch['wrong']['sentence']
+        differ = (batch['told']['numbers'] != batch['wrong']['numbers']).any(-1)
         total, logs = 0.0, {}
         for name, x, made in zip(discriminators, smaller(batch['image']), batch['made'], strict=True):
             real, (right, wrong) = judge(params, name, x, [own, other])
             fake, (told,) = judge(params, name, made, [own])
+            wrong = jnp.where(differ, wrong, LOW)  # one that is right after all counts as nothing
             value = vanilla_discriminator(jnp.stack([real, right]), jnp.stack([fake, told, wrong]))
             if r1:
                 value += r1 * r1_penalty(functools.partial(values, params, name, own), x).mean()
             total, logs[f'{name}_loss'] = total + value, value
         return total, logs
 
-    def generator_loss(params, known, batch, rng):
-        average, told = known
+    def generator_loss(params, average, batch, rng):
         (images, mean, log_variance), _ = paint(params['generator'], batch)
         deceit = 0.0
         for name, x in zip(discriminators, images, strict=True):
             # Twice the mean of both.
-            deceit += 2 * non_saturating_generator(values(params, name, batch['sentence'], x))
+            deceit += 2 * non_saturating_generator(values(params, name, batch['told']['sentence'], x))
         divergence = normal_kl(mean, log_variance).mean() / condition
         value, logs = deceit + kl * divergence, {'deceit': deceit, 'kl': divergence}
         if matching:
-            logs['mismatch'] = mismatch(average['encoder'], images[-1], batch['place'], told)
+            logs['mismatch'] = mismatch(average['encoder'], images[-1], among(batch['told'], batch['wrong']))
             value = value + matching * logs['mismatch']
         return value, {'generator_loss': value, **logs}
 
-    # Learning rates follow the count of updates.
-    optim = context.optim._replace(tx=lambda name, times=1: context.optim.tx(name, times * rounds))
-    matching_turn = gradient_step(matching_step_loss, context.optim, 'text', 'encoder')
+    optim = context.optim
+    matching_turn = gradient_step(matching_step_loss, optim, 'text', 'encoder')
     discriminator_turn = gradient_step(discriminator_loss, optim, *discriminators)
-    generator_turn = gradient_step(generator_loss, optim, 'generator', given=lambda state, told: (state.ema, told))
+    generator_turn = gradient_step(generator_loss, optim, 'generator', given=lambda state, _: state.ema)
 
     def init(rng, batch, frozen):
         caption, x = batch['caption'][:1], batch['image'][:1]
@@ -249,7 +249,6 @@ def build(
             )
         if len(batch['image']) // optim.accumulate < 2:
             raise UserError('config.data.batch must be 2 or more (by config.optim.accumulate): captions are compared')
-        check_parts(len(batch['image']), rounds * optim.accumulate, 'config.model.rounds (by config.optim.accumulate)')
         text_rng, encoder_rng, generator_rng, *rngs = jax.random.split(rng, 3 + stages)
         sentence, of_words = jnp.zeros((1, features)), jnp.zeros((1, length, features))
         z, noise, there = jnp.zeros((1, latent)), jnp.zeros((1, condition)), jnp.ones((1, length), bool)
@@ -266,38 +265,28 @@ def build(
         return new_state(params, optim, painting['batch_stats'], ema=('text', 'encoder', 'generator'))
 
     def update(state, frozen, batch, rng):
-        matching_rng, z_rng, noise_rng, rounds_rng = jax.random.split(rng, 4)
-        n, batch = len(batch['image']), {name: batch[name] for name in ('image', 'caption')}
-        state, logs = matching_turn(state, frozen, batch, matching_rng)
-        told = read(state.ema['text'], batch['caption'])
+        matching_rng, wrong_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 6)
+        n = len(batch['image'])
+        captions = {'numbers': numbers_of(batch), 'wrong': spread(wrong_ones(numbers_of(batch), wrong_rng))}
+        state, logs = matching_turn(state, frozen, {'image': batch['image'], **captions}, matching_rng)
         given = {
-            **told,
             'image': batch['image'],
-            'place': spread(jnp.arange(n)),
-            'other': others(told),
+            'told': read(state.ema['text'], captions['numbers']),
+            'wrong': read(state.ema['text'], captions['wrong']),
             'z': spread(jax.random.normal(z_rng, (n, latent))),
             'noise': spread(jax.random.normal(noise_rng, (n, condition))),
         }
-
-        def one(state, part_and_rng):
-            part, rng = part_and_rng
-            discriminator_rng, generator_rng = jax.random.split(rng)
-            (made, _, _), _ = paint(state.params['generator'], part)
-            state, logs = discriminator_turn(state, frozen, {**part, 'made': made}, discriminator_rng)
-            state, more = generator_turn(state, told, part, generator_rng)
-            return state, logs | more
-
-        parts = split_batch(given, rounds)
-        state, more = jax.lax.scan(one, state, (parts, jax.random.split(rounds_rng, rounds)))
-        after = advance(state, context.optim)
-        _, found = paint(after.ema['generator'], jax.tree.map(lambda x: x[0], parts))
-        logs |= jax.tree.map(lambda x: x.mean(0), more)
-        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs
+        (made, _, _), _ = paint(state.params['generator'], given)
+        state, more = discriminator_turn(state, frozen, {**given, 'made': made}, discriminator_rng)
+        state, most = generator_turn(state, frozen, given, generator_rng)
+        after = advance(state, optim)
+        _, found = paint(after.ema['generator'], given)
+        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs | more | most
 
     def draw(state, batch, rng, z: Array | None = None) -> tuple[Array, ...]:
         """Images of all stages for the captions in the batch, and for latents [n, latent] if there are any."""
         z_rng, noise_rng = jax.random.split(rng)
-        told = read(state.ema['text'], batch['caption'])
+        told = read(state.ema['text'], numbers_of(batch))
         z = normal(example_keys(z_rng, batch), (latent,)) if z is None else z
         noise = normal(example_keys(noise_rng, batch), (condition,))
         variables = {'params': state.ema['generator'], 'batch_stats': state.extra}
@@ -317,7 +306,7 @@ def build(
         return {'stages': jnp.stack(images)}
 
     def evaluate(state, frozen, batch, rng):
-        sentence = read(state.ema['text'], batch['caption'])['sentence']
+        sentence = read(state.ema['text'], numbers_of(batch))['sentence']
 
         def match(x):
             return cosine(encoder.apply({'params': state.ema['encoder']}, x)[1], sentence)
@@ -334,5 +323,6 @@ def build(
         conditions=('caption',),
         divisor=divisor,
         latent=(latent,),
+        statistics=True,
         words=length,
     )

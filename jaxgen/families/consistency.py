@@ -223,6 +223,10 @@ def build(
     teacher = context.stages.get('teacher')
     if teacher is not None and teacher.denoise is None:
         raise UserError('config.stages.teacher must be the run of a diffusion model: this one does not denoise')
+    if teacher is not None and (others := sorted({*teacher.conditions} - {'label'})):
+        raise UserError(f'config.stages.teacher wants {", ".join(others)}, which nothing here gives it')
+    if teacher is not None and teacher.image not in ((), context.image):
+        raise UserError(f'config.stages.teacher is of images {teacher.image}, and the data are {context.image}')
     if teacher is not None and 'label' in teacher.conditions and not context.classes:
         raise UserError("config.stages.teacher is told the class: config.data.features must hold 'label'")
 

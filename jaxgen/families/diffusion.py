@@ -107,6 +107,8 @@ def build(
     s_max: float = 1e9,
     s_noise: float = 1.0,
     snr: float = 0.16,
+    predictor: str = 'reverse_diffusion',
+    corrector_steps: int = 1,
     strength: float = 1.0,
     langevin_steps: int = 100,
     langevin_size: float = 8e-5,
@@ -142,7 +144,8 @@ def build(
       shift: of 'flow' in sampling: t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
       clip: estimates of x_0 to [-1, 1] at every step.
       eta: randomness of 'ddim' and 'euler_ancestral', from 0, none, to 1.
-      s_churn, s_min, s_max, s_noise: of 'heun'; snr: of 'predictor_corrector'; strength: of 'euler_maruyama';
+      s_churn, s_min, s_max, s_noise: of 'heun'; strength: of 'euler_maruyama';
+      snr, predictor, corrector_steps: of 'predictor_corrector', see `samplers.predictor_corrector`;
         langevin_steps, langevin_size: steps at each level, and their size, of 'annealed_langevin'.
       guidance: 1: none; s: label-free output + s (output - label-free output) (Ho & Salimans 2022), where
         guidance_from <= sigma / alpha <= guidance_to (Kynkaanniemi et al. 2024); guidance_rescale: share by which
@@ -205,6 +208,8 @@ def build(
     shape = first.latent if first is not None else context.image  # of what is diffused
     if classifier_scale and (classifier is None or classifier.classify is None):
         raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
+    if classifier_scale and classifier.image not in ((), context.image):
+        raise UserError(f'config.stages.classifier is of images {classifier.image}, and the data are {context.image}')
 
     way = processes.make(
         process, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, sigma_min=sigma_min,
@@ -231,6 +236,26 @@ def build(
         raise UserError(
             "config.model.zero_terminal needs prediction 'v' or 'x0', and sampler 'ancestral' or 'ddim': "
             'at the last level there is no image to divide by'
+        )
+    if process == 'flow' and prediction not in ('flow', 'v', 'x0'):
+        raise UserError(
+            f"config.model.prediction = {prediction!r} divides by alpha, which is 0 where process 'flow' ends: take "
+            "'flow', 'v' or 'x0'"
+        )
+    if shift != 1 and process != 'flow':
+        raise UserError(f"config.model.shift is of process 'flow'; here it is {process!r}, and shift {shift}")
+    if predictor not in samplers.PREDICTORS:
+        raise UserError(f'config.model.predictor must be one of {samplers.PREDICTORS}; it is {predictor!r}')
+    for name, value in dict(shift=shift, data_std=data_std, time_std=time_std, snr=snr).items():
+        if not value > 0:
+            raise UserError(f'config.model.{name} must be above 0; it is {value}')
+    for name, value in dict(ode_steps=ode_steps, langevin_steps=langevin_steps).items():
+        if value < 1:
+            raise UserError(f'config.model.{name} must be 1 or more; it is {value}')
+    if min(strength, langevin_size, s_churn, s_noise, gamma, bound_weight, corrector_steps, classifier_scale) < 0:
+        raise UserError(
+            'config.model: strength, langevin_size, s_churn, s_noise, gamma, bound_weight, corrector_steps and '
+            'classifier_scale must be 0 or more'
         )
     if not 0 <= sample_steps <= (way.steps or sample_steps):
         raise UserError(f'config.model.sample_steps must be from 0 to timesteps {timesteps}; it is {sample_steps}')
@@ -276,7 +301,7 @@ def build(
             s_noise=s_noise,
             level=lambda ratio: way.at(way.time(ratio)),
         ),
-        'predictor_corrector': {'snr': snr},
+        'predictor_corrector': dict(snr=snr, predictor=predictor, corrector_steps=corrector_steps),
         'euler_maruyama': {'strength': strength},
         'annealed_langevin': {'steps_each': langevin_steps, 'step_size': langevin_size},
     }
@@ -374,6 +399,11 @@ def build(
     def init(rng, batch, frozen):
         if first is not None and (found := jax.eval_shape(to_latent, frozen, batch, rng).shape[1:]) != shape:
             raise UserError(f'config.stages.first was trained on other images: latents {found}, not {shape}')
+        if classifier_scale:
+            seen = {'image': jnp.zeros((1, *shape)), 'sigma': jnp.ones(1)}
+            found = jax.eval_shape(classifier.classify, *frozen['classifier'], seen, rng).shape
+            if found[-1] != context.classes:
+                raise UserError(f'config.stages.classifier knows {found[-1]} classes, and the data {context.classes}')
         if upsampling and 'low_resolution' not in batch:
             raise UserError(
                 "config.model.upsampling needs 'low_resolution' in config.data.features, and its side in pixels as "
@@ -408,7 +438,16 @@ def build(
             logits = classifier.classify(shown, its_frozen, seen, jax.random.key(0))
             return -cross_entropy(logits, label)
 
-        return classifier_guided(denoise, log_probability, level, classifier_scale)
+        def reach(t):
+            alpha, sigma = level(t)
+            if sampler != 'ancestral':
+                return sigma**2 / alpha
+            # The mean of a step from t to the level below moves by the posterior's variance times the gradient.
+            _, _, alpha_s, sigma_s = samplers.levels(grid)
+            place = jnp.searchsorted(jnp.asarray(grid.t), t)
+            return jnp.asarray(sigma_s**2 / alpha_s, jnp.float32)[place][:, None, None, None]
+
+        return classifier_guided(denoise, log_probability, reach, classifier_scale)
 
     def walk(state, frozen, batch, rng, **options):
         rng_start, rng_steps = jax.random.split(rng)
@@ -480,12 +519,13 @@ def build(
         evaluate,
         encode=encode if invertible else None,
         decode=decode if invertible else None,
-        denoise=denoise,
+        denoise=denoise if first is None else None,
         trajectory=trajectory,
         conditions=tuple(name for name, wanted in conditions.items() if wanted),
         divisor=divisor,
         free=(
             *('sampler', 'sample_steps', 'spacing', 'shift', 'clip', 'eta', 's_churn', 's_min', 's_max', 's_noise'),
+            *('predictor', 'corrector_steps'),
             *('snr', 'strength', 'langevin_steps', 'langevin_size', 'classifier_scale', 'bound_steps', 'ode_steps'),
             *('guidance', 'guidance_from', 'guidance_to', 'guidance_rescale', 'guidance_channels'),
             *(() if learned else ('variance',)),

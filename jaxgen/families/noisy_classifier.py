@@ -57,6 +57,8 @@ def build(
         raise UserError(f'config.model.process must be one of {known}; it is {process!r}')
     section = {**FIELDS, **adm}
     divisor = check_network('adm', section, context.image)
+    if not section['head_channels']:
+        raise UserError('config.model.adm.head_channels must be 1 or more: the last attention has heads of so many')
     network = ADMClassifier(**section, classes=context.classes, remat=context.remat, dtype=context.dtype)
     way = processes.make(
         process, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, sigma_min=sigma_min, sigma_max=sigma_max
@@ -108,10 +110,13 @@ def build(
     def classify(state, frozen, batch, rng):
         """Logits, float32 [n, classes]. batch: 'image', and 'sigma' [n] of image + sigma eps (none: clean images)."""
         x = batch['image']
-        # Below the first level there is none that it was shown: a clean image counts as the first.
-        first = way.at(jnp.full(1, way.start, jnp.float32))
-        lowest = (first.sigma / first.alpha)[0]
-        t = way.time(jnp.maximum(batch.get('sigma', jnp.zeros(len(x))), lowest))
-        return apply(state.ema, level(t)[0] * x, t)
+        # There is nothing it was shown below the first level, as which a clean image counts, nor above the last, for
+        # which what is noisier is scaled down.
+        ends = way.at(jnp.array([way.start, way.end], jnp.float32))
+        lowest, highest = ends.sigma / ends.alpha
+        sigma = batch.get('sigma', jnp.zeros(len(x)))
+        t = way.time(jnp.clip(sigma, lowest, highest))
+        scale = highest / jnp.maximum(sigma, highest)
+        return apply(state.ema, level(t)[0] * scale[:, None, None, None] * x, t)
 
     return Family(init, update, None, evaluate, classify=classify, divisor=divisor)

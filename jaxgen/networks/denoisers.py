@@ -73,6 +73,8 @@ def check_network(network: str, section: dict, image: tuple[int, int, int]) -> i
                 raise UserError(f'{where}.{name} must be one of {allowed}; it is {section[name]!r}')
     if network == 'adm':
         part = section['head_channels'] or section['heads']
+        if section['head_channels'] < 0 or part < 1:
+            raise UserError(f'{where}: head_channels must be 0 or more, and heads 1 or more where they are 0')
         for size, multiplier in zip(sizes, section['multipliers'], strict=True):
             if (size in section['attention'] or size == sizes[-1]) and int(channels * multiplier) % part:
                 raise UserError(
