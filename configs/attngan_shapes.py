@@ -23,7 +23,7 @@ def get_config(variant: str = ''):
         data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=32),
         model=dict(
             **dict(stages=2, doublings=2, width=16, latent=32, condition=32, blocks=1),
-            **dict(discriminator_width=32, discriminator_norm=False, r1=0.1, matching=0.5, swap=True),
+            **dict(discriminator_width=32, discriminator_norm=False, r1=0.5, matching=0.5, swap=True),
             **dict(words=1024, length=8, embedding=32, features=48, dropout=0.0, encoder_width=16),
         ),
         optim=dict(
@@ -34,7 +34,7 @@ def get_config(variant: str = ''):
             ema_warmup=True,
             networks=dict(text=dict(lr=2e-3), encoder=dict(lr=2e-3)),
         ),
-        train=dict(steps=8000, updates_per_call=20, log_every=100, save_every=1000, sample_every=500),
+        train=dict(steps=5000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(

@@ -403,7 +403,7 @@ def test_classifier_guidance_pulls_to_the_class():
 
 def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
     """Dhariwal & Nichol 2021, algorithm 1: the mean of a step moves by its variance times the gradient."""
-    seen = {}
+    seen, (_, state) = {}, tiny(sample_steps=5, beta_end=0.5)  # kept for others: built with the sampler as it is
 
     def walked(denoise, x, schedule, keys, **_):
         t = jnp.asarray(schedule.t)[-2:-1]
@@ -414,7 +414,6 @@ def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
     options = {**TINY, 'sample_steps': 5, 'beta_end': 0.5, 'variance': 'fixed_small', 'clip': False}
     batch = {'index': jnp.arange(2), 'label': jnp.zeros(2, jnp.int32)}
     stages, frozen = {'classifier': toy_classifier()}, {'classifier': (None, {})}
-    _, state = tiny(sample_steps=5, beta_end=0.5)
     x_0 = []
     for scale in (0.0, 3.0):
         family = diffusion.build(context(classes=2, stages=stages), **options, classifier_scale=scale)
