@@ -5,12 +5,13 @@
 `--mode=sample --condition=caption='a large red circle on a white background'` paints one caption; `--film=2` shows both
 stages. `--mode=evaluate` says what samples show of their captions, as `classifier_shapes` sees it: asked/accuracy/0 is
 the share of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, asked/caption that of samples of which all
-four are right. Shapes come last: after a quarter of this training they were still chance.
+four are right. Shapes come last, rings and discs before others: after an eighth of this training all are chance. Wider
+networks in three stages drew clean discs and rings alone in this time; scenes that are not turned are no easier.
 
-Time: 49 minutes on a CPU core with much other work beside it
+Time: 19.7 minutes on 2 CPU cores
 Paper: none
-Ours: of 2,000 samples of held-out captions 99.8% show the colour, 100% the background, 66.3% the size, and 31.2% the
-shape, of which 12.5% is chance; 28.5% show all four. Fréchet distance 18.7
+Ours: of 2,000 samples of held-out captions 99.2% show the colour, 100% the background, 63.9% the size, and 29.9% the
+shape, of which 12.5% is chance; 26.4% show all four. Fréchet distance 22.7
 """
 
 from jaxgen.config import make
