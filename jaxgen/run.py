@@ -20,7 +20,6 @@ from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State
 from jaxgen.errors import UserError
 from jaxgen.metrics import features, scores
-from jaxgen.metrics.features import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Assembled:
                 raise UserError(f'config.optim.networks.{name}: no such network{configs.near(name, state.params)}')
         return state
 
+    @functools.cached_property
+    def stage_digests(self) -> dict[str, str]:
+        """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was learned on them fits no others."""
+        return {name: features.digest((state.ema, state.extra)) for name, (state, _) in self.frozen.items()}
+
 
 def init_state(family: Family, rng, batch: dict, frozen) -> State:
     return family.init(rng, sample.to_inside(batch), frozen)
@@ -61,16 +65,11 @@ def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
     return run.assembled.family, run.state, run.assembled.frozen
 
 
-def stage_digests(assembled: Assembled) -> dict[str, str]:
-    """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was learned on them fits no others."""
-    return {name: digest((state.ema, state.extra)) for name, (state, _) in assembled.frozen.items()}
-
-
 def check_stages(about: dict, assembled: Assembled, workdir: str) -> None:
     """Raises UserError where a stage has other weights than when the checkpoint `about` was saved."""
     saved = about.get('stages', {})
     if saved:
-        for name, found in stage_digests(assembled).items():
+        for name, found in assembled.stage_digests.items():
             if saved.get(name, found) != found:
                 path = assembled.config.stages[name]
                 raise UserError(

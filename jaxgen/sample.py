@@ -79,11 +79,11 @@ def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.nd
     given = {name: one_condition(assembled, config, name, value) for name, value in condition.items()}
     rest = [name for name in family.conditions if name != 'label' and name not in given]
     source = data.dataset(config.data, 'test') if rest else None
+    kept = classes(spec, config)
 
     def give(numbers: np.ndarray) -> dict[str, np.ndarray]:
         out = {'index': numbers.astype(np.int32)}
         if 'label' in family.conditions:
-            kept = classes(spec, config)
             out['label'] = kept[numbers % len(kept)]
         out |= {name: np.repeat(value[None], len(numbers), 0) for name, value in given.items()}
         examples = source.again_and_again(numbers) if rest else {}

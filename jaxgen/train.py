@@ -16,7 +16,7 @@ from jaxgen import config as configs
 from jaxgen import data, interrupt, log, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import RunError, UserError
-from jaxgen.run import Assembled, assemble, check_stages, init_state, make_evaluator, saved_config, stage_digests
+from jaxgen.run import Assembled, assemble, check_stages, init_state, make_evaluator, saved_config
 
 # With several hosts, calls between two agreements on whether one of them has been told to stop.
 CALLS_PER_AGREEMENT = 10
@@ -96,7 +96,7 @@ class Training:
             check_resume(workdir, config, a.family.free)
         found = self.checkpoints.restore(a.abstract, a.mesh)
         identity = data.dataset(config.data, 'train').identity
-        self.about = {'jax': jax.__version__, 'stages': stage_digests(a), 'data': identity}
+        self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
         self.places = sharding.over_weights(a.mesh, a.abstract)
         if found:

@@ -249,7 +249,7 @@ def test_encode_decode_evaluate_and_sample_agree(kind):
 
 def test_larger_grids_of_codes_make_larger_images():
     """As a transformer over a larger grid wants it: the codes' own vectors, and attention where training had it."""
-    f, state = build(**KINDS['vq'], attention=(8,)), start('vq')
+    f = build(**KINDS['vq'], attention=(8,))
     state = jax.eval_shape(f.init, jax.random.key(0), images(), {})
     assert any('attention' in name and 'up0' in name for name in state.ema['decoder'])
     y = jax.eval_shape(f.decode, state, {}, (jax.ShapeDtypeStruct((2, 8, 12), jnp.int32),), jax.random.key(0))

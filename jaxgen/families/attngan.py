@@ -266,8 +266,8 @@ def build(
 
     def update(state, frozen, batch, rng):
         matching_rng, wrong_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 6)
-        n = len(batch['image'])
-        captions = {'numbers': numbers_of(batch), 'wrong': spread(wrong_ones(numbers_of(batch), wrong_rng))}
+        n, numbers = len(batch['image']), numbers_of(batch)
+        captions = {'numbers': numbers, 'wrong': spread(wrong_ones(numbers, wrong_rng))}
         state, logs = matching_turn(state, frozen, {'image': batch['image'], **captions}, matching_rng)
         given = {
             'image': batch['image'],
