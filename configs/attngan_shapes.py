@@ -21,21 +21,25 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='attngan',
-        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=32),
+        data=dict(source='shapes:centred', size=32, channels=3, features=('image', 'caption'), batch=32, flip=True),
         model=dict(
-            **dict(stages=2, doublings=2, width=16, latent=32, condition=32, blocks=1),
-            **dict(discriminator_width=32, discriminator_norm=False, r1=0.5, matching=0.5, swap=True),
+            **dict(stages=2, doublings=2, width=16, latent=32, condition=32, blocks=1, kl=0.0),
+            **dict(discriminator_width=32, discriminator_norm=False, r1=0.2, matching=0.1, swap=True),
             **dict(words=1024, length=8, embedding=32, features=48, dropout=0.0, encoder_width=16),
         ),
         optim=dict(
-            lr=1e-3,
+            lr=2e-3,
             b1=0.5,
+            b2=0.99,
             schedule='half_linear',
             ema=0.995,
             ema_warmup=True,
-            networks=dict(text=dict(lr=2e-3), encoder=dict(lr=2e-3)),
+            networks={
+                name: dict(name='adamw', lr=4e-3, b1=0.9, schedule='cosine', warmup=50, weight_decay=0.1)
+                for name in ('text', 'encoder')
+            },
         ),
-        train=dict(steps=5000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
+        train=dict(steps=6000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(

@@ -263,9 +263,8 @@ def asked(run, evaluator: Evaluator) -> Callable[[dict[str, np.ndarray]], dict[s
         return None
     if 'label' in conditions:
         return (lambda given: {'label': given['label']}) if names == ('label',) else None
-    # Of what becomes of pictures of another source nothing is known, but that all styles have the same test scenes.
-    sources = {section[key].partition(':')[0] for key in ('source', 'other')}
-    if OTHER in conditions and sources != {'shapes'}:
+    # Of what becomes of pictures of another source nothing is known, but that both styles have the same test scenes.
+    if OTHER in conditions and not {section['source'], section['other']} <= {'shapes', 'shapes:outlined'}:
         return None
     section |= {'features': ('image', *names), 'other': ''}
     try:

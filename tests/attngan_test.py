@@ -255,13 +255,19 @@ def updated(swap: bool = True):
     return f, state, *jax.jit(f.update)(state, {}, b, jax.random.key(5))
 
 
+def features(weights, numbers):
+    """Of words and of the sentence, with a mean square of 1 where there is a word."""
+    found = TextEncoder(50, 3, 4).apply({'params': weights}, numbers)
+    return tuple(x / np.maximum(np.sqrt(np.square(x).mean(-1, keepdims=True)), 1e-9) for x in found)
+
+
 @pytest.mark.parametrize('swap', [True, False])
 def test_the_losses_of_an_update(swap):
     _, state, _, logs = updated(swap)
     b, n, p = batch(), 4, state.params
     _, wrong_rng, z_rng, noise_rng, _, _ = jax.random.split(jax.random.key(5), 6)
     numbers = word_numbers(b['caption'], 8, 50)
-    text = functools.partial(TextEncoder(50, 3, 4).apply, {'params': state.ema['text']})
+    text = functools.partial(features, state.ema['text'])
     words, sentence = text(numbers)
     order = np.asarray(jax.random.uniform(wrong_rng, numbers.shape))
     changed = np.array(numbers)
@@ -298,7 +304,7 @@ def test_the_losses_of_an_update(swap):
     )
     # The mismatch of the data: each picture has its caption among all four and, with swap, four wrong ones.
     regions, whole = networks.ImageEncoder(4, 2, 4).apply({'params': p['encoder']}, b['image'])
-    text = functools.partial(TextEncoder(50, 3, 4).apply, {'params': p['text']})
+    text = functools.partial(features, p['text'])
     all_numbers = np.concatenate([numbers, changed])[: 8 if swap else 4]
     words, sentence = text(jnp.asarray(all_numbers))
     own = np.arange(4)[:, None] == np.arange(len(all_numbers))
@@ -405,8 +411,8 @@ def test_whether_samples_show_what_was_asked():
         assembled=types.SimpleNamespace(family=a.family._replace(conditions=())), config=config
     )
     assert evaluate.asked(nothing, judge) is None
-    # Of pictures that were another source's nothing is known, but that styles of the scenes share the test scenes.
-    for other, known in (('digits', False), ('shapes:outlined', True)):
+    # Of pictures that were another source's nothing is known, but that both styles of the scenes share the test scenes.
+    for other, known in (('digits', False), ('shapes:centred', False), ('shapes:outlined', True)):
         turning = types.SimpleNamespace(family=a.family._replace(conditions=('other',)))
         run = types.SimpleNamespace(assembled=turning, config=configs.load(path('attngan_shapes')))
         run.config.data.other = other

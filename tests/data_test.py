@@ -369,7 +369,7 @@ def test_shapes_masks_edges_and_styles(style):
         depth = apart(inside, ~inside)
         assert (red[inside][depth < 3] > 0.9).all() and (red[outside] < 0.15).all()
         middle = red[inside][depth > 6]
-        assert ((middle > 0.9) == (style == 'filled')).all()
+        assert ((middle > 0.9) == (style != 'outlined')).all()
         # A line of one pixel on the border: where a pixel is half covered it is drawn, elsewhere it is not.
         assert (edges[(cover > 0.3) & (cover < 0.7)] > 0.4).all() and (edges[inside][depth > 2.5] == 0).all()
         assert (edges[outside][apart(outside, ~outside) > 2.5] == 0).all()  # tips are finer than a pixel
@@ -394,7 +394,14 @@ def test_shapes_with_their_masks_and_edges(tmp_path, monkeypatch):
     plain, styled = (data.dataset({**config, 'source': s}, 'test') for s in ('shapes', 'shapes:outlined'))
     assert all((plain[i]['factors'] == styled[i]['factors']).all() for i in range(5))
     assert any((plain[i]['image'] != styled[i]['image']).any() for i in range(5))
-    with refused('shapes:dotted must be shapes:STYLE, one of filled, outlined'):
+    centred = data.dataset({**config, 'source': 'shapes:centred'}, 'test')
+    plain = [plain[i]['factors'] for i in range(5)]
+    assert len({tuple(f[3:5]) for f in plain}) > 1
+    for i, f in enumerate(plain):
+        np.testing.assert_array_equal(centred[i]['factors'], [*f[:3], 4, 4, *f[5:]])
+        y, x = np.nonzero(centred[i]['mask'][..., 0] > 127)  # of 16 pixels
+        assert max(abs(y.mean() - 7.9), abs(x.mean() - 7.9)) < 2
+    with refused('shapes:dotted must be shapes:STYLE, one of filled, outlined, centred'):
         data.spec({**config, 'source': 'shapes:dotted'})
 
 

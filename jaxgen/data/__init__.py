@@ -10,7 +10,8 @@
 `data.source` is one of
   digits       1,797 handwritten digits, 8 x 8, out of scikit-learn
   shapes       scenes drawn here, at any size, with label, factors and caption, mask, edges, segments and sketch
-               (see shapes.Scene); shapes:outlined are scenes in another style
+               (see shapes.Scene); shapes:outlined are scenes in another style, and of shapes:centred all shapes are in
+               the middle
   gaussians:1  points of three Gaussians in one dimension, as pictures of one grey pixel
   gaussians:2  points of 25 Gaussians in a square: red and green of one pixel
   folder:PATH  a person's own images, any size and mode; classes from sub-folders

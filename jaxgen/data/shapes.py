@@ -54,7 +54,9 @@ FACTORS = {
     'background': len(BACKGROUNDS),
 }
 TOLD = ('shape', 'colour', 'size', 'background')  # the factors that have names: captions say these
-STYLES = ('filled', 'outlined')  # how the shape is coloured: all of it, or its border only
+# The shape is coloured all over; along its border only; or all over, and stands in the middle of every picture.
+STYLES = ('filled', 'outlined', 'centred')
+MIDDLE = 4  # the place of 8, each way, that is nearest to the middle
 BORDER = 0.065  # width of the border over the picture's width
 CAPTION = 64  # bytes
 FINER, FINEST = 4, 256  # drawn at 4 times the size, and at 256 pixels at least, then averaged
@@ -70,10 +72,13 @@ class Scene(NamedTuple):
     sketch: np.ndarray  # [size, size, 3], the outline on the background, in the colours of that map
 
 
-def draw_factors(number: int) -> np.ndarray:
-    """Factors int32 [7] of scene `number`, independent and uniform."""
+def draw_factors(number: int, style: str = 'filled') -> np.ndarray:
+    """Factors int32 [7] of scene `number`, independent and uniform; 'centred' is always at one place, the MIDDLE."""
     counts = np.array(list(FACTORS.values()))
-    return (uniform(0, np.arange(len(counts)), stream=number) * counts).astype(np.int32)
+    factors = (uniform(0, np.arange(len(counts)), stream=number) * counts).astype(np.int32)
+    if style == 'centred':
+        factors[[list(FACTORS).index(name) for name in 'xy']] = MIDDLE
+    return factors
 
 
 def named(factors: np.ndarray) -> dict[str, int]:
@@ -144,7 +149,9 @@ def segment(factors: np.ndarray) -> np.ndarray:
 
 
 def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
-    """The scene in one of STYLES; all but the image is the same in all of them."""
+    """The scene in one of STYLES; all but the image is the same in all of them.
+
+    A 'centred' scene is where its factors say: see draw_factors."""
     f = named(factors)
     radius = list(SIZES.values())[f['size']]
     # Places where the largest shape lies wholly inside, the same for all sizes: factors stay independent.
@@ -181,7 +188,7 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     for i, polygon in enumerate(polygons):
         pen.polygon(polygon, fill=0 if i else 255)
     # Half of a line lies outside.
-    coloured = inside if style == 'filled' else ImageChops.darker(inside, lines(2 * round(BORDER * size * finer)))
+    coloured = ImageChops.darker(inside, lines(2 * round(BORDER * size * finer))) if style == 'outlined' else inside
     cover, covered, edges = (np.asarray(x.reduce(finer)) for x in (inside, coloured, lines(finer)))
 
     colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))

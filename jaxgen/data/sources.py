@@ -39,7 +39,7 @@ from jaxgen.errors import RunError, UserError
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
-OWN = ('digits', 'shapes', 'shapes:outlined', 'gaussians:1', 'gaussians:2')
+OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in shapes.STYLES[1:]), 'gaussians:1', 'gaussians:2')
 GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
 PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs

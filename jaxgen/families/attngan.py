@@ -106,7 +106,7 @@ def build(
       encoder_width: channels of the image encoder's first map.
       attend, gather, sharpness: gamma_1, gamma_2 and gamma_3 of losses/matching.py.
       matching: weight of the matching of samples (lambda; 5 for birds, 50 for COCO); 0: none.
-      kl: weight of the condition's KL.
+      kl: weight of the condition's KL; 0: the condition is its mean, not a draw.
 
     Samples are of the captions in the batch; trajectory shows the images of all stages, the small ones enlarged.
     evaluate gives per example the cosine of a picture's features with its caption's: 'match/image' of the data, and
@@ -154,10 +154,14 @@ def build(
 
     def read(weights, numbers: Array, rng: Array | None = None) -> dict[str, Array]:
         """Captions by their words' 'numbers' [n, T], and their features: 'sentence' [n, d], 'words' [n, T, d], and
-        'there' [n, T], where there is a word; with dropout, given its rng."""
+        'there' [n, T], where there is a word; with dropout, given its rng.
+
+        Features have a mean square of 1: the matching tells them by their directions, so that nothing keeps them from
+        being small, and beside z, whose is 1, the generator would hardly see them."""
         found, sentence = text.apply(
             {'params': weights}, numbers, rng is not None, rngs={} if rng is None else {'dropout': rng}
         )
+        found, sentence = (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) for x in (found, sentence))
         return {'numbers': numbers, 'words': found, 'sentence': sentence, 'there': numbers > 0}
 
     def wrong_ones(numbers: Array, rng: Array) -> Array:
@@ -168,6 +172,10 @@ def build(
         differ = (numbers != other) & (numbers > 0) & (other > 0)
         place = jnp.where(differ, jax.random.uniform(rng, numbers.shape), -1).argmax(1)
         return jnp.where(jnp.arange(length) == place[:, None], other, numbers)
+
+    def noise_of(x: Array) -> Array:
+        """What a condition is drawn by, from draws of N(0, 1)."""
+        return x if kl else jnp.zeros_like(x)
 
     def mismatch(weights, images: Array, told: dict[str, Array]) -> Array:
         """The matching loss of images among what captions told: theirs, in this order, and perhaps more."""
@@ -274,7 +282,7 @@ def build(
             'told': read(state.ema['text'], captions['numbers']),
             'wrong': read(state.ema['text'], captions['wrong']),
             'z': spread(jax.random.normal(z_rng, (n, latent))),
-            'noise': spread(jax.random.normal(noise_rng, (n, condition))),
+            'noise': noise_of(spread(jax.random.normal(noise_rng, (n, condition)))),
         }
         (made, _, _), _ = paint(state.params['generator'], given)
         state, more = discriminator_turn(state, frozen, {**given, 'made': made}, discriminator_rng)
@@ -288,7 +296,7 @@ def build(
         z_rng, noise_rng = jax.random.split(rng)
         told = read(state.ema['text'], numbers_of(batch))
         z = normal(example_keys(z_rng, batch), (latent,)) if z is None else z
-        noise = normal(example_keys(noise_rng, batch), (condition,))
+        noise = noise_of(normal(example_keys(noise_rng, batch), (condition,)))
         variables = {'params': state.ema['generator'], 'batch_stats': state.extra}
         return generator.apply(variables, z, noise, told['sentence'], told['words'], told['there'])[0]
 
