@@ -42,8 +42,9 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
+            'anywhere': dict(data=dict(source='shapes')),
             'tiny': dict(
-                data=dict(size=8, batch=16),
+                data=dict(source='shapes', size=8, batch=16),
                 model=dict(
                     **dict(stages=2, doublings=1, width=4, latent=4, condition=4, discriminator_width=4),
                     **dict(words=64, embedding=4, features=4, encoder_width=4),

@@ -326,7 +326,11 @@ def test_samples_end_the_stages_and_evaluate_looks_at_them():
     np.testing.assert_array_equal(stages[0], upsample_nearest(small))
     assert np.abs(x[0] - x[3]).max() > 1e-3, 'one caption, two samples'
     z = contract.normal(contract.example_keys(jax.random.split(key)[0], b), f.latent)
-    np.testing.assert_allclose(jax.jit(f.decode)(state, {}, z, key, b), x, atol=1e-5)
+    for family, same in ((f, False), (build(kl=0.0), True)):  # with kl = 0 the condition is not drawn
+        decode, other = jax.jit(family.decode), jax.random.key(2)
+        shown = decode(state, {}, z, key, b)
+        assert (np.abs(shown - decode(state, {}, z, other, b)).max() < 1e-6) == same
+        assert (np.abs(shown - x).max() < 1e-5) != same
     figures = f.evaluate(state, {}, b, key)
     again = f.evaluate(state, {}, {**b, 'image': x}, key)
     np.testing.assert_allclose(again['match/image'], figures['match/sample'], atol=1e-5)

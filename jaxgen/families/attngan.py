@@ -156,8 +156,8 @@ def build(
         """Captions by their words' 'numbers' [n, T], and their features: 'sentence' [n, d], 'words' [n, T, d], and
         'there' [n, T], where there is a word; with dropout, given its rng.
 
-        Features have a mean square of 1: the matching tells them by their directions, so that nothing keeps them from
-        being small, and beside z, whose is 1, the generator would hardly see them."""
+        Features have a mean square of 1. The matching goes by directions and leaves them any size: of the scenes'
+        captions 0.01, which beside z, whose is 1, the generator hardly sees. (The published ones stay as they are.)"""
         found, sentence = text.apply(
             {'params': weights}, numbers, rng is not None, rngs={} if rng is None else {'dropout': rng}
         )
