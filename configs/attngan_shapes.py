@@ -8,10 +8,12 @@ stages. `--mode=evaluate` says what samples show of their captions, as `classifi
 the share of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, asked/caption that of samples of which all
 four are right. Captions here are few and exact: their condition is not drawn (kl = 0).
 
-Time: 27.8 minutes on 2 CPU cores
+Time: 27.8 minutes on 2 CPU cores; `:anywhere` 15.2
 Paper: none
 Ours: of 2,000 samples of held-out captions 75.3% show the shape, of which 12.5% is chance, all the colour and the
-background, and 89.4% the size; 72.7% show all four. Fréchet distance 17.8. `:anywhere`: not measured
+background, and 89.4% the size; 72.7% show all four. Fréchet distance 17.8. `:anywhere`: 33.8% of shapes, 99.9% of
+colours, 100% of backgrounds, 65.9% of sizes; 30.0% show all four. Fréchet distance from its scenes 13.9. Its rings and
+discs are good, the rest is rough
 """
 
 from jaxgen.config import make
