@@ -109,6 +109,16 @@ def check_labels(context: Context, conditional: bool) -> None:
         )
 
 
+def check_stage_image(context: Context, name: str) -> None:
+    """Raises UserError where a stage was trained on images of another size than the data's."""
+    found = context.stages[name].image
+    if found not in ((), context.image):  # () before `run.assemble`
+        raise UserError(
+            f'config.stages.{name} was trained on other images: they are {found} (height, width, channels), and those '
+            f'of config.data {context.image}'
+        )
+
+
 def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str, ...] = ()) -> State:
     """State before the first update.
 

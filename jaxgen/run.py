@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen import data, evaluate, log, optim, sample, sharding
 from jaxgen.checkpoint import Checkpoints
-from jaxgen.contract import Context, Family, State
+from jaxgen.contract import Context, Family, State, check_stage_image
 from jaxgen.errors import UserError
 from jaxgen.metrics import features, scores
 
@@ -111,11 +111,8 @@ def assemble(config: ConfigDict, mesh=None, stage: Callable = restored_stage) ->
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
     )
-    if 'first' in stages and stages['first'][0].image != context.image:
-        raise UserError(
-            f'config.stages.first was trained on other images: they are {stages["first"][0].image} (height, width, '
-            f'channels), and those of config.data {context.image}'
-        )
+    if 'first' in stages:
+        check_stage_image(context, 'first')
     family = configs.builder(config.family)(context, **config.model.to_dict())._replace(image=context.image)
     height, width, _ = context.image
     if height % family.divisor or width % family.divisor:

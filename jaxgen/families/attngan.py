@@ -54,7 +54,7 @@ from jaxgen.losses.adversarial import check_penalties, non_saturating_generator,
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.losses.matching import LOW, cosine, matching_loss, sentence_similarity, word_similarity
 from jaxgen.networks import attngan as networks
-from jaxgen.networks.layers import downsample_mean, upsample_nearest
+from jaxgen.networks.layers import downsample_mean, normalised, upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
 
 Array = jax.Array
@@ -161,7 +161,7 @@ def build(
         found, sentence = text.apply(
             {'params': weights}, numbers, rng is not None, rngs={} if rng is None else {'dropout': rng}
         )
-        found, sentence = (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) for x in (found, sentence))
+        found, sentence = normalised(found, 1e-6), normalised(sentence, 1e-6)
         return {'numbers': numbers, 'words': found, 'sentence': sentence, 'there': numbers > 0}
 
     def wrong_ones(numbers: Array, rng: Array) -> Array:

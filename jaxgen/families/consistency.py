@@ -31,7 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import (
+    Context,
+    Family,
+    advance,
+    check_labels,
+    check_stage_image,
+    example_keys,
+    gradient_step,
+    new_state,
+    normal,
+)
 from jaxgen.diffusion import samplers
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
@@ -225,8 +235,8 @@ def build(
         raise UserError('config.stages.teacher must be the run of a diffusion model: this one does not denoise')
     if teacher is not None and (others := sorted({*teacher.conditions} - {'label'})):
         raise UserError(f'config.stages.teacher wants {", ".join(others)}, which nothing here gives it')
-    if teacher is not None and teacher.image not in ((), context.image):
-        raise UserError(f'config.stages.teacher is of images {teacher.image}, and the data are {context.image}')
+    if teacher is not None:
+        check_stage_image(context, 'teacher')
     if teacher is not None and 'label' in teacher.conditions and not context.classes:
         raise UserError("config.stages.teacher is told the class: config.data.features must hold 'label'")
 

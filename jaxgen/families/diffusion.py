@@ -40,7 +40,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import (
+    Context,
+    Family,
+    advance,
+    check_labels,
+    check_stage_image,
+    example_keys,
+    gradient_step,
+    new_state,
+    normal,
+)
 from jaxgen.diffusion import augment, importance, parameterisations, processes, samplers
 from jaxgen.diffusion.guidance import classifier_guided, guided
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
@@ -208,8 +218,8 @@ def build(
     shape = first.latent if first is not None else context.image  # of what is diffused
     if classifier_scale and (classifier is None or classifier.classify is None):
         raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
-    if classifier_scale and classifier.image not in ((), context.image):
-        raise UserError(f'config.stages.classifier is of images {classifier.image}, and the data are {context.image}')
+    if classifier_scale:
+        check_stage_image(context, 'classifier')
 
     way = processes.make(
         process, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, sigma_min=sigma_min,

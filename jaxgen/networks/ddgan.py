@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.networks.embeddings import sinusoidal
-from jaxgen.networks.layers import Conv, Dense, smooth, variance_scaling
+from jaxgen.networks.layers import Conv, Dense, normalised, smooth, variance_scaling
 from jaxgen.networks.ncsnpp import NCSNpp
-from jaxgen.networks.stylegan2 import minibatch_deviation, normalised
+from jaxgen.networks.stylegan2 import minibatch_deviation
 
 Array = jax.Array
 

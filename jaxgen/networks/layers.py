@@ -226,6 +226,11 @@ def instance_norm(x: Array, eps: float = 1e-5) -> Array:
     return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
 
 
+def normalised(x: Array, eps: float = 1e-8) -> Array:
+    """Vectors [..., d] with a mean square of 1, without weights; 0 stays 0."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
 @jax.custom_vjp
 def look_up(table: Array, numbers: Array) -> Array:
     """Rows [..., C] of a table [K, C] by their numbers int [...]; NaN where there is no such row.

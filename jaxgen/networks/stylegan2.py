@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.networks.convolution import convolve
-from jaxgen.networks.layers import smooth, upsample_smooth
+from jaxgen.networks.layers import normalised, smooth, upsample_smooth
 
 Array = jax.Array
 
@@ -51,11 +51,6 @@ def noise_sizes(size: int) -> list[int]:
 def leaky(x: Array) -> Array:
     """Leaky ReLU of slope 0.2, times sqrt(2) for the variance that it takes away."""
     return nn.leaky_relu(x, 0.2) * math.sqrt(2)
-
-
-def normalised(x: Array) -> Array:
-    """Vectors [n, d] with a mean square of 1."""
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
 
 
 def modulated(x: Array, kernel: Array, style: Array, *, demodulate: bool = True, up: bool = False) -> Array:
