@@ -25,6 +25,9 @@ from ml_collections import ConfigDict
 
 from jaxgen.errors import UserError
 
+# Schedules that end at the last update: there a run's length is part of what its updates compute.
+ENDING = ('linear', 'cosine', 'half_linear')
+
 DEFAULTS: dict[str, Any] = {
     'family': '',  # module in jaxgen/families
     'seed': 0,  # of weights, data order and noise
@@ -40,8 +43,14 @@ DEFAULTS: dict[str, Any] = {
         'batch': 128,  # examples of one update, over all devices
         'keep_classes': (),  # classes that training is restricted to; the test split keeps all, for finding the others
         'box': (),  # (top, left, height, width) cut out before anything else
-        'crop': 'center',  # center | random: the square that is resized to size x size
-        'jitter': 0,  # pixels by which training pictures are enlarged before size x size are cut out anywhere
+        'crop': 'center',  # center | random: the square that is resized to size x size | resized: see crop_area
+        'crop_area': (0.08, 1.0),  # of the image, and
+        'crop_aspect': (0.75, 4 / 3),  # width / height, of random rectangles that are resized to size x size
+        'crop_rate': 1.0,  # fraction of the training images with a random crop; the others have the central square
+        'jitter': 0,  # pixels by which training images are enlarged before size x size are cut out anywhere
+        'pad': 0,  # pixels that training images are padded with before size x size are cut out anywhere
+        'shift': 0.0,  # fraction of the side by which training images are moved up or down, left or right, at most
+        'fill': 'reflect',  # reflect | edge: what pad and shift show beyond the border
         'flip': False,  # mirror half of the training images left to right
         'low_resolution': 0,  # side in pixels of the feature 'low_resolution', means of squares of the image
         'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
@@ -51,18 +60,29 @@ DEFAULTS: dict[str, Any] = {
         'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
     },
     'optim': {
-        'name': 'adam',  # adam | adamw | radam | rmsprop | sgd
+        'name': 'adam',  # adam | adamax | adamw | radam | rmsprop | sgd
         'lr': 2e-4,
-        'schedule': 'constant',  # constant | linear | cosine, to 0 at the last update; half_linear: from the middle on
+        'schedule': 'constant',  # constant | linear | cosine | half_linear | step | exponential | rsqrt; see optim.py
         'warmup': 0,  # updates of linear rise
+        'plateau': 0.0,  # linear, cosine: fraction of the updates after warm-up before the fall
+        'floor': 0.0,  # linear, cosine, exponential, rsqrt: fraction of lr that is left
+        'boundaries': (),  # step: updates at which lr is multiplied by decay_rate
+        'decay_rate': 1.0,  # step, and exponential: in decay_every updates
+        'decay_every': 1,  # exponential; rsqrt: updates before the fall
         'b1': 0.9,
         'b2': 0.999,
         'eps': 1e-8,
         'weight_decay': 0.0,  # adamw
+        'weight_decay_schedule': 'constant',  # constant | cosine, to weight_decay_end at the last update
+        'weight_decay_end': 0.0,
+        'no_decay': (),  # weights that weight_decay and l2 leave out: ('bias', 'scale'), patterns for words of a path
+        'l2': 0.0,  # l2 * weights is added to the clipped gradient; torch's Adam calls it weight_decay
         'clip': 0.0,  # global gradient norm, 0: off
         'accumulate': 1,  # parts of a batch, one gradient
         'ema': 0.9999,  # decay of the weights' moving average
-        'ema_warmup': False,  # min(ema, (1 + n) / (10 + n))
+        'ema_warmup': False,  # min(ema, (1 + n) / (10 + n)) at update n
+        'ema_halflife': 0.0,  # of the moving average in images, in place of ema; 0: ema
+        'ema_rampup': 0.0,  # and at most this fraction of the images so far; 0: no ramp-up
         'ema_std': (),  # widths of two more averages, (0.05, 0.1), for --weights=STD; with train.keep_every
         'networks': {},  # {network: fields above that differ for it}
     },
@@ -99,9 +119,11 @@ DEFAULTS: dict[str, Any] = {
 # Values of these fields are names; anything else is refused here, not deep in a compile.
 CHOICES = {
     'data.channels': (1, 3),
-    'data.crop': ('center', 'random'),
-    'optim.name': ('adam', 'adamw', 'radam', 'rmsprop', 'sgd'),
-    'optim.schedule': ('constant', 'linear', 'cosine', 'half_linear'),
+    'data.crop': ('center', 'random', 'resized'),
+    'data.fill': ('reflect', 'edge'),
+    'optim.name': ('adam', 'adamax', 'adamw', 'radam', 'rmsprop', 'sgd'),
+    'optim.schedule': ('constant', 'linear', 'cosine', 'half_linear', 'step', 'exponential', 'rsqrt'),
+    'optim.weight_decay_schedule': ('constant', 'cosine'),
     'train.dtype': ('float32', 'bfloat16'),
     'evaluate.split': ('train', 'test'),
 }
@@ -182,7 +204,7 @@ def merge(path: str, defaults: dict, given: dict) -> dict:
         if where == 'stages':
             merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
         elif where == 'optim.networks':
-            shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'networks')
+            shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'ema_halflife', 'ema_rampup', 'networks')
             own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
             for name, fields in value.items():
                 if not isinstance(fields, dict):
@@ -246,9 +268,19 @@ def check(resolved: dict) -> None:
         if not get(resolved, path) > 0:
             raise UserError(f'config.{path} must be more than 0; it is {get(resolved, path)!r}')
     train, data, optim = resolved['train'], resolved['data'], resolved['optim']
-    for name in optim['networks'].values():
-        if name.get('name', 'adam') not in CHOICES['optim.name']:
-            raise UserError(f'config.optim.networks: {name["name"]!r} is not one of {CHOICES["optim.name"]}')
+    for network, own in optim['networks'].items():
+        for field in ('name', 'schedule', 'weight_decay_schedule'):
+            allowed = CHOICES[f'optim.{field}']
+            if own.get(field, allowed[0]) not in allowed:
+                raise UserError(
+                    f'config.optim.networks.{network}.{field} must be one of {allowed}; it is {own[field]!r}'
+                )
+    for where, fields in [
+        ('optim', optim),
+        *((f'optim.networks.{n}', optim | f) for n, f in optim['networks'].items()),
+    ]:
+        check_recipe(where, fields)
+    check_augmentation(data)
     k = train['updates_per_call']
     for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every', 'evaluate_every'):
         if train[name] < 0 or train[name] % k:
@@ -286,6 +318,51 @@ def check(resolved: dict) -> None:
         raise UserError(f'config.seed must be from 0 to {2**31 - 1}; it is {resolved["seed"]}')
     if not 0 < data['test_share'] < 1:
         raise UserError(f'config.data.test_share must be between 0 and 1; it is {data["test_share"]}')
+
+
+def check_recipe(where: str, fields: dict) -> None:
+    """Raises UserError for fields of an optimiser that cannot work, or that the others leave without an effect."""
+
+    def refuse(field: str, wanted: str) -> None:
+        raise UserError(f'config.{where}.{field} {wanted}; it is {fields[field]!r}')
+
+    if not 0 <= fields['plateau'] < 1:
+        refuse('plateau', 'must be from 0 to below 1')
+    if not 0 <= fields['floor'] <= 1:
+        refuse('floor', 'must be from 0 to 1')
+    if fields['decay_every'] < 1:
+        refuse('decay_every', 'must be 1 or more')
+    if not 0 < fields['decay_rate'] <= 1:
+        refuse('decay_rate', 'must be above 0 and at most 1')
+    if not all(type(b) is int and b > 0 for b in fields['boundaries']):
+        refuse('boundaries', 'must be numbers of updates, (60_000, 80_000)')
+    if fields['schedule'] == 'step' and not fields['boundaries']:
+        refuse('boundaries', "must name an update where config.optim.schedule is 'step'")
+    if not all(isinstance(pattern, str) for pattern in fields['no_decay']):
+        refuse('no_decay', "must be patterns, ('bias', 'scale')")
+    if fields['weight_decay'] and fields['name'] != 'adamw':
+        refuse('weight_decay', f'is read by adamw and not by {fields["name"]}, whose penalty is l2')
+    if min(fields['weight_decay_end'], fields['l2']) < 0:
+        refuse('l2' if fields['l2'] < 0 else 'weight_decay_end', 'must be 0 or more')
+
+
+def check_augmentation(data: dict) -> None:
+    """Raises UserError for augmentation that cannot work."""
+    for field, most in (('crop_area', 1.0), ('crop_aspect', float('inf'))):
+        values = data[field]
+        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+            raise UserError(
+                f'config.data.{field} must be (least, most), above 0'
+                f'{" and at most 1" if most == 1 else ""}; it is {values!r}'
+            )
+    if not 0 < data['crop_rate'] <= 1:
+        raise UserError(f'config.data.crop_rate must be above 0 and at most 1; it is {data["crop_rate"]}')
+    if not 0 <= data['pad'] < data['size']:
+        raise UserError(f'config.data.pad must be from 0 to below config.data.size; it is {data["pad"]}')
+    if not 0 <= data['shift'] < 0.5:
+        raise UserError(f'config.data.shift must be from 0 to below 0.5; it is {data["shift"]}')
+    if data['crop'] == 'resized' and data['jitter']:
+        raise UserError("config.data.jitter is for the crops 'center' and 'random': 'resized' has its own sizes")
 
 
 def load(path: str) -> ConfigDict:
@@ -374,8 +451,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def differences_that_matter(old: ConfigDict, new: ConfigDict, free: tuple[str, ...] = ()) -> list[str]:
     """The differences that would change what an update computes; `free`: fields of the model that do not."""
-    schedules = [new.optim.schedule, *(n.get('schedule', 'constant') for n in new.optim.networks.values())]
-    fixed = set() if all(s == 'constant' for s in schedules) else {'train.steps'}  # the schedule ends there
+    sections = [new.optim, *new.optim.networks.values()]
+    ending = any(
+        o.get('schedule') in ENDING or o.get('weight_decay_schedule', 'constant') != 'constant' for o in sections
+    )
+    fixed = {'train.steps'} if ending else set()
     may = {f'model.{name}' for name in free}
 
     def matters(key: str) -> bool:

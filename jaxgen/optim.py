@@ -5,12 +5,17 @@ Every family has these fields (`config.optim`), whatever it is.
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from jaxgen.errors import UserError
 
 
 class Optim(NamedTuple):
@@ -22,24 +27,89 @@ class Optim(NamedTuple):
     ema_std: tuple[float, ...] = ()  # widths of the power-function averages beside it
 
 
-def learning_rate(steps: int, *, lr: float, schedule: str, warmup: int) -> optax.Schedule:
-    """Learning rate by update: linear rise over `warmup` updates, then `schedule`.
+def learning_rate(
+    steps: int,
+    *,
+    lr: float,
+    schedule: str,
+    warmup: int,
+    plateau: float = 0.0,
+    floor: float = 0.0,
+    boundaries: tuple[int, ...] = (),
+    decay_rate: float = 1.0,
+    decay_every: int = 1,
+) -> optax.Schedule:
+    """Learning rate by update: linear rise over `warmup` updates, times the factor of `schedule`.
 
-    schedule: 'constant', or 'linear' / 'cosine' decay to 0 at update `steps`; 'half_linear' decays in the second half
-      of the updates only.
+    With update n counted from 0, the factor is
+      constant     1
+      linear       1 until `plateau` of the updates after warm-up are done, then down to `floor` at update `steps`
+      cosine       the same, along half a cosine
+      half_linear  linear with a plateau of a half
+      step         decay_rate to the power of the number of `boundaries` up to n
+      exponential  decay_rate^(n / decay_every), at least `floor`
+      rsqrt        (n / decay_every)^-1/2, at most 1 and at least `floor`
+    `floor` is a fraction of lr. Constants are computed in float64; the factor has float32's relative precision at any
+    n below 2^31 (an integer power of a float32 base would not: 0.999995^n is 3 % off at a million).
     """
     after = max(steps - warmup, 1)
-    shapes = {
-        'constant': lambda: optax.constant_schedule(lr),
-        'linear': lambda: optax.linear_schedule(lr, 0.0, after),
-        'cosine': lambda: optax.cosine_decay_schedule(lr, after),
-        'half_linear': lambda: optax.linear_schedule(lr, 0.0, after - after // 2, after // 2),
+    flat = after // 2 if schedule == 'half_linear' else plateau * after
+    fall = max(after - flat, 1e-9)
+    slope = float(np.log(decay_rate)) / decay_every if schedule == 'exponential' else 0.0
+
+    def progress(n):
+        """From 0 at the plateau's end to 1 at update `steps`."""
+        return jnp.clip((jnp.asarray(n - warmup, jnp.float32) - flat) / fall, 0, 1)
+
+    def step(n):
+        return decay_rate ** sum((jnp.asarray(n) >= b).astype(jnp.float32) for b in boundaries)
+
+    def linear(n):
+        return floor + (1 - floor) * (1 - progress(n))
+
+    factors = {
+        'constant': lambda n: 1.0,
+        'linear': linear,
+        'half_linear': linear,
+        'cosine': lambda n: floor + (1 - floor) * (0.5 + 0.5 * jnp.cos(jnp.pi * progress(n))),
+        'step': step if boundaries else lambda n: 1.0,
+        'exponential': lambda n: jnp.maximum(jnp.exp(slope * jnp.asarray(n, jnp.float32)), floor),
+        'rsqrt': lambda n: jnp.maximum(jax.lax.rsqrt(jnp.maximum(jnp.asarray(n, jnp.float32) / decay_every, 1)), floor),
     }
+    factor = factors[schedule]
     if not warmup:
-        return shapes[schedule]()
+        return lambda n: jnp.asarray(lr * factor(n), jnp.float32)
     # The first update is made with lr / warmup, not 0, so that no update is lost.
-    rise = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
-    return optax.join_schedules([rise, shapes[schedule]()], [warmup])
+    return lambda n: lr * jnp.minimum((jnp.asarray(n, jnp.float32) + 1) / warmup, 1) * factor(n)
+
+
+def decayed(params, without: tuple[str, ...]):
+    """Tree of bools like `params`: which of them weight decay is for.
+
+    Args:
+      without: patterns (fnmatch) of those that it is not for. A weight is one of them where any word of its path
+        matches: 'bias' every bias, 'norm*' all of every module of that name.
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    paths = [[str(getattr(key, 'key', key)) for key in path] for path, _ in jax.tree.leaves_with_path(params)]
+    for pattern in without:
+        if not any(fnmatch.fnmatchcase(word, pattern) for words in paths for word in words):
+            known = sorted({words[-1] for words in paths})
+            raise UserError(f'config.optim.no_decay: no weight matches {pattern!r}; their names end in {known}')
+    keep = [not any(fnmatch.fnmatchcase(word, p) for word in words for p in without) for words in paths]
+    return jax.tree.unflatten(jax.tree.structure(params), keep)
+
+
+def weight_decay_by_update(steps: int, start: float, end: float):
+    """Weight decay by update: half a cosine from `start` to `end` at the last one, as VAR's release has it."""
+
+    def value(n):
+        progress = jnp.clip(jnp.asarray(n, jnp.float32) / max(steps - 1, 1), 0, 1)
+        return end + (start - end) * (0.5 + 0.5 * jnp.cos(jnp.pi * progress))
+
+    return value
 
 
 def transformation(
@@ -49,31 +119,57 @@ def transformation(
     lr: float,
     schedule: str,
     warmup: int,
+    plateau: float,
+    floor: float,
+    boundaries: tuple[int, ...],
+    decay_rate: float,
+    decay_every: int,
     b1: float,
     b2: float,
     eps: float,
     weight_decay: float,
+    weight_decay_schedule: str,
+    weight_decay_end: float,
+    no_decay: tuple[str, ...],
+    l2: float,
     clip: float,
     times: int = 1,
 ) -> optax.GradientTransformation:
-    """The optax chain of one network: clip by global norm (0: off), then the optimiser.
+    """The optax chain of one network: clip by global norm (0: off), l2 (0: off), then the optimiser.
 
-    times: steps of this optimiser within one update. The schedule runs by updates all the same:
+    times: steps of this optimiser within one update. Schedules run by updates all the same:
     a critic of five steps per update would else reach the schedule's end at a fifth of the run.
     """
-    schedule_by_update = learning_rate(steps, lr=lr, schedule=schedule, warmup=warmup)
+    rate_by_update = learning_rate(
+        steps,
+        lr=lr,
+        schedule=schedule,
+        warmup=warmup,
+        plateau=plateau,
+        floor=floor,
+        boundaries=boundaries,
+        decay_rate=decay_rate,
+        decay_every=decay_every,
+    )
+    decay_by_update = weight_decay_by_update(steps, weight_decay, weight_decay_end)
 
     def rate(count):
-        return schedule_by_update(count // times)
+        return rate_by_update(count // times)
+
+    scheduled = weight_decay_schedule != 'constant'
+    decay = (lambda count: decay_by_update(count // times)) if scheduled else weight_decay
+    mask = functools.partial(decayed, without=no_decay) if no_decay else None
 
     optimisers = {
         'adam': lambda: optax.adam(rate, b1, b2, eps),
-        'adamw': lambda: optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay),
+        'adamax': lambda: optax.adamax(rate, b1, b2, eps),
+        'adamw': lambda: optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=mask),
         'radam': lambda: optax.radam(rate, b1, b2, eps),
         'rmsprop': lambda: optax.rmsprop(rate, decay=b2, eps=eps, eps_in_sqrt=False),
         'sgd': lambda: optax.sgd(rate, momentum=b1 or None),
     }
     chain = [optax.clip_by_global_norm(clip)] if clip else []
+    chain += [optax.add_decayed_weights(l2, mask)] if l2 else []
     return optax.chain(*chain, optimisers[name]())
 
 
@@ -115,16 +211,39 @@ def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.n
     return shares / shares.sum()  # a constant's average is that constant
 
 
+def halflife_decay(step, batch: int, halflife: float, rampup: float):
+    """Decay of a moving average at update `step`, counted from 0, whose half-life is that many images, or `rampup`
+    times the images seen before the update where these are fewer (0: no ramp-up): EDM and StyleGAN2 (Karras et al.).
+
+    At the first update a ramp-up makes it 0: no memory of the weights at the start.
+    """
+    images = jnp.asarray(step, jnp.float32) * batch * rampup if rampup else halflife
+    return 0.5 ** (batch / jnp.maximum(jnp.minimum(images, halflife), 1e-8))
+
+
 def make_optim(
-    steps: int, *, accumulate: int, ema: float, ema_warmup: bool, networks: dict, ema_std: tuple = (), **common
+    steps: int,
+    *,
+    accumulate: int,
+    ema: float,
+    ema_warmup: bool,
+    networks: dict,
+    ema_std: tuple = (),
+    ema_halflife: float = 0.0,
+    ema_rampup: float = 0.0,
+    batch: int = 1,
+    **common,
 ) -> Optim:
     """Optim from the fields of `config.optim`.
 
     Args:
       steps: updates of the whole run, for decaying schedules.
       ema: decay of the moving average of the weights, 0 for none.
-      ema_warmup: decay min(ema, (1 + n) / (10 + n)) at update n, so that short runs average too.
+      ema_warmup: decay min(ema, (1 + n) / (10 + n)) at update n, so that short runs average too. n counts from 1, as in
+        the release of score SDEs and in latent diffusion's.
       ema_std: widths of power-function averages kept beside it, from which one of any width is made afterwards.
+      ema_halflife: in images, in place of `ema`; 0: none. `ema_rampup`: see `halflife_decay`.
+      batch: images of one update, for the half-life.
       networks: {network: fields that differ from `common`}.
     """
 
@@ -132,7 +251,9 @@ def make_optim(
         return transformation(steps, **{**common, **networks.get(network, {})}, times=times)
 
     def decay(step):
-        n = jnp.asarray(step, jnp.float32)
+        if ema_halflife:
+            return halflife_decay(step, batch, ema_halflife, ema_rampup)
+        n = jnp.asarray(step, jnp.float32) + 1
         return jnp.minimum(ema, (1 + n) / (10 + n)) if ema_warmup else jnp.asarray(ema, jnp.float32)
 
     return Optim(tx, accumulate, decay, tuple(ema_std))

@@ -106,7 +106,7 @@ def assemble(config: ConfigDict, mesh=None, stage: Callable = restored_stage) ->
     context = Context(
         image=tuple(spec.features['image'].shape),
         classes=spec.classes,
-        optim=optim.make_optim(config.train.steps, **config.optim.to_dict()),
+        optim=optim.make_optim(config.train.steps, batch=config.data.batch, **config.optim.to_dict()),
         stages={name: family for name, (family, _, _) in stages.items()},
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,

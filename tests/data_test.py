@@ -828,6 +828,103 @@ def test_jitter_moves_a_window(five):
     assert_same(take(config, 12)[7:], take(config, 5, start=7))
 
 
+def test_a_window_of_the_whole_image(five):
+    """With a random crop, the window of an enlarged image lies anywhere in it: all places alike (VAR's resize and
+    crop)."""
+    config = {**five, 'size': 8, 'jitter': 4, 'crop': 'random'}  # of 12 x 20 pixels: nothing is resized
+    found = np.concatenate([b['image'][:, 0, 0, 0] for b in take(config, 300)]) % 20
+    counts = np.bincount(found, minlength=13)
+    assert len(counts) == 13 and counts.min() > 0.7 * len(found) / 13 and counts.max() < 1.3 * len(found) / 13
+
+
+@pytest.mark.parametrize('fill', ['reflect', 'edge'])
+def test_moved_images_are_those_of_padding_and_cutting(fill):
+    """A slow loop over pixels, and numpy's own padding."""
+    x = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    padded = np.pad(x, ((4, 4), (4, 4), (0, 0)), fill)
+    for down, right in itertools.product(range(-4, 5), repeat=2):
+        y = transforms.moved(x, down, right, fill)
+        np.testing.assert_array_equal(y, padded[4 - down : 9 - down, 4 - right : 10 - right])
+        for i, j in itertools.product(range(5), range(6)):
+            if 0 <= i - down < 5 and 0 <= j - right < 6:
+                assert (y[i, j] == x[i - down, j - right]).all()
+    assert transforms.moved(x[:1, :1], 3, -2, fill).shape == (1, 1, 3)
+
+
+def test_pad_and_shift_move_training_images_alone(five):
+    """JEM pads by 4 pixels and cuts out anywhere; Glow shifts by up to a tenth, in real numbers that are rounded."""
+    ramp = {**five, 'size': 12, 'fill': 'edge'}  # columns 4 to 15 of each ramp
+    for fields, most in ((dict(pad=3), 3), (dict(shift=1 / 6), 2)):  # of 12: 2 pixels
+        images = np.concatenate([b['image'][:, 0, :, 0] for b in take({**ramp, **fields}, 150)]) % 20
+        first, last = images[:, 0], images[:, -1]
+        left = np.bincount(last.astype(int), minlength=20)
+        # Moved left, the first column is another; moved right, the last one is.
+        assert set(first.tolist()) == set(range(4, 5 + most)) and set(last.tolist()) == set(range(15 - most, 16))
+        wanted = np.full(most, 1 / 7) if 'pad' in fields else np.array([1 / 8, 1 / 4])  # by 2 and by 1
+        np.testing.assert_allclose(left[15 - most : 15] / len(first), wanted, atol=0.03)
+        examples = data.dataset({**ramp, **fields}, 'train')
+        np.testing.assert_array_equal(examples[0]['image'], data.dataset(ramp, 'train')[0]['image'])
+        assert_same(take({**ramp, **fields, 'flip': True}, 12)[7:], take({**ramp, **fields, 'flip': True}, 5, start=7))
+
+
+def test_rectangles_have_the_areas_and_aspects_that_were_asked_for():
+    u = np.random.default_rng(0).random((4000, 10, 4))
+    area, aspect = (0.2, 0.8), (0.5, 2.0)
+    boxes = np.array([transforms.rectangle(300, 300, area, aspect, one) for one in u])
+    top, left, h, w = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 300).all() and (left + w <= 300).all()
+    share, ratio = h * w / 90_000, w / h
+    assert share.min() > 0.19 and share.max() < 0.81 and ratio.min() > 0.49 and ratio.max() < 2.03
+    # The first try is uniform in area and in the logarithm of the aspect; where it fits it is taken.
+    fits = np.array([rectangle_fits(one[0], area, aspect) for one in u])
+    np.testing.assert_allclose(share[fits], 0.2 + 0.6 * u[fits, 0, 0], atol=0.01)
+    np.testing.assert_allclose(np.log(ratio[fits]), np.log(0.5) + u[fits, 0, 1] * np.log(4), atol=0.02)
+    np.testing.assert_array_equal(top[fits], np.floor(u[fits, 0, 2] * (301 - h[fits])))
+    assert 0.5 < fits.mean() < 1 and abs(np.log(ratio).mean()) < 0.05
+    # None fits: the largest central one. A strip of 10 x 100 and aspects from 3/4 to 4/3.
+    assert transforms.rectangle(10, 100, (0.9, 1.0), (0.75, 4 / 3), u[0]) == (0, 43, 10, 13)
+    assert transforms.rectangle(100, 10, (0.9, 1.0), (0.75, 4 / 3), u[0]) == (43, 0, 13, 10)
+    assert transforms.rectangle(64, 64, (1.0, 1.0), (1.0, 1.0), u[0]) == (0, 0, 64, 64)
+
+
+def rectangle_fits(u, area, aspect) -> bool:
+    size = (area[0] + u[0] * (area[1] - area[0])) * 90_000
+    ratio = np.exp(np.log(aspect[0]) + u[1] * np.log(aspect[1] / aspect[0]))
+    return max(np.sqrt(size * ratio), np.sqrt(size / ratio)) <= 300
+
+
+def test_rectangles_are_cut_out_of_some_training_images(five):
+    config = {**five, 'crop': 'resized', 'crop_area': (0.25, 0.25), 'crop_aspect': (1.0, 1.0), 'size': 6}
+    wide = {int(b['image'][n].max()) - int(b['image'][n].min()) for b in take(config, 20) for n in range(8)}
+    assert max(wide) <= 8, 'a rectangle of a quarter is 8 pixels wide; of the square there are 12'
+    half = np.concatenate([np.ptp(b['image'], axis=(1, 2, 3)) for b in take({**config, 'crop_rate': 0.5}, 100)])
+    assert 0.4 < (half > 8).mean() < 0.6
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
+    np.testing.assert_array_equal(
+        data.dataset(config, 'train')[0]['image'], data.dataset({**five, 'size': 6}, 'train')[0]['image']
+    )
+
+
+@pytest.mark.parametrize(
+    'fields, match',
+    [
+        (dict(crop_area=(0.0, 1.0)), 'crop_area'),
+        (dict(crop_area=(0.5, 1.5)), 'crop_area'),
+        (dict(crop_aspect=(2.0, 1.0)), 'crop_aspect'),
+        (dict(crop_aspect=(1.0,)), 'crop_aspect'),
+        (dict(crop_rate=0.0), 'crop_rate'),
+        (dict(pad=-1), 'pad'),
+        (dict(pad=8), 'pad'),
+        (dict(shift=0.5), 'shift'),
+        (dict(crop='resized', jitter=1), 'jitter'),
+        (dict(fill='black'), 'fill'),
+    ],
+)
+def test_augmentation_that_cannot_work_is_refused(fields, match):
+    with refused(match):
+        configs.make(family='vae', data=fields)
+
+
 def test_domain_is_the_label_once_more(prepared):
     config = make(prepared, features=('image', 'label', 'domain'))
     batch = data.dataset(config, 'test').take(np.arange(9))

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgen.config import DEFAULTS
+from jaxgen.config import DEFAULTS, differences_that_matter, make
 from jaxgen.contract import advance, gradient_step, new_state, split_batch
-from jaxgen.optim import exponent, learning_rate, make_optim, post_hoc
+from jaxgen.errors import UserError
+from jaxgen.optim import exponent, halflife_decay, learning_rate, make_optim, post_hoc, weight_decay_by_update
 
 
 def optim(steps: int = 100, **fields):
@@ -43,6 +44,196 @@ def test_schedules():
     half = learning_rate(12, lr=2.0, schedule='half_linear', warmup=2)
     np.testing.assert_allclose([half(i) for i in (0, 1, 2, 7, 8, 12)], [1.0, 2.0, 2.0, 2.0, 1.6, 0.0], atol=1e-6)
     assert learning_rate(8, lr=2.0, schedule='constant', warmup=0)(1000) == 2.0
+
+
+def rates(**fields):
+    """Learning rates of our schedule as a function of many updates at once."""
+    return jax.jit(jax.vmap(learning_rate(fields.pop('steps', 100), **{'warmup': 0, **fields})))
+
+
+@pytest.fixture(scope='module')
+def torch():
+    return pytest.importorskip('torch')
+
+
+def of_torch(torch, scheduler, n: int, lr: float, **fields) -> list[float]:
+    """The learning rates of n updates under a scheduler of torch, which computes in float64."""
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler, out = scheduler(sgd, **fields), []
+    for _ in range(n):
+        out.append(scheduler.get_last_lr()[0])
+        sgd.step()
+        scheduler.step()
+    return out
+
+
+def test_schedules_are_those_of_torch(torch):
+    s, n = torch.optim.lr_scheduler, jnp.arange(100)
+    step = rates(lr=0.3, schedule='step', boundaries=(20, 50, 51), decay_rate=0.3)
+    np.testing.assert_allclose(
+        step(n), of_torch(torch, s.MultiStepLR, 100, 0.3, milestones=[20, 50, 51], gamma=0.3), rtol=1e-6
+    )
+    falling = rates(lr=0.3, schedule='exponential', decay_rate=0.97)
+    np.testing.assert_allclose(falling(n), of_torch(torch, s.ExponentialLR, 100, 0.3, gamma=0.97), rtol=1e-6)
+    cosine = rates(lr=0.3, schedule='cosine', floor=0.1)
+    np.testing.assert_allclose(
+        cosine(n), of_torch(torch, s.CosineAnnealingLR, 100, 0.3, T_max=100, eta_min=0.03), rtol=1e-5
+    )
+    linear = rates(lr=0.3, schedule='linear', floor=0.2)
+    like = of_torch(torch, s.LinearLR, 100, 0.3, start_factor=1.0, end_factor=0.2, total_iters=100)
+    np.testing.assert_allclose(linear(n), like, rtol=1e-5)
+
+
+def test_a_plateau_comes_before_the_fall():
+    """VAR's 'lin0': 5 % of the updates after warm-up at the full rate, then a line to 1 % of it."""
+    rate = rates(steps=1100, lr=2.0, schedule='linear', warmup=100, plateau=0.05, floor=0.01)
+    slow = []
+    for n in range(1101):
+        part = (n - 100) / 1000
+        slow.append(2 * ((n + 1) / 100 if n < 100 else 1 if part < 0.05 else 0.01 + 0.99 * (1 - part) / 0.95))
+    np.testing.assert_allclose(rate(jnp.arange(1101)), slow, rtol=1e-5)
+    half = dict(lr=2.0, warmup=0, steps=1000)
+    np.testing.assert_allclose(
+        rates(schedule='linear', plateau=0.5, **half)(jnp.arange(1000)),
+        rates(schedule='half_linear', **half)(jnp.arange(1000)),
+        atol=1e-6,
+    )
+
+
+def test_schedules_are_exact_after_millions_of_updates():
+    """Against float64: PixelCNN++'s 0.999995 per update, an inverse square root, and lines over 2^30 updates."""
+    n = np.array([0, 1, 999, 10**6, 10**7, 2**24 + 1, 10**8, 2**30])
+    falling = rates(lr=1e-3, schedule='exponential', decay_rate=0.999995, floor=1e-6)
+    np.testing.assert_allclose(falling(n), 1e-3 * np.maximum(0.999995 ** n.astype(float), 1e-6), rtol=1e-5)
+    root = rates(lr=1e-3, schedule='rsqrt', decay_every=70_000)
+    np.testing.assert_allclose(root(n), 1e-3 / np.sqrt(np.maximum(n / 70_000, 1)), rtol=1e-6)
+    line = rates(lr=1.0, schedule='linear', steps=2**30)
+    np.testing.assert_allclose(line(n), 1 - n / 2**30, atol=2e-7)
+
+
+def test_a_scheduled_weight_decay():
+    """VAR's: half a cosine over the whole run, from 0.05 to 0.08."""
+    value = weight_decay_by_update(11, 0.05, 0.08)
+    np.testing.assert_allclose(
+        [value(n) for n in range(11)],
+        [0.08 - 0.03 * (0.5 + 0.5 * np.cos(np.pi * n / 10)) for n in range(11)],
+        rtol=1e-6,
+    )
+
+
+def train(weights: dict, gradients: list[dict], **fields) -> dict:
+    """Weights after our optimiser's steps with these gradients."""
+    tx = make_optim(len(gradients), **{**DEFAULTS['optim'], **fields}).tx('net')
+    opt = tx.init(weights)
+    for g in gradients:
+        updates, opt = tx.update(g, opt, weights)
+        weights = optax.apply_updates(weights, updates)
+    return weights
+
+
+def train_torch(torch, kind, weights: dict, gradients: list[dict], groups, **fields) -> dict:
+    """The same of torch. groups: parameters' options from a dict of tensors."""
+    tensors = {k: torch.tensor(np.asarray(v, np.float64), requires_grad=True) for k, v in weights.items()}
+    optimiser = kind(groups(tensors), **fields)
+    for g in gradients:
+        for k, t in tensors.items():
+            t.grad = torch.tensor(np.asarray(g[k], np.float64))
+        optimiser.step()
+    return {k: t.detach().numpy() for k, t in tensors.items()}
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(1)
+    shapes = {'kernel': (3, 4), 'bias': (4,)}
+    weights = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return weights, [{k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()} for _ in range(20)]
+
+
+def test_adamax_is_that_of_torch(torch, problem):
+    ours = train(*problem, name='adamax', lr=0.1, b2=0.9)
+    like = train_torch(torch, torch.optim.Adamax, *problem, lambda t: list(t.values()), lr=0.1, betas=(0.9, 0.9))
+    for name in like:
+        np.testing.assert_allclose(ours[name], like[name], rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_leaves_out_what_no_decay_names(torch, problem):
+    ours = train(*problem, name='adamw', lr=0.01, weight_decay=0.5, no_decay=('bias',))
+    like = train_torch(
+        torch,
+        torch.optim.AdamW,
+        *problem,
+        lambda t: [{'params': [t['kernel']]}, {'params': [t['bias']], 'weight_decay': 0.0}],
+        lr=0.01,
+        weight_decay=0.5,
+    )
+    for name in like:
+        np.testing.assert_allclose(ours[name], like[name], rtol=1e-4, atol=1e-6)
+    everywhere = train(*problem, name='adamw', lr=0.01, weight_decay=0.5)
+    assert np.abs(everywhere['bias'] - ours['bias']).max() > 0.01
+
+
+def test_l2_is_the_weight_decay_of_torchs_adam(torch, problem):
+    ours = train(*problem, lr=0.01, l2=0.5)
+    like = train_torch(torch, torch.optim.Adam, *problem, lambda t: list(t.values()), lr=0.01, weight_decay=0.5)
+    for name in like:
+        np.testing.assert_allclose(ours[name], like[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_pattern_that_matches_no_weight_is_refused(problem):
+    with pytest.raises(UserError, match="no weight matches 'biass'"):
+        train(*problem, name='adamw', weight_decay=0.1, no_decay=('bias', 'biass'))
+    nested = {'layer_0': {'kernel': jnp.ones(2)}, 'norm': {'scale': jnp.ones(2)}}
+    zero = jax.tree.map(jnp.zeros_like, nested)
+    after = train(nested, [zero], name='adamw', lr=0.1, weight_decay=0.1, no_decay=('nor*',))
+    np.testing.assert_allclose(after['norm']['scale'], 1)
+    np.testing.assert_allclose(after['layer_0']['kernel'], 1 - 0.1 * 0.1, rtol=1e-6)
+
+
+def test_a_half_life_in_images_with_ramp_up():
+    """EDM's and StyleGAN2's: from 0 at the first update to the constants of the papers."""
+    assert halflife_decay(0, 512, 500_000, 0.05) == 0
+    for n in (1, 10, 1000, 10**5, 10**7):
+        half = min(500_000, n * 512 * 0.05)
+        assert 1 - float(halflife_decay(n, 512, 500_000, 0.05)) == pytest.approx(1 - 0.5 ** (512 / half), rel=1e-3)
+    assert float(halflife_decay(10**6, 512, 500_000, 0.05)) == pytest.approx(0.99929047, abs=1e-7)  # EDM, CIFAR-10
+    assert float(halflife_decay(0, 32, 10_000, 0.0)) == pytest.approx(0.99778439, abs=1e-7)  # StyleGAN2, 10,000 images
+    o = optim(ema=0.0, ema_halflife=100.0, ema_rampup=0.5, batch=10)
+    s, slow = state(o), 1.0
+    for n in range(40):
+        s = advance(s.replace(params={**s.params, 'line': jnp.full(3, float(n))}), o)
+        decay = 0.5 ** (10 / min(100, n * 10 * 0.5)) if n else 0
+        slow = decay * slow + (1 - decay) * n
+    np.testing.assert_allclose(s.ema['line'], slow, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        (dict(schedule='step'), 'boundaries'),
+        (dict(schedule='exponential', decay_rate=1.5), 'decay_rate'),
+        (dict(plateau=1.0), 'plateau'),
+        (dict(floor=-0.1), 'floor'),
+        (dict(decay_every=0), 'decay_every'),
+        (dict(boundaries=(0.5,)), 'boundaries'),
+        (dict(weight_decay=0.1), 'adamw'),
+        (dict(l2=-1.0), 'l2'),
+        (dict(networks=dict(denoiser=dict(schedule='foo'))), 'networks.denoiser.schedule'),
+        (dict(networks=dict(denoiser=dict(weight_decay=0.1))), 'networks.denoiser.weight_decay'),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        make(family='vae', optim=fields)
+
+
+def test_a_run_goes_on_longer_only_under_schedules_without_an_end():
+    for schedule, ends in (('constant', False), ('rsqrt', False), ('exponential', False), ('linear', True)):
+        a, b = (make(family='vae', optim=dict(schedule=schedule), train=dict(steps=n)) for n in (1000, 2000))
+        assert bool(differences_that_matter(a, b)) == ends
+    fields = dict(name='adamw', weight_decay=0.1, weight_decay_schedule='cosine')
+    a, b = (make(family='vae', optim=fields, train=dict(steps=n)) for n in (1000, 2000))
+    assert differences_that_matter(a, b)
 
 
 def test_accumulation_is_the_whole_batch(batch):
@@ -85,7 +276,7 @@ def test_moving_average():
         for n in range(30):
             weights = float(n)
             s = advance(s.replace(params={**s.params, 'line': jnp.full(3, weights)}), o)
-            decay = min(0.9, (1 + n) / (10 + n)) if warm else 0.9
+            decay = min(0.9, (2 + n) / (11 + n)) if warm else 0.9  # score SDEs' release: 2/11 at the first update
             slow = decay * slow + (1 - decay) * weights
         np.testing.assert_allclose(s.ema['line'], slow, rtol=1e-5)
         assert int(s.step) == 30

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from PIL import Image
 
 from jaxgen.data import sources, transforms
 from jaxgen.errors import RunError, UserError
@@ -24,11 +25,15 @@ OTHER = 'other'  # the feature that comes from config.data.other, unpaired
 
 
 class Places(NamedTuple):
-    """What is cut out of training pictures, each float [n] in [0, 1)."""
+    """What is cut out of training images and where it moves; arrays with a leading [n], None: not at random."""
 
-    square: np.ndarray | None = None  # where the square lies along the longer side; None: in the middle
-    row: np.ndarray | None = None  # where the window lies in a square that is data.jitter pixels larger than it;
-    column: np.ndarray | None = None  # None: the square is not larger
+    cropped: np.ndarray | None = None  # bool: whether there is a random crop; None: of all
+    square: np.ndarray | None = None  # where the square lies along the longer side, in [0, 1)
+    rectangle: np.ndarray | None = None  # [n, tries, 4] in [0, 1), see transforms.rectangle
+    row: np.ndarray | None = None  # where the window lies in an image that is data.jitter pixels larger than it,
+    column: np.ndarray | None = None  # in [0, 1)
+    down: np.ndarray | None = None  # int: pixels by which the image moves at last,
+    right: np.ndarray | None = None
 
 
 class Spec(NamedTuple):
@@ -164,11 +169,26 @@ class Examples:
             image = transforms.load(encoded, channels)
         except Exception as e:
             raise RunError(f'{self.records.place}: example {i} cannot be decoded ({sources.reason(e)})') from e
-        image, size = transforms.cut(image, self.data['box']), self.data['size']
-        if place.row is None:
-            return transforms.to_array(transforms.square(image, size, place.square))
-        image = transforms.square(image, size + self.data['jitter'], place.square)
-        return transforms.to_array(transforms.window(image, size, place.row, place.column))
+        d = self.data
+        x = cut_out(transforms.cut(image, d['box']), d, place)
+        return x if place.down is None else transforms.moved(x, int(place.down), int(place.right), d['fill'])
+
+
+def cut_out(image: Image.Image, data, place: Places) -> np.ndarray:
+    """The image's part at `place` as uint8 [size, size, C], resized."""
+    size = data['size']
+    at_random = place.cropped is None or bool(place.cropped)
+    if place.rectangle is not None and at_random:
+        ranges = tuple(data['crop_area']), tuple(data['crop_aspect'])
+        box = transforms.rectangle(image.height, image.width, *ranges, place.rectangle)
+        return transforms.to_array(transforms.cut(image, box).resize((size, size), Image.Resampling.BICUBIC))
+    square = place.square if at_random else None
+    if place.row is None:
+        return transforms.to_array(transforms.square(image, size, square))
+    larger = size + data['jitter']
+    # A window of the whole image, where the square would be anywhere; of its middle else.
+    image = transforms.square(image, larger) if square is None else transforms.cover(image, larger)
+    return transforms.to_array(transforms.window(image, size, place.row, place.column))
 
 
 class Beside:
@@ -273,6 +293,26 @@ def order(seed: int, n: int, stream: int = transforms.ORDER) -> Callable[[np.nda
     return examples
 
 
+def rectangles(uniform: Callable) -> np.ndarray:
+    """Numbers of transforms.rectangle, [n, tries, 4]."""
+    return np.stack([np.stack([uniform(t + k) for k in range(4)], -1) for t in transforms.TRIES], 1)
+
+
+def moves(data, uniform: Callable) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Pixels by which training images move down and right, int [n] each; None without data.pad and data.shift.
+
+    Padded by p and cut out anywhere, an image moves by -p to p, all equally likely. A shift is uniform in real numbers
+    up to a fraction of the side, and then rounded.
+    """
+    pad, reach = data['pad'], data['shift'] * data['size']
+    if not pad and not reach:
+        return None, None
+    return tuple(
+        np.floor(uniform(p) * (2 * pad + 1)).astype(int) - pad + np.rint((2 * uniform(s) - 1) * reach).astype(int)
+        for p, s in zip(transforms.PAD, transforms.SHIFT, strict=True)
+    )
+
+
 def mixed(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The function from numbers [n] to the training examples with these numbers, augmented.
 
@@ -288,10 +328,15 @@ def mixed(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.n
         def uniform(stream: int, wanted: bool = True) -> np.ndarray | None:
             return transforms.uniform(seed, numbers, stream + apart) if wanted else None
 
+        down, right = moves(data, uniform)
         places = Places(
+            uniform(transforms.CROPPED) < data['crop_rate'] if data['crop_rate'] < 1 else None,
             uniform(transforms.CROP, data['crop'] == 'random'),
+            rectangles(uniform) if data['crop'] == 'resized' else None,
             uniform(transforms.ROW, data['jitter'] > 0),
             uniform(transforms.COLUMN, data['jitter'] > 0),
+            down,
+            right,
         )
         moved = any(x is not None for x in places)
         out = examples.take(which(numbers), places if moved else None)

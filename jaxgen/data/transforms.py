@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from jaxgen.errors import UserError
 # Streams of `uniform`: one per use, so that no two uses share their numbers. 4 is in builders.py; a second source of
 # pictures has the same ones plus OTHER.
 FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
+PAD, SHIFT, CROPPED = (16, 17), (18, 19), 20
+TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
 
 def load(encoded: bytes, channels: int) -> Image.Image:
@@ -87,6 +90,53 @@ def window(image: Image.Image, size: int, row: float, column: float) -> Image.Im
     """size x size pixels of a larger image; row and column say where, from 0 (top, left) to below 1."""
     left, top = int(column * (image.width - size + 1)), int(row * (image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
+
+
+def cover(image: Image.Image, side: int) -> Image.Image:
+    """The whole image, resized so that its shorter side is `side`; the other is cut off to a whole number of pixels, as
+    torchvision's Resize does."""
+    width, height = image.size
+    short = min(width, height)
+    size = (side * width // short, side * height // short)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def rectangle(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], u: np.ndarray
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random rectangle inside an image: its area is uniform in `area`, a fraction of
+    the image's, the logarithm of its width / height uniform in that of `aspect`, all places equally likely (Szegedy et
+    al. 2015, arXiv 1409.4842, section 6).
+
+    Args:
+      u: [tries, 4], each in [0, 1): area, aspect, row and column of each try; the first one that fits is taken. Where
+        none does: the largest central one whose aspect is in the range.
+    """
+    for u_area, u_aspect, u_row, u_column in np.asarray(u, np.float64):
+        size = height * width * (area[0] + u_area * (area[1] - area[0]))
+        ratio = math.exp(math.log(aspect[0]) + u_aspect * math.log(aspect[1] / aspect[0]))
+        w, h = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u_row * (height - h + 1)), int(u_column * (width - w + 1)), h, w
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def moved(x: np.ndarray, down: int, right: int, fill: str) -> np.ndarray:
+    """An image [H, W, C] moved by whole pixels. fill: what shows beyond its border: 'reflect', mirrored at the
+    outermost pixels, or 'edge', these again."""
+    rows = np.arange(x.shape[0]) - down
+    columns = np.arange(x.shape[1]) - right
+    return x[beyond(rows, x.shape[0], fill)[:, None], beyond(columns, x.shape[1], fill)]
+
+
+def beyond(places: np.ndarray, n: int, fill: str) -> np.ndarray:
+    """Places 0 to n - 1 whose pixels stand at any places, inside and beyond the border."""
+    if fill == 'edge' or n == 1:
+        return np.clip(places, 0, n - 1)
+    around = places % (2 * n - 2)
+    return np.minimum(around, 2 * n - 2 - around)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
