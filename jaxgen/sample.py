@@ -43,7 +43,7 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     """
     family, spec = assembled.family, assembled.spec
     try:
-        number = 0 if name == 'caption' else int(value)
+        number = 0 if name == 'caption' else spec.class_number(value) if name == 'label' else int(value)
     except ValueError as e:
         raise UserError(f'write --condition={name}=NUMBER; it is {value!r}') from e
     if name not in family.conditions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import signal
 import socket
@@ -1312,3 +1313,51 @@ print([name for name in sys.modules if name.partition('.')[0] == 'tensorflow'])
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.splitlines() == ['(8, 8, 8, 3)'] * 3 + ['[]']
+
+
+# --- what a run keeps of its data
+
+
+def test_a_spec_comes_back_from_json(tmp_path, prepared):
+    source = write_folder(tmp_path / 'in', [], cat=[1, 2], dog=[3, 4])
+    for config in (
+        make(tmp_path, source=source, features=('image', 'label')),
+        make(prepared, features=('image', 'label', 'domain')),
+        make(prepared, source='shapes', channels=3, features=('image', 'label', 'factors', 'caption')),
+        make(prepared),
+    ):
+        spec = data.spec(config)
+        assert data.spec_from_json(json.loads(json.dumps(data.spec_to_json(spec)))) == spec
+    assert data.spec(make(tmp_path, source=source, features=('image', 'label'))).names == ('cat', 'dog')
+    good = data.spec_to_json(spec)
+    for bad in (
+        *([], None, 3, {}, {**good, 'classes': -1}, {**good, 'classes': '3'}, {**good, 'names': ['a']}),
+        *({**good, 'features': {}}, {**good, 'features': []}, {**good, 'features': {'image': {'shape': [8, 8]}}}),
+        {**good, 'features': {'image': {'shape': [8, 8, -1], 'dtype': 'uint8'}}},
+        {**good, 'features': {'image': {'shape': [8, 8, 1], 'dtype': 'object'}}},
+    ):
+        with pytest.raises(ValueError, match=r'.'):
+            data.spec_from_json(bad)
+
+
+def test_classes_by_name():
+    spec = data.Spec({}, 3, ('1', '2', 'red fox'))
+    assert [spec.class_number(x) for x in ('1', '2', 'red fox', 1, 2, '0')] == [0, 1, 2, 1, 2, 0]
+    with refused("no class 'red fix'; did you mean red fox"):
+        spec.class_number('red fix')
+    with refused("no class 'zzz'; they are 1, 2, red fox"):
+        spec.class_number('zzz')
+    assert data.Spec({}, 3).class_number('2') == 2
+
+
+def test_one_place_has_one_name(tmp_path, monkeypatch):
+    write_folder(tmp_path / 'in', [1, 2, 3])
+    os.symlink(tmp_path / 'in', tmp_path / 'link')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    spellings = [
+        f'folder:{p}' for p in (f'{tmp_path}/in', f'{tmp_path}/in/', 'in', './in//', '~/in', 'link', '~/link/')
+    ]
+    assert {data.canonical(source) for source in spellings} == {f'folder:{os.path.realpath(tmp_path / "in")}'}
+    assert data.canonical('cifar10') == 'cifar10' and data.canonical('shapes:outlined') == 'shapes:outlined'
+    assert data.canonical('folder:') == 'folder:'

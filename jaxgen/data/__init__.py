@@ -24,8 +24,8 @@ source `data.low_resolution` makes a feature of that name, the image at so many 
 """
 
 from jaxgen.data.folder import Pictures
-from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec
-from jaxgen.data.sources import modes, root
+from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec, spec_from_json, spec_to_json
+from jaxgen.data.sources import canonical, modes, root
 from jaxgen.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -33,11 +33,14 @@ __all__ = [
     'Pictures',
     'Spec',
     'batches',
+    'canonical',
     'dataset',
     'labels',
     'modes',
     'root',
     'spec',
+    'spec_from_json',
+    'spec_to_json',
     'to_float',
     'to_uint8',
 ]

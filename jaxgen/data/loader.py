@@ -8,6 +8,7 @@ resuming seeks to a number, and how many processes share the work changes nothin
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -41,6 +42,57 @@ class Spec(NamedTuple):
 
     features: dict[str, jax.ShapeDtypeStruct]  # by name: image uint8 [size, size, channels], label int32 [], ...
     classes: int  # of 'label'; 0: the batch has no labels
+    names: tuple[str, ...] = ()  # of the classes, by number; (): they have none
+
+    def class_number(self, value: int | str) -> int:
+        """The number of a class by its name or number. A text that is a class's name means that class, also where the
+        names are numbers, as of folders 1, 2 and 3; an integer is always the number, from 0.
+
+        Raises:
+          UserError: a text that is neither. Whether the number is in range is left to the caller.
+          ValueError: the same where the classes have no names.
+        """
+        if isinstance(value, str) and value in self.names:
+            return self.names.index(value)
+        if not self.names or isinstance(value, int) or value.removeprefix('-').isdecimal():
+            return int(value)
+        close = difflib.get_close_matches(value, self.names, n=3, cutoff=0.5)
+        some = ', '.join(self.names[:10]) + (', ...' if len(self.names) > 10 else '')
+        raise UserError(
+            f'no class {value!r}; ' + (f'did you mean {" or ".join(close)}?' if close else f'they are {some}')
+        )
+
+
+def spec_to_json(spec: Spec) -> dict[str, Any]:
+    """A JSON object that `spec_from_json` makes this Spec of again: a run that keeps it is sampled without its data."""
+    features = {name: {'shape': list(f.shape), 'dtype': np.dtype(f.dtype).name} for name, f in spec.features.items()}
+    return {'features': features, 'classes': spec.classes, 'names': list(spec.names)}
+
+
+def spec_from_json(stored: Any) -> Spec:
+    """The Spec that `spec_to_json` has described.
+
+    Raises:
+      ValueError: it is something else. The object may come from a stranger.
+    """
+    try:
+        names, classes = stored.get('names', []), stored['classes']
+        features = {}
+        for name, f in stored['features'].items():
+            if not all(type(n) is int and 0 <= n < 2**31 for n in f['shape']):
+                raise ValueError(f'shape {f["shape"]!r}')
+            if f['dtype'] not in ('uint8', 'int32', 'float32'):
+                raise ValueError(f'dtype {f["dtype"]!r}')
+            features[name] = jax.ShapeDtypeStruct(tuple(f['shape']), np.dtype(f['dtype']))
+        if len(features['image'].shape) != 3:
+            raise ValueError('an image has height, width and channels')
+        if type(classes) is not int or classes < 0 or not all(isinstance(name, str) for name in names):
+            raise ValueError('classes')
+        if names and len(names) != classes:
+            raise ValueError(f'{len(names)} names of {classes} classes')
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f'{type(e).__name__}: {e}') from e
+    return Spec(features, classes, tuple(names))
 
 
 def spec(data) -> Spec:
@@ -67,7 +119,10 @@ def spec(data) -> Spec:
                 f'config.data.keep_classes must be classes, 0 to {classes - 1}; they are {tuple(data["keep_classes"])}'
             )
     features = {name: jax.ShapeDtypeStruct(shape(f, data), f.dtype) for name, f in chosen.items()}
-    return Spec(features, chosen['label'].classes if 'label' in chosen else 0)
+    label = chosen.get('label', sources.Feature(()))
+    # Fewer names than classes: the config says that there are more than this source has.
+    names = label.names + tuple(map(str, range(len(label.names), label.classes))) if label.names else ()
+    return Spec(features, label.classes, names)
 
 
 def shape(feature: sources.Feature, data) -> tuple[int, ...]:

@@ -52,6 +52,7 @@ class Feature(NamedTuple):
     shape: tuple[int, ...] = ()
     dtype: Any = np.uint8
     classes: int = 0
+    names: tuple[str, ...] = ()  # of the classes, where they have any
     image: bool = False
     channels: int = 0  # of an image; 0: as many as the config asks for
     side: int = 0  # in pixels, of an image that is made smaller than the others; 0: as they are
@@ -71,6 +72,16 @@ def root(data) -> str:
     """Directory of the prepared sets."""
     path = data['dir'] or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     return os.path.abspath(os.path.expanduser(path))
+
+
+def canonical(source: str) -> str:
+    """A source's name with its folder, if it names one, spelled in the one way: absolute, links followed, no slash at
+    the end. Two names are of one place where these are equal; whether two places hold the same images is what
+    `Examples.identity` says."""
+    kind, colon, path = source.partition(':')
+    if kind not in ('folder', 'pairs') or not path:
+        return source
+    return f'{kind}{colon}{os.path.realpath(os.path.expanduser(path))}'
 
 
 # --- which source
@@ -129,8 +140,9 @@ def folder_source(data, here: str) -> Source:
         # Where the config says it all, nothing need be known of the folder: it may be on another machine.
         if 'label' not in data['features']:
             return {'image': Feature(('image',), image=True)}
-        n = data['classes'] or len(scan().classes)
-        label = {'label': Feature(('label',), dtype=np.int32, classes=n)} if n else {}
+        names = scan().classes
+        n = data['classes'] or len(names)
+        label = {'label': Feature(('label',), dtype=np.int32, classes=n, names=names)} if n else {}
         return {'image': Feature(('image',), image=True), **label}
 
     @functools.cache
@@ -236,7 +248,7 @@ def find(features) -> dict[str, Feature]:
             dtype = np.float32 if dtype.kind == 'f' else np.uint8 if dtype == np.uint8 else np.int32
             one = Feature(path, feature.shape, dtype)
             if isinstance(feature, tfds.features.ClassLabel):
-                one = one._replace(dtype=np.int32, classes=feature.num_classes or 0)
+                one = one._replace(dtype=np.int32, classes=feature.num_classes or 0, names=class_names(feature))
                 found.setdefault('label', one)
             found['/'.join(path)] = one
 
@@ -244,6 +256,15 @@ def find(features) -> dict[str, Feature]:
     main = next((name for name, f in images.items() if f.path[-1] == 'image'), next(iter(images), ''))
     first = {'image': images.pop(main)._replace(channels=0)} if images else {}
     return {**first, **found, **images}
+
+
+def class_names(feature: tfds.features.ClassLabel) -> tuple[str, ...]:
+    """Names of the classes by number; () where they have none but their numbers."""
+    try:
+        names = tuple(map(str, feature.names))
+    except (AttributeError, TypeError, ValueError):  # TFDS knows their number alone
+        return ()
+    return () if names == tuple(map(str, range(len(names)))) else names
 
 
 def choose(source: Source, data) -> dict[str, Feature]:
