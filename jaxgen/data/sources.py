@@ -34,7 +34,7 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen.data import builders, folder, shapes
+from jaxgen.data import builders, folder, guard, shapes
 from jaxgen.errors import RunError, UserError
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
@@ -66,6 +66,7 @@ class Source(NamedTuple):
     builder: Callable[[], tfds.core.DatasetBuilder]  # a fresh one: it looks at the disk when it is made
     check: Callable[[], None] = lambda: None  # refuses a prepared set that does not suit the config
     own: bool = True  # made by jaxgen, so that remains of it may be deleted
+    confined: bool = False  # nothing is written through links out of the directory: a run's config may have named it
 
 
 def root(data) -> str:
@@ -89,6 +90,10 @@ def canonical(source: str) -> str:
 
 def resolve(data) -> Source:
     """The source that `data.source` names. Reads and prepares nothing yet."""
+    return named_source(data)._replace(confined=bool(data['dir']))
+
+
+def named_source(data) -> Source:
     name, here = data['source'], root(data)
     if name == 'digits':
         features = builders.JaxgenDigits.features(None)
@@ -214,6 +219,8 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
             return tfds.builder(name, data_dir=here)
     except DatasetNotFoundError:
         pass
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f'config.data.source: {name} cannot be had: {reason(e)}') from e
     if os.path.isdir(os.path.expanduser(name)):
@@ -314,6 +321,8 @@ def prepare(source: Source) -> tfds.core.DatasetBuilder:
     with quiet():
         builder = source.builder()
         if not complete(builder):
+            if source.confined:
+                guard.check_inside(os.fspath(builder.data_dir_root), builder.data_dir)
             with lock(builder):
                 builder = source.builder()
                 if not complete(builder):
@@ -345,7 +354,7 @@ def lock(builder) -> Iterator[None]:
     place = os.path.dirname(builder.data_dir)
     try:
         os.makedirs(place, exist_ok=True)
-        file = os.open(os.path.join(place, '.lock'), os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(os.path.join(place, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as e:
         raise UserError(f'cannot write to {e.filename}: {e.strerror}; name another directory by config.data.dir') from e
     try:
@@ -381,7 +390,7 @@ def generate(source: Source, builder) -> None:
         )
         print(f'preparing {source.name} in {builder.data_dir}{note}', file=sys.stderr)
     try:
-        with contextlib.nullcontext() if reached else no_retries():
+        with contextlib.nullcontext() if reached else no_retries(), guard.arrays_only():
             builder.download_and_prepare(file_format='array_record')
     except UserError:
         raise
@@ -416,6 +425,8 @@ def reason(e: BaseException) -> str:
         return f'{host} cannot be reached'
     cause: BaseException | None = e
     while cause is not None:  # TFDS wraps what builders raise
+        if isinstance(cause, UserError):
+            return str(cause)
         if isinstance(cause, ImportError):
             package = re.search(r"No module named '(\w+)", str(cause))
             package = package[1] if package else cause.name or 'unknown'
@@ -507,6 +518,8 @@ def open_records(source: Source, data, split: str) -> Records:
             f'python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={builder.data_dir} '
             "--out_file_format=array_record (pip install 'jaxgen[prepare]' for it), or name another config.data.dir"
         ) from e
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f'{builder.data_dir} cannot be read: {reason(e)}; delete it, and it is prepared anew') from e
 
