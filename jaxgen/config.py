@@ -78,6 +78,7 @@ DEFAULTS: dict[str, Any] = {
         'no_decay': (),  # weights that weight_decay and l2 leave out: ('bias', 'scale'), patterns for words of a path
         'l2': 0.0,  # l2 * weights is added to the clipped gradient; torch's Adam calls it weight_decay
         'clip': 0.0,  # global gradient norm, 0: off
+        'normalise': False,  # each array's gradient is divided by its norm
         'accumulate': 1,  # parts of a batch, one gradient
         'ema': 0.9999,  # decay of the weights' moving average
         'ema_warmup': False,  # min(ema, (1 + n) / (10 + n)) at update n

@@ -133,9 +133,11 @@ def transformation(
     no_decay: tuple[str, ...],
     l2: float,
     clip: float,
+    normalise: bool,
     times: int = 1,
 ) -> optax.GradientTransformation:
-    """The optax chain of one network: clip by global norm (0: off), l2 (0: off), then the optimiser.
+    """The optax chain of one network: clip by global norm (0: off), l2 (0: off), each array's gradient divided by its
+    norm (`normalise`), then the optimiser.
 
     times: steps of this optimiser within one update. Schedules run by updates all the same:
     a critic of five steps per update would else reach the schedule's end at a fifth of the run.
@@ -170,7 +172,13 @@ def transformation(
     }
     chain = [optax.clip_by_global_norm(clip)] if clip else []
     chain += [optax.add_decayed_weights(l2, mask)] if l2 else []
+    chain += [optax.stateless(lambda g, _: jax.tree.map(unit_norm, g))] if normalise else []
     return optax.chain(*chain, optimisers[name]())
+
+
+def unit_norm(g):
+    """An array of norm 1, or 0 where it is 0: Tomczak & Welling's code has Adam take such gradients."""
+    return g / (jnp.linalg.norm(g.reshape(-1)) + 1e-7)
 
 
 def exponent(std: float) -> float:

@@ -107,6 +107,28 @@ def test_information_is_the_bound():
         np.testing.assert_allclose(got[i], total, rtol=1e-4)
 
 
+def test_unit_deviations_and_slopes():
+    """Q's normals of deviation 1: log Q + H by scipy. And a leaky ReLU's slope reaches the networks."""
+    from scipy import stats
+
+    f = family(categories=(), continuous=2, unit_deviation=True)
+    state, batch = started(f)
+    index = jnp.arange(4, dtype=jnp.int32)
+    got = f.evaluate(state, {}, {**batch, 'index': index}, jax.random.key(5))['information']
+    means = f.encode(state, {}, {'image': f.sample(state, {}, {'index': index}, jax.random.key(5))}, jax.random.key(0))
+    for i in range(4):
+        _, number_key = jax.random.split(jax.random.fold_in(jax.random.key(5), i), 2)
+        numbers = np.asarray(jax.random.uniform(number_key, (1, 2), minval=-1, maxval=1))[0]
+        np.testing.assert_allclose(got[i], stats.norm.logpdf(numbers, means[i], 1).sum() + 2 * math.log(2), rtol=1e-4)
+    # Of no convolution, the features are the leaky ReLU of one linear layer.
+    x, flat = batch['image'], np.asarray(batch['image']).reshape(len(batch['image']), -1)
+    for slope in (0.01, 0.5):
+        network = infogan.Discriminator(3, 0, 6, norm=False, slope=slope)
+        w = network.init(jax.random.key(0), x)
+        h = flat @ np.asarray(w['params']['dense']['kernel'])
+        np.testing.assert_allclose(network.apply(w, x)[1], np.where(h > 0, h, slope * h), atol=1e-5)
+
+
 @pytest.mark.parametrize('moving', ['generator', 'discriminator'])
 def test_neither_player_touches_the_other(moving):
     still = {'generator': ('discriminator', 'recogniser'), 'discriminator': ('generator',)}[moving]

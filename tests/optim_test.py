@@ -180,6 +180,17 @@ def test_l2_is_the_weight_decay_of_torchs_adam(torch, problem):
         np.testing.assert_allclose(ours[name], like[name], rtol=1e-4, atol=1e-6)
 
 
+def test_normalised_gradients(problem):
+    """Adam of gradients that are divided by their norm, array by array, is ours of the gradients as they are."""
+    weights, gradients = problem
+    unit = [{k: x / np.linalg.norm(x) for k, x in g.items()} for g in gradients]
+    ours, like = train(weights, gradients, normalise=True, lr=0.01), train(weights, unit, lr=0.01)
+    for name in like:
+        np.testing.assert_allclose(ours[name], like[name], rtol=1e-5, atol=1e-6)
+    zero = [jax.tree.map(jnp.zeros_like, g) for g in gradients]
+    jax.tree.map(np.testing.assert_array_equal, train(weights, zero, normalise=True), weights)
+
+
 def test_a_pattern_that_matches_no_weight_is_refused(problem):
     with pytest.raises(UserError, match="no weight matches 'biass'"):
         train(*problem, name='adamw', weight_decay=0.1, no_decay=('bias', 'biass'))

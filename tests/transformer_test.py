@@ -15,7 +15,14 @@ from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, Family
 from jaxgen.errors import UserError
 from jaxgen.families import maskgit, transformer
-from jaxgen.networks.transformer import CausalTransformer, MaskedTransformer, filtered, flatten, unflatten
+from jaxgen.networks.transformer import (
+    CausalTransformer,
+    MaskedTransformer,
+    dropped_attention,
+    filtered,
+    flatten,
+    unflatten,
+)
 from jaxgen.optim import make_optim
 
 LEVELS = 3
@@ -102,6 +109,33 @@ def test_blocks_equal_torchs(causal):
         logits = x @ tensor(params['tokens']['embedding']).T + tensor(params['bias'])
     found = jax.jit(net.apply)({'params': params}, jnp.asarray(tokens))
     np.testing.assert_allclose(found, logits.detach().numpy(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_dropout_of_attention(causal):
+    """Nothing dropped, it is JAX's own attention; with a given mask, a slow loop; and its expectation is the former."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.float32) for _ in range(3))
+    plain = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    np.testing.assert_allclose(dropped_attention(q, k, v, causal, lambda w: w), plain, atol=1e-5)
+    keep = rng.integers(0, 2, (2, 3, 5, 5)) / 0.5
+    slow = np.zeros((2, 5, 3, 4))
+    for n, h, i in itertools.product(range(2), range(3), range(5)):
+        seen = range(i + 1 if causal else 5)
+        w = np.exp([float(q[n, i, h] @ k[n, j, h]) / 2 for j in seen])
+        slow[n, i, h] = sum(a * keep[n, h, i, j] * v[n, j, h] for j, a in zip(seen, w / w.sum(), strict=True))
+    np.testing.assert_allclose(dropped_attention(q, k, v, causal, lambda w: w * keep), slow, atol=1e-5)
+
+
+@pytest.mark.parametrize('make', [CausalTransformer, MaskedTransformer])
+def test_attention_is_dropped_in_training_alone(make):
+    tokens = jnp.zeros((1, 6), jnp.int32)
+    net = make(vocabulary=5, length=6, channels=8, blocks=1, heads=2, dropout=0.0, attention_dropout=0.5)
+    params = random_weights(net.init(jax.random.key(0), tokens)['params'], scale=1.0)
+    plain = net.clone(attention_dropout=0.0).apply({'params': params}, tokens, train=True)
+    np.testing.assert_array_equal(net.apply({'params': params}, tokens), plain)
+    a, b = (net.apply({'params': params}, tokens, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(2))
+    assert np.abs(a - b).max() > 0.01 and np.abs(a - plain).max() > 0.01
 
 
 def test_a_code_is_seen_by_those_after_it_alone():
@@ -218,6 +252,19 @@ def test_as_many_are_masked_as_the_cosine_says():
     keys = jax.random.split(jax.random.key(1), 4000)
     where = maskgit.mask_some(keys, jnp.full(4000, 2 / 3), 4).mean(0)  # two of four, any two
     np.testing.assert_allclose(where, 0.5, atol=0.04)
+
+
+def test_the_mean_over_masked_codes():
+    """Of one image, 'image' divides by its own number of masked codes, 1 to 4 of 4, and 'batch' by the mean number."""
+    usual = np.maximum(np.ceil(4 * np.cos(0.5 * np.pi * (np.arange(200_000) + 0.5) / 200_000)), 1).mean()
+    one = {'image': jnp.asarray([[[[-1.0], [0.0]], [[1.0], [0.0]]]])}
+    updates = {}
+    for mean in ('batch', 'image'):
+        f, state = family(maskgit, steps=2, dropout=0.0, mean=mean)
+        updates[mean] = jax.jit(lambda key, f=f, state=state: f.update(state, FROZEN, one, key)[1]['loss'])
+    losses = [[updates[mean](jax.random.key(seed)) for mean in ('batch', 'image')] for seed in range(12)]
+    ratios = {round(float(batch / image * usual), 2) for batch, image in losses}
+    assert ratios <= {1.0, 2.0, 3.0, 4.0} and len(ratios) > 1
 
 
 def test_masked_codes_are_told_by_the_others_alone():

@@ -415,6 +415,37 @@ def test_bits_that_are_stored_as_ones():
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
+def test_the_encoder_sees_bits_as_they_are():
+    """'unit' of an encoder's first layer W, b is 'signed' of W / 2, b + W 1 / 2: its pseudo-inputs too."""
+    plain, unit = (
+        family(encoder_range=r, network='gated', hidden=(9,), prior='vamp', pseudo_inputs=3) for r in ('signed', 'unit')
+    )
+    state = begin(plain, images())
+
+    def moved(params):
+        first = params['encoder']['Dense_0']
+        kernel = 2 * first['kernel']
+        first = {'kernel': kernel, 'bias': first['bias'] - 0.5 * kernel.sum(0)}
+        return {**params, 'encoder': {**params['encoder'], 'Dense_0': first}}
+
+    a = evaluate(plain, state, images())
+    b = evaluate(unit, state.replace(ema=moved(state.ema)), images())
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+
+
+def test_perceptrons_of_tanh():
+    """The mean of the code by hand: a layer of tanh and a linear one."""
+    f = family(network='mlp', hidden=(9,), activation='tanh')
+    state, batch = begin(f, images()), images()
+    w = jax.tree.map(np.asarray, state.ema['encoder'])
+    h = np.tanh(
+        np.asarray(batch['image']).reshape(len(batch['image']), -1) @ w['Dense_0']['kernel'] + w['Dense_0']['bias']
+    )
+    mean = (h @ w['Dense_1']['kernel'] + w['Dense_1']['bias'])[:, : f.latent[0]]
+    np.testing.assert_allclose(f.encode(state, {}, batch, jax.random.key(0)), mean, atol=1e-5)
+
+
 # --- classes
 
 

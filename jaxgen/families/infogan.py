@@ -37,7 +37,6 @@ PLAYERS = ('generator', 'discriminator', 'recogniser')
 # Of the running batch statistics: the newest ten updates or so count.
 STATISTICS_DECAY = 0.9
 LEAST_DEVIATION = 0.1  # of Q's normals; codes are within [-1, 1]
-SLOPE = 0.1  # of the leaky ReLUs; the published code has 0.01
 
 
 class Generator(nn.Module):
@@ -79,6 +78,7 @@ class Discriminator(nn.Module):
     levels: int = 2
     hidden: int = 1024
     norm: bool = True  # batch normalisation
+    slope: float = 0.1  # of the leaky ReLUs
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -91,9 +91,9 @@ class Discriminator(nn.Module):
             common = dict(stride=2, padding=((1, 1), (1, 1)), init=init, dtype=self.dtype)
             x = Conv(self.width * 2**i, 4, **common, name=f'conv{i}')(x)
             x = normed(x, f'norm{i}') if i else x
-            x = nn.leaky_relu(x, SLOPE)
+            x = nn.leaky_relu(x, self.slope)
         x = Dense(self.hidden, init=init, dtype=self.dtype, name='dense')(x.reshape(len(x), -1))
-        x = nn.leaky_relu(normed(x, 'norm'), SLOPE)
+        x = nn.leaky_relu(normed(x, 'norm'), self.slope)
         return Dense(1, init=init, name='value')(x.astype(jnp.float32))[:, 0], x
 
 
@@ -102,13 +102,14 @@ class Recogniser(nn.Module):
 
     outputs: int
     hidden: int = 128
+    slope: float = 0.1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         init = nn.initializers.normal(0.02)
         x = Dense(self.hidden, init=init, dtype=self.dtype, name='dense')(x)
-        x = nn.leaky_relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x), SLOPE)
+        x = nn.leaky_relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x), self.slope)
         return Dense(self.outputs, init=init, name='out')(x.astype(jnp.float32))
 
 
@@ -126,6 +127,8 @@ def build(
     r1: float = 0.0,
     category_weight: float = 1.0,
     continuous_weight: float = 0.1,
+    slope: float = 0.1,
+    unit_deviation: bool = False,
 ) -> Family:
     """InfoGAN.
 
@@ -137,6 +140,8 @@ def build(
       discriminator_norm: batch normalisation of the discriminator, as published.
       r1: weight of the penalty of losses/adversarial.py, for a discriminator without it.
       category_weight, continuous_weight: lambda, the weights of L_I for the two kinds of code.
+      slope: of the leaky ReLUs: 0.1 in the paper, 0.01 in the released code.
+      unit_deviation: Q's normals have a deviation of 1, as in the released code, and it learns their means alone.
 
     encode gives the codes that Q finds likeliest, float32 [n, len(categories) + continuous]: of a category its number,
     of a number its mean. decode takes such codes, categories rounded, with one draw of the noise for all, by its key:
@@ -157,6 +162,8 @@ def build(
         )
     if min(categories, default=2) < 2 or not len(categories) + continuous:
         raise UserError('config.model: categories must have 2 values or more each, and there must be a code at all')
+    if not 0 <= slope < 1:
+        raise UserError(f'config.model.slope must be from 0 to below 1; it is {slope}')
     if min(category_weight, continuous_weight, r1) < 0:
         raise UserError('config.model: category_weight, continuous_weight and r1 must be 0 or more')
     check_penalties(discriminator_norm, r1=r1)
@@ -167,8 +174,8 @@ def build(
     sizes = (width, levels, hidden)
     networks = {
         'generator': Generator(context.image, *sizes, dtype=context.dtype),
-        'discriminator': Discriminator(*sizes, norm=discriminator_norm, dtype=context.dtype),
-        'recogniser': Recogniser(sum(categories) + 2 * continuous, recogniser_hidden, dtype=context.dtype),
+        'discriminator': Discriminator(*sizes, norm=discriminator_norm, slope=slope, dtype=context.dtype),
+        'recogniser': Recogniser(sum(categories) + 2 * continuous, recogniser_hidden, slope=slope, dtype=context.dtype),
     }
     entropies = (sum(math.log(k) for k in categories), continuous * math.log(2))  # nats
     edges = [sum(categories[:i]) for i in range(1, len(categories) + 1)]
@@ -201,6 +208,8 @@ def build(
         """Q's outputs: logits of each category [n, k], means and log deviations of the numbers [n, continuous]."""
         *logits, numbers = jnp.split(found, edges, -1)
         mean, raw = jnp.split(numbers, 2, -1)
+        if unit_deviation:
+            return logits, mean, jnp.zeros_like(raw)
         # A softplus: smooth down to the least deviation, about 0.8 at the start.
         return logits, mean, jnp.log(LEAST_DEVIATION + jax.nn.softplus(raw))
 

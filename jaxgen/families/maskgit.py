@@ -55,8 +55,10 @@ def build(
     blocks: int = 4,
     heads: int = 4,
     dropout: float = 0.1,
+    attention_dropout: float = 0.0,
     conditional: bool = False,
     smoothing: float = 0.1,
+    mean: str = 'batch',
     steps: int = 8,
     choice_temperature: float = 4.5,
     temperature: float = 1.0,
@@ -66,9 +68,11 @@ def build(
     """MaskGIT over the codes of `config.stages.first`.
 
     Args:
-      channels, blocks, heads, dropout: of the transformer.
+      channels, blocks, heads, dropout, attention_dropout: of the transformer.
       conditional: tell it the class, `batch['label']`.
       smoothing: of the codes as labels in training.
+      mean: of the loss over masked codes, 'batch': every masked code counts alike (eq. 1); 'image': every image counts
+        alike, with the mean over its own masked codes (the released code).
       steps: of sampling.
       choice_temperature: of the noise that decides which draws stay.
       temperature, top_k, top_p: of the draws, see `networks.transformer.filtered`.
@@ -82,10 +86,15 @@ def build(
     first = context.stages.get('first')
     check_prior(first, channels, blocks, heads)
     check_labels(context, conditional)
-    if not (0 <= dropout < 1 and 0 <= smoothing < 1 and temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+    if mean not in ('batch', 'image'):
+        raise UserError(f"config.model.mean must be 'batch' or 'image'; it is {mean!r}")
+    if not (0 <= min(dropout, attention_dropout) <= max(dropout, attention_dropout) < 1):
         raise UserError(
-            'config.model: dropout and smoothing must be in [0, 1), temperature above 0, top_k not negative, '
-            'top_p in (0, 1]'
+            f'config.model.dropout and attention_dropout must be in [0, 1); they are {dropout}, {attention_dropout}'
+        )
+    if not (0 <= smoothing < 1 and temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise UserError(
+            'config.model: smoothing must be in [0, 1), temperature above 0, top_k not negative, top_p in (0, 1]'
         )
     length, codes_number = sum(h * w for h, w in first.codes), first.vocabulary
     if not 1 <= steps <= length or choice_temperature < 0:
@@ -98,7 +107,7 @@ def build(
     mask_token = codes_number + classes
     net = MaskedTransformer(
         vocabulary=mask_token + 1, length=length + front, channels=channels, blocks=blocks, heads=heads,
-        dropout=dropout, remat=context.remat, dtype=context.dtype,
+        dropout=dropout, attention_dropout=attention_dropout, remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
 
     # Codes masked in the mean over r: j or more are where cos(pi r / 2) > (j - 1) / length.
@@ -121,8 +130,8 @@ def build(
         shown = jnp.where(masked, mask_token, codes)
         logits = logits_of(params, shown, batch, True, {'dropout': dropout_rng})
         error, right = (cross_entropy(logits, codes, s) for s in (smoothing, 0.0))  # [n, T]
-        # Every masked code counts alike, as in eq. 1.
-        value, bits = ((e * masked).sum(1).mean() / usual for e in (error, right / math.log(2)))
+        of_image = masked.sum(1) if mean == 'image' else usual
+        value, bits = (((e * masked).sum(1) / of_image).mean() for e in (error, right / math.log(2)))
         return value, {'loss': value, 'masked_bits': bits}
 
     step = gradient_step(loss, context.optim, 'transformer')

@@ -30,6 +30,7 @@ def build(
     blocks: int = 4,
     heads: int = 4,
     dropout: float = 0.0,
+    attention_dropout: float = 0.0,
     conditional: bool = False,
     keep: float = 1.0,
     temperature: float = 1.0,
@@ -40,7 +41,7 @@ def build(
     """Transformer over the codes of `config.stages.first`.
 
     Args:
-      channels, blocks, heads, dropout: of the transformer.
+      channels, blocks, heads, dropout, attention_dropout: of the transformer.
       conditional: tell it the class, `batch['label']`.
       keep: share of the codes that it is shown right in training; the others are drawn evenly from all (pkeep).
       temperature, top_k, top_p: of sampling, see `networks.transformer.filtered`.
@@ -55,10 +56,12 @@ def build(
     first = context.stages.get('first')
     check_prior(first, channels, blocks, heads)
     check_labels(context, conditional)
-    if not (0 <= dropout < 1 and 0 < keep <= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+    if not (0 <= min(dropout, attention_dropout) <= max(dropout, attention_dropout) < 1):
         raise UserError(
-            'config.model: dropout must be in [0, 1), keep and top_p in (0, 1], temperature and top_k not negative'
+            f'config.model.dropout and attention_dropout must be in [0, 1); they are {dropout}, {attention_dropout}'
         )
+    if not (0 < keep <= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise UserError('config.model: keep and top_p must be in (0, 1], temperature and top_k not negative')
     if enlarge < 1 or (enlarge > 1 and len(first.codes) > 1):
         raise UserError(
             'config.model.enlarge must be at least 1, and more only goes with a first stage of one grid; it is '
@@ -69,7 +72,7 @@ def build(
         raise UserError(f'{context.classes} classes do not fit the {vocabulary} codes of config.stages.first')
     net = CausalTransformer(
         vocabulary=vocabulary, length=length, channels=channels, blocks=blocks, heads=heads, dropout=dropout,
-        remat=context.remat, dtype=context.dtype,
+        attention_dropout=attention_dropout, remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
 
     def to_codes(frozen, batch, rng) -> Array:

@@ -65,7 +65,7 @@ from jaxgen.networks.vae import (
 )
 
 Array = jax.Array
-ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu}
+ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu, 'tanh': jnp.tanh}
 Moments = tuple[Array, Array]  # mean and log variance of diagonal normals, [n, latent] both
 
 
@@ -158,6 +158,7 @@ def build(
     likelihood: str = 'bernoulli',
     binarise: bool = False,
     white: int = 255,
+    encoder_range: str = 'signed',
     scale: float = 0.1,
     learn_scale: bool = True,
     beta: float = 1.0,
@@ -173,8 +174,8 @@ def build(
       latent2: dimensions of the code above it; 0: none. Not with 'conv'.
       width, levels: of 'conv': channels at full size, doubled each of `levels` times that the
         image is halved.
-      activation: of 'conv': 'relu' | 'silu'. Narrow networks of ReLUs can die for whole groups of pictures, say all
-        bright ones, and give all of them one grey.
+      activation: of 'conv' and 'mlp': 'relu' | 'silu' | 'tanh' (Kingma & Welling's). Narrow networks of ReLUs can die
+        for whole groups of images, say all bright ones, and give all of them one grey.
       hidden: of 'mlp' and 'gated': layer widths of the encoder; the decoder has them in reverse. A network of two
         inputs has all but the last layer for each of them alone.
       conditional: tell encoder and decoder the class, `batch['label']`.
@@ -187,6 +188,8 @@ def build(
       binarise: bits for pixels, with 'bernoulli' only.
       white: the stored pixel value, of 0 to 255, that stands for a bit of 1: it is 1 where bits are stored as 0 and 1.
         With 'bernoulli' only.
+      encoder_range: what the encoder sees of bits and grey levels, 'signed': 2 x - 1 in [-1, 1]; 'unit': x in [0, 1],
+        as in the papers. With 'bernoulli' only.
       scale, learn_scale: standard deviation of the gaussian ones, at the start or for good.
       beta: weight of the KL term in training.
       beta_warmup: updates in which it rises linearly to that, 0: none.
@@ -216,6 +219,10 @@ def build(
         raise UserError(f"config.model.prior must be 'normal' or 'vamp'; it is {prior!r}")
     if likelihood not in log_probs:
         raise UserError(f'config.model.likelihood must be one of {tuple(log_probs)}; it is {likelihood!r}')
+    if encoder_range not in ('signed', 'unit'):
+        raise UserError(f"config.model.encoder_range must be 'signed' or 'unit'; it is {encoder_range!r}")
+    if likelihood != 'bernoulli' and encoder_range != 'signed':
+        raise UserError("config.model.encoder_range = 'unit' needs config.model.likelihood = 'bernoulli'")
     if likelihood != 'bernoulli' and (binarise or white != 255):
         raise UserError("config.model.binarise and white need config.model.likelihood = 'bernoulli'")
     if min(latent, width, samples, iwae_samples, pseudo_inputs, *hidden) < 1 or scale <= 0:
@@ -242,20 +249,21 @@ def build(
             f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
         )
 
-    dtype, gated = context.dtype, network == 'gated'
+    # What the layers of perceptrons do: None is the gate.
+    dtype, unit = context.dtype, None if network == 'gated' else ACTIVATIONS[activation]
     # By name: encoder q(z | x), or q(z | x, z2) below encoder2 q(z2 | x); decoder2 p(z | z2).
     networks = {}
     if network == 'conv':
         networks['encoder'] = ConvEncoder(latent, width, levels, ACTIVATIONS[activation], dtype, context.remat)
         decoder = ConvDecoder(context.image, width, levels, ACTIVATIONS[activation], dtype, context.remat)
     elif latent2:
-        networks['encoder'] = JoinedEncoder(latent, hidden, gated, dtype)
-        networks['encoder2'] = MlpEncoder(latent2, hidden, gated, dtype)
-        networks['decoder2'] = MlpEncoder(latent, hidden[::-1], gated, dtype)
-        decoder = JoinedDecoder(context.image, latent, hidden, gated, dtype)
+        networks['encoder'] = JoinedEncoder(latent, hidden, unit, dtype)
+        networks['encoder2'] = MlpEncoder(latent2, hidden, unit, dtype)
+        networks['decoder2'] = MlpEncoder(latent, hidden[::-1], unit, dtype)
+        decoder = JoinedDecoder(context.image, latent, hidden, unit, dtype)
     else:
-        networks['encoder'] = MlpEncoder(latent, hidden, gated, dtype)
-        decoder = MlpDecoder(context.image, hidden, gated, dtype)
+        networks['encoder'] = MlpEncoder(latent, hidden, unit, dtype)
+        decoder = MlpDecoder(context.image, hidden, unit, dtype)
     networks['decoder'] = Pixels(decoder, math.log(scale), learn_scale and likelihood != 'bernoulli')
     trained = (*networks, *(['prior'] if prior == 'vamp' else []))
     highest, top, size = 'encoder2' if latent2 else 'encoder', latent2 or latent, latent + latent2
@@ -271,17 +279,25 @@ def build(
         x = jnp.clip((x + 1) * (127.5 / white), 0, 1)
         return jax.vmap(jax.random.bernoulli)(keys, x).astype(jnp.float32) if binarise else x
 
-    def seen(x: Array) -> Array:
-        """The encoder sees what the decoder is to explain, in [-1, 1] again."""
+    def signed(x: Array) -> Array:
+        """What the decoder is to explain, in [-1, 1] again."""
         return 2 * x - 1 if likelihood == 'bernoulli' else x
+
+    def seen(x: Array) -> Array:
+        """The encoder's input: what the decoder is to explain."""
+        return x if encoder_range == 'unit' else signed(x)
 
     def told(batch) -> Array | None:
         return jax.nn.one_hot(batch['label'], classes) if conditional else None
 
+    def pseudo_images(params) -> Array:
+        unit_range = jnp.clip(params['prior']['pseudo_inputs'], 0, 1)
+        return unit_range if encoder_range == 'unit' else 2 * unit_range - 1
+
     def prior_moments(params) -> Moments:
         if prior == 'normal':
             return jnp.zeros((1, top)), jnp.zeros((1, top))
-        return apply(params, highest, 2 * jnp.clip(params['prior']['pseudo_inputs'], 0, 1) - 1)
+        return apply(params, highest, pseudo_images(params))
 
     def inference(params, x: Array, label: Array | None) -> Inference:
         x = seen(x)
@@ -373,7 +389,7 @@ def build(
             'nll_iwae': -log_mean_exp(log_w),
             'kl': kl,
             'reconstruction': reconstruction,
-            'squared_error': jnp.square(mean_image(state.ema, found.code, label) - seen(x)).mean((1, 2, 3)),
+            'squared_error': jnp.square(mean_image(state.ema, found.code, label) - signed(x)).mean((1, 2, 3)),
         }
         if likelihood == 'discretised_gaussian':
             results['bits_per_dim'] = results['nll_iwae'] / (math.prod(context.image) * math.log(2))

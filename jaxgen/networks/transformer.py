@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,14 @@ Array = jax.Array
 NORMAL = nn.initializers.normal(0.02)
 
 
+def dropped_attention(q: Array, k: Array, v: Array, causal: bool, drop) -> Array:
+    """Attention [n, T, heads, C / heads] whose weights [n, heads, T, T] go through `drop` (Vaswani et al. 2017)."""
+    logits = jnp.einsum('nqhc,nkhc->nhqk', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if causal:
+        logits = jnp.where(jnp.tri(q.shape[1], dtype=bool), logits, -jnp.inf)
+    return jnp.einsum('nhqk,nkhc->nqhc', drop(jax.nn.softmax(logits)).astype(v.dtype), v)
+
+
 class Block(nn.Module):
     """Self-attention, then an MLP: tokens [n, T, C] to the same.
 
@@ -29,6 +38,7 @@ class Block(nn.Module):
       after: each branch's sum is normalised after it (Vaswani et al. 2017; BERT), else each branch's input (GPT-2).
       exact: GELU by the error function, else its approximation by tanh.
       eps: of the norms.
+      attention_dropout: of the weights of attention, in training.
     """
 
     heads: int
@@ -39,6 +49,7 @@ class Block(nn.Module):
     exact: bool
     eps: float
     dtype: Any
+    attention_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Array, Any]:
@@ -53,7 +64,9 @@ class Block(nn.Module):
         h = x if self.after else norm('norm1')(x)
         qkv = Dense(3 * channels, init=NORMAL, dtype=self.dtype, name='qkv')(h)
         q, k, v = jnp.moveaxis(qkv.reshape(n, tokens, 3, self.heads, channels // self.heads), 2, 0)
-        if cache is None:
+        if self.attention_dropout and self.train:
+            h = dropped_attention(q, k, v, self.causal, nn.Dropout(self.attention_dropout, deterministic=False))
+        elif cache is None:
             h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)  # [n, T, heads, C / heads]
         else:
             k, v = (
@@ -81,9 +94,15 @@ def stack(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
         in_axes=(0, nn.broadcast),
         length=module.blocks,
     )
-    return scanned(heads=module.heads, dropout=module.dropout, dtype=module.dtype, **options, name='blocks')(
-        x, cache, index
+    blocks = scanned(
+        heads=module.heads,
+        dropout=module.dropout,
+        attention_dropout=module.attention_dropout,
+        dtype=module.dtype,
+        **options,
+        name='blocks',
     )
+    return blocks(x, cache, index)
 
 
 class CausalTransformer(nn.Module):
@@ -94,6 +113,7 @@ class CausalTransformer(nn.Module):
       length: most tokens of a sequence.
       channels, blocks, heads: published for ImageNet: 1536, 48, 24.
       dropout: of embeddings and branches, in training.
+      attention_dropout: of the weights of attention, in training.
     """
 
     vocabulary: int
@@ -102,6 +122,7 @@ class CausalTransformer(nn.Module):
     blocks: int = 4
     heads: int = 4
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -142,6 +163,7 @@ class MaskedTransformer(nn.Module):
     blocks: int = 4
     heads: int = 4
     dropout: float = 0.1
+    attention_dropout: float = 0.0
     remat: bool = False
     dtype: Any = jnp.float32
 

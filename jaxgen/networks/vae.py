@@ -23,10 +23,11 @@ Array = jax.Array
 LOG_VAR = (-6.0, 2.0)
 
 
-def dense(x: Array, features: int, gated: bool, dtype: Any) -> Array:
-    """A layer of the module that calls this: relu(W x), or gated, (A x) sigmoid(B x) (Dauphin et al. 2017, eq. 1)."""
-    if not gated:
-        return nn.relu(Dense(features, dtype=dtype)(x))
+def dense(x: Array, features: int, activation: Callable | None, dtype: Any) -> Array:
+    """A layer of the module that calls this: activation(W x), or without one gated, (A x) sigmoid(B x) (Dauphin et al.
+    2017, eq. 1)."""
+    if activation is not None:
+        return activation(Dense(features, dtype=dtype)(x))
     value, gate = jnp.split(Dense(2 * features, init=he_normal(), dtype=dtype)(x), 2, -1)
     return value * nn.sigmoid(gate)
 
@@ -123,15 +124,15 @@ class MlpEncoder(nn.Module):
 
     latent: int
     hidden: tuple[int, ...]
-    gated: bool
+    activation: Callable | None  # None: gated layers
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
         x = beside(x.reshape(len(x), -1), told)
         for features in self.hidden:
-            x = dense(x, features, self.gated, self.dtype)
-        return moments(x, self.latent, self.gated, self.dtype)
+            x = dense(x, features, self.activation, self.dtype)
+        return moments(x, self.latent, self.activation is None, self.dtype)
 
 
 class MlpDecoder(nn.Module):
@@ -139,14 +140,14 @@ class MlpDecoder(nn.Module):
 
     image: tuple[int, int, int]
     hidden: tuple[int, ...]
-    gated: bool
+    activation: Callable | None  # None: gated layers
     dtype: Any
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
         for features in reversed(self.hidden):
-            z = dense(z, features, self.gated, self.dtype)
-        return pixel_numbers(z, self.image, self.gated, self.dtype)
+            z = dense(z, features, self.activation, self.dtype)
+        return pixel_numbers(z, self.image, self.activation is None, self.dtype)
 
 
 def pixel_numbers(x: Array, image: tuple[int, int, int], gated: bool, dtype: Any) -> Array:
@@ -155,14 +156,14 @@ def pixel_numbers(x: Array, image: tuple[int, int, int], gated: bool, dtype: Any
     return Dense(math.prod(image), init=init, dtype=dtype)(x).astype(jnp.float32).reshape(-1, *image)
 
 
-def joined(a: Array, b: Array, hidden: tuple[int, ...], gated: bool, dtype: Any) -> Array:
+def joined(a: Array, b: Array, hidden: tuple[int, ...], activation: Callable | None, dtype: Any) -> Array:
     """All layers but the last for each of a and b [n, ...] alone, the last one for both."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     for features in hidden[:-1]:
-        a = dense(a, features, gated, dtype)
+        a = dense(a, features, activation, dtype)
     for features in hidden[:-1]:
-        b = dense(b, features, gated, dtype)
-    return dense(jnp.concatenate([a, b], -1), hidden[-1], gated, dtype)
+        b = dense(b, features, activation, dtype)
+    return dense(jnp.concatenate([a, b], -1), hidden[-1], activation, dtype)
 
 
 class JoinedEncoder(nn.Module):
@@ -170,12 +171,13 @@ class JoinedEncoder(nn.Module):
 
     latent: int
     hidden: tuple[int, ...]
-    gated: bool
+    activation: Callable | None  # None: gated layers
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, above: Array) -> tuple[Array, Array]:
-        return moments(joined(x, above, self.hidden, self.gated, self.dtype), self.latent, self.gated, self.dtype)
+        x = joined(x, above, self.hidden, self.activation, self.dtype)
+        return moments(x, self.latent, self.activation is None, self.dtype)
 
 
 class JoinedDecoder(nn.Module):
@@ -184,13 +186,13 @@ class JoinedDecoder(nn.Module):
     image: tuple[int, int, int]
     latent: int
     hidden: tuple[int, ...]
-    gated: bool
+    activation: Callable | None  # None: gated layers
     dtype: Any
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        x = joined(z[:, : self.latent], z[:, self.latent :], self.hidden[::-1], self.gated, self.dtype)
-        return pixel_numbers(x, self.image, self.gated, self.dtype)
+        x = joined(z[:, : self.latent], z[:, self.latent :], self.hidden[::-1], self.activation, self.dtype)
+        return pixel_numbers(x, self.image, self.activation is None, self.dtype)
 
 
 class Pixels(nn.Module):
