@@ -35,7 +35,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxgen.errors import UserError
-from jaxgen.optim import Optim, power_decay
+from jaxgen.optim import Optim, power_newest
+from jaxgen.randomness import example_keys as example_keys
+from jaxgen.randomness import normal as normal
 
 Array = jax.Array
 PyTree = Any
@@ -213,8 +215,9 @@ def advance(state: State, optim: Optim) -> State:
 
     def averaged(name: str, average: PyTree) -> PyTree:
         network, _, std = name.partition('@')
-        decay = power_decay(state.step, float(std)) if std else optim.decay(state.step)
-        return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, state.params[network])
+        newest = power_newest(state.step, float(std)) if std else optim.newest(state.step)
+        # Not decay * e + newest * p: where their rounded sum is not 1, a long run's average would drift.
+        return jax.tree.map(lambda e, p: jnp.where(newest < 1, e + newest * (p - e), p), average, state.params[network])
 
     ema = {name: averaged(name, average) for name, average in state.ema.items()}
     return state.replace(step=state.step + 1, ema=ema)
@@ -268,17 +271,3 @@ def spread(x: PyTree) -> PyTree:
         return x if mesh.empty or len(x) % mesh.size else jax.lax.with_sharding_constraint(x, place)
 
     return jax.tree.map(one, x)
-
-
-def example_keys(rng: Array, batch: PyTree) -> Array:
-    """One key per sample, [n], by the sample's number `batch['index']`.
-
-    What a sample looks like then depends on the seed and its number only, not on how many are
-    drawn at once or on how many devices.
-    """
-    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(batch['index'])
-
-
-def normal(keys: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal noise [n, *shape] from keys [n], each example from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
-from jaxgen import data, log, sample, sharding
+from jaxgen import data, log, randomness, sample, sharding
 from jaxgen.data import shapes
 from jaxgen.data.loader import OTHER
 from jaxgen.errors import RunError, UserError
@@ -36,7 +36,9 @@ def program(family):
     """The jitted evaluation of a family: -> {name: [n]}."""
 
     def evaluate(state, frozen, batch, seed):
-        return family.evaluate(state, frozen, sample.to_inside(batch), jax.random.key(seed))
+        return family.evaluate(
+            state, frozen, sample.to_inside(batch), randomness.stream(jax.random.key(seed), 'evaluate')
+        )
 
     return sharding.jit(evaluate)
 
@@ -47,7 +49,7 @@ def encoder(family):
 
     def encode(state, frozen, batch, seed):
         images = {'image': sample.to_inside(batch)['image']}
-        return {'latents': family.encode(state, frozen, images, jax.random.key(seed))}
+        return {'latents': family.encode(state, frozen, images, randomness.stream(jax.random.key(seed), 'encode'))}
 
     return sharding.jit(encode)
 

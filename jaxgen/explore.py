@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen import data, log, sample, sharding
+from jaxgen import data, log, randomness, sample, sharding
 from jaxgen.errors import UserError
 
 FRAMES = 11  # of an interpolation or a traversal
@@ -150,7 +150,7 @@ class Explorer:
         for start in range(0, n, self.size):
             piece = {k: v[start : start + self.size] for k, v in arrays.items()}
             placed, real = sharding.put_padded(self.mesh, piece, self.size)
-            found = self.programs[name](state, frozen, placed, jax.random.key(self.seed))
+            found = self.programs[name](state, frozen, placed, randomness.stream(jax.random.key(self.seed), name))
             pieces.append(jax.tree.map(lambda a, real=real: sharding.to_host(a)[:real], found))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
@@ -234,7 +234,7 @@ def explore(run, n: int, seed: int, out: str) -> dict:
                 for method in ('pca', 'tsne'):
                     write(f'map_{method}', scatter(images, flat_map(z, method, seed), labels))
     elif family.decode is not None and family.latent:
-        keys = jax.random.split(jax.random.key(seed), 2 * n)
+        keys = jax.random.split(randomness.stream(jax.random.key(seed), 'latents'), 2 * n)
         ends = np.asarray(jax.vmap(functools.partial(jax.random.normal, shape=family.latent))(keys))
         wanted = sample.batches(run.assembled, config, n, {}) if family.conditions else {}
         for name, sheet in interpolations(explorer, ends, wanted).items():

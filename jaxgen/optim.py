@@ -23,7 +23,7 @@ class Optim(NamedTuple):
 
     tx: Callable[..., optax.GradientTransformation]  # (network's name, its steps in one update = 1)
     accumulate: int  # parts that a batch is cut into for one gradient
-    decay: Callable  # step -> decay of the weights' moving average
+    newest: Callable  # step -> 1 - decay of the weights' moving average
     ema_std: tuple[float, ...] = ()  # widths of the power-function averages beside it
 
 
@@ -194,7 +194,13 @@ def exponent(std: float) -> float:
 def power_decay(step, std: float):
     """Decay of a power-function average at update `step`, counted from 0 (Karras et al. 2024, eq. 127): no memory of
     the weights at the start, and the same share of the run whatever its length."""
-    return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (exponent(std) + 1)
+    return jnp.exp((exponent(std) + 1) * jnp.log1p(-1 / (jnp.asarray(step, jnp.float32) + 1)))
+
+
+def power_newest(step, std: float):
+    """1 - power_decay, with float32's relative precision at any step: a long way into a run the decay itself is 1 to
+    float32's rounding, and an average by it would stand still."""
+    return -jnp.expm1((exponent(std) + 1) * jnp.log1p(-1 / (jnp.asarray(step, jnp.float32) + 1)))
 
 
 def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.ndarray:
@@ -229,6 +235,28 @@ def halflife_decay(step, batch: int, halflife: float, rampup: float):
     return 0.5 ** (batch / jnp.maximum(jnp.minimum(images, halflife), 1e-8))
 
 
+def halflife_newest(step, batch: int, halflife: float, rampup: float):
+    """1 - halflife_decay, with float32's relative precision however long the half-life."""
+    images = jnp.asarray(step, jnp.float32) * batch * rampup if rampup else halflife
+    return -jnp.expm1(-np.log(2) * batch / jnp.maximum(jnp.minimum(images, halflife), 1e-8))
+
+
+def initial_fraction(
+    steps: int, *, ema: float, ema_warmup: bool, ema_halflife: float, ema_rampup: float, batch: int, **_
+) -> float:
+    """Share of the weights before the first update in their moving average after so many updates: the product of the
+    decays, in float64. The arguments are those of `make_optim`."""
+    if ema_halflife:
+        return float(steps == 0) if ema_rampup else 0.5 ** (steps * batch / ema_halflife)
+    if not ema:
+        return float(steps == 0)
+    rising = 0
+    if ema_warmup:  # (2 + n) / (11 + n) is below ema until n is (11 ema - 2) / (1 - ema)
+        rising = steps if ema >= 1 else min(steps, max(0, int(np.ceil((11 * ema - 2) / (1 - ema)))))
+    # The product over n < k of (2 + n) / (11 + n) telescopes to 10! / (k + 2) ... (k + 10).
+    return float(np.prod(np.arange(2, 11) / (rising + np.arange(2, 11))) * np.float64(ema) ** (steps - rising))
+
+
 def make_optim(
     steps: int,
     *,
@@ -258,10 +286,10 @@ def make_optim(
     def tx(network: str, times: int = 1) -> optax.GradientTransformation:
         return transformation(steps, **{**common, **networks.get(network, {})}, times=times)
 
-    def decay(step):
+    def newest(step):
         if ema_halflife:
-            return halflife_decay(step, batch, ema_halflife, ema_rampup)
+            return halflife_newest(step, batch, ema_halflife, ema_rampup)
         n = jnp.asarray(step, jnp.float32) + 1
-        return jnp.minimum(ema, (1 + n) / (10 + n)) if ema_warmup else jnp.asarray(ema, jnp.float32)
+        return jnp.maximum(1 - ema, 9 / (10 + n)) if ema_warmup else jnp.asarray(1 - ema, jnp.float32)
 
-    return Optim(tx, accumulate, decay, tuple(ema_std))
+    return Optim(tx, accumulate, newest, tuple(ema_std))

@@ -21,6 +21,8 @@ from jaxgen.contract import Context, Family, State, check_stage_image
 from jaxgen.errors import UserError
 from jaxgen.metrics import features, scores
 
+MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
@@ -293,8 +295,22 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
     else:
         ema = averaged_afterwards(checkpoints, assembled, names, int(state.step), float(weights))
     checkpoints.close()
+    if weights == 'ema':
+        say_if_initial(workdir, config, int(state.step), assembled.family.statistics)
     state = state.replace(ema=ema)
     return Run(workdir, config, assembled, state, weights)
+
+
+def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool) -> None:
+    """Says so where more than a twentieth of the averaged weights are those before the first update."""
+    left = optim.initial_fraction(step, batch=config.data.batch, **config.optim.to_dict())
+    if left > MOST_INITIAL:
+        or_params = '' if statistics else ', or take --weights=params here'
+        log.say(
+            f'WARNING: after {step} updates {100 * left:.0f} % of the averaged weights (config.optim.ema) of {workdir} '
+            f'are still the initial ones: train on, or anew with --config.optim.ema_warmup=True or a smaller '
+            f'ema{or_params}'
+        )
 
 
 def averaged_afterwards(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, sharding
+from jaxgen import data, randomness, sharding
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 
@@ -24,7 +24,7 @@ def program(family):
     """The jitted sampler of a family: -> uint8 [n, H, W, C], and bool [n], whether all its pixels are finite."""
 
     def draw(state, frozen, batch, seed):
-        images = family.sample(state, frozen, to_inside(batch), jax.random.key(seed))
+        images = family.sample(state, frozen, to_inside(batch), randomness.stream(jax.random.key(seed), 'sample'))
         return data.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
     return sharding.jit(draw)
@@ -131,7 +131,9 @@ def film(family, state, frozen, mesh, batch: dict, seed: int, frames: int) -> np
         raise UserError('--film shows the steps of a sampler, and this family draws in one step')
     n = len(batch['index'])
     placed, _ = sharding.put_padded(mesh, batch, sharding.round_up(mesh, n))
-    seen = sharding.jit(family.trajectory)(state, frozen, to_inside(placed), jax.random.key(seed))
+    seen = sharding.jit(family.trajectory)(
+        state, frozen, to_inside(placed), randomness.stream(jax.random.key(seed), 'sample')
+    )
     rows = []
     for x in seen.values():
         picked = np.round(np.linspace(0, len(x) - 1, min(frames, len(x)))).astype(int)

@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as configs
-from jaxgen import data, interrupt, log, sample, sharding
+from jaxgen import data, interrupt, log, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import RunError, UserError
-from jaxgen.run import Assembled, assemble, check_stages, init_state, make_evaluator, saved_config
+from jaxgen.run import (
+    Assembled,
+    assemble,
+    check_stages,
+    init_state,
+    make_evaluator,
+    saved_config,
+    say_if_initial,
+)
 
 # With several hosts, calls between two agreements on whether one of them has been told to stop.
 CALLS_PER_AGREEMENT = 10
@@ -63,7 +71,7 @@ def make_call(assembled: Assembled, places, updates: int, seed: int):
     def call(state, frozen, batches):
         def one(state, batch):
             # The step alone decides the noise: history does not, so resuming cannot change it.
-            rng = jax.random.fold_in(jax.random.key(seed), state.step)
+            rng = jax.random.fold_in(randomness.stream(jax.random.key(seed), 'update'), state.step)
             with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):  # for contract.spread
                 return assembled.family.update(state, frozen, sample.to_inside(batch), rng)
 
@@ -134,7 +142,7 @@ class Training:
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         first = functools.partial(init_state, self.a.family)
         init = sharding.jit(first, out_shardings=self.places, compiler_options=once)
-        return init(jax.random.key(self.config.seed), one, self.frozen)
+        return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
 
     def not_finite(self, what: str) -> RunError:
         try:
@@ -279,4 +287,6 @@ def train(config, workdir: str, profile: bool = False) -> None:
         stack.callback(training.close)
         training.loop(profile, stack)
         training.checkpoints.close()
+        if training.first:
+            say_if_initial(workdir, config, training.step, training.a.family.statistics)
         log.say(f'trained to step {training.step}: {workdir}')

@@ -11,7 +11,18 @@ import pytest
 from jaxgen.config import DEFAULTS, differences_that_matter, make
 from jaxgen.contract import advance, gradient_step, new_state, split_batch
 from jaxgen.errors import UserError
-from jaxgen.optim import exponent, halflife_decay, learning_rate, make_optim, post_hoc, weight_decay_by_update
+from jaxgen.optim import (
+    exponent,
+    halflife_decay,
+    halflife_newest,
+    initial_fraction,
+    learning_rate,
+    make_optim,
+    post_hoc,
+    power_decay,
+    power_newest,
+    weight_decay_by_update,
+)
 
 
 def optim(steps: int = 100, **fields):
@@ -326,3 +337,65 @@ def test_an_average_put_together_afterwards_is_the_one_tracked():
     np.testing.assert_allclose(shares @ np.stack(values), s.ema['line@0.07'], atol=2e-3)
     # Far more exact than the nearest of those that were kept.
     assert np.abs(values[-2] - s.ema['line@0.07']).max() > 0.02
+
+
+@pytest.mark.parametrize('step', [0, 1, 10**3, 10**6, 34_000_000, 2 * 10**9])
+def test_averages_go_on_in_long_runs(step):
+    """The weight of the newest, against float64: a relative 1e-6 of it where the decay is 1 but for a few 1e-9."""
+    with np.errstate(divide='ignore'):
+        for std in (0.05, 0.1, 0.28):
+            gamma = exponent(std)
+            wanted = -np.expm1((gamma + 1) * np.log1p(-1 / np.float64(step + 1)))
+            assert float(power_newest(step, std)) == pytest.approx(wanted, rel=1e-5)
+            assert float(power_decay(step, std)) == pytest.approx(1 - wanted, abs=2e-7)
+    for halflife, rampup in ((1e4, 0.0), (1e10, 0.0), (1e10, 0.05)):
+        images = min(halflife, step * 64 * rampup) if rampup else halflife
+        wanted = -np.expm1(-np.log(2) * 64 / images) if images else 1.0
+        assert float(halflife_newest(step, 64, halflife, rampup)) == pytest.approx(wanted, rel=1e-5)
+    for warm in (False, True):
+        wanted = max(1 - 0.999999, 9 / (11 + step)) if warm else 1 - 0.999999
+        assert float(optim(ema=0.999999, ema_warmup=warm).newest(step)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_average_late_in_a_run_takes_its_step():
+    """At update 20 million, 2,000 steps towards 1: against float64. The decay in float32 would be 0 or 40 % off."""
+    late, k, o = 20_000_000, 2000, optim(ema_std=(0.1,))
+    s = state(o)
+    s = s.replace(step=jnp.int32(late), ema=jax.tree.map(jnp.zeros_like, s.ema))
+    s, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: (advance(s, o), None), s, None, k))(s)
+    kept = np.exp((exponent(0.1) + 1) * (np.log(late) - np.log(late + k)))
+    np.testing.assert_allclose(s.ema['line@0.1'], 1 - kept, rtol=1e-3)
+
+
+@pytest.mark.parametrize('shape', ['linear', 'cosine', 'exponential', 'rsqrt', 'step', 'constant'])
+def test_schedules_of_long_runs(shape):
+    """Against float64, to a millionth of lr, up to two billion updates."""
+    steps, warm = 2_000_000_000, 5000
+    options = dict(decay_rate=0.5, decay_every=10**7, boundaries=(10**6, 10**9), floor=0.0)
+    rate = learning_rate(steps, lr=1.0, schedule=shape, warmup=warm, **options)
+    for n in (0, 4999, 5000, 10**6, 16_777_217, 10**8, 10**9, steps - 1):
+        progress = max(n - warm, 0) / (steps - warm)
+        factor = {
+            'constant': 1.0,
+            'linear': 1 - progress,
+            'cosine': 0.5 + 0.5 * np.cos(np.pi * progress),
+            'exponential': 0.5 ** (n / 10**7),
+            'rsqrt': min(1, (n / 10**7) ** -0.5) if n else 1.0,
+            'step': 0.5 ** ((n >= 10**6) + (n >= 10**9)),
+        }[shape]
+        assert float(rate(jnp.int32(n))) == pytest.approx(min((n + 1) / warm, 1) * factor, abs=1e-6), n
+
+
+@pytest.mark.parametrize('steps', [0, 1, 7, 400, 3000])
+def test_what_is_left_of_the_first_weights(steps):
+    """Against the average itself: the first weights are 1, all later ones 0."""
+    cases = [dict(ema=0.9999), dict(ema=0.99, ema_warmup=True), dict(ema=0.5, ema_warmup=True), dict(ema=0.0)]
+    cases += [dict(ema_halflife=5e4), dict(ema_halflife=5e4, ema_rampup=0.05), dict(ema=0.1, ema_warmup=True)]
+    for case in cases:
+        fields = dict(ema=0.0, ema_warmup=False, ema_halflife=0.0, ema_rampup=0.0, batch=64) | case
+        newest, left = make_optim(10, **{**DEFAULTS['optim'], **fields}).newest, 1.0
+        for value in np.asarray(jax.vmap(newest)(jnp.arange(steps)), np.float64):
+            left *= 1 - value
+        assert initial_fraction(steps, **fields) == pytest.approx(left, rel=2e-3, abs=1e-12), case
+    published = dict(ema_warmup=False, ema_halflife=0.0, ema_rampup=0.0, batch=1)
+    assert initial_fraction(400, ema=0.9999, **published) == pytest.approx(0.9608, abs=1e-4)

@@ -18,6 +18,7 @@ from PIL import Image
 from support import ROOT, assert_same, devices, main, metrics, mistake, path, saved_state
 
 from jaxgen import config as configs
+from jaxgen import run
 from jaxgen.main import run_main
 from jaxgen.train import train
 
@@ -532,3 +533,20 @@ def test_hosts_stop_together(tmp_path):
         assert process.returncode == 75, stderr
     (step,) = checkpoints(tmp_path)
     assert f'saved at step {step};' in stderr and int(saved_state(tmp_path).step) == step
+
+
+def test_an_average_of_mostly_initial_weights_is_said(tmp_path, capfd):
+    """0.9999 after 4 updates is 99.96 % initial; under warm-up and with no average nothing is said."""
+    workdir = str(tmp_path / 'run')
+    common = (f'--config={path("autoencoder_digits")}', f'--workdir={workdir}')
+    assert run_main(['jaxgen', *common, '--config.optim.ema=0.9999', '--config.optim.ema_warmup=False']) == 0
+    line = 'WARNING: after 4 updates 100 % of the averaged weights (config.optim.ema)'
+    assert line in (said := capfd.readouterr().err) and 'ema_warmup' in said
+    loaded = run.load(workdir)
+    assert line in capfd.readouterr().err
+    run.load(workdir, weights='params')
+    assert 'WARNING' not in capfd.readouterr().err
+    for fields in (dict(ema_warmup=True), dict(ema=0.0), dict(ema=0.4)):
+        changed = configs.make(**configs.deep_update(loaded.config.to_dict(), {'optim': fields}))
+        run.say_if_initial(workdir, changed, 4, False)
+    assert 'WARNING' not in capfd.readouterr().err

@@ -57,6 +57,7 @@ from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
+from jaxgen.randomness import stream
 
 Array = jax.Array
 
@@ -374,10 +375,10 @@ def build(
 
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
-        x_0, label = to_latent(frozen, batch, jax.random.fold_in(rng, 0)), batch.get('label')
+        x_0, label = to_latent(frozen, batch, stream(rng, 'encoder')), batch.get('label')
         changes = {}
         if augmentation:
-            x_0, changes['augment'] = augment.augment(jax.random.fold_in(rng, 1), x_0, augmentation)
+            x_0, changes['augment'] = augment.augment(stream(rng, 'augmentation'), x_0, augmentation)
         t = batch['t'] if times == 'importance' else draw_times(rng_t, len(x_0))
         eps = jax.random.normal(rng_noise, x_0.shape)
         alpha, sigma = level(t)
@@ -467,13 +468,13 @@ def build(
         return draw(denoise, x, grid, example_keys(rng_steps, batch), **options)
 
     def sample(state, frozen, batch, rng):
-        return to_image(frozen, walk(state, frozen, batch, rng), rng)
+        return to_image(frozen, walk(state, frozen, batch, rng), stream(rng, 'decoder'))
 
     def trajectory(state, frozen, batch, rng):
-        seen = walk(state, frozen, batch, rng, trajectory=True)[1]
-        return (
-            seen if first is None else {k: jax.lax.map(lambda x: to_image(frozen, x, rng), v) for k, v in seen.items()}
-        )
+        seen, decoder_rng = walk(state, frozen, batch, rng, trajectory=True)[1], stream(rng, 'decoder')
+        if first is None:
+            return seen
+        return {k: jax.lax.map(lambda x: to_image(frozen, x, decoder_rng), v) for k, v in seen.items()}
 
     def eps_error(denoise, x_0, keys) -> Array:
         """Mean square error of the noise [n], over ten levels evenly in time."""
@@ -496,7 +497,7 @@ def build(
         keys = example_keys(rng, batch)
         denoise = denoiser(state.ema, batch.get('label'), enlarged(batch), 1.0)
         if first is not None:
-            return {'eps_error': eps_error(denoise, to_latent(frozen, batch, rng), keys)}
+            return {'eps_error': eps_error(denoise, to_latent(frozen, batch, stream(rng, 'encoder')), keys)}
         if way.steps:
             return variational_bound(denoise, batch['image'], table, variance, keys, bound_steps)
         return ode_likelihood(denoise, batch['image'], way, keys, ode_steps)

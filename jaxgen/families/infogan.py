@@ -265,11 +265,11 @@ def build(
         )
 
     def update(state, frozen, batch, rng):
-        discriminator_rng, z_rng = jax.random.split(rng)
+        discriminator_rng, z_rng, generator_rng = jax.random.split(rng, 3)
         x = batch['image']
         z = draw(z_rng, len(x))
         state, logs = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
-        state, generator_logs = generator_step(state, frozen, {'z': z}, z_rng)
+        state, generator_logs = generator_step(state, frozen, {'z': z}, generator_rng)
         averaged = advance(state, context.optim)
         (_, features), of_discriminator = play(averaged.ema, 'discriminator', x)
         new = {

@@ -23,6 +23,7 @@ from jaxgen.contract import Context, Family, advance, check_labels, example_keys
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import MaskedTransformer, categorical, check_prior, filtered, flatten, unflatten
+from jaxgen.randomness import stream
 
 Array = jax.Array
 
@@ -172,7 +173,7 @@ def build(
         return jnp.clip(first.decode(*frozen['first'], codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
-        codes = to_codes(frozen, batch, rng)
+        codes = to_codes(frozen, batch, stream(rng, 'encoder'))
         keys = example_keys(rng, batch)
 
         def one(r):

@@ -33,6 +33,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
 from jaxgen.networks.layers import NORMS, Conv, ConvTranspose, Norm
+from jaxgen.randomness import stream
 
 Array = jax.Array
 
@@ -191,7 +192,7 @@ def build(
     def given(batch, keys: Array) -> Array:
         """The generator's input [n, H, W, C] by keys [n]."""
         x = blurred(batch[condition], blur)
-        return x + noise * normal(jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys), x.shape[1:]) if noise else x
+        return x + noise * normal(jax.vmap(lambda key: stream(key, 'input'))(keys), x.shape[1:]) if noise else x
 
     def turn(weights, c: Array, keys: Array) -> Array:
         return generator.apply({'params': weights}, c, keys)

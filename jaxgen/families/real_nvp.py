@@ -240,7 +240,8 @@ def build(
       scales: how often the image's numbers are cut in two, and one more.
       norm: batch norm after the couplings.
       constraint: a, the share of (0, 1) that grey levels take before the logit, so that it stays finite.
-      scale_penalty: of the sum of squares of weight normalisation's scales, added to the bits per dimension.
+      scale_penalty: of the sum of squares of weight normalisation's scales, added to the nats of an image, as the
+        authors do: here to the bits per dimension, it is divided by H W C log 2.
       temperature: what the noise of samples is multiplied by. Below 1 samples are fewer kinds of better pictures.
       draws: noises between levels that evaluate takes the mean over, for each image.
 
@@ -291,7 +292,8 @@ def build(
         (latents, log_det), _ = trained(params['flow'], logits)
         bits = bits_per_dim(log_density(latents, log_det, log_slope), size).mean()
         scales = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['flow']) if is_scale(path)]
-        penalty = scale_penalty * sum(jnp.square(scale).sum() for scale in scales)
+        nats = scale_penalty * sum(jnp.square(scale).sum() for scale in scales)
+        penalty = nats / (size * math.log(2))
         return bits + penalty, {'loss': bits + penalty, 'bits_per_dim': bits}
 
     step = gradient_step(loss, context.optim, 'flow')

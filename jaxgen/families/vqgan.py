@@ -47,6 +47,7 @@ from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
 from jaxgen.networks.multiscale import MultiScale, grids_of
+from jaxgen.randomness import stream
 
 Array = jax.Array
 
@@ -318,7 +319,7 @@ def build(
             book = jax.random.uniform(codebook_rng, (vocabulary, latent), minval=-bound, maxval=bound)
             params['codebook'] = {'embedding': book}
             if scales:
-                params['phi'] = quantiser.init(jax.random.fold_in(codebook_rng, 0), empty, book)['params']
+                params['phi'] = quantiser.init(stream(rng, 'phi'), empty, book)['params']
             extra = {'count': jnp.ones(count_shape)}
         else:
             extra = {'latents': {'mean': jnp.zeros(latent), 'square': jnp.ones(latent)}}

@@ -25,6 +25,7 @@ from jaxgen.contract import Context, Family, advance, example_keys, gradient_ste
 from jaxgen.errors import UserError
 from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
+from jaxgen.randomness import stream
 
 Array = jax.Array
 
@@ -193,7 +194,12 @@ def build(
             scales = [quantise.ema_scale(extra[name]) for name in names]
             dead = [(extra[name]['count'] / s < restart).any() for name, s in zip(names, scales, strict=True)]
             # The batch's latents are wanted only where a code is dead: most updates go without.
-            state = jax.lax.cond(jnp.stack(dead).any(), lambda s: restarted(s, batch['image'], rng), lambda s: s, state)
+            state = jax.lax.cond(
+                jnp.stack(dead).any(),
+                lambda s: restarted(s, batch['image'], stream(rng, 'restart')),
+                lambda s: s,
+                state,
+            )
         return state, logs
 
     def shares(state, name: str) -> Array:
