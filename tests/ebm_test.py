@@ -16,6 +16,7 @@ from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import ebm
 from jaxgen.networks import energy as energies
+from jaxgen.networks import spectral
 from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
 from jaxgen.optim import Optim
@@ -288,6 +289,34 @@ def test_gradient_of_a_normalised_kernel_is_that_of_the_exact_one():
         return (weight * energies.normalise({'conv1': {'kernel': k}}, vectors)['conv1']['kernel']).sum()
 
     np.testing.assert_allclose(jax.grad(ours)(kernel), jax.grad(exact)(kernel), rtol=1e-3, atol=1e-4)
+
+
+def test_singular_values_are_of_float32_on_every_device():
+    """Where a product's precision is not given, GPUs and TPUs take shorter floats: the bound on the slope moves."""
+    params = {'conv1': {'kernel': jnp.ones((3, 3, 4, 5))}}
+    vectors = energies.start_vectors(params)
+    programs = (
+        jax.make_jaxpr(energies.normalise)(params, vectors),
+        jax.make_jaxpr(energies.turn)(params, vectors),
+        jax.make_jaxpr(spectral.normalise)(params, vectors),
+        jax.make_jaxpr(spectral.orthogonality)(params),
+    )
+    for program in programs:
+        products = [e for e in program.eqns if e.primitive.name == 'dot_general']
+        products += [e for q in program.eqns if q.primitive.name == 'jit' for e in q.params['jaxpr'].eqns
+                     if e.primitive.name == 'dot_general']  # fmt: skip
+        assert products
+        assert all(e.params['precision'] == (jax.lax.Precision.HIGHEST,) * 2 for e in products)
+
+
+def test_kernels_next_to_nothing_have_their_singular_value():
+    """IGEBM's second convolutions start at 1e-10."""
+    for size in (1e-10, 1e-13):
+        kernel = size * jax.random.normal(jax.random.key(0), (3, 3, 4, 5))
+        vectors = energies.start_vectors({'conv1': {'kernel': kernel}}, 300)
+        got = energies.normalise({'conv1': {'kernel': kernel}}, vectors)['conv1']['kernel']
+        want = np.linalg.svd(np.asarray(got, np.float64).reshape(-1, 5), compute_uv=False)[0]
+        np.testing.assert_allclose(want, 1, rtol=1e-4)
 
 
 def test_vectors_follow_the_weights():

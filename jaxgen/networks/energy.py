@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxgen.networks.layers import Conv, Dense, downsample_mean
+from jaxgen.networks.spectral import power_iteration
 
 Array = jax.Array
 
@@ -87,22 +88,6 @@ def kernels(params: dict) -> dict[tuple[str, ...], Array]:
     return {path: leaf for path, leaf in traverse_util.flatten_dict(params).items() if leaf.ndim == 4}
 
 
-def power_step(kernel: Array, u: Array) -> tuple[Array, Array]:
-    """One step of power iteration: the largest singular value, and the new right singular vector [o].
-
-    The value's gradient is that of v^T K u with both vectors held, the exact one where they are exact.
-    """
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-
-    def unit(x: Array) -> Array:
-        return x / jnp.maximum(jnp.linalg.norm(x), 1e-20)
-
-    fixed = jax.lax.stop_gradient(matrix)
-    v = unit(fixed @ jax.lax.stop_gradient(u))
-    u = unit(v @ fixed)
-    return v @ matrix @ u, u
-
-
 def start_vectors(params: dict, steps: int = 10) -> dict:
     """Vectors for `params`, random ones, after some steps from equal entries."""
     vectors = {path: jnp.ones(kernel.shape[-1]) for path, kernel in kernels(params).items()}
@@ -113,13 +98,13 @@ def start_vectors(params: dict, steps: int = 10) -> dict:
 def turn(params: dict, vectors: dict) -> dict:
     """The vectors, one step nearer to those of `params`."""
     found, flat = kernels(params), traverse_util.flatten_dict(vectors)
-    return traverse_util.unflatten_dict({path: power_step(found[path], u)[1] for path, u in flat.items()})
+    return traverse_util.unflatten_dict({path: power_iteration(found[path], u)[1] for path, u in flat.items()})
 
 
 def normalise(params: dict, vectors: dict) -> dict:
     """Weights with every kernel divided by its largest singular value; a block's second one only if that is above 1."""
     flat = traverse_util.flatten_dict(params)
     for path, u in traverse_util.flatten_dict(vectors).items():
-        sigma, _ = power_step(flat[path], u)
+        sigma, _ = power_iteration(flat[path], u)
         flat[path] = flat[path] / (jnp.maximum(sigma, 1) if 'conv2' in path else sigma)
     return traverse_util.unflatten_dict(flat)

@@ -102,7 +102,8 @@ def mask(kind: str, kernel: tuple[int, int], inputs: tuple[int, ...], outputs: t
 
 
 def standardising(y: Array, deviation: float = 1.0) -> tuple[Array, Array]:
-    """Scale and bias [C] that give y [n, H, W, C] the mean 0 and this standard deviation."""
+    """Scale and bias, float32 [C], that give y [n, H, W, C] of any dtype the mean 0 and this standard deviation."""
+    y = y.astype(jnp.float32)
     scale = deviation * lax.rsqrt(y.var((0, 1, 2)) + 1e-10)
     return scale, -y.mean((0, 1, 2)) * scale
 

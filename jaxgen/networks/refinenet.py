@@ -75,8 +75,10 @@ class Norm(nn.Module):
         x = x.astype(jnp.float32)
         pixels = x.reshape(len(x), -1, channels)
         first = jax.lax.stop_gradient(pixels[:, 0])
-        means = pixels.mean(1)
-        variance = jnp.square(pixels - first[:, None]).mean(1) - jnp.square(means - first)
+        shifted = pixels - first[:, None]
+        offsets = shifted.mean(1)
+        variance = jnp.square(shifted).mean(1) - jnp.square(offsets)
+        means = first + offsets
         scale, factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5), scale * factor
         centred = means - means.mean(1, keepdims=True)
         spread = jnp.square(centred).sum(1, keepdims=True) / (channels - 1)

@@ -22,7 +22,23 @@ PyTree = Any
 
 def unit(x: Array) -> Array:
     """x [n] with length 1; 0 stays 0."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum() + 1e-24)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(), 1e-36))
+
+
+def power_iteration(kernel: Array, u: Array) -> tuple[Array, Array]:
+    """The largest singular value of a kernel [..., features], a scalar, and its right singular vector [features], by
+    one iteration from u.
+
+    A convolution's kernel is taken as the matrix [height * width * in, features]. The value's gradient is that of
+    v^T W u with both vectors held: v u^T, the exact one where they are exact (eq. 12). Products are in float32 on every
+    device: the shorter floats that GPUs and TPUs take by default would move the bound on the slope.
+    """
+    with jax.default_matmul_precision('float32'):
+        matrix = kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
+        fixed = jax.lax.stop_gradient(matrix)
+        v = unit(fixed @ jax.lax.stop_gradient(u))
+        u = unit(v @ fixed)
+        return v @ matrix @ u, u
 
 
 def start(rng: Array, weights: PyTree) -> PyTree:
@@ -39,22 +55,15 @@ def start(rng: Array, weights: PyTree) -> PyTree:
 def normalise(weights: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:
     """The weights with their kernels normalised, and the vectors after one iteration of each.
 
-    A convolution's kernel is taken as the matrix [height * width * in, out]. Gradients go through the singular value
-    and not through the vectors: d sigma / d W = v u^T (eq. 12).
+    Gradients go through the singular value and not through the vectors, see `power_iteration`.
 
     Args:
       vectors: what `start` or this function gave; {} leaves the weights as they are.
     """
     normalised, found = flatten_dict(weights), {}
-    with jax.default_matmul_precision('float32'):
-        for path, u in flatten_dict(vectors).items():
-            kernel = normalised[path]
-            matrix = kernel.reshape(-1, kernel.shape[-1])
-            fixed = jax.lax.stop_gradient(matrix)
-            v = unit(fixed @ u)
-            u = unit(v @ fixed)
-            normalised[path] = kernel / (v @ matrix @ u)
-            found[path] = u
+    for path, u in flatten_dict(vectors).items():
+        sigma, found[path] = power_iteration(normalised[path], u)
+        normalised[path] = normalised[path] / sigma
     return unflatten_dict(normalised), unflatten_dict(found)
 
 
@@ -63,7 +72,7 @@ def orthogonality(weights: PyTree) -> Array:
 
     def one(kernel: Array) -> Array:
         matrix = kernel.reshape(-1, kernel.shape[-1])
-        gram = matrix.T @ matrix
+        gram = jnp.matmul(matrix.T, matrix, precision='float32')
         return jnp.square(jnp.where(jnp.eye(len(gram), dtype=bool), 0, gram)).sum()
 
     return sum(one(w) for path, w in flatten_dict(weights).items() if path[-1] == 'kernel')
