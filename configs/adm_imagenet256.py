@@ -38,7 +38,14 @@ def get_config(variant: str = ''):
         ),
         model=dict(
             network='adm',
-            adm=dict(channels=256, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(32, 16, 8), head_channels=64),
+            adm=dict(
+                channels=256,
+                group_size=0,
+                multipliers=(1, 1, 2, 2, 4, 4),
+                blocks=2,
+                attention=(32, 16, 8),
+                head_channels=64,
+            ),
             conditional=True,
             variance='learned',
             sample_steps=250,
@@ -81,7 +88,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=4),
+                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                     timesteps=20,
                     sample_steps=5,
                 ),

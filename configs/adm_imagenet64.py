@@ -30,7 +30,13 @@ def get_config(variant: str = ''):
         model=dict(
             network='adm',
             adm=dict(
-                channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_channels=64, dropout=0.1
+                channels=192,
+                group_size=0,
+                multipliers=(1, 2, 3, 4),
+                blocks=3,
+                attention=(32, 16, 8),
+                head_channels=64,
+                dropout=0.1,
             ),
             conditional=True,
             process='cosine',
@@ -44,7 +50,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=4),
+                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                     timesteps=20,
                     sample_steps=5,
                 ),

@@ -19,14 +19,16 @@ def get_config(variant: str = ''):
         variant,
         family='diffusion',
         data=dict(source='celeb_a', size=64, channels=3, batch=128, flip=True, box=(57, 25, 128, 128)),
-        model=dict(unet=dict(channels=128, multipliers=(1, 2, 2, 2, 4), blocks=2, attention=(16,), dropout=0.1)),
+        model=dict(
+            unet=dict(channels=128, group_size=0, multipliers=(1, 2, 2, 2, 4), blocks=2, attention=(16,), dropout=0.1)
+        ),
         optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8, box=()),
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    unet=dict(channels=8, group_size=4, multipliers=(1,), blocks=1, attention=()),
                     timesteps=20,
                     beta_end=0.5,
                     sampler='ddim',

@@ -16,7 +16,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='celeb_a_hq/256', size=256, channels=3, batch=64, flip=True),
         model=dict(
-            unet=dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0),
+            unet=dict(
+                channels=128, group_size=0, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0
+            ),
             variance='fixed_small',
         ),
         optim=dict(lr=2e-5, warmup=5000, clip=1.0, ema=0.9999),
@@ -28,7 +30,7 @@ def get_config(variant: str = ''):
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
                     # Dropout as in ddpm_cifar10:tiny, so that tests compile one program for both.
-                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.1),
+                    unet=dict(channels=8, group_size=4, multipliers=(1,), blocks=1, attention=(), dropout=0.1),
                     timesteps=20,
                     beta_end=0.5,
                 ),

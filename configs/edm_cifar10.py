@@ -58,6 +58,7 @@ def get_config(variant: str = ''):
                     network='adm',
                     adm=dict(
                         channels=192,
+                        group_size=4,
                         multipliers=(1, 2, 3, 4),
                         blocks=3,
                         attention=(32, 16, 8),

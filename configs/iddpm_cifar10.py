@@ -23,6 +23,7 @@ def get_config(variant: str = ''):
             network='adm',
             adm=dict(
                 channels=128,
+                group_size=0,
                 multipliers=(1, 2, 2, 2),
                 blocks=3,
                 attention=(16, 8),
@@ -51,7 +52,9 @@ def get_config(variant: str = ''):
             ),
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
-                model=dict(adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), heads=2), timesteps=20),
+                model=dict(
+                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), heads=2), timesteps=20
+                ),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

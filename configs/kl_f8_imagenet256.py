@@ -27,6 +27,7 @@ def get_config(variant: str = ''):
         model=dict(
             regulariser='kl',
             channels=128,
+            group_size=0,
             multipliers=(1, 2, 4, 4),
             blocks=2,
             latent=4,
@@ -45,6 +46,7 @@ def get_config(variant: str = ''):
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
                     channels=8,
+                    group_size=4,
                     multipliers=(1, 2),
                     blocks=1,
                     discriminator_start=1,

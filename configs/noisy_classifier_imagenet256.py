@@ -25,7 +25,14 @@ def get_config(variant: str = ''):
             crop='random',  # of the whole shorter side; the published one is up to a fifth smaller
         ),
         model=dict(
-            adm=dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(32, 16, 8), head_channels=64),
+            adm=dict(
+                channels=128,
+                group_size=0,
+                multipliers=(1, 1, 2, 2, 4, 4),
+                blocks=2,
+                attention=(32, 16, 8),
+                head_channels=64,
+            ),
         ),
         optim=dict(name='adamw', lr=3e-4, schedule='linear', weight_decay=0.05, ema=0.0),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=0, dtype='bfloat16'),
@@ -37,7 +44,8 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=4), timesteps=20
+                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
+                    timesteps=20,
                 ),
                 optim=dict(lr=3e-3, warmup=2, schedule='constant'),
                 train=dict(steps=4, log_every=1, save_every=2, samples=4, dtype='float32'),

@@ -23,6 +23,7 @@ def get_config(variant: str = ''):
         model=dict(
             regulariser='vq',
             channels=160,
+            group_size=0,
             multipliers=(1, 1, 2, 2, 4),
             blocks=2,
             attention=(16,),
@@ -45,6 +46,7 @@ def get_config(variant: str = ''):
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
                     channels=8,
+                    group_size=4,
                     multipliers=(1, 2),
                     blocks=1,
                     attention=(4,),

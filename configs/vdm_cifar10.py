@@ -15,13 +15,13 @@ def get_config(variant: str = ''):
         variant,
         family='vdm',
         data=dict(source='cifar10', size=32, channels=3, batch=128),
-        model=dict(channels=128, blocks=32, fourier=(6, 7), dropout=0.1, gamma_min=-13.3, gamma_max=5.0),
+        model=dict(channels=128, group_size=0, blocks=32, fourier=(6, 7), dropout=0.1, gamma_min=-13.3, gamma_max=5.0),
         optim=dict(name='adamw', lr=2e-4, warmup=100, b2=0.99, weight_decay=0.01, ema=0.9999),
         train=dict(steps=10_000_000, log_every=1000, save_every=10_000, sample_every=100_000),
         variants={
             'tiny': dict(
                 data=dict(source='shapes', size=8, batch=8),
-                model=dict(channels=8, blocks=2, sample_steps=5, bound_times=3),
+                model=dict(channels=8, group_size=4, blocks=2, sample_steps=5, bound_times=3),
                 optim=dict(lr=3e-3, warmup=2),
                 train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
                 sample=dict(batch=4),

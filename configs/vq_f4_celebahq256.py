@@ -27,6 +27,7 @@ def get_config(variant: str = ''):
         model=dict(
             regulariser='vq',
             channels=128,
+            group_size=0,
             multipliers=(1, 2, 4),
             blocks=2,
             latent=3,
@@ -48,6 +49,7 @@ def get_config(variant: str = ''):
                 data=dict(source='shapes', size=8, batch=8),
                 model=dict(
                     channels=8,
+                    group_size=4,
                     multipliers=(1, 2),
                     blocks=1,
                     vocabulary=8,

@@ -111,6 +111,10 @@ def assert_close(network, params, reference, *arguments):
             {'attention': (8, 4), 'head_channels': 32, 'out_channels': 6, 'classes': 3},
             {'attention': (True, True), 'head_channels': 32, 'resample_in_blocks': True},
         ),
+        (  # ADM, narrow: 32 groups all the same
+            {'channels': 32, 'group_size': 0, 'attention': (8, 4), 'head_channels': 32, 'out_channels': 6},
+            {'attention': (True, True), 'head_channels': 32, 'resample_in_blocks': True},
+        ),
     ],
 )
 def test_equals_diffusers(ours, reference):
@@ -119,7 +123,7 @@ def test_equals_diffusers(ours, reference):
     classes = ours.get('classes')
     network = theirs(
         torch,
-        tuple(64 * m for m in ours['multipliers']),
+        tuple(ours['channels'] * m for m in ours['multipliers']),
         **reference,
         out_channels=ours.get('out_channels', 3),
         num_class_embeds=classes,

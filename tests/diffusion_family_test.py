@@ -300,6 +300,7 @@ def test_divisor():
         ({'timesteps': 1}, {}, ['timesteps']),
         ({'eta': 1.5}, {}, ['eta', '1.5']),
         ({'unet': {**UNET, 'dropout': 1.0}}, {}, ['dropout']),
+        ({'unet': {**UNET, 'groups': 32, 'group_size': 0}}, {}, ['unet.groups', '32']),
         ({'process': 'flow', 'variance': 'fixed_small', 'prediction': 'eps'}, {}, ['prediction', 'alpha']),
         ({'shift': 3.0}, {}, ['shift', 'flow']),
         ({'predictor': 'euler'}, {}, ['predictor', 'euler_maruyama']),

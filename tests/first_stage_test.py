@@ -82,9 +82,8 @@ def theirs(kind: str, **options):
         up_block_types=('AttnUpDecoderBlock2D', 'UpDecoderBlock2D', 'UpDecoderBlock2D'),
         block_out_channels=(8, 16, 16),
         layers_per_block=1,
-        norm_num_groups=2,
         latent_channels=3,
-        **options,
+        **{'norm_num_groups': 2, **options},
     ).eval()
     randomise(torch, model)
     return torch, model
@@ -107,10 +106,13 @@ def nchw(torch, a):
 @pytest.mark.parametrize('kind, options, outputs', [
     ('AutoencoderKL', {'sample_size': 16}, 6),
     ('VQModel', {'num_vq_embeddings': 11, 'vq_embed_dim': 3}, 3),
+    ('AutoencoderKL', {'sample_size': 16, 'norm_num_groups': 8}, 6),
 ])  # fmt: skip
 def test_equals_diffusers(kind, options, outputs):
     torch, model = theirs(kind, **options)
-    encoder, decoder = Encoder(outputs=outputs, **SMALL), Decoder(**SMALL)
+    # The published networks have one number of groups at all widths.
+    small = {**SMALL, 'groups': options.get('norm_num_groups', 2), 'group_size': 0}
+    encoder, decoder = Encoder(outputs=outputs, **small), Decoder(**small)
     weights = from_diffusers(model.encoder, model.quant_conv, 'down', 3)
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), X)['params']
     assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)

@@ -8,15 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen.errors import UserError
+from jaxgen.networks import masked, refinenet, stylegan2
+from jaxgen.networks.couplings import ActNorm, FlowBatchNorm
 from jaxgen.networks.layers import (
+    BatchNorm,
     Conv,
     Dense,
     Embed,
     GroupNorm,
+    LayerNorm,
+    Norm,
+    check_groups,
     downsample_mean,
     from_patches,
+    instance_norm,
     look_up,
     max_pool,
+    normalised,
     to_patches,
     upsample_nearest,
     variance_scaling,
@@ -49,6 +58,29 @@ def test_group_norm(channels, groups, most):
     np.testing.assert_allclose(y, slow_group_norm(x, groups, 1e-2) * scale + bias, atol=2e-5)
 
 
+def test_as_many_groups_as_published_or_one_line():
+    x = 1 + 2 * jax.random.normal(jax.random.key(0), (2, 3, 5, 64))
+    norm = GroupNorm(32, 1e-2, least=0, affine=False)
+    np.testing.assert_allclose(norm.apply({}, x), slow_group_norm(x, 32, 1e-2), atol=2e-5)
+    for channels in (16, 48, 100):
+        with pytest.raises(UserError, match=f'32 groups do not divide {channels}'):
+            norm.apply({}, jnp.ones((1, 2, 2, channels)))
+
+
+@pytest.mark.parametrize('groups, size, eps, widths, says', [
+    (32, 0, 1e-6, (64, 48), '48'),
+    (3, 0, 1e-6, (8,), 'groups = 3'),
+    (0, 4, 1e-6, (64,), 'groups must be'),
+    (32, -1, 1e-6, (64,), 'group_size'),
+    *((32, 4, eps, (64,), 'eps') for eps in (0.0, -1.0, float('nan'), float('inf'))),
+])  # fmt: skip
+def test_groups_that_cannot_work_are_refused(groups, size, eps, widths, says):
+    with pytest.raises(UserError, match=says) as error:
+        check_groups('config.model.unet', groups, size, eps, widths)
+    assert '\n' not in str(error.value) and 'config.model.unet' in str(error.value)
+    check_groups('config.model.unet', 32, 4, 1e-6, (48, 8))  # as many as fit
+
+
 def test_group_norm_keeps_its_digits_far_from_zero():
     """The plain E[x^2] - E[x]^2 is off by thousands here."""
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 32))
@@ -79,6 +111,93 @@ def test_group_norm_in_bfloat16_has_float32_statistics():
     assert y.dtype == jnp.bfloat16
     exact = slow_group_norm(x.astype(jnp.float32), 8, 1e-6)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02)  # rounding of the result only
+
+
+def standardised(x, axes, eps):
+    """float64, by the definition, of the numbers that x holds."""
+    x = np.asarray(x, np.float64)
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
+
+
+def zeros_and_ones(module, x, *args):
+    """The module's result with factors 1 and shifts 0."""
+    variables = module.init(jax.random.key(0), x, *args)
+    return jax.jit(lambda x: module.apply(variables, x, *args, mutable=['batch_stats'])[0])(x)
+
+
+def by_actnorm(x):
+    layer = ActNorm()
+    return layer.apply(layer.init(jax.random.key(0), x), x)[0]
+
+
+def by_weight_norm(x):
+    scale, bias = masked.standardising(x)
+    return x * scale + bias
+
+
+def by_refinenet(x):
+    norm, level = refinenet.Norm(1), (jnp.zeros(len(x), int), None)
+    params = {'level': jnp.concatenate([jnp.ones((1, 6)), jnp.zeros((1, 12))], 1)}  # no mean's factor, no shift
+    return jax.jit(norm.apply)({'params': params}, x, level)
+
+
+NORMALISATIONS = {
+    'batch': (lambda x: zeros_and_ones(BatchNorm(train=True, eps=1e-5), x), (0, 1, 2), 1e-5),
+    'layer': (lambda x: zeros_and_ones(LayerNorm(eps=1e-6), x), 3, 1e-6),
+    'layer of MaskGIT': (lambda x: zeros_and_ones(LayerNorm(eps=1e-12), x), 3, 1e-12),
+    'instance': (lambda x: zeros_and_ones(Norm('instance', 6), x), (1, 2), 1e-5),
+    'instance without weights': (jax.jit(instance_norm), (1, 2), 1e-5),
+    'instance++': (by_refinenet, (1, 2), 1e-5),
+    'group of all': (lambda x: zeros_and_ones(GroupNorm(1), x), (1, 2, 3), 1e-6),
+    'actnorm': (by_actnorm, (0, 1, 2), 0),
+    'by data, weight norm': (by_weight_norm, (0, 1, 2), 1e-10),
+    'batch of a flow': (lambda x: zeros_and_ones(FlowBatchNorm(), x, None, True), (0, 1, 2), 1e-4),
+}
+
+
+@pytest.mark.parametrize('mean', [0, 300, 3000])
+@pytest.mark.parametrize('name', NORMALISATIONS)
+def test_norms_keep_their_digits_at_any_mean(name, mean):
+    """With deviation 1. E[x^2] - E[x]^2 is off by 0.1 at 300, and by hundreds at 3,000."""
+    normalise, axes, eps = NORMALISATIONS[name]
+    x = mean + jax.random.normal(jax.random.key(1), (8, 16, 16, 6))
+    got = normalise(x)
+    got = got[0] if isinstance(got, tuple) else got
+    np.testing.assert_allclose(got, standardised(x, axes, eps), atol=1e-5 + 1e-6 * mean)
+
+
+@pytest.mark.parametrize(
+    'name', ['batch', 'layer', 'instance', 'instance without weights', 'instance++', 'group of all']
+)
+def test_norms_of_bfloat16_have_float32_statistics(name):
+    normalise, axes, eps = NORMALISATIONS[name]
+    x = (300 + 10 * jax.random.normal(jax.random.key(1), (8, 16, 16, 6))).astype(jnp.bfloat16)
+    got = normalise(x)
+    np.testing.assert_allclose(got.astype(jnp.float32), standardised(x.astype(jnp.float32), axes, eps), atol=0.02)
+
+
+def test_running_statistics_far_from_zero():
+    """What training leaves in 'batch_stats' is what sampling divides by."""
+    x = 3000 + jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    norm = BatchNorm(train=True, affine=False)
+    found = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])[1]['batch_stats']
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found['mean'], exact.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found['var'], exact.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_deviations_of_a_minibatch_far_from_zero():
+    x = 3000 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    want = np.sqrt(np.asarray(x, np.float64).var(0) + 1e-8).mean()
+    np.testing.assert_allclose(stylegan2.minibatch_deviation(x, 4), want, rtol=1e-4)
+
+
+def test_vectors_in_bfloat16_are_normalised_in_float32():
+    """The mean of 4,096 squares of 1 is 1; added up in bfloat16 they stop at 256."""
+    x = jnp.full((2, 4096), 3, jnp.bfloat16)
+    assert normalised(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(normalised(x).astype(jnp.float32), 1, rtol=1e-2)
+    assert (normalised(jnp.zeros((2, 4))) == 0).all()
 
 
 def test_resampling():

@@ -105,7 +105,8 @@ def plain(network, params, x, t, label=None, augment=None, style=None):
         return F.conv2d(x, kernel.permute(3, 2, 0, 1), p.get('bias'), stride=stride, padding=pad)
 
     def norm(p, x):
-        return F.group_norm(x, min(x.shape[1] // 4, 32), p.get('scale'), p.get('bias'), eps=1e-6)
+        groups = min(x.shape[1] // network.group_size, 32) if network.group_size else network.groups
+        return F.group_norm(x, groups, p.get('scale'), p.get('bias'), eps=network.eps)
 
     def styled(p, name, x):
         x = norm(p.get(name, {}), x)
@@ -178,8 +179,9 @@ def plain(network, params, x, t, label=None, augment=None, style=None):
         {'classes': 3, 'augment': 9, 'multipliers': (2, 2)},
         {**NCSNPP, 'multipliers': (1, 1, 2), 'out_channels': 6},
         {'resampling': 'conv'},
+        {'resampling': 'conv', 'groups': 8, 'group_size': 0, 'eps': 1e-2},
     ],
-    ids=['ddpmpp', 'ncsnpp', 'ddpm'],
+    ids=['ddpmpp', 'ncsnpp', 'ddpm', 'groups'],
 )
 def test_equals_plain_torch(options):
     pytest.importorskip('torch')

@@ -123,6 +123,47 @@ def test_equals_diffusers_at_full_size():
     np.testing.assert_allclose(ours, reference, atol=1e-4 * reference.std())
 
 
+@pytest.mark.parametrize('eps', [1e-6, 1e-2])
+def test_narrow_network_has_the_published_groups(eps):
+    """32 groups at 32 and 64 channels too, as in DDPM and diffusers; other groups of the same weights are wrong."""
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=eps,
+        norm_num_groups=32,
+        attention_head_dim=None,
+        act_fn='silu',
+    ).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight.data += 0.2 * torch.randn_like(module.weight)
+            module.eps = eps  # that of the attention is fixed there
+    params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=2)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    t = np.array([3, 977])
+    with torch.no_grad():
+        reference = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t)).sample
+    reference = reference.numpy().transpose(0, 2, 3, 1)
+
+    def ours(**fields):
+        network = UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), **fields)
+        return jax.jit(lambda p: network.apply({'params': p}, x, t, train=False))(params)
+
+    assert reference.std() > 0.05
+    np.testing.assert_allclose(ours(group_size=0, eps=eps), reference, atol=1e-4 * reference.std())
+    if eps == 1e-6:
+        assert np.abs(ours() - reference).max() > 0.1 * reference.std()
+
+
 def test_time_embedding():
     np.testing.assert_allclose(
         sinusoidal(jnp.array([10]), 8)[0],

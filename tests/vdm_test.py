@@ -71,7 +71,8 @@ def plain(net, params, x, t, label):
         return F.conv2d(x, kernel.permute(3, 2, 0, 1), p['bias'], padding=pad)
 
     def norm(p, x):
-        return F.group_norm(x, x.shape[1] // 4, p['scale'], p['bias'], eps=1e-6)
+        groups = min(net.groups, x.shape[1] // net.group_size) if net.group_size else net.groups
+        return F.group_norm(x, groups, p['scale'], p['bias'], eps=net.eps)
 
     def block(p, x):
         h = conv(p['conv1'], F.silu(norm(p['norm1'], x))) + dense(p['condition'], condition)[..., None, None]
@@ -110,7 +111,12 @@ def plain(net, params, x, t, label):
     return conv(params['last'], F.silu(norm(params['norm'], h)))
 
 
-@pytest.mark.parametrize('options', [{}, {'attention': True, 'classes': 3, 'fourier': (3, 5, 6)}, {'fourier': ()}])
+@pytest.mark.parametrize('options', [
+    {},
+    {'attention': True, 'classes': 3, 'fourier': (3, 5, 6)},
+    {'fourier': ()},
+    {'attention': True, 'groups': 8, 'group_size': 0, 'eps': 0.1},
+])  # fmt: skip
 def test_equals_plain_torch(options):
     pytest.importorskip('torch')
     net, params = network(**options)
@@ -547,6 +553,8 @@ def test_samples_and_bits_follow_the_class():
         ({'gamma_min': 5.0}, ['gamma_min', '5']),
         ({'channels': 7}, ['channels', '7']),
         ({'blocks': 0}, ['blocks', '0']),
+        ({'channels': 48, 'group_size': 0}, ['groups = 32', '48']),
+        ({'groups': 0}, ['groups', '0']),
         ({'dropout': 1.0}, ['dropout', '1']),
         ({'timesteps': -1}, ['timesteps', '-1']),
         ({'bound_times': 0}, ['bound_times', '0']),

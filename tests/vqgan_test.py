@@ -340,6 +340,7 @@ def test_says_what_cannot_work(tmp_path):
         (dict(regulariser='none'), 'regulariser'),
         (dict(interface='none'), 'interface'),
         (dict(latent=0), 'latent'),
+        (dict(groups=32, group_size=0), 'config.model.groups = 32'),
         (dict(multipliers=()), 'multipliers'),
         (dict(multipliers=(1, 1, 1, 1, 1)), 'multiple of 16'),
         (dict(kl_weight=-1.0), 'kl_weight'),

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses.divergences import normal_kl
+from jaxgen.networks.layers import check_groups
 from jaxgen.networks.vdm import SCHEDULES, Schedule, VDMNet
 
 Array = jax.Array
@@ -77,6 +78,9 @@ def build(
     fourier: tuple[int, ...] = (6, 7),
     attention: bool = False,
     dropout: float = 0.1,
+    groups: int = 32,
+    group_size: int = 4,
+    eps: float = 1e-6,
     conditional: bool = False,
     schedule: str = 'scalar',
     gamma_min: float = -13.3,
@@ -89,7 +93,7 @@ def build(
     """VDM. The defaults are those for CIFAR-10 without augmentation.
 
     Args:
-      channels, blocks, fourier, attention, dropout: of the network, see `VDMNet`.
+      channels, blocks, fourier, attention, dropout, groups, group_size, eps: of the network, see `VDMNet`.
       conditional: tell the network the class, `batch['label']`.
       schedule: 'fixed', 'scalar' (learned ends) or 'network' (learned ends and a monotone network between them).
       gamma_min, gamma_max: the schedule's ends at the start. The network is told where gamma lies between these.
@@ -127,6 +131,7 @@ def build(
             f'config.model: timesteps {timesteps} and sample_steps {sample_steps} must be 0 or more, '
             f'bound_times {bound_times} at least 1'
         )
+    check_groups('config.model', groups, group_size, eps, (channels,))
     check_labels(context, conditional)
 
     net = VDMNet(
@@ -135,6 +140,9 @@ def build(
         fourier=fourier,
         attention=attention,
         dropout=dropout,
+        groups=groups,
+        group_size=group_size,
+        eps=eps,
         classes=context.classes if conditional else 0,
         remat=context.remat,
         dtype=context.dtype,

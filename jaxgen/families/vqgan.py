@@ -46,6 +46,7 @@ from jaxgen.losses.adversarial import GAMES, adaptive_weight
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
+from jaxgen.networks.layers import check_groups
 from jaxgen.networks.multiscale import MultiScale, grids_of
 from jaxgen.randomness import stream
 
@@ -77,6 +78,9 @@ def build(
     multipliers: tuple[int, ...] = (1, 2, 4, 4),
     blocks: int = 2,
     attention: tuple[int, ...] = (),
+    groups: int = 32,
+    group_size: int = 4,
+    eps: float = 1e-6,
     latent: int = 4,
     latent_kernel: int = 1,
     kl_weight: float = 1e-6,
@@ -102,8 +106,8 @@ def build(
 
     Args:
       regulariser: 'vq' | 'kl'.
-      channels, multipliers, blocks, attention: of encoder and decoder, see networks/first_stage.py. The latents are
-        smaller than the image by 2 ** (levels - 1).
+      channels, multipliers, blocks, attention, groups, group_size, eps: of encoder and decoder, see
+        networks/first_stage.py. The latents are smaller than the image by 2 ** (levels - 1).
       latent: numbers at each position of the latents, or of one code.
       latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's.
       kl_weight, learn_scale: of 'kl', see above.
@@ -150,6 +154,7 @@ def build(
             'config.model: channels, multipliers, blocks, latent and latent_kernel must be 1 or more, vocabulary 2 or '
             'more'
         )
+    check_groups('config.model', groups, group_size, eps, [channels * m for m in (1, *multipliers)])
     if min(kl_weight, beta, codebook_weight, restart, perceptual, adversarial, discriminator_start) < 0:
         raise UserError(
             'config.model: kl_weight, beta, codebook_weight, restart, perceptual, adversarial and discriminator_start '
@@ -188,9 +193,8 @@ def build(
     grids = grids_of(scales, grid) if scales else (grid,)
     count_shape = (len(grids), vocabulary) if scales else (vocabulary,)
     size = math.prod(context.image)
-    sizes = dict(
-        channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, latent_kernel=latent_kernel
-    )
+    sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
+    sizes |= dict(groups=groups, group_size=group_size, eps=eps, latent_kernel=latent_kernel)
     rest = dict(height=context.image[0], remat=context.remat, dtype=context.dtype)
     encoder = Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest)
     decoder = Decoder(image_channels=image_channels, **sizes, **rest)

@@ -13,6 +13,7 @@ only ADM at 64 pixels and the pool of the classifiers have it; the others give h
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,8 +28,6 @@ Array = jax.Array
 
 # As torch starts kernels: uniform in +-1 / sqrt(fan in).
 INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-# 32 groups from 64 channels on: the classifier at 512 pixels begins with 64.
-Norm = functools.partial(GroupNorm, eps=1e-5, least=2)
 RESAMPLE = {'': lambda x: x, 'down': downsample_mean, 'up': upsample_nearest}
 
 
@@ -47,15 +46,16 @@ class ResBlock(nn.Module):
     scale_shift: bool = True
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    normalisation: Callable = functools.partial(GroupNorm, eps=1e-5, least=2)
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
         resample = RESAMPLE[self.resample]
         wide = 2 * self.features if self.scale_shift else self.features
         condition = Dense(wide, init=INIT, dtype=self.dtype, name='embedding')(embedding)[:, None, None, :]
-        h = resample(nn.silu(Norm(dtype=self.dtype, name='norm1')(x)))
+        h = resample(nn.silu(self.normalisation(dtype=self.dtype, name='norm1')(x)))
         h = Conv(self.features, init=INIT, dtype=self.dtype, name='conv1')(h)
-        norm2 = Norm(dtype=self.dtype, name='norm2')
+        norm2 = self.normalisation(dtype=self.dtype, name='norm2')
         if self.scale_shift:
             scale, shift = jnp.split(condition, 2, -1)
             h = norm2(h) * (1 + scale) + shift
@@ -85,6 +85,8 @@ class Half(nn.Module):
       resample_in_blocks: resolution changes inside residual blocks (ADM), else by a convolution with
         stride 2, or one after doubling (DDPM).
       dropout: share of the second convolution's inputs that is dropped in training.
+      groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
+        at every width, group_size 0; EDM's has min(C // 4, 32), group_size 4.
       remat: recompute each block's activations in the backward pass.
       dtype: of the computation; the last layers are in float32 all the same, as published.
     """
@@ -98,8 +100,14 @@ class Half(nn.Module):
     scale_shift: bool = True
     resample_in_blocks: bool = True
     dropout: float = 0.0
+    groups: int = 32
+    group_size: int = 2
+    eps: float = 1e-5
     remat: bool = False
     dtype: Any = jnp.float32
+
+    def norm(self) -> Callable:
+        return functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
 
     def embed(self, t: Array) -> Array:
         """[n] to [n, 4 channels]."""
@@ -111,11 +119,12 @@ class Half(nn.Module):
 
     def block(self, h, embedding, train, name: str, features: int, attend: bool = False, resample: str = '') -> Array:
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        h = res_block(features, resample, self.scale_shift, self.dropout, self.dtype, name=name)(h, embedding, train)
+        own = (features, resample, self.scale_shift, self.dropout, self.dtype, self.norm())
+        h = res_block(*own, name=name)(h, embedding, train)
         if attend:
             heads = features // self.head_channels if self.head_channels else self.heads
             attention = nn.remat(SelfAttention) if self.remat else SelfAttention
-            h = attention(self.dtype, heads, Norm, INIT, name=f'{name}_attention')(h)
+            h = attention(self.dtype, heads, self.norm(), INIT, name=f'{name}_attention')(h)
         return h
 
     def resample(self, h, embedding, train, name: str, way: str) -> Array:
@@ -184,7 +193,7 @@ class ADMUNet(Half):
             if level > 0:
                 h = self.resample(h, embedding, train, f'up{level}', 'up')
 
-        h = nn.silu(Norm(name='norm')(h))
+        h = nn.silu(self.norm()(name='norm')(h))
         return Conv(self.out_channels or x.shape[-1], init=variance_scaling(0), name='last')(h)
 
 
@@ -224,5 +233,5 @@ class ADMClassifier(Half):
     def __call__(self, x: Array, t: Array, *, train: bool = False) -> Array:
         """Logits [n, classes], float32. Args as for `ADMUNet`; H and W are fixed with the weights."""
         h, _ = self.descend(x, nn.silu(self.embed(t)), train)
-        h = nn.silu(Norm(name='norm')(h))
+        h = nn.silu(self.norm()(name='norm')(h))
         return AttentionPool(self.classes, h.shape[-1] // self.head_channels, name='pool')(h)

@@ -10,6 +10,7 @@ import dataclasses
 from jaxgen.errors import UserError
 from jaxgen.networks.adm import ADMUNet
 from jaxgen.networks.dit import DiT
+from jaxgen.networks.layers import check_groups
 from jaxgen.networks.ncsnpp import EMBEDDINGS, PYRAMIDS, RESAMPLINGS, NCSNpp
 from jaxgen.networks.refinenet import RefineNet
 from jaxgen.networks.unet import UNet
@@ -53,6 +54,9 @@ def check_network(network: str, section: dict, image: tuple[int, int, int]) -> i
         multipliers = section['multipliers']
         if not multipliers or min(multipliers) <= 0:
             raise UserError(f'{where}.multipliers must be one or more numbers above 0; they are {multipliers}')
+        # UNet and NCSNpp begin with `channels`, ADM's with those of the first level.
+        widths = [int(channels * m) for m in ((1, *multipliers) if network != 'adm' else multipliers)]
+        check_groups(where, section['groups'], section['group_size'], section['eps'], widths)
         patch = section.get('patch', 1)
         if patch < 1:
             raise UserError(f'{where}.patch must be at least 1; it is {patch}')

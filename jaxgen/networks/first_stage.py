@@ -9,6 +9,7 @@ network here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -28,14 +29,14 @@ class ResBlock(nn.Module):
     """Pre-activation residual block, [n, H, W, C] to [n, H, W, features]."""
 
     features: int
-    groups: int = 32
+    normalisation: Callable = GroupNorm
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm1')(x))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm1')(x))
         h = Conv(self.features, init=INIT, dtype=self.dtype, name='conv1')(h)
-        h = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm2')(h))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm2')(h))
         h = Conv(self.features, init=INIT, dtype=self.dtype, name='conv2')(h)
         if x.shape[-1] != self.features:
             x = Dense(self.features, init=INIT, dtype=self.dtype, name='shortcut')(x)
@@ -52,7 +53,8 @@ class Stack(nn.Module):
       height: of the images that it is trained on; 0: of those that it gets.
       attention: heights in pixels, of maps in training, at which every residual block is followed by attention. The
         middle, at the smallest size, always has it.
-      groups: of the group norms, see GroupNorm.
+      groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
+        at every width, group_size 0.
       latent_kernel: height and width of the convolutions on either side of the latents.
       remat: recompute each block's activations in the backward pass.
     """
@@ -63,9 +65,14 @@ class Stack(nn.Module):
     height: int = 0
     attention: tuple[int, ...] = ()
     groups: int = 32
+    group_size: int = 4
+    eps: float = 1e-6
     latent_kernel: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+
+    def norm(self) -> Callable:
+        return functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
 
     def at_latents(self, x: Array, name: str) -> Array:
         size = x.shape[-1]
@@ -74,12 +81,11 @@ class Stack(nn.Module):
 
     def block(self, x: Array, features: int, name: str) -> Array:
         block = nn.remat(ResBlock) if self.remat else ResBlock
-        return block(features, self.groups, self.dtype, name=name)(x)
+        return block(features, self.norm(), self.dtype, name=name)(x)
 
     def attend(self, x: Array, name: str) -> Array:
-        norm = functools.partial(GroupNorm, self.groups)
         attention = nn.remat(SelfAttention) if self.remat else SelfAttention
-        return attention(self.dtype, normalisation=norm, init=INIT, name=name)(x)
+        return attention(self.dtype, normalisation=self.norm(), init=INIT, name=name)(x)
 
     def level(self, x: Array, level: int, blocks: int, name: str) -> Array:
         for i in range(blocks):
@@ -95,7 +101,7 @@ class Stack(nn.Module):
 
     def end(self, x: Array) -> Array:
         """What the last convolution sees."""
-        return nn.silu(GroupNorm(self.groups, dtype=self.dtype, name='norm')(x))
+        return nn.silu(self.norm()(dtype=self.dtype, name='norm')(x))
 
 
 class Encoder(Stack):

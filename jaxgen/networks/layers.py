@@ -7,6 +7,7 @@ for all of them. Images are NHWC. Weights are float32; `dtype` is that of the co
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.errors import UserError
 from jaxgen.networks.convolution import convolve
 
 Array = jax.Array
@@ -134,17 +136,47 @@ def group_norm(x: Array, scale: Array | float, bias: Array | float, groups: int,
     return y.reshape(x.shape)
 
 
+def group_count(channels: int, groups: int, least: int) -> int:
+    """How many groups GroupNorm makes of so many channels.
+
+    Raises:
+      UserError: with `least` 0, `groups` does not divide the channels.
+    """
+    if not least:
+        if channels % groups:
+            raise UserError(f'{groups} groups do not divide {channels} channels of a group normalisation')
+        return groups
+    most = max(1, min(groups, channels // least))
+    return next(g for g in range(most, 0, -1) if channels % g == 0)
+
+
+def check_groups(where: str, groups: int, group_size: int, eps: float, widths: Sequence[int]) -> None:
+    """Raises UserError where fields of group norms, in the section `where`, do not fit norms of `widths` channels."""
+    if groups < 1 or group_size < 0 or not 0 < eps < math.inf:
+        raise UserError(
+            f'{where}: groups must be 1 or more, group_size 0 or more, eps more than 0; they are {groups}, '
+            f'{group_size} and {eps}'
+        )
+    for width in widths:
+        if not group_size and width % groups:
+            raise UserError(
+                f'{where}.groups = {groups} does not divide {width} channels: change the channels, or let narrow '
+                f'levels have fewer groups by {where}.group_size = 4, channels that a group has at least'
+            )
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) of [n, ..., C] over each group's channels and all positions.
 
     Statistics are taken in float32 whatever the dtype.
 
     Attributes:
-      groups: the most groups there may be. A group has at least `least` channels and all groups are
-        of one size, so that narrow networks work too: 32 groups from 128 channels on, 8 at 32.
+      groups: how many there are; with `least` above 0 the most there may be.
       eps: added to the variance. 1e-6 in TensorFlow's code, and so in DDPM's; 1e-5 in torch.
       dtype: of the result.
-      least: channels of a group.
+      least: channels that a group has at least: C channels have min(groups, C // least) groups, or the next smaller
+        number that divides C, so that narrow networks work too. 4 in score_sde and EDM: 32 groups from 128 channels
+        on, 8 at 32. 0: `groups` of them at every width, as in DDPM, ADM, VQGAN, latent diffusion and diffusers.
       affine: with a learned scale and bias.
     """
 
@@ -157,8 +189,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
-        most = max(1, min(self.groups, channels // self.least))
-        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+        groups = group_count(channels, self.groups, self.least)
         scale, bias = 1.0, 0.0
         if self.affine:
             scale = self.param('scale', nn.initializers.ones, (channels,))
@@ -185,11 +216,14 @@ def LayerNorm(
 ) -> nn.Module:
     """Layer normalisation over the last axis, statistics in float32.
 
+    The variance is the mean of squared differences from the mean, as everywhere here: E[x^2] - E[x]^2, flax's default,
+    keeps no digit of a variance that is 1e-7 of the squared mean.
+
     Args:
       eps: 1e-6 in TensorFlow's and Flax's default, 1e-5 in torch's.
       affine: with a learned scale and bias.
     """
-    return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def BatchNorm(
@@ -212,6 +246,7 @@ def BatchNorm(
         use_bias=affine,
         use_scale=affine,
         dtype=dtype,
+        use_fast_variance=False,  # see LayerNorm
         name=name,
     )
 
@@ -227,8 +262,12 @@ def instance_norm(x: Array, eps: float = 1e-5) -> Array:
 
 
 def normalised(x: Array, eps: float = 1e-8) -> Array:
-    """Vectors [..., d] with a mean square of 1, without weights; 0 stays 0."""
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    """Vectors [..., d] with a mean square of 1, without weights; 0 stays 0.
+
+    Statistics in float32, result in x's dtype.
+    """
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -5,7 +5,9 @@ EDM (Karras et al. 2022, arXiv 2206.00364) trains the same two, at other widths.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -49,15 +51,16 @@ class Block(nn.Module):
     scale: float = math.sqrt(0.5)
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    normalisation: Callable = GroupNorm
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, style: Array | None, train: bool) -> Array:
         def norm(h, name):
             if style is None:
-                return GroupNorm(dtype=self.dtype, name=name)(h)
+                return self.normalisation(dtype=self.dtype, name=name)(h)
             found = Dense(2 * h.shape[-1], dtype=self.dtype, name=f'{name}_style')(style)[:, None, None, :]
             gain, shift = jnp.split(found, 2, -1)
-            return (1 + gain) * GroupNorm(affine=False, dtype=self.dtype, name=name)(h) + shift
+            return (1 + gain) * self.normalisation(affine=False, dtype=self.dtype, name=name)(h) + shift
 
         h = nn.silu(norm(x, 'norm1'))
         if self.resample:
@@ -103,6 +106,8 @@ class NCSNpp(nn.Module):
         the sum is what is made smaller next. 'skip': x, made smaller by the filter alone, joins
         through 1x1 convolutions, and every level adds its part to the output. 'none'.
       dropout: share of the second convolution's inputs that is dropped in training.
+      groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). The defaults are the
+        published ones, min(C // 4, 32) groups; only score_sde's DDPM has 32 at every width, group_size 0.
       classes: number of classes if the network is told the class, else 0.
       augment: numbers that tell how an image was augmented (EDM, section 5), 0: none.
       out_channels: 0: as many as x has.
@@ -118,6 +123,9 @@ class NCSNpp(nn.Module):
     resampling: str = 'box'
     pyramid: str = 'none'
     dropout: float = 0.0
+    groups: int = 32
+    group_size: int = 4
+    eps: float = 1e-6
     classes: int = 0
     augment: int = 0
     out_channels: int = 0
@@ -153,11 +161,15 @@ class NCSNpp(nn.Module):
         res_block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         attend = nn.remat(SelfAttention) if self.remat else SelfAttention
 
+        norm = functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
+
         def block(h, features, name, *, resample=None, attention=False):
-            h = res_block(features, resample, scale, self.dropout, self.dtype, name=name)(h, embedding, style, train)
+            made = res_block(features, resample, scale, self.dropout, self.dtype, norm, name=name)
+            h = made(h, embedding, style, train)
             if attention:
                 # q, k and v start with a tenth of the usual variance.
-                h = attend(self.dtype, init=variance_scaling(0.2), name=f'{name}_attention')(h) * scale
+                options = dict(normalisation=norm, init=variance_scaling(0.2))
+                h = attend(self.dtype, **options, name=f'{name}_attention')(h) * scale
             return h
 
         embedding = self.embed(t, label, augment)
@@ -193,7 +205,7 @@ class NCSNpp(nn.Module):
                 attention = i == self.blocks and h.shape[1] in self.attention
                 h = block(jnp.concatenate([h, skips.pop()], -1), width, f'up{level}_{i}', attention=attention)
             if level == 0 or self.pyramid == 'skip':
-                part = nn.silu(GroupNorm(dtype=self.dtype, name=f'norm{level}')(h))
+                part = nn.silu(norm(dtype=self.dtype, name=f'norm{level}')(h))
                 out = self.out_channels or x.shape[-1]
                 part = Conv(out, init=variance_scaling(0), dtype=self.dtype, name=f'last{level}')(part)
                 part = part.astype(jnp.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,13 +35,14 @@ class ResBlock(nn.Module):
     features: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    normalisation: Callable = GroupNorm
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm1')(x))
         h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
         h = h + Dense(self.features, dtype=self.dtype, name='embedding')(embedding)[:, None, None, :]
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm2')(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
         if x.shape[-1] != self.features:
@@ -60,6 +63,8 @@ class UNet(nn.Module):
       patch: side in pixels of the squares that are the positions of the first level, each put out at
         once (Luhman & Luhman 2022, arXiv 2207.04316): with 2 the work is a quarter.
       dropout: share of the second convolution's inputs that is dropped in training.
+      groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). DDPM has 32 groups at
+        every width, group_size 0.
       classes: number of classes if the network is told the class, else 0.
       out_channels: 0: as x.
       remat: recompute each block's activations in the backward pass.
@@ -71,6 +76,9 @@ class UNet(nn.Module):
     attention: tuple[int, ...] = (16,)
     patch: int = 1
     dropout: float = 0.0
+    groups: int = 32
+    group_size: int = 4
+    eps: float = 1e-6
     classes: int = 0
     out_channels: int = 0
     remat: bool = False
@@ -88,9 +96,11 @@ class UNet(nn.Module):
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention = nn.remat(SelfAttention) if self.remat else SelfAttention
 
+        norm = functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
+
         def block(h, level, name, attend):
-            h = res_block(top * self.multipliers[level], self.dropout, self.dtype, name=name)(h, embedding, train)
-            return attention(self.dtype, name=f'{name}_attention')(h) if attend else h
+            h = res_block(top * self.multipliers[level], self.dropout, self.dtype, norm, name=name)(h, embedding, train)
+            return attention(self.dtype, normalisation=norm, name=f'{name}_attention')(h) if attend else h
 
         embedding = Dense(4 * top, dtype=self.dtype, name='time1')(sinusoidal(t, top))  # [n, 4 channels]
         embedding = Dense(4 * top, dtype=self.dtype, name='time2')(nn.silu(embedding))
@@ -120,7 +130,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = Conv(h.shape[-1], dtype=self.dtype, name=f'up{level}')(upsample_nearest(h))
 
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(h))
+        h = nn.silu(norm(dtype=self.dtype, name='norm')(h))
         out_channels = self.patch**2 * (self.out_channels or image_channels)
         h = Conv(out_channels, init=variance_scaling(0), dtype=self.dtype, name='last')(h)
         return from_patches(h, self.patch).astype(jnp.float32)

@@ -45,14 +45,15 @@ class ResBlock(nn.Module):
     dropout: float
     train: bool
     dtype: Any
+    normalisation: Callable = GroupNorm
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> Array:
         conv = functools.partial(Conv, self.features, dtype=self.dtype)
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm1')(x))
         h = conv(init=LECUN, name='conv1')(h)
         shift = Dense(self.features, bias=False, init=ZEROS, dtype=self.dtype, name='condition')(condition)
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h + shift[:, None, None, :]))
+        h = nn.silu(self.normalisation(dtype=self.dtype, name='norm2')(h + shift[:, None, None, :]))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
         h = conv(init=ZEROS, name='conv2')(h)
         if x.shape[-1] != self.features:
@@ -71,13 +72,15 @@ class Layer(nn.Module):
     dropout: float
     train: bool
     dtype: Any
+    normalisation: Callable = GroupNorm
 
     @nn.compact
     def __call__(self, h: Array, skip: Array | None, condition: Array) -> tuple[Array, Array | None]:
         x = h if skip is None else jnp.concatenate([h, skip], -1)
-        h = ResBlock(self.features, self.dropout, self.train, self.dtype, name='block')(x, condition)
+        own = (self.features, self.dropout, self.train, self.dtype, self.normalisation)
+        h = ResBlock(*own, name='block')(x, condition)
         if self.attention:
-            h = SelfAttention(self.dtype, init=LECUN, name='attention')(h)
+            h = SelfAttention(self.dtype, normalisation=self.normalisation, init=LECUN, name='attention')(h)
         return h, h if skip is None else None
 
 
@@ -98,6 +101,8 @@ class VDMNet(nn.Module):
         7 of one: they show where z_t lies in its level, which steps next to the data are about.
       attention: after every block. The middle always has it.
       dropout: share of the second convolution's inputs that is dropped in training.
+      groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
+        at every width, group_size 0.
       classes: number of classes if the network is told the class, else 0.
       remat: recompute each block's activations in the backward pass.
     """
@@ -107,6 +112,9 @@ class VDMNet(nn.Module):
     fourier: tuple[int, ...] = (6, 7)
     attention: bool = False
     dropout: float = 0.1
+    groups: int = 32
+    group_size: int = 4
+    eps: float = 1e-6
     classes: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
@@ -121,7 +129,8 @@ class VDMNet(nn.Module):
         """
         channels, image_channels = self.channels, z.shape[-1]
         dense = functools.partial(Dense, 4 * channels, init=LECUN, dtype=self.dtype)
-        rest = (self.dropout, train, self.dtype)
+        norm = functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
+        rest = (self.dropout, train, self.dtype, norm)
         # The published network has one input more, for a condition that is always 0 there.
         told = jax.nn.one_hot(label, self.classes) if self.classes else jnp.zeros((len(z), 1))
         condition = jnp.concatenate([sinusoidal(t, channels), told], -1)
@@ -146,12 +155,12 @@ class VDMNet(nn.Module):
         first = Conv(channels, init=LECUN, dtype=self.dtype, name='first')(h)
         h, outputs = half('down', self.blocks)(first, None, condition)  # outputs: [blocks, n, H, W, channels]
         h = res_block(channels, *rest, name='middle_0')(h, condition)
-        h = attention(self.dtype, init=LECUN, name='middle_attention')(h)
+        h = attention(self.dtype, normalisation=norm, init=LECUN, name='middle_attention')(h)
         h = res_block(channels, *rest, name='middle_1')(h, condition)
         skips = jnp.concatenate([outputs[::-1], first[None]])  # the latest comes first
         h, _ = half('up', self.blocks + 1)(h, skips, condition)
 
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(h))
+        h = nn.silu(norm(dtype=self.dtype, name='norm')(h))
         h = Conv(image_channels, init=ZEROS, dtype=self.dtype, name='last')(h)
         return h.astype(jnp.float32)
 
