@@ -141,7 +141,8 @@ def figures(fake: Statistics, real: Statistics, name: str, training: bool) -> di
     inception_score    of the pictures alone
     precision, recall  share of each set in the other's neighbourhoods of 3; sets of one size
     density, coverage  the same with neighbourhoods of 5, robust to outliers
-    authenticity       share of pictures that are not copies of training pictures
+    authenticity       share of pictures that are not copies of training pictures; left out where features of some
+                       training pictures only are kept, since a copy of one of the others would pass
     modes, class_kl    classes that are met; divergence of their shares from the data's, nats
 
     Args:
@@ -164,7 +165,12 @@ def figures(fake: Statistics, real: Statistics, name: str, training: bool) -> di
     authenticity = shares.pop('authenticity')
     for figure, value in shares.items():
         found[figure] = {'value': value, 'n': m, 'n_reference': m}
-    if training:
+    if training and len(real.features) < n_reference:
+        log.say(
+            f'no authenticity: features of {len(real.features)} of the {n_reference} training pictures are kept, and '
+            'copies of the others would pass'
+        )
+    elif training:
         if m < len(real.features):  # a copy is found only where its original is
             authenticity = neighbours.neighbourhood(real.features, fake.features)['authenticity']
         found['authenticity'] = {'value': authenticity, 'n': m, 'n_reference': len(real.features)}

@@ -17,7 +17,7 @@ from support import ROOT, devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import run, sample
+from jaxgen import evaluate, run, sample
 from jaxgen.errors import RunError
 from jaxgen.main import run_main
 from jaxgen.metrics import statistics
@@ -399,3 +399,17 @@ def test_broken_samplers_are_caught(evaluator):
     memorised = judged(evaluator, known['image'])
     assert memorised['frechet'] < 1e-6 and memorised['precision'] == memorised['coverage'] == 1
     assert memorised['authenticity'] == 0, 'what every other figure takes for perfect'
+
+
+def test_authenticity_only_where_all_training_pictures_are_kept(monkeypatch, capfd):
+    """A copy of a picture whose features are not kept would pass as new."""
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    pieces = [{'features': features}]
+    copies = statistics.gather(iter(pieces), 60)
+    assert evaluate.figures(copies, copies, 'judge', True)['authenticity/judge']['value'] == 0
+    monkeypatch.setattr(statistics, 'KEPT', 40)
+    some = statistics.gather(iter(pieces), 60)
+    found = evaluate.figures(copies, some, 'judge', True)
+    assert 'authenticity/judge' not in found and '40 of the 60' in capfd.readouterr().err
+    assert found['coverage/judge']['n_reference'] == found['kid/judge']['n_reference'] == 40, 'what was used is said'
+    assert found['frechet/judge']['n_reference'] == 60

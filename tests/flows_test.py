@@ -241,6 +241,28 @@ def test_glow_inverse_and_determinant(model):
             np.testing.assert_allclose(log_p[i], (log_normal(z)[i] + log_det)[0], rtol=1e-4)
 
 
+def test_glow_inverse_is_exact_for_numbers_of_any_size():
+    """Forwards nothing is cut, so backwards nothing is."""
+    steps = [glow.Step(4, 'additive', 'matrix', False, inverse, jnp.float32) for inverse in (False, True)]
+    x = jax.random.normal(jax.random.key(3), (2, *IMAGE))
+    x = jnp.concatenate([x, x[::-1]], -1)
+    variables = steps[0].init(jax.random.key(0), (x, jnp.zeros(2)), None)
+    (z, _), _ = steps[0].apply(variables, (1e8 * x, jnp.zeros(2)), None)
+    (again, _), _ = steps[1].apply(variables, (z, jnp.zeros(2)), None)
+    np.testing.assert_allclose(again / 1e8, x, atol=1e-4)
+
+
+def test_draws_that_outgrow_float32_are_pictures():
+    f = glow.build(Context((4, 4, 1), 0, optim()), width=4, depth=2, levels=2)
+    batch = {'image': jnp.linspace(-1, 1, 64).reshape(4, 4, 4, 1)}
+    state = f.init(jax.random.key(0), batch, {})
+    narrow = jax.tree_util.tree_map_with_path(  # scales of e^-98
+        lambda path, w: w - 100 if path[-2].key == 'out' and path[-1].key == 'bias' else w, state.ema
+    )
+    images = f.sample(state.replace(ema=narrow), {}, {'index': jnp.arange(3)}, jax.random.key(1))
+    assert np.isfinite(images).all() and np.abs(images).max() <= 1
+
+
 def test_real_nvp_inverse_and_determinant():
     net, image = real_nvp_flow(blocks=1), IMAGE
     x = jax.random.normal(jax.random.key(3), (2, *image))

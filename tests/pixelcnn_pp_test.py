@@ -231,3 +231,25 @@ def test_says_what_is_wrong(model):
     with pytest.raises(UserError, match=r'config\.') as error:
         family((6, 6, 1), **model)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('log_scale', [-6, -1, 2, 6, 20, 87, 90, 300])
+def test_mixture_of_any_width_is_the_mass_of_its_bins(log_scale):
+    """At 90 the scale is infinite in float32, and the logarithm of the mass still a small number."""
+    x, mean, half = np.array([-1.0, 0.0039215, 0.5019607, 1.0]), 0.3, 1 / 255
+    parameters = np.tile(np.float32([0.0, mean, log_scale]), (4, 1))
+
+    def log_p(parameters):
+        return likelihoods.discretised_logistic_mixture(parameters, jnp.float32(x[:, None]))
+
+    upper, lower = (np.exp(-log_scale) * (x - mean + side) for side in (half, -half))
+    log_sigmoid = [-np.logaddexp(0, -upper), -np.logaddexp(0, lower)]
+    want = np.log(-np.expm1(-2 * half * np.exp(-float(log_scale)))) + log_sigmoid[0] + log_sigmoid[1]
+    want[0], want[-1] = log_sigmoid[0][0], log_sigmoid[1][-1]
+    np.testing.assert_allclose(log_p(parameters), want, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(jax.grad(lambda p: log_p(p).sum())(parameters)).all()
+    for temperature in (0.0, 1.0):
+        keys = jax.random.split(jax.random.key(0), 4)
+        drawn = likelihoods.draw_logistic_mixture(keys, jnp.asarray(parameters), 1, temperature=temperature)
+        assert ((drawn >= 0) & (drawn <= 255)).all()
+        assert temperature or (drawn == round((mean + 1) / 2 * 255)).all()

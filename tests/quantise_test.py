@@ -122,6 +122,23 @@ def test_averages_are_those_of_a_slow_count(debiased):
             np.testing.assert_allclose(quantise.ema_codebook(state)[4], 0 if debiased else codebook[4], rtol=1e-3)
 
 
+@pytest.mark.parametrize('updates', [10, 100, 2000])
+def test_a_code_without_latents_goes_with_its_count(updates):
+    """It stays while its count is far above the smoothing, and is 0 in the end, as in the published code."""
+    book = jnp.array([[1.0, 2.0], [3.0, -4.0]])
+    state = quantise.ema_start(book)
+    z, codes = jnp.tile(book[:1], (8, 1)), jnp.zeros(8, int)
+    state = jax.lax.fori_loop(0, updates, lambda _, s: quantise.ema_update(s, z, codes, 0.9), state)
+    left = 0.9**updates  # of its count and of its sum
+    total = 8 - 7 * left + left
+    want = np.array([3.0, -4.0]) * left / ((left + 1e-5) / (total + 2e-5) * total)
+    np.testing.assert_allclose(quantise.ema_codebook(state)[1], want, rtol=1e-3, atol=1e-6)
+    if updates == 10:
+        np.testing.assert_allclose(want, [3, -4], rtol=1e-4)
+    if updates == 2000:
+        assert np.abs(want).max() < 1e-6
+
+
 def test_parts_of_a_batch_add_up():
     z = latents()
     codes = np.asarray(quantise.nearest(z, book()))

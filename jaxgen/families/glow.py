@@ -48,7 +48,6 @@ from jaxgen.networks.layers import Dense
 Array = jax.Array
 
 COUPLINGS, MIXING = ('affine', 'additive'), ('matrix', 'lu')
-LARGEST = 1e6
 
 
 class Step(nn.Module):
@@ -83,10 +82,6 @@ class Step(nn.Module):
         else:
             shift, log_scale = h, jnp.zeros_like(h)
         second, log_det = affine(second, shift, log_scale, inverse)
-        if inverse:
-            # Scales have no lower bound: an unlikely draw can grow past all numbers on its way back, and would end as
-            # no number. No image comes near this; what is beyond it is cut off, as images are in the end.
-            second = jnp.clip(second, -LARGEST, LARGEST)
         return jnp.concatenate([first, second], -1), log_det
 
 
@@ -271,7 +266,10 @@ def build(
 
     def pictures(state, latents, label=None) -> Array:
         y, _ = net.apply(variables(state.ema, state.extra), latents, label, inverse=True)
-        return to_image(y + 0.5)
+        # The scales of couplings have no lower bound: an unlikely draw can grow past all float32 numbers on its way
+        # back. The inverse itself is that of the density, exactly; only here, where values beyond an image's are cut,
+        # what is no number any more becomes grey.
+        return to_image(jnp.nan_to_num(y, posinf=1.0, neginf=-1.0) + 0.5)
 
     def sample(state, frozen, batch, rng):
         return pictures(state, temperature * normal(example_keys(rng, batch), (size,)), labels(batch))

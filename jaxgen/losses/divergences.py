@@ -26,6 +26,6 @@ def normal_kl(
         jnp.asarray(a, jnp.float32) for a in (mean, log_var, prior_mean, prior_log_var)
     )
     log_ratio = log_var - prior_log_var
-    distance = jnp.square(mean - prior_mean) * jnp.exp(-prior_log_var)
+    distance = jnp.square(mean - prior_mean) * jnp.exp(jnp.minimum(-prior_log_var, 80))  # 0 times infinity is no number
     kl = 0.5 * (distance + jnp.expm1(log_ratio) - log_ratio)  # expm1: exact for nearly equal variances
     return kl.reshape(len(kl), -1).sum(-1)

@@ -15,6 +15,10 @@ Array = jax.Array
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
+# Of 1 / scale: its square is finite in float32, and e^-40 is far below the distance of neighbouring float32 numbers.
+LARGEST_EXPONENT = 40.0
+
+
 def per_example(x: Array) -> Array:
     """[n, ...] -> [n], the sum over all axes but the first."""
     return x.reshape(len(x), -1).sum(-1)
@@ -41,7 +45,8 @@ def gaussian(mean: Array, log_scale: Array, x: Array) -> Array:
       log_scale: log of the standard deviation, broadcast against them.
     """
     mean, log_scale, x = (jnp.asarray(a, jnp.float32) for a in (mean, log_scale, x))
-    return per_example(-0.5 * jnp.square((x - mean) * jnp.exp(-log_scale)) - log_scale - HALF_LOG_2PI)
+    inverse = jnp.exp(jnp.minimum(-log_scale, LARGEST_EXPONENT))
+    return per_example(-0.5 * jnp.square((x - mean) * inverse) - log_scale - HALF_LOG_2PI)
 
 
 def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 256) -> Array:
@@ -57,7 +62,8 @@ def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 
     """
     mean, log_scale, x = (jnp.asarray(a, jnp.float32) for a in (mean, log_scale, x))
     half = 1 / (levels - 1)
-    inverse = jnp.exp(-log_scale)
+    inverse = jnp.exp(jnp.minimum(-log_scale, LARGEST_EXPONENT))
+    width, centre = 2 * half * inverse, (x - mean) * inverse
     lower, upper = (x - half - mean) * inverse, (x + half - mean) * inverse
     # The lower tail is where the logs of the distribution function are exact: mirror the others.
     mirrored = x > mean
@@ -69,7 +75,15 @@ def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 
     above = jnp.where(open_above, 0.0, jax.scipy.stats.norm.logcdf(upper))
     # log(exp(above) - exp(below)); the inner where keeps the gradient of the unused branch finite.
     gap = jnp.where(open_below, -1.0, jnp.minimum(below - above, -1e-7))
-    return per_example(above + jnp.where(open_below, 0.0, jnp.log(-jnp.expm1(gap))))
+    log_p = above + jnp.where(open_below, 0.0, jnp.log(-jnp.expm1(gap)))
+    # A bin that is narrow beside the deviation is a difference of nearly equal numbers: there it is the density at its
+    # middle times its width (whose log is exact), and the next term of the series in the width.
+    narrow = (width < 0.1) & (jnp.abs(centre) * width < 0.1) & ~first & ~last
+    w, z = jnp.where(narrow, width, 0), jnp.where(narrow, centre, 0)
+    series = (
+        math.log(2 * half) - log_scale - HALF_LOG_2PI - jnp.square(z) / 2 + (jnp.square(z) - 1) * jnp.square(w) / 24
+    )
+    return per_example(jnp.where(narrow, series, log_p))
 
 
 def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
@@ -152,12 +166,19 @@ def discretised_logistic_mixture(parameters: Array, x: Array, levels: int = 256)
     channels, half = x.shape[-1], 1 / (levels - 1)
     logits, means, log_scales, coefficients = logistic_mixture(parameters, channels)
     moved = jnp.stack([shifted_mean(means, coefficients, x, c) for c in range(channels)], -2)  # [n, ..., C, m]
-    inverse = jnp.exp(-log_scales)
+    inverse = jnp.exp(-log_scales)  # 0 above 104; the log of a bin's mass is finite there all the same
     centred = x[..., None] - moved
     lower, upper = (centred - half) * inverse, (centred + half) * inverse
     first, last = (x < -1 + half)[..., None], (x > 1 - half)[..., None]
     # sigmoid(b) - sigmoid(a) = e^b (1 - e^(a - b)) / ((1 + e^a) (1 + e^b)): no digits are lost, however far out.
-    inside = jnp.log(-jnp.expm1(-2 * half * inverse)) + jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower)
+    width = 2 * half * inverse
+    narrow = width < 1e-2
+    log_difference = jnp.where(
+        narrow,
+        math.log(2 * half) - log_scales - width / 2 + jnp.square(width) / 24,  # of 1 - e^-width
+        jnp.log(-jnp.expm1(-jnp.where(narrow, 1.0, width))),
+    )
+    inside = log_difference + jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower)
     log_p = jnp.where(first, jax.nn.log_sigmoid(upper), jnp.where(last, jax.nn.log_sigmoid(-lower), inside))
     return per_example(jax.nn.logsumexp(log_p.sum(-2) + jax.nn.log_softmax(logits), -1))
 
@@ -184,7 +205,7 @@ def draw_logistic_mixture(
     def component(a):  # [n, ., m] -> [n, ., 1]
         return jnp.take_along_axis(a, chosen[:, None, None], -1)
 
-    means, scales = component(means), jnp.exp(component(log_scales))
+    means, scales = component(means), jnp.exp(jnp.minimum(component(log_scales), 2 * LARGEST_EXPONENT))
     coefficients = component(coefficients) if channels > 1 else coefficients
     x, values = jnp.zeros((len(chosen), channels)), []
     for c in range(channels):

@@ -90,7 +90,8 @@ def neighbourhood(real, fake, k_precision: int = 3, k_density: int = 5) -> dict[
     """Five shares that tell kinds of failure apart.
 
     Args:
-      real: features of data, [n, d]. For 'authenticity' it must be the very data that were trained on.
+      real: features of data, [n, d]. For 'authenticity' it must be all the data that were trained on:
+        a copy of a sample that is not among them passes.
       fake: features of samples, [m, d].
       k_precision, k_density: neighbours that a ball reaches to; the second for density and coverage.
 

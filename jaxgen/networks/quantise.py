@@ -85,7 +85,11 @@ def ema_start(codebook: Array, debiased: bool = False) -> dict[str, Array]:
 
     Args:
       debiased: the first update forgets the start, and averages weigh all updates so far by their share, as in
-        Sonnet. A code that no latent ever came to is then 0, and else stays where it began.
+        Sonnet. A code that no latent ever came to is then 0.
+
+    Without it a code that no latent comes to stays where it is as long as its count is far above EPS, and goes to 0
+    with it: count and sum decay alike, and the smoothing of counts is what remains, as in the published code. `restart`
+    brings such codes back.
     """
     # A copy: State is donated, and one buffer must not be donated twice.
     state = {'count': jnp.ones(len(codebook)), 'sum': jnp.array(codebook, jnp.float32)}
