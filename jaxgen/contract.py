@@ -84,6 +84,7 @@ class Family(NamedTuple):
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume
+    encode_sampled: Callable | None = None  # as encode, drawn from the posterior of which encode gives the mean
     latent: tuple[int, ...] = ()  # shape of one example's latents, for a later stage to be built on
     codes: tuple[tuple[int, int], ...] = ()  # or grids (h, w) of integers, coarse ones first,
     vocabulary: int = 0  # each from 0 to vocabulary - 1

@@ -276,7 +276,7 @@ def test_target_is_the_average_of_a_slow_loop(adapt, accumulate, stub):
     for k in range(10):
         state, _ = update(state, {}, {'image': data(8, k)}, jax.random.key(k))
         n = BY_HAND['sqrt', 2, 5, 10][k]
-        decay = math.exp(2 * math.log(0.8) / n) if adapt else 0.8
+        decay = math.exp(2 * math.log(0.8) / (n - 1)) if adapt else 0.8  # of the released code
         target = decay * target + (1 - decay) * float(state.params['denoiser']['w'])
     assert abs(target) > 1e-3 and target != pytest.approx(float(state.ema['denoiser']['w']), rel=0.01)
     assert float(state.extra['target']['w']) == pytest.approx(target, rel=1e-5)
@@ -483,11 +483,21 @@ def test_defaults_are_the_improved_recipe():
 
     found = {p.name: p.default for p in inspect.signature(consistency.build).parameters.values()}
     for name, value in dict(
-        sigma_min=0.002, sigma_max=80.0, data_std=0.5, discretisation='doubling', start_scales=10, end_scales=1280,
+        sigma_min=0.002, sigma_max=80.0, data_std=0.5, discretisation='doubling',
         times='lognormal', time_mean=-1.1, time_std=2.0, distance='pseudo_huber', huber=0.00054, weighting='gap',
         target_decay=0.0,
     ).items():  # fmt: skip
         assert found[name] == value, name
+    # Song & Dhariwal 2023; Song et al. 2023, CIFAR-10: training, and distillation.
+    assert consistency.SCHEDULES == {'doubling': (10, 1280), 'sqrt': (2, 150), 'constant': (17, 17)}
+
+
+@pytest.mark.parametrize(('discretisation', 'first'), [('doubling', 11), ('sqrt', 2), ('constant', 18)])
+def test_numbers_of_levels_are_those_of_the_discretisations_own_paper(discretisation, first, stub):
+    stub()
+    family = consistency.build(context(), unet=UNET, discretisation=discretisation)
+    _, logs = jax.jit(family.update)(start(family), {}, {'image': data(2)}, jax.random.key(1))
+    assert logs['levels'] == first
 
 
 @pytest.mark.parametrize(

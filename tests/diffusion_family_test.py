@@ -229,6 +229,124 @@ def test_lognormal_times(monkeypatch):
     assert 0.9 < float(jnp.square(x).mean()) < 1.35 and 0.9 < logs['loss'] < 1.35
 
 
+@pytest.mark.parametrize(('times', 'mean', 'std'), [('lognormal', -1.2, 1.2), ('logit_normal', 0.0, 1.0)])
+def test_times_have_the_moments_of_their_own_paper(times, mean, std, monkeypatch):
+    """EDM's log(sigma) and SD3's log(t / (1 - t)), where nothing else is given."""
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    for given in ({}, {'time_mean': 0.5, 'time_std': 0.25}):
+        family = build(process='flow', prediction='flow', variance='fixed_small', sampler='euler', times=times, **given)
+        state = family.init(jax.random.key(0), {}, {})
+        Stub.seen.clear()
+        family.update(state, {}, {'image': images(4096)}, jax.random.key(1))
+        t = Stub.seen[0][1] / 1000
+        drawn = jnp.log(t / (1 - t))  # of a flow sigma / alpha is t / (1 - t)
+        wanted = (0.5, 0.25) if given else (mean, std)
+        assert abs(drawn.mean() - wanted[0]) < 0.06 and abs(drawn.std() - wanted[1]) < 0.05
+
+
+@pytest.mark.parametrize('process', ['linear', 'vp', 'flow', 've'])
+def test_fourier_features_are_shown_logarithms(process, monkeypatch):
+    section = {'channels': 8, 'multipliers': (1,), 'blocks': 1, 'attention': (), 'embedding': 'fourier'}
+    monkeypatch.setitem(diffusion.NETWORKS, 'ncsnpp', lambda **_: Stub())
+    prediction = 'flow' if process == 'flow' else 'eps'
+    family = build(network='ncsnpp', ncsnpp=section, process=process, prediction=prediction, variance='fixed_small')
+    state = family.init(jax.random.key(0), {}, {})
+    Stub.seen.clear()
+    family.update(state, {}, {'image': images(512)}, jax.random.key(1))
+    ((_, told, _),) = Stub.seen
+    assert jnp.isfinite(told).all() and jnp.abs(told).max() < 12 and told.min() < -1
+
+
+@pytest.mark.parametrize(('rescale', 'last'), [(False, 19), (True, 950)])
+def test_rescaled_timesteps(rescale, last, monkeypatch):
+    """improved-diffusion's default embeds t 1000 / T, so that 20 steps look like 1000."""
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    family = build(rescale_timesteps=rescale)
+    state = family.init(jax.random.key(0), {}, {})
+    Stub.seen.clear()
+    family.update(state, {}, {'image': images(512)}, jax.random.key(1))
+    assert Stub.seen[0][1].max() == last
+
+
+class TellsLabels(nn.Module):
+    """A velocity that is the label over 10, and 0 without one."""
+
+    @nn.compact
+    def __call__(self, x, t, label=None, *, train):
+        scale = jnp.where(label == 10, 0, label / 10)[:, None, None, None]
+        return 0 * x + scale + self.param('w', nn.initializers.zeros, ())
+
+
+@pytest.mark.parametrize('options', [
+    {'process': 'flow', 'prediction': 'flow', 'variance': 'fixed_small', 'sampler': 'euler'},
+    {'process': 'linear', 'prediction': 'flow', 'zero_terminal': True, 'sampler': 'ddim', 'spacing': 'trailing'},
+], ids=['flow', 'zero_terminal'])  # fmt: skip
+@pytest.mark.parametrize('steps', [1, 4])
+def test_guidance_guides_every_level(options, steps, monkeypatch):
+    """With a scale of 3 the network's constant output counts three times at every level, that of alpha 0 too."""
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: TellsLabels())
+    options = {**options, 'conditional': True, 'label_dropout': 0.1, 'clip': False, 'sample_steps': steps}
+    one, three = build(**options), build(**options, guidance=3.0)
+    capped = build(**options, guidance=3.0, guidance_to=1e8)
+    state = one.init(jax.random.key(0), {}, {})
+
+    def last(family, label):
+        seen = family.trajectory(state, {}, {'index': jnp.arange(2), 'label': jnp.full(2, label)}, jax.random.key(1))
+        return seen['x_0'][0] if steps > 1 else seen['x'][0]
+
+    plain = last(one, 0)
+    moved = last(one, 2) - plain
+    np.testing.assert_allclose(moved, -0.2 * jnp.ones_like(moved), rtol=1e-4)  # x_0 = x - output at alpha 0
+    np.testing.assert_allclose(last(three, 2) - plain, 3 * moved, rtol=1e-4)
+    np.testing.assert_allclose(last(capped, 2) - plain, moved, rtol=1e-4)
+
+
+@pytest.mark.parametrize('sampler', ['euler', 'euler_ancestral', 'heun', 'dpm_solver_pp', 'unipc', 'euler_maruyama'])
+@pytest.mark.parametrize('prediction', ['v', 'edm'])
+def test_every_solver_starts_at_alpha_0(sampler, prediction):
+    """A chain of zero terminal SNR goes with every solver and prediction that has a limit there."""
+    family, state = tiny(
+        zero_terminal=True, prediction=prediction, sampler=sampler, spacing='trailing', sample_steps=4, beta_end=0.5
+    )
+    x = draw(family, state)
+    assert jnp.isfinite(x).all() and jnp.abs(x[0] - x[1]).max() > 1e-3
+
+
+def test_classifier_guidance_at_alpha_0():
+    """A flow's first step is guided too: by the toy's shift at sigma / alpha = 100, its limit."""
+    options = {'unet': UNET, 'process': 'flow', 'prediction': 'flow', 'variance': 'fixed_small', 'sampler': 'euler'}
+    _, state = tiny(**{k: v for k, v in options.items() if k != 'unet'})
+    drawn = {}
+    for scale in (0.0, 1.0):
+        family = diffusion.build(
+            context(classes=2, stages={'classifier': toy_classifier(0.01)}), **options, sample_steps=1, clip=False,
+            classifier_scale=scale,
+        )  # fmt: skip
+        batch = {'index': jnp.arange(4), 'label': jnp.zeros(4, jnp.int32)}
+        drawn[scale] = family.trajectory(state, {'classifier': (None, {})}, batch, jax.random.key(0))['x_0'][-1]
+    x = drawn[1.0] - drawn[0.0]
+    # log p = -log(1 + exp(-2 m)), m = 0.01 mean(y) / 101, y = 100 x_t: its gradient in y times 100^2.
+    largest = 100**2 * 2 * 0.01 / 101 / 64
+    assert (x > 0.4 * largest).all() and (x < 0.6 * largest).all()
+
+
+def test_the_likelihood_of_the_ode_is_of_unclipped_estimates():
+    """The derivative of a clipped estimate is 0, and no density's."""
+    options = {**CONTINUOUS, 'process': 'vp'}
+    (clipped, state), (plain, _) = tiny(**options, clip=True), tiny(**options, clip=False)
+    batch = {'image': images(2), 'index': jnp.arange(2)}
+    a, b = (f.evaluate(state, {}, batch, jax.random.key(0))['bits_per_dim'] for f in (clipped, plain))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_denoising_at_sigma_0_is_finite():
+    for process, prediction in {'linear': 'eps', 'vp': 'eps', 've': 'score', 'flow': 'flow'}.items():
+        family, state = tiny(process=process, prediction=prediction, variance='fixed_small', sampler='ddim', clip=False)
+        x = images(2)
+        found = family.denoise(state, {}, {}, x, jnp.zeros(2))
+        assert jnp.abs(found - x).max() < (0.2 if process == 'linear' else 0.02), process
+
+
 def test_learned_variance_is_taught_by_the_bound_alone():
     """Half of the outputs are the variance's; the bound's gradient reaches them and no others."""
     family = build(variance='learned', bound_weight=1.0)
@@ -291,7 +409,7 @@ def test_divisor():
         ({'times': 'lognormal'}, {}, ['times', 'linear']),
         ({'unet': {**UNET, 'patch': 8}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
         ({'zero_terminal': True}, {}, ['zero_terminal', 'prediction']),
-        ({'sigma_min': 60.0}, {}, ['sigma_min']),
+        ({'sigma_min': 160.0}, {}, ['sigma_min']),
         (
             {'process': 'flow', 'variance': 'fixed_small', 'sampler': 'heun', 'spacing': 'karras'},
             {},
@@ -306,6 +424,9 @@ def test_divisor():
         ({'predictor': 'euler'}, {}, ['predictor', 'euler_maruyama']),
         ({'ode_steps': 0}, {}, ['ode_steps']),
         ({'langevin_steps': 0}, {}, ['langevin_steps']),
+        ({'last_step': 0.04}, {}, ['last_step', 'euler_maruyama']),
+        ({'rescale_timesteps': True, 'process': 'vp', 'variance': 'fixed_small'}, {}, ['rescale_timesteps', 'vp']),
+        ({'zero_terminal': True, 'prediction': 'v', 'sampler': 'annealed_langevin'}, {}, ['annealed', 'alpha']),
         ({'data_std': 0.0}, {}, ['data_std']),
         ({'strength': -1.0}, {}, ['strength']),
         ({'network': 'adm', 'adm': {'head_channels': 0, 'heads': 0, 'attention': ()}}, {}, ['head_channels']),
@@ -502,6 +623,24 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
     np.testing.assert_allclose(first.encode(1.0, {}, {'image': drawn}, None), in_latents, atol=1e-4)
     film = latent.trajectory(state, frozen, batch, jax.random.key(2))
     np.testing.assert_allclose(film['x'][-1], drawn, atol=1e-5)
+
+
+def test_training_draws_latents_from_the_posterior(monkeypatch):
+    """As LDM, DiT and SiT do; what is measured is of the mean."""
+    first, frozen = toy_autoencoder()
+    sampled = lambda state, frozen, batch, rng: 3 + jax.random.normal(rng, (len(batch['image']), 4, 4, 4))  # noqa: E731
+    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    # Almost no noise: the network sees alpha x_0.
+    options = {**TINY, 'clip': False, 'timesteps': 2, 'beta_start': 1e-9, 'beta_end': 1e-9}
+    seen = []
+    for stage in (first, first._replace(encode_sampled=sampled)):
+        family = diffusion.build(context(stages={'first': stage}), **options)
+        state = family.init(jax.random.key(0), {'image': images(1)}, frozen)
+        Stub.seen.clear()
+        family.update(state, frozen, {'image': 0 * images(256)}, jax.random.key(1))
+        seen.append(Stub.seen[0][0])
+    assert jnp.abs(seen[0]).max() < 0.01
+    assert abs(seen[1].mean() - 3) < 0.05 and abs(seen[1].std() - 1) < 0.05
 
 
 def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):

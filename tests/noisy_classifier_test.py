@@ -32,7 +32,7 @@ class Stub(nn.Module):
         return jnp.zeros((len(x), 10)) + self.param('w', nn.initializers.zeros, ())
 
 
-@pytest.mark.parametrize('process', ['linear', 'cosine', 'vp', 've'])
+@pytest.mark.parametrize('process', ['linear', 'cosine', 'vp', 've', 'flow'])
 def test_sees_images_of_any_process_as_its_own(process, monkeypatch):
     """x = image + sigma eps becomes alpha x at the step where sigma / alpha is this sigma."""
     monkeypatch.setattr(noisy_classifier, 'ADMClassifier', lambda **_: Stub())
@@ -42,7 +42,7 @@ def test_sees_images_of_any_process_as_its_own(process, monkeypatch):
     sigma = jnp.array([0.05, 0.5, 5.0])
     family.classify(state, {}, {'image': x, 'sigma': sigma}, jax.random.key(0))
     seen, told = Stub.seen[-1]
-    alpha = jnp.ones(3) if process == 've' else 1 / jnp.sqrt(1 + sigma**2)
+    alpha = {'ve': jnp.ones(3), 'flow': 1 / (1 + sigma)}.get(process, 1 / jnp.sqrt(1 + sigma**2))
     np.testing.assert_allclose(seen, alpha[:, None, None, None] * x, rtol=1e-3, atol=1e-5)
     assert (np.diff(told) > 0).all()
     if process == 'linear':
@@ -52,7 +52,9 @@ def test_sees_images_of_any_process_as_its_own(process, monkeypatch):
     family.classify(state, {}, {'image': 1e6 * x, 'sigma': jnp.full(3, 1e6)}, jax.random.key(0))
     seen, told = Stub.seen[-1]
     way = noisy_classifier.processes.make(process)
-    np.testing.assert_allclose(told, way.told(jnp.full(3, way.end, jnp.float32)), rtol=1e-3)
+    # A flow's last level is noise alone; sigma = 100, nearly it, stands for all that is noisier.
+    end = 100 / 101 if process == 'flow' else way.end
+    np.testing.assert_allclose(told, way.told(jnp.full(3, end, jnp.float32)), rtol=1e-3)
     np.testing.assert_allclose(seen, way.at(np.array(float(way.end))).sigma * x, rtol=1e-2)
     # A clean image is the first level's.
     family.classify(state, {}, {'image': x}, jax.random.key(0))
@@ -82,7 +84,7 @@ def test_refuses_in_one_line():
     with pytest.raises(UserError, match='label'):
         noisy_classifier.build(context(classes=0), **TINY)
     with pytest.raises(UserError, match='process'):
-        noisy_classifier.build(context(), **TINY, process='flow')
+        noisy_classifier.build(context(), **TINY, process='uniform')
     with pytest.raises(UserError, match='head_channels must be 1'):
         noisy_classifier.build(context(), adm={**TINY['adm'], 'head_channels': 0})
     with pytest.raises(UserError, match='multiple of 2'):

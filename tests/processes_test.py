@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgen.diffusion import processes, samplers
-from jaxgen.diffusion.guidance import guided
-from jaxgen.diffusion.likelihood import ode_likelihood
+from jaxgen.diffusion.guidance import UNLIMITED, guided, in_interval
+from jaxgen.diffusion.likelihood import ode_likelihood, variational_bound
 from jaxgen.diffusion.parameterisations import PREDICTIONS, error_scale, input_scale, target, to_x_0, weight
 
 NAMES = processes.PROCESSES
@@ -20,7 +20,7 @@ def test_published_values():
     vp = processes.make('vp').at(np.array([0.001, 0.5, 1.0]))
     expected = [0.99994503, 0.010485416, 0.28118288, 0.9596542, 0.0065715865, 0.99997841]
     np.testing.assert_allclose(np.stack([vp.alpha, vp.sigma], -1).ravel(), expected, rtol=2e-6)
-    ve = processes.make('ve').at(np.array([1e-5, 0.5, 1.0]))
+    ve = processes.make('ve', sigma_min=0.01, sigma_max=50.0).at(np.array([1e-5, 0.5, 1.0]))
     np.testing.assert_allclose(ve.sigma, [0.010000852, 0.70710678, 50.0], rtol=1e-6)
     sub = processes.make('sub_vp').at(np.array([0.5]))
     np.testing.assert_allclose(sub.sigma, 0.9596542**2, rtol=1e-6)
@@ -163,3 +163,121 @@ def test_ode_likelihood_of_a_gaussian(name):
     exact = -density.mean(1) / np.log(2) + np.log2(127.5)
     np.testing.assert_allclose(found.mean(), exact.mean(), atol=0.01)
     assert np.corrcoef(found, exact)[0, 1] > 0.99, 'each example has its own'
+
+
+GREY = 1 / 127.5  # a grey level, of images in [-1, 1]
+
+
+def gaussian_denoiser(way, std):
+    """E[x_0 | x_t] of N(0, std^2)."""
+
+    def denoise(x, t):
+        at = way.at(jnp.broadcast_to(t, (len(x),)))
+        alpha, sigma = at.alpha[:, None], at.sigma[:, None]
+        return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
+
+    return denoise
+
+
+def bits_of_gaussian(std, noise=0.0):
+    """Bits per dimension of N(0, std^2 + noise^2) for draws of N(0, std^2) with uniform dequantisation noise."""
+    variance = std**2 + noise**2
+    moment = std**2 + GREY**2 / 12
+    return np.log2(127.5) + 0.5 * np.log2(2 * np.pi * variance) + moment / variance / (2 * np.log(2))
+
+
+@pytest.mark.parametrize('levels', [0.5, 1, 3, 13])
+@pytest.mark.parametrize(('name', 'options'), [
+    ('vp', {}), ('sub_vp', {}), ('flow', {}), ('ve', {'sigma_min': 0.002, 'sigma_max': 80.0}), ('ve', {}),
+], ids=['vp', 'sub_vp', 'flow', 'edm', 've'])  # fmt: skip
+def test_ode_likelihood_of_narrow_gaussians(name, options, levels):
+    """Data whose standard deviation is some grey levels: the start of the integral is no wider than they are.
+
+    VE begins at its sigma_min of 2.55 grey levels (0.01 over images in [0, 1]): the density is that of data with it."""
+    way, std = processes.make(name, **options), levels * GREY
+    x_0 = std * jax.random.normal(jax.random.key(0), (1024, 64))
+    keys = jax.random.split(jax.random.key(1), 1024)
+    denoise = gaussian_denoiser(way, std)
+    found = jax.jit(lambda x: ode_likelihood(denoise, x, way, keys, 50))(x_0)['bits_per_dim']
+    start = {'sub_vp': 1e-6, 'vp': 1e-3, 'flow': 1e-5}.get(name, options.get('sigma_min', 0.02))
+    np.testing.assert_allclose(found.mean(), bits_of_gaussian(std, start), atol=0.015)
+    assert start == 0.02 or abs(found.mean() - bits_of_gaussian(std)) < 0.04
+
+
+@pytest.mark.parametrize(('levels', 'tight'), [(0.5, 1.2), (3, 0.3), (13, 0.7)])
+def test_bound_of_a_chain_for_narrow_gaussians(levels, tight):
+    """The bound of the best model lies above the entropy of the 256 levels, by what fixed variances cost."""
+    from scipy.stats import norm
+
+    way, std = processes.make('linear'), levels * GREY
+    table = way.at(np.arange(1000))
+    grey = np.arange(-127, 128)
+    p = np.diff(norm.cdf((np.append(grey, 128) - 0.5) / levels))
+    entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum()
+    # Levels are the odd multiples of half a grey level away from 0; the mean is put on one.
+    x_0 = np.round(np.random.default_rng(0).normal(size=(64, 64)) * levels) * GREY + GREY / 2
+    inner = gaussian_denoiser(way, np.sqrt(std**2 + GREY**2 / 12))
+    denoise = lambda x, t: GREY / 2 + inner(x - way.at(t).alpha[:, None] * GREY / 2, t)  # noqa: E731
+    keys = jax.random.split(jax.random.key(1), 64)
+    bound = jax.jit(lambda x: variational_bound(denoise, x, table, 'fixed_small', keys, 100))
+    bits = bound(jnp.asarray(x_0, jnp.float32))['bits_per_dim'].mean()
+    assert entropy - 0.02 < bits < entropy + tight
+
+
+def test_guidance_at_alpha_0():
+    """Without an upper end every level is guided; with one sigma / alpha is infinite at alpha 0, and above it."""
+    alpha, sigma = jnp.array([0.0, 0.5, 1.0, 1.0]), jnp.array([1.0, 0.5, 0.25, 0.0])
+    assert in_interval(alpha, sigma, 0.0, UNLIMITED).tolist() == [True] * 4
+    assert in_interval(alpha, sigma, 0.5, UNLIMITED).tolist() == [True, True, False, False]
+    assert in_interval(alpha, sigma, 0.0, 1e8).tolist() == [False, True, True, True]
+    assert in_interval(alpha, sigma, 0.25, 1.0).tolist() == [False, True, True, False]
+
+
+def test_rescaled_guidance_of_a_constant_output():
+    """A new network puts out zeros: their standard deviation is 0, and nothing is rescaled."""
+    x, t, label = jnp.ones((2, 3)), jnp.ones(2), jnp.array([0, 1])
+    output, _ = guided(lambda x, t, label: (0 * x, None), x, t, label, 9, 2.0, jnp.ones(2, bool), 0.7)
+    np.testing.assert_array_equal(output, 0)
+
+
+@pytest.mark.parametrize('prediction', ['v', 'x0', 'flow', 'edm'])
+def test_conversions_at_alpha_0(prediction):
+    """x_t is noise alone: the output that the target asks for still leads to x_0."""
+    alpha, sigma = jnp.zeros(1), jnp.ones(1)
+    x_0, eps = jax.random.normal(jax.random.key(0), (2, 5))
+    output = target(prediction, x_0, eps, alpha, sigma)
+    np.testing.assert_allclose(to_x_0(prediction, output, eps, alpha, sigma), x_0, rtol=1e-5)
+    assert jnp.isfinite(error_scale(prediction, alpha, sigma)).all()
+    assert jnp.isfinite(input_scale(prediction, alpha, sigma)).all()
+    for weighting in ('none', 'min_snr', 'eps', 'v', 'flow'):
+        assert jnp.isfinite(weight(weighting, prediction, alpha, sigma, 0.5, 5.0)).all()
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('vp', {}), ('sub_vp', {}), ('flow', {}), ('ve', {}), ('linear', {}), ('cosine', {}), ('geometric', {}),
+    ('linear', {'zero_terminal': True}),
+])  # fmt: skip
+def test_random_fourier_features_receive_a_logarithm(name, options):
+    """score_sde's frequencies have a standard deviation of 16: times between neighbours of 1000 are to differ by much
+    less than a period of it, and finitely at both ends."""
+    way = processes.make(name, **options)
+    t = jnp.arange(1000) if way.steps else jnp.linspace(way.start, way.end, 1001)
+    found = processes.network_time(way, t, 'eps', logarithmic=True)
+    assert jnp.isfinite(found).all() and (jnp.diff(found) > -1e-6).all()
+    assert jnp.median(jnp.diff(found)) < 1 / 16
+    at = way.at(t)
+    inside = (at.alpha > 1e-3) & (at.sigma > 1e-3)
+    wanted = jnp.log(at.sigma / at.alpha) - (np.log(2) if name == 've' else 0)  # as published, over images in [0, 1]
+    np.testing.assert_allclose(found[inside], wanted[inside], rtol=1e-4, atol=1e-4)
+    told = processes.network_time(way, t, 'eps', logarithmic=False)
+    np.testing.assert_array_equal(told, way.told(t))
+
+
+def test_sigmas_are_those_of_the_choices_own_paper():
+    """score_sde's 0.01 and 50 and NCSN's 0.01 and 1 are over images in [0, 1], EDM's over [-1, 1]."""
+    assert processes.sigma_range('ve', 'score') == (0.02, 100.0)
+    assert processes.sigma_range('geometric', 'score') == (0.02, 2.0)
+    assert processes.sigma_range('ve', 'edm') == (0.002, 80.0)
+    assert processes.sigma_range('ve', 'edm', 0.01, None) == (0.01, 80.0)
+    ends = processes.make('ve').at(np.array([0.0, 1.0])).sigma
+    np.testing.assert_allclose(ends, [0.02, 100.0])

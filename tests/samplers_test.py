@@ -593,25 +593,27 @@ def test_from_pure_noise(name):
     np.testing.assert_allclose(y.std(0), STD, rtol=0.15)
 
 
-def test_sit_by_hand():
+@pytest.mark.parametrize('released', [False, True])
+def test_sit_by_hand(released):
     """Its SDE in its own clock, u = 1 - t from noise to data: dx = (v + (1 - u) s) du + sqrt(2 (1 - u)) dw, with
-    the diffusion coefficient sigma; Euler-Maruyama from 0 to 1 - h, then the mean of a last step of h."""
+    the diffusion coefficient sigma; Euler-Maruyama from 0 to 1 - h, then a last step of h: the estimate, or the mean of
+    the SDE's step. The released sampler: h = 0.04, before it levels evenly from u = 0 to 0.96, both included."""
     from jaxgen.diffusion import processes
 
     steps = 10
-    schedule = processes.levels(processes.flow(), steps, 'uniform')
+    schedule = processes.levels(processes.flow(), steps, 'uniform', last_step=0.04 if released else 0.0)
     denoise = best('flow')
     keys = keys_of(3, 4)
     x = schedule.sigma[-1] * normal(keys_of(2, 4), (3,))
-    found = samplers.euler_maruyama(denoise, x, schedule, keys)
-    h = 1 / steps
+    found = samplers.euler_maruyama(denoise, x, schedule, keys, mean_step=released)
+    h, last = (0.96 / (steps - 1), 0.04) if released else (1 / steps, 1 / steps)
     for i in range(steps - 1, -1, -1):
         t = schedule.t[i]
         x_0 = denoise(x, jnp.float32(t))
         eps = (x - (1 - t) * x_0) / t
         velocity, score = x_0 - eps, -eps / t
-        if i == 0:
-            x = x + h * velocity  # from t = h: the estimate of the image itself
+        if i == 0:  # from t = last; without the score: the estimate of the image itself
+            x = x + last * (velocity + (t * score if released else 0))
             break
         noise = samplers.noise_of(keys, i, x)
         x = x + h * (velocity + t * score) + np.sqrt(2 * t * h) * noise

@@ -9,6 +9,19 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+UNLIMITED = 1e9  # an upper end of guidance's interval that is none
+# Largest sigma / alpha that a classifier is shown where alpha falls to 0. What it knows of the class falls as fast as
+# sigma / alpha rises, and the estimate of x_0 moves by as much from here on.
+FARTHEST = 100.0
+
+
+def in_interval(alpha: Array, sigma: Array, low: float, high: float) -> Array:
+    """bool, where low <= sigma / alpha <= high, the interval that guidance is limited to (Kynkaanniemi et al. 2024,
+    arXiv 2404.07724). At alpha 0 the ratio is infinite: in no interval but those without an upper end,
+    UNLIMITED or more."""
+    above = sigma >= low * alpha
+    return above if high >= UNLIMITED else above & (sigma <= high * alpha)
+
 
 def classifier_guided(denoise: Callable, log_probability: Callable, reach: Callable, scale: float) -> Callable:
     """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4): the gradient of scale log p(y | x_t)
@@ -70,7 +83,8 @@ def guided(
     guided = u + scale * (c - u)
     if rescale:
         axes = tuple(range(1, c.ndim))
-        ratio = c.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+        std = guided.std(axes, keepdims=True)
+        ratio = jnp.where(std > 0, c.std(axes, keepdims=True) / jnp.where(std > 0, std, 1), 1)  # constant: new networks
         guided = guided * (rescale * ratio + 1 - rescale)
     if channels:
         guided = jnp.concatenate([guided[..., :channels], c[..., channels:]], -1)

@@ -29,9 +29,8 @@ def coefficients(prediction: str, alpha: Array, sigma: Array, data_std: float = 
     """
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
     if prediction == 'edm':
-        ratio = sigma / alpha
-        total = jnp.sqrt(ratio**2 + data_std**2)
-        return ratio / (data_std * total), -data_std / total
+        total = jnp.sqrt(sigma**2 + (alpha * data_std) ** 2)
+        return sigma / (data_std * total), -data_std * alpha / total
     return {
         'eps': (zero, one),
         'x0': (one, zero),

@@ -24,6 +24,10 @@ from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 
 PROCESSES = ('linear', 'cosine', 'geometric', 'vp', 'sub_vp', 've', 'flow')
+# The least and the largest sigma over images in [-1, 1]: of score_sde's VE (0.01 and 50 over images in [0, 1]), of
+# NCSN's 2019 CIFAR-10 model (0.01 and 1 over [0, 1]) and of EDM (stated over [-1, 1]).
+SIGMAS = {'ve': (0.02, 100.0), 'geometric': (0.02, 2.0), 'edm': (0.002, 80.0)}
+LEAST_RATIO = 1e-5  # at which logarithms of sigma / alpha and of alpha / sigma end
 
 
 class Process(NamedTuple):
@@ -36,6 +40,7 @@ class Process(NamedTuple):
     low: float  # of time, in sampling: the level next to the data, or the data itself where sigma is 0 there
     end: float
     steps: int  # T of a chain, whose times are 0 .. T - 1; 0: continuous
+    log_told: bool = False  # `told` is a logarithm of the noise level
 
 
 def module(x):
@@ -49,8 +54,8 @@ def make(
     timesteps: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
-    sigma_min: float = 0.01,
-    sigma_max: float = 50.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     zero_terminal: bool = False,
 ) -> Process:
     """A process by its name.
@@ -64,11 +69,13 @@ def make(
           'vp', 'sub_vp'  with the betas of a chain of 1000 steps: beta(t) from 1000 beta_start to 1000 beta_end
           've'  alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t
           'flow'  alpha = 1 - t, sigma = t (Lipman et al. 2022; Liu et al. 2022)
+      sigma_min, sigma_max: over images in [-1, 1]; None: as `sigma_range` has them.
       zero_terminal: of a chain: alpha_bar is moved to end at 0 exactly (Lin et al. 2023, algorithm 1).
 
     Raises:
       UserError: a value out of range.
     """
+    sigma_min, sigma_max = sigma_range(name, '', sigma_min, sigma_max)
     if timesteps < 2 or not 0 < beta_start <= beta_end < 1 or not 0 < sigma_min < sigma_max:
         raise UserError(
             f'config.model: timesteps {timesteps} must be at least 2, 0 < beta_start {beta_start} <= '
@@ -86,13 +93,44 @@ def make(
         way = exploding(sigma_min, sigma_max)
         return way._replace(
             at=lambda t: way.at(t / steps)._replace(t=t), time=lambda ratio: steps * way.time(ratio),
-            told=lambda t: t, end=steps, steps=timesteps,
+            told=lambda t: t, end=steps, steps=timesteps, log_told=False,
         )  # fmt: skip
     if name in ('vp', 'sub_vp'):
         return stochastic(1000 * beta_start, 1000 * beta_end, sub=name == 'sub_vp')
     if name == 've':
         return exploding(sigma_min, sigma_max)
     return flow()
+
+
+def sigma_range(
+    process: str, prediction: str, sigma_min: float | None = None, sigma_max: float | None = None
+) -> tuple[float, float]:
+    """(sigma_min, sigma_max), each as given or, where it is None, that of the paper: EDM's for the prediction 'edm',
+    else that of the process."""
+    low, high = SIGMAS['edm'] if prediction == 'edm' else SIGMAS.get(process, SIGMAS['ve'])
+    return low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max
+
+
+def log_noise_ratio(at: Schedule):
+    """log(sigma / alpha), finite where alpha or sigma is 0: the ratio ends at LEAST_RATIO and one over it."""
+    xp = module(at.alpha)
+    alpha, sigma = xp.maximum(at.alpha, LEAST_RATIO * at.sigma), xp.maximum(at.sigma, LEAST_RATIO * at.alpha)
+    return xp.log(sigma) - xp.log(alpha)
+
+
+def network_time(process: Process, t, prediction: str, logarithmic: bool):
+    """What a network embeds of times t [n].
+
+    log(sigma / alpha) / 4 for EDM's prediction (Karras et al. 2022, table 1), else what the process says: steps of a
+    chain of about 1000, or a logarithm.
+
+    Args:
+      logarithmic: the embedding is for logarithms, as random Fourier features are (Song et al. 2021, appendix H): of
+        steps its frequencies would make neighbours unrelated. log(sigma / alpha) where the process has no logarithm.
+    """
+    if prediction == 'edm':
+        return 0.25 * log_noise_ratio(process.at(t))
+    return log_noise_ratio(process.at(t)) if logarithmic and not process.log_told else process.told(t)
 
 
 def uniform_times(process: Process, rng, n: int):
@@ -152,7 +190,7 @@ def exploding(low: float, high: float) -> Process:
         return module(ratio).log(ratio / low) / span
 
     # The published networks are told the logarithm of sigma over images in [0, 1], where it is half as large.
-    return Process(at, time, lambda t: math.log(low / 2) + t * span, 0.0, 0.0, 1.0, 0)
+    return Process(at, time, lambda t: math.log(low / 2) + t * span, 0.0, 0.0, 1.0, 0, True)
 
 
 def flow() -> Process:
@@ -167,13 +205,15 @@ def flow() -> Process:
     return Process(at, time, lambda t: 1000 * t, 0.0, 0.0, 1.0, 0)
 
 
-def levels(process: Process, n: int, spacing: str, shift: float = 1.0) -> Schedule:
+def levels(process: Process, n: int, spacing: str, shift: float = 1.0, last_step: float = 0.0) -> Schedule:
     """The levels that a sampler visits, numpy float64, from the one next to the data to the last.
 
     Args:
       n: how many; 0: all steps of a chain, 100 in continuous time; 1: the last one, which is noise.
       spacing: of a chain 'uniform' | 'trailing' | 'respaced' | 'quadratic', see `schedules`; in continuous time
         'uniform', evenly in t. Of both 'karras': evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
+      last_step: in continuous time, t of the level next to the data where it is above 0, as in SiT's released SDE
+        sampler (0.04); the others are evenly between it and the end.
       shift: moves times, t to shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
     """
     n = n or process.steps or 100
@@ -185,6 +225,8 @@ def levels(process: Process, n: int, spacing: str, shift: float = 1.0) -> Schedu
         return process.at(process.time(np.linspace(low, high, n) ** 7))
     if process.steps:
         return process.at(schedules.SPACINGS[spacing](process.steps, n))
+    if last_step:
+        return process.at(np.linspace(last_step, process.end, n))
     at_data = process.at(np.array([process.low])).sigma[0] == 0
     times = np.linspace(process.low, process.end, n + at_data)[int(at_data) :]
     return process.at(shift * times / (1 + (shift - 1) * times))

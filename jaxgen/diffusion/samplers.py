@@ -159,7 +159,14 @@ def heun(
 
 
 def euler_maruyama(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, strength: float = 1.0, trajectory: bool = False
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    strength: float = 1.0,
+    mean_step: bool = False,
+    trajectory: bool = False,
 ) -> Array:
     """Euler-Maruyama's method for a reverse SDE with the marginals of the ODE: Euler's step for the velocity
     alpha' x_0 + sigma' eps, a step along the score, and noise. The last step, to the data, is the estimate.
@@ -169,6 +176,8 @@ def euler_maruyama(
 
     Args:
       strength: of noise and score; 0: `euler` on the velocity.
+      mean_step: the last step is like the others, only without noise, as in SiT's released sampler; for a flow it ends
+        at x_0 - strength sigma eps. Else it is the estimate.
     """
     alpha, sigma, alpha_s, sigma_s = levels(schedule)
     fall = sigma - sigma_s
@@ -176,7 +185,9 @@ def euler_maruyama(
     back = (1 + strength) * fall / sigma
     x_t_weight, x_0_weight = 1 - back, alpha_s - alpha + back * alpha
     std = np.sqrt(2 * strength * sigma * fall)
-    x_t_weight[0], x_0_weight[0], std[0] = 0, 1, 0
+    std[0] = 0
+    if not mean_step:
+        x_t_weight[0], x_0_weight[0] = 0, 1
     return linear(denoise, x, schedule.t, keys, x_t_weight, x_0_weight, std, trajectory=trajectory)
 
 

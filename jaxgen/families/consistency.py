@@ -51,7 +51,8 @@ from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
 Array = jax.Array
 
 RHO = 7  # of the levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)
-SCHEDULES = ('doubling', 'sqrt', 'constant')
+# {discretisation: (start_scales, end_scales)} of the recipe for CIFAR-10 that it belongs to.
+SCHEDULES = {'doubling': (10, 1280), 'sqrt': (2, 150), 'constant': (17, 17)}
 DISTANCES = ('pseudo_huber', 'l2', 'l1', 'perceptual')
 SEEN = 224  # pixels; smaller images are enlarged to it before LPIPS is asked, as in the published code
 # Where evaluate looks, in shares of the way from sigma_min^(1/7) to sigma_max^(1/7).
@@ -130,8 +131,8 @@ def build(
     sigma_max: float = 80.0,
     data_std: float = 0.5,
     discretisation: str = 'doubling',
-    start_scales: int = 10,
-    end_scales: int = 1280,
+    start_scales: int | None = None,
+    end_scales: int | None = None,
     total_steps: int = 1000,
     times: str = 'lognormal',
     time_mean: float = -1.1,
@@ -156,8 +157,8 @@ def build(
       sigma_min, sigma_max: the ends of all levels, over images in [-1, 1].
       data_std: of c_skip, c_out and c_in.
       discretisation, start_scales, end_scales, total_steps: N, the number of levels, over `total_steps` updates, see
-        `level_counts`; end_scales + 1 after them. `total_steps` is `config.train.steps` unless a run is to go on
-        with its last N.
+        `level_counts`; end_scales + 1 after them. Where they are None start_scales and end_scales are those of
+        SCHEDULES. `total_steps` is `config.train.steps` unless a run is to go on with its last N.
       times: how a pair of levels is drawn: 'uniform' | 'lognormal', log(sigma) with mean `time_mean` and standard
         deviation `time_std`, see `draw_intervals`.
       distance: 'pseudo_huber', sqrt(|a - b|^2 + c^2) - c with c = `huber` times the root of the number of values in an
@@ -166,7 +167,8 @@ def build(
       lpips: files with its weights, see losses/perceptual.py.
       weighting: of the distance: 'none' | 'gap', 1 / (sigma_high - sigma_low).
       target_decay: mu, of the average of the weights that the lower level is judged by; 0: the weights themselves.
-      adapt_decay: mu is target_decay^(start_scales / N), so it rises with N (Song et al. 2023, appendix C).
+      adapt_decay: mu is target_decay^(start_scales / (N - 1)), so it rises with N. (Song et al. 2023, appendix C, write
+        N; their code divides by the number of intervals.)
       solver: of the teacher's ODE, 'heun' | 'euler'.
       init_from_teacher: start from the teacher's averaged weights. Its network must be the same; worth most where
         it is one of prediction 'edm' with the same `data_std`, whose network has nearly the same task.
@@ -186,7 +188,7 @@ def build(
     sections = {'unet': unet, 'adm': adm, 'ncsnpp': ncsnpp, 'dit': dit}
     choices = {
         'network': (network, tuple(sections)),
-        'discretisation': (discretisation, SCHEDULES),
+        'discretisation': (discretisation, tuple(SCHEDULES)),
         'times': (times, ('uniform', 'lognormal')),
         'distance': (distance, DISTANCES),
         'weighting': (weighting, ('none', 'gap')),
@@ -200,11 +202,14 @@ def build(
             f'config.model: 0 < sigma_min {sigma_min} < sigma_max {sigma_max}, and data_std {data_std}, '
             f'time_std {time_std} and huber {huber} must be more than 0'
         )
+    start, end = SCHEDULES[discretisation]
+    end_scales = end if end_scales is None else end_scales
+    start_scales = min(start, end_scales) if start_scales is None else start_scales
     least = 2 if discretisation == 'sqrt' else 1
-    if not least <= start_scales <= end_scales:
+    if not least <= start_scales <= end_scales or not all(isinstance(n, int) for n in (start_scales, end_scales)):
         raise UserError(
-            f'config.model: start_scales {start_scales} must be from {least} to end_scales {end_scales}; '
-            f'discretisation is {discretisation!r}'
+            f'config.model: start_scales {start_scales} must be a whole number from {least} to end_scales '
+            f'{end_scales}; discretisation is {discretisation!r}'
         )
     if total_steps < 1 or (discretisation == 'doubling' and not doubling_every(start_scales, end_scales, total_steps)):
         raise UserError(
@@ -330,7 +335,7 @@ def build(
         target = state.extra['target'] if target_decay else None
         state, logs = step(state, (frozen, n - 1, target), batch, rng)
         if target_decay:
-            decay = target_decay ** (start_scales / n) if adapt_decay else target_decay
+            decay = target_decay ** (start_scales / (n - 1)) if adapt_decay else target_decay
             mean = jax.tree.map(lambda t, p: decay * t + (1 - decay) * p, target, state.params['denoiser'])
             state = state.replace(extra={'target': mean})
         return advance(state, context.optim), {**logs, 'levels': n.astype(jnp.float32)}

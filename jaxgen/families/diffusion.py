@@ -52,7 +52,7 @@ from jaxgen.contract import (
     normal,
 )
 from jaxgen.diffusion import augment, importance, parameterisations, processes, samplers
-from jaxgen.diffusion.guidance import classifier_guided, guided
+from jaxgen.diffusion.guidance import FARTHEST, classifier_guided, guided, in_interval
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
@@ -62,6 +62,10 @@ from jaxgen.randomness import stream
 Array = jax.Array
 
 SPACINGS = ('uniform', 'trailing', 'respaced', 'quadratic', 'karras')
+# Mean and standard deviation of the papers whose `times` they are: EDM, and SD3 (Esser et al. 2024, arXiv 2403.03206).
+TIMES = {'lognormal': (-1.2, 1.2), 'logit_normal': (0.0, 1.0)}
+# What leaves x_0 known where alpha is 0.
+AT_ALPHA_0 = ('v', 'x0', 'flow', 'edm')
 SAMPLERS = {
     'ancestral': samplers.ancestral,
     'ddim': samplers.ddim,
@@ -96,13 +100,14 @@ def build(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     zero_terminal: bool = False,
-    sigma_min: float = 0.01,
-    sigma_max: float = 50.0,
+    rescale_timesteps: bool = False,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     prediction: str = 'eps',
     data_std: float = 0.5,
     times: str = 'uniform',
-    time_mean: float = -1.2,
-    time_std: float = 1.2,
+    time_mean: float | None = None,
+    time_std: float | None = None,
     weighting: str = 'none',
     gamma: float = 5.0,
     variance: str = 'fixed_large',
@@ -121,8 +126,10 @@ def build(
     predictor: str = 'reverse_diffusion',
     corrector_steps: int = 1,
     strength: float = 1.0,
+    last_step: float = 0.0,
     langevin_steps: int = 100,
     langevin_size: float = 8e-5,
+    final_denoising: bool = True,
     guidance: float = 1.0,
     guidance_from: float = 0.0,
     guidance_to: float = 1e9,
@@ -139,11 +146,14 @@ def build(
       label_dropout: share of the labels that are left out in training, so that `guidance` can be used.
       upsampling: show the network `batch['low_resolution']`, an image of any smaller size.
       augmentation: p, of each change of the training images that the network is told of, see `augment`; 0: none.
-      process, timesteps, beta_start, beta_end, zero_terminal, sigma_min, sigma_max: see `processes.make`.
+      process, timesteps, beta_start, beta_end, zero_terminal, sigma_min, sigma_max: see `processes.make`; of the
+        prediction 'edm' sigma_min and sigma_max are EDM's where they are None.
+      rescale_timesteps: the network embeds t 1000 / timesteps, as most released models of Nichol & Dhariwal 2021 do.
       prediction, data_std: what the network puts out, see `parameterisations.coefficients`.
       times: how t is drawn in training: 'uniform'; 'importance', steps of a chain by the size of their loss, see
         `importance`; 'lognormal', log(sigma / alpha) with mean `time_mean` and
-        standard deviation `time_std` (EDM); 'logit_normal', log(t / (1 - t)) with them (SD3).
+        standard deviation `time_std`, where they are None -1.2 and 1.2 (EDM); 'logit_normal', log(t / (1 - t)), where
+        they are None with 0 and 1 (SD3).
       weighting, gamma: of the error, see `parameterisations.weight`.
       variance: of a chain's reverse steps, 'fixed_large' (beta) | 'fixed_small' (the posterior's) | 'learned',
         between the two, learned by `bound_weight` times the variational bound in bits per dimension, added to the
@@ -157,9 +167,13 @@ def build(
       eta: randomness of 'ddim' and 'euler_ancestral', from 0, none, to 1.
       s_churn, s_min, s_max, s_noise: of 'heun'; strength: of 'euler_maruyama';
       snr, predictor, corrector_steps: of 'predictor_corrector', see `samplers.predictor_corrector`;
-        langevin_steps, langevin_size: steps at each level, and their size, of 'annealed_langevin'.
+        langevin_steps, langevin_size: steps at each level, and their size, of 'annealed_langevin'; final_denoising:
+        it ends with the estimate of x_0 (Song & Ermon 2020), and not with x at the first level (2019).
+      last_step: of 'euler_maruyama' in continuous time, t of its last level, from where a step without noise leads to
+        the data (SiT's released sampler: 0.04); 0: levels evenly from the end to the data, the last step the estimate.
       guidance: 1: none; s: label-free output + s (output - label-free output) (Ho & Salimans 2022), where
-        guidance_from <= sigma / alpha <= guidance_to (Kynkaanniemi et al. 2024); guidance_rescale: share by which
+        guidance_from <= sigma / alpha <= guidance_to (Kynkaanniemi et al. 2024), 1e9 or more: no upper end, also
+        where alpha is 0; guidance_rescale: share by which
         its standard deviation is put back to that without guidance (Lin et al. 2023, eq. 16); guidance_channels: of
         the first channels only (DiT's released sampler guides three of four), 0: all.
       latent_scale: of the latents of `config.stages.first`, so that their standard deviation is about 1.
@@ -222,10 +236,21 @@ def build(
     if classifier_scale:
         check_stage_image(context, 'classifier')
 
+    sigma_min, sigma_max = processes.sigma_range(process, prediction, sigma_min, sigma_max)
+    mean, std = TIMES.get(times, TIMES['lognormal'])
+    time_mean, time_std = mean if time_mean is None else time_mean, std if time_std is None else time_std
     way = processes.make(
         process, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, sigma_min=sigma_min,
         sigma_max=sigma_max, zero_terminal=zero_terminal,
     )  # fmt: skip
+    if rescale_timesteps:
+        if not way.steps or network == 'refinenet':
+            raise UserError(
+                'config.model.rescale_timesteps is of chains whose network embeds the step; they are process '
+                f'{process!r} and network {network!r}'
+            )
+        way = way._replace(told=lambda t: t * (1000 / timesteps))
+    ends_at_noise = way.at(np.array([way.end])).alpha[0] == 0
     learned = variance == 'learned'
     if weighting == 'bound' and not learned:
         raise UserError("config.model.weighting = 'bound' is the variational bound with variance = 'learned'")
@@ -236,22 +261,20 @@ def build(
     drawn = ('uniform', 'importance') if way.steps else ('uniform', 'lognormal', 'logit_normal')
     if (not way.steps and spacing not in ('uniform', 'karras')) or times not in drawn:
         raise UserError(f'config.model: spacing {spacing!r} and times {times!r} do not go with process {process!r}')
-    if spacing == 'karras' and (process == 'flow' or zero_terminal):
+    if spacing == 'karras' and ends_at_noise:
         raise UserError("config.model.spacing = 'karras' is by sigma / alpha, and the last level here has alpha = 0")
-    if (process == 'flow' or zero_terminal) and (
-        sampler in ('predictor_corrector', 'annealed_langevin') or classifier_scale
-    ):
-        what = 'classifier_scale' if classifier_scale else f'sampler = {sampler!r}'
-        raise UserError(f'config.model.{what} divides by alpha, which is 0 at the last level here')
-    if zero_terminal and (prediction not in ('v', 'x0') or sampler not in ('ancestral', 'ddim')):
+    if ends_at_noise and sampler in ('predictor_corrector', 'annealed_langevin'):
+        raise UserError(f'config.model.sampler = {sampler!r} divides by alpha, which is 0 at the last level here')
+    if ends_at_noise and prediction not in AT_ALPHA_0:
+        where = f'process {process!r}' + ' with zero_terminal' * zero_terminal
         raise UserError(
-            "config.model.zero_terminal needs prediction 'v' or 'x0', and sampler 'ancestral' or 'ddim': "
-            'at the last level there is no image to divide by'
+            f'config.model.prediction = {prediction!r} divides by alpha, which is 0 at the last level of {where}: take '
+            f'one of {AT_ALPHA_0}'
         )
-    if process == 'flow' and prediction not in ('flow', 'v', 'x0'):
+    if last_step and (sampler != 'euler_maruyama' or way.steps or not 0 < last_step < way.end):
         raise UserError(
-            f"config.model.prediction = {prediction!r} divides by alpha, which is 0 where process 'flow' ends: take "
-            "'flow', 'v' or 'x0'"
+            "config.model.last_step is of sampler 'euler_maruyama' in continuous time, from 0 to below 1; it is "
+            f'{last_step}, of {sampler!r} and process {process!r}'
         )
     if shift != 1 and process != 'flow':
         raise UserError(f"config.model.shift is of process 'flow'; here it is {process!r}, and shift {shift}")
@@ -298,7 +321,7 @@ def build(
         remat=context.remat,
         dtype=context.dtype,
     )
-    grid = processes.levels(way, sample_steps, spacing, shift)
+    grid = processes.levels(way, sample_steps, spacing, shift, last_step)
     table = way.at(np.arange(way.steps)) if way.steps else None
     draw_options = {
         'ancestral': {'variance': variance},
@@ -313,8 +336,8 @@ def build(
             level=lambda ratio: way.at(way.time(ratio)),
         ),
         'predictor_corrector': dict(snr=snr, predictor=predictor, corrector_steps=corrector_steps),
-        'euler_maruyama': {'strength': strength},
-        'annealed_langevin': {'steps_each': langevin_steps, 'step_size': langevin_size},
+        'euler_maruyama': {'strength': strength, 'mean_step': last_step > 0},
+        'annealed_langevin': dict(steps_each=langevin_steps, step_size=langevin_size, remove_noise=final_denoising),
     }
     draw = functools.partial(SAMPLERS[sampler], **draw_options.get(sampler, {}))
 
@@ -334,17 +357,17 @@ def build(
         """The network's output, and with a learned variance where it lies between its bounds, [0, 1]."""
         x = parameterisations.input_scale(prediction, *level(t), data_std) * x
         x = x if low is None else jnp.concatenate([x, low], -1)
-        told = 0.25 * jnp.log(way.at(t).sigma / way.at(t).alpha) if prediction == 'edm' else way.told(t)
+        told = processes.network_time(way, t, prediction, section.get('embedding') == 'fourier')
         output = net.apply({'params': params['denoiser']}, x, told, label, train=train, rngs=rngs, **changes)
         return (output[..., :channels], (output[..., channels:] + 1) / 2) if learned else (output, None)
 
-    def denoiser(params, label, low, scale: float):
+    def denoiser(params, label, low, scale: float, clip: bool = clip):
         """(x, t) -> estimate of x_0, and with a learned variance (estimate, fraction). scale: of guidance."""
 
         def denoise(x, t):
             t = jnp.broadcast_to(t, (len(x),))
             at = way.at(t)
-            here = (guidance_from * at.alpha <= at.sigma) & (at.sigma <= guidance_to * at.alpha)
+            here = in_interval(at.alpha, at.sigma, guidance_from, guidance_to)
 
             def one(x, t, label):  # of twice as many where there is guidance
                 beside = None if low is None else jnp.concatenate([low] * (len(x) // len(low)))
@@ -369,13 +392,19 @@ def build(
         """What is diffused: the images, or the first stage's latents of them."""
         return batch['image'] if first is None else latent_scale * first.encode(*frozen['first'], batch, rng)
 
+    def to_training_latent(frozen, batch, rng) -> Array:
+        """The same, drawn from the first stage's posterior where it has one (Rombach et al. 2021, and DiT and SiT)."""
+        if first is None or first.encode_sampled is None:
+            return to_latent(frozen, batch, rng)
+        return latent_scale * first.encode_sampled(*frozen['first'], batch, rng)
+
     def to_image(frozen, x_0, rng) -> Array:
         images = x_0 if first is None else first.decode(*frozen['first'], x_0 / latent_scale, rng)
         return jnp.clip(images, -1, 1)
 
     def loss(params, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
-        x_0, label = to_latent(frozen, batch, stream(rng, 'encoder')), batch.get('label')
+        x_0, label = to_training_latent(frozen, batch, stream(rng, 'encoder')), batch.get('label')
         changes = {}
         if augmentation:
             x_0, changes['augment'] = augment.augment(stream(rng, 'augmentation'), x_0, augmentation)
@@ -443,14 +472,21 @@ def build(
             return denoise
         shown, its_frozen = frozen['classifier']
 
-        def log_probability(x, t):
+        # Where alpha falls to 0 the estimate moves as it does at FARTHEST.
+        least = 1 / FARTHEST if ends_at_noise else 0.0
+
+        def guided_level(t):
             alpha, sigma = level(t)
+            return jnp.maximum(alpha, least * sigma), sigma
+
+        def log_probability(x, t):
+            alpha, sigma = guided_level(t)
             seen = {'image': x / alpha, 'sigma': (sigma / alpha)[:, 0, 0, 0]}
             logits = classifier.classify(shown, its_frozen, seen, jax.random.key(0))
             return -cross_entropy(logits, label)
 
         def reach(t):
-            alpha, sigma = level(t)
+            alpha, sigma = guided_level(t)
             if sampler != 'ancestral':
                 return sigma**2 / alpha
             # The mean of a step from t to the level below moves by the posterior's variance times the gradient.
@@ -495,7 +531,8 @@ def build(
 
     def evaluate(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
-        denoise = denoiser(state.ema, batch.get('label'), enlarged(batch), 1.0)
+        # A clipped chain has a bound (Ho et al. 2020 clip); the density of the ODE needs the derivative.
+        denoise = denoiser(state.ema, batch.get('label'), enlarged(batch), 1.0, clip and way.steps > 0)
         if first is not None:
             return {'eps_error': eps_error(denoise, to_latent(frozen, batch, stream(rng, 'encoder')), keys)}
         if way.steps:
@@ -504,7 +541,7 @@ def build(
 
     def denoise(state, frozen, batch, x, sigma):
         """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
-        t = way.time(sigma)
+        t = way.time(jnp.maximum(sigma, 1e-6))  # its logarithm is finite
         found = denoiser(state.ema, batch.get('label'), enlarged(batch), guidance)(level(t)[0] * x, t)
         return found[0] if learned else found
 
@@ -536,7 +573,7 @@ def build(
         divisor=divisor,
         free=(
             *('sampler', 'sample_steps', 'spacing', 'shift', 'clip', 'eta', 's_churn', 's_min', 's_max', 's_noise'),
-            *('predictor', 'corrector_steps'),
+            *('predictor', 'corrector_steps', 'last_step', 'final_denoising'),
             *('snr', 'strength', 'langevin_steps', 'langevin_size', 'classifier_scale', 'bound_steps', 'ode_steps'),
             *('guidance', 'guidance_from', 'guidance_to', 'guidance_rescale', 'guidance_channels'),
             *(() if learned else ('variance',)),

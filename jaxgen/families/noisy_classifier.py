@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
 from jaxgen.diffusion import processes
+from jaxgen.diffusion.guidance import FARTHEST
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.adm import ADMClassifier
@@ -36,8 +37,8 @@ def build(
     timesteps: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
-    sigma_min: float = 0.01,
-    sigma_max: float = 50.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
 ) -> Family:
     """Args:
       adm: how the network looks, see `networks.adm.Half`.
@@ -52,9 +53,8 @@ def build(
     """
     if not context.classes:
         raise UserError("config.data.features must hold 'label': the class is what the model learns")
-    if process not in processes.PROCESSES or process == 'flow':
-        known = tuple(name for name in processes.PROCESSES if name != 'flow')
-        raise UserError(f'config.model.process must be one of {known}; it is {process!r}')
+    if process not in processes.PROCESSES:
+        raise UserError(f'config.model.process must be one of {processes.PROCESSES}; it is {process!r}')
     section = {**FIELDS, **adm}
     divisor = check_network('adm', section, context.image)
     if not section['head_channels']:
@@ -113,7 +113,8 @@ def build(
         # There is nothing it was shown below the first level, as which a clean image counts, nor above the last, for
         # which what is noisier is scaled down.
         ends = way.at(jnp.array([way.start, way.end], jnp.float32))
-        lowest, highest = ends.sigma / ends.alpha
+        # A flow's last level is noise alone: from FARTHEST on counts as it.
+        lowest, highest = ends.sigma / jnp.maximum(ends.alpha, ends.sigma / FARTHEST * (process == 'flow'))
         sigma = batch.get('sigma', jnp.zeros(len(x)))
         t = way.time(jnp.clip(sigma, lowest, highest))
         scale = highest / jnp.maximum(sigma, highest)

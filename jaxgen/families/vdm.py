@@ -297,7 +297,7 @@ def build(
 
         The network has seen sigma from e^(gamma_0 / 2) to e^(gamma_1 / 2): outside it guesses.
         """
-        gamma = 2 * jnp.log(INWARD * sigma)
+        gamma = 2 * jnp.log(INWARD * jnp.maximum(sigma, 1e-6))
         alpha, _ = alpha_sigma(gamma)
         return to_image(state.ema['denoiser'], alpha * INWARD * x, gamma, batch.get('label'))[1]
 

@@ -409,6 +409,11 @@ def build(
         z, _, _, codes = find(state.ema, batch['image'])
         return tuple(codes) if interface == 'codes' else z
 
+    def encode_sampled(state, frozen, batch, rng):
+        """Latents drawn from the posterior, float32 [n, h, w, latent]; a draw for each place of the batch."""
+        mean, log_var = posterior(state.ema, batch['image'])
+        return mean + jnp.exp(0.5 * log_var) * jax.random.normal(rng, mean.shape)
+
     def embed(state, frozen, codes, k):
         """What codes int32 [n, *grids[k]] add to the map that is decoded, float32 [n, h, w, latent]."""
         return added(state.ema, codes, k)
@@ -440,4 +445,5 @@ def build(
     discrete = quantised and interface == 'codes'
     kind = dict(codes=grids, vocabulary=vocabulary) if discrete else dict(latent=(*grid, latent))
     kind |= dict(embed=embed) if discrete and scales else {}
+    kind['encode_sampled'] = None if quantised else encode_sampled
     return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, **kind)
