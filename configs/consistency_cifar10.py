@@ -56,7 +56,7 @@ def get_config(variant: str = ''):
                     target_decay=0.9,
                     adapt_decay=True,
                 ),
-                optim=dict(lr=4e-4, ema=0.9999),
+                optim=dict(lr=2e-4, ema=0.9999),  # the released config's
                 train=dict(steps=800_000),
             ),
             'distill': dict(

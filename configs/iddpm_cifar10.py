@@ -34,6 +34,9 @@ def get_config(variant: str = ''):
             ),
             process='cosine',
             timesteps=4000,
+            # Embeds t 1000 / T; the bound counts T / 1000 of a term, 0.001 of it all: defaults of the released code.
+            rescale_timesteps=True,
+            bound_weight=0.001,
             variance='learned',
         ),
         optim=dict(lr=1e-4, ema=0.9999),
@@ -46,7 +49,8 @@ def get_config(variant: str = ''):
             ),
             'conditional': dict(
                 data=dict(batch=2048, features=('image', 'label')),
-                model=dict(adm=dict(channels=192), conditional=True),
+                # --rescale_timesteps False; --rescale_learned_sigmas False: one term of T, 1 / 4000 of the bound.
+                model=dict(adm=dict(channels=192), conditional=True, rescale_timesteps=False, bound_weight=1 / 4000),
                 optim=dict(lr=3e-4),
                 train=dict(steps=250_000),
             ),
