@@ -19,7 +19,10 @@ from contract_test import DISTINCT, first_batch, tiny
 from jax.extend.core import Literal
 from support import assemble
 
-from jaxgen import evaluate, randomness, sample, sharding
+from jaxgen import config as configs
+from jaxgen import contract, evaluate, randomness, sample, sharding
+from jaxgen.families import diffusion
+from jaxgen.optim import make_optim
 from jaxgen.train import make_call
 
 UNKNOWN = object()
@@ -133,9 +136,8 @@ class Recorder:
         }
 
 
-def record(name: str) -> Recorder:
-    """All programs of a run with one seed: two updates, sampling, evaluation and what goes to latents and back."""
-    config = tiny(name)
+def record(config) -> Recorder:
+    """All programs of a run with one seed: the first weights, two updates, sampling and evaluation."""
     a = assemble(config)
     family, seed, recorder = a.family, 0, Recorder()
     batch = jax.eval_shape(lambda: first_batch(config))
@@ -160,16 +162,69 @@ def record(name: str) -> Recorder:
 SHARED = {'consistency': ('update', 2)}
 
 
-@pytest.mark.parametrize('name', sorted(DISTINCT.values()))
-def test_no_key_is_used_twice(name):
-    """In two updates, init, sampling and evaluation, of one seed."""
-    recorder = record(name)
+def check(config) -> None:
+    recorder = record(config)
     assert recorder.drawn
-    program, times = SHARED.get(tiny(name).family, ('', 1))
+    program, times = SHARED.get(config.family, ('', 1))
     places = {
         tuple(sorted(set(p))) for p in recorder.twice().values() if len(p) > times or not p[0].startswith(program)
     }
     assert not places, '\n'.join(map(str, sorted(places)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(DISTINCT.values()))
+def test_no_key_is_used_twice(name):
+    """In the first weights, two updates, sampling and evaluation, of one seed."""
+    check(tiny(name))
+
+
+# Where keys meet: augmentation, noise beside dropout, scales of codes, codes that start anew.
+MEETINGS = {
+    'edm_digits': dict(model=dict(augmentation=0.5)),
+    'pix2pix_shapes': dict(model=dict(noise=0.5)),
+    'var_vqvae_digits': {},
+    'vqvae_digits': dict(model=dict(restart=1.0)),
+}
+
+
+@pytest.mark.parametrize('name', MEETINGS)
+def test_no_key_is_used_twice_where_keys_meet(name):
+    check(tiny(name, **MEETINGS[name]))
+
+
+def test_a_stage_that_draws_has_keys_of_its_own():
+    """A first stage whose `encode` and `decode` draw, as the posterior's of a KL autoencoder may."""
+    image, latents = (8, 8, 1), (2, 2, 3)
+
+    def stage():
+        def encode(state, frozen, batch, rng):
+            first, second = jax.random.split(rng)
+            return jax.random.normal(first, (len(batch['image']), *latents)) + 0 * jax.random.normal(second)
+
+        def decode(state, frozen, z, rng):
+            first, second = jax.random.split(rng)
+            return jax.random.normal(first, (len(z), *image)) + 0 * jax.random.normal(second)
+
+        return contract.Family(None, None, None, None, encode, decode, latent=latents, image=image)
+
+    optim = make_optim(10, **configs.DEFAULTS['optim'])
+    family = diffusion.build(
+        contract.Context(image, 0, optim, {'first': stage()}),
+        network='unet', unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+        timesteps=20, sample_steps=3, sampler='ancestral',
+        clip=False,
+    )  # fmt: skip
+    batch, frozen = {'image': jax.ShapeDtypeStruct((2, *image), jnp.float32)}, {'first': ({}, {})}
+    state = jax.eval_shape(family.init, jax.random.key(0), batch, frozen)
+    numbers, recorder = {'index': jnp.arange(2)}, Recorder()
+    recorder.program('update', family.update, state, frozen, batch, jax.random.key(1))
+    recorder.program('sample', family.sample, state, frozen, numbers, jax.random.key(2))
+    recorder.program('evaluate', family.evaluate, state, frozen, batch | numbers, jax.random.key(3))
+    assert {name.partition(' ')[0] for places in recorder.drawn.values() for name in places} == {
+        'update', 'sample', 'evaluate',
+    }  # fmt: skip
+    assert not recorder.twice(), recorder.twice()
 
 
 def test_the_recorder_sees_what_coincides():

@@ -278,6 +278,22 @@ def test_statistics_of_latents():
     np.testing.assert_allclose(drawn, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_kl_weight_is_beside_sums_over_an_image():
+    """As released: nll is the sum of an image's errors, the KL term the sum over its latents, both in nats."""
+    f, x = build(sgd(1), **{**KINDS['kl'], 'adversarial': 0.0, 'kl_weight': 0.25}), images(seed=3)
+    before = start('kl')
+    params, opt = ({k: v for k, v in tree.items() if k != 'discriminator'} for tree in (before.params, before.opt))
+    extra = {'latents': before.extra['latents']}
+    _, logs = jax.jit(f.update)(before.replace(params=params, opt=opt, extra=extra), {}, x, jax.random.key(4))
+    h = np.asarray(networks(6)[0].apply({'params': params['encoder']}, x['image']), np.float64)
+    mean, log_var = h[..., :3], h[..., 3:]
+    kl = 0.5 * (mean**2 + np.exp(log_var) - 1 - log_var).sum((1, 2, 3)).mean()
+    wanted = x['image'][0].size * logs['reconstruction'] + 0.25 * kl
+    assert 0.25 * kl > 1e-4 * wanted
+    np.testing.assert_allclose(logs['loss'], wanted, rtol=1e-5)
+
+
 @functools.cache
 def without_the_game(accumulate: int):
     """Without norms of a batch's part, that is. Codes that are not met start anew."""
