@@ -10,6 +10,8 @@ horses in trainA and zebras in trainB; or name any two folders of your own, pict
 Samples are those of `other` turned into such as `source`: horses into zebras. The paper trains 200 epochs of 1,334
 pictures, one at a time. Its learning rate is constant for the first half and falls to 0 in the second.
 
+Differs: the learning rate falls by update, there by epoch.
+
 Time: not measured
 Paper: pictures; no figure for this set
 Ours: not measured

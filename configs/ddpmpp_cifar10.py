@@ -28,7 +28,7 @@ def get_config(variant: str = ''):
             clip=False,
             ode_steps=100,
         ),
-        optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999),
+        optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, ema_warmup=True),
         train=dict(steps=1_300_000, log_every=100, save_every=5000, sample_every=50_000),
         variants={
             'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),

@@ -39,8 +39,8 @@ def get_config(variant: str = ''):
             clip=False,
             ode_steps=100,
         ),
-        # 10 million images of warm-up; the average's half-life is 500,000 images.
-        optim=dict(lr=1e-3, warmup=19_531, ema=0.99929047),
+        # 10 million images of warm-up. The average's half-life in images, and at most a twentieth of those seen.
+        optim=dict(lr=1e-3, warmup=19_531, ema_halflife=500_000.0, ema_rampup=0.05),
         train=dict(steps=390_625, log_every=100, save_every=5000, sample_every=20_000),
         variants={
             'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
@@ -48,10 +48,10 @@ def get_config(variant: str = ''):
             'ffhq64': dict(
                 data=dict(source='folder:images1024x1024', size=64, batch=256),
                 model=dict(ncsnpp=dict(multipliers=(1, 2, 2, 2), dropout=0.05), augmentation=0.15, sample_steps=40),
-                optim=dict(lr=2e-4, warmup=39_063, ema=0.99964517),
+                optim=dict(lr=2e-4, warmup=39_063),
                 train=dict(steps=781_250),
             ),
-            # 2.5 billion images in all; the average's half-life is 50 million.
+            # 2.5 billion images in all.
             'imagenet64': dict(
                 data=dict(source='imagenet2012', size=64, batch=4096, features=('image', 'label')),
                 model=dict(
@@ -73,7 +73,7 @@ def get_config(variant: str = ''):
                     s_max=50.0,
                     s_noise=1.003,
                 ),
-                optim=dict(lr=1e-4, warmup=2441, ema=0.99994322),
+                optim=dict(lr=1e-4, warmup=2441, ema_halflife=50e6),
                 train=dict(steps=610_352, dtype='bfloat16', remat=True),
             ),
             'tiny': dict(

@@ -6,6 +6,9 @@ Any folder of pictures will do, or a name of TensorFlow Datasets like `places365
 too, white where the hole is: `--config.data.source=pairs:PATH --config.data.features="('image', 'mask')"
 --config.model.masks=mask` reads PATH/image/NAME.png and PATH/mask/NAME.png.
 
+Differs: the release cuts 256x256 pixels out of images as they are, here these are resized first; it trains until it is
+stopped.
+
 Time: not measured
 Paper: table 1 of Yu et al. 2018 has errors on Places2's validation pictures under squares and free-form masks
 Ours: not measured

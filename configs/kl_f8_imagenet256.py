@@ -8,8 +8,12 @@ The variant `lpips` is the published loss. Its weights are for a person to fetch
 (https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
 are compared by their pixels and by the discriminator.
 
-The released model was trained on OpenImages, with the fields below. Latent diffusion multiplies the latents by 0.18215,
+The released model was trained on OpenImages, with the losses below. Latent diffusion multiplies the latents by 0.18215,
 one over their standard deviation: that is the later stage's business.
+
+Differs: the data; the release cuts 256x256 pixels out of images at 384, here of the shorter side resized to 256. Its
+batch is 12 for each GPU, two of which make an update; their number, that of updates and whether images were mirrored
+is not in it: here they are not.
 
 Time: not measured
 Paper: reconstruction FID 0.90, PSNR 24.19 (Rombach et al. 2022, table 8, and the released code; ImageNet validation)
@@ -23,7 +27,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='vqgan',
-        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random', flip=True),
+        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random'),
         model=dict(
             regulariser='kl',
             channels=128,

@@ -40,7 +40,7 @@ def get_config(variant: str = ''):
             ode_steps=100,
         ),
         # The published loss is half of a sum over 3072 numbers, not their mean: clip and eps are scaled like it.
-        optim=dict(lr=2e-4, warmup=5000, clip=1 / 1536, eps=1e-8 / 1536, ema=0.999),
+        optim=dict(lr=2e-4, warmup=5000, clip=1 / 1536, eps=1e-8 / 1536, ema=0.999, ema_warmup=True),
         train=dict(steps=1_300_000, log_every=100, save_every=5000, sample_every=50_000),
         variants={
             'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),

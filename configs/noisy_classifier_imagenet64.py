@@ -2,6 +2,8 @@
 
     python -m jaxgen.main --config=configs/noisy_classifier_imagenet64.py
 
+Differs: the random crop is of the whole shorter side, the published one up to a fifth smaller.
+
 Time: not measured
 Paper: no figure of its own
 Ours: not measured
@@ -21,7 +23,7 @@ def get_config(variant: str = ''):
             batch=256,
             flip=True,
             features=('image', 'label'),
-            crop='random',  # of the whole shorter side; the published one is up to a fifth smaller
+            crop='random',
         ),
         model=dict(
             process='cosine',

@@ -11,6 +11,8 @@ one picture, the photograph to the left. To cut them apart, with ImageMagick:
     magick mogrify -path facades/image -gravity West -crop 50%x100%+0+0 +repage train/*.jpg
     magick mogrify -path facades/input -gravity East -crop 50%x100%+0+0 +repage train/*.jpg
 
+Differs: the learning rate falls by update, there by epoch; batch normalisation of one image is instance normalisation.
+
 Time: not measured
 Paper: pictures; no figure for this set
 Ours: not measured

@@ -4,6 +4,9 @@
 
 Masked weights are counted.
 
+Differs: the paper gives RMSProp, a batch of 16 and that its learning rate was set by hand; the rest is ours, and so is
+the averaging of weights.
+
 Time: not measured
 Paper: 3.14 bits/dim (van den Oord et al. 2016, table 4)
 Ours: not measured

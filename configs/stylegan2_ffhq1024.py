@@ -23,7 +23,7 @@ def get_config(variant: str = ''):
             lr=2e-3,
             b1=0.0,
             b2=0.99,
-            ema=0.99778439,  # a half-life of 10,000 pictures
+            ema_halflife=10_000.0,
             # Lazy penalties: see families/stylegan2.py.
             networks=dict(
                 generator=dict(lr=2e-3 * 4 / 5, b2=0.99 ** (4 / 5)),

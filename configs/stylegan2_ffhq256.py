@@ -16,14 +16,14 @@ Ours: not measured
 from jaxgen.config import make
 
 
-def optim(lr: float, ema: float, warmup: bool = False) -> dict:
+def optim(lr: float, halflife: float, rampup: float = 0.0) -> dict:
     """Adam's rates for lazy penalties, see families/stylegan2.py."""
     return dict(
         lr=lr,
         b1=0.0,
         b2=0.99,
-        ema=ema,
-        ema_warmup=warmup,
+        ema_halflife=halflife,
+        ema_rampup=rampup,
         networks=dict(
             generator=dict(lr=lr * 4 / 5, b2=0.99 ** (4 / 5)),
             discriminator=dict(lr=lr * 16 / 17, b2=0.99 ** (16 / 17)),
@@ -37,7 +37,7 @@ def get_config(variant: str = ''):
         family='stylegan2',
         data=dict(source='folder:FFHQ', size=256, channels=3, batch=32, flip=True, test_share=0.02),
         model=dict(latent=512, mapping_layers=8, channel_base=32768, channel_max=512, r1=10.0),
-        optim=optim(2e-3, 0.99778439),  # a half-life of 10,000 pictures
+        optim=optim(2e-3, 10_000.0),
         train=dict(steps=781_250, log_every=100, save_every=5000, sample_every=20_000),
         sample=dict(batch=64),
         evaluate=dict(batch=64),
@@ -45,13 +45,13 @@ def get_config(variant: str = ''):
             'paper256': dict(
                 data=dict(batch=64),
                 model=dict(channel_base=16384, group=8, r1=1.0),
-                optim=optim(2.5e-3, 0.99778439),  # 20,000 pictures
+                optim=optim(2.5e-3, 20_000.0),
                 train=dict(steps=390_625),
             ),
             'auto': dict(
                 data=dict(batch=16),
                 model=dict(channel_base=16384, mapping_layers=2, r1=0.0002 * 256**2 / 16),
-                optim=optim(2.5e-3, 0.99778439, warmup=True),  # 5,000 pictures
+                optim=optim(2.5e-3, 5000.0, rampup=0.05),
                 train=dict(steps=1_562_500),
             ),
             'tiny': dict(

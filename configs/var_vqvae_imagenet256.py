@@ -5,7 +5,10 @@ r"""VAR's first stage on ImageNet: 256x256 pixels to codes out of 4096 on ten gr
 
 The variant `lpips` is the published kind of loss, by weights that `configs/vqgan_imagenet256.py` says how to fetch;
 `px512` is for 512x512 pixels: `:px512,lpips`. The network is the published one, and it was trained on OpenImages with
-settings that were not published: these here are those of VQGAN, but for the weights of the codebook's loss.
+settings that were not published.
+
+Differs: for that reason the settings are those of VQGAN's release (no mirroring), but for the weights of the codebook's
+loss; and the data are ImageNet's.
 
 Time: not measured
 Paper: none
@@ -19,7 +22,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='vqgan',
-        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random', flip=True),
+        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random'),
         model=dict(
             regulariser='vq',
             channels=160,

@@ -8,8 +8,10 @@ The variant `lpips` is the published loss. Its weights are for a person to fetch
 (https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
 are compared by their pixels and by the discriminator.
 
-55.3 million weights. The released model was trained on OpenImages, with the fields below. Latent diffusion models what
+55.3 million weights. The released model was trained on OpenImages, with the losses below. Latent diffusion models what
 the encoder puts out, before it is quantised: `interface` = 'latents'.
+
+Differs: the data, which need no crop; the release's loader of OpenImages is not in it, so mirroring is not known.
 
 Time: not measured
 Paper: reconstruction FID 0.58, PSNR 27.43 (Rombach et al. 2022, table 8; trained on OpenImages, ImageNet validation)

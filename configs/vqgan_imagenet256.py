@@ -10,6 +10,9 @@ are compared by their pixels and by the discriminator. `k16384` is the larger co
 
 The codebook's loss counts by a quarter and the commitment in full, as in the released code; see families/vqgan.py.
 
+Differs: images are resized by bicubic interpolation, there bilinear; the number of updates and of GPUs (8, of 12 images
+each) is not in the release.
+
 Time: not measured
 Paper: reconstruction FID 7.94, `:k16384` 4.98 (Esser et al. 2021 and the released code; ImageNet validation)
 Ours: not measured
@@ -22,7 +25,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='vqgan',
-        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random', flip=True),
+        data=dict(source='imagenet2012', size=256, channels=3, batch=96, crop='random'),
         model=dict(
             regulariser='vq',
             channels=128,

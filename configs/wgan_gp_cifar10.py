@@ -2,6 +2,8 @@
 
     python -m jaxgen.main --config=configs/wgan_gp_cifar10.py
 
+Differs: the release's default is conditional, with a classifier's loss; these are its settings without labels.
+
 Time: not measured
 Paper: Inception score 7.86, unsupervised (Gulrajani et al. 2017)
 Ours: not measured

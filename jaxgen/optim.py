@@ -88,16 +88,17 @@ def decayed(params, without: tuple[str, ...]):
 
     Args:
       without: patterns (fnmatch) of those that it is not for. A weight is one of them where any word of its path
-        matches: 'bias' every bias, 'norm*' all of every module of that name.
+        matches, or the path: 'bias' every bias, 'norm*' all of every module of that name, 'blocks/table' the one.
 
     Raises:
       UserError: a pattern matches none.
     """
     paths = [[str(getattr(key, 'key', key)) for key in path] for path, _ in jax.tree.leaves_with_path(params)]
+    leaves = sorted({words[-1] for words in paths})
+    paths = [[*words, '/'.join(words)] for words in paths]
     for pattern in without:
         if not any(fnmatch.fnmatchcase(word, pattern) for words in paths for word in words):
-            known = sorted({words[-1] for words in paths})
-            raise UserError(f'config.optim.no_decay: no weight matches {pattern!r}; their names end in {known}')
+            raise UserError(f'config.optim.no_decay: no weight matches {pattern!r}; their names end in {leaves}')
     keep = [not any(fnmatch.fnmatchcase(word, p) for word in words for p in without) for words in paths]
     return jax.tree.unflatten(jax.tree.structure(params), keep)
 

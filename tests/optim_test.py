@@ -207,8 +207,9 @@ def test_a_pattern_that_matches_no_weight_is_refused(problem):
         train(*problem, name='adamw', weight_decay=0.1, no_decay=('bias', 'biass'))
     nested = {'layer_0': {'kernel': jnp.ones(2)}, 'norm': {'scale': jnp.ones(2)}}
     zero = jax.tree.map(jnp.zeros_like, nested)
-    after = train(nested, [zero], name='adamw', lr=0.1, weight_decay=0.1, no_decay=('nor*',))
-    np.testing.assert_allclose(after['norm']['scale'], 1)
+    for pattern in ('nor*', 'scale', 'norm/scale'):
+        after = train(nested, [zero], name='adamw', lr=0.1, weight_decay=0.1, no_decay=(pattern,))
+        np.testing.assert_allclose(after['norm']['scale'], 1)
     np.testing.assert_allclose(after['layer_0']['kernel'], 1 - 0.1 * 0.1, rtol=1e-6)
 
 
