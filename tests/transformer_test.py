@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, Family
 from jaxgen.errors import UserError
@@ -23,7 +24,7 @@ from jaxgen.networks.transformer import (
     flatten,
     unflatten,
 )
-from jaxgen.optim import make_optim
+from jaxgen.optim import decayed, make_optim
 
 LEVELS = 3
 
@@ -136,6 +137,15 @@ def test_attention_is_dropped_in_training_alone(make):
     np.testing.assert_array_equal(net.apply({'params': params}, tokens), plain)
     a, b = (net.apply({'params': params}, tokens, train=True, rngs={'dropout': jax.random.key(i)}) for i in range(2))
     assert np.abs(a - b).max() > 0.01 and np.abs(a - plain).max() > 0.01
+
+
+def test_published_weight_decay():
+    """The release's of the matrices of linear layers alone."""
+    net = CausalTransformer(vocabulary=5, length=6, channels=8, blocks=2, heads=2)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 6), jnp.int32))['params']
+    mask = decayed(params, tuple(configs.load('configs/transformer_imagenet256.py').optim.no_decay))
+    found = {'/'.join(key.key for key in path) for path, kept in jax.tree.leaves_with_path(mask) if kept}
+    assert found == {'head/kernel', *(f'blocks/{name}/kernel' for name in ('qkv', 'out', 'mlp1', 'mlp2'))}
 
 
 def test_a_code_is_seen_by_those_after_it_alone():

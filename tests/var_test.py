@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, Family
 from jaxgen.errors import UserError
@@ -21,7 +22,7 @@ from jaxgen.networks.first_stage import Decoder, Encoder
 from jaxgen.networks.multiscale import MultiScale, enlarged, shrunk
 from jaxgen.networks.transformer import flatten
 from jaxgen.networks.var import Block, VARTransformer
-from jaxgen.optim import Optim, make_optim
+from jaxgen.optim import Optim, decayed, make_optim
 
 
 def random_weights(tree, seed=0, scale=0.5):
@@ -291,6 +292,20 @@ def network(**options):
     net = VARTransformer(vocabulary=LEVELS, grids=MAPS, classes=3, **{**SMALL, **options})
     params = weights_of(net, jnp.zeros((1, 6, D)), jnp.zeros(1, jnp.int32))
     return net, params, jax.jit(net.apply, static_argnums=4)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_published_weight_decay(shared):
+    """The release's: of matrices and the classes' embedding, not of biases, starts, places, scales of attention, nor of
+    the tables that blocks add to a shared modulation."""
+    config = configs.load(f'configs/var_imagenet256.py{":d36" if shared else ""}')
+    net = VARTransformer(vocabulary=LEVELS, grids=MAPS, classes=3, **SMALL, shared=shared)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 6, D)), jnp.zeros(1, jnp.int32))['params']
+    mask = jax.tree.leaves_with_path(decayed(params, tuple(config.optim.no_decay)))
+    found = {'/'.join(key.key for key in path) for path, kept in mask if kept}
+    matrices = {f'blocks/{name}/kernel' for name in ('qkv', 'out', 'mlp1', 'mlp2')}
+    matrices |= {'modulation/kernel' if shared else 'blocks/modulation/kernel', 'head_modulation/kernel'}
+    assert found == matrices | {'label/embedding', 'words/kernel', 'head/kernel'}
 
 
 @functools.cache
