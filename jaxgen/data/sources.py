@@ -145,7 +145,8 @@ def folder_source(data, here: str) -> Source:
         # Where the config says it all, nothing need be known of the folder: it may be on another machine.
         if 'label' not in data['features']:
             return {'image': Feature(('image',), image=True)}
-        names = scan().classes
+        elsewhere = data['classes'] and not os.path.isdir(os.path.expanduser(data['source'].partition(':')[2]))
+        names = () if elsewhere else scan().classes
         n = data['classes'] or len(names)
         label = {'label': Feature(('label',), dtype=np.int32, classes=n, names=names)} if n else {}
         return {'image': Feature(('image',), image=True), **label}
