@@ -222,3 +222,36 @@ def test_other_weights(tmp_path):
     safetensors.numpy.save_file(torchvision, path)
     assert 'AuxLogits.fc.bias is [1000] there and absent' in message(path)
     assert "torchvision's network, another one" in message(path)
+
+
+def test_forged_weights_are_not_the_published_ones(file, tmp_path, monkeypatch, capsys):
+    """Whatever a file says of its origin, the name is by what it holds."""
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in inception.shapes().items()}
+    forged, cache = tmp_path / 'forged.safetensors', tmp_path / 'cache'
+    published = inception.PUBLISHED['sha256']
+    for mark in ('', ':', ':' + '0' * 64, ':' + inception.seal(b'', published, inception.arrays_digest(zeros))):
+        forged.write_bytes(safetensors.numpy.save(zeros, {'source': published + mark}))
+        assert inception.load(str(forged), 'never')[0] == f'inception_{inception.arrays_digest(zeros)[:8]}'
+        assert 'is not the published weights' in capsys.readouterr().err
+    # Planted in the cache they are not taken for what the person's file holds.
+    name, variables = inception.load(file, str(cache))
+    (kept,) = cache.iterdir()
+    kept.write_bytes(safetensors.numpy.save(zeros, {'source': kept.name[10:74]}))
+    again = inception.load(file, str(cache))
+    assert again[0] == name
+    assert_same(again[1], variables)
+    # A seal is of these arrays, and of one person.
+    with safetensors.safe_open(kept, 'numpy') as opened:
+        about = opened.metadata()
+    forged.write_bytes(safetensors.numpy.save(zeros, about))
+    assert inception.load(str(forged), 'never')[0] == f'inception_{inception.arrays_digest(zeros)[:8]}'
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path / 'another'))
+    assert inception.load(str(kept), 'never')[0] != name
+
+
+def test_torch_that_can_be_made_to_run_code(pth, tmp_path, monkeypatch):
+    torch = pytest.importorskip('torch')
+    monkeypatch.setattr(torch, '__version__', '2.5.1+cpu')
+    assert 'needs torch 2.6 or newer' in message(pth, tmp_path)
+    monkeypatch.setattr(torch, '__version__', '2.10.0')
+    inception.load(pth, str(tmp_path))

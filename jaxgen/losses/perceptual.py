@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgen import log
+from jaxgen import log, torch_file
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.networks.vgg import CHANNELS, LEAST, VGG16
@@ -202,12 +201,9 @@ def read(path: str) -> tuple[dict[str, np.ndarray], str]:
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
         if path.endswith('.safetensors'):
             return safetensors.numpy.load_file(path), sha256
-        import torch
-
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # on archives that are then refused
-            tensors = torch.load(path, map_location='cpu', weights_only=True)
-        return {name: tensor.detach().numpy() for name, tensor in tensors.items()}, sha256
+        return torch_file.read(path), sha256
+    except UserError:
+        raise
     except OSError as e:
         raise UserError(f'the weights {path} cannot be read ({e.strerror or e}): {ADVICE}') from e
     except ImportError as e:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import hmac
 import os
+import secrets
 import uuid
-import warnings
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgen import log
+from jaxgen import log, torch_file
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import BatchNorm
 
@@ -186,7 +187,8 @@ def load(path: str, cache: str) -> tuple[str, dict]:
     Args:
       path: .pth or .pt as published (reading it takes torch), or .safetensors with the same names, or a file that
         was kept in `cache`.
-      cache: folder that keeps the conversion as `inception-<SHA-256 of path>.safetensors`.
+      cache: folder that keeps the conversion as `inception-<SHA-256 of path>.safetensors`, under a seal by which this
+        person's own ones are known.
 
     Returns:
       (name, variables): `variables` are numpy arrays for `Inception().apply`; `name`, for the names of figures, is
@@ -205,11 +207,13 @@ def load(path: str, cache: str) -> tuple[str, dict]:
         raise UserError(f'the Inception weights {path} cannot be read ({e.strerror}): {advice}') from e
     kept = os.path.join(cache, f'inception-{sha256}.safetensors')
     found = read_converted(path)
-    if not found and os.path.exists(kept):
+    if found is None and os.path.isfile(kept):
         found = read_converted(kept)
-        if not found:
+        if found is None:
             log.say(f'WARNING: {kept} is damaged and is made again')
-    if not found:
+        elif found[0] != sha256:  # not kept by this person
+            found = None
+    if found is None:
         found = sha256, convert(path)
         keep(kept, *found)
     source, variables = found
@@ -223,23 +227,67 @@ def load(path: str, cache: str) -> tuple[str, dict]:
 
 
 def read_converted(path: str) -> tuple[str, dict[str, np.ndarray]] | None:
-    """(SHA-256 of what it was made from, {path: array}) of a file that `keep` wrote whole; None for any other."""
+    """(SHA-256, {path: array}) of a whole file of converted weights; None for any other.
+
+    The SHA-256 is of the file that they were made from where this person's seal says so, otherwise of the arrays
+    themselves: a file can claim any origin.
+    """
     try:
         with safetensors.safe_open(path, 'numpy') as file:
-            source = (file.metadata() or {}).get('source')
-            arrays = {name: file.get_tensor(name) for name in file.keys()} if source else {}  # noqa: SIM118
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if 'source' in about else {}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError):
         return None
-    return (source, arrays) if {name: a.shape for name, a in arrays.items()} == shapes() else None
+    if {name: a.shape for name, a in arrays.items()} != shapes():
+        return None
+    (source, _, mark), digest, key = about['source'].partition(':'), arrays_digest(arrays), person_key()
+    sealed = key and hmac.compare_digest(mark.encode(), seal(key, source, digest).encode())
+    return (source if sealed else digest), arrays
+
+
+def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over names, types and values."""
+    total = hashlib.sha256()
+    for name, a in sorted(arrays.items()):
+        total.update(f'{name} {a.dtype} {a.shape} '.encode())
+        total.update(np.ascontiguousarray(a).tobytes())
+    return total.hexdigest()
+
+
+def seal(key: bytes, source: str, digest: str) -> str:
+    """What only the holder of the key can say of arrays of this digest: that they were made from the file `source`."""
+    return hmac.new(key, f'inception {source} {digest}'.encode(), hashlib.sha256).hexdigest()
+
+
+def person_key() -> bytes:
+    """32 secret bytes of this person's, made at the first call; b'' where none can be kept."""
+    folder = os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')
+    path = os.path.join(folder, 'jaxgen', 'key')
+    with contextlib.suppress(OSError):
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            new = f'{path}.{uuid.uuid4().hex}'
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as file:
+                file.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(new, path)  # whole or not at all, and the first one stays
+            os.remove(new)
+        with open(path, 'rb') as file:
+            return file.read(64)
+    return b''
 
 
 def keep(path: str, source: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes a conversion, whole or not at all. Other processes may do the same at the same time."""
     new = f'{path}.{uuid.uuid4().hex}'
+    key = person_key()
+    about = {'source': f'{source}:{seal(key, source, arrays_digest(arrays)) if key else ""}'}  # one entry: one order
     try:
+        if os.path.islink(os.path.dirname(path)):
+            raise OSError(f'{os.path.dirname(path)} is a link')
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(new, 'wb') as file:
-            file.write(safetensors.numpy.save(arrays, {'source': source}))
+        with open(new, 'xb') as file:
+            file.write(safetensors.numpy.save(arrays, about))
         os.replace(new, path)
     except OSError as e:
         log.say(f'WARNING: the converted Inception weights could not be kept for the next time: {e}')
@@ -275,12 +323,9 @@ def read(path: str) -> dict[str, np.ndarray]:
     try:
         if path.endswith('.safetensors'):
             return safetensors.numpy.load_file(path)
-        import torch
-
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # on archives that are then refused
-            tensors = torch.load(path, map_location='cpu', weights_only=True)
-        return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        return torch_file.read(path)
+    except UserError:
+        raise
     except ImportError as e:
         raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
     except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe

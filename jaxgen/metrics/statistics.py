@@ -11,6 +11,7 @@ of them are a fair sample, however the pictures were sorted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import uuid
@@ -86,7 +87,7 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
     key = f'{FORMAT} {key}'
     path = os.path.join(folder, f'{title}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz')
     found = None
-    if os.path.exists(path):
+    if os.path.isfile(path):
         try:
             found = read(path, key)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
@@ -97,6 +98,8 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
         found = make()._replace(logits=None)
         if jax.process_index() == 0:
             try:
+                if os.path.islink(folder):  # it may have come with a run, and lead anywhere
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
                 write(path, key, found)
             except OSError as e:  # a set may lie where nothing can be written
                 log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
