@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, example_keys, gradient_step, new_state, normal, split_batch
 from jaxgen.errors import UserError
 from jaxgen.families import gan
@@ -34,9 +35,7 @@ MLP = dict(network='mlp', latent=3, hidden=(8,))
 
 
 def adam(**fields):
-    common = dict(name='adam', lr=1e-2, schedule='constant', warmup=0, b1=0.0, b2=0.9, eps=1e-8)
-    common |= dict(weight_decay=0.0, clip=0.0, accumulate=1, ema=0.5, ema_warmup=False, networks={})
-    return make_optim(8, **{**common, **fields})
+    return make_optim(8, **{**DEFAULTS['optim'], 'lr': 1e-2, 'b1': 0.0, 'b2': 0.9, 'ema': 0.5, **fields})
 
 
 def family(image=(8, 8, 1), optim=None, classes=0, base=WGAN_GP, **model):
@@ -544,6 +543,40 @@ def test_samples_are_normalised_as_a_large_batch_of_them():
     assert np.abs(drawn - by_batch).mean() < 0.05 < np.abs(drawn).std()
     few = f.sample(state, {}, {'index': jnp.array([7])}, jax.random.key(5))
     np.testing.assert_allclose(few[0], drawn[7], atol=1e-5)
+
+
+@pytest.mark.parametrize('truncation', [0.2, 0.5])
+def test_truncated_samples_have_the_statistics_of_truncated_latents(truncation):
+    """Against one large batch of other truncated latents, normalised by itself."""
+    base = dict(base=DCGAN, classes=3, conditional='concat', generator_batch=32)
+    f = family(**base, truncation=truncation)
+    state = jax.jit(f.init)(jax.random.key(0), images(4, classes=3), {})
+    state = state.replace(ema={'generator': randomised(state.params['generator'], 1)})
+    generator, c = networks.DcganGenerator((8, 8, 1), 3, (2, 1)), jax.nn.one_hot(jnp.arange(3000) % 3, 3)
+
+    def normalised_by_itself(z):
+        return generator.apply({'params': state.ema['generator']}, z, c, train=True, mutable=['batch_stats'])
+
+    # What training gathered: of all of N(0, I).
+    _, found = normalised_by_itself(jax.random.normal(jax.random.key(1), (3000, 5)))
+    average = {**state.extra['average'], 'batch_stats': found['batch_stats']}
+    state = state.replace(extra={**state.extra, 'average': average})
+
+    wanted = {'index': jnp.arange(3000, dtype=jnp.int32), 'label': jnp.arange(3000, dtype=jnp.int32) % 3}
+    drawn = jax.jit(f.sample)(state, {}, wanted, jax.random.key(5))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(wanted['index'])
+    z = jax.vmap(lambda key: jax.random.truncated_normal(key, -truncation, truncation, (5,)))(keys)
+    matching, _ = normalised_by_itself(z)
+    variables = {'params': state.ema['generator'], **found}
+    by_training = generator.apply(variables, z, c)
+    error = np.abs(drawn - matching).mean()
+    assert error < 0.03 and error < 0.3 * np.abs(by_training - matching).mean()
+    np.testing.assert_allclose(drawn.std(), matching.std(), rtol=0.05)
+
+    few = jax.jit(f.sample)(state, {}, {k: v[7:8] for k, v in wanted.items()}, jax.random.key(5))
+    np.testing.assert_allclose(few[0], drawn[7], atol=1e-5)
+    other = f.decode(state, {}, z[:3], jax.random.key(0), {'label': jnp.arange(3)})  # latents of no truncation
+    np.testing.assert_allclose(other, by_training[:3], atol=1e-5)
 
 
 def test_truncated_samples_are_of_z_within_the_bound():

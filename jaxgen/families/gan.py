@@ -26,10 +26,12 @@ Both players have their own optimiser, and neither step touches the other's weig
 
 Batch normalisation: training normalises by the batch; D sees data and samples in batches of their own. Samples are
 drawn with fixed statistics, so that an image does not depend on what is drawn with it: after each update the
-averaged generator (the one that samples) runs once on the update's latents, and the running average
-of those statistics is in State.extra. Statistics gathered in training instead would belong to other
-weights than those that sample. The papers normalise their samples by their own batch. The vectors of spectral
-normalisation are kept in the same way: those of a player go on by one iteration with each of its own steps.
+averaged generator (the one that samples) runs once on the update's latents, and the running average of those
+statistics is in State.extra. Statistics gathered in training instead would belong to other weights than those that
+sample. They would belong to other latents too where samples are truncated: their statistics are gathered anew in
+sampling, from truncated latents (standing statistics, as BigGAN's release gathers them). The papers normalise their
+samples by their own batch. The vectors of spectral normalisation are kept in the same way: those of a player go on by
+one iteration with each of its own steps.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ CONDITIONALS = ('', 'concat', 'projection')
 PLAYERS = ('generator', 'discriminator')
 # Of the running batch statistics: the newest ten updates or so count.
 STATISTICS_DECAY = 0.9
+# Of truncated samples: batches whose statistics are averaged, and latents of each. The release takes 16 batches.
+STANDING_BATCHES, STANDING_SIZE = 16, 64
 
 
 def build(
@@ -122,6 +126,8 @@ def build(
         Penalties are then taken at the changed images.
       dequantise: real pixels get uniform noise as wide as one of 256 levels.
       truncation: samples are drawn with numbers of z beyond it drawn again (BigGAN, section 3.1); 0: all of N(0, I).
+        Where there is batch normalisation every call of `sample` then also gathers its statistics, from 1,024 truncated
+        latents with classes that are drawn evenly: draw large batches.
 
     Logs: the losses with their penalties, the discriminator's mean values of data and samples (their difference is
     the estimate of the Wasserstein distance in that game), and the penalties without their weights.
@@ -319,9 +325,26 @@ def build(
         found = {'vectors': vectors, 'batch_stats': play(generator, weights, given['z'], classes(given))[1]}
         return after.replace(extra=keep('average')(state, found).extra), logs | generator_logs
 
-    def paint(state, z: Array, c: Array | None) -> Array:
+    def paint(state, z: Array, c: Array | None, statistics=None) -> Array:
         weights, _ = spectral_norm.normalise(state.ema['generator'], state.extra['average']['vectors'])
-        return generator.apply({'params': weights, 'batch_stats': state.extra['average']['batch_stats']}, z, c)
+        statistics = statistics or state.extra['average']['batch_stats']
+        return generator.apply({'params': weights, 'batch_stats': statistics}, z, c)
+
+    def standing_statistics(state):
+        """Batch statistics of the averaged generator on truncated latents, those of any call and seed."""
+        weights, _ = spectral_norm.normalise(state.ema['generator'], state.extra['average']['vectors'])
+
+        def one(total, key):
+            z_rng, label_rng = jax.random.split(key)
+            z = spread(jax.vmap(draw)(jax.random.split(z_rng, STANDING_SIZE)))
+            labels = jax.random.randint(label_rng, (STANDING_SIZE,), 0, max(context.classes, 1))
+            found = play(generator, weights, z, classes({'label': spread(labels)}))[1]
+            return jax.tree.map(jnp.add, total, found), None
+
+        start = jax.tree.map(jnp.zeros_like, state.extra['average']['batch_stats'])
+        keys = jax.random.split(jax.random.key(0), STANDING_BATCHES)
+        total, _ = jax.lax.scan(one, start, keys)
+        return jax.tree.map(lambda x: x / STANDING_BATCHES, total)
 
     def decode(state, frozen, latents, rng, batch=None):
         return paint(state, latents, classes(batch))
@@ -332,7 +355,10 @@ def build(
         return jax.random.normal(key, (latent,))
 
     def sample(state, frozen, batch, rng):
-        return paint(state, jax.vmap(draw)(example_keys(rng, batch)), classes(batch))
+        # Those of training are of N(0, I), and with truncation the generator's activations have other ones.
+        gather = truncation and state.extra['average']['batch_stats']
+        statistics = standing_statistics(state) if gather else None
+        return paint(state, jax.vmap(draw)(example_keys(rng, batch)), classes(batch), statistics)
 
     def evaluate(state, frozen, batch, rng):
         weights, _ = spectral_norm.normalise(state.params['discriminator'], state.extra['discriminator']['vectors'])
