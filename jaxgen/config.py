@@ -170,12 +170,12 @@ def model_defaults(family: str) -> dict[str, Any]:
 
 def coerce(path: str, value, default):
     """Value as the default's type, or UserError; int goes for float, list for tuple."""
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits = isinstance(value, bool) and isinstance(default, bool)
-    elif default is None:  # a number that the family chooses by its other fields where it is None
-        if value is not None and not isinstance(value, int | float):
+    if default is None:  # a number that the family chooses by its other fields where it is None
+        if value is not None and type(value) not in (int, float):
             raise UserError(f'config.{path} must be a number or None; it is {type(value).__name__} {value!r}')
         return value
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(value, bool) and isinstance(default, bool)
     elif isinstance(default, float) and isinstance(value, int):
         return float(value)
     elif isinstance(default, tuple) and isinstance(value, list | tuple):

@@ -667,3 +667,17 @@ def test_says_what_is_wrong_with_a_first_stage():
     family = diffusion.build(context(stages={'first': first}), **TINY, clip=False)
     with pytest.raises(UserError, match='other images'):
         family.init(jax.random.key(0), {'image': images(2, 16)}, frozen)
+
+
+def test_numbers_of_the_choices_paper_can_be_set_and_unset():
+    """Fields that are None until somebody gives a number: in a file, on the command line, and back."""
+    from jaxgen import config
+
+    plain = config.make(family='diffusion')
+    assert plain.model.sigma_min is None and plain.model.time_mean is None
+    given = config.override(plain, ['--config.model.sigma_min=0.05', '--config.model.time_mean=-1'])
+    assert given.model.sigma_min == 0.05 and given.model.time_mean == -1
+    assert config.override(given, ['--config.model.sigma_min=None']).model.sigma_min is None
+    for text in ('--config.model.sigma_min=small', '--config.model.time_mean=true', '--config.model.time_std=(1,)'):
+        with pytest.raises(UserError, match='must be a number or None'):
+            config.override(plain, [text])
