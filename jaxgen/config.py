@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
         'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
         'test_share': 0.2,  # share of a source without a test split that is held out
         'max_corrupt': 0.01,  # share of unreadable files of a folder that is put up with
+        'max_pixels': 2**26,  # of one image; larger ones are unreadable, or end the run where a data set has them
         'threads': 4,  # of the loader
         'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
     },
@@ -129,7 +130,7 @@ CHOICES = {
     'evaluate.split': ('train', 'test'),
 }
 POSITIVE = (
-    *('data.size', 'data.batch', 'data.threads', 'optim.lr', 'optim.accumulate'),
+    *('data.size', 'data.batch', 'data.threads', 'data.max_pixels', 'optim.lr', 'optim.accumulate'),
     *('train.steps', 'train.updates_per_call', 'train.log_every', 'train.save_every', 'train.keep'),
     *('train.samples', 'train.evaluate_samples', 'mesh.fsdp', 'sample.batch', 'evaluate.batch', 'evaluate.samples'),
 )
@@ -137,7 +138,7 @@ POSITIVE = (
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples)'
-    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt)'
+    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt|max_pixels)'
 )
 
 

@@ -8,19 +8,22 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageFile
 from sklearn.datasets import load_digits
 
 from jaxgen import config as configs
@@ -636,7 +639,8 @@ def test_folder_of_all_kinds_of_files(tmp_path, capfd):
     for examples in (train, test):
         for i in range(len(examples)):
             assert examples[i]['image'].shape == (6, 6, 3)
-    assert capfd.readouterr() == ('', '')
+    out, said = capfd.readouterr()
+    assert not out and said == f'{place}: left out 1 folders linked twice, 1 files with other endings (1 .txt)\n'
 
 
 def damage(place) -> None:
@@ -790,7 +794,7 @@ def test_pairs_stay_together(tmp_path):
     (dict(edges=[0, 1]), "2 of the images in image/ have no partner in edges/, like 'image/2.bmp'"),
     (dict(edges=[0, 1, 2, 3, 4]), "1 of the images in edges/ have no partner in image/, like 'edges/4.png'"),
     (dict(mask=[0, 1, 2, 3]), 'must hold its images in image, edges: edges is not there'),
-    (dict(edges=[0, 1, 2, 3], **{'': [9]}), 'an image lies outside of all sub-folders'),
+    (dict(edges=[0, 1, 2, 3], **{'': [9]}), 'lies outside of all sub-folders'),
 ])  # fmt: skip
 def test_pairs_that_are_none(tmp_path, parts, match):
     source = write_pairs(tmp_path / 'in', range(4), **parts)
@@ -1479,3 +1483,265 @@ def test_nothing_is_written_through_planted_links(tmp_path, monkeypatch):
     monkeypatch.setenv('TFDS_DATA_DIR', str(outside))
     (tmp_path / 'moved' / '1.0.0' / 'dataset_info.json').unlink()
     assert len(data.dataset(make(''), 'test')) == 359
+
+
+# --- what a folder holds, and what is said of the rest
+
+
+def numbers(config: dict, split: str = 'train') -> dict[int, int]:
+    """{grey value: label} of a split of `write_folder`'s images."""
+    examples = data.dataset({**config, 'features': ('image', 'label')}, split)
+    return {int(e['image'][0, 0, 0]): int(e['label']) for e in (examples[i] for i in range(len(examples)))}
+
+
+def test_folders_named_by_numbers_are_in_their_order(tmp_path):
+    inside = {str(c): range(20 * c, 20 * c + 6) for c in range(11)}
+    config = make(tmp_path, source=write_folder(tmp_path / 'in', [], **inside), features=('image', 'label'))
+    assert data.spec(config).names == tuple(map(str, range(11)))
+    found = numbers(config) | numbers(config, 'test')
+    assert found == {20 * c + i: c for c in range(11) for i in range(6)}
+    assert folder.ordered({'1', '10', '9', 'a'}) == ('1', '10', '9', 'a')
+    assert folder.ordered({'-1', '10', '9'}) == ('-1', '10', '9')
+    assert folder.ordered({'007', '10', '9', '7'}) == ('007', '7', '9', '10')
+
+
+@pytest.mark.parametrize(
+    ('train', 'test', 'unused'),
+    [('train', 'test', ''), ('Train', 'val', ''), ('training', 'Validation', ''), ('train', 'test', 'valid')],
+)
+def test_folders_of_splits(tmp_path, capfd, train, test, unused):
+    inside = {f'{train}/cat': range(10), f'{train}/dog': range(10, 20), f'{test}/dog': [200, 201], f'{test}/emu': [250]}
+    inside |= {f'{unused}/cat': [99]} if unused else {}
+    config = make(tmp_path, source=write_folder(tmp_path / 'in', [], **inside), features=('image', 'label'))
+    assert data.spec(config).names == ('cat', 'dog')
+    assert numbers(config) == {i: i // 10 for i in range(20)}
+    assert numbers(config, 'test') == {200: 1, 201: 1}
+    said = capfd.readouterr().err
+    assert said.count('\n') == 1 and '1 test images of no class that training has' in said
+    assert not unused or f'1 files in {unused}/, which is not used beside {test}/' in said
+
+
+def test_folders_that_are_classes_after_all(tmp_path):
+    """A train is also a vehicle; a training split alone is split by us; a test split may have no labels."""
+    config = make(tmp_path, source=write_folder(tmp_path / 'a', [], train=range(5), bus=range(9, 14)))
+    assert data.spec({**config, 'features': ('image', 'label')}).names == ('bus', 'train')
+    config = make(tmp_path, source=write_folder(tmp_path / 'b', [], val=range(5), test=range(9, 14)))
+    assert data.spec({**config, 'features': ('image', 'label')}).names == ('test', 'val')
+    inside = {'train/cat': range(8), 'train/dog': range(8, 16), 'test': [99]}
+    config = make(tmp_path, source=write_folder(tmp_path / 'c', [], **inside))
+    train, test = numbers(config), numbers(config, 'test')
+    assert test and train | test == {i: i // 8 for i in range(16)}
+    flat = make(tmp_path, source=write_folder(tmp_path / 'd', [], train=range(8), test=[98, 99]))
+    assert [len(data.dataset(flat, split)) for split in ('train', 'test')] == [8, 2]
+
+
+def test_pairs_in_splits(tmp_path):
+    for split, n in (('train', 4), ('val', 2)):
+        write_pairs(tmp_path / 'in' / split, range(n), edges=range(n))
+    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'edges'))
+    assert [len(data.dataset(config, split)) for split in ('train', 'test')] == [4, 2]
+    for split in ('train', 'test'):
+        x = data.dataset(config, split)[1]
+        np.testing.assert_array_equal(x['image'] + 100, x['edges'])
+
+
+def test_every_class_of_two_images_is_trained_on():
+    files = [folder.File(f'{c}/{i}.png', 1, 1) for c in range(300) for i in range(2)]
+    alone = [folder.File(f'alone{c}/0.png', 1, 1) for c in range(40)]
+    for share in (0.2, 0.8):
+        train, test = folder.split([*files, *alone], share, classes=True)
+        assert sorted(train + test) == sorted([*files, *alone])
+        assert {f.path.split('/')[0] for f in train} == {f.path.split('/')[0] for f in [*files, *alone]}
+        assert len(test) > 50 and not set(test) & set(alone)
+        # Others stay where they would be: the rarest alone are moved.
+        assert set(test) <= set(folder.split([*files, *alone], share)[1])
+    for n in range(2, 6):  # each side has one in any case
+        for group in (alone[:n], files[:n]):
+            assert all(folder.split(group, share, classes=True)[k] for share in (0.01, 0.99) for k in (0, 1))
+
+
+def test_what_a_folder_leaves_out_is_counted(tmp_path, capfd):
+    place = tmp_path / 'in'
+    source = write_folder(place, [], cat=range(10), dog=range(10, 20), emu=[30])
+    for i in range(40):
+        (place / 'cat' / f'IMG_{i}.HEIC').write_bytes(b'x')
+    (place / 'notes').write_text('x')
+    os.symlink(place / 'cat' / '1.png', place / 'dog' / '1.png')  # the first link, but no real file
+    os.link(place / 'dog' / '11.png', place / 'emu' / 'hard.png')
+    os.symlink(place / 'dog', place / 'a dog')
+    os.mkfifo(place / 'cat' / 'x.png')
+    os.symlink('/dev/zero', place / 'dog' / 'zero.PNG')
+    (place / 'cat' / 'bad.JPEG').write_bytes(b'x')
+    os.makedirs(place / 'fox' / '.hidden')
+    config = make(tmp_path / 'sets', source=source, max_corrupt=0.1)
+    found = numbers(config) | numbers(config, 'test')
+    # Of the two names of one file the first in order is taken, dog/1.png being a link to a later one's equal.
+    assert found == {**dict.fromkeys(range(10), 0), **dict.fromkeys(range(10, 20), 1), 30: 2}
+    said = capfd.readouterr().err
+    assert said.count('\n') == 1
+    for part in (
+        '41 files with other endings (40 .heic, 1 without one)',
+        '2 files linked twice',
+        '1 folders linked twice',
+        '2 that are no regular files',
+        '1 classes of one image',
+        "1 folders without images ('fox')",
+        "1 of 22 files, which cannot be read as images ('cat/bad.JPEG')",
+    ):
+        assert part in said, (part, said)
+
+
+def test_endless_files_are_no_images(tmp_path):
+    """Nothing waits and nothing is read without an end, wherever images are read."""
+    place = tmp_path / 'in'
+    write_folder(place, range(4))
+    os.mkfifo(place / 'x.png')
+    os.symlink('/dev/zero', place / 'y.png')
+    with refused('holds 2 that are no regular files'):
+        data.Pictures(str(place), (8, 8, 1))
+    for name in ('x.png', 'y.png'):
+        with pytest.raises(ValueError, match='no regular file'):
+            folder.read_file(str(place / name))
+    with open(place / 'z.png', 'wb') as file:
+        file.truncate(2**40)  # a file with a hole, which reading would fill
+    with pytest.raises(ValueError, match=r'it has more than the .* bytes'):
+        folder.read_file(str(place / 'z.png'))
+    os.remove(place / 'x.png'), os.remove(place / 'y.png'), os.remove(place / 'z.png')
+    os.symlink(place, place / 'loop')
+    os.symlink('self', place / 'self')
+    assert len(data.Pictures(str(place), (8, 8, 1))) == 4
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header says side x side pixels, and which has none."""
+    chunk = b'IHDR' + struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)
+    end = b'IDAT' + zlib.compress(b'')
+    chunks = b''.join(struct.pack('>I', len(c) - 4) + c + struct.pack('>I', zlib.crc32(c)) for c in (chunk, end))
+    return b'\x89PNG\r\n\x1a\n' + chunks
+
+
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch, capfd):
+    icon = struct.pack('<HHHBBBBHHII', 0, 1, 1, 16, 16, 0, 0, 1, 32, len(bomb(9000)), 22) + bomb(9000)
+    loads, contents = [], (bomb(9000), icon, encoded(grey(0, 1, 90)), encoded(grey(0, 90, 1), 'BMP'))
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda self: loads.append(self.size))
+    for content in contents:
+        with pytest.raises(ValueError, match=r'pixels are more than config.data.max_pixels = 80$'):
+            transforms.load(content, 3, 80)
+    with pytest.raises(ValueError, match='9000 x 9000 pixels are more than'):
+        transforms.load(bomb(9000), 3)
+    assert not loads
+    monkeypatch.undo()
+    source = write_folder(tmp_path / 'in', range(8))
+    grey(1, 100, 100).save(tmp_path / 'in' / 'large.png')
+    config = make(tmp_path, source=source, max_corrupt=0.2)
+    few = data.dataset({**config, 'max_pixels': 9999}, 'train')
+    assert 'large.png' in capfd.readouterr().err
+    more = data.dataset({**config, 'max_pixels': 10_000}, 'train')
+    assert len(more) + len(data.dataset(config, 'test')) == 9 > len(few)
+    with pytest.raises(RunError, match=r'more than config.data.max_pixels = 60\)'):  # of TFDS and of our own sets, too
+        data.dataset(make(tmp_path, max_pixels=60), 'train')
+
+
+def test_pairs_of_other_aspect_ratios(tmp_path):
+    for i in range(4):
+        for part, (width, height) in {'image': (64, 32), 'mask': (32, 32)}.items():
+            os.makedirs(tmp_path / 'in' / part, exist_ok=True)
+            grey(i, height, width).save(tmp_path / 'in' / part / f'{i}.png')
+    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=8, features=('image', 'mask'))
+    with refused(r'image/\d.png is 64 x 32 pixels and mask/\d.png is 32 x 32'):
+        data.dataset(config, 'train')
+    for i in range(4):
+        grey(i, 16, 31).save(tmp_path / 'in' / 'mask' / f'{i}.png')  # half of it, rounded down
+    assert len(data.dataset(config, 'train')) + len(data.dataset(config, 'test')) == 4
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for i in range(4):  # 16 x 32 as stored, 32 x 16 as shown
+        grey(i, 32, 16).save(tmp_path / 'in' / 'mask' / f'{i}.png', exif=turned)
+    assert len(data.dataset(config, 'train')) + len(data.dataset(config, 'test')) == 4
+
+
+def test_masks_with_a_palette_keep_their_classes(tmp_path):
+    """Numbers stay what they are, at every size: red and this blue are of one grey, and no class lies between two."""
+    classes = np.random.default_rng(0).integers(0, 3, (4, 12, 12), np.uint8)
+    for part in ('image', 'mask'):
+        os.makedirs(tmp_path / 'in' / part)
+        for i, x in enumerate(classes):
+            image = Image.fromarray(x)
+            image.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 255, 255, 255, 255])
+            image.save(tmp_path / 'in' / part / f'{i}.png', transparency=2 if i else b'\0\xff')
+    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'mask'), test_share=0.3)
+    found = [
+        x for s in ('train', 'test') for x in (data.dataset(config, s)[i] for i in range(len(data.dataset(config, s))))
+    ]
+    assert sorted(x['mask'].tobytes() for x in found) == sorted(x.tobytes() for x in classes)
+    for size in (5, 31):
+        x = data.dataset({**config, 'size': size}, 'train')
+        assert {*np.unique(x[0]['mask'])} == {0, 1, 2}
+    moving = {**config, 'size': 9, 'crop': 'random', 'jitter': 2}
+    assert {v for b in take(moving, 4) for v in np.unique(b['mask'])} == {0, 1, 2}
+    colours = {(0, 0, 0), (128, 0, 0), (0, 0, 255)}
+    x = data.dataset({**config, 'size': 7, 'channels': 3}, 'train')[0]['mask']
+    assert {tuple(map(int, pixel)) for pixel in x.reshape(-1, 3)} == colours
+    two = Image.fromarray(np.array([[0, 1]], np.uint8))
+    two.putpalette([0, 0, 0, 255, 255, 255])
+    black_and_white = transforms.load(encoded(two), 1, palette=True)
+    assert transforms.to_array(black_and_white)[..., 0].tolist() == [[0, 255]]
+
+
+def png_of(depth: int, kind: int, rows: list[bytes], key: bytes) -> bytes:
+    """A PNG one pixel high for each row of packed pixels, with a transparent value."""
+    width = {(0, 1): 8, (0, 2): 4, (0, 4): 2, (0, 8): 1, (0, 16): 1, (2, 8): 1, (2, 16): 1}[kind, depth]
+    chunks = [b'IHDR' + struct.pack('>IIBBBBB', width, len(rows), depth, kind, 0, 0, 0), b'tRNS' + key]
+    chunks += [b'IDAT' + zlib.compress(b''.join(b'\0' + row for row in rows)), b'IEND']
+    packed = (struct.pack('>I', len(c) - 4) + c + struct.pack('>I', zlib.crc32(c)) for c in chunks)
+    return b'\x89PNG\r\n\x1a\n' + b''.join(packed)
+
+
+@pytest.mark.parametrize(
+    ('content', 'shown'),
+    {
+        '1 bit': (png_of(1, 0, [b'\x80'], b'\0\0'), [255] * 8),
+        '2 bits': (png_of(2, 0, [b'\x1b'], b'\0\1'), [0, 255, 170, 255]),
+        '4 bits': (png_of(4, 0, [b'\x23'], b'\0\2'), [255, 51]),
+        '8 bits': (png_of(8, 0, [b'\7', b'\5'], b'\0\7'), [255, 5]),
+        '16 bits': (png_of(16, 0, [b'\0\0', b'\1\1', b'\1\0'], b'\0\0'), [255, 1, 1]),
+        '16 bits, another': (png_of(16, 0, [b'\0\0', b'\x75\x30', b'\x75\x31'], b'\x75\x30'), [0, 255, 117]),
+        '24 bits': (png_of(8, 2, [b'\7\7\7', b'\5\5\5'], b'\0\7\0\7\0\7'), [255, 5]),
+        '48 bits': (png_of(16, 2, [b'\7\0' * 3, b'\5\0' * 3], b'\7\0' * 3), [255, 5]),
+    }.values(),
+)
+def test_a_transparent_value_is_white(content, shown):
+    """The PNG specification scales a value of b bits by 255 / (2^b - 1); the transparent one is in b bits."""
+    assert np.asarray(transforms.load(content, 1)).reshape(-1).tolist() == shown
+
+
+def test_a_folder_is_known_by_what_it_holds(tmp_path):
+    source = write_folder(tmp_path / 'in', [], cat=range(6), dog=range(6, 12))
+    config = make(tmp_path / 'sets', source=source, features=('image', 'label'))
+    identity = data.dataset(config, 'train').identity
+    shutil.copytree(tmp_path / 'in', tmp_path / 'elsewhere' / 'out')
+    for file in (tmp_path / 'elsewhere' / 'out').glob('*/*'):
+        os.utime(file, (5, 5))
+    for spelled in (f'{source}/', f'folder:{tmp_path / "elsewhere" / "out"}'):
+        moved = data.dataset({**config, 'source': spelled}, 'train')
+        assert moved.identity == identity
+        np.testing.assert_array_equal(moved[3]['image'], data.dataset(config, 'train')[3]['image'])
+    assert len(os.listdir(tmp_path / 'sets' / 'jaxgen_folder')) == 2, 'one place under two names is prepared once'
+    assert data.dataset(config, 'test').identity != identity
+    grey(77).save(tmp_path / 'elsewhere' / 'out' / 'cat' / '3.png')
+    assert data.dataset({**config, 'source': f'folder:{tmp_path / "elsewhere" / "out"}'}, 'train').identity != identity
+    os.rename(tmp_path / 'in' / 'cat' / '3.png', tmp_path / 'in' / 'cat' / '33.png')
+    assert data.dataset(config, 'train').identity != identity
+
+
+def test_reports_are_not_written_through_links(tmp_path):
+    source = write_folder(tmp_path / 'in', range(9))
+    (tmp_path / 'in' / 'bad.png').write_bytes(b'x')
+    config = make(tmp_path / 'sets', source=source, max_corrupt=0.2)
+    victim = tmp_path / 'victim'
+    victim.write_text('mine')
+    place = os.path.dirname(sources.resolve(config).builder().data_dir)
+    os.makedirs(place)
+    os.symlink(victim, os.path.join(place, 'unreadable.txt'))
+    data.dataset(config, 'train')
+    assert victim.read_text() == 'mine' and not os.path.islink(os.path.join(place, 'unreadable.txt'))

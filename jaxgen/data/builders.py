@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxgen.data import folder, shapes
-from jaxgen.data.transforms import uniform
+from jaxgen.data.transforms import MAX_PIXELS, uniform
 from jaxgen.errors import UserError
 
 Examples = Iterator[tuple[int, dict]]
@@ -52,7 +52,7 @@ class JaxgenBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self.features(self.builder_config))
-        return Info(builder=self, features=features, disable_shuffling=True)
+        return Info(builder=self, features=features, metadata=tfds.core.MetadataDict(), disable_shuffling=True)
 
     def _generate_examples(self, examples: Examples) -> Examples:
         return examples
@@ -200,12 +200,18 @@ class FolderConfig(tfds.core.BuilderConfig):
     test_share: float = 0.2
     max_corrupt: float = 0.01
     threads: int = 4
+    max_pixels: int = MAX_PIXELS  # of an image; more make a file unreadable
     report: str = ''  # file for the list of unreadable files
     parts: tuple[str, ...] = ()  # sub-folders that hold an example's images in files of one name; (): they are classes
 
 
 class JaxgenFolder(JaxgenBuilder, skip_registration=True):
-    """A person's own images, their files' bytes as they are."""
+    """A person's own images, their files' bytes as they are.
+
+    Metadata: 'content', by which the same images are known in another place.
+    """
+
+    VERSION = tfds.core.Version('1.1.0')
 
     @staticmethod
     def features(config):
@@ -219,25 +225,29 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
         del dl_manager
         config = self.builder_config
         listing = config.listing
-        files = folder.readable(listing, config.max_corrupt, config.threads, config.report)
-        within = {part: {folder.stem(f.path): f for f in files if folder.top(f.path) == part} for part in config.parts}
+        found = folder.readable(listing, config.max_corrupt, config.threads, config.report, config.max_pixels)
+        files = list(found)
+        within = {part: {folder.stem(f): f for f in files if folder.top(f.inner) == part} for part in config.parts}
         if config.parts:  # without what has lost a partner
             files = [f for name, f in within['image'].items() if all(name in part for part in within.values())]
+            sizes = {file.path: read.size for file, read in found.items()}
+            pairs = ((f.path, part[folder.stem(f)].path) for f in files for part in within.values())
+            folder.check_aspects(listing, sizes, pairs)
         if not files:
             raise UserError(f'{listing.folder}: no example is left of which all images can be read')
+        self.info.metadata['content'] = folder.content_digest(found, config.test_share, config.parts)
 
         def content(file):
-            with open(folder.place(listing, file), 'rb') as f:
-                return f.read()
+            return folder.read_file(folder.place(listing, file), config.max_pixels)
 
         def examples(chosen):
             for key, file in enumerate(chosen):
-                name = folder.stem(file.path)
+                name = folder.stem(file)
                 example = {part: content(within[part][name]) for part in config.parts} or {'image': content(file)}
                 if listing.classes and not config.parts:
-                    example['label'] = listing.classes.index(folder.top(file.path))
+                    example['label'] = listing.classes.index(folder.top(file.inner))
                 yield key, example
 
-        train, test = folder.split(files, config.test_share)
+        train, test = folder.split(files, config.test_share, bool(listing.classes) and not config.parts)
         splits = {'train': train, 'test': test} if test else {'train': train}
         return {name: self._generate_examples(examples(chosen)) for name, chosen in splits.items()}

@@ -2,15 +2,18 @@
 
 listing = scan('~/pictures/cats')
 files = readable(listing, max_corrupt=0.01, threads=4, report='unreadable.txt')
-train, test = split(files, test_share=0.2)
+train, test = split(list(files), test_share=0.2)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import stat
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxgen.data.transforms import load, to_array
+from jaxgen.data.transforms import FORMATS, MAX_PIXELS, load, to_array
 from jaxgen.errors import UserError
 
 # Files with these endings are taken for images; PIL reads them without programs beside it.
@@ -27,59 +30,171 @@ ENDINGS = (
     *('.jpeg', '.jpf', '.jpg', '.jpx', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.psd', '.qoi', '.ras', '.sgi'),
     *('.tga', '.tif', '.tiff', '.webp', '.xbm', '.xpm'),
 )
+# Sub-folders that are splits where all of them are, and one is the training split: in the order of preference.
+TRAIN = ('train', 'training')
+TEST = ('test', 'testing', 'val', 'valid', 'validation', 'dev', 'eval')
+BYTES_PER_PIXEL = 8  # that a file may have at most, as 16-bit RGBA has, beside some that are no pixels
+OTHER_BYTES = 2**24
 
 
 class File(NamedTuple):
     path: str  # below the folder, parts separated by '/'
     size: int  # bytes
     time: int  # of the last change, ns
+    split: str = ''  # 'train' or 'test' where the folder has sub-folders for these
+
+    @property
+    def inner(self) -> str:
+        """The path below the split's folder."""
+        return self.path.split('/', 1)[1] if self.split else self.path
 
 
 class Listing(NamedTuple):
     """The images of a folder by their names, unread."""
 
-    folder: str  # absolute path
+    folder: str  # absolute path, links followed
     files: tuple[File, ...]  # by path
-    classes: tuple[str, ...]  # first-level sub-folders by name; () if an image lies outside of them
+    classes: tuple[str, ...]  # first-level sub-folders, in order; () if an image lies outside of them
+    skipped: tuple[str, ...] = ()  # what was left out and why, '40 files with other endings (40 .heic)'
 
 
-def scan(path: str) -> Listing:
-    """Lists the folder's images, at any depth. Hidden files and folders are left out, links are followed.
+class Read(NamedTuple):
+    """What reading an image says of it."""
+
+    size: tuple[int, int]  # width, height, as it is shown
+    digest: str  # SHA-256 of the file
+
+
+def scan(path: str, links: bool = False) -> Listing:
+    """Lists the folder's images, at any depth. Hidden files and folders are left out, links are followed: a folder, or
+    a file, that can be reached in two ways is taken where it lies, or else by the first link to it.
+
+    Where all first-level sub-folders are named as splits are ('train', 'test', 'val', ...), they are: the classes are
+    the sub-folders of the training split. Classes are in the order of their names, or of their numbers if all are
+    integers.
+
+    Args:
+      links: take a file as often as there are links to it.
 
     Raises:
       UserError: no such folder, or no image in it.
     """
-    root = os.path.abspath(os.path.expanduser(path))
+    root = os.path.realpath(os.path.expanduser(path))
     if not os.path.isdir(root):
         what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
         raise UserError(f'the folder {root} {what}')
-    files, others, seen = [], 0, set()
-    for place, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        here = os.path.realpath(place)
-        if here in seen:  # a link back up
-            folders.clear()
+    files, endings, counts, seen = [], Counter(), Counter(), set()
+    for full in walk(root, counts):
+        name = os.path.basename(full)
+        if not name.lower().endswith(ENDINGS):
+            endings[os.path.splitext(name)[1].lower() or 'without one'] += 1
             continue
-        seen.add(here)
-        folders[:] = sorted(f for f in folders if not f.startswith(('.', '__MACOSX')))
-        for name in names:
-            if name.startswith('.'):
-                continue
-            if not name.lower().endswith(ENDINGS):
-                others += 1
-                continue
-            full = os.path.join(place, name)
-            try:
-                about = os.stat(full)
-                size, time = about.st_size, about.st_mtime_ns
-            except OSError:  # a broken link: listed, and found unreadable later
-                size, time = -1, 0
+        try:
+            about = os.stat(full)
+            size, time, where = about.st_size, about.st_mtime_ns, (about.st_dev, about.st_ino)
+        except OSError:  # a broken link: listed, and counted as unreadable later
+            size, time, where, about = -1, 0, full, None
+        if about and not stat.S_ISREG(about.st_mode):
+            counts[IRREGULAR] += 1
+        elif where in seen and not links:
+            counts['files linked twice'] += 1
+        else:
+            seen.add(where)
             files.append(File(os.path.relpath(full, root).replace(os.sep, '/'), size, time))
     if not files:
+        others = endings.total() + counts.total()
         inside = f'{others} other files' if others else 'no files'
         raise UserError(f'the folder {root} holds no images (.png, .jpg, .webp, ...), but {inside}')
-    files.sort()
-    inside = all('/' in f.path for f in files)
-    return Listing(root, tuple(files), tuple(sorted({top(f.path) for f in files})) if inside else ())
+    if endings:
+        some = ', '.join(f'{n} {ascii(ending)[1:-1]}' for ending, n in endings.most_common(5))
+        counts[f'files with other endings ({some}{", ..." if len(endings) > 5 else ""})'] = endings.total()
+    files = into_splits(sorted(files), counts)
+    own = [file for file in files if file.split != 'test']
+    classes = ordered({top(file.inner) for file in own}) if all('/' in file.inner for file in own) else ()
+    if classes and len(own) < len(files):
+        kept = [file for file in files if file.split != 'test' or (top(file.inner) in classes and '/' in file.inner)]
+        counts['test images of no class that training has'] = len(files) - len(kept)
+        files = kept
+    if classes:
+        once = sum(n == 1 for n in Counter(top(file.inner) for file in own).values())
+        if len(own) == len(files):
+            counts['classes of one image, too rare to be in the test split'] = once if once < len(own) else 0
+        prefix = {file.path.split('/', 1)[0] + '/' for file in own if file.split}
+        here = os.path.join(root, *prefix)
+        empty = [name for name in folders(here) if name not in classes]
+        counts[f'folders without images ({", ".join(map(ascii, empty[:3]))})'] = len(empty)
+    return Listing(root, tuple(files), classes, tuple(f'{n} {what}' for what, n in counts.items() if n))
+
+
+IRREGULAR = 'that are no regular files (pipes, devices)'
+
+
+def walk(root: str, counts: Counter):
+    """Paths of all files below `root`, sorted within each folder, and of what lies in real folders first."""
+    real, linked, seen = [root], [], set()
+    while real or linked:
+        place = real.pop() if real else linked.pop(0)
+        here = os.path.realpath(place)
+        if here in seen:
+            counts['folders linked twice'] += 1
+            continue
+        seen.add(here)
+        try:
+            with os.scandir(place) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as e:
+            refuse(e)
+        below = []
+        for entry in inside:
+            if entry.name.startswith('.'):
+                continue
+            if not is_folder(entry):
+                yield entry.path
+            elif not entry.name.startswith('__MACOSX'):
+                (linked if entry.is_symlink() else below).append(entry.path)
+        real += reversed(below)
+
+
+def is_folder(entry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def folders(path: str) -> list[str]:
+    """Names of the sub-folders that are not hidden."""
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        return sorted(e.name for e in entries if is_folder(e) and not e.is_symlink() and e.name[0] != '.')
+    return []
+
+
+def ordered(names: set[str]) -> tuple[str, ...]:
+    """Names in order; by their numbers where all of them are integers."""
+    if all(re.fullmatch('[0-9]+', name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def into_splits(files: list[File], counts: Counter) -> list[File]:
+    """The files with their splits, where the first-level sub-folders are splits; the same files else."""
+    tops = {top(file.path) for file in files}
+    by_name = {name.lower(): name for name in tops}
+    train = next((by_name[name] for name in TRAIN if name in by_name), None)
+    if train is None or not all('/' in file.path for file in files) or not by_name.keys() <= {*TRAIN, *TEST}:
+        return files
+    within = [file for file in files if top(file.path) == train]
+    labelled = all(file.path.count('/') > 1 for file in within)
+
+    def usable(name: str) -> bool:
+        return any(top(f.path) == name and (f.path.count('/') > 1 or not labelled) for f in files)
+
+    test = next((by_name[name] for name in TEST if name in by_name and usable(by_name[name])), None)
+    for name in sorted(tops - {train, test}):
+        n = sum(top(file.path) == name for file in files)
+        counts[f'files in {name}/, which is not used' + (f' beside {test}/' if test else '')] = n
+    splits = {train: 'train', test: 'test'}
+    return [file._replace(split=splits[top(file.path)]) for file in files if top(file.path) in splits]
 
 
 def refuse(e: OSError) -> None:
@@ -100,9 +215,36 @@ def digest(*parts) -> str:
     return hashlib.sha256('\0'.join(map(str, parts)).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
-def stem(path: str) -> str:
-    """What files of one example have in common: a path below the first-level sub-folder, without the ending."""
-    return os.path.splitext(path.split('/', 1)[-1])[0]
+def stem(file: File) -> str:
+    """What files of one example have in common: the split, and a path below the part's folder, without the ending."""
+    return f'{file.split}/{os.path.splitext(file.inner.split("/", 1)[-1])[0]}'
+
+
+def open_regular(path: str):
+    """The file at `path`, open for reading; never waits.
+
+    Raises:
+      OSError, ValueError: it is not there, or a pipe or device.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), 'rb')
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError('it is no regular file')
+    return file
+
+
+def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+      OSError, ValueError: it is not there, no regular file, or has more bytes than an image of max_pixels.
+    """
+    most = BYTES_PER_PIXEL * max_pixels + OTHER_BYTES
+    with open_regular(path) as file:
+        content = b'' if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
+    if (not content and os.path.getsize(path)) or len(content) > most:
+        raise ValueError(f'it has more than the {most} bytes of an image of config.data.max_pixels = {max_pixels}')
+    return content
 
 
 def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,13 +253,15 @@ def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
       UserError: one that is wanted is not there, or a file has no partner.
     """
-    within = {part: {} for part in listing.classes}
-    missing = [part for part in wanted if part not in within]
-    if missing:
-        what = f'{missing[0]} is not there' if within else 'an image lies outside of all sub-folders'
+    parts = ordered({top(file.inner) for file in listing.files if '/' in file.inner})
+    missing = [part for part in wanted if part not in parts]
+    outside = [file.path for file in listing.files if '/' not in file.inner]
+    if missing or outside:
+        what = f'{outside[0]!r} lies outside of all sub-folders' if outside else f'{missing[0]} is not there'
         raise UserError(f'the folder {listing.folder} must hold its images in {", ".join(wanted)}: {what}')
+    within: dict[str, dict[str, str]] = {part: {} for part in parts}
     for file in listing.files:
-        part, name = top(file.path), stem(file.path)
+        part, name = top(file.inner), stem(file)
         if name in within[part]:
             raise UserError(f'{listing.folder}: {within[part][name]} and {file.path} have one name')
         within[part][name] = file.path
@@ -129,62 +273,97 @@ def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
                     f'{listing.folder}: {len(alone)} of the images in {part}/ have no partner in {other}/, '
                     f'like {alone[0]!r}'
                 )
-    return listing.classes
+    return parts
 
 
-def key(listing: Listing, test_share: float, parts: tuple[str, ...] = ()) -> str:
+def check_aspects(listing: Listing, sizes: dict[str, tuple[int, int]], pairs) -> None:
+    """Refuses partners, given by their paths, whose aspect ratios differ by more than rounding to whole pixels does:
+    what is cut out of them would not lie in one place."""
+    for one, other in pairs:
+        (w, h), (v, g) = max(sizes[one], sizes[other]), min(sizes[one], sizes[other])
+        if abs(w * g - v * h) >= max(w, h):
+            raise UserError(
+                f'{listing.folder}: {one} is {sizes[one][0]} x {sizes[one][1]} pixels and {other} is '
+                f'{sizes[other][0]} x {sizes[other][1]}: images of a pair must have one aspect ratio'
+            )
+
+
+def key(listing: Listing, test_share: float, max_pixels: int, parts: tuple[str, ...] = ()) -> str:
     """A name for the set prepared from this listing: another one as soon as a file changes."""
     title = re.sub(r'[^A-Za-z0-9]+', '_', os.path.basename(listing.folder))[:32].strip('_') or 'folder'
     files = (field for file in listing.files for field in file)
-    return f'{title}-{digest(listing.folder, test_share, *parts, *files)[:16]}'
+    return f'{title}-{digest(listing.folder, test_share, max_pixels, *listing.classes, *parts, *files)[:16]}'
 
 
-def split(files: list[File], test_share: float) -> tuple[list[File], list[File]]:
+def content_digest(files: dict[File, Read], test_share: float, parts: tuple[str, ...]) -> str:
+    """64 hexadecimal digits that are the same for the same images under the same names, wherever the folder lies."""
+    rows = (field for file, read in sorted(files.items()) for field in (file.path, file.split, read.digest))
+    return digest(test_share, *parts, *rows)
+
+
+def split(files: list[File], test_share: float, classes: bool = False) -> tuple[list[File], list[File]]:
     """(train, test), both in an order that says nothing of the names.
 
     Where a file goes depends on its path below the folder and on test_share only, so it stays there
     when others come or go. Of two or more files at least one lands on each side.
+
+    Args:
+      classes: of every class, too, at least one is trained on.
     """
     shares = {file: int(digest(file.path)[:13], 16) / 16**13 for file in files}
     order = sorted(files, key=shares.get)
+    if any(file.split == 'test' for file in order):
+        return [f for f in order if f.split == 'train'], [f for f in order if f.split == 'test']
     n = sum(shares[file] < test_share for file in order)
     n = min(max(n, 1), len(order) - 1)
-    return order[n:], order[:n]
+    train, test = order[n:], order[:n]
+    if classes:
+        last = {top(file.inner): file for file in order}  # of every class the one that a larger share reaches last
+        trained = {top(file.inner) for file in train}
+        held = [file for file in test if top(file.inner) in trained or file != last[top(file.inner)]]
+        if not held:  # the test split has the rarest alone
+            lasts = set(last.values())
+            held = [file for file in order if file not in lasts][:1] or test
+        out = set(held)
+        train, test = [file for file in order if file not in out], held
+    return train, test
 
 
-def readable(listing: Listing, max_corrupt: float, threads: int, report: str) -> list[File]:
-    """The files that decode. The others are counted on stderr and listed with their faults in `report`.
+def readable(
+    listing: Listing, max_corrupt: float, threads: int, report: str, max_pixels: int = MAX_PIXELS
+) -> dict[File, Read]:
+    """The files that decode, and what reading says of them. The others are listed with their faults in `report`.
 
     Raises:
       UserError: more than max_corrupt of the files do not decode, or none does.
     """
 
-    def fault(file: File) -> str:
+    def read(file: File) -> Read | str:
         try:
-            with open(place(listing, file), 'rb') as f:
-                load(f.read(), channels=3)
+            content = read_file(place(listing, file), max_pixels)
+            return Read(load(content, 3, max_pixels).size, hashlib.sha256(content).hexdigest())
         except Exception as e:
             return f'{type(e).__name__}: {" ".join(str(e).split())}'
-        return ''
 
-    files, faults = listing.files, []
+    files, found = listing.files, []
     with (
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(min(threads, len(files), 4 * (os.cpu_count() or 1))) as pool,
         tqdm(total=len(files), desc=f'reading {listing.folder}', disable=None, leave=False, delay=2) as bar,
     ):
         for start in range(0, len(files), 256):
-            faults += pool.map(fault, files[start : start + 256])
-            bar.update(len(faults) - start)
-    bad = {ascii(file.path): why for file, why in zip(files, faults, strict=True) if why}
-    if bad:
-        with open(report, 'w', encoding='utf-8', errors='backslashreplace') as f:
-            f.writelines(f'{name}\t{why}\n' for name, why in bad.items())
-    elif os.path.exists(report):
+            found += pool.map(read, files[start : start + 256])
+            bar.update(len(found) - start)
+    bad = {ascii(file.path): why for file, why in zip(files, found, strict=True) if isinstance(why, str)}
+    if os.path.lexists(report):  # a link, maybe, that leads elsewhere
         os.remove(report)
-    check(listing, max_corrupt, report)
     if bad:
-        print(f'{listing.folder}: left out {summary(listing, list(bad))}; all and why: {report}', file=sys.stderr)
-    return [file for file, why in zip(files, faults, strict=True) if not why]
+        with open(report, 'x', encoding='utf-8', errors='backslashreplace') as f:
+            f.writelines(f'{name}\t{why}\n' for name, why in bad.items())
+    check(listing, max_corrupt, report)
+    return {file: read for file, read in zip(files, found, strict=True) if isinstance(read, Read)}
+
+
+said = set()  # lines of `check` that this process has written
 
 
 def summary(listing: Listing, bad: list[str]) -> str:
@@ -194,20 +373,33 @@ def summary(listing: Listing, bad: list[str]) -> str:
 
 
 def check(listing: Listing, max_corrupt: float, report: str) -> None:
-    """Refuses a folder if more than max_corrupt of it, or all, is unreadable according to the report."""
-    if not os.path.exists(report):
-        return
-    with open(report, encoding='utf-8') as f:
-        bad = [line.split('\t')[0] for line in f]
-    if len(bad) < len(listing.files) and len(bad) <= max_corrupt * len(listing.files):
-        return
-    what = f'{listing.folder}: {summary(listing, bad)}'
-    if len(bad) == len(listing.files):
-        raise UserError(f'{what}: that is all of them (why: {report})')
-    raise UserError(
-        f'{what}, are more than config.data.max_corrupt = {max_corrupt:g}; '
-        f'repair or remove them, or raise it (all and why: {report})'
-    )
+    """Says on stderr, once a process, what is left out of a folder and why.
+
+    Raises:
+      UserError: more than max_corrupt of it, or all, is unreadable according to the report.
+    """
+    bad = []
+    if os.path.isfile(report):
+        with open(report, encoding='utf-8') as f:
+            bad = [line.split('\t')[0] for line in f]
+    if bad and (len(bad) == len(listing.files) or len(bad) > max_corrupt * len(listing.files)):
+        what = f'{listing.folder}: {summary(listing, bad)}'
+        if len(bad) == len(listing.files):
+            raise UserError(f'{what}: that is all of them (why: {report})')
+        raise UserError(
+            f'{what}, are more than config.data.max_corrupt = {max_corrupt:g}; '
+            f'repair or remove them, or raise it (all and why: {report})'
+        )
+    announce(listing, [f'{summary(listing, bad)}; all and why: {report}'] if bad else [])
+
+
+def announce(listing: Listing, more: list[str]) -> None:
+    """One line on stderr of what is left out of a folder, unless this process has written it before."""
+    if listing.skipped or more:
+        line = f'{listing.folder}: left out {", ".join([*listing.skipped, *more])}'
+        if line not in said:
+            said.add(line)
+            print(ascii(line)[1:-1] if not line.isprintable() else line, file=sys.stderr)
 
 
 class Pictures:
@@ -220,10 +412,13 @@ class Pictures:
     """
 
     def __init__(self, path: str, image: tuple[int, int, int]):
-        self.listing, self.image = scan(path), image
+        self.listing, self.image = scan(path, links=True), image
+        if odd := [what for what in self.listing.skipped if what.endswith(IRREGULAR)]:
+            raise UserError(f'{self.listing.folder} holds {odd[0]}: remove them')
+        announce(self.listing, [])
         for file in self.listing.files:  # by their headers: all mistakes before any computing
             try:
-                with Image.open(place(self.listing, file)) as header:
+                with open_regular(place(self.listing, file)) as opened, Image.open(opened, formats=FORMATS) as header:
                     size = header.size
             except Exception as e:
                 raise self.unreadable(file, e) from e
@@ -241,8 +436,8 @@ class Pictures:
 
     def read(self, file: File) -> np.ndarray:
         try:
-            with open(place(self.listing, file), 'rb') as f:
-                picture = to_array(load(f.read(), channels=self.image[2]))
+            content, most = read_file(place(self.listing, file)), self.image[0] * self.image[1]
+            picture = to_array(load(content, self.image[2], most))
             if picture.shape != self.image:  # turned by its EXIF data
                 raise ValueError(f'it is {picture.shape[0]} x {picture.shape[1]} pixels once turned')
         except Exception as e:

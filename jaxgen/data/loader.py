@@ -211,39 +211,39 @@ class Examples:
             place = Places(*(None if x is None else x[n] for x in places or Places()))
             for name, value in self.records[i].items():
                 if self.records.chosen[name].image:
-                    side, _, channels = self.shapes[name]
-                    value = transforms.reduced(self.image(i, value, channels, place), side)
+                    side, _, _ = self.shapes[name]
+                    value = transforms.reduced(self.image(i, value, name, place), side)
                 out[name][n] = value
         return out
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
 
-    def image(self, i: int, encoded: bytes, channels: int, place: Places) -> np.ndarray:
+    def image(self, i: int, encoded: bytes, name: str, place: Places) -> np.ndarray:
+        channels, d = self.shapes[name][2], self.data
         try:
-            image = transforms.load(encoded, channels)
+            image = transforms.load(encoded, channels, d['max_pixels'], self.records.chosen[name].palette)
         except Exception as e:
             raise RunError(f'{self.records.place}: example {i} cannot be decoded ({sources.reason(e)})') from e
-        d = self.data
-        x = cut_out(transforms.cut(image, d['box']), d, place)
+        x = cut_out(transforms.cut(image, d['box']), d, place, channels)
         return x if place.down is None else transforms.moved(x, int(place.down), int(place.right), d['fill'])
 
 
-def cut_out(image: Image.Image, data, place: Places) -> np.ndarray:
+def cut_out(image: Image.Image, data, place: Places, channels: int) -> np.ndarray:
     """The image's part at `place` as uint8 [size, size, C], resized."""
     size = data['size']
     at_random = place.cropped is None or bool(place.cropped)
     if place.rectangle is not None and at_random:
         ranges = tuple(data['crop_area']), tuple(data['crop_aspect'])
         box = transforms.rectangle(image.height, image.width, *ranges, place.rectangle)
-        return transforms.to_array(transforms.cut(image, box).resize((size, size), Image.Resampling.BICUBIC))
+        return transforms.to_array(transforms.cut(image, box).resize((size, size), Image.Resampling.BICUBIC), channels)
     square = place.square if at_random else None
     if place.row is None:
-        return transforms.to_array(transforms.square(image, size, square))
+        return transforms.to_array(transforms.square(image, size, square), channels)
     larger = size + data['jitter']
     # A window of the whole image, where the square would be anywhere; of its middle else.
     image = transforms.square(image, larger) if square is None else transforms.cover(image, larger)
-    return transforms.to_array(transforms.window(image, size, place.row, place.column))
+    return transforms.to_array(transforms.window(image, size, place.row, place.column), channels)
 
 
 class Beside:

@@ -41,6 +41,7 @@ from jaxgen.errors import RunError, UserError
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
 OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in shapes.STYLES[1:]), 'gaussians:1', 'gaussians:2')
 GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
+CLASS_MAPS = re.compile('mask|seg|label|class')  # in the name of a part of pairs: a palette's numbers are classes
 PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
@@ -55,6 +56,7 @@ class Feature(NamedTuple):
     names: tuple[str, ...] = ()  # of the classes, where they have any
     image: bool = False
     channels: int = 0  # of an image; 0: as many as the config asks for
+    palette: bool = False  # an image whose palette's numbers are classes, not to be blended
     side: int = 0  # in pixels, of an image that is made smaller than the others; 0: as they are
 
 
@@ -158,7 +160,7 @@ def folder_source(data, here: str) -> Source:
             raise UserError(f'{scan().folder} has no labels: put every image into a sub-folder named after its class')
         if 'label' in data['features'] and 0 < data['classes'] < n:
             raise UserError(f'config.data.classes = {data["classes"]}, but {scan().folder} has {n} sub-folders')
-        key = folder.key(scan(), data['test_share'])
+        key = folder.key(scan(), data['test_share'], data['max_pixels'])
         report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
         return builders.FolderConfig(
             name=key,
@@ -166,6 +168,7 @@ def folder_source(data, here: str) -> Source:
             test_share=data['test_share'],
             max_corrupt=data['max_corrupt'],
             threads=data['threads'],
+            max_pixels=data['max_pixels'],
             report=report,
         )
 
@@ -186,9 +189,9 @@ def pairs_source(data, here: str) -> Source:
 
     @functools.cache
     def config() -> builders.FolderConfig:
-        listing = folder.scan(data['source'].partition(':')[2])
+        listing = folder.scan(data['source'].partition(':')[2], links=True)
         parts = folder.paired(listing, wanted)
-        key = folder.key(listing, data['test_share'], parts)
+        key = folder.key(listing, data['test_share'], data['max_pixels'], parts)
         report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
         return builders.FolderConfig(
             name=key,
@@ -196,6 +199,7 @@ def pairs_source(data, here: str) -> Source:
             test_share=data['test_share'],
             max_corrupt=data['max_corrupt'],
             threads=data['threads'],
+            max_pixels=data['max_pixels'],
             report=report,
             parts=parts,
         )
@@ -204,7 +208,7 @@ def pairs_source(data, here: str) -> Source:
         folder.check(config().listing, data['max_corrupt'], config().report)
 
     # What the config names is taken to be there: it may be on another machine.
-    features = {name: Feature((name,), image=True) for name in wanted}
+    features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in wanted}
     return Source(
         data['source'], lambda: features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check
     )
@@ -512,6 +516,8 @@ def open_records(source: Source, data, split: str) -> Records:
             stored = builder.as_data_source(part, deserialize_method=method)
         with open(os.path.join(builder.data_dir, 'dataset_info.json'), 'rb') as file:  # holds the sizes of all files
             identity = f'{builder.info.full_name} {part} {hashlib.file_digest(file, "sha256").hexdigest()}'
+        if isinstance(builder, builders.JaxgenFolder):  # wherever it lies
+            identity = f'{builder.name} {builder.version} {part} {builder.info.metadata["content"]}'
         return Records(builder.data_dir, builder.info, stored, chosen, identity)
     except NotImplementedError as e:
         raise UserError(

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -26,33 +28,81 @@ FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
 PAD, SHIFT, CROPPED = (16, 17), (18, 19), 20
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
+# What PIL may take a file for, whatever its name: decoders that read pixels and start no program.
+Image.init()
+FORMATS = [
+    name
+    for name in (
+        *('AVIF', 'BMP', 'DDS', 'DIB', 'GIF', 'ICNS', 'ICO', 'JPEG', 'JPEG2000', 'PCX', 'PNG', 'PPM', 'PSD', 'QOI'),
+        *('SGI', 'SUN', 'TGA', 'TIFF', 'WEBP', 'XBM', 'XPM'),
+    )
+    if name in Image.OPEN
+]
+MAX_PIXELS = 2**26  # of an image where nobody says otherwise; decoding takes up to 16 bytes for each
 
-def load(encoded: bytes, channels: int) -> Image.Image:
-    """The picture in a file's bytes, 8 bits, mode 'L' (channels 1) or 'RGB' (channels 3).
+
+def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: bool = False) -> Image.Image:
+    """The image in a file's bytes, 8 bits, mode 'L' (channels 1) or 'RGB' (channels 3).
 
     Any mode that PIL reads: the first frame of an animation, turned as its EXIF says; what is
     transparent shows white; 16-bit grey is scaled from 0..65535; float grey from 0..1, or from
     0..255 if anything is above 1. Colour becomes grey by Rec. 601 luma.
 
+    Args:
+      max_pixels: that the image may have. More are refused before any is decoded.
+      palette: leave an image with a palette as it is, mode 'P', whose numbers are classes; see `to_array`.
+
     Raises:
-      Exception: of any kind, as PIL's plugins do, when the bytes are damaged or no picture.
+      Exception: of any kind, as PIL's plugins do, when the bytes are damaged or no image.
     """
-    image = Image.open(io.BytesIO(encoded))
-    if image.format == 'EPS':
-        raise ValueError('a PostScript program, which PIL would run')
+    check_icon(encoded, max_pixels)
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    check_pixels(image.size, max_pixels)
+    scale = key_scale(image)
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data says nothing; the pixels are there
         image = ImageOps.exif_transpose(image)
+    key = image.info.get('transparency')
+    if palette and image.mode == 'P':
+        image.info.pop('transparency', None)
+        return image
     if image.mode.startswith('I') or image.mode == 'F':
         x = np.asarray(image, np.float32)  # exact up to 2^24
         if not np.isfinite(x).all():
             raise ValueError('it has pixels that are not numbers')
         top = 65535 if image.mode.startswith('I') else 1 if x.max() <= 1 else 255
-        image = Image.fromarray(np.rint(np.clip(x / top, 0, 1) * 255).astype(np.uint8))
+        grey = np.rint(np.clip(x / top, 0, 1) * 255).astype(np.uint8)
+        if isinstance(key, int):  # a PNG's transparent value
+            grey[x == key] = 255
+        image = Image.fromarray(grey)
     elif image.has_transparency_data:
+        if scale != 1 and key is not None:
+            image.info['transparency'] = tuple(int(k * scale) for k in key) if type(key) is tuple else int(key * scale)
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('L' if channels == 1 else 'RGB')
+
+
+def check_icon(encoded: bytes, most: int) -> None:
+    """Raises ValueError where a PNG or JPEG 2000 file within an icon has more pixels than `most`.
+
+    The icon's own size says nothing of theirs, and PIL may decode them in opening it.
+    """
+    if encoded[:4] in (b'\0\0\1\0', b'icns'):
+        for found in re.finditer(b'(?s)(?:IHDR|ihdr)(.{8})', encoded):
+            check_pixels(struct.unpack('>II', found[1]), most)
+
+
+def check_pixels(size: tuple[int, ...], most: int) -> None:
+    """Raises ValueError where an image of this size has more pixels than `most`."""
+    if math.prod(size) > most:
+        raise ValueError(f'its {size[0]} x {size[1]} pixels are more than config.data.max_pixels = {most}')
+
+
+def key_scale(image: Image.Image) -> float:
+    """What a PNG's transparent value is multiplied by to be in the 8 bits that PIL makes of pixels of other depths."""
+    depth = image.tile[0][3] if image.format == 'PNG' and image.tile else ''
+    return {'L;2': 255 / 3, 'L;4': 255 / 15, 'RGB;16B': 1 / 256}.get(depth, 1)
 
 
 def cut(image: Image.Image, box: tuple[int, ...]) -> Image.Image:
@@ -139,8 +189,16 @@ def beyond(places: np.ndarray, n: int, fill: str) -> np.ndarray:
     return np.minimum(around, 2 * n - 2 - around)
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, C], C = 1 or 3."""
+def to_array(image: Image.Image, channels: int = 1) -> np.ndarray:
+    """uint8 [H, W, C], C = 1 or 3.
+
+    Of an image with a palette, mode 'P': its colours where `channels` is 3 or the palette is grey; otherwise its
+    numbers, since two colours may be of one grey.
+    """
+    if image.mode == 'P':
+        colours = np.reshape(image.getpalette('RGB'), (-1, 3))
+        if channels == 3 or (colours == colours[:, :1]).all():
+            image = image.convert('RGB' if channels == 3 else 'L')
     x = np.asarray(image)
     return x[..., None] if x.ndim == 2 else x
 
