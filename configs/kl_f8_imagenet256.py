@@ -12,8 +12,8 @@ The released model was trained on OpenImages, with the losses below. Latent diff
 one over their standard deviation: that is the later stage's business.
 
 Differs: the data; the release cuts 256x256 pixels out of images at 384, here of the shorter side resized to 256. Its
-batch is 12 for each GPU, two of which make an update; their number, that of updates and whether images were mirrored
-is not in it: here they are not.
+batch is 4 for each GPU, 12 and two of these an update in its config for ImageNet; the numbers of GPUs and updates, and
+whether images were mirrored, are not in it: here they are not.
 
 Time: not measured
 Paper: reconstruction FID 0.90, PSNR 24.19 (Rombach et al. 2022, table 8, and the released code; ImageNet validation)
