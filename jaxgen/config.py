@@ -15,6 +15,8 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
+import math
 import os
 import re
 import traceback
@@ -129,17 +131,77 @@ CHOICES = {
     'train.dtype': ('float32', 'bfloat16'),
     'evaluate.split': ('train', 'test'),
 }
-POSITIVE = (
-    *('data.size', 'data.batch', 'data.threads', 'data.max_pixels', 'optim.lr', 'optim.accumulate'),
-    *('train.steps', 'train.updates_per_call', 'train.log_every', 'train.save_every', 'train.keep'),
-    *('train.samples', 'train.evaluate_samples', 'mesh.fsdp', 'sample.batch', 'evaluate.batch', 'evaluate.samples'),
-)
+# Intervals in which numbers lie, with [ ] where an end belongs to them and ( ) where it does not. Those of `optim` hold
+# for `optim.networks.NAME` too. NaN and infinity lie in none, nor in any other field.
+RANGES = {
+    'seed': '[0, 2147483647]',
+    'data.size': '[1, 65536]',
+    'data.classes': '[0, inf)',
+    'data.batch': '[1, inf)',
+    'data.crop_rate': '(0, 1]',
+    'data.jitter': '[0, inf)',
+    'data.pad': '[0, inf)',
+    'data.shift': '[0, 0.5)',
+    'data.low_resolution': '[0, inf)',
+    'data.test_share': '(0, 1)',
+    'data.max_corrupt': '[0, 1]',
+    'data.threads': '[1, 1024]',
+    'data.max_pixels': '[1, inf)',
+    'data.cache_mb': '[0, inf)',
+    'optim.lr': '(0, inf)',
+    'optim.warmup': '[0, inf)',
+    'optim.plateau': '[0, 1)',
+    'optim.floor': '[0, 1]',
+    'optim.decay_rate': '(0, 1]',
+    'optim.decay_every': '[1, inf)',
+    'optim.b1': '[0, 1)',
+    'optim.b2': '[0, 1)',
+    'optim.eps': '[0, inf)',
+    'optim.weight_decay': '[0, inf)',
+    'optim.weight_decay_end': '[0, inf)',
+    'optim.l2': '[0, inf)',
+    'optim.clip': '[0, inf)',
+    'optim.accumulate': '[1, inf)',
+    'optim.ema': '[0, 1)',
+    'optim.ema_halflife': '[0, inf)',
+    'optim.ema_rampup': '[0, inf)',
+    'train.steps': '[1, inf)',
+    'train.updates_per_call': '[1, inf)',
+    'train.log_every': '[1, inf)',
+    'train.save_every': '[1, inf)',
+    'train.keep': '[1, inf)',
+    'train.keep_every': '[0, inf)',
+    'train.sample_every': '[0, inf)',
+    'train.samples': '[1, inf)',
+    'train.evaluate_every': '[0, inf)',
+    'train.evaluate_samples': '[1, inf)',
+    'mesh.fsdp': '[1, inf)',
+    'sample.batch': '[1, inf)',
+    'evaluate.batch': '[1, inf)',
+    'evaluate.examples': '[0, inf)',
+    'evaluate.samples': '[1, inf)',
+}
+LARGEST = 2**31 - 1  # of any integer: most of them become int32 on a device
+MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples)'
-    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt|max_pixels)'
+    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
 )
+# A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
+FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)')
+# These name places. They may be renamed where the digest of what lies there is the one that training saw.
+MOVABLE = re.compile(r'stages\..*|data\.(source|other)')
+# Prefixes of the values of these fields that are paths; '': the whole value is one.
+PATHS = {
+    'data.source': ('folder:', 'pairs:'),
+    'data.other': ('folder:', 'pairs:'),
+    'data.dir': ('',),
+    'evaluate.features': ('run:',),
+    'evaluate.inception': ('',),
+}
+NAME = re.compile(r'[A-Za-z_]\w*')  # of a stage
 
 
 def families() -> list[str]:
@@ -150,10 +212,25 @@ def families() -> list[str]:
 
 def near(key: str, known) -> str:
     """'; did you mean a or b?' for a misspelt key, or the known ones if nothing is near."""
-    close = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(key), list(known), n=3, cutoff=0.5)
     if close:
         return '; did you mean ' + ' or '.join(close) + '?'
     return '; known: ' + ', '.join(sorted(map(str, known)))
+
+
+def shown(value, limit: int = 200) -> str:
+    """A value as a message shows it: on one line, and not more of it than anybody reads."""
+    try:
+        text = ' '.join(repr(value).split())
+    except Exception:  # integers of too many digits, or nested too deeply
+        text = f'a very large {type(value).__name__}'
+    return text if len(text) <= limit else text[:limit] + '...'
+
+
+def one_line(e: BaseException, limit: int = 300) -> str:
+    """What an exception says, on one line."""
+    text = ' '.join(str(e).split())
+    return f'{type(e).__name__}: {text[:limit]}' if text else type(e).__name__
 
 
 def builder(family: str) -> Callable:
@@ -169,6 +246,19 @@ def model_defaults(family: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def check_finite(path: str, value) -> None:
+    """Raises UserError for NaN, infinity, an integer that no device holds, and what JSON does not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'config.{path} must be a finite number; it is {value}')
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f'config.{path} must be from {-LARGEST} to {LARGEST}; it is {shown(value)}')
+    if isinstance(value, tuple):
+        for one in value:
+            check_finite(path, one)
+    elif not isinstance(value, bool | int | float | str):
+        raise UserError(f'config.{path} must be numbers or names; it holds {type(value).__name__} {shown(value)}')
+
+
 def coerce(path: str, value, default):
     """Value as the default's type, or UserError; int goes for float, list for tuple."""
     if default is None:  # a number that the family chooses by its other fields where it is None
@@ -178,6 +268,7 @@ def coerce(path: str, value, default):
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(value, bool) and isinstance(default, bool)
     elif isinstance(default, float) and isinstance(value, int):
+        check_finite(path, value)
         return float(value)
     elif isinstance(default, tuple) and isinstance(value, list | tuple):
         if default and not all(
@@ -185,15 +276,18 @@ def coerce(path: str, value, default):
         ):
             raise UserError(
                 f'config.{path} must be a tuple of {type(default[0]).__name__}, '
-                f'like {default!r}; it is {tuple(value)!r}'
+                f'like {default!r}; it is {shown(tuple(value))}'
             )
+        check_finite(path, tuple(value))
         return tuple(value)
     else:
         fits = type(value) is type(default)
     if not fits:
         raise UserError(
-            f'config.{path} must be {type(default).__name__}, like {default!r}; it is {type(value).__name__} {value!r}'
+            f'config.{path} must be {type(default).__name__}, like {default!r}; it is {type(value).__name__} '
+            f'{shown(value)}'
         )
+    check_finite(path, value)
     return value
 
 
@@ -202,13 +296,21 @@ def merge(path: str, defaults: dict, given: dict) -> dict:
     merged = dict(defaults)
     for key, value in given.items():
         where = f'{path}.{key}' if path else key
-        if key not in defaults:
-            raise UserError(f'config.{where}: no such field{near(key, defaults)}')
+        if not isinstance(key, str) or key not in defaults:
+            known = near(key, defaults) if defaults else '; this section has none'
+            raise UserError(f'config.{" ".join(where.split())[:200]}: no such field{known}')
         default = defaults[key]
         if where in ('stages', 'optim.networks') and not isinstance(value, dict):
-            raise UserError(f'config.{where} is a section: write config.{where}.NAME = ...; it is {value!r}')
+            raise UserError(f'config.{where} is a section: write config.{where}.NAME = ...; it is {shown(value)}')
+        if where in ('stages', 'optim.networks'):
+            for name in value:
+                if not (isinstance(name, str) and NAME.fullmatch(name)):
+                    raise UserError(f'config.{where}: a name is made of letters, digits and _; it is {shown(name)}')
         if where == 'stages':
             merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
+            for name, run in merged[key].items():
+                if not run:
+                    raise UserError(f'config.stages.{name} must be the directory of a run; it is empty')
         elif where == 'optim.networks':
             shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'ema_halflife', 'ema_rampup', 'networks')
             own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
@@ -251,12 +353,101 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
         if name not in variants:
             raise UserError(f'this config has no variant {name!r}{near(name, variants) if variants else ""}')
         sections = deep_update(sections, variants[name])
+    return complete(sections)
+
+
+def complete(sections: dict) -> ConfigDict:
+    """A checked config of these sections; fields that they lack have their defaults, and paths are absolute.
+
+    Raises:
+      UserError: as `make`.
+    """
     family = sections.get('family', '')
     if not isinstance(family, str) or not family:
         raise UserError(f'config.family is missing: one of {", ".join(families())}')
     resolved = merge('', {**DEFAULTS, 'model': model_defaults(family)}, sections)
     check(resolved)
-    return ConfigDict(resolved)
+    return ConfigDict(with_absolute_paths(resolved))
+
+
+def absolute(path: str) -> str:
+    """A path without ~, .., links to itself or a slash at the end: one place is written in one way."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def path_of(field: str, value: str) -> str:
+    """The path that the value of a field names, '' where it names none: 'folder:/pictures' -> '/pictures'."""
+    prefixes = ('',) if field.startswith('stages.') else PATHS.get(field, ())
+    return next((value.removeprefix(p) for p in prefixes if value.startswith(p)), '')
+
+
+def paths(resolved) -> dict[str, str]:
+    """{field: path} of all paths that a config names."""
+    fields = [*PATHS, *(f'stages.{name}' for name in resolved['stages'])]
+    named = {field: path_of(field, get(resolved, field)) for field in fields}
+    return {field: path for field, path in named.items() if path}
+
+
+def with_absolute_paths(resolved: dict) -> dict:
+    """The same config, whatever directory it is read in."""
+    for field, path in paths(resolved).items():
+        *above, last = field.split('.')
+        section = get(resolved, '.'.join(above))
+        section[last] = section[last].removesuffix(path) + absolute(path)
+    return resolved
+
+
+def parse_json(path: str, parse: Callable[[Any], Any], remedy: str):
+    """What `parse` makes of a JSON file that may come from anybody.
+
+    Raises:
+      UserError: it cannot be read or parsed, in one line that ends in `remedy`.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding='utf-8') as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ValueError(f'it has more than {MAX_JSON} characters')
+        return parse(json.loads(text))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else one_line(e)
+        raise UserError(f'{path} is damaged ({reason}): {remedy}') from e
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from e
+
+
+def read_json(path: str) -> ConfigDict:
+    """The config in a config.json, which may come from anybody.
+
+    Raises:
+      UserError: it is no config, in one line.
+    """
+
+    def parse(sections) -> ConfigDict:
+        if not isinstance(sections, dict):
+            raise ValueError(f'it is a JSON {type(sections).__name__}, not an object')
+        return complete(sections)
+
+    return parse_json(path, parse, 'put back the config of this run')
+
+
+def limits(interval: str) -> tuple[float, float, bool, bool]:
+    """(lower, upper, whether the lower end belongs to it, whether the upper does) of '[0, 1)'."""
+    low, high = (float(end) for end in interval[1:-1].split(','))
+    return low, high, interval[0] == '[', interval[-1] == ']'
+
+
+def check_range(field: str, value: float, interval: str) -> None:
+    """Raises UserError where the value of a field does not lie in its interval."""
+    low, high, with_low, with_high = limits(interval)
+    if not ((low < value or (with_low and value == low)) and (value < high or (with_high and value == high))):
+        within = f'in {interval}' if high < math.inf else f'{low:g} or more' if with_low else f'more than {low:g}'
+        raise UserError(f'config.{field} must be {within}; it is {shown(value)}')
+
+
+def check_choice(field: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f'config.{field} must be one of {allowed}; it is {shown(value)}')
 
 
 def get(resolved: dict, path: str):
@@ -265,22 +456,21 @@ def get(resolved: dict, path: str):
     return resolved
 
 
+def check_fields(resolved: dict) -> None:
+    """Raises UserError for a value that is not among the CHOICES of its field, or not in its RANGES."""
+    for table, check_one in ((CHOICES, check_choice), (RANGES, check_range)):
+        for field, allowed in table.items():
+            check_one(field, get(resolved, field), allowed)
+            section, _, last = field.partition('.')
+            for name, own in resolved['optim']['networks'].items() if section == 'optim' else ():
+                if last in own:
+                    check_one(f'optim.networks.{name}.{last}', own[last], allowed)
+
+
 def check(resolved: dict) -> None:
     """Raises UserError for values that cannot work whatever the family."""
-    for path, allowed in CHOICES.items():
-        if get(resolved, path) not in allowed:
-            raise UserError(f'config.{path} must be one of {allowed}; it is {get(resolved, path)!r}')
-    for path in POSITIVE:
-        if not get(resolved, path) > 0:
-            raise UserError(f'config.{path} must be more than 0; it is {get(resolved, path)!r}')
+    check_fields(resolved)
     train, data, optim = resolved['train'], resolved['data'], resolved['optim']
-    for network, own in optim['networks'].items():
-        for field in ('name', 'schedule', 'weight_decay_schedule'):
-            allowed = CHOICES[f'optim.{field}']
-            if own.get(field, allowed[0]) not in allowed:
-                raise UserError(
-                    f'config.optim.networks.{network}.{field} must be one of {allowed}; it is {own[field]!r}'
-                )
     for where, fields in [
         ('optim', optim),
         *((f'optim.networks.{n}', optim | f) for n, f in optim['networks'].items()),
@@ -289,7 +479,7 @@ def check(resolved: dict) -> None:
     check_augmentation(data)
     k = train['updates_per_call']
     for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every', 'evaluate_every'):
-        if train[name] < 0 or train[name] % k:
+        if train[name] % k:
             raise UserError(
                 f'config.train.{name} = {train[name]} must be a multiple of config.train.updates_per_call = {k}'
             )
@@ -301,15 +491,11 @@ def check(resolved: dict) -> None:
         raise UserError("config.data.features must hold 'image'")
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")
-    if data['low_resolution'] < 0 or data['size'] % (data['low_resolution'] or 1):
+    if data['size'] % (data['low_resolution'] or 1):
         raise UserError(
             f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}'
         )
-    if data['jitter'] < 0:
-        raise UserError(f'config.data.jitter must be 0 or more; it is {data["jitter"]}')
-    if not 0 <= optim['ema'] < 1:
-        raise UserError(f'config.optim.ema must be in [0, 1); it is {optim["ema"]}')
-    if not all(isinstance(std, int | float) and 0 < std < 0.288 for std in optim['ema_std']):
+    if not all(type(std) in (int, float) and 0 < std < 0.288 for std in optim['ema_std']):
         raise UserError(
             f'config.optim.ema_std: widths must be more than 0 and less than 0.288; they are {optim["ema_std"]}'
         )
@@ -318,12 +504,8 @@ def check(resolved: dict) -> None:
         raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")
     if train['evaluate_every'] and features == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
-    if data['box'] and not (len(data['box']) == 4 and all(isinstance(x, int) for x in data['box'])):
+    if data['box'] and not (len(data['box']) == 4 and all(type(x) is int for x in data['box'])):
         raise UserError('config.data.box must be (top, left, height, width)')
-    if not 0 <= resolved['seed'] < 2**31:
-        raise UserError(f'config.seed must be from 0 to {2**31 - 1}; it is {resolved["seed"]}')
-    if not 0 < data['test_share'] < 1:
-        raise UserError(f'config.data.test_share must be between 0 and 1; it is {data["test_share"]}')
 
 
 def check_recipe(where: str, fields: dict) -> None:
@@ -332,14 +514,6 @@ def check_recipe(where: str, fields: dict) -> None:
     def refuse(field: str, wanted: str) -> None:
         raise UserError(f'config.{where}.{field} {wanted}; it is {fields[field]!r}')
 
-    if not 0 <= fields['plateau'] < 1:
-        refuse('plateau', 'must be from 0 to below 1')
-    if not 0 <= fields['floor'] <= 1:
-        refuse('floor', 'must be from 0 to 1')
-    if fields['decay_every'] < 1:
-        refuse('decay_every', 'must be 1 or more')
-    if not 0 < fields['decay_rate'] <= 1:
-        refuse('decay_rate', 'must be above 0 and at most 1')
     if not all(type(b) is int and b > 0 for b in fields['boundaries']):
         refuse('boundaries', 'must be numbers of updates, (60_000, 80_000)')
     if fields['schedule'] == 'step' and not fields['boundaries']:
@@ -348,8 +522,6 @@ def check_recipe(where: str, fields: dict) -> None:
         refuse('no_decay', "must be patterns, ('bias', 'scale')")
     if fields['weight_decay'] and fields['name'] != 'adamw':
         refuse('weight_decay', f'is read by adamw and not by {fields["name"]}, whose penalty is l2')
-    if min(fields['weight_decay_end'], fields['l2']) < 0:
-        refuse('l2' if fields['l2'] < 0 else 'weight_decay_end', 'must be 0 or more')
 
 
 def check_augmentation(data: dict) -> None:
@@ -361,19 +533,16 @@ def check_augmentation(data: dict) -> None:
                 f'config.data.{field} must be (least, most), above 0'
                 f'{" and at most 1" if most == 1 else ""}; it is {values!r}'
             )
-    if not 0 < data['crop_rate'] <= 1:
-        raise UserError(f'config.data.crop_rate must be above 0 and at most 1; it is {data["crop_rate"]}')
-    if not 0 <= data['pad'] < data['size']:
+    if not data['pad'] < data['size']:
         raise UserError(f'config.data.pad must be from 0 to below config.data.size; it is {data["pad"]}')
-    if not 0 <= data['shift'] < 0.5:
-        raise UserError(f'config.data.shift must be from 0 to below 0.5; it is {data["shift"]}')
     if data['crop'] == 'resized' and data['jitter']:
         raise UserError("config.data.jitter is for the crops 'center' and 'random': 'resized' has its own sizes")
 
 
 def load(path: str) -> ConfigDict:
     """The config of `FILE.py` or `FILE.py:VARIANT`."""
-    file, _, variant = path.partition(':')
+    file, variant = split_variant(path)
+    file = os.path.expanduser(file)
     if not os.path.isfile(file):
         folder = os.path.dirname(file) or '.'
         there = [f for f in os.listdir(folder) if f.endswith('.py')] if os.path.isdir(folder) else []
@@ -389,12 +558,25 @@ def load(path: str) -> ConfigDict:
         config = module.get_config(variant)
     except UserError:
         raise
-    except Exception as e:  # a person's file can fail in any way: one line, with the place
-        line = traceback.extract_tb(e.__traceback__)[-1].lineno
-        raise UserError(f'{file}:{line}: {type(e).__name__}: {e}') from e
+    except (Exception, SystemExit) as e:  # a person's file can fail in any way: one line, with the place
+        raise UserError(f'{place_in(file, e)}: {one_line(e)}') from e
     if not isinstance(config, ConfigDict):
-        raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {config!r}')
-    return make(**config.to_dict())
+        raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {shown(config)}')
+    return complete(config.to_dict())
+
+
+def split_variant(path: str) -> tuple[str, str]:
+    """(FILE.py, VARIANT) of 'FILE.py:VARIANT', ('FILE.py', '') of 'FILE.py'."""
+    file, ending, variant = path.partition('.py:')
+    return (file + '.py', variant) if ending else (path, '') if path.endswith('.py') else path.partition(':')[::2]
+
+
+def place_in(file: str, e: BaseException) -> str:
+    """'FILE:LINE' of the last line of `file` that led to an exception, or 'FILE'."""
+    if isinstance(e, SyntaxError) and e.filename == file:
+        return f'{file}:{e.lineno}'
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
+    return f'{file}:{lines[-1]}' if lines else file
 
 
 def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
@@ -412,17 +594,22 @@ def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
         if isinstance(like, bool):
             given = {'true': True, 'false': False}.get(value.lower(), value)
         elif not isinstance(like, str) or keys[0] == 'optim':
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # then it is a text
                 given = ast.literal_eval(value)
         for key in reversed(keys):
             given = {key: given}
         sections = deep_update(sections, given)
-    return make(**sections)
+    return complete(sections)
+
+
+def fields_of(texts: list[str]) -> set[str]:
+    """The fields that overrides name, {'optim.lr', 'stages.first', ...}, without their values."""
+    return {text.lstrip('-').partition('=')[0].removeprefix('config.') for text in texts}
 
 
 def name(path: str) -> str:
     """The run's name: configs/ddpm_digits.py:tiny -> ddpm_digits_tiny."""
-    file, _, variant = path.partition(':')
+    file, variant = split_variant(path)
     base = os.path.splitext(os.path.basename(file))[0]
     return '_'.join([base, *filter(None, variant.split(','))])
 
@@ -437,34 +624,60 @@ def named(run: str) -> str:
     return ''
 
 
+def flat(tree: dict, path: str = '') -> dict[str, Any]:
+    """{'a.b': value} of a tree of sections."""
+    out = {}
+    for key, value in tree.items():
+        where = f'{path}.{key}' if path else str(key)
+        out.update(flat(value, where) if isinstance(value, dict) else {where: value})
+    return out
+
+
+def changed(old: ConfigDict, new: ConfigDict) -> dict[str, tuple]:
+    """{'a.b': (old, new)} of every field that differs; None stands for one that is not there."""
+    old, new = flat(old.to_dict()), flat(new.to_dict())
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """'a.b: old -> new' for every field that differs."""
-
-    def flat(tree: dict, path: str = '') -> dict:
-        out = {}
-        for key, value in tree.items():
-            where = f'{path}.{key}' if path else key
-            out.update(flat(value, where) if isinstance(value, dict) and value else {where: value})
-        return out
-
-    old, new = flat(old.to_dict()), flat(new.to_dict())
-    return [
-        f'{key}: {old.get(key)!r} -> {new.get(key)!r}'
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    return [f'{key}: {before!r} -> {after!r}' for key, (before, after) in changed(old, new).items()]
 
 
-def differences_that_matter(old: ConfigDict, new: ConfigDict, free: tuple[str, ...] = ()) -> list[str]:
-    """The differences that would change what an update computes; `free`: fields of the model that do not."""
+def differences_that_matter(
+    old: ConfigDict, new: ConfigDict, free: tuple[str, ...] = (), *, use: bool = False
+) -> list[str]:
+    """The differences that would change what an update computes, or what its weights are.
+
+    Those of `moved` are left out: whether they matter is a question of digests.
+
+    Args:
+      free: fields of the model that no update reads.
+      use: the run is sampled or measured, not trained on. Then what training costs and how long it takes is free too,
+        and a stage may be added that only sampling reads, like a classifier that guides.
+    """
     sections = [new.optim, *new.optim.networks.values()]
     ending = any(
         o.get('schedule') in ENDING or o.get('weight_decay_schedule', 'constant') != 'constant' for o in sections
     )
-    fixed = {'train.steps'} if ending else set()
-    may = {f'model.{name}' for name in free}
+    fixed = {'train.steps'} if ending and not use else set()
+    may, pattern = {f'model.{name}' for name in free} | set(moved(old, new)), FREE_IN_USE if use else FREE_ON_RESUME
 
-    def matters(key: str) -> bool:
-        return key in fixed or not (key in may or FREE_ON_RESUME.fullmatch(key))
+    def matters(key: str, before) -> bool:
+        if use and before is None and key.startswith('stages.'):
+            return False
+        return key in fixed or not (key in may or pattern.fullmatch(key))
 
-    return [d for d in differences(old, new) if matters(d.partition(':')[0])]
+    different = changed(old, new)
+    kept = {key for key, (before, _) in different.items() if matters(key, before)}
+    return [d for d in differences(old, new) if d.partition(':')[0] in kept]
+
+
+def moved(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """The fields, 'data.source', 'stages.first', ..., whose folder or run is another than it was."""
+
+    def place(key: str, value) -> str:
+        return path_of(key, value) if isinstance(value, str) else ''
+
+    different = changed(old, new).items()
+    return [k for k, values in different if MOVABLE.fullmatch(k) and all(place(k, value) for value in values)]

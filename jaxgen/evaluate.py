@@ -73,10 +73,10 @@ def over(function, state, frozen, mesh, source, n: int, size: int, seed: int, pr
 
 
 def average(values: np.ndarray) -> dict:
-    """{'value', 'stderr', 'n'} of float64 [n]."""
+    """{'value', 'stderr', 'n'} of float64 [n]; one value has no standard error."""
     n = len(values)
-    stderr = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-    return {'value': float(values.mean()), 'stderr': stderr, 'n': n}
+    spread = {'stderr': float(values.std(ddof=1) / np.sqrt(n))} if n > 1 else {}
+    return {'value': float(values.mean()), **spread, 'n': n}
 
 
 def measure(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen import data, log, randomness, sample, sharding
+from jaxgen import data, log, origin, randomness, sample, sharding
 from jaxgen.errors import UserError
 
 FRAMES = 11  # of an interpolation or a traversal
@@ -205,6 +205,7 @@ def explore(run, n: int, seed: int, out: str) -> dict:
     explorer = Explorer(run, seed)
     if family.encode is None and family.decode is None and family.sample is None:
         raise UserError(f'a {config.family} encodes nothing and draws nothing: there is nothing to explore')
+    origin.check_named(run.assembled.unnamed, 'data.source', 'data.other')
     test, found, first = data.dataset(labelled(config.data.to_dict()), 'test'), {}, jax.process_index() == 0
 
     def write(name: str, sheet: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -12,6 +14,8 @@ import uuid
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from jaxgen.errors import UserError
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
 CLOCK = ('images_per_second', 'seconds')
@@ -68,7 +72,8 @@ class Writer:
         self.images_per_step = images_per_step
         self.path = os.path.join(workdir, 'metrics.jsonl')
         cut_back(self.path, step)
-        self.file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self.file = open(os.open(self.path, flags, 0o666), 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
         self.board = summary_writer(os.path.join(workdir, 'tensorboard'), purge_step=step + 1, flush_secs=30)
         every = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings; a log file needs few
         self.bar = tqdm(
@@ -141,9 +146,8 @@ def cut_back(path: str, step: int) -> None:
                 continue
             if record['step'] <= step:
                 kept.append(line)
-    with open(path + '.new', 'w', encoding='utf-8') as file:
-        file.writelines(kept)
-    os.replace(path + '.new', path)
+    with replacing(path) as file:
+        file.writelines(line.encode('utf-8', 'replace') for line in kept)
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
@@ -161,30 +165,57 @@ def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
     return sheet
 
 
-def save_png(path: str, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, C] with C = 1 or 3, whole or not at all."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path + '.new', format='PNG')
-    os.replace(path + '.new', path)
+@contextlib.contextmanager
+def replacing(path: str):
+    """A new binary file that takes the place of `path` at the end of the block: whole or not at all.
 
-
-def save_json(path: str, value) -> None:
-    """Writes JSON, whole or not at all."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path + '.new', 'w', encoding='utf-8') as file:
-        json.dump(value, file, indent=2)
-        file.write('\n')
-    os.replace(path + '.new', path)
-
-
-def save_npz(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays, whole or not at all, also where several processes write one file."""
+    It has a name that nobody can have prepared, so several processes may write one file, and no link is followed.
+    """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     new = f'{path}.{uuid.uuid4().hex}.new'
     try:
-        with open(new, 'wb') as file:
-            np.savez(file, **arrays)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(new, flags, 0o666), 'w+b') as file:
+            yield file
         os.replace(new, path)
     finally:
         if os.path.exists(new):
             os.remove(new)
+
+
+def save_png(path: str, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, C] with C = 1 or 3, whole or not at all."""
+    with replacing(path) as file:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
+
+
+def save_json(path: str, value) -> None:
+    """Writes JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + '\n').encode())
+
+
+def save_npz(path: str, arrays: dict[str, np.ndarray], compressed: bool = False) -> None:
+    """Writes arrays, whole or not at all."""
+    with replacing(path) as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def check_writable(folder: str, what: str) -> None:
+    """Raises UserError where no file can be made in a folder, which need not be there yet.
+
+    what: the option that names it.
+    """
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        if not os.path.isdir(there):
+            raise NotADirectoryError(
+                errno.ENOTDIR, 'it is a file' if there == os.path.abspath(folder) else 'not a directory'
+            )
+        probe = os.path.join(there, f'.{uuid.uuid4().hex}.new')
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f'{what}={folder} cannot be written to: {there}: {e.strerror}') from e

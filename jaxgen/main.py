@@ -27,16 +27,17 @@ from jaxgen import interrupt
 if __name__ == '__main__':
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
 
+import contextlib
 import json
+import math
 import os
 import re
-import shutil
 
 import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, evaluate, explore, log, sharding
+from jaxgen import checkpoint, data, describe, evaluate, explore, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -95,12 +96,62 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     return values, overrides
 
 
-def as_number(text: str) -> float:
-    """0 for what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+# The options that each mode reads. Others would change nothing, so they are refused.
+USING = ('config', 'workdir', 'weights', 'n', 'seed', 'multihost')
+READS = {
+    'train': ('config', 'workdir', 'profile', 'multihost'),
+    'sample': (*USING, 'out', 'film', 'condition'),
+    'evaluate': (*USING, 'features', 'inception'),
+    'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'multihost'),
+    'explore': (*USING, 'out'),
+    'describe': ('config',),
+}
+PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
+DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that samples depend on
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Raises UserError for options that the mode does not read, or that have impossible values."""
+    mode = values.mode
+    if mode not in MODES:
+        raise UserError(f'--mode={mode}: no such mode{configs.near(mode, MODES)}')
+    which = f'{mode} --images' if values.images and mode == 'evaluate' else mode
+    for name in values:
+        if values[name].present and name not in ('mode', 'help', *READS[which]):
+            modes = [other for other, names in READS.items() if name in names]
+            if modes:
+                raise UserError(
+                    f'--{name} is read by --mode={", --mode=".join(modes)}, and not by --mode={which}: leave it out'
+                )
+    runs.check_weights_name(values.weights)
+    for name in ('n', 'film', 'seed'):
+        if values[name].present:
+            runs.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
+    if not values.config and (mode in ('train', 'describe') or not values.workdir):
+        need = '--config=FILE' if mode in ('train', 'describe') else '--workdir=DIRECTORY of a run, or --config=FILE'
+        raise UserError(f'--mode={mode} needs {need}')
+
+
+def check_system(values: flags.FlagValues, saved) -> None:
+    """Raises UserError where --config is of another system than the run in --workdir, whose own config is read."""
+    given = configs.load(values.config)
+    if given.family != saved.family or set(given.model) != set(saved.model):
+        raise UserError(
+            f'--config={values.config} is of another system than the run in {values.workdir} (a {saved.family}), whose '
+            'own config is read: leave --config out'
+        )
+    different = [d for d in configs.differences(saved, given) if d.startswith(('model.', 'data.size', 'stages.'))]
+    if different:
+        raise UserError(
+            f'--config={values.config} is not what the run in {values.workdir} was trained with, and the own config of '
+            f'a run is read ({"; ".join(different)[:300]}): leave --config out'
+        )
+
+
+def changes(run) -> dict:
+    """{field: value} of what samples depend on, where it is another than in the run's own config."""
+    different = configs.changed(runs.saved_config(run.workdir), run.config)
+    return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
 
 
 def given_condition(text: str) -> tuple[str, str]:
@@ -111,64 +162,79 @@ def given_condition(text: str) -> tuple[str, str]:
 
 
 def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, frames: int) -> None:
+    """Samples as PNG files, a grid of them, an .npz and a film, into WORKDIR/samples/NAME; NAME says the settings."""
+    numbers = {**({'n': n} if n else {}), **({'film': frames} if frames else {})}
     n = n or 64
+    name = outputs.name(run, changes(run), seed, condition, **numbers)
+    out, first = out or os.path.join(run.workdir, 'samples', name), jax.process_index() == 0
+    outputs.written(out, 'samples.npz')  # its mistakes come before anything is computed
     film = run.film(min(n, 8), frames, seed, condition) if frames else None
-    given = ''.join(f'_{name}{re.sub("[^a-z0-9]+", "-", value.lower())}' for name, value in condition.items())
-    own = os.path.join(run.workdir, 'samples', f'step{run.step}_{run.weights}_seed{seed}{given}')
-    first, out = jax.process_index() == 0, out or own
-    pieces = run.draw(n, seed, condition)  # its mistakes come before anything is removed
-    if first and out == own:
-        shutil.rmtree(out, ignore_errors=True)  # of a larger n
-    images = []
-    with log.bar(n, quiet=not first) as bar:
-        for piece in pieces:
-            for image in piece:
-                if first:
-                    log.save_png(os.path.join(out, 'images', f'{len(images):05d}.png'), image)
-                images.append(image)
-            bar.update(len(piece))
-    if not first:
-        return
-    images = np.stack(images)
-    log.save_png(os.path.join(out, 'grid.png'), log.grid(images[:256]))
-    np.savez_compressed(os.path.join(out, 'samples.npz'), images=images)
-    if film is not None:
-        log.save_png(os.path.join(out, 'film.png'), log.grid(film.reshape(-1, *film.shape[3:]), film.shape[2]))
+    pieces = run.draw(n, seed, condition)
+    with outputs.directory(out, 'samples.npz') if first else contextlib.nullcontext('') as folder:
+        images = []
+        with log.bar(n, quiet=not first) as bar:
+            for piece in pieces:
+                for image in piece:
+                    if first:
+                        log.save_png(os.path.join(folder, 'images', f'{len(images):05d}.png'), image)
+                    images.append(image)
+                bar.update(len(piece))
+        if not first:
+            return
+        images = np.stack(images)
+        log.save_png(os.path.join(folder, 'grid.png'), log.grid(images[:256]))
+        if film is not None:
+            rows = film.reshape(-1, *film.shape[3:])
+            log.save_png(os.path.join(folder, 'film.png'), log.grid(rows, film.shape[2]))
+        log.save_npz(os.path.join(folder, 'samples.npz'), {'images': images}, compressed=True)
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
 
 def evaluate_mode(run, seed: int) -> None:
-    """The family's own figures, and those of its samples, into WORKDIR/evaluation.json."""
+    """The family's own figures, and those of its samples, into WORKDIR/evaluation.json.
+
+    That file is the newest; those of all settings lie beside each other in WORKDIR/results.
+    """
     config, family = run.config.evaluate, run.assembled.family
     evaluator = None
     if config.features != 'none' and family.sample is not None:
-        evaluator = runs.make_evaluator(run.config, run.assembled.mesh)
+        evaluator = runs.make_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
         evaluator.check(config.samples)
     record = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
+    if config.examples:
+        record['examples'] = config.examples
     metrics = run.evaluate() | run.modes(config.samples, seed)
     if evaluator is not None:
         metrics |= run.compare(evaluator, config.samples, seed)
         record |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
-    save_evaluation(os.path.join(run.workdir, 'evaluation.json'), record, metrics)
+    save_evaluation(run.workdir, {**record, **({'config': changes(run)} if changes(run) else {})}, metrics)
     evaluate.forget(run)
 
 
 def explore_mode(run, n: int, seed: int, out: str) -> None:
-    """Pictures of a run's latent space and of its samples' neighbours, into WORKDIR/explore."""
-    n, out = n or 8, out or os.path.join(run.workdir, 'explore')
-    found = explore.explore(run, n, seed, out)
-    if jax.process_index() != 0:
-        return
+    """Sheets of a run's latent space and of its samples' neighbours, into WORKDIR/explore/NAME."""
+    name = outputs.name(run, changes(run), seed, **({'n': n} if n else {}))
+    n, out = n or 8, out or os.path.join(run.workdir, 'explore', name)
+    first = jax.process_index() == 0
+    with outputs.directory(out, 'explore.json') if first else contextlib.nullcontext('') as folder:
+        found = explore.explore(run, n, seed, folder)
+        if not first:
+            return
+        record = {'step': run.step, 'weights': run.weights, 'seed': seed, **found}
+        log.save_json(os.path.join(folder, 'explore.json'), record)
     for name, figure in found.items():
         print(f'{name}: {figure["value"]:.4g}, n = {figure["n"]}')
-    log.save_json(os.path.join(out, 'explore.json'), {'step': run.step, 'weights': run.weights, 'seed': seed, **found})
+    log.say(f'written to {out}')
 
 
-def images_mode(config, folder: str, out: str) -> None:
+def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     """The figures of a folder of pictures against the data set of a config."""
     if config.evaluate.features == 'none':
         raise UserError('--images needs --features=inception or --features=run:PATH: the network to measure with')
-    evaluator = runs.make_evaluator(config, sharding.make_mesh(config.mesh.fsdp))
+    out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
+    log.check_writable(out, '--out')
+    mesh = sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
+    evaluator = runs.make_evaluator(config, mesh, unnamed)
     pictures = data.Pictures(folder, evaluator.image)
     evaluator.check(len(pictures))
 
@@ -181,13 +247,12 @@ def images_mode(config, folder: str, out: str) -> None:
                 bar.update(len(images))
 
     metrics = evaluator.figures(pieces(), len(pictures))
-    out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
     record = {'images': {'folder': os.path.abspath(folder), 'n': len(pictures)}, **evaluator.about()}
-    save_evaluation(os.path.join(out, 'evaluation.json'), record, metrics)
+    save_evaluation(out, record, metrics)
 
 
-def save_evaluation(path: str, record: dict, metrics: dict[str, dict]) -> None:
-    """Writes evaluation.json and prints the figures."""
+def save_evaluation(folder: str, record: dict, metrics: dict[str, dict]) -> None:
+    """Writes evaluation.json, and results/NAME.json by what was measured, and prints the figures."""
     if jax.process_index() != 0:
         return
     for name, m in metrics.items():
@@ -197,8 +262,12 @@ def save_evaluation(path: str, record: dict, metrics: dict[str, dict]) -> None:
         print(f'{name}: {m["value"]:.6g}{spread}, n = {m["n"]}{against}{best}')
     device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
-    log.save_json(path, {**record, 'metrics': metrics, 'versions': versions, 'device': device})
-    log.say(f'written to {path}')
+    whole = {**record, 'metrics': metrics, 'versions': versions, 'device': device}
+    about = [f'step{record["step"]}', record['weights']] if 'step' in record else ['images']
+    name = '_'.join([*about, outputs.digest(record)])
+    for path in (os.path.join('results', f'{name}.json'), 'evaluation.json'):
+        log.save_json(os.path.join(folder, path), whole)
+    log.say(f'written to {os.path.join(folder, "evaluation.json")} and results/{name}.json')
 
 
 def main(argv: list[str]) -> None:
@@ -207,20 +276,10 @@ def main(argv: list[str]) -> None:
     if values.help:
         print(__doc__ + '\n' + values.main_module_help().partition('\n')[2])
         return
+    check_flags(values)
     mode = values.mode
-    if mode not in MODES:
-        raise UserError(f'--mode={mode}: no such mode{configs.near(mode, MODES)}')
-    if values.weights not in ('ema', 'params') and not 0 < as_number(values.weights) < 0.288:
-        raise UserError(
-            f'--weights must be ema, params or the width of an average, between 0 and 0.288; it is {values.weights!r}'
-        )
-    if min(values.n, values.film) < 0 or not 0 <= values.seed < 2**31:
-        raise UserError('--n, --film and --seed must not be negative, and --seed less than 2**31')
-    if not values.config and (mode in ('train', 'describe') or not values.workdir):
-        need = '--config=FILE' if mode in ('train', 'describe') else '--workdir=DIRECTORY of a run, or --config=FILE'
-        raise UserError(f'--mode={mode} needs {need}')
-    if values.images and mode != 'evaluate':
-        raise UserError(f'--images is measured by --mode=evaluate; the mode is {mode}')
+    for name in PATHS:
+        setattr(values, name, os.path.expanduser(getattr(values, name)))
     given = {
         'features': values.features,
         'inception': values.inception,
@@ -230,6 +289,7 @@ def main(argv: list[str]) -> None:
     workdir = values.workdir or os.path.join('runs', configs.name(values.config))
     if values.multihost:
         sharding.start_hosts()
+    sharding.check_devices()
     if mode in ('train', 'describe'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'train':
@@ -237,15 +297,25 @@ def main(argv: list[str]) -> None:
 
             train(config, workdir, values.profile)
         else:
+            runs.check_cycle(workdir, config, untrained=True)
             print(json.dumps(describe.describe(config, runs.assemble(config, stage=runs.abstract_stage)), indent=2))
         return
-    condition = dict(given_condition(text) for text in values.condition)
-    if values.images:
-        config = runs.saved_config(values.workdir) if values.workdir else configs.load(values.config)
-        images_mode(configs.override(config, overrides), values.images, values.out)
+    named = configs.fields_of(overrides)
+    if values.images and not values.workdir:
+        images_mode(configs.override(configs.load(values.config), overrides), {}, values.images, values.out)
         return
-    config = configs.override(runs.saved_config(workdir), overrides)
-    run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate')
+    saved = runs.saved_config(workdir)
+    if values.config and values.workdir:
+        check_system(values, saved)
+    config = configs.override(saved, overrides)
+    if values.images:
+        config, _, unnamed = runs.read(workdir, config, named)
+        images_mode(config, unnamed, values.images, values.out)
+        return
+    condition = dict(given_condition(text) for text in values.condition)
+    if jax.process_index() == 0:
+        log.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
+    run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate', named=named)
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     elif mode == 'explore':
@@ -254,15 +324,34 @@ def main(argv: list[str]) -> None:
         evaluate_mode(run, values.seed)
 
 
+def printable(message: str) -> str:
+    """A message on one line; names of files and classes may hold anything."""
+    return ''.join(c if c.isprintable() else ' ' for c in message)
+
+
+def device_fault(e: jax.errors.JaxRuntimeError) -> str:
+    """What a device's fault says, and what helps."""
+    text = printable(' '.join(str(e).split()))[:300]
+    if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
+        return f'the device is out of memory: make config.data.batch, sample.batch or evaluate.batch smaller ({text})'
+    return f'the device failed: {text}'
+
+
 def run_main(argv: list[str]) -> int:
     """Runs one mode; returns the exit code. A person's mistake or a fault is one line on stderr."""
     try:
         main(argv)
     except UserError as e:
-        print(f'jaxgen: error: {e}', file=sys.stderr)
+        print(f'jaxgen: error: {printable(str(e))}', file=sys.stderr)
         return 2
+    except MemoryError as e:
+        print(f'jaxgen: stopped: out of memory {printable(" ".join(str(e).split()))}'.rstrip(), file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as e:
+        print(f'jaxgen: stopped: {device_fault(e)}', file=sys.stderr)
+        return 1
     except (RunError, OSError) as e:
-        print(f'jaxgen: stopped: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'jaxgen: stopped: {printable(" ".join(str(e).split()))}', file=sys.stderr)
         return 1
     return 0
 

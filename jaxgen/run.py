@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import math
+import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, log, optim, sample, sharding
+from jaxgen import data, evaluate, log, optim, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State, check_stage_image
 from jaxgen.errors import UserError
@@ -33,6 +34,16 @@ class Assembled:
     frozen: dict[str, Any]  # {stage: (its State, its frozen)}
     spec: data.Spec
     mesh: Any
+    unnamed: dict[str, str] = dataclasses.field(default_factory=dict)  # paths that are not to be read; see origin.py
+
+    def dataset(self, split: str, **changes):
+        """The examples of config.data, some of its fields changed.
+
+        Raises:
+          UserError: they lie where only a stranger's run says so.
+        """
+        origin.check_named(self.unnamed, 'data.source', 'data.other')
+        return data.dataset({**self.config.data.to_dict(), **changes}, split)
 
     @functools.cached_property
     def abstract(self) -> State:
@@ -67,17 +78,49 @@ def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
     return run.assembled.family, run.state, run.assembled.frozen
 
 
-def check_stages(about: dict, assembled: Assembled, workdir: str) -> None:
-    """Raises UserError where a stage has other weights than when the checkpoint `about` was saved."""
+def check_stages(about: dict, assembled: Assembled, workdir: str, moved: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a stage has other weights than when the checkpoint `about` was saved.
+
+    moved: fields 'stages.NAME' that name another directory than then; without a digest these are refused.
+    """
     saved = about.get('stages', {})
-    if saved:
-        for name, found in assembled.stage_digests.items():
-            if saved.get(name, found) != found:
-                path = assembled.config.stages[name]
-                raise UserError(
-                    f'config.stages.{name}: the weights in {path} are not those that {workdir} learned on: put these '
-                    'back, or train it anew in another --workdir'
-                )
+    for name, found in assembled.stage_digests.items() if saved or moved else ():
+        path = assembled.config.stages[name]
+        if name not in saved and f'stages.{name}' in moved:
+            raise UserError(
+                f'config.stages.{name} = {path}: {workdir} does not say which weights it learned on, so only the '
+                'directory that it names will do'
+            )
+        if saved.get(name, found) != found:
+            raise UserError(
+                f'config.stages.{name}: the weights in {path} are not those that {workdir} learned on: put these '
+                'back, or train it anew in another --workdir'
+            )
+
+
+def check_moved_data(about: dict, config: ConfigDict, workdir: str, moved: list[str]) -> None:
+    """Raises UserError where config.data names another folder than before, and its images are others."""
+    fields = [field for field in moved if field.startswith('data.')]
+    if fields and about.get('data') != data.dataset(config.data, 'train').identity:
+        raise UserError(
+            f'config.{fields[0]} = {configs.get(config, fields[0])}: its images are not those that {workdir} was '
+            'trained on'
+        )
+
+
+def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), untrained: bool = False) -> None:
+    """Raises UserError where a run is a stage of itself, also by way of others. Reads configs alone.
+
+    untrained: a stage that is not there yet has the config of its name, as in abstract_stage.
+    """
+    here = (*above, os.path.realpath(workdir))
+    for name, path in config.stages.items():
+        if os.path.realpath(path) in here:
+            raise UserError(f'config.stages.{name}: {path} is a stage of itself; name the run of an earlier stage')
+        if os.path.isfile(os.path.join(path, 'config.json')):
+            check_cycle(path, saved_config(path), here, untrained)
+        elif untrained and configs.named(path):
+            check_cycle(path, configs.load(configs.named(path)), here, untrained)
 
 
 def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
@@ -89,20 +132,27 @@ def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
     trained, file = os.path.isfile(os.path.join(path, 'config.json')), configs.named(path)
     if not trained and not file:
         raise UserError(f'config.stages: no run in {path}, and no config of that name that says what it would be')
-    a = assemble(saved_config(path) if trained else configs.load(file), mesh, abstract_stage)
+    if trained:
+        config, spec, _ = read(path)
+    else:
+        config, spec = configs.load(file), None
+    a = assemble(config, mesh, abstract_stage, spec)
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
 
-def assemble(config: ConfigDict, mesh=None, stage: Callable = restored_stage) -> Assembled:
+def assemble(
+    config: ConfigDict, mesh=None, stage: Callable = restored_stage, spec: data.Spec | None = None
+) -> Assembled:
     """The family of a config, with the stages that it stands on restored from their runs.
 
     Args:
       stage: (run directory, mesh) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes will do.
+      spec: of the data, where the run knows it; None: ask the data.
 
     Raises:
       UserError: values that do not fit each other, before anything is compiled.
     """
-    spec = data.spec(config.data)
+    spec = spec or data.spec(config.data)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     stages = {name: stage(path, mesh) for name, path in config.stages.items()}
     context = Context(
@@ -145,18 +195,19 @@ class Run:
 
         condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
         """
-        parts = list(self.draw(n, seed, condition))
+        parts = list(self.draw(check_integer('n', n, 0), seed, condition))
         return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
 
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
-        a = self.assembled
+        a, seed = self.assembled, check_integer('seed', seed, 0)
         give = sample.giver(a, self.config, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, give, n, self.config.sample.batch, seed)
 
     def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
         """The steps that led to the first n images of `sample`; see sample.film."""
-        a = self.assembled
+        a, seed = self.assembled, check_integer('seed', seed, 0)
+        n, frames = check_integer('n', n, 1), check_integer('frames', frames, 1)
         batch = sample.batches(a, self.config, n, condition or {})
         return sample.film(a.family, self.state, a.frozen, a.mesh, batch, seed, frames)
 
@@ -172,7 +223,7 @@ class Run:
             if int(saved.step) != self.step:
                 raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
             state = state.replace(params=saved.params)
-        source = data.dataset(c.data, 'test')
+        source = a.dataset('test')
         n = min(c.evaluate.examples or len(source), len(source))
         odd = ~np.isin(data.labels(c.data, 'test')[:n], c.data.keep_classes) if c.data.keep_classes else None
 
@@ -191,18 +242,22 @@ class Run:
     def modes(self, n: int, seed: int = 0) -> dict[str, dict]:
         """Where the data are a known mixture of Gaussians, what n samples cover of it: see scores.modes_covered. Else
         {}."""
+        n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
         mixture = data.modes(self.config.data)
         if mixture is None or self.assembled.family.sample is None:
             return {}
         shares, means, stds = mixture
         points = self.sample(n, seed).reshape(n, -1)[:, : means.shape[1]] / 127.5 - 1
         good, covered, kl = scores.modes_covered(points, shares, means, stds)
-        found = {'good_samples': {'value': good, 'stderr': float(np.sqrt(good * (1 - good) / n)), 'n': n}}
+        spread = {'stderr': float(np.sqrt(good * (1 - good) / n))} if n > 1 else {}
+        found = {'good_samples': {'value': good, **spread, 'n': n}}
         return found | {'modes': {'value': covered, 'n': n, 'of': len(means)}, 'mode_kl': {'value': kl, 'n': n}}
 
     def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
         """Figures of n samples against a data set; see evaluate.figures. Where they were asked to show something that
         the evaluator's network names, also how many do, 'asked/...'; see evaluate.hits."""
+        n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
+        origin.check_named(self.assembled.unnamed, 'data.source', 'data.other')
         found: dict[str, list] = {}
 
         def outputs(pieces):
@@ -219,12 +274,33 @@ class Run:
         return results
 
 
-def make_evaluator(config: ConfigDict, mesh) -> evaluate.Evaluator:
+def check_integer(name: str, value, least: int) -> int:
+    """The value as an int.
+
+    Raises:
+      UserError: it is none, is less than `least`, or takes more than 31 bits.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as e:
+        raise UserError(f'{name} must be an integer; it is {configs.shown(value)}') from e
+    if isinstance(value, bool) or not least <= number <= configs.LARGEST:
+        raise UserError(f'{name} must be from {least} to {configs.LARGEST}; it is {configs.shown(value)}')
+    return number
+
+
+def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> evaluate.Evaluator:
     """The network of config.evaluate.features, and the data set of config.data.
+
+    Args:
+      unnamed: paths that only a stranger's run names; see origin.py.
 
     Raises:
       UserError: there is no such network, or it does not read such pictures.
     """
+    origin.check_named(unnamed or {}, 'data.source', 'data.other', 'evaluate.features')
+    if config.evaluate.features == 'inception':
+        origin.check_named(unnamed or {}, 'evaluate.inception')
     which, section = config.evaluate.features, config.data.to_dict()
     if which == 'inception':
         network = features.of_inception(config.evaluate.inception, os.path.join(data.root(section), 'weights'), mesh)
@@ -249,32 +325,114 @@ def saved_config(workdir: str) -> ConfigDict:
     Raises:
       UserError: there is no run.
     """
+    workdir = os.path.expanduser(workdir)
     path = os.path.join(workdir, 'config.json')
     if not os.path.isfile(path):
         raise UserError(f'no run in {workdir}: train one first, or give its --workdir')
-    try:
-        with open(path, encoding='utf-8') as file:
-            return configs.make(**json.load(file))
-    except ValueError as e:
-        raise UserError(f'{path} is damaged ({e}): put back the config of this run') from e
+    return configs.read_json(path)
 
 
-def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema', all_weights: bool = False, mesh=None):
+def save_config(workdir: str, config: ConfigDict, spec: data.Spec) -> None:
+    """Writes what a run must know to be used without its data and from any directory: config.json, with absolute paths;
+    data.json, what one example holds; origin.json, see origin.py."""
+    config = configs.complete(config.to_dict())
+    log.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
+    log.save_json(os.path.join(workdir, 'data.json'), data.spec_to_json(spec))
+    origin.sign(workdir, config)
+
+
+def saved_spec(workdir: str) -> data.Spec | None:
+    """What one example of the training data holds, as `save_config` wrote it; None: the run does not say.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = os.path.join(workdir, 'data.json')
+    if not os.path.exists(path):
+        return None
+    return configs.parse_json(path, data.spec_from_json, 'leave it away where the data are there')
+
+
+def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: set[str]):
+    """(config, unnamed): the config that a run is used with, and paths in it that are not to be read; see `load`.
+
+    A stage lies where the person says, or else in RUN/stages/NAME, or else where training found it. Where prepared data
+    lie is a question of the machine, so a stranger's run does not say it.
+    """
+    if isinstance(config, dict):
+        named, config = configs.flat(config).keys(), configs.complete(configs.deep_update(saved.to_dict(), config))
+    elif config is None:
+        config = saved
+    sections = config.to_dict()
+    config = configs.complete(sections)
+    for name, path in config.stages.items():
+        within = os.path.join(workdir, 'stages', name)
+        if f'stages.{name}' not in named and path == saved.stages.get(name) and os.path.isdir(within):
+            config.stages[name] = configs.absolute(within)
+    unnamed = origin.unnamed(workdir, saved, config, named)
+    origin.check_named(unnamed, *(f'stages.{name}' for name in config.stages))
+    if unnamed.pop('data.dir', ''):
+        config.data.dir = ''
+    return config, unnamed
+
+
+def read(workdir: str, config: ConfigDict | dict | None = None, named: set[str] = frozenset()):
+    """(config, spec, unnamed): what a run is to be used with, no weights; arguments and errors as those of `load`."""
+    saved = saved_config(workdir)
+    origin.check_layout(workdir)
+    config, unnamed = used_config(workdir, saved, config, named)
+    spec = saved_spec(workdir)
+    if spec is None:  # the data must say
+        origin.check_named(unnamed, 'data.source', 'data.other')
+    return config, spec, unnamed
+
+
+def check_use(workdir: str, saved: ConfigDict, config: ConfigDict, free: tuple[str, ...]) -> None:
+    """Raises UserError where a config says of a trained run that it is another one."""
+    different = configs.differences_that_matter(saved, config, free, use=True)
+    if different:
+        raise UserError(
+            f'{workdir} was trained with another config: {"; ".join(different)}; only what training does not depend on '
+            'may be changed'
+        )
+
+
+def load(
+    workdir: str,
+    *,
+    config: ConfigDict | dict | None = None,
+    weights: str = 'ema',
+    all_weights: bool = False,
+    mesh=None,
+    named: set[str] = frozenset(),
+):
     """The run in `workdir` with the weights of its newest checkpoint, a Run.
 
+    A run is data: nothing in its directory is executed, and what its config names outside of the directory is not read,
+    unless it was trained by this person or the path is named in this call (see origin.py).
+
     Args:
-      config: in place of the saved one, say with another sampler; the weights must fit it.
+      config: fields that differ from the saved ones, {'model': {'sampler': 'ddim'}}, or a whole config in place of it.
+        Only what training does not depend on may differ; a folder of images or a stage may have moved.
       weights: 'ema' or 'params', which of them sampling and evaluation use; or a width, '0.07': the average of that
         standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
       all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
+      named: fields of a whole config that the person set, though it may be to what they were, {'data.source', ...}.
 
     Raises:
-      UserError: no run there, no checkpoint yet, weights of another model, weights that have no batch statistics, or
-        a stage that has been trained on.
+      UserError: no run there, no checkpoint yet, weights of another model, weights that have no batch statistics, a
+        change of what training depends on, a stage that has been trained on, or one whose path nobody named.
       RunError: no checkpoint can be read.
     """
-    config = config or saved_config(workdir)
-    assembled = assemble(config, mesh)
+    workdir = os.path.expanduser(workdir)
+    check_weights_name(weights)
+    saved = saved_config(workdir)
+    config, spec, unnamed = read(workdir, config, named)
+    check_cycle(workdir, config)
+    if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
+        config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
+    assembled = dataclasses.replace(assemble(config, mesh, spec=spec), unnamed=unnamed)
+    check_use(workdir, saved, config, assembled.family.free)
     if weights != 'ema' and assembled.family.statistics:
         raise UserError(
             f'--weights={weights}: what {config.family} draws with includes statistics of the averaged weights, which '
@@ -286,7 +444,8 @@ def load(workdir: str, *, config: ConfigDict | None = None, weights: str = 'ema'
     if found is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, about = found
-    check_stages(about, assembled, workdir)
+    check_stages(about, assembled, workdir, configs.moved(saved, config))
+    check_moved_data(about, config, workdir, configs.moved(saved, config))
     names = [name for name in state.ema if '@' not in name]
     if weights == 'params':
         ema = {name: state.params[name] for name in names}
@@ -310,6 +469,18 @@ def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool
             f'WARNING: after {step} updates {100 * left:.0f} % of the averaged weights (config.optim.ema) of {workdir} '
             f'are still the initial ones: train on, or anew with --config.optim.ema_warmup=True or a smaller '
             f'ema{or_params}'
+        )
+
+
+def check_weights_name(weights: str) -> None:
+    """Raises UserError where --weights is neither ema nor params nor the width of an average."""
+    try:
+        fits = weights in ('ema', 'params') or 0 < float(weights) < 0.288
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f'--weights must be ema, params or the width of an average, between 0 and 0.288; it is {weights!r}'
         )
 
 

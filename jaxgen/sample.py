@@ -74,11 +74,13 @@ def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.nd
       UserError: the family draws nothing, has no such condition, or a value is out of range.
     """
     family, spec = assembled.family, assembled.spec
+    if not isinstance(condition, dict):
+        raise UserError(f"condition must be a dict, like {{'label': 3}}; it is {condition!r}")
     if family.sample is None:
         raise UserError(f'a {config.family} draws no pictures: there is nothing to sample')
     given = {name: one_condition(assembled, config, name, value) for name, value in condition.items()}
     rest = [name for name in family.conditions if name != 'label' and name not in given]
-    source = data.dataset(config.data, 'test') if rest else None
+    source = assembled.dataset('test') if rest else None
     kept = classes(spec, config)
 
     def give(numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,7 +138,8 @@ def film(family, state, frozen, mesh, batch: dict, seed: int, frames: int) -> np
     )
     rows = []
     for x in seen.values():
-        picked = np.round(np.linspace(0, len(x) - 1, min(frames, len(x)))).astype(int)
+        # From the last one back, so that one frame is the last one.
+        picked = np.round(np.linspace(len(x) - 1, 0, min(frames, len(x)))).astype(int)[::-1]
         x = sharding.to_host(x[picked])[:, :n]
         spread = x.std(axis=(2, 3, 4), keepdims=True)
         rows.append(np.asarray(data.to_uint8(jnp.asarray(x / np.maximum(1, 1.3 * spread)))))

@@ -90,6 +90,14 @@ def make_mesh(fsdp: int, devices: list | None = None) -> Mesh:
     return jax.make_mesh((n // fsdp, fsdp), ('data', 'fsdp'), axis_types=auto, devices=devices)
 
 
+def check_devices() -> None:
+    """Raises UserError where JAX has no device to compute on."""
+    try:
+        jax.devices()
+    except RuntimeError as e:
+        raise UserError(f'JAX has no device to compute on: {" ".join(str(e).split())[:300]}') from e
+
+
 def check_batch(mesh: Mesh, name: str, batch: int) -> None:
     """UserError unless the batch can be cut into equal parts, one per device."""
     if batch % mesh.size:

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as configs
-from jaxgen import data, interrupt, log, randomness, sample, sharding
+from jaxgen import data, interrupt, log, origin, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import RunError, UserError
 from jaxgen.run import (
     Assembled,
     assemble,
+    check_cycle,
+    check_moved_data,
     check_stages,
     init_state,
     make_evaluator,
+    save_config,
     saved_config,
     say_if_initial,
 )
@@ -36,7 +39,8 @@ def only_one(workdir: str):
     """Holds the run directory; a second training in it is refused."""
     try:
         os.makedirs(workdir, exist_ok=True)
-        lock = open(os.path.join(workdir, 'lock'), 'w', encoding='utf-8')  # noqa: SIM115, closed below
+        origin.check_layout(workdir)
+        lock = open(os.open(os.path.join(workdir, 'lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), 'wb')  # noqa: SIM115
     except OSError as e:
         raise UserError(f'--workdir={workdir} cannot be written to: {e.strerror}') from e
     with lock as file:
@@ -55,14 +59,19 @@ def check_fits(config, mesh) -> None:
         sharding.check_batch(mesh, 'config.data.batch / config.optim.accumulate', part)
 
 
-def check_resume(workdir: str, config, free: tuple[str, ...]) -> None:
-    """Raises UserError if the run in `workdir` was started with another config."""
+def check_resume(workdir: str, config, free: tuple[str, ...]) -> list[str]:
+    """The fields whose folders or runs have moved.
+
+    Raises:
+      UserError: the run in `workdir` was started with another config.
+    """
     changed = configs.differences_that_matter(saved_config(workdir), config, free)
     if changed:
         raise UserError(
             f'the run in {workdir} was started with another config: {"; ".join(changed)}; '
             'put it back, or give another --workdir'
         )
+    return configs.moved(saved_config(workdir), config)
 
 
 def make_call(assembled: Assembled, places, updates: int, seed: int):
@@ -95,13 +104,13 @@ class Training:
 
     def __init__(self, config, workdir: str):
         self.config, self.workdir = config, workdir
+        check_cycle(workdir, config)
         self.a = a = assemble(config)
         self.first = jax.process_index() == 0
         check_fits(config, a.mesh)
         self.k = config.train.updates_per_call
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
-        if self.checkpoints.steps():
-            check_resume(workdir, config, a.family.free)
+        moved = check_resume(workdir, config, a.family.free) if self.checkpoints.steps() else []
         found = self.checkpoints.restore(a.abstract, a.mesh)
         identity = data.dataset(config.data, 'train').identity
         self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
@@ -109,7 +118,8 @@ class Training:
         self.places = sharding.over_weights(a.mesh, a.abstract)
         if found:
             self.state, about = found
-            check_stages(about, a, workdir)
+            check_stages(about, a, workdir, moved)
+            check_moved_data(about, config, workdir, moved)
             if about.get('data', self.about['data']) != self.about['data']:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
@@ -117,7 +127,7 @@ class Training:
         else:
             self.state, self.meter = self.fresh(), log.Meter()
         if self.first:
-            log.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
+            save_config(workdir, config, a.spec)
         self.evaluator = None
         if config.train.evaluate_every and a.family.sample is not None:
             self.evaluator = make_evaluator(config, a.mesh)
@@ -280,6 +290,7 @@ def train(config, workdir: str, profile: bool = False) -> None:
       UserError: the config does not fit itself, the devices or the checkpoint.
       RunError: not a number, a full disk, no readable checkpoint.
     """
+    workdir = os.path.expanduser(workdir)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(only_one(workdir))

@@ -105,17 +105,17 @@ def test_explores_what_each_family_has(tmp_path, capfd):
         workdir = str(tmp_path / name)
         train(tiny(name), workdir)
         assert run_main(['jaxgen', '--mode=explore', f'--workdir={workdir}', '--n=3', '--seed=1']) == 0
-        out = os.path.join(workdir, 'explore')
+        out = os.path.join(workdir, 'explore', 'step4_ema_seed1_n3')
         assert {f[:-4] for f in os.listdir(out) if f.endswith('.png')} == wanted, name
         with open(os.path.join(out, 'explore.json'), encoding='utf-8') as file:
             record = json.load(file)
         assert record['step'] == 4 and (record['copies']['n'] == 6) if 'neighbours' in wanted else True
-    row = Image.open(tmp_path / 'vae_digits' / 'explore' / 'interpolation_linear.png')
+    row = Image.open(tmp_path / 'vae_digits' / 'explore' / 'step4_ema_seed1_n3' / 'interpolation_linear.png')
     cell = 48 + 3
     assert row.size == (explore.FRAMES * cell + 3, 3 * cell + 3)
     # Ends of a way are what is made of the test images themselves.
     whole = np.asarray(row)
-    sheet = np.asarray(Image.open(tmp_path / 'vae_digits' / 'explore' / 'reconstructions.png'))
+    sheet = np.asarray(Image.open(tmp_path / 'vae_digits' / 'explore' / 'step4_ema_seed1_n3' / 'reconstructions.png'))
     np.testing.assert_array_equal(whole[3 : 3 + 48, 3 : 3 + 48], sheet[3 + cell : 3 + cell + 48, 3 : 3 + 48])
     capfd.readouterr()
     assert 'no run in' in mistake(capfd, '--mode=explore', f'--workdir={tmp_path / "none"}')

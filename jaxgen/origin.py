@@ -1,0 +1,127 @@
+"""Whether a run was trained by the person who uses it, and what a run of anybody else may do: nothing.
+
+A run directory is data. Its config names paths outside of it: a folder of images, earlier stages, a network to measure
+with. Whoever trained the run named these himself, so training signs them with a secret of the person's own
+(`~/.config/jaxgen/key`), and the signature moves with the run. In a run with another signature, or none, such a path is
+used only where the person names it on the command line or in the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+import uuid
+
+from jaxgen import config as configs
+from jaxgen import log
+from jaxgen.errors import UserError
+
+NAME = 'origin.json'
+# What a run writes into its directory. Links there would lead reading and writing out of it.
+OWN = (
+    *('config.json', NAME, 'data.json', 'lock', 'metrics.jsonl', 'checkpoints', 'digests', 'damaged', 'samples'),
+    *('explore', 'evaluation', 'evaluation.json', 'results', 'tensorboard', 'profile', 'stages'),
+)
+
+
+def secret(create: bool = False) -> bytes:
+    """The person's key, b'' where there is none and none can be kept."""
+    folder = os.path.join(os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config'), 'jaxgen')
+    path = os.path.join(folder, 'key')
+    with contextlib.suppress(OSError):
+        if create and not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            new = f'{path}.{uuid.uuid4().hex}'
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as file:
+                file.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(new, path)  # whole or not at all, and the first one stays
+            os.remove(new)
+        with open(path, 'rb') as file:
+            return file.read(64)
+    return b''
+
+
+def signature(config, key: bytes) -> str:
+    """Of the paths that a config names."""
+    text = json.dumps(configs.paths(config), sort_keys=True)
+    return hmac.new(key, text.encode('utf-8', 'surrogateescape'), hashlib.sha256).hexdigest()
+
+
+def sign(workdir: str, config) -> None:
+    """Says in the run's directory that its paths were named by this person."""
+    key = secret(create=True)
+    if key:
+        log.save_json(os.path.join(workdir, NAME), {'paths': signature(config, key)})
+
+
+def is_own(workdir: str, config) -> bool:
+    """Whether `sign` was called by this person with these paths."""
+    key = secret()
+    try:
+        with open(os.open(os.path.join(workdir, NAME), os.O_RDONLY | os.O_NOFOLLOW), encoding='utf-8') as file:
+            found = json.loads(file.read(1000))['paths']
+        return bool(key) and hmac.compare_digest(found, signature(config, key))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def outside(workdir: str, path: str) -> bool:
+    """Whether a path lies outside of the run's directory, once links are followed."""
+    run = os.path.realpath(workdir)
+    return os.path.commonpath([run, os.path.realpath(path)]) != run
+
+
+def unnamed(workdir: str, saved, config, named: set[str]) -> dict[str, str]:
+    """{field: path} of the paths outside of a run that nobody named but the run itself.
+
+    Args:
+      saved: the run's own config.
+      config: what is made of it by the person, who named the fields `named`.
+    """
+    if is_own(workdir, saved):
+        return {}
+    theirs = configs.paths(saved).items() & configs.paths(config).items()
+
+    def is_named(field: str) -> bool:
+        return any(field == one or field.startswith(f'{one}.') for one in named)
+
+    return {field: path for field, path in theirs if not is_named(field) and outside(workdir, path)}
+
+
+def check_named(unnamed: dict[str, str], *fields: str) -> None:
+    """Raises UserError where one of these fields is among the `unnamed`."""
+    for field in fields:
+        if field in unnamed:
+            raise UserError(
+                f'config.{field} names {unnamed[field]}, which lies outside of the run, and the run was not trained '
+                f'here: name it yourself, --config.{field}=...'
+            )
+
+
+def check_layout(workdir: str) -> None:
+    """Raises UserError where a link, a pipe or a device stands in for a file of the run.
+
+    The run's directory may be a link itself: the person named it.
+    """
+
+    def check(path: str) -> None:
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            what = f'a link to {os.readlink(path)}' if stat.S_ISLNK(mode) else 'no regular file'
+            raise UserError(f'{path} is {what}: the files of a run must lie in its own directory')
+
+    for name in OWN:
+        top = os.path.join(workdir, name)
+        if not os.path.lexists(top):
+            continue
+        check(top)
+        for folder, folders, files in os.walk(top):
+            for one in (*folders, *files):
+                with contextlib.suppress(FileNotFoundError):  # a training beside us removes what it no longer needs
+                    check(os.path.join(folder, one))
