@@ -213,6 +213,7 @@ def families() -> list[str]:
 def near(key: str, known) -> str:
     """'; did you mean a or b?' for a misspelt key, or the known ones if nothing is near."""
     close = difflib.get_close_matches(str(key), list(known), n=3, cutoff=0.5)
+    close.sort(key=lambda name: not str(key).startswith(name))  # 'lrate' means lr rather than plateau
     if close:
         return '; did you mean ' + ' or '.join(close) + '?'
     return '; known: ' + ', '.join(sorted(map(str, known)))
