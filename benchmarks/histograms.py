@@ -2,7 +2,7 @@
 
     python benchmarks/histograms.py --run=runs/js_generator_gaussians
 
-Writes benchmarks/pictures/<run>.png, and prints the Jensen-Shannon divergence of the two histograms, in nats, beside
+Writes docs/images/<run>.png, and prints the Jensen-Shannon divergence of the two histograms, in nats, beside
 that of the test split and as many training examples (pip install -e '.[bench]').
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
     rows[1].set_xlabel('x')
     figure.tight_layout()
     name = os.path.basename(os.path.abspath(options.run))
-    figure.savefig(os.path.join(ROOT, 'benchmarks', 'pictures', f'{name}.png'), dpi=100)
+    figure.savefig(os.path.join(ROOT, 'docs', 'images', f'{name}.png'), dpi=100)
 
 
 if __name__ == '__main__':

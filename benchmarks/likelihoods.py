@@ -15,6 +15,7 @@ import os
 import sys
 
 import jax
+import tables
 from trilemma import ROOT, find_runs, images_per_second, training_seconds
 
 import jaxgen
@@ -68,14 +69,10 @@ def main() -> None:
     if not rows:
         parser.error(f'no run in {arguments.runs} has a likelihood of {arguments.dataset}')
     speeds = images_per_second(found, arguments.batch, arguments.turns)
-    rows.sort(key=lambda row: row['value'])
-    print('| run | bits/dim ↓ | what it is | parameters | training | images/s ↑ |\n|---|---|---|---|---|---|')
     for row in rows:
         row['images_per_second'] = speeds[row['name']]
-        print(
-            f'| {row["name"]} | {row["value"]:.2f} ± {row["stderr"]:.2f} | {row["kind"]} | {row["parameters"]:,} '
-            f'| {row["training_seconds"]:,.0f} s | {row["images_per_second"]:,.0f} |'
-        )
+    rows.sort(key=lambda row: row['value'])
+    print(tables.likelihoods(rows))
     record = {
         'command': ' '.join(['python', *sys.argv]),
         'rows': rows,

@@ -3,7 +3,7 @@
     python benchmarks/modes.py --runs=runs/gan_gaussians,runs/gan_gaussians_minimax
 
 Prints a table of modes covered, the share of samples within three standard deviations of one, and the divergence of
-the modes' shares; writes benchmarks/pictures/modes_gaussians.png (pip install -e '.[bench]').
+the modes' shares; writes docs/images/modes_gaussians.png (pip install -e '.[bench]').
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         axis.set_title(name.removeprefix('gan_gaussians_'), fontsize=8)
         axis.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect='equal')
     figure.tight_layout()
-    figure.savefig(os.path.join(ROOT, 'benchmarks', 'pictures', 'modes_gaussians.png'), dpi=100)
+    figure.savefig(os.path.join(ROOT, 'docs', 'images', 'modes_gaussians.png'), dpi=100)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ Takes the runs in `runs/` of diffusion models of the data set (train them first 
 by its samplers with 1 to 1000 evaluations of the network, and measures Fréchet distance and recall by the features of
 the data set's classifier, against the training split. Runs with a likelihood have bits per dimension of the test split
 beside them. Prints a table, and writes benchmarks/results/samplers_<dataset>.json and the picture
-benchmarks/pictures/samplers_<dataset>.png (pip install -e '.[bench]').
+docs/images/samplers_<dataset>.png (pip install -e '.[bench]').
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 
 import jax
+import tables
 
 import jaxgen
 from jaxgen import config as configs
@@ -70,21 +71,6 @@ def measure(workdir: str, fields: dict, evaluator, n: int, batch: int) -> dict:
     began = time.perf_counter()
     r.sample(batch, seed=1)
     return {'figures': figures, 'images_per_second': batch / (time.perf_counter() - began)}
-
-
-def table(rows: list[dict], network: str) -> str:
-    """Markdown: a row for each run and sampler, a column for each number of evaluations; Fréchet distance (recall)."""
-    counts = sorted({2 * ((r['evaluations'] + 1) // 2) if r['evaluations'] > 1 else 1 for r in rows})
-    lines = ['| run, sampler | ' + ' | '.join(map(str, counts)) + ' |', '|---' * (len(counts) + 1) + '|']
-    for key in dict.fromkeys((r['run'], r['sampler']) for r in rows):
-        cells = dict.fromkeys(counts, '')
-        for r in rows:
-            if (r['run'], r['sampler']) == key:
-                column = 2 * ((r['evaluations'] + 1) // 2) if r['evaluations'] > 1 else 1
-                frechet, recall = (r['figures'][f'{figure}/{network}']['value'] for figure in ('frechet', 'recall'))
-                cells[column] = f'{frechet:.2f} ({recall:.2f})'
-        lines.append(f'| {key[0]}, {key[1]} | ' + ' | '.join(cells.values()) + ' |')
-    return '\n'.join(lines)
 
 
 def draw(rows: list[dict], network: str, title: str, path: str) -> None:
@@ -146,7 +132,7 @@ def main() -> None:
         figures = run.load(workdir, config=config).evaluate()
         if 'bits_per_dim' in figures:
             bits[name] = figures['bits_per_dim']
-    print(table(rows, network))
+    print(tables.samplers(rows, network))
     for name, figure in bits.items():
         print(f'{name}: {figure["value"]:.3f} +- {figure["stderr"]:.3f} bits/dim')
     here = os.path.join(ROOT, 'benchmarks')
@@ -163,7 +149,7 @@ def main() -> None:
     }
     log.save_json(os.path.join(here, 'results', f'samplers_{arguments.dataset}.json'), record)
     title = f'Quality by network evaluations: {arguments.dataset}'
-    draw(rows, network, title, os.path.join(here, 'pictures', f'samplers_{arguments.dataset}.png'))
+    draw(rows, network, title, os.path.join(ROOT, 'docs', 'images', f'samplers_{arguments.dataset}.png'))
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ every run: its samples against the training split, the speed of sampling of all 
 process at one batch size, parameters of what sampling needs, and the time that training took. Beside
 them stand the held-out pictures, measured as if a model had made them: no model can be told from the
 data that is better than they are. Prints the table, and writes benchmarks/results/trilemma_<dataset>.json
-and the picture benchmarks/pictures/trilemma_<dataset>.png (pip install -e '.[bench]').
+and the picture docs/images/trilemma_<dataset>.png (pip install -e '.[bench]').
 
     python benchmarks/trilemma.py --dataset=digits --only=gan_digits,dcgan_digits,vae_digits --name=gans
 
@@ -30,21 +30,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import tables
 
 import jaxgen
 from jaxgen import config as configs
 from jaxgen import data, describe, evaluate, log, run, sample
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Columns of the table: figure, heading, digits, whether more is better.
-COLUMNS = (
-    ('frechet', 'Fréchet distance', 2, False),
-    ('precision', 'precision', 2, True),
-    ('recall', 'recall', 2, True),
-    ('coverage', 'coverage', 2, True),
-    ('authenticity', 'authenticity', 2, True),
-    ('modes', 'modes', 0, True),
-)
 
 
 def trained(workdir: str, config) -> bool:
@@ -109,27 +101,10 @@ def held_out(evaluator: evaluate.Evaluator, section: dict) -> dict:
     return evaluator.figures([evaluator.extract(images, len(images))], len(images))
 
 
-def row(name: str, metrics: dict, network: str, more: dict | None = None) -> dict:
-    figures = {figure: metrics[f'{figure}/{network}'] for figure, *_ in COLUMNS if f'{figure}/{network}' in metrics}
-    return {'name': name, 'figures': figures, **(more or {})}
-
-
-def table(rows: list[dict], network: str) -> str:
-    """Markdown."""
-    arrows = {True: '↑', False: '↓'}
-    heads = [f'{title} {arrows[more]}' for _, title, _, more in COLUMNS]
-    lines = [
-        '| run | ' + ' | '.join([*heads, 'images/s ↑', 'parameters', 'training']) + ' |',
-        '|---' * (len(COLUMNS) + 4) + '|',
-    ]
-    for r in rows:
-        cells = [f'{r["figures"][f]["value"]:.{d}f}' if f in r['figures'] else '' for f, _, d, _ in COLUMNS]
-        if 'images_per_second' in r:
-            cells += [f'{r["images_per_second"]:,.0f}', f'{r["parameters"]:,}', f'{r["training_seconds"]:,.0f} s']
-        else:
-            cells += ['', '', '']
-        lines.append(f'| {r["name"]} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+def row(run_name: str, metrics: dict, network: str, more: dict | None = None) -> dict:
+    named = {name: f'{name}/{network}' for name, *_ in tables.COLUMNS}
+    figures = {name: metrics[key] for name, key in named.items() if key in metrics}
+    return {'name': run_name, 'figures': figures, **(more or {})}
 
 
 def draw(rows: list[dict], network: str, title: str, path: str) -> None:
@@ -205,7 +180,7 @@ def main() -> None:
         }
         rows.append(row(name, r.compare(evaluator, arguments.n), network, more))
         evaluate.forget(r)
-    text = table(rows, network)
+    text = tables.trilemma(rows)
     print(text)
     record = {
         'command': ' '.join(['python', *sys.argv]),
@@ -220,7 +195,7 @@ def main() -> None:
     here = os.path.join(ROOT, 'benchmarks')
     log.save_json(os.path.join(here, 'results', f'{arguments.name}_{arguments.dataset}.json'), record)
     title = f'Quality, diversity, speed: {arguments.dataset}'
-    draw(rows, network, title, os.path.join(here, 'pictures', f'{arguments.name}_{arguments.dataset}.png'))
+    draw(rows, network, title, os.path.join(ROOT, 'docs', 'images', f'{arguments.name}_{arguments.dataset}.png'))
 
 
 if __name__ == '__main__':

@@ -144,9 +144,9 @@ class Inception(nn.Module):
 
     Returns:
       {'features': [n, 2048], what FID and KID compare;
-       'logits': [n, 1008], without the bias, as the Inception Score has always been computed;
-       'spatial': [n, 2023], 17 x 17 positions of 7 channels, what sFID compares (Nash et al. 2021, arXiv 2103.03841):
-         the graph's `mixed_6/conv:0`, which is the first branch of Mixed_6d after its ReLU}.
+        'logits': [n, 1008], without the bias, as the Inception Score has always been computed;
+        'spatial': [n, 2023], 17 x 17 positions of 7 channels, what sFID compares (Nash et al. 2021, arXiv 2103.03841):
+        the graph's `mixed_6/conv:0`, which is the first branch of Mixed_6d after its ReLU}.
     """
 
     @nn.compact

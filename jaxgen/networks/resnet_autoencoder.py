@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
     Attributes:
       features: of the result.
-      The others as of Encoder; half of `width` is left before the last transposed convolution.
+      width: and the others as of Encoder; half of `width` is left before the last transposed convolution.
     """
 
     features: int = 3
@@ -116,7 +116,7 @@ class Pyramid(nn.Module):
     Attributes:
       levels: 1 or more.
       latent: channels of the latents of each level.
-      The others as of Encoder.
+      width: and the others as of Encoder.
     """
 
     levels: int = 1

@@ -1,0 +1,231 @@
+"""The tables of the documentation, from benchmarks/results/*.json.
+
+    python benchmarks/tables.py            # writes them into docs/**/*.md
+    python benchmarks/tables.py --check    # exit code 1 and the names of the pages that are stale
+
+A page holds a table between two comments,
+
+    <!-- table: trilemma gans_digits -->
+    <!-- end of table -->
+
+the first of which names a function of this file and its arguments. A test holds all pages to what this script gives.
+The functions are given parsed JSON and return Markdown; the benchmarks print their results by the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import re
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(ROOT, 'benchmarks', 'results')
+TABLE = re.compile(r'(<!-- table: (\w+) ([\w ]+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+# Columns of the trilemma: metric, heading, digits, whether more is better.
+COLUMNS = (
+    ('frechet', 'Fréchet distance', 2, False),
+    ('precision', 'precision', 2, True),
+    ('recall', 'recall', 2, True),
+    ('coverage', 'coverage', 2, True),
+    ('authenticity', 'authenticity', 2, True),
+    ('modes', 'modes', 0, True),
+)
+FRACTIONS = ('accuracy', 'conditional accuracy')  # shown in per cent
+
+
+def result(name: str) -> dict:
+    """benchmarks/results/NAME.json."""
+    with open(os.path.join(RESULTS, f'{name}.json'), encoding='utf-8') as file:
+        return json.load(file)
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ['---'] * len(heads), *rows]
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
+
+
+def trilemma(rows: list[dict]) -> str:
+    """Quality, diversity and speed: a row for each run."""
+    arrows = {True: '↑', False: '↓'}
+    heads = ['run', *(f'{title} {arrows[more]}' for _, title, _, more in COLUMNS)]
+    table = []
+    for r in rows:
+        metrics = r['figures']
+        cells = [f'{metrics[m]["value"]:.{d}f}' if m in metrics else '' for m, _, d, _ in COLUMNS]
+        if 'images_per_second' in r:
+            cells += [f'{r["images_per_second"]:,.0f}', f'{r["parameters"]:,}', f'{r["training_seconds"]:,.0f} s']
+        else:
+            cells += ['', '', '']
+        table.append([r['name'], *cells])
+    return markdown([*heads, 'images/s ↑', 'parameters', 'training'], table)
+
+
+def samplers(rows: list[dict], network: str) -> str:
+    """Fréchet distance (recall): a row for each run and sampler, a column for each number of network evaluations."""
+
+    def column(r: dict) -> int:
+        return 2 * ((r['evaluations'] + 1) // 2) if r['evaluations'] > 1 else 1
+
+    counts = sorted({column(r) for r in rows})
+    table = {(r['run'], r['sampler']): dict.fromkeys(counts, '') for r in rows}
+    for r in rows:
+        frechet, recall = (r['figures'][f'{metric}/{network}']['value'] for metric in ('frechet', 'recall'))
+        table[r['run'], r['sampler']][column(r)] = f'{frechet:.2f} ({recall:.2f})'
+    heads = ['run, sampler', *map(str, counts)]
+    return markdown(heads, [[', '.join(key), *cells.values()] for key, cells in table.items()])
+
+
+def likelihoods(rows: list[dict]) -> str:
+    """Bits per dimension with their standard error: a row for each run, the best first."""
+    heads = ['run', 'bits/dim ↓', 'what it is', 'parameters', 'training', 'images/s ↑']
+    table = [
+        [
+            r['name'],
+            f'{r["value"]:.2f} ± {r["stderr"]:.2f}',
+            r['kind'],
+            f'{r["parameters"]:,}',
+            f'{r["training_seconds"]:,.0f} s',
+            f'{r["images_per_second"]:,.0f}',
+        ]
+        for r in sorted(rows, key=lambda r: r['value'])
+    ]
+    return markdown(heads, table)
+
+
+def ratios(records: list[dict]) -> str:
+    """Speed beside torch: the median of the turns."""
+    heads = ['what', 'jaxgen / torch', 'command']
+    names = {'train': 'training', 'sample': 'sampling'}
+    table = [
+        [
+            f'{names[r["what"]]}, `{r["config"]}`, batch {r["batch"]}',
+            f'{r["speed_over_torch"]["median"]:.2f}',
+            f'`{shown_command(r["command"])}`',
+        ]
+        for r in records
+    ]
+    return markdown(heads, table)
+
+
+def speeds(records: list[dict]) -> str:
+    """Images a second and peak memory."""
+    heads = ['what', 'device', 'images/s', 'memory', 'command']
+    what = {'train': 'training', 'data': 'data loader'}
+    table = [
+        [
+            f'{what[r["what"]]}, `{r["config"]}`, batch {r["batch"]}, {r["dtype"]}',
+            r['device'],
+            f'{r["images_per_second"] if "images_per_second" in r else r["jaxgen"]["images_per_second"]:,.0f}',
+            f'{r["peak_bytes"] / 1e9:.1f} GB' if 'peak_bytes' in r else '',
+            f'`{shown_command(r["command"])}`',
+        ]
+        for r in records
+    ]
+    return markdown(heads, table)
+
+
+def shown_command(command: str) -> str:
+    return command.partition(' --out=')[0]
+
+
+def shown_metric(metric: dict) -> str:
+    """One metric as it stands in a table of systems: 'Fréchet distance 0.74 (n = 500)'."""
+    name, value = metric['metric'], metric['value']
+    if name in FRACTIONS:
+        text = f'{name} {100 * value:.4g} %'
+    elif name.startswith('bits'):
+        text = f'{value:.4g} {name}'
+    else:
+        text = f'{name} {value:.4g}' + (f' {metric["unit"]}' if 'unit' in metric else '')
+    about = [metric[key] for key in ('note', 'network') if key in metric]
+    about += [f'n = {metric["n"]:,}'] if 'n' in metric else []
+    return text + (f' ({", ".join(about)})' if about else '')
+
+
+def systems(record: dict, page: str, folder: str = '../images') -> str:
+    """What was trained here: system, samples, metrics, time and commands."""
+    rows = []
+    for s in record['systems']:
+        if s['page'] == page:
+            reference = '' if s['reference'] == 'none' else f' ({s["reference"]})'
+            images = ' '.join(f'![{alt}]({folder}/{file})' for file, alt in s['images'])
+            metrics = ' <br> '.join(map(shown_metric, s['results']))
+            time = s['time'] + ('' if s['time'].startswith(('that of', 'not ')) else f', {s["device"]}')
+            commands = ' <br> '.join(f'`{c}`' for c in s['commands'])
+            rows.append([f'{s["system"]}{reference} <br> `{s["module"]}`', images, metrics, time, commands])
+    return markdown(['system', 'samples', 'metrics', 'training', 'commands'], rows)
+
+
+def modes(record: dict) -> str:
+    """Mode coverage: a row for each adversarial loss."""
+    rows = [
+        [
+            s['system'],
+            *(f'{r["value"]:g}' for r in s['results']),
+            ' <br> '.join(f'`{c}`' for c in s['commands']),
+        ]
+        for s in record['systems']
+        if s['page'] == 'modes'
+    ]
+    return markdown(['loss', 'modes of 25', 'samples within 3 standard deviations of one', 'commands'], rows)
+
+
+def published(record: dict) -> str:
+    """Published sizes: parameters as counted here, the paper's own number, status."""
+    rows = []
+    for m in record['models']:
+        config = m['config'] + (f':{m["variant"]}' if m['variant'] else '')
+        parameters = ' <br> '.join(f'{network} {n:,}' for network, n in m['parameters'].items())
+        system = m['system'] + (f' ({m["note"]})' if m['note'] else '')
+        paper = f'{m["paper"]} ({m["source"]})' if m['paper'] else m['source']
+        rows.append([f'`{config}`', system, parameters, paper, m['status']])
+    return markdown(['config', 'system', 'parameters', 'paper', 'status'], rows)
+
+
+def make(kind: str, names: list[str]) -> str:
+    """The table that a page asks for by `<!-- table: KIND NAMES -->`."""
+    if kind == 'systems':
+        return systems(result('systems'), names[0])
+    if kind == 'modes':
+        return modes(result('systems'))
+    if kind == 'published':
+        return published(result('published'))
+    records = [result(name) for name in names]
+    if kind == 'samplers':
+        return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
+    if kind in ('trilemma', 'likelihoods'):
+        return globals()[kind](records[0]['rows'])
+    if kind in ('ratios', 'speeds'):
+        return globals()[kind](records)
+    if kind == 'command':
+        return f'```\n{records[0]["command"]}\n```'
+    raise ValueError(f'no table {kind!r}')
+
+
+def filled(text: str) -> str:
+    """The text of a page with its tables as the results have them."""
+    return TABLE.sub(lambda m: f'{m[1]}{make(m[2], m[3].split())}\n{m[4]}', text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing')
+    arguments = parser.parse_args()
+    stale = []
+    for path in sorted(glob.glob(os.path.join(ROOT, 'docs', '**', '*.md'), recursive=True)):
+        with open(path, encoding='utf-8') as file:
+            old = file.read()
+        if (new := filled(old)) != old:
+            stale.append(os.path.relpath(path, ROOT))
+            if not arguments.check:
+                with open(path, 'w', encoding='utf-8') as file:
+                    file.write(new)
+    print('\n'.join(stale))
+    sys.exit(1 if stale and arguments.check else 0)
+
+
+if __name__ == '__main__':
+    main()

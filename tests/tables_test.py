@@ -1,0 +1,98 @@
+"""The documentation: its tables are those of the results, its links lead somewhere, its images are used."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = [os.path.join(ROOT, 'README.md'), *glob.glob(os.path.join(ROOT, 'docs', '**', '*.md'), recursive=True)]
+
+
+def load_tables():
+    spec = importlib.util.spec_from_file_location('tables', os.path.join(ROOT, 'benchmarks', 'tables.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load_tables()
+
+
+def read(path: str) -> str:
+    with open(path, encoding='utf-8') as file:
+        return file.read()
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: os.path.relpath(p, ROOT))
+def test_tables_are_those_of_the_results(path):
+    text = read(path)
+    assert tables.filled(text) == text, 'run python benchmarks/tables.py'
+
+
+def test_every_result_is_in_a_table():
+    text = '\n'.join(map(read, PAGES))
+    asked = {name for _, _, names, _ in tables.TABLE.findall(text) for name in names.split()}
+    pages = {s['page'] for s in tables.result('systems')['systems']}
+    names = {os.path.basename(p)[: -len('.json')] for p in glob.glob(os.path.join(tables.RESULTS, '*.json'))}
+    assert pages <= asked | {'modes'}
+    assert names - {'systems', 'published'} <= asked
+    assert {kind for _, kind, _, _ in tables.TABLE.findall(text)} >= {'systems', 'modes', 'published'}
+
+
+@pytest.mark.parametrize('name', ['systems', 'published'])
+def test_configs_of_the_results_exist(name):
+    rows = tables.result(name)['systems' if name == 'systems' else 'models']
+    for row in rows:
+        path = os.path.join(ROOT, 'configs', f'{row["config"]}.py')
+        assert os.path.isfile(path), row['config']
+        for part in filter(None, row['variant'].split(',')):
+            assert f"'{part}'" in read(path), f'{row["config"]}:{row["variant"]}'
+        for command in row.get('commands', ()):
+            for config in re.findall(r'--config=(\S+?\.py)', command):
+                assert os.path.isfile(os.path.join(ROOT, config)), command
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: os.path.relpath(p, ROOT))
+def test_links_lead_to_files(path):
+    for target in re.findall(r'\]\(([^)#\s]+)[^)]*\)', read(path)):
+        if not target.startswith(('http://', 'https://')):
+            assert os.path.exists(os.path.join(os.path.dirname(path), target)), target
+
+
+def test_every_image_is_shown():
+    text = '\n'.join(map(read, PAGES))
+    images = {os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'docs', 'images', '*.png'))}
+    assert images == {os.path.basename(name) for name in re.findall(r'\]\(([^)\s]+\.png)\)', text)}
+
+
+def test_readme_is_short():
+    assert os.path.getsize(os.path.join(ROOT, 'README.md')) <= 6000
+
+
+def test_tables_of_rows_made_by_hand():
+    rows = [
+        {'name': 'a', 'value': 2.0, 'stderr': 0.125, 'kind': 'exact', 'parameters': 1234, 'training_seconds': 61.4,
+         'images_per_second': 1000.6},
+        {'name': 'b', 'value': 1.5, 'stderr': 0.25, 'kind': 'bound', 'parameters': 5, 'training_seconds': 2.0,
+         'images_per_second': 3.0},
+    ]  # fmt: skip
+    assert tables.likelihoods(rows).splitlines()[2:] == [
+        '| b | 1.50 ± 0.25 | bound | 5 | 2 s | 3 |',
+        '| a | 2.00 ± 0.12 | exact | 1,234 | 61 s | 1,001 |',
+    ]
+    point = {'figures': {'frechet/net': {'value': 1.0}, 'recall/net': {'value': 0.5}}}
+    # Heun's 3 evaluations stand in column 4, and 1 in its own.
+    rows = [{'run': 'r', 'sampler': 'Heun', 'evaluations': n, **point} for n in (1, 3)]
+    rows.append({'run': 'r', 'sampler': 'Euler', 'evaluations': 2, **point})
+    assert tables.samplers(rows, 'net').splitlines() == [
+        '| run, sampler | 1 | 2 | 4 |',
+        '| --- | --- | --- | --- |',
+        '| r, Heun | 1.00 (0.50) |  | 1.00 (0.50) |',
+        '| r, Euler |  | 1.00 (0.50) |  |',
+    ]
+    assert tables.shown_metric({'metric': 'accuracy', 'value': 0.753, 'n': 2000}) == 'accuracy 75.3 % (n = 2,000)'
