@@ -11,15 +11,15 @@ A family lives in `jaxgen/families/<name>.py` and has one public function
 whose keyword arguments (every one with a default) are the fields of `config.model`. A minimal
 family is a loss and these lines:
 
-    step = gradient_step(loss, context.optim, 'denoiser')
+    def loss(params, state, frozen, batch, rng):
+        value = jnp.square(network.apply({'params': params['denoiser']}, batch['image'])).mean()
+        return value, Aux({'loss': value})
+
+    update = make_update(loss, context.optim, 'denoiser')
 
     def init(rng, batch, frozen):
         params = {'denoiser': network.init(rng, batch['image'])['params']}
         return new_state(params, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
 Inside, images are NHWC float32 in [-1, 1]; outside (data sets, files) they are uint8.
 """
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgen.errors import UserError
-from jaxgen.optim import Optim, power_newest
+from jaxgen.optim import Optim, power_newest, steps_within_update
 from jaxgen.randomness import example_keys as example_keys
 from jaxgen.randomness import normal as normal
 
@@ -143,42 +143,36 @@ def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str
     )
 
 
-def gradient_step(
-    loss: Callable,
-    optim: Optim,
-    *networks: str,
-    times: int = 1,
-    given: Callable | None = None,
-    keep: Callable | None = None,
-) -> Callable:
-    """Turns a loss into one optimiser step on the named networks. No other network is touched.
+class Aux(NamedTuple):
+    """What a loss gives beside its value; over the parts of an accumulated gradient, means of both."""
+
+    logs: dict[str, Array]  # scalars by name, written to the run's metrics
+    kept: PyTree = None  # arrays that the family keeps in State.extra: batch statistics, codebook counts, errors
+
+
+def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) -> Callable:
+    """Returns one optimiser step on the named networks, (state, frozen, batch, rng) -> (state, Aux).
+
+    `params` and `opt` of these networks are updated, and nothing else of the state. With `optim.accumulate` = m > 1
+    the gradient is the mean over m equal parts of the batch, taken one after another to save memory.
 
     Args:
-      loss: (params, frozen, batch, rng) -> (scalar, {name: scalar}); params is {network: weights}
-        of all networks of the state.
-      networks: the networks that are trained; for the others params are constants.
-      times: optimiser steps within one update, one after another, each on its own equal part of
-        the batch (several critic steps per generator step); logs are their means. Learning rates
-        follow the count of updates, not of these steps.
-      given: (state, frozen) -> what the loss gets in place of `frozen`, where it reads more of the state.
-      keep: (state, found) -> state, after every step, where the loss finds more than logs: `found` is what it gives
-        as logs['found'], a tree of arrays (batch statistics, say), averaged over the parts of an accumulated gradient.
-
-    Returns:
-      (state, frozen, batch, rng) -> (state, logs) with params and opt updated. With
-      `optim.accumulate` = m > 1 the gradient is the mean over m equal parts of the batch, taken
-      one after another to save memory.
+      loss: (params, state, frozen, batch, rng) -> (scalar, Aux). `params` is {network: weights} of all networks, and
+        what is differentiated; `state` is the whole state before the step, its `params` constants.
+      networks: the networks that are trained.
+      times: optimiser steps within one update, one after another, see `repeat`; the Aux is their mean.
     """
+    if times > 1:
+        return repeat(gradient_step(loss, steps_within_update(optim, times), *networks), times)
 
-    def step(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
+    def step(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, Aux]:
         def of_trained(trained, batch, rng):
-            return loss({**state.params, **trained}, known, batch, rng)
+            return loss({**state.params, **trained}, state, frozen, batch, rng)
 
-        known = given(state, frozen) if given else frozen
         trained = {name: state.params[name] for name in networks}
         gradient = jax.grad(of_trained, has_aux=True)
         if optim.accumulate == 1:
-            grads, logs = gradient(trained, batch, rng)
+            grads, aux = gradient(trained, batch, rng)
         else:
             m = optim.accumulate
 
@@ -189,26 +183,57 @@ def gradient_step(
             like = jax.eval_shape(gradient, trained, *jax.tree.map(lambda x: x[0], parts))
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
             total, _ = jax.lax.scan(one, zero, parts)
-            grads, logs = jax.tree.map(lambda x: x / m, total)
+            grads, aux = jax.tree.map(lambda x: x / m, total)
 
-        params, opt = dict(state.params), dict(state.opt)
+        params, opt, logs = dict(state.params), dict(state.opt), dict(aux.logs)
         for name in networks:
             logs[f'grad_norm/{name}'] = optax.tree.norm(grads[name])
-            updates, opt[name] = optim.tx(name, times).update(grads[name], opt[name], params[name])
+            updates, opt[name] = optim.tx(name).update(grads[name], opt[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
-        state = state.replace(params=params, opt=opt)
-        if keep:
-            state = keep(state, logs.pop('found'))
-        return state, logs
+        return state.replace(params=params, opt=opt), Aux(logs, aux.kept)
 
-    def steps(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
+    return step
+
+
+def store(step: Callable, entries: Callable = lambda state, kept: kept) -> Callable:
+    """Returns `step` with what its loss kept put into State.extra at once, (...) -> (state, Aux of logs alone).
+
+    Args:
+      entries: (state, Aux.kept) -> {name: new entry of State.extra}; the kept arrays as they are, by default.
+    """
+
+    def stored(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, Aux]:
+        state, aux = step(state, frozen, batch, rng)
+        return state.replace(extra={**state.extra, **entries(state, aux.kept)}), Aux(aux.logs)
+
+    return stored
+
+
+def repeat(step: Callable, times: int) -> Callable:
+    """Returns `times` such steps, one after another, each on its own equal part of the batch (several steps of a
+    discriminator per step of the generator, say); the Aux is their mean. Learning rates follow the count of updates
+    where the step was made with `steps_within_update(optim, times)`."""
+
+    def steps(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, Aux]:
         def one(state, part):
             return step(state, frozen, *part)
 
-        state, logs = jax.lax.scan(one, state, (split_batch(batch, times), jax.random.split(rng, times)))
-        return state, jax.tree.map(lambda x: x.mean(0), logs)
+        state, aux = jax.lax.scan(one, state, (split_batch(batch, times), jax.random.split(rng, times)))
+        return state, jax.tree.map(lambda x: x.mean(0), aux)
 
     return step if times == 1 else steps
+
+
+def make_update(loss: Callable, optim: Optim, *networks: str) -> Callable:
+    """Returns the update of a family with one loss, (state, frozen, batch, rng) -> (state, {name: scalar}): a
+    gradient step on the named networks, then `advance`. For the arguments see `gradient_step`."""
+    step = gradient_step(loss, optim, *networks)
+
+    def update(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, dict]:
+        state, aux = step(state, frozen, batch, rng)
+        return advance(state, optim), aux.logs
+
+    return update
 
 
 def advance(state: State, optim: Optim) -> State:

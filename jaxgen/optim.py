@@ -258,6 +258,13 @@ def initial_fraction(
     return float(np.prod(np.arange(2, 11) / (rising + np.arange(2, 11))) * np.float64(ema) ** (steps - rising))
 
 
+def steps_within_update(optim: Optim, times: int) -> Optim:
+    """Returns `optim` for a network that takes `times` optimiser steps in each update: its learning rates follow the
+    count of updates, not that of steps (a discriminator of five steps would else end its schedule at a fifth of the
+    run)."""
+    return optim._replace(tx=lambda name, steps=1: optim.tx(name, times * steps))
+
+
 def make_optim(
     steps: int,
     *,

@@ -12,12 +12,22 @@ import optax
 import pytest
 
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, example_keys, gradient_step, new_state, normal, split_batch
+from jaxgen.contract import (
+    Aux,
+    Context,
+    example_keys,
+    gradient_step,
+    new_state,
+    normal,
+    repeat,
+    split_batch,
+    store,
+)
 from jaxgen.errors import UserError
 from jaxgen.families import gan
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral
-from jaxgen.optim import make_optim
+from jaxgen.optim import make_optim, steps_within_update
 
 WGAN_GP = dict(
     game='wasserstein',
@@ -365,10 +375,10 @@ def test_several_steps_equal_a_loop_and_schedules_go_by_updates():
     optim = adam(schedule='linear', warmup=2, b1=0.9)
     batch = {'x': jax.random.normal(jax.random.key(0), (12, 3))}
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         noise = jax.random.normal(rng, ())
         value = jnp.square(batch['x'] @ params['critic'] - noise * params['generator']).mean()
-        return value, {'loss': value}
+        return value, Aux({'loss': value})
 
     params = {'critic': jnp.array([1.0, -2.0, 0.5]), 'generator': jnp.float32(1.0)}
     state = new_state(params, optim)
@@ -378,7 +388,7 @@ def test_several_steps_equal_a_loop_and_schedules_go_by_updates():
     rates = [0.5e-2, 1e-2, 1e-2, 1e-2 * 5 / 6]
     for update, rate in enumerate(rates):
         key = jax.random.key(update)
-        state, logs = steps(state, {}, batch, key)
+        state, aux = steps(state, {}, batch, key)
         adam_alone = optax.scale_by_adam(0.9, 0.9, 1e-8)
         if update == 0:
             opt = adam_alone.init(plain)
@@ -387,36 +397,34 @@ def test_several_steps_equal_a_loop_and_schedules_go_by_updates():
             part = {'x': parts['x'][i]}
             assert np.array_equal(part['x'], batch['x'][i::4])
             (value, _), gradient = jax.value_and_grad(
-                lambda w, part=part, k=k: loss({**params, 'critic': w}, {}, part, k), has_aux=True
+                lambda w, part=part, k=k: loss({**params, 'critic': w}, None, {}, part, k), has_aux=True
             )(plain)
             direction, opt = adam_alone.update(gradient, opt)
             plain = plain - rate * direction
             losses.append(value)
         np.testing.assert_allclose(state.params['critic'], plain, rtol=1e-5)
-        np.testing.assert_allclose(logs['loss'], np.mean(losses), rtol=1e-5)
+        np.testing.assert_allclose(aux.logs['loss'], np.mean(losses), rtol=1e-5)
     assert float(state.params['generator']) == 1.0, 'the other network is not touched'
 
 
-def test_a_loss_reads_the_state_and_what_it_finds_is_kept_step_by_step():
+def test_a_loss_reads_the_state_and_kept_arrays_are_stored_step_by_step():
     optim = adam(name='sgd', lr=1.0, accumulate=2)
 
-    def loss(params, given, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         value = params['w'] * batch['x'].mean()
-        return value, {'loss': value, 'found': {'sum': given['sum'] + batch['x'].mean()}}
+        return value, Aux({'loss': value}, {'sum': state.extra['sum'] + batch['x'].mean()})
 
-    state = new_state({'w': jnp.float32(0)}, optim, extra={'sum': jnp.float32(0)})
-    steps = gradient_step(
-        loss,
-        optim,
-        'w',
-        times=3,
-        given=lambda state, frozen: state.extra,
-        keep=lambda state, found: state.replace(extra=found),
-    )
-    state, logs = steps(state, {}, {'x': jnp.arange(12.0)}, jax.random.key(0))
+    state = new_state({'w': jnp.float32(0)}, optim, extra={'sum': jnp.float32(0), 'other': jnp.float32(7)})
+    batch = {'x': jnp.arange(12.0)}
+    steps = repeat(store(gradient_step(loss, steps_within_update(optim, 3), 'w')), 3)
+    after, aux = steps(state, {}, batch, jax.random.key(0))
     # Step i sees the mean of i, i + 3, ...: 4.5, 5.5, 6.5.
-    assert float(state.extra['sum']) == 4.5 + 5.5 + 6.5 and set(logs) == {'loss', 'grad_norm/w'}
-    np.testing.assert_allclose(state.params['w'], -16.5)
+    assert float(after.extra['sum']) == 4.5 + 5.5 + 6.5 and float(after.extra['other']) == 7
+    assert set(aux.logs) == {'loss', 'grad_norm/w'} and aux.kept is None
+    np.testing.assert_allclose(after.params['w'], -16.5)
+    # Not stored, it is left to the family: a mean over the parts of the accumulated gradient, and over the steps.
+    after, aux = gradient_step(loss, optim, 'w', times=3)(state, {}, batch, jax.random.key(0))
+    assert float(after.extra['sum']) == 0 and float(aux.kept['sum']) == (4.5 + 5.5 + 6.5) / 3
 
 
 def test_update_equals_the_papers_algorithm_written_out():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxgen.config import DEFAULTS, differences_that_matter, make
-from jaxgen.contract import advance, gradient_step, new_state, split_batch
+from jaxgen.contract import Aux, advance, gradient_step, new_state, split_batch
 from jaxgen.errors import UserError
 from jaxgen.optim import (
     exponent,
@@ -29,11 +29,11 @@ def optim(steps: int = 100, **fields):
     return make_optim(steps, **{**DEFAULTS['optim'], 'name': 'sgd', 'b1': 0.0, 'lr': 0.1, **fields})
 
 
-def loss(params, frozen, batch, rng):
+def loss(params, state, frozen, batch, rng):
     """Least squares of one network; the other must never move."""
     error = batch['x'] @ params['line'] - batch['y'] + 0 * params['other'].sum()
     value = jnp.square(error).mean()
-    return value, {'loss': value}
+    return value, Aux({'loss': value})
 
 
 def state(o):
@@ -277,19 +277,21 @@ def test_steps_within_one_update(batch):
     line = jnp.ones(3)
     for part in range(3):
         own = {k: v[part::3] for k, v in batch.items()}
-        line = line - 0.1 * jax.grad(lambda p, own=own: loss({'line': p, 'other': jnp.ones(2)}, {}, own, None)[0])(line)
+        line = line - 0.1 * jax.grad(
+            lambda p, own=own: loss({'line': p, 'other': jnp.ones(2)}, None, {}, own, None)[0]
+        )(line)
     np.testing.assert_allclose(many.params['line'], line, rtol=1e-5)
 
 
 def test_only_the_named_network_moves(batch):
     o = optim(networks={'line': {'lr': 0.3}})
     before = state(o)
-    after, logs = gradient_step(loss, o, 'line')(before, {}, batch, jax.random.key(0))
+    after, aux = gradient_step(loss, o, 'line')(before, {}, batch, jax.random.key(0))
     np.testing.assert_array_equal(after.params['other'], before.params['other'])
     assert jax.tree.all(jax.tree.map(np.array_equal, after.opt['other'], before.opt['other']))
-    gradient = jax.grad(lambda p: loss({**before.params, 'line': p}, {}, batch, None)[0])(before.params['line'])
+    gradient = jax.grad(lambda p: loss({**before.params, 'line': p}, before, {}, batch, None)[0])(before.params['line'])
     np.testing.assert_allclose(after.params['line'], before.params['line'] - 0.3 * gradient, rtol=1e-5)
-    np.testing.assert_allclose(logs['grad_norm/line'], optax.tree.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(aux.logs['grad_norm/line'], optax.tree.norm(gradient), rtol=1e-5)
 
 
 def test_moving_average():

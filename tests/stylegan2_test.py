@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import stylegan2
@@ -19,8 +20,7 @@ SMALL = dict(latent=6, mapping_layers=2, channel_base=32, channel_max=6, group=2
 
 
 def optim(**fields):
-    common = dict(name='sgd', lr=1e-2, schedule='constant', warmup=0, b1=0.0, b2=0.99, eps=1e-8)
-    common |= dict(weight_decay=0.0, clip=0.0, accumulate=1, ema=0.5, ema_warmup=False, networks={})
+    common = DEFAULTS['optim'] | dict(name='sgd', lr=1e-2, b1=0.0, b2=0.99, clip=0.0, ema=0.5, ema_warmup=False)
     return make_optim(8, **{**common, **fields})
 
 

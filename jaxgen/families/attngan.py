@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -212,12 +213,12 @@ def build(
             sizes.append(downsample_mean(sizes[-1]))
         return tuple(reversed(sizes))
 
-    def matching_step_loss(params, frozen, batch, rng):
+    def matching_step_loss(params, state, frozen, batch, rng):
         told = read(params['text'], among(batch['numbers'], batch['wrong']), rng)
         value = mismatch(params['encoder'], batch['image'], told)
-        return value, {'matching_loss': value}
+        return value, Aux({'matching_loss': value})
 
-    def discriminator_loss(params, frozen, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         own, other = batch['told']['sentence'], batch['wrong']['sentence']
         differ = (batch['told']['numbers'] != batch['wrong']['numbers']).any(-1)
         total, logs = 0.0, {}
@@ -229,9 +230,9 @@ def build(
             if r1:
                 value += r1 * r1_penalty(functools.partial(values, params, name, own), x).mean()
             total, logs[f'{name}_loss'] = total + value, value
-        return total, logs
+        return total, Aux(logs)
 
-    def generator_loss(params, average, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         (images, mean, log_variance), _ = paint(params['generator'], batch)
         deceit = 0.0
         for name, x in zip(discriminators, images, strict=True):
@@ -240,14 +241,14 @@ def build(
         divergence = normal_kl(mean, log_variance).mean() / condition
         value, logs = deceit + kl * divergence, {'deceit': deceit, 'kl': divergence}
         if matching:
-            logs['mismatch'] = mismatch(average['encoder'], images[-1], among(batch['told'], batch['wrong']))
+            logs['mismatch'] = mismatch(state.ema['encoder'], images[-1], among(batch['told'], batch['wrong']))
             value = value + matching * logs['mismatch']
-        return value, {'generator_loss': value, **logs}
+        return value, Aux({'generator_loss': value, **logs})
 
     optim = context.optim
     matching_turn = gradient_step(matching_step_loss, optim, 'text', 'encoder')
     discriminator_turn = gradient_step(discriminator_loss, optim, *discriminators)
-    generator_turn = gradient_step(generator_loss, optim, 'generator', given=lambda state, _: state.ema)
+    generator_turn = gradient_step(generator_loss, optim, 'generator')
 
     def init(rng, batch, frozen):
         caption, x = batch['caption'][:1], batch['image'][:1]
@@ -276,7 +277,7 @@ def build(
         matching_rng, wrong_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 6)
         n, numbers = len(batch['image']), numbers_of(batch)
         captions = {'numbers': numbers, 'wrong': spread(wrong_ones(numbers, wrong_rng))}
-        state, logs = matching_turn(state, frozen, {'image': batch['image'], **captions}, matching_rng)
+        state, matching_aux = matching_turn(state, frozen, {'image': batch['image'], **captions}, matching_rng)
         given = {
             'image': batch['image'],
             'told': read(state.ema['text'], captions['numbers']),
@@ -285,11 +286,12 @@ def build(
             'noise': noise_of(spread(jax.random.normal(noise_rng, (n, condition)))),
         }
         (made, _, _), _ = paint(state.params['generator'], given)
-        state, more = discriminator_turn(state, frozen, {**given, 'made': made}, discriminator_rng)
-        state, most = generator_turn(state, frozen, given, generator_rng)
+        state, discriminator_aux = discriminator_turn(state, frozen, {**given, 'made': made}, discriminator_rng)
+        state, generator_aux = generator_turn(state, frozen, given, generator_rng)
         after = advance(state, optim)
         _, found = paint(after.ema['generator'], given)
-        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs | more | most
+        logs = matching_aux.logs | discriminator_aux.logs | generator_aux.logs
+        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs
 
     def draw(state, batch, rng, z: Array | None = None) -> tuple[Array, ...]:
         """Images of all stages for the captions in the batch, and for latents [n, latent] if there are any."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal
 from jaxgen.data.corruptions import grey, holes, low_resolution
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
@@ -118,13 +118,13 @@ def build(
         """[n]"""
         return jnp.square(out - x).mean((1, 2, 3))
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         x = batch['image']
         keys = jax.random.split(rng, len(x))
         value = error(restore(params, spoil(x, keys), keys), x).mean()
-        return value, {'loss': value}
+        return value, Aux({'loss': value})
 
-    step = gradient_step(loss, context.optim, 'encoder', 'decoder')
+    update = make_update(loss, context.optim, 'encoder', 'decoder')
 
     def init(rng, batch, frozen):
         encoder_rng, decoder_rng = jax.random.split(rng)
@@ -133,10 +133,6 @@ def build(
             'decoder': decoder.init(decoder_rng, (jnp.zeros((1, *shape)),))['params'],
         }
         return new_state(params, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def sample(state, frozen, batch, rng):
         keys = example_keys(rng, batch)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, variance_scaling
@@ -149,12 +149,12 @@ def build(
     def apply(state, batch) -> tuple[Array, Array]:
         return network.apply({'params': state.ema['classifier']}, batch['image'])
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         _, logits = network.apply({'params': params['classifier']}, batch['image'], True, rngs={'dropout': rng})
         entropy, hits = score(logits, batch, smoothing)
-        return entropy.mean(), {'loss': entropy.mean(), 'accuracy': hits.mean()}
+        return entropy.mean(), Aux({'loss': entropy.mean(), 'accuracy': hits.mean()})
 
-    step = gradient_step(loss, context.optim, 'classifier')
+    update = make_update(loss, context.optim, 'classifier')
 
     def init(rng, batch, frozen):
         if target not in batch:
@@ -165,10 +165,6 @@ def build(
                 f'{batch[target].shape[1:]}'
             )
         return new_state({'classifier': network.init(rng, batch['image'])['params']}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def evaluate(state, frozen, batch, rng):
         entropy, hits = score(apply(state, batch)[1], batch)

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -297,8 +298,12 @@ def build(
         # = sqrt(square + margin^2) - margin, but no digits are lost where square is small
         return square / (jnp.sqrt(square + margin**2) + margin)
 
-    def loss(params, given, batch, rng):
-        frozen, intervals, target = given
+    def levels_at(step) -> Array:
+        """N(k) of this update, how many levels there are."""
+        return jnp.asarray(counts)[(starts <= step).sum() - 1]
+
+    def loss(params, state, frozen, batch, rng):
+        intervals = levels_at(state.step) - 1
         rng_level, rng_noise, rng_dropout = jax.random.split(rng, 3)
         x_0, label = batch['image'], batch.get('label')
         lognormal = (time_mean, time_std) if times == 'lognormal' else None
@@ -306,12 +311,12 @@ def build(
         low, high = level(i / intervals, ends), level((i + 1) / intervals, ends)
         eps = jax.random.normal(rng_noise, x_0.shape)
         x = x_0 + wide(high) * eps
-        judge = params['denoiser'] if target is None else target
-        wanted = estimate(judge, lower(frozen, batch, eps, x, high, low), low, label, rng_dropout)
+        target = state.extra['target'] if target_decay else params['denoiser']
+        wanted = estimate(target, lower(frozen, batch, eps, x, high, low), low, label, rng_dropout)
         found = estimate(params['denoiser'], x, high, label, rng_dropout)
         values = compare(frozen, found, jax.lax.stop_gradient(wanted))
         value = (values / (high - low) if weighting == 'gap' else values).mean()
-        return value, {'loss': value}
+        return value, Aux({'loss': value})
 
     step = gradient_step(loss, context.optim, 'denoiser')
 
@@ -331,10 +336,10 @@ def build(
         return new_state({'denoiser': weights}, context.optim, extra)
 
     def update(state, frozen, batch, rng):
-        n = jnp.asarray(counts)[(starts <= state.step).sum() - 1]
-        target = state.extra['target'] if target_decay else None
-        state, logs = step(state, (frozen, n - 1, target), batch, rng)
+        n = levels_at(state.step)
+        state, (logs, _) = step(state, frozen, batch, rng)
         if target_decay:
+            target = state.extra['target']
             decay = target_decay ** (start_scales / (n - 1)) if adapt_decay else target_decay
             mean = jax.tree.map(lambda t, p: decay * t + (1 - decay) * p, target, state.params['denoiser'])
             state = state.replace(extra={'target': mean})

@@ -32,7 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, gradient_step, new_state, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
 from jaxgen.networks import patchgan
@@ -209,7 +209,7 @@ def build(
         """[n]"""
         return jnp.abs(x - y).mean((1, 2, 3))
 
-    def generator_loss(params, frozen, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         deceit, back, same = 0.0, 0.0, 0.0
         for name, (make, undo) in ways.items():
             x = batch[opposite[name]]
@@ -220,14 +220,14 @@ def build(
             same += absolute(turn(params[make], batch[name]), batch[name]).mean() if identity else 0.0
         value = deceit + cycle * (back + identity * same)
         logs = {'generator_loss': value, 'deceit': deceit, 'cycle_error': back}
-        return value, logs | ({'identity_error': same} if identity else {})
+        return value, Aux(logs | ({'identity_error': same} if identity else {}))
 
-    def discriminator_loss(params, frozen, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         value = 0.0
         for name in ways:
             weights = params[f'discriminator_{name}']
             value += least_squares_discriminator(judge(weights, batch[name]), judge(weights, batch[f'made_{name}']))
-        return value, {'discriminator_loss': value}
+        return value, Aux({'discriminator_loss': value})
 
     generator_step = gradient_step(generator_loss, context.optim, 'forward', 'backward')
     discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator_image', 'discriminator_other')
@@ -245,7 +245,7 @@ def build(
     def update(state, frozen, batch, rng):
         generator_rng, discriminator_rng, *pool_rngs = jax.random.split(rng, 4)
         made = {name: turn(state.params[make], batch[opposite[name]]) for name, (make, _) in ways.items()}
-        state, logs = generator_step(state, frozen, batch, generator_rng)
+        state, generator = generator_step(state, frozen, batch, generator_rng)
         if pool:
             extra = dict(state.extra)
             for name, pool_rng in zip(ways, pool_rngs, strict=True):
@@ -254,8 +254,8 @@ def build(
             state = state.replace(extra=extra)
         # What comes out of the pools, one by one, lies on every device.
         shown = batch | {f'made_{name}': spread(images) for name, images in made.items()}
-        state, more = discriminator_step(state, frozen, shown, discriminator_rng)
-        return advance(state, context.optim), logs | more
+        state, discriminator = discriminator_step(state, frozen, shown, discriminator_rng)
+        return advance(state, context.optim), generator.logs | discriminator.logs
 
     def sample(state, frozen, batch, rng):
         return turn(state.ema['forward'], batch['other'])

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
 from jaxgen.diffusion.samplers import ancestral, levels
 from jaxgen.diffusion.schedules import Schedule, posterior, variance_preserving
 from jaxgen.errors import UserError
@@ -159,7 +159,7 @@ def build(
     def judge(params, given: dict[str, Array], x_s: Array) -> Array:
         return discriminator.apply({'params': params['discriminator']}, x_s, given['step'], given['x_t'])
 
-    def discriminator_loss(params, count, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         diffusion_rng, rng = jax.random.split(rng)
         given = diffuse(diffusion_rng, batch['image'])
         real, fake = judge(params, given, given['x_s']), judge(params, given, undo(params, given, rng))
@@ -167,20 +167,18 @@ def build(
         logs = {'discriminator_real': real.mean(), 'discriminator_fake': fake.mean(), 'discriminator_loss': value}
         if r1:
             logs['r1'] = lazily(
-                lambda: r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean(), count, r1_every
+                lambda: r1_penalty(lambda x: judge(params, given, x), given['x_s']).mean(), state.step, r1_every
             )
             value = value + r1 * logs['r1']
-        return value, logs
+        return value, Aux(logs)
 
-    def generator_loss(params, frozen, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         diffusion_rng, rng = jax.random.split(rng)
         given = diffuse(diffusion_rng, batch['image'])
         value = non_saturating_generator(judge(params, given, undo(params, given, rng)))
-        return value, {'generator_loss': value}
+        return value, Aux({'generator_loss': value})
 
-    discriminator_step = gradient_step(
-        discriminator_loss, context.optim, 'discriminator', given=lambda state, frozen: state.step
-    )
+    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
     generator_step = gradient_step(generator_loss, context.optim, 'generator')
 
     def init(rng, batch, frozen):
@@ -195,9 +193,9 @@ def build(
 
     def update(state, frozen, batch, rng):
         discriminator_rng, generator_rng = jax.random.split(rng)
-        state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
-        state, more = generator_step(state, frozen, batch, generator_rng)
-        return advance(state, context.optim), logs | more
+        state, discriminator = discriminator_step(state, frozen, batch, discriminator_rng)
+        state, generator = generator_step(state, frozen, batch, generator_rng)
+        return advance(state, context.optim), discriminator.logs | generator.logs
 
     def denoiser(state, keys: Array):
         """(x_t, step) -> x_0, with a latent of each sample's own key in each step."""

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -402,7 +403,7 @@ def build(
         images = x_0 if first is None else first.decode(*frozen['first'], x_0 / latent_scale, rng)
         return jnp.clip(images, -1, 1)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout, rng_label = jax.random.split(rng, 4)
         x_0, label = to_training_latent(frozen, batch, stream(rng, 'encoder')), batch.get('label')
         changes = {}
@@ -426,13 +427,13 @@ def build(
             terms = way.steps * bound_term(table, x_0, estimate, t, fraction)  # [n]
             errors = terms if weighting == 'bound' else errors + bound_weight * terms
             bound = terms.mean()
-        logs = {'simple': simple, 'bound': bound} if learned else {}
+        logs, kept = {'simple': simple, 'bound': bound} if learned else {}, None
         if times == 'importance':
             # One place for each example of the whole batch, of which this may be a part.
             parts = context.optim.accumulate
-            logs['errors'] = jnp.zeros(parts * len(t)).at[batch['place']].set(parts * errors, unique_indices=True)
+            kept = jnp.zeros(parts * len(t)).at[batch['place']].set(parts * errors, unique_indices=True)
             errors = errors * batch['importance']
-        return errors.mean(), {'loss': errors.mean(), **logs}
+        return errors.mean(), Aux({'loss': errors.mean(), **logs}, kept)
 
     step = gradient_step(loss, context.optim, 'denoiser')
 
@@ -457,14 +458,14 @@ def build(
 
     def update(state, frozen, batch, rng):
         if times != 'importance':
-            state, logs = step(state, frozen, batch, rng)
-            return advance(state, context.optim), logs
+            state, aux = step(state, frozen, batch, rng)
+            return advance(state, context.optim), aux.logs
         rng_t, rng_step = jax.random.split(rng)
         place = jnp.arange(len(batch['image']))
         t, weight = importance.draw(state.extra, rng_t, len(place))
-        state, logs = step(state, frozen, {**batch, 't': t, 'importance': weight, 'place': place}, rng_step)
-        state = state.replace(extra=importance.record(state.extra, t, logs.pop('errors')))
-        return advance(state, context.optim), logs
+        state, aux = step(state, frozen, {**batch, 't': t, 'importance': weight, 'place': place}, rng_step)
+        state = state.replace(extra=importance.record(state.extra, t, aux.kept))
+        return advance(state, context.optim), aux.logs
 
     def guide(denoise, frozen, label):
         """denoise with classifier guidance, if there is any."""

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -216,8 +217,8 @@ def build(
         """Cross-entropy [n], nats, and hits [n], 0 or 1."""
         return cross_entropy(f, label), (f.argmax(-1) == label).astype(jnp.float32)
 
-    def loss(params, vectors, batch, rng):
-        weights = effective(params['energy'], vectors)
+    def loss(params, state, frozen, batch, rng):
+        weights = effective(params['energy'], state.extra['vectors']['params'])
         x = batch['image'] + data_noise * jax.random.normal(rng, batch['image'].shape)
         f = logits(weights, x)
         real, drawn = energy_of(f), energy(weights, batch['chains'])
@@ -232,10 +233,9 @@ def build(
             entropy, hits = score(f, batch['label'])
             value = value + classification * entropy.mean()
             logs |= {'cross_entropy': entropy.mean(), 'accuracy': hits.mean()}
-        return value, {'loss': value, **logs}
+        return value, Aux({'loss': value, **logs})
 
-    # The loss has no use for earlier stages: in their place it gets the singular vectors.
-    learn = gradient_step(loss, context.optim, 'energy')
+    step = gradient_step(loss, context.optim, 'energy')
 
     def init(rng, batch, frozen):
         net_rng, buffer_rng = jax.random.split(rng)
@@ -269,7 +269,7 @@ def build(
         moved = go_on(effective(state.params['energy'], vectors['params']), x, chain_rng)
         memory = memory.at[places].set(moved, unique_indices=True)
         used = {name: batch[name] for name in ('image', *(('label',) if joint else ()))}
-        state, logs = learn(state, vectors['params'], {**used, 'chains': moved}, noise_rng)
+        state, (logs, _) = step(state, frozen, {**used, 'chains': moved}, noise_rng)
         logs['moved'] = jnp.sqrt(jnp.square(moved - x).mean())
         state = advance(state, context.optim)
         if spectral:

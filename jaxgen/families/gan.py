@@ -36,12 +36,15 @@ one iteration with each of its own steps.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -50,14 +53,17 @@ from jaxgen.contract import (
     example_keys,
     gradient_step,
     new_state,
+    repeat,
     running,
     spread,
+    store,
 )
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
 from jaxgen.losses.augmentation import AUGMENTATIONS, augment
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
+from jaxgen.optim import steps_within_update
 
 Array = jax.Array
 
@@ -225,8 +231,8 @@ def build(
         out, new = network.apply({'params': weights}, x, c, train=True, mutable=['batch_stats'])
         return out, new.get('batch_stats', {})
 
-    def discriminator_loss(params, extra_and_step, batch, rng):
-        extra, step = extra_and_step
+    def discriminator_loss(params, state, frozen, batch, rng):
+        extra = state.extra
         z_rng, pixel_rng, penalty_rng, augment_rng = jax.random.split(rng, 4)
         x, c = batch['image'], classes(batch)
         if dequantise:
@@ -248,12 +254,12 @@ def build(
             logs['penalty'] = gradient_penalty(f, x, fake, penalty_rng, one_sided).mean()
             value = value + penalty * logs['penalty']
         if r1:
-            logs['r1'] = lazily(lambda: r1_penalty(f, x).mean(), step, r1_every)
+            logs['r1'] = lazily(lambda: r1_penalty(f, x).mean(), state.step, r1_every)
             value = value + r1 * logs['r1']
-        found = {'vectors': vectors, 'batch_stats': statistics}
-        return value, {'discriminator_loss': value, **logs, 'found': found}
+        return value, Aux({'discriminator_loss': value, **logs}, {'vectors': vectors, 'batch_stats': statistics})
 
-    def generator_loss(params, extra, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
+        extra = state.extra
         weights, vectors = spectral_norm.normalise(params['generator'], extra['generator']['vectors'])
         images, _ = play(generator, weights, batch['z'], classes(batch))
         images = augment(images, rng, augmentation)
@@ -261,29 +267,19 @@ def build(
         value = deceiving(play(discriminator, weights, images, classes(batch))[0])
         if orthogonal:
             value = value + orthogonal * spectral_norm.orthogonality(params['generator'])
-        return value, {'generator_loss': value, 'found': {'vectors': vectors, 'batch_stats': {}}}
+        return value, Aux({'generator_loss': value}, {'vectors': vectors, 'batch_stats': {}})
 
-    def keep(name: str):
-        """What a player's step found goes into State.extra: vectors as they are, statistics into their average."""
+    def entry(name: str, state, kept: dict) -> dict:
+        """{name: entry of State.extra} after a step: vectors as they are, batch statistics in their running mean."""
+        statistics = running(state, state.extra[name]['batch_stats'], kept['batch_stats'], STATISTICS_DECAY)
+        return {name: {'vectors': kept['vectors'], 'batch_stats': statistics}}
 
-        def kept(state, found):
-            statistics = running(state, state.extra[name]['batch_stats'], found['batch_stats'], STATISTICS_DECAY)
-            of_name = {'vectors': found['vectors'], 'batch_stats': statistics}
-            return state.replace(extra={**state.extra, name: of_name})
+    def player_step(loss, name: str, times: int):
+        step = gradient_step(loss, steps_within_update(optim, times), name)
+        return repeat(store(step, functools.partial(entry, name)), times)
 
-        return kept
-
-    discriminator_turn = gradient_step(
-        discriminator_loss,
-        optim,
-        'discriminator',
-        times=discriminator_steps,
-        given=lambda state, frozen: (state.extra, state.step),
-        keep=keep('discriminator'),
-    )
-    generator_turn = gradient_step(
-        generator_loss, optim, 'generator', given=lambda state, frozen: state.extra, keep=keep('generator')
-    )
+    discriminator_step = player_step(discriminator_loss, 'discriminator', discriminator_steps)
+    generator_step = player_step(generator_loss, 'generator', 1)
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng, *vector_rngs = jax.random.split(rng, 4)
@@ -318,12 +314,13 @@ def build(
         given = {'z': spread(jax.random.normal(z_rng, (n, latent)))}
         if conditional:
             given['label'] = spread(jnp.resize(batch['label'], n))
-        state, logs = discriminator_turn(state, frozen, batch, discriminator_rng)
-        state, generator_logs = generator_turn(state, frozen, given, generator_rng)
+        state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
+        state, generator_aux = generator_step(state, frozen, given, generator_rng)
         after = advance(state, optim)
         weights, vectors = spectral_norm.normalise(after.ema['generator'], state.extra['average']['vectors'])
         found = {'vectors': vectors, 'batch_stats': play(generator, weights, given['z'], classes(given))[1]}
-        return after.replace(extra=keep('average')(state, found).extra), logs | generator_logs
+        extra = {**state.extra, **entry('average', state, found)}
+        return after.replace(extra=extra), discriminator_aux.logs | generator_aux.logs
 
     def paint(state, z: Array, c: Array | None, statistics=None) -> Array:
         weights, _ = spectral_norm.normalise(state.ema['generator'], state.extra['average']['vectors'])

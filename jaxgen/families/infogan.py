@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, running, spread
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
@@ -229,7 +229,7 @@ def build(
         logs = {'information/categories': of_categories, 'information/continuous': of_numbers}
         return category_weight * of_categories + continuous_weight * of_numbers, logs
 
-    def discriminator_loss(params, frozen, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         x = batch['image']
         z = draw(rng, len(x))
         (real, _), _ = play(params, 'discriminator', x)
@@ -240,13 +240,13 @@ def build(
         if r1:
             logs['r1'] = r1_penalty(lambda x: play(params, 'discriminator', x)[0][0], x).mean()
             value = value + r1 * logs['r1']
-        return value - known, logs
+        return value - known, Aux(logs)
 
-    def generator_loss(params, frozen, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         z = batch['z']
         (fake, features), _ = play(params, 'discriminator', play(params, 'generator', z)[0])
         value = non_saturating_generator(fake)
-        return value - bound(params, features, z)[0], {'generator_loss': value}
+        return value - bound(params, features, z)[0], Aux({'generator_loss': value})
 
     discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator', 'recogniser')
     generator_step = gradient_step(generator_loss, context.optim, 'generator')
@@ -268,8 +268,8 @@ def build(
         discriminator_rng, z_rng, generator_rng = jax.random.split(rng, 3)
         x = batch['image']
         z = draw(z_rng, len(x))
-        state, logs = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
-        state, generator_logs = generator_step(state, frozen, {'z': z}, generator_rng)
+        state, discriminator = discriminator_step(state, frozen, {'image': x}, discriminator_rng)
+        state, generator = generator_step(state, frozen, {'z': z}, generator_rng)
         averaged = advance(state, context.optim)
         (_, features), of_discriminator = play(averaged.ema, 'discriminator', x)
         new = {
@@ -278,7 +278,7 @@ def build(
             'recogniser': play(averaged.ema, 'recogniser', features)[1],
         }
         extra = running(state, state.extra, new, STATISTICS_DECAY)
-        return averaged.replace(extra=extra), logs | generator_logs
+        return averaged.replace(extra=extra), discriminator.logs | generator.logs
 
     def encode(state, frozen, batch, rng):
         _, features = fixed(state, 'discriminator', batch['image'])

@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, spread
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, spread, store
 from jaxgen.data.corruptions import holes, strokes
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
@@ -104,34 +104,25 @@ def build(
     def judge(weights, x: Array, mask: Array) -> Array:
         return discriminator.apply({'params': weights}, jnp.concatenate([x, mask], -1))
 
-    def discriminator_loss(params, vectors, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         x, mask = batch['image'], batch['mask']
-        weights, vectors = spectral.normalise(params['discriminator'], vectors)
+        weights, vectors = spectral.normalise(params['discriminator'], state.extra)
         _, _, y = paint(params['generator'], x, mask)
         real, fake = judge(weights, x, mask), judge(weights, y, mask)
         value = 0.5 * hinge_discriminator(real, fake)
         logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
-        return value, logs | {'found': vectors}
+        return value, Aux(logs, vectors)
 
-    def generator_loss(params, vectors, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         x, mask = batch['image'], batch['mask']
-        weights, _ = spectral.normalise(params['discriminator'], vectors)
+        weights, _ = spectral.normalise(params['discriminator'], state.extra)
         coarse, fine, y = paint(params['generator'], x, mask)
         errors = jnp.abs(x - coarse).mean() + jnp.abs(x - fine).mean()
         value = l1 * errors + wasserstein_generator(judge(weights, y, mask))
-        return value, {'generator_loss': value, 'absolute_errors': errors}
+        return value, Aux({'generator_loss': value, 'absolute_errors': errors})
 
-    def vectors_of(state, frozen):
-        return state.extra
-
-    discriminator_step = gradient_step(
-        discriminator_loss,
-        context.optim,
-        'discriminator',
-        given=vectors_of,
-        keep=lambda state, vectors: state.replace(extra=vectors),
-    )
-    generator_step = gradient_step(generator_loss, context.optim, 'generator', given=vectors_of)
+    discriminator_step = store(gradient_step(discriminator_loss, context.optim, 'discriminator'))
+    generator_step = gradient_step(generator_loss, context.optim, 'generator')
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng, vectors_rng = jax.random.split(rng, 3)
@@ -152,9 +143,9 @@ def build(
         mask_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
         mask = spread(masked(batch, jax.random.split(mask_rng, len(batch['image']))))
         batch = {'image': batch['image'], 'mask': mask}
-        state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
-        state, more = generator_step(state, frozen, batch, generator_rng)
-        return advance(state, context.optim), logs | more
+        state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
+        state, generator_aux = generator_step(state, frozen, batch, generator_rng)
+        return advance(state, context.optim), discriminator_aux.logs | generator_aux.logs
 
     def complete(state, batch, rng) -> tuple[Array, Array, Array]:
         """Masks, coarse images and completed ones."""

@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal, spread
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import Dense
 
@@ -128,23 +128,19 @@ def build(
     def generate(weights, z: Array) -> Array:
         return generator.apply({'params': weights}, z)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         z = spread(jax.random.normal(rng, (generator_batch * len(batch['image']), latent)))
         drawn = generate(params['generator'], z)
         real, drawn = batch['image'].reshape(-1), drawn.reshape(-1)
         at = [jensen_shannon(*(soft_histogram(x, bins, scale) for x in (real, drawn))) for scale in smoothing]
         value = sum(at) / len(at)
-        return value, {'loss': value, 'js': at[0], 'deviation': drawn.std()}
+        return value, Aux({'loss': value, 'js': at[0], 'deviation': drawn.std()})
 
-    step = gradient_step(loss, context.optim, 'generator')
+    update = make_update(loss, context.optim, 'generator')
 
     def init(rng, batch, frozen):
         weights = generator.init(rng, jnp.zeros((1, latent)))['params']
         return new_state({'generator': weights}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def decode(state, frozen, latents, rng):
         return generate(state.ema['generator'], latents)

@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import MaskedTransformer, categorical, check_prior, filtered, flatten, unflatten
@@ -123,7 +123,7 @@ def build(
             tokens = jnp.concatenate([codes_number + batch['label'][:, None].astype(jnp.int32), tokens], 1)
         return net.apply({'params': params['transformer']}, tokens, train=train, rngs=rngs)[:, front:]
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         code_rng, share_rng, mask_rng, dropout_rng = jax.random.split(rng, 4)
         codes = to_codes(frozen, batch, code_rng)
         n = len(codes)
@@ -133,17 +133,13 @@ def build(
         error, right = (cross_entropy(logits, codes, s) for s in (smoothing, 0.0))  # [n, T]
         of_image = masked.sum(1) if mean == 'image' else usual
         value, bits = (((e * masked).sum(1) / of_image).mean() for e in (error, right / math.log(2)))
-        return value, {'loss': value, 'masked_bits': bits}
+        return value, Aux({'loss': value, 'masked_bits': bits})
 
-    step = gradient_step(loss, context.optim, 'transformer')
+    update = make_update(loss, context.optim, 'transformer')
 
     def init(rng, batch, frozen):
         params = net.init(rng, jnp.zeros((1, length + front), jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def draw_codes(params, batch, keys) -> Array:
         """int32 [n, T]."""

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal
 from jaxgen.diffusion import processes
 from jaxgen.diffusion.guidance import FARTHEST
 from jaxgen.errors import UserError
@@ -76,24 +76,20 @@ def build(
         """Cross-entropy [n], nats, and hits [n], 0 or 1."""
         return cross_entropy(logits, label), (logits.argmax(-1) == label).astype(jnp.float32)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         rng_t, rng_noise, rng_dropout = jax.random.split(rng, 3)
         x_0 = batch['image']
         t = processes.uniform_times(way, rng_t, len(x_0))
         alpha, sigma = level(t)
         x_t = alpha * x_0 + sigma * jax.random.normal(rng_noise, x_0.shape)
         entropy, hits = score(apply(params, x_t, t, True, {'dropout': rng_dropout}), batch['label'])
-        return entropy.mean(), {'loss': entropy.mean(), 'accuracy': hits.mean()}
+        return entropy.mean(), Aux({'loss': entropy.mean(), 'accuracy': hits.mean()})
 
-    step = gradient_step(loss, context.optim, 'classifier')
+    update = make_update(loss, context.optim, 'classifier')
 
     def init(rng, batch, frozen):
         weights = network.init(rng, jnp.zeros((1, *context.image)), jnp.zeros(1))['params']
         return new_state({'classifier': weights}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def evaluate(state, frozen, batch, rng):
         x_0, label, n = batch['image'], batch['label'], len(batch['image'])

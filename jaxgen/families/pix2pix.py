@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal
 from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
@@ -202,20 +202,20 @@ def build(
         pair = jnp.concatenate([c, x], -1)
         return discriminator.apply({'params': weights}, pair, train=True, mutable=['batch_stats'])[0]
 
-    def discriminator_loss(params, frozen, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         c, x = batch['input'], batch['image']
         y = turn(params['generator'], c, jax.random.split(rng, len(x)))
         real, fake = judge(params['discriminator'], c, x), judge(params['discriminator'], c, y)
         value = 0.5 * vanilla_discriminator(real, fake)
         logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
-        return value, logs
+        return value, Aux(logs)
 
-    def generator_loss(params, frozen, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         c, x = batch['input'], batch['image']
         y = turn(params['generator'], c, jax.random.split(rng, len(x)))
         absolute = jnp.abs(x - y).mean()
         value = non_saturating_generator(judge(params['discriminator'], c, y)) + l1 * absolute
-        return value, {'generator_loss': value, 'absolute_error': absolute}
+        return value, Aux({'generator_loss': value, 'absolute_error': absolute})
 
     discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
     generator_step = gradient_step(generator_loss, context.optim, 'generator')
@@ -236,9 +236,9 @@ def build(
         input_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
         c = given(batch, jax.random.split(input_rng, len(batch['image'])))
         batch = {'input': c, 'image': batch['image']}
-        state, logs = discriminator_step(state, frozen, batch, discriminator_rng)
-        state, more = generator_step(state, frozen, batch, generator_rng)
-        return advance(state, context.optim), logs | more
+        state, discriminator = discriminator_step(state, frozen, batch, discriminator_rng)
+        state, generator = generator_step(state, frozen, batch, generator_rng)
+        return advance(state, context.optim), discriminator.logs | generator.logs
 
     def translate(state, batch, rng) -> tuple[Array, Array]:
         """Inputs and outputs, [n, H, W, C], each by its own key."""

@@ -25,7 +25,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
@@ -155,16 +155,16 @@ def build(
             out.append(-likelihoods.categorical(logits, values[i]))
         return out
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         rng_first, rng_dropout = jax.random.split(rng)
         values = to_values(frozen, batch, rng_first)
         each = score(params, values, batch.get('label'), True, rng_dropout)
         bits = [nll.mean() / math.log(2) for nll in each]
         total = sum(bits) / values_per_image
         logs = {f'bits/{name}': b / math.prod(grid) for name, b, grid in zip(names, bits, grids, strict=True)}
-        return total, {'loss': total, **(logs if len(names) > 1 else {})}
+        return total, Aux({'loss': total, **(logs if len(names) > 1 else {})})
 
-    step = gradient_step(loss, context.optim, *names)
+    update = make_update(loss, context.optim, *names)
 
     def init(rng, batch, frozen):
         found = jax.eval_shape(to_values, frozen, batch, rng)
@@ -179,10 +179,6 @@ def build(
         for i, (name, net, key) in enumerate(zip(names, nets, jax.random.split(rng, len(nets)), strict=True)):
             params[name] = net.init(key, blank[i], label, tuple(v[..., 0] for v in blank[:i]))['params']
         return new_state(params, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def draw_grid(weights, net: Level, shape: tuple[int, ...], label, coarser, keys) -> Array:
         """One grid, int32 [n, h, w, colours]; keys [n]."""

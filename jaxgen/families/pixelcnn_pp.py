@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
@@ -101,11 +101,11 @@ def build(
 
     to_bits = 1 / (math.prod(context.image) * math.log(2))
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         bits = score(params, batch, True, rng).mean() * to_bits
-        return bits, {'loss': bits}
+        return bits, Aux({'loss': bits})
 
-    step = gradient_step(loss, context.optim, 'pixelcnn')
+    update = make_update(loss, context.optim, 'pixelcnn')
 
     def init(rng, batch, frozen):
         # The batch sets scales and biases, so that every layer starts with outputs of one size.
@@ -113,10 +113,6 @@ def build(
         seen = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
         label = batch['label'] if conditional else None
         return new_state({'pixelcnn': net.init(rng, seen, Condition(label))['params']}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def sample(state, frozen, batch, rng):
         params, keys = {'params': state.ema['pixelcnn']}, example_keys(rng, batch)

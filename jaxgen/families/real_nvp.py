@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, running
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, running
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -287,14 +287,14 @@ def build(
     def noisy_logits(rng, x: Array) -> tuple[Array, Array]:
         return to_logit(to_unit(x, jax.random.uniform(rng, x.shape)), constraint)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         logits, log_slope = noisy_logits(rng, batch['image'])
         (latents, log_det), _ = trained(params['flow'], logits)
         bits = bits_per_dim(log_density(latents, log_det, log_slope), size).mean()
         scales = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['flow']) if is_scale(path)]
         nats = scale_penalty * sum(jnp.square(scale).sum() for scale in scales)
         penalty = nats / (size * math.log(2))
-        return bits + penalty, {'loss': bits + penalty, 'bits_per_dim': bits}
+        return bits + penalty, Aux({'loss': bits + penalty, 'bits_per_dim': bits})
 
     step = gradient_step(loss, context.optim, 'flow')
 
@@ -307,12 +307,12 @@ def build(
 
     def update(state, frozen, batch, rng):
         step_rng, noise_rng = jax.random.split(rng)
-        state, logs = step(state, frozen, batch, step_rng)
+        state, aux = step(state, frozen, batch, step_rng)
         state = advance(state, context.optim)
         # Statistics are those of the averaged weights, which are what is measured; those of init, of the first batch,
         # count too.
         _, new = trained(state.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
-        return state.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), logs
+        return state.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), aux.logs
 
     def evaluate(state, frozen, batch, rng):
         def draw(keys):

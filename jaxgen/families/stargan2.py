@@ -31,7 +31,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
@@ -161,7 +161,7 @@ def build(
         """[n]"""
         return jnp.abs(x - y).reshape(len(x), -1).mean(1)
 
-    def discriminator_loss(params, frozen, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         x, y = batch['image'], batch['domain']
         real, fake = judge(params, x, y), judge(params, batch['made'], batch['target'])
         value = vanilla_discriminator(real, fake)
@@ -169,9 +169,9 @@ def build(
         if r1:
             logs['r1'] = r1_penalty(lambda x: judge(params, x, y), x).mean()
             value = value + r1 * logs['r1']
-        return value, logs
+        return value, Aux(logs)
 
-    def generator_loss(guide, params, step, batch, rng):
+    def generator_loss(guide, params, state, frozen, batch, rng):
         x, y, target, where = batch['image'], batch['domain'], batch['target'], places(batch)
         s, s2 = (asked(params, batch, guide, i) for i in range(2))
         made = turn(params, x, s, where)
@@ -181,23 +181,18 @@ def build(
         other = turn(jax.lax.stop_gradient(params), x, jax.lax.stop_gradient(s2), where)
         difference = absolute(made, other).mean()
         cycle_error = absolute(turn(params, made, seen(params, x, y), where), x).mean()
-        weight = diversity * jnp.maximum(1 - step / diversity_steps, 0)
+        weight = diversity * jnp.maximum(1 - state.step / diversity_steps, 0)
         value = deceit + style_weight * style_error - weight * difference + cycle * cycle_error
         logs = {'generator_loss': value, 'deceit': deceit, 'style_error': style_error}
         logs |= {'diversity': difference, 'cycle_error': cycle_error}
-        return value, logs
+        return value, Aux(logs)
 
     discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator', times=len(GUIDES))
     # The generator takes a step for each guide too: its rate goes by updates all the same.
-    optim = context.optim._replace(
-        tx=lambda name, times=1: context.optim.tx(name, len(GUIDES) if name == 'generator' else times)
-    )
+    optim = context.optim._replace(tx=lambda name: context.optim.tx(name, len(GUIDES) if name == 'generator' else 1))
     trained = {'latent': ('generator', 'mapping', 'encoder'), 'reference': ('generator',)}
     generator_steps = {
-        guide: gradient_step(
-            functools.partial(generator_loss, guide), optim, *trained[guide], given=lambda state, frozen: state.step
-        )
-        for guide in GUIDES
+        guide: gradient_step(functools.partial(generator_loss, guide), optim, *trained[guide]) for guide in GUIDES
     }
 
     def init(rng, batch, frozen):
@@ -229,10 +224,10 @@ def build(
         styles = jnp.stack([asked(state.params, given, guide, 0) for guide in GUIDES], 1)
         twice = {name: jnp.repeat(a, 2, 0) for name, a in given.items() if name not in GUIDES}
         made = turn(state.params, twice['image'], styles.reshape(-1, style), places(twice))
-        state, logs = discriminator_step(state, frozen, twice | {'made': made}, discriminator_rng)
+        state, (logs, _) = discriminator_step(state, frozen, twice | {'made': made}, discriminator_rng)
         for (guide, step), step_rng in zip(generator_steps.items(), generator_rngs, strict=True):
-            state, more = step(state, frozen, given, step_rng)
-            logs |= {f'{guide}/{name}': v for name, v in more.items()}
+            state, aux = step(state, frozen, given, step_rng)
+            logs |= {f'{guide}/{name}': v for name, v in aux.logs.items()}
         return advance(state, optim), logs
 
     def decode(state, frozen, latents, rng, batch):

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from jaxgen.contract import (
+    Aux,
     Context,
     Family,
     advance,
@@ -41,6 +42,7 @@ from jaxgen.contract import (
     normal,
     running,
     spread,
+    store,
 )
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
@@ -210,54 +212,50 @@ def build(
         """Values [n] of augmented images, and the deviations of their groups."""
         return discriminator.apply({'params': params['discriminator']}, augment(x, rng, p, augmentation), label)
 
-    def generator_loss(params, extra, batch, rng):
+    def generator_loss(params, state, frozen, batch, rng):
         rng, augment_rng = jax.random.split(rng)
         images = generate(params['generator'], batch, rng)
-        value = non_saturating_generator(judge(params, images, labels(batch), extra['p'], augment_rng)[0])
-        return value, {'generator_loss': value}
+        value = non_saturating_generator(judge(params, images, labels(batch), state.extra['p'], augment_rng)[0])
+        return value, Aux({'generator_loss': value})
 
-    def path_loss(params, extra, batch, rng):
+    def path_loss(params, state, frozen, batch, rng):
         mixing_rng, noise_rng, pixel_rng = jax.random.split(rng, 3)
         weights = params['generator']
         w = mixed(weights, batch, mixing_rng)
         noise = noise_of(noise_rng, len(w))
         lengths = path_lengths(lambda w: paint(weights, w, noise), w, pixel_rng)
         new = jax.lax.stop_gradient(lengths.mean())
-        mean = extra['path_length'] + path_decay * (new - extra['path_length'])
+        mean = state.extra['path_length'] + path_decay * (new - state.extra['path_length'])
         penalty = jnp.square(lengths - mean).mean()
-        return path_every * path * penalty, {'found': {'path': penalty, 'path_length': mean}}
+        return path_every * path * penalty, Aux({}, {'path': penalty, 'path_length': mean})
 
-    def discriminator_loss(params, extra, batch, rng):
+    def discriminator_loss(params, state, frozen, batch, rng):
         rng, real_rng, fake_rng = jax.random.split(rng, 3)
         images = generate(params['generator'], batch, rng)
-        real, deviation = judge(params, batch['image'], labels(batch), extra['p'], real_rng)
-        fake, _ = judge(params, images, labels(batch), extra['p'], fake_rng)
+        real, deviation = judge(params, batch['image'], labels(batch), state.extra['p'], real_rng)
+        fake, _ = judge(params, images, labels(batch), state.extra['p'], fake_rng)
         value = vanilla_discriminator(real, fake)
-        found = {'signs': jnp.sign(real).mean(), 'deviation': deviation.mean()}
-        return value, {'discriminator_loss': value, 'signs': found['signs'], 'found': found}
+        kept = {'signs': jnp.sign(real).mean(), 'deviation': deviation.mean()}
+        return value, Aux({'discriminator_loss': value, 'signs': kept['signs']}, kept)
 
-    def r1_loss(params, extra, batch, rng):
+    def r1_loss(params, state, frozen, batch, rng):
         def f(x):
-            return judge(params, x, labels(batch), extra['p'], rng)[0]
+            return judge(params, x, labels(batch), state.extra['p'], rng)[0]
 
         penalty = r1_penalty(f, batch['image']).mean()
-        return r1_every * r1 * penalty, {'found': {'r1': penalty}}
+        return r1_every * r1 * penalty, Aux({}, {'r1': penalty})
 
-    def replace(state, found):
-        return state.replace(extra={**state.extra, **found})
+    def of_data(state, kept):
+        """Entries of State.extra after a step of the discriminator: the sum of its signs, and the running deviation."""
+        deviation = running(state, state.extra['deviation'], kept['deviation'], DEVIATION_DECAY)
+        return {'signs': state.extra['signs'] + kept['signs'], 'deviation': deviation}
 
-    def seen(state, found):
-        """What a discriminator's step saw of the data."""
-        deviation = running(state, state.extra['deviation'], found['deviation'], DEVIATION_DECAY)
-        return replace(state, {'signs': state.extra['signs'] + found['signs'], 'deviation': deviation})
-
-    given = dict(given=lambda state, frozen: state.extra)
     of_generator = counted(context.optim, path_every) if path else context.optim
     of_discriminator = counted(context.optim, r1_every) if r1 else context.optim
-    generator_step = gradient_step(generator_loss, of_generator, 'generator', **given)
-    path_step = gradient_step(path_loss, of_generator, 'generator', **given, keep=replace)
-    discriminator_step = gradient_step(discriminator_loss, of_discriminator, 'discriminator', **given, keep=seen)
-    r1_step = gradient_step(r1_loss, of_discriminator, 'discriminator', **given, keep=replace)
+    generator_step = gradient_step(generator_loss, of_generator, 'generator')
+    path_step = store(gradient_step(path_loss, of_generator, 'generator'))
+    discriminator_step = store(gradient_step(discriminator_loss, of_discriminator, 'discriminator'), of_data)
+    r1_step = store(gradient_step(r1_loss, of_discriminator, 'discriminator'))
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng = jax.random.split(rng)
@@ -285,18 +283,18 @@ def build(
         latents = [{'z': drawn[:, i], **told} for i in (0, 1)]
         batch = {'image': batch['image'], **told}
 
-        state, logs = generator_step(state, frozen, latents[0], generator_rng)
+        state, generator_aux = generator_step(state, frozen, latents[0], generator_rng)
         if path:
             few = jax.tree.map(lambda x: x[::PATH_SHARE], latents[0])
             state = jax.lax.cond(
                 state.step % path_every == 0, lambda s: path_step(s, frozen, few, path_rng)[0], lambda s: s, state
             )
-        state, more = discriminator_step(state, frozen, {**batch, **latents[1]}, discriminator_rng)
+        state, discriminator_aux = discriminator_step(state, frozen, {**batch, **latents[1]}, discriminator_rng)
         if r1:
             state = jax.lax.cond(
                 state.step % r1_every == 0, lambda s: r1_step(s, frozen, batch, r1_rng)[0], lambda s: s, state
             )
-        logs |= more | {'r1': state.extra['r1'], 'path': state.extra['path']}
+        logs = generator_aux.logs | discriminator_aux.logs | {'r1': state.extra['r1'], 'path': state.extra['path']}
         logs |= {'path_length': state.extra['path_length'], 'augment_p': state.extra['p']}
 
         now = (state.step + 1) % augment_every == 0
@@ -310,7 +308,7 @@ def build(
         state = advance(state, context.optim)
         new = to_w(state.ema['generator'], latents[0]['z'][:, 0], labels(batch)).mean(0)
         found['w'] = decay * state.extra['w'] + (1 - decay) * new
-        return replace(state, found), logs
+        return state.replace(extra={**state.extra, **found}), logs
 
     def repeated(w: Array) -> Array:
         return jnp.broadcast_to(w[:, None], (len(w), layers, latent))

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import CausalTransformer, categorical, check_prior, filtered, flatten, unflatten
@@ -88,23 +88,19 @@ def build(
         logits = net.apply({'params': params['transformer']}, tokens, train=train, rngs=rngs)
         return cross_entropy(logits, codes)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         code_rng, keep_rng, other_rng, dropout_rng = jax.random.split(rng, 4)
         codes = to_codes(frozen, batch, code_rng)
         others = jax.random.randint(other_rng, codes.shape, 0, vocabulary)
         shown = jnp.where(jax.random.bernoulli(keep_rng, keep, codes.shape), codes, others) if keep < 1 else codes
         value = nats(params, codes, shown, batch, True, {'dropout': dropout_rng}).mean()
-        return value, {'loss': value, 'bits_per_code': value / math.log(2)}
+        return value, Aux({'loss': value, 'bits_per_code': value / math.log(2)})
 
-    step = gradient_step(loss, context.optim, 'transformer')
+    update = make_update(loss, context.optim, 'transformer')
 
     def init(rng, batch, frozen):
         params = net.init(rng, jnp.zeros((1, length), jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def draw(keys, logits, i) -> Array:
         """One code for each example, [n], by its own key and the code's place."""

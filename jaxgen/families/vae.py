@@ -50,7 +50,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
@@ -321,7 +321,8 @@ def build(
         return 2 * jax.nn.sigmoid(out) - 1 if likelihood == 'bernoulli' else jnp.clip(out, -1, 1)
 
     # Where others have earlier stages' weights, this loss has the weight of the KL term.
-    def loss(params, weight, batch, rng):
+    def loss(params, state, frozen, batch, rng):
+        weight = beta * jnp.minimum(1, (state.step + 1) / beta_warmup) if beta_warmup else beta
         pixel_rng, z_rng = jax.random.split(rng)
         x, label = target(batch['image'], jax.random.split(pixel_rng, len(batch['image']))), told(batch)
         found, log_p = inference(params, x, label), log_likelihood(params, x, label)
@@ -334,9 +335,9 @@ def build(
             log_w, log_x = jax.vmap(lambda noise: weigh(log_p, found, noise))(noise)  # [k, n]
             kl = (log_x - log_w).mean(0) if found.kl is None else found.kl
             value = -log_mean_exp(log_w).mean()
-        return value, {'loss': value, 'kl': kl.mean(), 'reconstruction': -log_x.mean()}
+        return value, Aux({'loss': value, 'kl': kl.mean(), 'reconstruction': -log_x.mean()})
 
-    step = gradient_step(loss, context.optim, *trained)
+    update = make_update(loss, context.optim, *trained)
 
     def init(rng, batch, frozen):
         rngs = dict(zip(('encoder', 'decoder', 'encoder2', 'decoder2', 'prior'), jax.random.split(rng, 5), strict=True))
@@ -356,11 +357,6 @@ def build(
             noise = jax.random.normal(rngs['prior'], (pseudo_inputs, *context.image))
             params['prior'] = {'pseudo_inputs': start + pseudo_std * noise}
         return new_state(params, context.optim)
-
-    def update(state, frozen, batch, rng):
-        weight = beta * jnp.minimum(1, (state.step + 1) / beta_warmup) if beta_warmup else beta
-        state, logs = step(state, weight, batch, rng)
-        return advance(state, context.optim), logs
 
     def sample(state, frozen, batch, rng):
         keys = example_keys(rng, batch)

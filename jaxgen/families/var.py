@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.multiscale import shrunk
@@ -107,26 +107,22 @@ def build(
         logits = net.apply({'params': params['transformer']}, words, label, train=train, rngs=rngs)
         return cross_entropy(logits, codes)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         code_rng, label_rng, dropout_rng = jax.random.split(rng, 3)
         codes, words = read(frozen, batch, code_rng)
         label = label_of(batch, len(codes))
         if conditional:
             label = jnp.where(jax.random.bernoulli(label_rng, label_dropout, label.shape), classes, label)
         value = nats(params, codes, words, label, True, {'dropout': dropout_rng}).mean()
-        return value, {'loss': value, 'bits_per_code': value / math.log(2)}
+        return value, Aux({'loss': value, 'bits_per_code': value / math.log(2)})
 
-    step = gradient_step(loss, context.optim, 'transformer')
+    update = make_update(loss, context.optim, 'transformer')
 
     def init(rng, batch, frozen):
         image = {'image': batch['image'][:1]}
         _, words = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(read, frozen, image, rng))
         params = net.init(rng, words, jnp.zeros(1, jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
-
-    def update(state, frozen, batch, rng):
-        state, logs = step(state, frozen, batch, rng)
-        return advance(state, context.optim), logs
 
     def draw_codes(params, frozen, batch, keys) -> tuple[Array, ...]:
         """Codes of each scale, int32 [n, h, w]: every token goes through the network once."""

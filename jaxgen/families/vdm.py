@@ -28,7 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, check_labels, example_keys, gradient_step, new_state, normal
+from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state, normal
 from jaxgen.errors import UserError
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks.layers import check_groups
@@ -196,7 +196,7 @@ def build(
         prior = normal_kl(alpha * INWARD * x, jnp.broadcast_to(jax.nn.log_sigmoid(high), x.shape))
         return prior, reconstruction(x, eps, low)
 
-    def loss(params, frozen, batch, rng):
+    def loss(params, state, frozen, batch, rng):
         rng_z0, rng_zt, rng_dropout = jax.random.split(rng, 3)
         x, label = batch['image'], batch.get('label')
         prior, decoder = fixed_terms(params, x, jax.random.normal(rng_z0, x.shape))
@@ -210,9 +210,9 @@ def build(
         prior, decoder = bits * prior.mean(), bits * decoder.mean()
         total = prior + decoder + middle
         logs = {'loss': total, 'prior': prior, 'reconstruction': decoder, 'diffusion': middle}
-        return total, logs | dict(zip(('gamma_0', 'gamma_1'), ends(params), strict=True))
+        return total, Aux(logs | dict(zip(('gamma_0', 'gamma_1'), ends(params), strict=True)))
 
-    step = gradient_step(loss, context.optim, *networks)
+    train = make_update(loss, context.optim, *networks)
 
     def init(rng, batch, frozen):
         rng_net, rng_line = jax.random.split(rng)
@@ -226,8 +226,7 @@ def build(
         rng_t, rng_step = jax.random.split(rng)
         # By the place in the whole batch, of which the loss may be given parts.
         t = antithetic_times(rng_t, len(batch['image']))
-        state, logs = step(state, frozen, {**batch, 't': t}, rng_step)
-        return advance(state, context.optim), logs
+        return train(state, frozen, {**batch, 't': t}, rng_step)
 
     def to_image(weights, z, gamma, label) -> tuple[Array, Array]:
         """eps_hat of z [n, H, W, C] at the level gamma [n], and the image that it leaves."""

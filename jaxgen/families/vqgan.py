@@ -39,7 +39,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state, normal, running
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, running
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import GAMES, adaptive_weight
@@ -265,10 +265,9 @@ def build(
         image, back = jax.vjp(lambda w: last.apply({'params': {**weights, 'kernel': w}}, h), weights['kernel'])
         return back(slope.astype(image.dtype))[0]
 
-    def generator_loss(params, given, batch, rng):
-        frozen, step = given
+    def generator_loss(params, state, frozen, batch, rng):
         x = batch['image']
-        z, regular, logs, found = latents(params, x, rng)
+        z, regular, logs, kept = latents(params, x, rng)
         y, h = paint(params, z)
 
         def difference(y):
@@ -285,23 +284,21 @@ def build(
         if adversarial:
             deceit, _, its_slope = with_slope(lambda y: (deceiving(judge(params, y)[0]), {}), y)
             weight = adaptive_weight(by_last_layer(params, h, by_scale * slope), by_last_layer(params, h, its_slope))
-            value = value + jnp.where(step >= discriminator_start, adversarial * weight, 0.0) * deceit
+            value = value + jnp.where(state.step >= discriminator_start, adversarial * weight, 0.0) * deceit
             logs |= {'generator_loss': deceit, 'adaptive_weight': weight}
         if learn_scale:
             logs['log_scale'] = log_scale
-        # `found` are not logs: they leave by the same door, to be averaged over parts of the batch.
-        return value, {'loss': value, 'reconstruction': reconstruction, **parts, **logs, 'found': found}
+        return value, Aux({'loss': value, 'reconstruction': reconstruction, **parts, **logs}, kept)
 
-    def discriminator_loss(params, given, batch, rng):
-        _, step = given
+    def discriminator_loss(params, state, frozen, batch, rng):
         x = batch['image']
         y = jax.lax.stop_gradient(paint(params, latents(params, x, rng)[0])[0])
         real, of_real = judge(params, x)
         fake, of_fake = judge(params, y)
         value = judging(real, fake)
         logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
-        found = {'discriminator': jax.tree.map(lambda a, b: (a + b) / 2, of_real, of_fake)}
-        return jnp.where(step >= discriminator_start, value, 0.0), {**logs, 'found': found}
+        kept = {'discriminator': jax.tree.map(lambda a, b: (a + b) / 2, of_real, of_fake)}
+        return jnp.where(state.step >= discriminator_start, value, 0.0), Aux(logs, kept)
 
     parts = {'encoder': True, 'decoder': True, 'codebook': quantised, 'phi': scales, 'scale': learn_scale}
     trained = [name for name, there in parts.items() if there]
@@ -351,24 +348,22 @@ def build(
 
     def update(state, frozen, batch, rng):
         generator_rng, discriminator_rng, restart_rng = jax.random.split(rng, 3)
-        given = (frozen, state.step)
-        state, logs = generator_step(state, given, batch, generator_rng)
-        found = logs.pop('found')
-        decays = dict.fromkeys(found, LATENTS_DECAY)
+        state, (logs, kept) = generator_step(state, frozen, batch, generator_rng)
+        decays = dict.fromkeys(kept, LATENTS_DECAY)
         if adversarial:
-            state, more = discriminator_step(state, given, batch, discriminator_rng)
-            found |= more.pop('found')
+            state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
+            kept |= discriminator_aux.kept
             decays['discriminator'] = STATISTICS_DECAY
-            logs |= more
+            logs |= discriminator_aux.logs
         if quantised:
-            # Logs are means over the parts of an accumulated gradient; counts are of the whole batch.
-            found['count'] = found['count'] * context.optim.accumulate
-            counts = by_grid(found['count'])
+            # Means over the parts of an accumulated gradient; counts are of the whole batch.
+            kept['count'] = kept['count'] * context.optim.accumulate
+            counts = by_grid(kept['count'])
             for tail, count in [('', counts.sum(0)), *((f'/scale{k}', counts[k]) for k in range(len(scales)))]:
                 logs[f'perplexity{tail}'] = quantise.spread_of(count)
                 logs[f'usage{tail}'] = (count > 0).mean()
 
-        extra = {name: running(state, state.extra[name], found[name], decays[name]) for name in found}
+        extra = {name: running(state, state.extra[name], kept[name], decays[name]) for name in kept}
         state = advance(state.replace(extra=extra), context.optim)
         if quantised and restart:
             # The batch's latents are wanted only where a code is dead: most updates go without.

@@ -21,7 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
@@ -127,18 +127,16 @@ def build(
         """[n]"""
         return jnp.square(out - x).mean((1, 2, 3))
 
-    def loss(params, given, batch, rng):
-        _, extra = given
+    def loss(params, state, frozen, batch, rng):
         x = batch['image']
-        latents, vectors, codes = find(params, extra, x)
+        latents, vectors, codes = find(params, state.extra, x)
         passed = [quantise.straight_through(z, v) for z, v in zip(latents, vectors, strict=True)]
         squared_error = error(picture(params, passed), x).mean()
         terms = [quantise.losses(z, v) for z, v in zip(latents, vectors, strict=True)]
         to_latents, to_codes = (sum(t) for t in zip(*terms, strict=True))
         value = squared_error / variance + commitment * to_codes + (to_latents if learned else 0.0)
-        # Not logs: they leave by the same door, to be added up over parts of the batch.
-        found = {name: quantise.statistics(z, c, vocabulary) for name, z, c in zip(names, latents, codes, strict=True)}
-        return value, {'loss': value, 'squared_error': squared_error, 'commitment': to_codes, 'found': found}
+        counts = {name: quantise.statistics(z, c, vocabulary) for name, z, c in zip(names, latents, codes, strict=True)}
+        return value, Aux({'loss': value, 'squared_error': squared_error, 'commitment': to_codes}, counts)
 
     networks = ('encoder', 'decoder', 'codebook') if learned else ('encoder', 'decoder')
     step = gradient_step(loss, context.optim, *networks)
@@ -176,19 +174,19 @@ def build(
         return state.replace(extra=extra, params=params, ema=ema)
 
     def update(state, frozen, batch, rng):
-        state, logs = step(state, (frozen, state.extra), batch, rng)
-        # Logs are means over the parts of an accumulated gradient; counts are of the whole batch.
-        found = jax.tree.map(lambda a: a * context.optim.accumulate, logs.pop('found'))
+        state, (logs, counts) = step(state, frozen, batch, rng)
+        # Means over the parts of an accumulated gradient; counts are of the whole batch.
+        counts = jax.tree.map(lambda a: a * context.optim.accumulate, counts)
         extra = {}
         for name in names:
             tail = f'/{name}' if levels > 1 else ''
-            logs[f'perplexity{tail}'] = quantise.spread_of(found[name]['count'])
-            logs[f'usage{tail}'] = (found[name]['count'] > 0).mean()
+            logs[f'perplexity{tail}'] = quantise.spread_of(counts[name]['count'])
+            logs[f'usage{tail}'] = (counts[name]['count'] > 0).mean()
             if learned:
-                mixed = decay * state.extra[name]['count'] + (1 - decay) * found[name]['count']
+                mixed = decay * state.extra[name]['count'] + (1 - decay) * counts[name]['count']
                 extra[name] = {'count': mixed}
             else:
-                extra[name] = quantise.ema_absorb(state.extra[name], found[name], decay)
+                extra[name] = quantise.ema_absorb(state.extra[name], counts[name], decay)
         state = advance(state.replace(extra=extra), context.optim)
         if restart:
             scales = [quantise.ema_scale(extra[name]) for name in names]
