@@ -19,7 +19,7 @@ COUNTS = (3, 2, 5)
 
 
 def optim(tx=None) -> Optim:
-    return Optim(lambda name, times=1: tx or optax.sgd(0.1), 1, lambda step: 0.0)
+    return Optim(lambda name, times=1: tx or optax.sgd(0.1), 1, lambda step: 1.0)
 
 
 def family(image=(8, 8, 1), classes=4, tx=None, **model):

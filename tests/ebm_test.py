@@ -34,7 +34,7 @@ SMALL = dict(
 
 
 def sgd(rate: float = 0.01, accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), accumulate, lambda step: 0.0)
+    return Optim(lambda name, times=1: optax.sgd(rate), accumulate, lambda step: 1.0)
 
 
 def family(image=(4, 4, 1), classes=0, optim=None, **model):
@@ -399,7 +399,7 @@ def test_energies_tell_digits_from_shuffled_pixels(joint):
     order = np.random.default_rng(0).permutation(len(digits.images))
     x = jnp.float32(digits.images[order, :, :, None] / 8 - 1)
     label = jnp.int32(digits.target[order])
-    optim = Optim(lambda name, times=1: optax.adam(2e-3), 1, lambda step: 0.0)
+    optim = Optim(lambda name, times=1: optax.adam(2e-3), 1, lambda step: 1.0)
     f = family(
         (8, 8, 1), 10, optim, width=16, multipliers=(1, 2), buffer=200, steps=10, step=2.0, noise=0.02, joint=joint,
         bounded=True, data_noise=0.05,

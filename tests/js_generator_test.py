@@ -23,7 +23,7 @@ from jaxgen.optim import Optim
 
 
 def family(image=(1, 1, 1), **model):
-    optim = Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 0.0)
+    optim = Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 1.0)
     return js_generator.build(Context(image, 0, optim), **{'hidden': (16,), 'bins': 32, 'measured': 4096, **model})
 
 

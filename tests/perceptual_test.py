@@ -177,7 +177,7 @@ def test_classifier_sees_at_every_depth():
 
 
 def test_classifier_still_gives_its_features():
-    optim = Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 0.0)
+    optim = Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
     f = classifier.build(Context((8, 8, 1), 3, optim), width=4, levels=1, features=5)
     batch = {'image': jnp.ones((2, 8, 8, 1)), 'label': jnp.array([0, 2])}
     state = jax.eval_shape(f.init, jax.random.key(0), batch, {})

@@ -187,7 +187,7 @@ def test_the_first_batch_sets_scales_and_biases():
 
 
 def family(image, classes: int = 0, **model):
-    context = Context(image, classes, Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 0.0))
+    context = Context(image, classes, Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 1.0))
     return pixelcnn_pp.build(context, **{**dict(filters=4, blocks=1, scales=2, mixtures=2, dropout=0.2), **model})
 
 

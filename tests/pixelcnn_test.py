@@ -223,7 +223,7 @@ def test_gated_network_by_torch():
 
 
 def optim() -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 0.0)
+    return Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
 
 
 def family(image, classes: int = 0, stages=None, **model) -> Family:

@@ -22,7 +22,7 @@ SMALL = dict(network='mlp', hidden=(12,), latent=3, iwae_samples=4)
 
 
 def sgd(rate: float = 1.0) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), 1, lambda step: 0.0)
+    return Optim(lambda name, times=1: optax.sgd(rate), 1, lambda step: 1.0)
 
 
 def family(image=(4, 4, 1), optim=None, **model):
@@ -458,7 +458,7 @@ def test_conditional_samples_show_the_class_asked_for():
         left = 4 * label[i] + rng.integers(0, 3)
         image[i, 1:3, left : left + 2] = 1
     batch = {'image': jnp.asarray(image), 'label': jnp.asarray(label, jnp.int32)}
-    optim = Optim(lambda name, times=1: optax.adam(5e-3), 1, lambda step: 0.0)
+    optim = Optim(lambda name, times=1: optax.adam(5e-3), 1, lambda step: 1.0)
     model = dict(SMALL, hidden=(24,), conditional=True)
     f = vae.build(Context((4, 8, 1), 2, optim), **model)
     assert f.encode is None and f.conditions == ('label',)

@@ -150,7 +150,7 @@ def grids():
 
 @functools.cache
 def first_stage():
-    optim = Optim(lambda name, times=1: optax.sgd(RATE), 1, lambda step: 0.0)
+    optim = Optim(lambda name, times=1: optax.sgd(RATE), 1, lambda step: 1.0)
     f = vqgan.build(
         Context((8, 8, 1), 0, optim, {}), regulariser='vq', **SIZES, latent=3, vocabulary=7, scales=SCALES,
         perceptual=0.0, adversarial=0.0, beta=0.3, codebook_weight=2.0, restart=0.5,

@@ -37,7 +37,7 @@ KINDS = {
 
 
 def sgd(accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(RATE), accumulate, lambda step: 0.0)
+    return Optim(lambda name, times=1: optax.sgd(RATE), accumulate, lambda step: 1.0)
 
 
 def build(optim=None, stages=None, **model):
