@@ -12,7 +12,6 @@ import functools
 import hashlib
 import hmac
 import os
-import secrets
 import uuid
 
 import flax.linen as nn
@@ -23,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgen import log, torch_file
+from jaxgen import log, origin, torch_file
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import BatchNorm
 
@@ -240,7 +239,7 @@ def read_converted(path: str) -> tuple[str, dict[str, np.ndarray]] | None:
         return None
     if {name: a.shape for name, a in arrays.items()} != shapes():
         return None
-    (source, _, mark), digest, key = about['source'].partition(':'), arrays_digest(arrays), person_key()
+    (source, _, mark), digest, key = about['source'].partition(':'), arrays_digest(arrays), origin.secret()
     sealed = key and hmac.compare_digest(mark.encode(), seal(key, source, digest).encode())
     return (source if sealed else digest), arrays
 
@@ -259,28 +258,10 @@ def seal(key: bytes, source: str, digest: str) -> str:
     return hmac.new(key, f'inception {source} {digest}'.encode(), hashlib.sha256).hexdigest()
 
 
-def person_key() -> bytes:
-    """32 secret bytes of this person's, made at the first call; b'' where none can be kept."""
-    folder = os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')
-    path = os.path.join(folder, 'jaxgen', 'key')
-    with contextlib.suppress(OSError):
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            new = f'{path}.{uuid.uuid4().hex}'
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as file:
-                file.write(secrets.token_bytes(32))
-            with contextlib.suppress(FileExistsError):
-                os.link(new, path)  # whole or not at all, and the first one stays
-            os.remove(new)
-        with open(path, 'rb') as file:
-            return file.read(64)
-    return b''
-
-
 def keep(path: str, source: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes a conversion, whole or not at all. Other processes may do the same at the same time."""
     new = f'{path}.{uuid.uuid4().hex}'
-    key = person_key()
+    key = origin.secret(create=True)
     about = {'source': f'{source}:{seal(key, source, arrays_digest(arrays)) if key else ""}'}  # one entry: one order
     try:
         if os.path.islink(os.path.dirname(path)):
