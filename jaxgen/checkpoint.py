@@ -18,7 +18,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -26,13 +28,35 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-from jaxgen import log, sharding
+from jaxgen import files, log, sharding
 from jaxgen.contract import State
 from jaxgen.errors import RunError, UserError
 
-# Orbax narrates every save, and prints the traceback of what it raises too.
-logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+
+class Complaints(logging.Filter):
+    """Keeps what Orbax logs off the screen (it narrates every save, and prints the traceback of what it raises too)
+    and its warnings in mind: what it only warns of has cost whole checkpoints. `take` gives them once."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if 'orbax' not in record.pathname:
+            return True
+        if record.levelno >= logging.WARNING:
+            self.lines = [*self.lines[-9:], ' '.join(record.getMessage().split())[:300]]
+        return False
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+
+COMPLAINTS = Complaints()
+logging.getLogger('absl').addFilter(COMPLAINTS)
 # When one write fails, those beside it are dropped with their exceptions: the save's own says it all.
 logging.getLogger('asyncio').addFilter(lambda record: 'was never retrieved' not in record.getMessage())
 
@@ -40,7 +64,9 @@ logging.getLogger('asyncio').addFilter(lambda record: 'was never retrieved' not 
 def print_unraisable(what, default=sys.__unraisablehook__) -> None:
     """sys.unraisablehook of a process that saves. When one write fails, the writes beside it report to an event
     loop that is gone, one traceback each; the failure itself is raised where the save is waited for."""
-    if str(what.exc_value) != 'Event loop is closed':
+    closed = str(what.exc_value) == 'Event loop is closed'
+    again = isinstance(what.exc_value, OSError) and no_space(what.exc_value)  # of files that are closed unwritten
+    if not (closed or again):
         default(what)
 
 
@@ -58,14 +84,87 @@ def has_leaves(tree) -> bool:
 
 
 def digest(folder: str) -> dict[str, str]:
-    """{relative path: SHA-256} of every file in a folder."""
-    found = {}
-    for root, _, files in os.walk(folder):
-        for name in files:
+    """{relative path: SHA-256} of every file in a folder.
+
+    Raises:
+      ValueError: it holds a link, a pipe or a device: what is read through those is not the run's.
+    """
+    sums = {}
+    for root, folders, names in os.walk(folder, onerror=reraise):
+        for name in folders + names:
             path = os.path.join(root, name)
-            with open(path, 'rb') as file:
-                found[os.path.relpath(path, folder)] = hashlib.file_digest(file, 'sha256').hexdigest()
-    return found
+            kind = os.lstat(path).st_mode
+            if stat.S_ISREG(kind):
+                with open(path, 'rb') as file:
+                    sums[os.path.relpath(path, folder)] = hashlib.file_digest(file, 'sha256').hexdigest()
+            elif not stat.S_ISDIR(kind):
+                raise ValueError(f'{path} is a link or no file: a run holds its own files only')
+    return sums
+
+
+def reraise(e: OSError) -> None:
+    raise e
+
+
+# Paths that Orbax, etils and TensorStore take literally. They read brackets as a pattern, a backslash as a slash, gs:/
+# and /gs/ as a bucket, and bytes that are not UTF-8 not at all.
+PLAIN = re.compile(r'(?!/(gs|s3|az|hf)/)[\w/.,+=@#%~ -]+', re.ASCII)
+
+
+@contextlib.contextmanager
+def plain_path(folder: str):
+    """A path of an existing folder that the checkpoint library takes literally, whatever the folder is called: its own
+    where it is plain, else that of a descriptor, which goes with the block.
+
+    Raises:
+      UserError: the system has no such paths.
+    """
+    if PLAIN.fullmatch(folder) and len(folder) < 3000:
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        path = f'/proc/self/fd/{descriptor}'
+        if not os.path.isdir(path):
+            raise UserError(
+                f'--workdir: checkpoints cannot be kept in {folder!r} on this system: use a path of letters, digits, '
+                'spaces and -_.,+=@#%~'
+            )
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def count_arrays(folder: str) -> int:
+    """How many arrays a saved tree holds, by the index of its key-value store."""
+    spec = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': folder + '/'}}
+    store = tensorstore.KvStore.open(spec).result()
+    return sum(key.endswith(b'.zarray') for key in store.list().result())
+
+
+def no_space(e: BaseException) -> str:
+    """What a failed write lacked, or '' if it was not space."""
+    reasons = {
+        errno.ENOSPC: 'the disk is full',
+        errno.EFBIG: 'the file is too large',
+        errno.EDQUOT: 'the quota is used up',
+    }
+    is_it = (m for n, m in reasons.items() if getattr(e, 'errno', None) == n or os.strerror(n) in str(e))
+    return next(is_it, '')
+
+
+def stopped(workdir: str, e: OSError) -> RunError:
+    """The line about a file of a run that could not be written or read, with the newest checkpoint that is whole."""
+    reason = no_space(e) or e.strerror or ' '.join(str(e).split())[:300]
+    where = f' ({e.filename})' if e.filename else ''
+    good = []
+    with contextlib.suppress(OSError):
+        saved = os.listdir(os.path.join(workdir, 'digests'))
+        good = [s for s in os.listdir(os.path.join(workdir, 'checkpoints')) if s.isdigit() and f'{s}.json' in saved]
+    last = f'the checkpoint of step {max(good, key=int)} is intact' if good else 'there is no checkpoint yet'
+    return RunError(
+        f'{reason}{where}; {last}: {"free space" if no_space(e) else "see to it"} and run the same command again'
+    )
 
 
 class Checkpoints:
@@ -75,6 +174,7 @@ class Checkpoints:
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.digests = os.path.abspath(os.path.join(workdir, 'digests'))
         self.writes = keep > 0
+        files.refuse_links(workdir, 'checkpoints', 'digests', 'damaged')
         if self.writes:
             os.makedirs(self.folder, exist_ok=True)
             os.makedirs(self.digests, exist_ok=True)
@@ -85,8 +185,12 @@ class Checkpoints:
             read_only=not self.writes,
             cleanup_tmp_directories=self.writes,
         )
-        exists = os.path.isdir(self.folder)
-        self.manager = ocp.CheckpointManager(self.folder, options=options) if exists else None
+        self.closing = contextlib.ExitStack()
+        self.manager = None
+        if os.path.isdir(self.folder):
+            files.refuse_links(self.folder, *os.listdir(self.folder))
+            self.path = self.closing.enter_context(plain_path(self.folder))
+            self.manager = ocp.CheckpointManager(self.path, options=options)
         self.thread: threading.Thread | None = None
         self.fault: BaseException | None = None
         self.lock = threading.RLock()  # the watcher of signals saves too
@@ -115,19 +219,32 @@ class Checkpoints:
             self.check_space(step, state)
             tree = {item: getattr(state, item) for item in ITEMS if has_leaves(getattr(state, item))}
             about = {'step': step, 'tree': describe_tree(tree), **about}
+            arrays = {item: len(jax.tree.leaves(value)) for item, value in tree.items()}
+            COMPLAINTS.take()
             items = {item: ocp.args.StandardSave(value) for item, value in tree.items()}
             try:
                 self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)), force=True)
             except Exception as e:
                 raise self.failed(step, e) from e
-            self.thread = threading.Thread(target=self.finish, args=(step,), name=f'checkpoint-{step}')
+            self.thread = threading.Thread(target=self.finish, args=(step, arrays), name=f'checkpoint-{step}')
             self.thread.start()
 
-    def finish(self, step: int) -> None:
-        """Waits for the files of a save and writes their digest."""
+    def finish(self, step: int, arrays: dict[str, int]) -> None:
+        """Waits for the files of a save, looks whether they can be read and writes their digest.
+
+        Args:
+          arrays: how many arrays each item was saved with.
+        """
         try:
             self.manager.wait_until_finished()
+            complaints = COMPLAINTS.take()
             if jax.process_index() == 0:
+                for item, n in arrays.items():
+                    there = count_arrays(os.path.join(self.path, str(step), item))
+                    if there != n:
+                        raise OSError(f'of {n} arrays of {item!r} {there} can be read back; {"; ".join(complaints)}')
+                for line in dict.fromkeys(complaints):
+                    log.say(f'WARNING: the checkpoint of step {step} is saved, with a warning: {line}')
                 log.save_json(os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step))))
                 for name in os.listdir(self.digests):
                     if not os.path.isdir(os.path.join(self.folder, name.removesuffix('.json'))):
@@ -150,35 +267,35 @@ class Checkpoints:
                 raise fault
 
     def failed(self, step: int, e: BaseException) -> RunError:
-        numbers = {
-            errno.ENOSPC: 'the disk is full',
-            errno.EFBIG: 'the file is too large',
-            errno.EDQUOT: 'the quota is used up',
-        }
         text = ' '.join(str(e).split())
-        reason = next((m for n, m in numbers.items() if getattr(e, 'errno', None) == n or os.strerror(n) in text), '')
+        reason = no_space(e)
         good = [s for s in self.steps() if s != step]
-        return RunError(
-            f'checkpoint of step {step} could not be saved: {reason or text[:300]}; '
-            + (
-                f'step {good[-1]} is intact: free space and run the same command again'
-                if good
-                else 'none was saved before'
-            )
-        )
+        again = 'free space and run' if reason else 'run'
+        last = f'step {good[-1]} is intact: {again} the same command again' if good else 'none was saved before'
+        return RunError(f'checkpoint of step {step} could not be saved: {reason or text[:300]}; {last}')
 
     def trouble(self, step: int) -> str:
         """Why the files of a checkpoint are not those that were saved, or ''."""
-        path = os.path.join(self.digests, f'{step}.json')
-        if not os.path.exists(path):  # killed between the save and its digest: reading it will tell
-            return ''
+        name = f'{step}.json'
+        path = os.path.join(self.digests, name)
+        files.refuse_links(self.digests, name)
         try:
+            sums = digest(os.path.join(self.folder, str(step)))
+            if not os.path.exists(path):  # killed between the save and its digest: reading it will tell
+                return ''
             with open(path, encoding='utf-8') as file:
                 saved = json.load(file)
-        except (OSError, ValueError) as e:
-            return f'its digest cannot be read ({e})'
-        found = digest(os.path.join(self.folder, str(step)))
-        changed = sorted(k for k in saved if saved[k] != found.get(k))  # a stray file beside them does no harm
+            if not isinstance(saved, dict) or not saved:
+                raise ValueError('no table of sums')
+        except PermissionError as e:
+            raise RunError(f'checkpoint of step {step}: {e.filename} may not be read: make it readable') from e
+        except FileNotFoundError:
+            return 'files of it are gone'
+        except OSError as e:
+            return f'{e.filename or path} cannot be read ({e.strerror})'
+        except ValueError as e:
+            return f'it or its digest cannot be read ({" ".join(str(e).split())[:200]})'
+        changed = sorted(k for k in saved if saved[k] != sums.get(k))  # a stray file beside them does no harm
         return f'{len(changed)} of its files changed since it was saved, {changed[0]} first' if changed else ''
 
     def restore(self, abstract: State, mesh, items: tuple[str, ...] = ITEMS) -> tuple[State, dict] | None:
@@ -201,11 +318,14 @@ class Checkpoints:
                     found = self.read(step, abstract, mesh, items)
                     self.put_aside(damaged)
                     return found
-                except UserError:
+                except (UserError, RunError, MemoryError):
                     raise
                 except Exception as e:
-                    if os.path.exists(os.path.join(self.digests, f'{step}.json')):
-                        raise  # the files are as they were saved: the fault is ours
+                    if os.path.exists(os.path.join(self.digests, f'{step}.json')):  # the fault is not the files'
+                        raise RunError(
+                            f'checkpoint of step {step} cannot be restored, though its files are as they were saved: '
+                            f'{type(e).__name__}: {" ".join(str(e).split())[:300]}; nothing was changed'
+                        ) from e
                     problem = f'it cannot be read ({" ".join(str(e).split())[:200]})'
             if not os.path.isdir(os.path.join(self.folder, str(step))):  # a training beside us went on meanwhile
                 self.manager.reload()
@@ -232,6 +352,8 @@ class Checkpoints:
 
     def read(self, step: int, abstract: State, mesh, items: tuple[str, ...]) -> tuple[State, dict]:
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
+        if about.get('step') != step or not isinstance(about.get('tree'), dict):
+            raise ValueError('what it says of itself is not that of this step')
         wanted = {item: getattr(abstract, item) for item in items if has_leaves(getattr(abstract, item))}
         names = [f"['{item}']" for item in items]
         saved = {k: v for k, v in about['tree'].items() if any(k.startswith(n) for n in names)}
@@ -256,3 +378,4 @@ class Checkpoints:
         self.wait()
         if self.manager:
             self.manager.close()
+        self.closing.close()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: lose nothing, and leave soon. Imports no jax: it is installed before jax.
+"""SIGTERM, SIGHUP and Ctrl-C: lose nothing, and leave soon. Imports no jax: it is installed before jax.
 
 A Python signal handler runs only between two bytecodes of the main thread, so it would wait for
 a compile or a long sampling program to end. `signal.set_wakeup_fd` is written to by the C-level
@@ -25,17 +25,28 @@ def _leave_at_once() -> None:
     leave('stopped; there was nothing to save')
 
 
-def leave(message: str) -> None:
-    """Ends the process now, from any thread, with the exit code that says 'go on later'."""
-    print(f'\njaxgen: {message}', file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(EXIT_CODE)
+def leave(message: str, code: int = EXIT_CODE) -> None:
+    """Ends the process now, from any thread, by default with the exit code that says 'go on later'."""
+    say(f'\njaxgen: {message}')
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def say(text: str) -> None:
+    """Writes a line to stderr, whose terminal may be gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def install() -> None:
-    """Handles SIGTERM and SIGINT from here on. Until told otherwise they end the process."""
+    """Handles SIGTERM, SIGINT and SIGHUP (a closed terminal) from here on. Until told otherwise they end the process.
+    A SIGHUP that is ignored already, as by nohup, stays so."""
     global _action
     _action = _leave_at_once
+    if any(argument.startswith(('--multihost', '-multihost')) for argument in sys.argv):
+        # jaxlib reads this when it is loaded. What its services log as errors is said by hosts.py, in one line.
+        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -45,11 +56,15 @@ def install() -> None:
             with _lock:
                 _requested.set()
                 if _action is not None:
-                    _action()
+                    try:
+                        _action()
+                    except Exception as e:  # a full disk, say; this thread must live to see the next signal
+                        say(f'\njaxgen: WARNING: {" ".join(str(e).split())}')
 
     threading.Thread(target=watch, daemon=True, name='interrupt').start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # the watcher does the work
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # the watcher does the work
 
 
 def requested() -> bool:

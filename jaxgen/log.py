@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from jaxgen import files
 from jaxgen.errors import UserError
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
@@ -23,7 +25,8 @@ CLOCK = ('images_per_second', 'seconds')
 
 def say(message: str) -> None:
     """One line to the person, on stderr, not through the progress bar."""
-    tqdm.write(f'jaxgen: {message}', file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        tqdm.write(f'jaxgen: {message}', file=sys.stderr)
 
 
 def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
@@ -37,11 +40,33 @@ def summary_writer(directory: str, **options):
     torch = sys.modules.get('torch')
     sys.modules['torch'] = torch  # None hides it
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter, event_file_writer
     finally:
         if torch is None:
             del sys.modules['torch']
+    event_file_writer.EventsWriter = _forgiving(event_file_writer.EventsWriter)
     return SummaryWriter(directory, **options)
+
+
+@functools.cache
+def _forgiving(writer: type) -> type:
+    """A class that writes events as `writer` does until a write fails, says so and leaves the rest out. In the thread
+    that writes them an exception is a traceback, and whoever hands it the next ones waits for ever."""
+
+    def guard(method):
+        def call(self, *args):
+            if not getattr(self, 'failed', False):
+                try:
+                    return method(self, *args)
+                except OSError as e:
+                    self.failed = True
+                    say(f'WARNING: TensorBoard events cannot be written: {e.strerror}; metrics.jsonl holds the same')
+
+        return call
+
+    return type(
+        writer.__name__, (writer,), {name: guard(getattr(writer, name)) for name in ('write_event', 'flush', 'close')}
+    )
 
 
 class Meter:
@@ -71,6 +96,7 @@ class Writer:
     def __init__(self, workdir: str, step: int, steps: int, images_per_step: int):
         self.images_per_step = images_per_step
         self.path = os.path.join(workdir, 'metrics.jsonl')
+        files.refuse_links(workdir, 'metrics.jsonl', 'tensorboard', 'samples')
         cut_back(self.path, step)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self.file = open(os.open(self.path, flags, 0o666), 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
@@ -117,8 +143,8 @@ class Writer:
     def has_figures(self, step: int) -> bool:
         """Whether `figures` has written for this step."""
         with open(self.path, encoding='utf-8') as file:
-            lines = map(json.loads, file)
-            return any(line['step'] == step and 'seconds' not in line for line in lines)
+            records = filter(None, map(as_record, file))
+            return any(record['step'] == step and 'seconds' not in record for record in records)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         self.board.add_image(name, grid, step, dataformats='HWC')
@@ -128,26 +154,39 @@ class Writer:
         self.mark = time.monotonic()
 
     def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-        self.board.close()
+        for part in (self.bar, self.file, self.board):
+            with contextlib.suppress(OSError):  # what could not be written was said
+                part.close()
+
+
+def as_record(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for what is none, like one that a kill or a full disk cut short."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get('step')) is int else None
 
 
 def cut_back(path: str, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and a line that was cut short by a kill."""
-    if not os.path.exists(path):
+    """Drops the lines of metrics.jsonl after `step`, and those that are no records: the last may have been cut short
+    by a kill; of others a line is said.
+
+    Raises:
+      UserError: it is not a file.
+    """
+    if not os.path.lexists(path):
         return
-    kept = []
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is not a file: move it away, metrics are written there')
     with open(path, encoding='utf-8', errors='replace') as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record['step'] <= step:
-                kept.append(line)
+        lines = [(line, as_record(line)) for line in file]
+    foreign = sum(record is None for _, record in lines[:-1])
+    if foreign:
+        say(f'WARNING: {path}: {foreign} lines that no training wrote whole were left out')
     with replacing(path) as file:
-        file.writelines(line.encode('utf-8', 'replace') for line in kept)
+        kept = (line for line, record in lines if record and record['step'] <= step)
+        file.writelines((line.rstrip('\n') + '\n').encode('utf-8', 'replace') for line in kept)
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:

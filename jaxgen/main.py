@@ -37,7 +37,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, evaluate, explore, log, outputs, sharding
+from jaxgen import checkpoint, data, describe, evaluate, explore, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> None:
     overrides += [f'--config.evaluate.{name}={value}' for name, value in given.items() if value]
     workdir = values.workdir or os.path.join('runs', configs.name(values.config))
     if values.multihost:
-        sharding.start_hosts()
+        hosts.start()
     sharding.check_devices()
     if mode in ('train', 'describe'):
         config = configs.override(configs.load(values.config), overrides)
@@ -340,7 +340,8 @@ def device_fault(e: jax.errors.JaxRuntimeError) -> str:
 def run_main(argv: list[str]) -> int:
     """Runs one mode; returns the exit code. A person's mistake or a fault is one line on stderr."""
     try:
-        main(argv)
+        with hosts.joined():
+            main(argv)
     except UserError as e:
         print(f'jaxgen: error: {printable(str(e))}', file=sys.stderr)
         return 2
@@ -358,4 +359,6 @@ def run_main(argv: list[str]) -> int:
 
 if __name__ == '__main__':
     sys.unraisablehook = checkpoint.print_unraisable
-    sys.exit(run_main(sys.argv))
+    code = run_main(sys.argv)
+    hosts.leave(code)
+    sys.exit(code)

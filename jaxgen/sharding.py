@@ -8,7 +8,6 @@ no family mentions devices.
 from __future__ import annotations
 
 import math
-import os
 
 import jax
 import numpy as np
@@ -21,27 +20,6 @@ from jaxgen.errors import UserError
 
 # Smaller arrays cost more to gather than to keep.
 SMALLEST_SHARDED = 2**12
-
-
-def start_hosts() -> None:
-    """Joins the other hosts of the run. Addresses come from the cluster or from JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A host that stops answering ends the others after a minute."""
-    # It would take SIGTERM away from interrupt.py, which saves.
-    jax.config.update('jax_enable_preemption_service', False)
-    given = {}
-    try:
-        if 'JAX_NUM_PROCESSES' in os.environ:
-            given = {
-                'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-                'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-                'process_id': int(os.environ['JAX_PROCESS_ID']),
-            }
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=60)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise UserError(
-            '--multihost needs a cluster that JAX knows, or JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and '
-            f'JAX_PROCESS_ID: {" ".join(str(e).split())}'
-        ) from e
 
 
 def collides(jaxpr) -> bool:

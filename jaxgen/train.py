@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as configs
-from jaxgen import data, interrupt, log, origin, randomness, sample, sharding
-from jaxgen.checkpoint import Checkpoints
+from jaxgen import data, hosts, interrupt, log, origin, randomness, sample, sharding
+from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
 from jaxgen.run import (
     Assembled,
@@ -193,6 +193,7 @@ class Training:
     def save_and_leave(self) -> None:
         self.save()
         self.checkpoints.wait()
+        hosts.part()
         interrupt.leave(f'stopped and saved at step {self.step}; the same command goes on from there')
 
     def still(self):
@@ -294,10 +295,13 @@ def train(config, workdir: str, profile: bool = False) -> None:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(only_one(workdir))
-        training = Training(config, workdir)
-        stack.callback(training.close)
-        training.loop(profile, stack)
-        training.checkpoints.close()
-        if training.first:
-            say_if_initial(workdir, config, training.step, training.a.family.statistics)
+        try:
+            training = Training(config, workdir)
+            stack.callback(training.close)
+            training.loop(profile, stack)
+            training.checkpoints.close()
+            if training.first:
+                say_if_initial(workdir, config, training.step, training.a.family.statistics)
+        except OSError as e:
+            raise stopped(workdir, e) from e
         log.say(f'trained to step {training.step}: {workdir}')

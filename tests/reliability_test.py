@@ -550,3 +550,146 @@ def test_an_average_of_mostly_initial_weights_is_said(tmp_path, capfd):
         changed = configs.make(**configs.deep_update(loaded.config.to_dict(), {'optim': fields}))
         run.say_if_initial(workdir, changed, 4, False)
     assert 'WARNING' not in capfd.readouterr().err
+
+
+def test_lost_host_is_named(tmp_path):
+    """SIGKILL to one of two; then to the one that runs the service, which the other notices by another way."""
+    for lost in (1, 0):
+        hosts = two_hosts(*long_run('vae_digits', tmp_path, steps=1_000_000, save_every=5))
+        wait_for(lambda: checkpoints(tmp_path), hosts[0])
+        hosts[lost].kill()
+        hosts[lost].communicate()
+        _, stderr = hosts[1 - lost].communicate(timeout=60)
+        assert hosts[1 - lost].returncode == 1, stderr
+        said = [line for line in stderr.splitlines() if line and 'step/s' not in line and 'going on' not in line]
+        assert len(said) == 1 and f'host {lost} (' in said[0] and 'the same command' in said[0], stderr
+
+
+NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:', 'a/../b')
+
+
+@pytest.mark.parametrize('name', [*NAMES, '\udcff', 'run[1]/inner', 'plain/'])
+def test_what_was_saved_is_there_under_any_path(name, tmp_path):
+    from jaxgen import sharding
+    from jaxgen.checkpoint import Checkpoints
+    from jaxgen.contract import State
+
+    mesh = sharding.make_mesh(1, jax.devices()[:1])
+    weights = {'a': {'kernel': jax.numpy.arange(6.0).reshape(2, 3)}}
+    state = State(step=jax.numpy.int32(3), params=weights, opt={'a': ({}, (jax.numpy.ones(()),))}, ema=weights)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    (tmp_path / 'link').symlink_to(tmp_path)
+    writer = Checkpoints(f'{tmp_path}/link/{name}', keep=1)
+    writer.save(state, {})
+    writer.close()
+    reader = Checkpoints(f'{tmp_path}/{name}')
+    again, _ = reader.restore(jax.eval_shape(lambda: state), mesh)
+    reader.close()
+    assert_same(jax.device_get(state), jax.device_get(again))
+    assert os.listdir(f'{tmp_path}/{name}/digests') == ['3.json']
+
+
+def test_a_save_that_cannot_be_read_back_is_a_fault(tmp_path, monkeypatch):
+    """As where the library looked for its files under another path: it only warned."""
+    from jaxgen import checkpoint
+
+    monkeypatch.setattr(checkpoint, 'count_arrays', lambda folder: 0)
+    with pytest.raises(checkpoint.RunError, match='0 can be read back'):
+        train(configs.load(path('vae_digits')), str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'checkpoints/4', 'digests', 'digests/4.json', 'metrics.jsonl'])
+def test_links_out_of_a_run_are_refused(name, copy, tmp_path, capfd):
+    os.rename(copy / name, tmp_path / 'outside')
+    (copy / name).symlink_to(tmp_path / 'outside')
+    assert 'symbolic link' in mistake(capfd, f'--config={path("vae_digits")}', f'--workdir={copy}')
+
+
+def test_nothing_is_written_through_a_link(copy, tmp_path):
+    (tmp_path / 'outside').write_text('kept')
+    for name in ('config.json.new', 'metrics.jsonl.new', 'digests/5.json.new'):
+        (copy / name).symlink_to(tmp_path / 'outside')
+    args = [f'--config={path("vae_digits")}', f'--workdir={copy}', '--config.train.steps=5']
+    assert run_main(['jaxgen', *args]) == 0
+    assert (tmp_path / 'outside').read_text() == 'kept' and (copy / 'digests' / '5.json').exists()
+
+
+@pytest.mark.parametrize('digest', ['', '[]', '{"../../config.json": "00"}', '{"a'])
+def test_digests_that_are_none(digest, copy, capfd):
+    (copy / 'digests' / '4.json').write_text(digest)
+    assert run_main(['jaxgen', f'--config={path("vae_digits")}', f'--workdir={copy}']) == 0
+    assert 'going on from step 2' in capfd.readouterr().err
+
+
+def test_metrics_with_torn_and_foreign_lines(tmp_path, capfd):
+    from jaxgen import log
+
+    file = tmp_path / 'metrics.jsonl'
+    lines = (
+        '{"step": 1, "loss": 2.0}',
+        '{"step"',
+        '[1]',
+        '{"loss": 3}',
+        '{"step": "x"}',
+        '{"step": 2}',
+        '{"step": 9}',
+        '{"step": 3}',
+    )
+    file.write_text('\n'.join(lines))
+    log.cut_back(str(file), 3)
+    assert [json.loads(line)['step'] for line in file.read_text().splitlines()] == [1, 2, 3]
+    assert file.read_text().endswith('\n') and '4 lines' in capfd.readouterr().err
+
+
+def test_full_disk_of_metrics_and_events(copy, capfd, monkeypatch):
+    """Where the disk is full before a checkpoint is due: /dev/full is one whose every write fails."""
+    from jaxgen import log
+
+    def full(writer, step, means):
+        os.write(os.open('/dev/full', os.O_WRONLY), b'x')
+
+    monkeypatch.setattr(log.Writer, 'line', full)
+    args = [f'--config={path("vae_digits")}', f'--workdir={copy}', '--config.train.steps=8']
+    assert run_main(['jaxgen', *args, '--config.train.log_every=1']) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert 'the disk is full' in last and 'step 4 is intact' in last
+
+    board = log.summary_writer(str(copy / 'tensorboard'))
+    writer = board.file_writer.event_writer._ev_writer
+    monkeypatch.setattr(writer._py_recordio_writer, '_writer', open('/dev/full', 'wb', buffering=0))
+    for i in range(50):  # more than its queue holds: nobody waits for ever
+        board.add_scalar('loss', 1.0, i)
+    board.close()
+    stderr = capfd.readouterr().err
+    assert stderr.count('events cannot be written') == 1 and 'Traceback' not in stderr
+
+
+def test_failed_save_leaves_later_signals_working():
+    code = (
+        'import os, signal, time\nfrom jaxgen import interrupt\ninterrupt.install()\ncalls = []\n'
+        'def save():\n    calls.append(1)\n    if len(calls) == 1: raise OSError("full")\n    interrupt.leave("saved")\n'
+        'with interrupt.on_signal(save):\n'
+        '    for number in (signal.SIGTERM, signal.SIGHUP):\n        os.kill(os.getpid(), number); time.sleep(0.5)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 75 and 'WARNING: full' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """The terminal's end is SIGHUP, and from then on writing to it fails."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, '-u', '-m', 'jaxgen.main', *long_run('vae_digits', tmp_path, 1_000_000, 1_000_000)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    try:
+        end = time.monotonic() + 120
+        while not (os.path.exists(tmp_path / 'metrics.jsonl') and metrics(tmp_path)):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75 and len(checkpoints(tmp_path)) == 1
+    finally:
+        process.kill()
