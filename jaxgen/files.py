@@ -3,7 +3,9 @@ through what lies in it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import uuid
 
 from jaxgen.errors import UserError
 
@@ -19,14 +21,19 @@ def refuse_links(folder: str, *names: str) -> None:
             )
 
 
-def create(path: str, mode: str = 'w', **options):
-    """A new file open for writing, in place of whatever has that name; never written through a link.
+@contextlib.contextmanager
+def replacing(path: str):
+    """A new binary file that takes the place of `path` at the end of the block: whole or not at all.
 
-    Args:
-      options: of `open`; text is UTF-8.
+    It has a name that nobody can have prepared, so several processes may write one file, and no link is followed.
     """
-    if os.path.lexists(path):
-        os.remove(path)
-    if 'b' not in mode:
-        options.setdefault('encoding', 'utf-8')
-    return open(path, mode.replace('w', 'x'), **options)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    new = f'{path}.{uuid.uuid4().hex}.new'
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(new, flags, 0o666), 'w+b') as file:
+            yield file
+        os.replace(new, path)
+    finally:
+        if os.path.exists(new):
+            os.remove(new)

@@ -176,7 +176,13 @@ class Watch(threading.Thread):
     def without_service(self) -> None:
         """Ends this process where process 0 is gone; returns where it is not, and in the process that is at its end."""
         host, _, port = self.coordinator.rpartition(':')
-        with contextlib.suppress(OSError), socket.create_connection((host.strip('[]'), int(port)), timeout=2):
+        for _ in range(10):  # a process that has just been killed may still be listening
+            try:
+                socket.create_connection((host.strip('[]'), int(port)), timeout=2).close()
+            except OSError:
+                break
+            time.sleep(0.3)
+        else:
             return
         if self.states[0] == 'runs' or self.states[0] == 'failed':
             interrupt.leave(f'stopped: {self.called([0])} lost; {AGAIN}', 1)

@@ -44,9 +44,10 @@ def install() -> None:
     A SIGHUP that is ignored already, as by nohup, stays so."""
     global _action
     _action = _leave_at_once
-    if any(argument.startswith(('--multihost', '-multihost')) for argument in sys.argv):
+    several = any(argument.startswith(('--multihost', '-multihost')) for argument in sys.argv)
+    if several and os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':  # jax sets 1, also for processes it starts
         # jaxlib reads this when it is loaded. What its services log as errors is said by hosts.py, in one line.
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxgen import files
 from jaxgen.errors import UserError
+from jaxgen.files import replacing
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
 CLOCK = ('images_per_second', 'seconds')
@@ -96,7 +96,6 @@ class Writer:
     def __init__(self, workdir: str, step: int, steps: int, images_per_step: int):
         self.images_per_step = images_per_step
         self.path = os.path.join(workdir, 'metrics.jsonl')
-        files.refuse_links(workdir, 'metrics.jsonl', 'tensorboard', 'samples')
         cut_back(self.path, step)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self.file = open(os.open(self.path, flags, 0o666), 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
@@ -202,24 +201,6 @@ def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
-
-
-@contextlib.contextmanager
-def replacing(path: str):
-    """A new binary file that takes the place of `path` at the end of the block: whole or not at all.
-
-    It has a name that nobody can have prepared, so several processes may write one file, and no link is followed.
-    """
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    new = f'{path}.{uuid.uuid4().hex}.new'
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(new, flags, 0o666), 'w+b') as file:
-            yield file
-        os.replace(new, path)
-    finally:
-        if os.path.exists(new):
-            os.remove(new)
 
 
 def save_png(path: str, image: np.ndarray) -> None:

@@ -555,8 +555,9 @@ def test_an_average_of_mostly_initial_weights_is_said(tmp_path, capfd):
 def test_lost_host_is_named(tmp_path):
     """SIGKILL to one of two; then to the one that runs the service, which the other notices by another way."""
     for lost in (1, 0):
-        hosts = two_hosts(*long_run('vae_digits', tmp_path, steps=1_000_000, save_every=5))
-        wait_for(lambda: checkpoints(tmp_path), hosts[0])
+        workdir = tmp_path / str(lost)
+        hosts = two_hosts(*long_run('vae_digits', workdir, steps=1_000_000, save_every=5))
+        wait_for(lambda workdir=workdir: checkpoints(workdir), hosts[0])
         hosts[lost].kill()
         hosts[lost].communicate()
         _, stderr = hosts[1 - lost].communicate(timeout=60)
@@ -565,7 +566,7 @@ def test_lost_host_is_named(tmp_path):
         assert len(said) == 1 and f'host {lost} (' in said[0] and 'the same command' in said[0], stderr
 
 
-NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:', 'a/../b')
+NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:')
 
 
 @pytest.mark.parametrize('name', [*NAMES, '\udcff', 'run[1]/inner', 'plain/'])
@@ -625,16 +626,8 @@ def test_metrics_with_torn_and_foreign_lines(tmp_path, capfd):
     from jaxgen import log
 
     file = tmp_path / 'metrics.jsonl'
-    lines = (
-        '{"step": 1, "loss": 2.0}',
-        '{"step"',
-        '[1]',
-        '{"loss": 3}',
-        '{"step": "x"}',
-        '{"step": 2}',
-        '{"step": 9}',
-        '{"step": 3}',
-    )
+    foreign = ['{"step"', '[1]', '{"loss": 3}', '{"step": "x"}']
+    lines = ['{"step": 1, "loss": 2.0}', *foreign, '{"step": 2}', '{"step": 9}', '{"step": 3}']
     file.write_text('\n'.join(lines))
     log.cut_back(str(file), 3)
     assert [json.loads(line)['step'] for line in file.read_text().splitlines()] == [1, 2, 3]
@@ -656,10 +649,11 @@ def test_full_disk_of_metrics_and_events(copy, capfd, monkeypatch):
 
     board = log.summary_writer(str(copy / 'tensorboard'))
     writer = board.file_writer.event_writer._ev_writer
-    monkeypatch.setattr(writer._py_recordio_writer, '_writer', open('/dev/full', 'wb', buffering=0))
-    for i in range(50):  # more than its queue holds: nobody waits for ever
-        board.add_scalar('loss', 1.0, i)
-    board.close()
+    with open('/dev/full', 'wb', buffering=0) as nowhere:
+        monkeypatch.setattr(writer._py_recordio_writer, '_writer', nowhere)
+        for i in range(50):  # more than its queue holds: nobody waits for ever
+            board.add_scalar('loss', 1.0, i)
+        board.close()
     stderr = capfd.readouterr().err
     assert stderr.count('events cannot be written') == 1 and 'Traceback' not in stderr
 
@@ -667,7 +661,8 @@ def test_full_disk_of_metrics_and_events(copy, capfd, monkeypatch):
 def test_failed_save_leaves_later_signals_working():
     code = (
         'import os, signal, time\nfrom jaxgen import interrupt\ninterrupt.install()\ncalls = []\n'
-        'def save():\n    calls.append(1)\n    if len(calls) == 1: raise OSError("full")\n    interrupt.leave("saved")\n'
+        'def save():\n    calls.append(1)\n    if len(calls) == 1: raise OSError("full")\n'
+        '    interrupt.leave("saved")\n'
         'with interrupt.on_signal(save):\n'
         '    for number in (signal.SIGTERM, signal.SIGHUP):\n        os.kill(os.getpid(), number); time.sleep(0.5)\n'
     )
