@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as configs
-from jaxgen import data, files, hosts, interrupt, log, origin, randomness, sample, sharding
+from jaxgen import data, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
 from jaxgen.run import (
@@ -296,7 +296,6 @@ def train(config, workdir: str, profile: bool = False) -> None:
         if jax.process_index() == 0:
             stack.enter_context(only_one(workdir))
         try:
-            files.refuse_links(workdir, 'metrics.jsonl', 'tensorboard', 'samples')
             training = Training(config, workdir)
             stack.callback(training.close)
             training.loop(profile, stack)
