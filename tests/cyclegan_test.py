@@ -13,6 +13,7 @@ import pytest
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import cyclegan
+from jaxgen.networks.cyclegan import Generator
 from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.optim import Optim
 
@@ -46,7 +47,7 @@ def start():
 
 @jax.jit
 def turn(weights, x):
-    return cyclegan.Generator(2, 1, 1).apply({'params': weights}, x)
+    return Generator(2, 1, 1).apply({'params': weights}, x)
 
 
 @jax.jit
@@ -90,7 +91,7 @@ def oracle(weights: dict, x: np.ndarray, halvings: int, blocks: int) -> np.ndarr
 @pytest.mark.parametrize('norm', ['instance', 'group'])
 def test_generator_equals_torch(norm):
     x = np.random.default_rng(0).normal(size=(2, 16, 8, 3)).astype(np.float32)
-    net, rng = cyclegan.Generator(4, 2, 2, norm), np.random.default_rng(1)
+    net, rng = Generator(4, 2, 2, norm), np.random.default_rng(1)
     like = jax.eval_shape(net.init, jax.random.key(0), x)['params']
     weights = jax.tree.map(lambda a: (0.3 * rng.normal(size=a.shape)).astype(np.float32), like)
     assert ('first_norm' in weights) == ('norm1' in weights['block0']) == (norm == 'group')
@@ -101,7 +102,7 @@ def test_generator_equals_torch(norm):
 @pytest.mark.parametrize('blocks, count', [(9, 11_378_179), (6, 7_837_699)])
 def test_published_sizes(blocks, count):
     x = jnp.zeros((1, 32, 32, 3))
-    params = jax.eval_shape(cyclegan.Generator(blocks=blocks).init, jax.random.key(0), x)['params']
+    params = jax.eval_shape(Generator(blocks=blocks).init, jax.random.key(0), x)['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 

@@ -15,6 +15,8 @@ from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import glow, real_nvp
 from jaxgen.networks import couplings
+from jaxgen.networks import glow as glow_network
+from jaxgen.networks import real_nvp as real_nvp_network
 from jaxgen.optim import Optim
 
 try:
@@ -58,12 +60,12 @@ def shaken(tree, seed: int = 1, by: float = 0.1):
 
 
 def glow_flow(image=IMAGE, width=6, depth=2, levels=2, coupling='affine', mixing='matrix', edge=True, classes=0):
-    top = glow.Top(glow.latent_shapes(image, levels)[-1], classes, True, edge)
-    return glow.Flow(image, width, depth, levels, coupling, mixing, edge, top, jnp.float32, False)
+    top = glow_network.Top(glow_network.latent_shapes(image, levels)[-1], classes, True, edge)
+    return glow_network.Flow(image, width, depth, levels, coupling, mixing, edge, top, jnp.float32, False)
 
 
 def real_nvp_flow(image=IMAGE, scales=2, width=4, blocks=1, norm=True):
-    return real_nvp.Flow(image, scales, width, blocks, norm, jnp.float32, False)
+    return real_nvp_network.Flow(image, scales, width, blocks, norm, jnp.float32, False)
 
 
 def initial(net, x, label=None, by: float = 0.05) -> dict:
@@ -128,7 +130,7 @@ def test_pixels_and_bits():
 
 
 def step_apply(coupling, mixing, edge):
-    modules = {inv: glow.Step(5, coupling, mixing, edge, inv, jnp.float32) for inv in (False, True)}
+    modules = {inv: glow_network.Step(5, coupling, mixing, edge, inv, jnp.float32) for inv in (False, True)}
 
     def init(key, x):
         return modules[False].init(key, (x, jnp.zeros(len(x))), None)
@@ -152,7 +154,7 @@ BOARD = couplings.checkerboard(2, 2, 1)
 
 def coupling_apply(mask: str, first: int, norm: bool = True):
     def module(inverse):
-        return real_nvp.Coupling(mask, 4, 1, norm, False, inverse, jnp.float32)
+        return real_nvp_network.Coupling(mask, 4, 1, norm, False, inverse, jnp.float32)
 
     def init(key, x):
         return module(False).init(key, (x, jnp.zeros(len(x))), first)
@@ -243,7 +245,7 @@ def test_glow_inverse_and_determinant(model):
 
 def test_glow_inverse_is_exact_for_numbers_of_any_size():
     """Forwards nothing is cut, so backwards nothing is."""
-    steps = [glow.Step(4, 'additive', 'matrix', False, inverse, jnp.float32) for inverse in (False, True)]
+    steps = [glow_network.Step(4, 'additive', 'matrix', False, inverse, jnp.float32) for inverse in (False, True)]
     x = jax.random.normal(jax.random.key(3), (2, *IMAGE))
     x = jnp.concatenate([x, x[::-1]], -1)
     variables = steps[0].init(jax.random.key(0), (x, jnp.zeros(2)), None)
@@ -500,7 +502,7 @@ def test_actnorms_start_with_mean_zero_and_variance_one():
     params = jax.jit(small_glow().init)(rng, batch, {}).params['flow']
     noise = jax.random.uniform(jax.random.split(rng)[1], batch['image'].shape)
     x = couplings.squeeze(couplings.to_unit(batch['image'], noise) - 0.5)
-    step = glow.Step(6, 'affine', 'matrix', True, False, jnp.float32)
+    step = glow_network.Step(6, 'affine', 'matrix', True, False, jnp.float32)
     for level in range(2):
         for k in range(2):
             weights = jax.tree.map(lambda a, k=k: a[k], params[f'steps{level}'])

@@ -21,6 +21,7 @@ from support import assert_same, torch_fidelity
 
 from jaxgen.errors import UserError
 from jaxgen.metrics import inception
+from jaxgen.networks.inception import Inception, resize_tf1
 
 
 @functools.cache
@@ -85,7 +86,7 @@ def test_equals_torch_fidelity(pth, tmp_path, capsys):
     expected = {'features': features, 'logits': logits, 'spatial': seen['spatial'][:, :7].permute(0, 2, 3, 1)}
 
     _, variables = inception.load(pth, str(tmp_path))
-    got = jax.jit(inception.Inception().apply)(variables, images)
+    got = jax.jit(Inception().apply)(variables, images)
     assert {k: (v.shape, str(v.dtype)) for k, v in got.items()} == {
         'features': ((2, 2048), 'float32'),
         'logits': ((2, 1008), 'float32'),
@@ -101,7 +102,7 @@ def test_equals_torch_fidelity(pth, tmp_path, capsys):
 @pytest.mark.parametrize('old, new', [((1, 1), (5, 3)), ((6, 9), (6, 9)), ((2, 45), (299, 7)), ((320, 31), (299, 299))])
 def test_resize(old, new):
     images = np.random.default_rng(2).uniform(0, 255, (2, *old, 3)).astype(np.float32)
-    got = np.asarray(jax.jit(inception.resize_tf1, static_argnums=(1, 2))(images, *new))
+    got = np.asarray(jax.jit(resize_tf1, static_argnums=(1, 2))(images, *new))
     assert got.shape == (2, *new, 3) and got.dtype == np.float32
     if old == new:
         np.testing.assert_array_equal(got, images)
@@ -115,7 +116,7 @@ def test_resize(old, new):
 
 def test_resize_reads_at_the_corner():
     """Pixel i of four reads at i / 2: no half-pixel centres, the last one held."""
-    got = inception.resize_tf1(np.float32([[0, 10]]).reshape(1, 1, 2, 1), 1, 4)
+    got = resize_tf1(np.float32([[0, 10]]).reshape(1, 1, 2, 1), 1, 4)
     np.testing.assert_array_equal(np.asarray(got).ravel(), [0, 5, 10, 10])
 
 

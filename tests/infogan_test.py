@@ -13,6 +13,7 @@ import pytest
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import infogan
+from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
 from jaxgen.optim import Optim
 
 SMALL = dict(noise=3, categories=(3, 2), continuous=2, width=3, levels=2, hidden=6, recogniser_hidden=5)
@@ -51,7 +52,7 @@ def test_networks_equal_torch():
         )
 
     z = jax.random.normal(jax.random.key(2), (5, 7))
-    network = infogan.Generator((8, 12, 3), 4, 2, 6)
+    network = Generator((8, 12, 3), 4, 2, 6)
     w = weights_of(network, z)
     got, _ = network.apply({'params': w}, z, train=True, mutable=['batch_stats'])
     x = F.relu(norm(dense(tensor(z), w['dense0']), w['norm0']))
@@ -62,7 +63,7 @@ def test_networks_equal_torch():
         x = F.conv_transpose2d(x, tensor(kernel), tensor(w[f'up{i}']['bias']), stride=2, padding=1)
     np.testing.assert_allclose(got, torch.tanh(x).permute(0, 2, 3, 1), atol=1e-4)
 
-    network = infogan.Discriminator(4, 2, 6)
+    network = Discriminator(4, 2, 6)
     w = weights_of(network, got)
     (value, features), _ = network.apply({'params': w}, got, train=True, mutable=['batch_stats'])
     x = tensor(got).permute(0, 3, 1, 2)
@@ -83,8 +84,8 @@ def test_information_is_the_bound():
     state, batch = started(f)
     index = jnp.arange(4, dtype=jnp.int32)
     got = f.evaluate(state, {}, {**batch, 'index': index}, jax.random.key(5))['information']
-    recogniser = infogan.Recogniser(5 + 4, 5)
-    discriminator, generator = infogan.Discriminator(3, 2, 6), infogan.Generator((8, 8, 1), 3, 2, 6)
+    recogniser = Recogniser(5 + 4, 5)
+    discriminator, generator = Discriminator(3, 2, 6), Generator((8, 8, 1), 3, 2, 6)
 
     def fixed(network, name, x):
         return network.apply({'params': state.ema[name], 'batch_stats': state.extra[name]}, x)
@@ -123,7 +124,7 @@ def test_unit_deviations_and_slopes():
     # Of no convolution, the features are the leaky ReLU of one linear layer.
     x, flat = batch['image'], np.asarray(batch['image']).reshape(len(batch['image']), -1)
     for slope in (0.01, 0.5):
-        network = infogan.Discriminator(3, 0, 6, norm=False, slope=slope)
+        network = Discriminator(3, 0, 6, norm=False, slope=slope)
         w = network.init(jax.random.key(0), x)
         h = flat @ np.asarray(w['params']['dense']['kernel'])
         np.testing.assert_allclose(network.apply(w, x)[1], np.where(h > 0, h, slope * h), atol=1e-5)
@@ -148,7 +149,7 @@ def test_penalty_of_a_discriminator_without_normalisation():
     assert state.extra['discriminator'] == {}
     after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    network, params = infogan.Discriminator(3, 2, 6, norm=False), state.params['discriminator']
+    network, params = Discriminator(3, 2, 6, norm=False), state.params['discriminator']
     slope = jax.grad(lambda x: network.apply({'params': params}, x, train=True)[0].sum())(batch['image'])
     assert float(logs['r1']) == pytest.approx(float(0.5 * jnp.square(slope).sum((1, 2, 3)).mean()), rel=1e-4)
 

@@ -15,6 +15,7 @@ from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.families import pix2pix
 from jaxgen.networks.patchgan import PatchGAN
+from jaxgen.networks.pix2pix import UNet, drop
 from jaxgen.optim import Optim
 
 SMALL = dict(width=2, halvings=3, dropouts=1, l1=10.0, discriminator_channels=2, discriminator_layers=1)
@@ -46,7 +47,7 @@ def start():
 
 
 def network(halvings=3, dropouts=1, rate=0.5, full=0, norm='instance'):
-    return pix2pix.UNet(3, 2, full, halvings, dropouts, rate, norm)
+    return UNet(3, 2, full, halvings, dropouts, rate, norm)
 
 
 def randomised(tree):
@@ -106,7 +107,7 @@ def test_generator_equals_torch(full, halvings, dropouts, norm):
     masks = {}
     for i in range(max(levels - 1 - dropouts, 1), levels - 1):
         ones = jnp.ones((2, 16 >> max(i - full, 0), 32 >> max(i - full, 0), 2 * min(2 ** (i - 1), 8)))
-        masks[i] = pix2pix.drop(ones, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys), 0.5)
+        masks[i] = drop(ones, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys), 0.5)
     assert len(masks) == min(dropouts, max(levels - 2, 0))
     y = jax.jit(net.apply)({'params': weights}, x, keys)
     np.testing.assert_allclose(y, oracle(weights, x, full, levels, norm, masks), atol=5e-5)
@@ -114,11 +115,11 @@ def test_generator_equals_torch(full, halvings, dropouts, norm):
 
 def test_dropout_is_each_examples_own():
     keys = jax.random.split(jax.random.key(0), 3)
-    y = np.asarray(jax.jit(pix2pix.drop, static_argnums=2)(jnp.ones((3, 50, 40)), keys, 0.2))
+    y = np.asarray(jax.jit(drop, static_argnums=2)(jnp.ones((3, 50, 40)), keys, 0.2))
     assert set(np.unique(y)) == {np.float32(0), np.float32(1.25)}
     np.testing.assert_allclose(y.mean((1, 2)), 1, atol=0.06)
     assert (y[0] != y[1]).any()
-    np.testing.assert_array_equal(pix2pix.drop(jnp.ones((1, 50, 40)), keys[2:], 0.2), y[2:])
+    np.testing.assert_array_equal(drop(jnp.ones((1, 50, 40)), keys[2:], 0.2), y[2:])
 
 
 def parts(params, c, x, key):

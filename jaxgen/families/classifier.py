@@ -15,9 +15,6 @@ The network has no statistics of the batch: an example's features depend on noth
 
 from __future__ import annotations
 
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,60 +22,9 @@ import numpy as np
 from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
-from jaxgen.networks.layers import Conv, Dense, GroupNorm, downsample_mean, variance_scaling
+from jaxgen.networks.classifier import Classifier
 
 Array = jax.Array
-
-
-class Block(nn.Module):
-    """Pre-activation residual block of two 3x3 convolutions, [n, H, W, C] -> [n, H, W, features]."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
-        h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
-        h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
-        h = Conv(self.features, init=variance_scaling(0), dtype=self.dtype, name='conv2')(h)
-        if x.shape[-1] != self.features:
-            x = Dense(self.features, dtype=self.dtype, name='shortcut')(x)
-        return x + h
-
-
-class Classifier(nn.Module):
-    """[n, H, W, C] -> features [n, features] and logits [n, outputs], both float32."""
-
-    width: int
-    levels: int
-    stride: int
-    features: int
-    outputs: int
-    dropout: float
-    dtype: Any
-    remat: bool
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False, maps: bool = False) -> tuple[Array, ...]:
-        """Args:
-        train: with dropout of the features that the logits see; needs the rng 'dropout'.
-        maps: give the output of every block instead, for perceptual distances; images may be of any size then.
-        """
-        block = nn.remat(Block) if self.remat else Block
-        x = Conv(self.width, stride=self.stride, dtype=self.dtype, name='first')(x)
-        seen = []
-        for i in range(self.levels + 1):
-            x = downsample_mean(x) if i else x
-            x = block(self.width * 2**i, self.dtype, name=f'block{i}')(x)
-            seen.append(x)
-        if maps:
-            return tuple(seen)
-        x = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(x))
-        x = Dense(self.features, dtype=self.dtype, name='features')(x.reshape(len(x), -1))
-        features = nn.silu(x.astype(jnp.float32))
-        kept = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return features, Dense(self.outputs, name='logits')(kept)
 
 
 def build(

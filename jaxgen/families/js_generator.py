@@ -19,39 +19,17 @@ even then, so batches are large. Where gradients are accumulated each part of a 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal, spread
 from jaxgen.errors import UserError
-from jaxgen.networks.layers import Dense
+from jaxgen.networks.js_generator import Generator
 
 Array = jax.Array
 
 LEVELS = 256  # of a pixel
-STEEPNESS = 8.0  # of the first layer's units at the start
-
-
-class Generator(nn.Module):
-    """[n, latent] -> images float32 [n, 1, 1, 1] in (-1, 1)."""
-
-    hidden: tuple[int, ...]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, z: Array) -> Array:
-        # Modes are far apart where the map is steep, and it is steep where many units bend. With biases of 0 all of a
-        # first layer's units would bend at z = 0; these bend all over the normal distribution.
-        bends = self.param('bends', nn.initializers.normal(STEEPNESS), (self.hidden[0],))
-        x = Dense(self.hidden[0], bias=False, init=nn.initializers.normal(STEEPNESS), dtype=self.dtype)(z)
-        x = jnp.tanh(x + bends.astype(self.dtype))
-        for features in self.hidden[1:]:
-            x = nn.silu(Dense(features, dtype=self.dtype)(x))
-        x = Dense(1, dtype=self.dtype)(x).astype(jnp.float32)
-        return jnp.tanh(x)[:, :, None, None]
 
 
 def soft_histogram(x: Array, bins: int, smoothing: float) -> Array:

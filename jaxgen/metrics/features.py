@@ -22,6 +22,7 @@ import numpy as np
 from jaxgen import data, sharding
 from jaxgen.errors import UserError
 from jaxgen.metrics import inception
+from jaxgen.networks.inception import Inception
 
 
 class Features(NamedTuple):
@@ -101,7 +102,7 @@ def of_run(run) -> Features:
 def of_inception(path: str, cache: str, mesh) -> Features:
     """The FID network with the weights in the file `path`; see inception.load for its errors."""
     name, variables = inception.load(path, cache)
-    network = inception.Inception()
+    network = Inception()
 
     def apply(variables, images):
         return network.apply(variables, jnp.broadcast_to(images, (*images.shape[:3], 3)))
