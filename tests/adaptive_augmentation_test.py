@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.losses import adaptive_augmentation as ada
-from jaxgen.networks import warp as warping
+from jaxgen.augmentation import adaptive as ada
+from jaxgen.augmentation import warp as warping
 
 H = np.asarray(warping.FILTER)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from diffusion_family_test import context, images
 
-from jaxgen.diffusion import augment
+from jaxgen.augmentation import edm
+from jaxgen.augmentation.warp import warp
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
-from jaxgen.networks.warp import warp
 
 H, W = 24, 32
 
@@ -59,8 +59,8 @@ def test_warp_looks_up(matrix):
 
 def test_labels_tell_what_was_done():
     n = 32
-    x, labels = jax.jit(lambda key: augment.augment(key, jnp.tile(IMAGE, (n, 1, 1, 1)), 1.0))(jax.random.key(0))
-    assert labels.shape == (n, augment.LABELS) and 0.2 < labels[:, 0].mean() < 0.8 and 0.2 < labels[:, 1].mean() < 0.8
+    x, labels = jax.jit(lambda key: edm.augment(key, jnp.tile(IMAGE, (n, 1, 1, 1)), 1.0))(jax.random.key(0))
+    assert labels.shape == (n, edm.LABELS) and 0.2 < labels[:, 0].mean() < 0.8 and 0.2 < labels[:, 1].mean() < 0.8
     for image, (across, down, scale, c, s, u, v, *moves) in zip(np.asarray(x), np.asarray(labels), strict=True):
         along = np.arctan2(v, u)
         errors = []
@@ -75,7 +75,7 @@ def test_labels_tell_what_was_done():
 
 
 def test_without_changes_half_are_mirrored():
-    x, labels = augment.augment(jax.random.key(1), jnp.tile(IMAGE, (64, 1, 1, 1)), 0.0)
+    x, labels = edm.augment(jax.random.key(1), jnp.tile(IMAGE, (64, 1, 1, 1)), 0.0)
     across = np.asarray(labels[:, 0]) == 1
     assert 16 < across.sum() < 48 and not labels[:, 1:].any()
     np.testing.assert_array_equal(x[across][0], IMAGE[0, :, ::-1])
@@ -95,12 +95,12 @@ def test_the_network_is_told_in_training_only(monkeypatch):
     monkeypatch.setitem(diffusion.NETWORKS, 'ncsnpp', lambda **fields: made.append(fields) or Net())
     network = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}
     family = diffusion.build(context(), network='ncsnpp', ncsnpp=network, timesteps=20, augmentation=0.5)
-    assert made[0]['augment'] == augment.LABELS
+    assert made[0]['augment'] == edm.LABELS
     state = family.init(jax.random.key(0), {}, {})
     seen.clear()
     family.update(state, {}, {'image': images(64)}, jax.random.key(1))
     ((_, labels),) = seen
-    assert labels.shape == (64, augment.LABELS) and (np.abs(labels) > 0).any(0).all()
+    assert labels.shape == (64, edm.LABELS) and (np.abs(labels) > 0).any(0).all()
     seen.clear()
     family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
     assert all(labels is None for _, labels in seen)

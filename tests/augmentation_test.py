@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.losses import augmentation
+from jaxgen.augmentation import diff_augment
 
-KINDS = tuple(augmentation.AUGMENTATIONS)
+KINDS = tuple(diff_augment.AUGMENTATIONS)
 
 
 def pictures(n: int = 40, shape=(8, 16, 3)):
@@ -28,7 +28,7 @@ def moved(x: np.ndarray, down: int, right: int) -> np.ndarray:
 
 def test_translation_is_by_whole_pixels_up_to_an_eighth():
     x = pictures()
-    got, found = np.asarray(jax.jit(augmentation.translation)(x, jax.random.key(1))), set()
+    got, found = np.asarray(jax.jit(diff_augment.translation)(x, jax.random.key(1))), set()
     for before, after in zip(np.asarray(x), got, strict=True):
         hits = [
             (down, right)
@@ -43,7 +43,7 @@ def test_translation_is_by_whole_pixels_up_to_an_eighth():
 
 def test_cutout_is_one_hole_of_half_the_side():
     x = np.asarray(pictures())
-    got, sizes = np.asarray(jax.jit(augmentation.cutout)(x, jax.random.key(1))), set()
+    got, sizes = np.asarray(jax.jit(diff_augment.cutout)(x, jax.random.key(1))), set()
     for before, after in zip(x, got, strict=True):
         hole = (after == 0).all(-1)
         rows, columns = hole.any(1), hole.any(0)
@@ -56,7 +56,7 @@ def test_cutout_is_one_hole_of_half_the_side():
 
 def test_colour_is_light_saturation_and_contrast_of_each_picture():
     x = pictures()
-    got = np.asarray(jax.jit(augmentation.colour)(x, jax.random.key(1)))
+    got = np.asarray(jax.jit(diff_augment.colour)(x, jax.random.key(1)))
     light, saturation, contrast = np.asarray(jax.random.uniform(jax.random.key(1), (3, len(x))))
     for i, before in enumerate(np.asarray(x, np.float64)):
         y = before + light[i] - 0.5
@@ -71,12 +71,12 @@ def test_gradients_reach_the_picture_and_no_other(kinds):
     x = pictures(3, (8, 8, 1))
 
     def of_second(x):
-        return augmentation.augment(x, jax.random.key(2), kinds)[1].sum()
+        return diff_augment.augment(x, jax.random.key(2), kinds)[1].sum()
 
     slope = np.asarray(jax.jit(jax.grad(of_second))(x))
     assert np.abs(slope[1]).sum() > 5 and (slope[[0, 2]] == 0).all()
-    y = jax.jit(lambda x: augmentation.augment(x, jax.random.key(2), kinds))(x)
+    y = jax.jit(lambda x: diff_augment.augment(x, jax.random.key(2), kinds))(x)
     assert y.shape == x.shape and y.dtype == x.dtype
     assert np.array_equal(y, x) == (not kinds)
-    half = augmentation.augment(x.astype(jnp.bfloat16), jax.random.key(2), kinds)
+    half = diff_augment.augment(x.astype(jnp.bfloat16), jax.random.key(2), kinds)
     np.testing.assert_allclose(half.astype(jnp.float32), y, atol=0.03)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen.augmentation import corruptions
 from jaxgen.contract import Context
-from jaxgen.data import corruptions
 from jaxgen.errors import UserError
 from jaxgen.families import autoencoder
 from jaxgen.optim import Optim

@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from jaxgen.data import corruptions
+from jaxgen.augmentation import corruptions
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).uniform(-1, 1, (4, 8, 4, 3)).astype(np.float32)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen.augmentation.corruptions import blurred
 from jaxgen.contract import Context
-from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.families import pix2pix
 from jaxgen.networks.patchgan import PatchGAN

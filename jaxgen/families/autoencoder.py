@@ -23,8 +23,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.augmentation.corruptions import grey, holes, low_resolution
 from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal
-from jaxgen.data.corruptions import grey, holes, low_resolution
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
 

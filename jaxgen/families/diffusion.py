@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.augmentation import edm
 from jaxgen.contract import (
     Aux,
     Context,
@@ -52,7 +53,7 @@ from jaxgen.contract import (
     new_state,
     normal,
 )
-from jaxgen.diffusion import augment, importance, parameterisations, processes, samplers
+from jaxgen.diffusion import importance, parameterisations, processes, samplers
 from jaxgen.diffusion.guidance import FARTHEST, classifier_guided, guided, in_interval
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
@@ -146,7 +147,8 @@ def build(
       conditional: tell the network the class, `batch['label']`.
       label_dropout: share of the labels that are left out in training, so that `guidance` can be used.
       upsampling: show the network `batch['low_resolution']`, an image of any smaller size.
-      augmentation: p, of each change of the training images that the network is told of, see `augment`; 0: none.
+      augmentation: p, of each change of the training images that the network is conditioned on, see
+        jaxgen/augmentation/edm.py; 0: none.
       process, timesteps, beta_start, beta_end, zero_terminal, sigma_min, sigma_max: see `processes.make`; of the
         prediction 'edm' sigma_min and sigma_max are EDM's where they are None.
       rescale_timesteps: the network embeds t 1000 / timesteps, as most released models of Nichol & Dhariwal 2021 do.
@@ -312,7 +314,7 @@ def build(
             )
         section = {**section, 'sigmas': (sigma_min, sigma_max)}
     if augmentation:
-        section = {**section, 'augment': augment.LABELS}
+        section = {**section, 'augment': edm.LABELS}
     # One class more where labels are left out: it stands for no label.
     classes = context.classes + bool(label_dropout) if conditional else 0
     net = NETWORKS[network](
@@ -408,7 +410,7 @@ def build(
         x_0, label = to_training_latent(frozen, batch, stream(rng, 'encoder')), batch.get('label')
         changes = {}
         if augmentation:
-            x_0, changes['augment'] = augment.augment(stream(rng, 'augmentation'), x_0, augmentation)
+            x_0, changes['augment'] = edm.augment(stream(rng, 'augmentation'), x_0, augmentation)
         t = batch['t'] if times == 'importance' else draw_times(rng_t, len(x_0))
         eps = jax.random.normal(rng_noise, x_0.shape)
         alpha, sigma = level(t)

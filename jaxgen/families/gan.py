@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgen.augmentation.diff_augment import AUGMENTATIONS, augment
 from jaxgen.contract import (
     Aux,
     Context,
@@ -60,7 +61,6 @@ from jaxgen.contract import (
 )
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
-from jaxgen.losses.augmentation import AUGMENTATIONS, augment
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
 from jaxgen.optim import steps_within_update

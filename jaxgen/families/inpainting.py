@@ -20,8 +20,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.augmentation.corruptions import holes, strokes
 from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, spread, store
-from jaxgen.data.corruptions import holes, strokes
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
 from jaxgen.networks import spectral

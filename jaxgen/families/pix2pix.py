@@ -24,8 +24,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.augmentation.corruptions import blurred
 from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal
-from jaxgen.data.corruptions import blurred
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
 from jaxgen.contract import (
     Aux,
     Context,
@@ -46,7 +47,6 @@ from jaxgen.contract import (
 )
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
-from jaxgen.losses.adaptive_augmentation import CHANGES, adapted, augment
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import downsample_mean
 from jaxgen.networks.stylegan2 import Discriminator, Generator, noise_sizes, styles

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.warp import rotation, warp
+from jaxgen.augmentation.warp import rotation, warp
 
 Array = jax.Array
 
