@@ -248,11 +248,14 @@ def model_defaults(family: str) -> dict[str, Any]:
 
 
 def check_finite(path: str, value) -> None:
-    """Raises UserError for NaN, infinity, an integer that no device holds, and what JSON does not."""
+    """Raises UserError for NaN, infinity, an integer that no device holds, a text that no path can be, and what JSON
+    does not hold."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'config.{path} must be a finite number; it is {value}')
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f'config.{path} must be from {-LARGEST} to {LARGEST}; it is {shown(value)}')
+    if isinstance(value, str) and '\0' in value:
+        raise UserError(f'config.{path} must be a text without zero bytes; it is {shown(value)}')
     if isinstance(value, tuple):
         for one in value:
             check_finite(path, one)
@@ -263,8 +266,10 @@ def check_finite(path: str, value) -> None:
 def coerce(path: str, value, default):
     """Value as the default's type, or UserError; int goes for float, list for tuple."""
     if default is None:  # a number that the family chooses by its other fields where it is None
-        if value is not None and type(value) not in (int, float):
-            raise UserError(f'config.{path} must be a number or None; it is {type(value).__name__} {value!r}')
+        if value is not None:
+            if type(value) not in (int, float):
+                raise UserError(f'config.{path} must be a number or None; it is {type(value).__name__} {shown(value)}')
+            check_finite(path, value)
         return value
     if isinstance(default, bool) or isinstance(value, bool):
         fits = isinstance(value, bool) and isinstance(default, bool)
@@ -505,8 +510,11 @@ def check(resolved: dict) -> None:
         raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")
     if train['evaluate_every'] and features == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
-    if data['box'] and not (len(data['box']) == 4 and all(type(x) is int for x in data['box'])):
-        raise UserError('config.data.box must be (top, left, height, width)')
+    box = data['box']
+    if box and not (len(box) == 4 and all(type(x) is int for x in box) and min(box) >= 0 and min(box[2:]) >= 1):
+        raise UserError(f'config.data.box must be (top, left, height, width) in pixels; it is {shown(box)}')
+    if not all(type(label) is int and label >= 0 for label in data['keep_classes']):
+        raise UserError(f'config.data.keep_classes must be numbers of classes; it is {shown(data["keep_classes"])}')
 
 
 def check_recipe(where: str, fields: dict) -> None:
@@ -557,9 +565,9 @@ def load(path: str) -> ConfigDict:
         if not hasattr(module, 'get_config'):
             raise UserError(f'{file} has no function get_config')
         config = module.get_config(variant)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as e:  # a person's file can fail in any way: one line, with the place
+    except BaseException as e:  # a person's file can fail in any way: one line, with the place
         raise UserError(f'{place_in(file, e)}: {one_line(e)}') from e
     if not isinstance(config, ConfigDict):
         raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {shown(config)}')

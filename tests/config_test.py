@@ -1,0 +1,316 @@
+"""Configs: values, shapes of sections, files and JSON of any kind, and the one line that refuses what will not do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+from support import mistake, path
+
+from jaxgen import config as configs
+from jaxgen.errors import UserError
+
+HUGE = 10**400
+
+
+@pytest.fixture(scope='module')
+def base():
+    return configs.load(path('vae_digits'))
+
+
+def refused(config, *fields: str) -> str:
+    """The message for fields that cannot be set together; one line."""
+    with pytest.raises(UserError) as e:
+        configs.override(config, [f'--config.{field}' for field in fields])
+    assert '\n' not in str(e.value) and len(str(e.value)) < 1000
+    return str(e.value)
+
+
+# --- ranges
+
+
+def test_every_number_has_a_range():
+    """But those that are one of a few; a new field is not forgotten."""
+    numbers = {k for k, v in configs.flat(configs.DEFAULTS).items() if type(v) in (int, float)}
+    assert numbers == (configs.RANGES.keys() | configs.CHOICES.keys()) & numbers
+    assert not configs.RANGES.keys() - numbers, 'a range of a field that is not there'
+
+
+@pytest.mark.parametrize('field', configs.RANGES)
+def test_ends_of_ranges(field, base):
+    """Beyond each end of an interval a value is refused, in it and on a closed end it is not."""
+    interval = configs.RANGES[field]
+    low, high = map(float, interval[1:-1].split(','))
+    whole = isinstance(configs.get(configs.DEFAULTS, field), int)
+    step = 1 if whole else 1e-6
+    outside = [low - step, *([low] if interval[0] == '(' else [])]
+    inside = [low if interval[0] == '[' else low + step]
+    if high < math.inf:
+        outside += [high + step, *([high] if interval[-1] == ')' else [])]
+        inside += [high if interval[-1] == ']' else high - step]
+    for value in outside:
+        assert f'config.{field} must be' in refused(base, f'{field}={int(value) if whole else value}')
+    for value in inside:
+        configs.check_range(field, value, interval)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        *('optim.clip=-1', 'optim.lr=-1', 'optim.lr=0', 'optim.b1=1.0', 'optim.b2=2', 'optim.eps=-1'),
+        *('optim.weight_decay=-1', 'optim.l2=-0.1', 'optim.warmup=-1', 'optim.decay_rate=1.5', 'optim.floor=2'),
+        *('data.classes=-3', 'data.max_corrupt=2', 'data.threads=1000000', 'data.threads=0', 'data.size=0'),
+        *('data.batch=0', 'data.test_share=1', 'data.shift=0.5', 'data.crop_rate=0', 'data.cache_mb=-1'),
+        *('evaluate.examples=-5', 'evaluate.samples=0', 'sample.batch=0', 'mesh.fsdp=0', 'seed=-1', 'train.steps=-1'),
+        *('train.keep=0', 'optim.ema=1', 'optim.ema=-0.1', 'optim.accumulate=0', 'train.updates_per_call=0'),
+    ],
+)
+def test_values_out_of_range(text, base):
+    field, _, value = text.partition('=')
+    message = refused(base, text)
+    assert f'config.{field} must be' in message
+    assert str(float(value)) in message or value in message
+
+
+def test_a_mistake_of_the_command(capfd, no_compile):
+    assert 'config.optim.clip must be 0 or more; it is -1.0' in mistake(
+        capfd, '--mode=describe', f'--config={path("autoencoder_digits")}', '--config.optim.clip=-1'
+    )
+
+
+@pytest.mark.parametrize('text', ['lr=-1', 'clip=-1', 'b1=1.0', 'b2=1', 'eps=-1e-8', 'warmup=-1', 'lr=1e999', 'l2=-1'])
+def test_the_optimiser_of_one_network_has_the_same_ranges(text, base):
+    assert f'config.optim.networks.coder.{text.partition("=")[0]} must be' in refused(
+        base, f'optim.networks.coder.{text}'
+    )
+    assert configs.override(base, ['--config.optim.networks.coder.lr=1']).optim.networks.coder.lr == 1
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        *('optim.lr=1e999', 'optim.lr=-1e999', 'data.crop_area=(0.5, 1e999)', 'data.crop_aspect=(1, 1e999)'),
+        *('optim.ema_std=(1e999,)', 'model.scale=1e999', 'model.beta=-1e999', f'optim.lr={10**310}'),
+        *('seed=2147483648', f'train.steps={10**20}', f'model.latent={10**30}', f'data.keep_classes=({10**20},)'),
+    ],
+)
+def test_no_field_is_infinite_or_too_large(text, base):
+    assert f'config.{text.partition("=")[0]}' in refused(base, text)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf, 2**31, -(2**31), HUGE])
+def test_numbers_from_python_and_json(value, base):
+    """Those that no text of the command line is: not-a-numbers, and integers of any length."""
+    for section, field in (('optim', 'lr'), ('model', 'latent'), ('train', 'steps'), ('optim', 'boundaries')):
+        given = (value,) if field == 'boundaries' else value
+        with pytest.raises(UserError, match=rf'config\.{section}\.{field}') as e:
+            configs.complete(configs.deep_update(base.to_dict(), {section: {field: given}}))
+        assert len(str(e.value)) < 500
+
+
+def test_numbers_that_a_family_chooses_are_finite(base):
+    """Fields whose default is None, like sigma_max of diffusion."""
+    ddpm = configs.load(path('ddpm_digits'))
+    free = [name for name, value in configs.model_defaults('diffusion').items() if value is None]
+    assert 'sigma_max' in free
+    for name in free:
+        assert f'config.model.{name} must be a finite' in refused(ddpm, f'model.{name}=1e999')
+        assert f'config.model.{name} must be' in refused(ddpm, f'model.{name}={10**20}')
+        assert f'config.model.{name} must be a number or None' in refused(ddpm, f'model.{name}=many')
+        assert configs.override(ddpm, [f'--config.model.{name}=None']).model[name] is None
+
+
+# --- sections and fields of the wrong shape
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ("optim.networks={'coder': {'schedule': 'foo'}}", 'config.optim.networks.coder.schedule must be one of'),
+        ("optim.networks={'coder': {'lr': 'fast'}}", 'config.optim.networks.coder.lr must be float'),
+        ("optim.networks={'coder': {'ema': 0.5}}", 'config.optim.networks.coder.ema: no such field'),
+        ("optim.networks={'coder': {'networks': {}}}", 'no such field'),
+        ("optim.networks={'coder': [1]}", 'config.optim.networks.coder is a section'),
+        ("optim.networks={'a.b': {}}", 'a name is made of letters'),
+        ('optim.networks={1: {}}', 'a name is made of letters'),
+        ('optim.networks=[]', 'is a section'),
+        ('model={1: 2}', 'config.model.1: no such field'),
+        ("model={'a b\\n': 2}", 'no such field'),
+        ('model=[]', 'config.model is a section'),
+        ('model=None', 'config.model is a section'),
+        ("stages={'a.b': 'x'}", 'a name is made of letters'),
+        ("stages={'': 'x'}", 'a name is made of letters'),
+        ("stages={1: 'x'}", 'a name is made of letters'),
+        ("stages={'a': 3}", 'config.stages.a must be str'),
+        ("stages={'a': {'b': 'c'}}", 'config.stages.a must be str'),
+        ("stages={'a': ''}", 'config.stages.a must be the directory of a run'),
+        ('stages=None', 'is a section'),
+        ("data={'size': {'a': 1}}", 'config.data.size must be int'),
+        ('data.size=8.0', 'config.data.size must be int'),
+        ('train.steps=()', 'config.train.steps must be int'),
+        ('train.steps=None', 'config.train.steps must be int'),
+        ('optim.lr.x=3', 'config.optim.lr must be float'),
+        ('optim.lr=True', 'config.optim.lr must be float'),
+        ('optim..lr=3', 'no such field'),
+        ('=3', 'no such field'),
+        ('data.features=image', 'config.data.features must be tuple'),
+        ("data.features=('image', 3)", 'tuple of str'),
+        ('data.features=()', "must hold 'image'"),
+        ("data.keep_classes=('a',)", 'numbers of classes'),
+        ('data.keep_classes=(-1,)', 'numbers of classes'),
+        ('data.keep_classes=(1.5,)', 'numbers of classes'),
+        ('data.box=(0, 0, 0, 8)', '(top, left, height, width)'),
+        ('data.box=(-1, 0, 8, 8)', '(top, left, height, width)'),
+        ('data.box=(0, 0, 8)', '(top, left, height, width)'),
+        ('data.source=folder:a\0b', 'zero bytes'),
+        ('stages.first=a\0b', 'zero bytes'),
+        ('model.latent=' + '[' * 100_000, 'config.model.latent must be int'),
+        ('model.latent=' + '-' * 100_000 + '1', 'config.model.latent must be int'),
+        ('train.steps=' + '9' * 10_000, 'config.train.steps must be int'),
+        ('family=../os', 'no family'),
+        ('family=jaxgen.families.vae', 'no family'),
+    ],
+)
+def test_sections_and_fields_of_other_shapes(text, says, base):
+    assert says in refused(base, text)
+
+
+# --- paths
+
+
+def test_one_place_is_written_in_one_way(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    spellings = (
+        'runs/first',
+        'runs/first/',
+        './runs//first',
+        'x/../runs/first',
+        '~/runs/first',
+        f'{tmp_path}/runs/first',
+    )
+    for text in spellings:
+        fields = [
+            f'stages.first={text}',
+            f'data.source=folder:{text}',
+            f'evaluate.features=run:{text}',
+            f'data.dir={text}',
+        ]
+        config = configs.override(base, [f'--config.{field}' for field in fields])
+        place = f'{tmp_path}/runs/first'
+        assert config.stages.first == config.data.dir == place
+        assert config.data.source == f'folder:{place}' and config.evaluate.features == f'run:{place}'
+        assert configs.paths(config) == {
+            'stages.first': place, 'data.source': place, 'evaluate.features': place, 'data.dir': place,
+        }  # fmt: skip
+    # Names of data sets are no paths.
+    assert configs.override(base, ['--config.data.source=cifar10']).data.source == 'cifar10'
+
+
+# --- config.json, of anybody
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        *((text, 'is a JSON') for text in ('[]', '3', 'null', 'true', '"digits"', '[{"family": "vae"}]', '1e5')),
+        ('', 'JSONDecodeError'),
+        ('{', 'JSONDecodeError'),
+        ('\ufeff{}', 'JSONDecodeError'),
+        ('[' * 100_000, 'RecursionError'),
+        ('{"a":' * 100_000, 'RecursionError'),
+        ('{}', 'config.family is missing'),
+        ('{"family": 3}', 'config.family is missing'),
+        ('{"family": ["vae"]}', 'config.family is missing'),
+        ('{"family": "os"}', 'no family'),
+        ('{"family": "vae", "optim": {"lr": NaN}}', 'must be a finite number'),
+        ('{"family": "vae", "optim": {"lr": Infinity}}', 'must be a finite number'),
+        ('{"family": "vae", "optim": {"lr": 1e999}}', 'must be a finite number'),
+        ('{"family": "vae", "seed": ' + '9' * 4000 + '}', 'config.seed must be'),
+        ('{"family": "vae", "seed": ' + '9' * 5000 + '}', 'damaged (ValueError'),
+        ('{"family": "vae", "stages": {"first": null}}', 'config.stages.first must be str'),
+        ('{"family": "vae", "data": [1]}', 'config.data is a section'),
+        ('{"family": "vae", "data": {"features": ["image", {}]}}', 'tuple of str'),
+        ('{"family": "vae", "model": {"hidden": [[1]]}}', 'tuple of int'),
+        ('{"family": "vae", "data": {"dir": "a\\u0000b"}}', 'zero bytes'),
+        ('{"family": "vae", "x\\n\\u001b[31m": 1}', 'no such field'),
+        ('{"family": "vae"}' + ' ' * 2**21, 'damaged (ValueError: it has more than'),
+    ],
+)  # fmt: skip
+def test_config_json_of_any_content(text, says, tmp_path, capfd, no_compile):
+    file = tmp_path / 'config.json'
+    file.write_text(text, encoding='utf-8')
+    message = mistake(capfd, '--mode=sample', f'--workdir={tmp_path}')
+    assert says in message and str(file) in message and len(message) < 1500
+    assert message.rstrip('\n').isprintable()
+
+
+def test_config_json_that_is_no_file(tmp_path):
+    """Nothing waits for a pipe, and no link is followed."""
+    (tmp_path / 'whole.json').write_text(json.dumps({'family': 'vae'}))
+    assert configs.read_json(str(tmp_path / 'whole.json')).family == 'vae'
+    os.mkfifo(tmp_path / 'pipe.json')
+    os.symlink(tmp_path / 'whole.json', tmp_path / 'link.json')
+    (tmp_path / 'folder.json').mkdir()
+    (tmp_path / 'bytes.json').write_bytes(b'{"family": "v\xffae"}')
+    for name in ('pipe', 'link', 'folder', 'bytes', 'absent'):
+        with pytest.raises(UserError, match=rf'{name}\.json is damaged'):
+            configs.read_json(str(tmp_path / f'{name}.json'))
+
+
+# --- config files: programs of the person's own
+
+
+def loading(tmp_path, text: str | bytes) -> str:
+    """What is said of a config file with this text."""
+    file = tmp_path / 'mine.py'
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError) as e:
+        configs.load(str(file))
+    message = str(e.value)
+    assert '\n' not in message and message.startswith(str(file)), message
+    return message.removeprefix(str(file))
+
+
+GET = 'def get_config(variant=""):\n    '
+
+
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ('quit()\n', ':1: SystemExit'),
+        ('import sys\nsys.exit(0)\n', ':2: SystemExit'),
+        ('raise SystemExit\n', ':1: SystemExit'),
+        (GET + 'quit(3)\n', ':2: SystemExit'),
+        (GET + 'raise ValueError("one\\ntwo\\n\\nthree")\n', ':2: ValueError: one two three'),
+        (GET + 'raise KeyError("a" * 10_000)\n', ':2: KeyError'),
+        (GET + 'assert False\n', ':2: AssertionError'),
+        (GET + 'return get_config(variant)\n', ':2: RecursionError'),
+        (GET + 'raise StopIteration\n', ':2: StopIteration'),
+        (GET + 'raise GeneratorExit\n', ':2: GeneratorExit'),
+        (GET + 'raise type("Odd", (BaseException,), {})("x")\n', ':2: Odd: x'),
+        (GET + 'raise MemoryError\n', ':2: MemoryError'),
+        ('def get_config(:\n', ':1: SyntaxError'),
+        ('x = (\n', ':1: SyntaxError'),
+        ('\n\n  x = 1\n', ':3: IndentationError'),
+        (b'x = 1\0\n', ': SyntaxError'),
+        (b'x = "\xff"\n', ': SyntaxError'),
+        ('def get_config():\n    return 1\n', ': TypeError'),
+        ('get_config = 3\n', ': TypeError'),
+        (GET + 'return None\n', ': get_config must return'),
+        (GET + 'return {"family": "vae"}\n', ': get_config must return'),
+        ('x = 1\n', ' has no function get_config'),
+    ],
+)
+def test_config_files_that_fail(text, says, tmp_path):
+    message = loading(tmp_path, text)
+    assert says in message and len(message) < 500
+
+
+def test_a_config_file_stops_where_the_person_stops_it(tmp_path):
+    file = tmp_path / 'mine.py'
+    file.write_text('raise KeyboardInterrupt\n')
+    with pytest.raises(KeyboardInterrupt):
+        configs.load(str(file))
