@@ -246,11 +246,16 @@ class Checkpoints:
                 for line in dict.fromkeys(complaints):
                     log.say(f'WARNING: the checkpoint of step {step} is saved, with a warning: {line}')
                 log.save_json(os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step))))
-                for name in os.listdir(self.digests):
-                    if not os.path.isdir(os.path.join(self.folder, name.removesuffix('.json'))):
-                        os.remove(os.path.join(self.digests, name))
+                self.forget_digests()
         except BaseException as e:
             self.fault = self.failed(step, e)
+
+    def forget_digests(self) -> None:
+        """Removes the digests of checkpoints that are no longer there, and nothing else."""
+        for name in os.listdir(self.digests):
+            path, step = os.path.join(self.digests, name), re.fullmatch(r'([0-9]+)\.json', name)
+            if step and os.path.isfile(path) and not os.path.isdir(os.path.join(self.folder, step[1])):
+                os.remove(path)
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -293,7 +298,7 @@ class Checkpoints:
             return 'files of it are gone'
         except OSError as e:
             return f'{e.filename or path} cannot be read ({e.strerror})'
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             return f'it or its digest cannot be read ({" ".join(str(e).split())[:200]})'
         changed = sorted(k for k in saved if saved[k] != sums.get(k))  # a stray file beside them does no harm
         return f'{len(changed)} of its files changed since it was saved, {changed[0]} first' if changed else ''
@@ -312,29 +317,38 @@ class Checkpoints:
         """
         steps, damaged = self.steps(), []
         for step in reversed(steps):
-            problem = self.trouble(step)
+            problem, found, fault = self.trouble(step), None, None
             if not problem:
                 try:
                     found = self.read(step, abstract, mesh, items)
-                    self.put_aside(damaged)
-                    return found
                 except (UserError, RunError, MemoryError):
                     raise
                 except Exception as e:
-                    if os.path.exists(os.path.join(self.digests, f'{step}.json')):  # the fault is not the files'
-                        raise RunError(
-                            f'checkpoint of step {step} cannot be restored, though its files are as they were saved: '
-                            f'{type(e).__name__}: {" ".join(str(e).split())[:300]}; nothing was changed'
-                        ) from e
-                    problem = f'it cannot be read ({" ".join(str(e).split())[:200]})'
-            if not os.path.isdir(os.path.join(self.folder, str(step))):  # a training beside us went on meanwhile
-                self.manager.reload()
+                    fault, problem = e, f'it cannot be read ({" ".join(str(e).split())[:200]})'
+            if found:
+                self.put_aside(damaged)
+                return found
+            if self.reloaded() != steps:  # a training beside us went on meanwhile, and removed what was being read
                 return self.restore(abstract, mesh, items)
+            if fault and self.is_intact(step):  # the fault is not the files'
+                raise RunError(
+                    f'checkpoint of step {step} cannot be restored, though its files are as they were saved: '
+                    f'{type(fault).__name__}: {" ".join(str(fault).split())[:300]}; nothing was changed'
+                ) from fault
             log.say(f'WARNING: checkpoint of step {step} is damaged: {problem}')
             damaged.append(step)
         if steps:
             raise RunError(f'none of the checkpoints in {self.folder} can be read; nothing was started afresh')
         return None
+
+    def reloaded(self) -> list[int]:
+        """`steps`, as they are on the disk by now."""
+        self.manager.reload()
+        return self.steps()
+
+    def is_intact(self, step: int) -> bool:
+        """Whether there is a digest of a checkpoint, and its files have it."""
+        return os.path.exists(os.path.join(self.digests, f'{step}.json')) and not self.trouble(step)
 
     def put_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way of those that will be saved at the same steps."""
@@ -344,9 +358,10 @@ class Checkpoints:
             aside = os.path.join(os.path.dirname(self.folder), 'damaged')
             os.makedirs(aside, exist_ok=True)
             for step in damaged:
-                os.rename(os.path.join(self.folder, str(step)), os.path.join(aside, f'{step}-{time.time_ns()}'))
+                to = os.path.join(aside, f'{step}-{time.time_ns()}')
+                os.rename(os.path.join(self.folder, str(step)), to)
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.digests, f'{step}.json'))
+                    os.rename(os.path.join(self.digests, f'{step}.json'), f'{to}.json')
         sharding.barrier('put_aside')
         self.manager.reload()
 

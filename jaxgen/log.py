@@ -82,7 +82,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def state(self) -> dict:
-        return {'count': self.count, 'sums': self.sums}
+        return {'count': self.count, 'sums': dict(self.sums)}  # it is saved while the next updates are added
 
     def take(self) -> dict[str, float]:
         means = {name: total / self.count for name, total in self.sums.items()}

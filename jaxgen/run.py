@@ -19,7 +19,7 @@ from jaxgen import config as configs
 from jaxgen import data, evaluate, log, optim, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import Context, Family, State, check_stage_image
-from jaxgen.errors import UserError
+from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import features, scores
 
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
@@ -503,7 +503,15 @@ def averaged_afterwards(
     shares = optim.post_hoc(*map(np.array, zip(*pairs, strict=True)), step, std)
     total = None
     for s in saved:
-        state, _ = checkpoints.read(s, assembled.abstract, assembled.mesh, ('ema',))
+        try:
+            state, _ = checkpoints.read(s, assembled.abstract, assembled.mesh, ('ema',))
+        except (UserError, RunError, MemoryError):
+            raise
+        except Exception as e:
+            text = ' '.join(str(e).split())[:200]
+            raise RunError(
+                f'checkpoint of step {s} cannot be read ({text}): move it out of {checkpoints.folder}'
+            ) from e
         for (at, width), share in zip(pairs, shares, strict=True):
             if at == s:
                 part = {name: jax.tree.map(lambda x, c=share: c * x, state.ema[f'{name}@{width}']) for name in names}

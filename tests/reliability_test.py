@@ -569,25 +569,111 @@ def test_lost_host_is_named(tmp_path):
 NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:')
 
 
-@pytest.mark.parametrize('name', [*NAMES, '\udcff', 'run[1]/inner', 'plain/'])
-def test_what_was_saved_is_there_under_any_path(name, tmp_path):
+def small_state(step: int):
+    """(State of a few numbers, mesh)."""
     from jaxgen import sharding
-    from jaxgen.checkpoint import Checkpoints
     from jaxgen.contract import State
 
     mesh = sharding.make_mesh(1, jax.devices()[:1])
-    weights = {'a': {'kernel': jax.numpy.arange(6.0).reshape(2, 3)}}
-    state = State(step=jax.numpy.int32(3), params=weights, opt={'a': ({}, (jax.numpy.ones(()),))}, ema=weights)
-    state = jax.device_put(state, sharding.replicated(mesh))
-    (tmp_path / 'link').symlink_to(tmp_path)
-    writer = Checkpoints(f'{tmp_path}/link/{name}', keep=1)
-    writer.save(state, {})
+    weights = {'a': {'kernel': step * jax.numpy.arange(6.0).reshape(2, 3)}}
+    state = State(step=jax.numpy.int32(step), params=weights, opt={'a': ({}, (jax.numpy.ones(()),))}, ema=weights)
+    return jax.device_put(state, sharding.replicated(mesh)), mesh
+
+
+def small_run(workdir) -> None:
+    """Checkpoints of steps 2 and 4."""
+    from jaxgen.checkpoint import Checkpoints
+
+    writer = Checkpoints(workdir, keep=2)
+    for step in (2, 4):
+        writer.save(small_state(step)[0], {})
     writer.close()
-    reader = Checkpoints(f'{tmp_path}/{name}')
-    again, _ = reader.restore(jax.eval_shape(lambda: state), mesh)
-    reader.close()
-    assert_same(jax.device_get(state), jax.device_get(again))
-    assert os.listdir(f'{tmp_path}/{name}/digests') == ['3.json']
+
+
+def restored(workdir, keep: int = 0, save: int = 0) -> int:
+    """The step that a small run goes on from, its numbers looked at; saves another step after it if asked."""
+    from jaxgen.checkpoint import Checkpoints
+
+    state, mesh = small_state(2)
+    checkpoints = Checkpoints(workdir, keep=keep)
+    found, _ = checkpoints.restore(jax.eval_shape(lambda: state), mesh)
+    assert_same(jax.device_get(small_state(int(found.step))[0]), jax.device_get(found))
+    if save:
+        checkpoints.save(small_state(save)[0], {})
+    checkpoints.close()
+    return int(found.step)
+
+
+@pytest.mark.parametrize('name', [*NAMES, '\udcff', 'run[1]/inner', 'plain/'])
+def test_what_was_saved_is_there_under_any_path(name, tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path)
+    small_run(f'{tmp_path}/link/{name}')
+    assert restored(f'{tmp_path}/{name}') == 4
+    assert sorted(os.listdir(f'{tmp_path}/{name}/digests')) == ['2.json', '4.json']
+
+
+def test_what_is_said_of_a_state_is_what_it_was_when_it_was_saved():
+    """Saving goes on beside the next updates, which add to the meter."""
+    from jaxgen.log import Meter
+
+    meter = Meter()
+    meter.add({'loss': 1.0})
+    saved = meter.state()
+    meter.add({'loss': 5.0})
+    assert saved == {'count': 1, 'sums': {'loss': 1.0}}
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    'damage, step',
+    [
+        (lambda run: (run / 'checkpoints/7').write_text('a file'), 4),
+        (lambda run: (run / 'checkpoints/9').mkdir(), 4),
+        (lambda run: os.rename(run / 'checkpoints/4', run / 'checkpoints/11'), 2),
+        (lambda run: replace_by_folder(run / 'digests/4.json'), 2),
+        (lambda run: (run / 'digests/1.json').mkdir(), 4),
+        (lambda run: (run / 'digests/notes.txt').write_text('of the person'), 4),
+        (lambda run: (run / 'digests/4.json').write_text('[' * 100_000), 2),
+        (lambda run: os.mkfifo(run / 'checkpoints/4/ema/pipe'), 2),
+        (lambda run: replace_by_folder(run / 'checkpoints/4/ema/_METADATA'), 2),
+    ],
+)
+def test_a_training_goes_on_beside_whatever_lies_there(damage, step, tmp_path):
+    small_run(tmp_path)
+    damage(tmp_path)
+    strange = [name for name in ('7', '1.json', 'notes.txt') if list(tmp_path.glob(f'*/{name}'))]
+    assert restored(tmp_path) == step  # reading changes nothing
+    assert restored(tmp_path, keep=2, save=6) == step
+    assert restored(tmp_path) == 6
+    assert all(list(tmp_path.glob(f'*/{name}')) for name in strange)
+
+
+@pytest.mark.parametrize('part', ['', 'ema'])
+def test_a_checkpoint_that_goes_while_it_is_read(part, tmp_path, monkeypatch):
+    """A training beside the reader saved a newer one and removed this one."""
+    import shutil
+
+    from jaxgen.checkpoint import Checkpoints
+
+    small_run(tmp_path)
+    read = Checkpoints.read
+
+    def beside(self, step, *args):
+        folder = tmp_path / 'checkpoints'
+        if step == 4:
+            shutil.copytree(folder / '2', folder / '6')
+            (folder / '6/about/metadata').write_text((folder / '2/about/metadata').read_text().replace('2', '6', 1))
+            shutil.rmtree(folder / '4' / part)
+        return read(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, 'read', beside)
+    state, mesh = small_state(2)
+    found, about = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), mesh)
+    assert int(found.step) == about['step'] == 6
 
 
 def test_a_save_that_cannot_be_read_back_is_a_fault(tmp_path, monkeypatch):
