@@ -5,7 +5,8 @@
 Time: 10.0 minutes on 2 CPU cores with other work on them
 Paper: none
 Ours: Fréchet distance 1.32 (classifier_digits, 500 samples; held-out digits have 0.19)
-4.91 bits/dim of 256 levels (by the ODE (64 digits))
+4.91 bits/dim of 256 levels (by the ODE, 64 digits, seed 0; seeds 1 to 4: 4.89, 4.88, 4.88, 4.87. Each digit has one
+random vector for the divergence and one draw of dequantisation noise; 200 steps give 4.90 with seed 0)
 """
 
 from jaxgen.config import make
