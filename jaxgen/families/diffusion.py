@@ -184,7 +184,9 @@ def build(
         (Dhariwal & Nichol 2021); 0: none.
       bound_steps: terms of a chain's variational bound that `evaluate` computes, of the T - 1 between the
         first and the last; drawn evenly, the mean is right. 0: all.
-      ode_steps: of the likelihood in continuous time.
+      ode_steps: Runge-Kutta steps of the likelihood in continuous time. Where each pixel has one of three values and a
+        noise of one grey level, 50 are wrong by 0.001 (vp, ve) to 0.008 bits/dim (flow), 200 by less than 0.0002
+        (tests/processes_test.py).
 
     Raises:
       UserError: a value out of range, an image that cannot be halved often enough, no labels.
