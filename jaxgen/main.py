@@ -11,7 +11,14 @@ Modes:
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
 
 `sample`, `evaluate` and `explore` read the run's own saved config, so `--workdir` is enough. Any field is
-set by e.g. `--config.optim.lr=1e-3`.
+set by e.g. `--config.optim.lr=1e-3`; of a trained run those that training does not depend on.
+
+Outputs, of other settings beside each other:
+  sample    WORKDIR/samples/stepSTEP_WEIGHTS_seedSEED[_...]/ with images/, grid.png, samples.npz, film.png, or --out
+  explore   WORKDIR/explore/stepSTEP_WEIGHTS_seedSEED[_...]/ with explore.json and the sheets, or --out
+  evaluate  WORKDIR/results/stepSTEP_WEIGHTS_DIGEST.json, the newest also WORKDIR/evaluation.json;
+            --images: runs/images_FOLDER/, or --out
+In --out a later call replaces what an earlier one wrote there, and nothing else.
 
 Exit codes: 0 done; 1 a fault stopped the run; 2 a mistake in what was asked for; 75 told to
 stop, saved, the same command goes on.
