@@ -34,10 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.errors import UserError
 from jaxgen.optim import Optim, power_newest, steps_within_update
-from jaxgen.randomness import example_keys as example_keys
-from jaxgen.randomness import normal as normal
 
 Array = jax.Array
 PyTree = Any
@@ -102,24 +99,6 @@ class Context(NamedTuple):
     stages: dict[str, Family] = {}  # earlier stages by name, their weights come in `frozen`
     dtype: Any = jnp.float32  # dtype of computation; weights are float32 always
     remat: bool = False  # recompute activations in the backward pass, block by block
-
-
-def check_labels(context: Context, conditional: bool) -> None:
-    """Raises UserError where a model is to be told the class and the data have none."""
-    if conditional and not context.classes:
-        raise UserError(
-            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
-        )
-
-
-def check_stage_image(context: Context, name: str) -> None:
-    """Raises UserError where a stage was trained on images of another size than the data's."""
-    found = context.stages[name].image
-    if found not in ((), context.image):  # () before `run.assemble`
-        raise UserError(
-            f'config.stages.{name} was trained on other images: they are {found} (height, width, channels), and those '
-            f'of config.data {context.image}'
-        )
 
 
 def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str, ...] = ()) -> State:
@@ -266,21 +245,6 @@ def split_batch(batch: PyTree, n: int) -> PyTree:
     leading axis in place, where one to [n, b, ...] would gather the whole batch on every device.
     """
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // n, n, *x.shape[1:]), 0, 1), batch)
-
-
-def check_parts(n: int, parts: int, field: str) -> None:
-    """Raises UserError where a batch of n examples cannot be cut into so many equal parts, and each of these into equal
-    parts for the devices: of others XLA may compute something else.
-
-    Args:
-      field: of the config, which says how many parts there are.
-    """
-    devices = max(jax.sharding.get_abstract_mesh().size, 1)
-    if n % (parts * devices):
-        each = f', each for {devices} devices' if devices > 1 else ''
-        raise UserError(
-            f'config.data.batch = {n} must be a multiple of {parts * devices}: {field} makes {parts} parts{each}'
-        )
 
 
 def spread(x: PyTree) -> PyTree:

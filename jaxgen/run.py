@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen import data, evaluate, log, optim, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
-from jaxgen.contract import Context, Family, State, check_stage_image
+from jaxgen.checks import check_size, check_stage_image
+from jaxgen.contract import Context, Family, State
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import features, scores
 
@@ -55,7 +56,7 @@ class Assembled:
         n = self.config.data.batch
         batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
         init = functools.partial(init_state, self.family)
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for contract.check_parts
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for checks.check_parts
             state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
         for name in self.config.optim.networks:
             if name not in state.params:
@@ -166,9 +167,7 @@ def assemble(
     if 'first' in stages:
         check_stage_image(context, 'first')
     family = configs.builder(config.family)(context, **config.model.to_dict())._replace(image=context.image)
-    height, width, _ = context.image
-    if height % family.divisor or width % family.divisor:
-        raise UserError(f'config.data.size = {height} must be a multiple of {family.divisor} for this network')
+    check_size(context.image, family.divisor, 'this network')
     missing = sorted(set(family.conditions) - set(spec.features))
     if missing:
         raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.contract import example_keys, normal
 from jaxgen.diffusion import samplers, schedules
 from jaxgen.diffusion.likelihood import variational_bound
 from jaxgen.diffusion.parameterisations import PREDICTIONS, target, to_x_0
 from jaxgen.losses.likelihoods import discretised_gaussian
+from jaxgen.randomness import example_keys, normal
 
 BETAS = schedules.linear_betas(1000, 1e-4, 0.02)
 LINEAR = schedules.variance_preserving(BETAS)

@@ -12,22 +12,13 @@ import optax
 import pytest
 
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import (
-    Aux,
-    Context,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-    repeat,
-    split_batch,
-    store,
-)
+from jaxgen.contract import Aux, Context, gradient_step, new_state, repeat, split_batch, store
 from jaxgen.errors import UserError
 from jaxgen.families import gan
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral
 from jaxgen.optim import make_optim, steps_within_update
+from jaxgen.randomness import example_keys, normal
 
 WGAN_GP = dict(
     game='wasserstein',

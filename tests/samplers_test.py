@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.contract import example_keys, normal
 from jaxgen.diffusion import samplers, schedules
 from jaxgen.diffusion.schedules import Schedule
+from jaxgen.randomness import example_keys, normal
 
 KINDS = ('vp', 've', 'flow')
 MEAN, STD = np.array([-0.5, 0.0, 0.8]), np.array([0.3, 0.6, 1.0])

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import normal
 from jaxgen.diffusion.processes import Process
 from jaxgen.diffusion.schedules import Schedule, model_log_variance, posterior
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
+from jaxgen.randomness import normal
 
 Array = jax.Array
 

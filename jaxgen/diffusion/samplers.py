@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import normal
 from jaxgen.diffusion.schedules import Schedule, posterior
+from jaxgen.randomness import normal
 
 Array = jax.Array
 

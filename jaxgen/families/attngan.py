@@ -38,18 +38,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-    running,
-    spread,
-)
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.losses.divergences import normal_kl
@@ -57,6 +47,7 @@ from jaxgen.losses.matching import LOW, cosine, matching_loss, sentence_similari
 from jaxgen.networks import attngan as networks
 from jaxgen.networks.layers import downsample_mean, normalised, upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 PyTree = Any
@@ -117,7 +108,7 @@ def build(
       UserError: a value that cannot work.
     """
     levels = doublings + stages - 1
-    divisor, (height, columns, _) = 2**levels, context.image
+    divisor, height = 2**levels, context.image[0]
     if min(stages, doublings, width, latent, condition, discriminator_width, length, embedding, encoder_width) < 1:
         raise UserError(
             'config.model: stages, doublings, width, latent, condition, discriminator_width, length, embedding and '
@@ -131,11 +122,7 @@ def build(
             '[0, 1)'
         )
     check_penalties(discriminator_norm, r1=r1)
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.stages = {stages} and '
-            f'doublings = {doublings}'
-        )
+    check_size(context.image, divisor, f'config.model.stages = {stages} and doublings = {doublings}')
 
     generator = networks.Generator(
         context.image, stages, doublings, width, condition, blocks, attention, context.remat, context.dtype

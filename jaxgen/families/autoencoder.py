@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.augmentation.corruptions import grey, holes, low_resolution
-from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -71,10 +73,7 @@ def build(
         raise UserError(f'config.model.corruption must be one of {CORRUPTIONS}; it is {corruption!r}')
     if min(blocks, hidden, halvings, latent) < 1 or width < 2:
         raise UserError('config.model: blocks, hidden, halvings and latent must be 1 or more, width 2 or more')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
-        )
+    check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     if corruption == 'noise' and noise <= 0:
         raise UserError(f'config.model.noise must be more than 0; it is {noise}')
     if corruption == 'low_resolution' and (factor < 2 or height % factor or columns % factor):

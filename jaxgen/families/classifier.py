@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
@@ -68,13 +69,8 @@ def build(
         raise UserError("config.data.features must hold 'label': the class is what the model learns")
     if target == 'factors' and not (counts and all(isinstance(k, int) and k > 0 for k in counts)):
         raise UserError("config.model.target = 'factors' needs config.model.counts, the number of values of each")
-    height, columns, _ = context.image
     divisor = stride * 2**levels
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels} '
-            f'and stride = {stride}'
-        )
+    check_size(context.image, divisor, f'config.model.levels = {levels} and stride = {stride}')
 
     sizes = (context.classes,) if target == 'label' else counts
     network = Classifier(width, levels, stride, features, sum(sizes), dropout, context.dtype, context.remat)

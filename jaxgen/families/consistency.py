@@ -31,23 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    check_labels,
-    check_stage_image,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-)
+from jaxgen.checks import check_labels, check_stage_image
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
 from jaxgen.diffusion import samplers
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual
 from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 

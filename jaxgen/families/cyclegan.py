@@ -29,6 +29,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
@@ -102,10 +103,7 @@ def build(
         raise UserError(f'config.model.norm must be one of {NORMS}; it is {norm!r}')
     if min(cycle, identity) < 0:
         raise UserError('config.model: cycle and identity must be 0 or more')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
-        )
+    check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     if min(height, columns) < max(4, 2 * divisor):
         raise UserError(
             f'config.data.size = {height} is too small for config.model.halvings = {halvings}: '

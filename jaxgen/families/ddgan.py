@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
 from jaxgen.diffusion.samplers import ancestral, levels
 from jaxgen.diffusion.schedules import Schedule, posterior, variance_preserving
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import lazily, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.ddgan import Discriminator, Generator
 from jaxgen.networks.ncsnpp import PYRAMIDS, RESAMPLINGS
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -86,7 +88,6 @@ def build(
     Raises:
       UserError: a value that cannot work.
     """
-    height, columns, _ = context.image
     if not multipliers:
         raise UserError('config.model.multipliers must have a number for each level: they are none')
     divisor = math.lcm(2 ** (len(multipliers) - 1), 2 ** max(len(discriminator_multipliers) - discriminator_full, 0))
@@ -112,11 +113,7 @@ def build(
     for field, value, choices in (('resampling', resampling, RESAMPLINGS), ('pyramid', pyramid, PYRAMIDS)):
         if value not in choices:
             raise UserError(f'config.model.{field} must be one of {choices}; it is {value!r}')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers and '
-            'discriminator_multipliers'
-        )
+    check_size(context.image, divisor, 'config.model.multipliers and discriminator_multipliers')
 
     sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
     sizes |= dict(resampling=resampling, pyramid=pyramid, dropout=dropout, remat=context.remat)

@@ -41,25 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.augmentation import edm
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    check_labels,
-    check_stage_image,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-)
+from jaxgen.checks import check_labels, check_stage_image
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
 from jaxgen.diffusion import importance, parameterisations, processes, samplers
 from jaxgen.diffusion.guidance import FARTHEST, classifier_guided, guided, in_interval
 from jaxgen.diffusion.likelihood import bound_term, ode_likelihood, variational_bound
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.denoisers import FIELDS, NETWORKS, check_network
-from jaxgen.randomness import stream
+from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 

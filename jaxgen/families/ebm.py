@@ -31,23 +31,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-    split_batch,
-    spread,
-)
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, split_batch, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks import energy as energies
 from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -165,7 +156,6 @@ def build(
     Raises:
       UserError: a value that cannot work.
     """
-    height, columns, _ = context.image
     if network not in ('residual', 'wide_resnet'):
         raise UserError(f"config.model.network must be 'residual' or 'wide_resnet'; it is {network!r}")
     if start not in ('noise', 'buffer'):
@@ -184,10 +174,7 @@ def build(
     if joint and context.classes < 2:
         raise UserError("config.data.features must hold 'label', of 2 classes or more: config.model.joint learns them")
     divisor = 2 ** (len(multipliers) - (network == 'wide_resnet'))
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers = {multipliers}'
-        )
+    check_size(context.image, divisor, f'config.model.multipliers = {multipliers}')
 
     shape = context.image
     module = {'residual': ResidualEnergy, 'wide_resnet': WideResNet}[network]

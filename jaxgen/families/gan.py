@@ -44,26 +44,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxgen.augmentation.diff_augment import AUGMENTATIONS, augment
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    check_labels,
-    check_parts,
-    example_keys,
-    gradient_step,
-    new_state,
-    repeat,
-    running,
-    spread,
-    store,
-)
+from jaxgen.checks import check_labels, check_parts, check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, repeat, running, spread, store
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
 from jaxgen.optim import steps_within_update
+from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
@@ -144,7 +132,7 @@ def build(
     Raises:
       UserError: a value that cannot work.
     """
-    height, columns, _ = context.image
+    height = context.image[0]
     residual = network in ('resnet', 'biggan')
     levels = {'mlp': 0, 'dcgan': len(multipliers)}.get(network, len(multipliers) - 1)
     halvings = halvings or max(levels - 1, 1)
@@ -171,11 +159,8 @@ def build(
             f'config.model.multipliers = {multipliers} are too few for config.model.network = {network!r}'
             + (f' with halvings = {halvings}' if residual else '')
         )
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers = {multipliers}'
-            + (f' and halvings = {halvings}' if residual else '')
-        )
+    reason = f'config.model.multipliers = {multipliers}' + (f' and halvings = {halvings}' if residual else '')
+    check_size(context.image, divisor, reason)
     sizes = [height >> i for i in range(levels)]
     if residual and any(size not in sizes or size % 2 for size in attention):
         raise UserError(f'config.model.attention: sizes must be even ones of {sizes}; they are {attention}')

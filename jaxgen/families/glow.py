@@ -25,7 +25,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state, normal
+from jaxgen.checks import check_labels, check_size
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -34,6 +35,7 @@ from jaxgen.networks.couplings import (
     to_unit,
 )
 from jaxgen.networks.glow import Flow, Top, latent_shapes
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -83,11 +85,7 @@ def build(
     if temperature < 0:
         raise UserError(f'config.model.temperature {temperature} must be 0 or more')
     check_labels(context, conditional)
-    if context.image[0] % 2**levels or context.image[1] % 2**levels:
-        raise UserError(
-            f'config.data.size = {context.image[0]} must be a multiple of {2**levels} '
-            f'for config.model.levels = {levels}'
-        )
+    check_size(context.image, 2**levels, f'config.model.levels = {levels}')
 
     size, last = math.prod(context.image), latent_shapes(context.image, levels)[-1]
     top = Top(last, context.classes if conditional else 0, learn_top, edge)

@@ -25,10 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, running, spread
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
+from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
@@ -79,7 +81,6 @@ def build(
     Raises:
       UserError: a value that cannot work.
     """
-    height, columns, _ = context.image
     divisor = 2**levels
     if min(noise, width, levels, hidden, recogniser_hidden) < 1 or continuous < 0:
         raise UserError(
@@ -92,10 +93,7 @@ def build(
     if min(category_weight, continuous_weight, r1) < 0:
         raise UserError('config.model: category_weight, continuous_weight and r1 must be 0 or more')
     check_penalties(discriminator_norm, r1=r1)
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
-        )
+    check_size(context.image, divisor, f'config.model.levels = {levels}')
     sizes = (width, levels, hidden)
     networks = {
         'generator': Generator(context.image, *sizes, dtype=context.dtype),

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.augmentation.corruptions import holes, strokes
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, spread, store
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread, store
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
 from jaxgen.networks import spectral
 from jaxgen.networks.inpainting import Discriminator, Generator
+from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
@@ -75,10 +77,7 @@ def build(
         raise UserError(f'config.model.brush must be the least and the largest width, more than 0; it is {brush}')
     if masks in ('square', 'both') and not 1 <= hole <= min(height, columns):
         raise UserError(f'config.model.hole must be from 1 to config.data.size = {height}; it is {hole}')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.attention = {attention}'
-        )
+    check_size(context.image, divisor, f'config.model.attention = {attention}')
 
     generator = Generator(width, dilations, attention, context.remat, context.dtype)
     discriminator = Discriminator(discriminator_channels, discriminator_layers, context.dtype)

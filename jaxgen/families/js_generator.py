@@ -23,9 +23,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal, spread
+from jaxgen.contract import Aux, Context, Family, make_update, new_state, spread
 from jaxgen.errors import UserError
 from jaxgen.networks.js_generator import Generator
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 

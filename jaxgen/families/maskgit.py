@@ -19,11 +19,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
+from jaxgen.checks import check_labels
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.transformer import MaskedTransformer, categorical, check_prior, filtered, flatten, unflatten
-from jaxgen.randomness import stream
+from jaxgen.randomness import example_keys, stream
 
 Array = jax.Array
 

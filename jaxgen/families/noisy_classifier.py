@@ -15,13 +15,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, example_keys, make_update, new_state, normal
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.diffusion import processes
 from jaxgen.diffusion.guidance import FARTHEST
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.adm import ADMClassifier
 from jaxgen.networks.denoisers import GIVEN, check_network
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 

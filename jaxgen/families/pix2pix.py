@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.augmentation.corruptions import blurred
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
 from jaxgen.networks.layers import NORMS
 from jaxgen.networks.pix2pix import UNet
-from jaxgen.randomness import stream
+from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
@@ -71,7 +72,7 @@ def build(
     Raises:
       UserError: a value that cannot work.
     """
-    height, columns, channels = context.image
+    height, _, channels = context.image
     divisor = 2**halvings
     if min(width, halvings) < 1 or min(full, dropouts) < 0 or not 0 <= dropout < 1:
         raise UserError(
@@ -83,10 +84,7 @@ def build(
         raise UserError('config.model: blur, noise and l1 must be 0 or more')
     if condition == 'image' and not blur and not noise:
         raise UserError("config.model.condition = 'image' needs config.model.blur or noise, or there is nothing to do")
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
-        )
+    check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     patchgan.check('discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm)
 
     generator = UNet(channels, width, full, halvings, dropouts, dropout, norm, context.remat, context.dtype)

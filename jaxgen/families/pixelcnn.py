@@ -25,11 +25,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
+from jaxgen.checks import check_labels
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
 from jaxgen.networks.pixelcnn import NETWORKS, Coarser, Level
+from jaxgen.randomness import example_keys
 
 Array = jax.Array
 

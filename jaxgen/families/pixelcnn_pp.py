@@ -19,12 +19,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state
+from jaxgen.checks import check_labels, check_size
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import draw_cached, draw_plainly
 from jaxgen.networks.pixelcnn import Condition
 from jaxgen.networks.pixelcnn_pp import PixelCNNpp
+from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
@@ -70,10 +72,7 @@ def build(
         )
     height, width, channels = context.image
     divisor = 2 ** (scales - 1)
-    if height % divisor or width % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.scales = {scales}'
-        )
+    check_size(context.image, divisor, f'config.model.scales = {scales}')
 
     net = PixelCNNpp(
         likelihoods.logistic_mixture_size(channels, mixtures),

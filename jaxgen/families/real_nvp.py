@@ -25,7 +25,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, running
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -35,6 +36,7 @@ from jaxgen.networks.couplings import (
     total,
 )
 from jaxgen.networks.real_nvp import Flow
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -90,10 +92,7 @@ def build(
     if min(temperature, scale_penalty) < 0:
         raise UserError('config.model: temperature and scale_penalty must be 0 or more')
     divisor = 2 ** (scales - 1)
-    if context.image[0] % divisor or context.image[1] % divisor:
-        raise UserError(
-            f'config.data.size = {context.image[0]} must be a multiple of {divisor} for config.model.scales = {scales}'
-        )
+    check_size(context.image, divisor, f'config.model.scales = {scales}')
     if math.prod(context.image[:2]) < 2 * divisor**2:
         raise UserError(
             f'config.data.size = {context.image[0]}: half of the pixels stand still, so the smallest map of '

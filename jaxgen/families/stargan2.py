@@ -31,11 +31,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, spread
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
 from jaxgen.networks.layers import NORMS
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
@@ -110,10 +112,7 @@ def build(
         raise UserError(f'config.model.norm must be one of {NORMS}; it is {norm!r}')
     if min(high_pass, r1, style_weight, diversity, cycle) < 0:
         raise UserError('config.model: high_pass, r1, style_weight, diversity and cycle must be 0 or more')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings}'
-        )
+    check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     if norm == 'instance' and min(height, columns) < 2 << halvings:
         raise UserError(
             f'config.model.norm = {norm!r} needs 2 pixels of the smallest map: config.model.halvings = {halvings} are '

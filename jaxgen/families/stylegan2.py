@@ -31,26 +31,15 @@ import numpy as np
 import optax
 
 from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
-from jaxgen.contract import (
-    Aux,
-    Context,
-    Family,
-    advance,
-    check_labels,
-    example_keys,
-    gradient_step,
-    new_state,
-    normal,
-    running,
-    spread,
-    store,
-)
+from jaxgen.checks import check_labels
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread, store
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import downsample_mean
 from jaxgen.networks.stylegan2 import Discriminator, Generator, noise_sizes, styles
 from jaxgen.optim import Optim
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 

@@ -50,7 +50,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state, normal
+from jaxgen.checks import check_labels, check_size
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
@@ -63,6 +64,7 @@ from jaxgen.networks.vae import (
     MlpEncoder,
     Pixels,
 )
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu, 'tanh': jnp.tanh}
@@ -209,7 +211,6 @@ def build(
         'gaussian': likelihoods.gaussian,
         'discretised_gaussian': likelihoods.discretised_gaussian,
     }
-    height, columns, _ = context.image
     divisor = 2**levels if network == 'conv' else 1
     if network not in ('conv', 'mlp', 'gated'):
         raise UserError(f"config.model.network must be 'conv', 'mlp' or 'gated'; it is {network!r}")
@@ -244,10 +245,7 @@ def build(
         raise UserError(
             "config.model.conditional goes with one code and a normal prior: set latent2 to 0 and prior to 'normal'"
         )
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.levels = {levels}'
-        )
+    check_size(context.image, divisor, f'config.model.levels = {levels}')
 
     # What the layers of perceptrons do: None is the gate.
     dtype, unit = context.dtype, None if network == 'gated' else ACTIVATIONS[activation]

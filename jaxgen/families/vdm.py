@@ -28,11 +28,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, check_labels, example_keys, make_update, new_state, normal
+from jaxgen.checks import check_labels
+from jaxgen.contract import Aux, Context, Family, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks.layers import check_groups
 from jaxgen.networks.vdm import SCHEDULES, Schedule, VDMNet
+from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 

@@ -39,7 +39,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state, normal, running
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import GAMES, adaptive_weight
@@ -48,7 +49,7 @@ from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
 from jaxgen.networks.layers import check_groups
 from jaxgen.networks.multiscale import MultiScale, grids_of
-from jaxgen.randomness import stream
+from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
@@ -168,10 +169,7 @@ def build(
         raise UserError(f'config.model.game must be one of {tuple(GAMES)}; it is {game!r}')
     if pixels not in ('l1', 'l2'):
         raise UserError(f"config.model.pixels must be 'l1' or 'l2'; it is {pixels!r}")
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.multipliers = {multipliers}'
-        )
+    check_size(context.image, divisor, f'config.model.multipliers = {multipliers}')
     if adversarial:
         patchgan.check(
             'discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm

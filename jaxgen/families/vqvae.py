@@ -21,11 +21,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, advance, example_keys, gradient_step, new_state
+from jaxgen.checks import check_size
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
-from jaxgen.randomness import stream
+from jaxgen.randomness import example_keys, stream
 
 Array = jax.Array
 
@@ -84,11 +85,7 @@ def build(
         raise UserError("config.model.debiased is about averages: it needs config.model.codebook = 'ema'")
     if commitment < 0 or variance <= 0 or restart < 0:
         raise UserError('config.model: variance must be more than 0, commitment and restart 0 or more')
-    if height % divisor or columns % divisor:
-        raise UserError(
-            f'config.data.size = {height} must be a multiple of {divisor} for config.model.halvings = {halvings} '
-            f'and levels = {levels}'
-        )
+    check_size(context.image, divisor, f'config.model.halvings = {halvings} and levels = {levels}')
 
     sizes = dict(width=width, blocks=blocks, hidden=hidden, halvings=halvings)
     rest = dict(remat=context.remat, dtype=context.dtype)

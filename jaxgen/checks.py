@@ -1,0 +1,52 @@
+"""Checks of what a person configured, before anything is compiled: each raises UserError with what to change."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxgen.contract import Context
+from jaxgen.errors import UserError
+
+
+def check_labels(context: Context, conditional: bool) -> None:
+    """Raises UserError where a model is to be conditioned on the class and the data have no labels."""
+    if conditional and not context.classes:
+        raise UserError(
+            "config.model.conditional needs labels: take a data set with classes, with 'label' in config.data.features"
+        )
+
+
+def check_stage_image(context: Context, name: str) -> None:
+    """Raises UserError where a stage was trained on images of another size than the data's."""
+    found = context.stages[name].image
+    if found not in ((), context.image):  # () before `run.assemble`
+        raise UserError(
+            f'config.stages.{name} was trained on other images: they are {found} (height, width, channels), and those '
+            f'of config.data {context.image}'
+        )
+
+
+def check_size(image: tuple[int, int, int], divisor: int, reason: str) -> None:
+    """Raises UserError where an image's height or width is not a multiple of `divisor`.
+
+    Args:
+      reason: the fields that make it so, like 'config.model.levels = 3'.
+    """
+    height, width, _ = image
+    if height % divisor or width % divisor:
+        raise UserError(f'config.data.size = {height} must be a multiple of {divisor} for {reason}')
+
+
+def check_parts(n: int, parts: int, field: str) -> None:
+    """Raises UserError where a batch of n examples cannot be cut into so many equal parts, and each of these into equal
+    parts for the devices: of others XLA may compute something else.
+
+    Args:
+      field: of the config, which says how many parts there are.
+    """
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    if n % (parts * devices):
+        each = f', each for {devices} devices' if devices > 1 else ''
+        raise UserError(
+            f'config.data.batch = {n} must be a multiple of {parts * devices}: {field} makes {parts} parts{each}'
+        )
