@@ -1642,6 +1642,12 @@ def test_images_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch, capfd)
         data.dataset(make(tmp_path, max_pixels=60), 'train')
 
 
+def test_the_limit_of_pixels_is_the_one_of_the_config(monkeypatch):
+    """PIL has one of its own, which says nothing of what the person allows."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
+    assert transforms.load(encoded(grey(0, 20, 20)), 1, 400).size == (20, 20)
+
+
 def test_pairs_of_other_aspect_ratios(tmp_path):
     for i in range(4):
         for part, (width, height) in {'image': (64, 32), 'mask': (32, 32)}.items():

@@ -14,6 +14,7 @@ import io
 import math
 import re
 import struct
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ FORMATS = [
     )
     if name in Image.OPEN
 ]
+# What PIL warns of, two lines for each file, `check_pixels` refuses or the person has allowed.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 MAX_PIXELS = 2**26  # of an image where nobody says otherwise; decoding takes up to 16 bytes for each
 
 
@@ -56,6 +59,8 @@ def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: b
       Exception: of any kind, as PIL's plugins do, when the bytes are damaged or no image.
     """
     check_icon(encoded, max_pixels)
+    if Image.MAX_IMAGE_PIXELS and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:  # PIL refuses more than twice this
+        Image.MAX_IMAGE_PIXELS = max_pixels
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     check_pixels(image.size, max_pixels)
     scale = key_scale(image)
