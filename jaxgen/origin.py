@@ -104,10 +104,14 @@ def check_named(unnamed: dict[str, str], *fields: str) -> None:
             )
 
 
-def check_layout(workdir: str) -> None:
+def check_layout(workdir: str, everything: bool = False) -> None:
     """Raises UserError where a link, a pipe or a device stands in for a file of the run.
 
     The run's directory may be a link itself: the person named it.
+
+    Args:
+      everything: look at all that lies in the directory, not only at what a run writes. The config of a stranger's run
+        may name images or a prepared data set in there.
     """
 
     def check(path: str) -> None:
@@ -116,7 +120,7 @@ def check_layout(workdir: str) -> None:
             what = f'a link to {os.readlink(path)}' if stat.S_ISLNK(mode) else 'no regular file'
             raise UserError(f'{path} is {what}: the files of a run must lie in its own directory')
 
-    for name in OWN:
+    for name in os.listdir(workdir) if everything else OWN:
         top = os.path.join(workdir, name)
         if not os.path.lexists(top):
             continue

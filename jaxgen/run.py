@@ -119,7 +119,7 @@ def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), u
         if os.path.realpath(path) in here:
             raise UserError(f'config.stages.{name}: {path} is a stage of itself; name the run of an earlier stage')
         if os.path.isfile(os.path.join(path, 'config.json')):
-            check_cycle(path, saved_config(path), here, untrained)
+            check_cycle(path, read(path)[0], here, untrained)
         elif untrained and configs.named(path):
             check_cycle(path, configs.load(configs.named(path)), here, untrained)
 
@@ -378,7 +378,7 @@ def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | Non
 def read(workdir: str, config: ConfigDict | dict | None = None, named: set[str] = frozenset()):
     """(config, spec, unnamed): what a run is to be used with, no weights; arguments and errors as those of `load`."""
     saved = saved_config(workdir)
-    origin.check_layout(workdir)
+    origin.check_layout(workdir, everything=not origin.is_own(workdir, saved))
     config, unnamed = used_config(workdir, saved, config, named)
     spec = saved_spec(workdir)
     if spec is None:  # the data must say

@@ -66,5 +66,14 @@ def check_inside(root: str, path: str) -> None:
         )
 
 
+def check_shards(builder) -> None:
+    """Raises UserError where a prepared set says of its examples that they lie outside of its directory."""
+    top = os.path.abspath(builder.data_dir)
+    for split in builder.info.splits.values():
+        for path in split.filepaths:
+            if os.path.commonpath([top, os.path.abspath(path)]) != top:
+                raise UserError(f'{top}: its dataset_info.json names a file outside of it, {os.fspath(path)[:200]}')
+
+
 import_no_features()
 sys.addaudithook(hook)

@@ -509,6 +509,7 @@ def open_records(source: Source, data, split: str) -> Records:
     """
     chosen = choose(source, data)
     builder = prepare(source)
+    guard.check_shards(builder)
     part = split_name(source, builder, split, data['test_share'])
     try:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
