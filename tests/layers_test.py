@@ -166,6 +166,40 @@ def test_norms_keep_their_digits_at_any_mean(name, mean):
     np.testing.assert_allclose(got, standardised(x, axes, eps), atol=1e-5 + 1e-6 * mean)
 
 
+@pytest.mark.parametrize('mean, deviation', [(1e4, 1.0), (1e4, 1e-2), (3000.0, 1e-3), (1e6, 1.0), (0.0, 1e-5)])
+@pytest.mark.parametrize('name', sorted({*NORMALISATIONS} - {'actnorm', 'by data, weight norm', 'batch of a flow'}))
+def test_norms_lose_nothing_of_the_numbers_they_are_given(name, mean, deviation):
+    """However far from 0 beside their deviation: a mean that is rounded at 1e4 would be off by 5 % of 0.01."""
+    normalise, axes, eps = NORMALISATIONS[name]
+    x = mean + deviation * jax.random.normal(jax.random.key(1), (4, 8, 8, 6))
+    want = standardised(x, axes, eps)
+    np.testing.assert_allclose(normalise(x), want, atol=2e-5 * max(1, np.abs(want).max()))
+
+
+def test_a_pixel_far_from_all_others_costs_few_digits():
+    """The first pixel, whose value group norms take from all others."""
+    x = jax.random.normal(jax.random.key(0), (1, 32, 32, 8)).at[0, 0, 0].set(1e4)
+    want = standardised(x, (1, 2, 3), 1e-6)
+    np.testing.assert_allclose(GroupNorm(1, affine=False).apply({}, x), want, rtol=2e-3, atol=1e-4)
+    got, _ = BatchNorm(train=True, affine=False).apply({}, x, mutable=['batch_stats'])
+    np.testing.assert_allclose(got, standardised(x, (0, 1, 2), 1e-5), rtol=2e-3, atol=1e-4)
+
+
+def test_batch_norm_gradient_is_that_of_the_definition():
+    """The shift inside is a constant to gradients, and no result depends on it."""
+    x = np.random.default_rng(0).normal(1, 2, (2, 2, 2, 3))
+    weights = np.random.default_rng(1).normal(size=x.shape)
+    for name, axes in (('batch', (0, 1, 2)), ('layer', 3), ('instance without weights', (1, 2))):
+        normalise, _, eps = NORMALISATIONS[name]
+        with jax.disable_jit():
+            got = jax.grad(lambda x, f=normalise: jnp.sum(jnp.asarray(f(x)) * weights))(jnp.asarray(x, jnp.float32))
+        for place in list(np.ndindex(x.shape))[::5]:
+            step = np.zeros_like(x)
+            step[place] = 1e-5
+            rise = (standardised(x + step, axes, eps) - standardised(x - step, axes, eps)) * weights
+            np.testing.assert_allclose(got[place], rise.sum() / 2e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     'name', ['batch', 'layer', 'instance', 'instance without weights', 'instance++', 'group of all']
 )

@@ -211,44 +211,76 @@ def Norm(
     return GroupNorm(groups, 1e-5, dtype, least, affine, name=name)
 
 
+class ShiftedLayerNorm(nn.LayerNorm):
+    """flax's, of what is left when one of a vector's own numbers is taken from all of them: no result depends on it,
+    and the mean of what is left keeps the digits that a mean far from 0 has not."""
+
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return super().__call__(x - jax.lax.stop_gradient(x[..., :1]))
+
+
 def LayerNorm(
     *, eps: float = 1e-6, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
 ) -> nn.Module:
     """Layer normalisation over the last axis, statistics in float32.
 
     The variance is the mean of squared differences from the mean, as everywhere here: E[x^2] - E[x]^2, flax's default,
-    keeps no digit of a variance that is 1e-7 of the squared mean.
+    keeps no digit of a variance that is 1e-7 of the squared mean. The mean itself is taken of shifted numbers, see
+    `ShiftedLayerNorm`.
 
     Args:
       eps: 1e-6 in TensorFlow's and Flax's default, 1e-5 in torch's.
       affine: with a learned scale and bias.
     """
-    return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, use_fast_variance=False, name=name)
+    return ShiftedLayerNorm(
+        epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype, use_fast_variance=False, name=name
+    )
 
 
-def BatchNorm(
-    *, train: bool, eps: float = 1e-5, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
-) -> nn.Module:
-    """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last, statistics in float32.
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015) of [..., C] over all axes but the last, statistics in float32.
 
     Training uses the statistics of the batch, over all devices, and leaves just these in the
     collection 'batch_stats' (so `mutable=['batch_stats']`): the family averages them over updates,
     by its own rule, in State.extra. Otherwise the statistics given in 'batch_stats' are used, and
     an example's result does not depend on the others.
 
-    Args:
+    In training moments are those of numbers from which the mean of the first example is taken: no result depends on it,
+    and a mean far from 0 costs no digits.
+
+    Attributes:
       affine: with a learned scale and bias.
+      dtype: of the result.
     """
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.0,
-        epsilon=eps,
-        use_bias=affine,
-        use_scale=affine,
-        dtype=dtype,
-        use_fast_variance=False,  # see LayerNorm
-        name=name,
-    )
+
+    train: bool
+    eps: float = 1e-5
+    affine: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels, axes = x.shape[-1], tuple(range(x.ndim - 1))
+        kept_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
+        kept_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
+        x = x.astype(jnp.float32)
+        if self.train:
+            first = jax.lax.stop_gradient(x[:1].mean(axes))
+            x = x - first
+            mean = x.mean(axes)
+            variance = jnp.square(x - mean).mean(axes)
+            if not self.is_initializing():
+                kept_mean.value, kept_var.value = first + mean, variance
+        else:
+            mean, variance = kept_mean.value, kept_var.value
+        factor = jax.lax.rsqrt(variance + self.eps)
+        if self.affine:
+            factor = factor * self.param('scale', nn.initializers.ones, (channels,))
+        x = (x - mean) * factor
+        if self.affine:
+            x = x + self.param('bias', nn.initializers.zeros, (channels,))
+        return x.astype(self.dtype)
 
 
 def instance_norm(x: Array, eps: float = 1e-5) -> Array:
@@ -257,6 +289,7 @@ def instance_norm(x: Array, eps: float = 1e-5) -> Array:
     Ulyanov et al. 2016, arXiv 1607.08022. Statistics in float32, result in x's dtype.
     """
     y = x.astype(jnp.float32)
+    y = y - jax.lax.stop_gradient(y[:, :1, :1])  # a mean far from 0 costs no digits
     y = y - y.mean((1, 2), keepdims=True)
     return (y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + eps)).astype(x.dtype)
 

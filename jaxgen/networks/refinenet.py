@@ -80,10 +80,11 @@ class Norm(nn.Module):
         variance = jnp.square(shifted).mean(1) - jnp.square(offsets)
         means = first + offsets
         scale, factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5), scale * factor
+        # The channels' means are compared as they are; x is scaled from its shifted values, whose digits are all left.
         centred = means - means.mean(1, keepdims=True)
         spread = jnp.square(centred).sum(1, keepdims=True) / (channels - 1)
-        shift = shift - scale * means + factor * centred * jax.lax.rsqrt(spread + 1e-5)
-        return (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+        shift = shift - scale * offsets + factor * centred * jax.lax.rsqrt(spread + 1e-5)
+        return (shifted * scale[:, None] + shift[:, None]).reshape(x.shape).astype(self.dtype)
 
 
 class Layer(nn.Module):
