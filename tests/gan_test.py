@@ -251,6 +251,18 @@ def largest(kernel) -> float:
     return float(np.linalg.svd(np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]), compute_uv=False)[0])
 
 
+@pytest.mark.parametrize('size', [1e-30, 1e-19, 1e-10, 1e10, 1e19, 1e30])
+def test_singular_values_of_any_size(size):
+    """Squares of such kernels are 0 or infinite in float32, their largest singular value is not."""
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 8))
+    u = spectral.unit(jnp.ones(8))
+    iterate = jax.jit(lambda u: spectral.power_iteration(jnp.asarray(kernel * size, jnp.float32), u))
+    for _ in range(60):
+        value, u = iterate(u)
+    np.testing.assert_allclose(float(value) / size, np.linalg.svd(kernel.reshape(-1, 8))[1][0], rtol=1e-4)
+    assert (spectral.unit(jnp.zeros(3)) == 0).all()
+
+
 def test_spectral_normalisation_against_svd():
     weights = kernels()
     vectors = spectral.start(jax.random.key(1), weights)

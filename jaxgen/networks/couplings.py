@@ -215,7 +215,7 @@ class WeightNormConv(nn.Module):
         v = conv.variables['params']['kernel']
         g = self.param('scale', nn.initializers.constant(self.scale), (self.features,))
         # The convolution is linear in v: its result is scaled instead.
-        x = x * (g * jax.lax.rsqrt(jnp.square(v).sum((0, 1, 2)) + 1e-12)).astype(self.dtype)
+        x = x * (g * jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1, 2)), 1e-30))).astype(self.dtype)
         return x + self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype) if self.bias else x
 
 

@@ -146,7 +146,7 @@ class CausalConv(nn.Module):
         shape = (*self.kernel, x.shape[-1], self.features)
         if self.weight_norm:
             v = self.param('v', nn.initializers.normal(0.05), shape)
-            kernel = v * lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1, 2)), 1e-12))
+            kernel = v * lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1, 2)), 1e-30))
             scale, bias = jnp.ones(self.features), jnp.zeros(self.features)
             if self.is_initializing():
                 y = self.whole(x.astype(jnp.float32), kernel)
@@ -231,7 +231,7 @@ class CausalUp(nn.Module):
         """
         channels = channels or x.shape[-1]
         v = self.param('v', nn.initializers.normal(0.05), (2, self.columns, channels, self.features))
-        kernel = v * lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1, 2)), 1e-12))
+        kernel = v * lax.rsqrt(jnp.maximum(jnp.square(v).sum((0, 1, 2)), 1e-30))
         scale, bias = jnp.ones(self.features), jnp.zeros(self.features)
         if self.is_initializing():
             y = self.whole(x.astype(jnp.float32), kernel)

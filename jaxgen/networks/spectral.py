@@ -21,8 +21,10 @@ PyTree = Any
 
 
 def unit(x: Array) -> Array:
-    """x [n] with length 1; 0 stays 0."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(), 1e-36))
+    """x [n] with length 1, however small or large its numbers are; 0 stays 0."""
+    largest = jnp.abs(x).max()
+    x = x / jnp.where(largest > 0, largest, 1)  # squares of numbers below 1e-19 or above 1e19 are 0 or infinite
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(), 1))
 
 
 def power_iteration(kernel: Array, u: Array) -> tuple[Array, Array]:
