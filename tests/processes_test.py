@@ -311,3 +311,25 @@ def test_sigmas_are_those_of_the_choices_own_paper():
     assert processes.sigma_range('ve', 'edm', 0.01, None) == (0.01, 80.0)
     ends = processes.make('ve').at(np.array([0.0, 1.0])).sigma
     np.testing.assert_allclose(ends, [0.02, 100.0])
+
+
+@pytest.mark.parametrize('shift', [0.05, 0.08, 0.1, 0.15, 0.18, 1.1, 3.0, 3.1, 7.3])
+@pytest.mark.parametrize('n', [1, 2, 7])
+def test_a_shifted_flow_still_begins_at_noise(shift, n):
+    """alpha is 0 at the last level whatever is rounded (at 0.1 it was -2e-16, whose logarithm is no number), times are
+    those of Esser et al. 2024, eq. 23, and samplers that take logarithms sample."""
+    way = processes.make('flow')
+    grid = processes.levels(way, n, 'uniform', shift)
+    assert grid.alpha[-1] == 0 and grid.sigma[-1] == 1 and (grid.alpha[:-1] > 0).all()
+    even = np.arange(1, n + 1) / n
+    np.testing.assert_allclose(grid.t, shift * even / (1 + (shift - 1) * even), rtol=1e-12)
+    x, keys = jnp.full((2, 1, 1, 1), 0.3), jax.random.split(jax.random.key(0), 2)
+    for sampler in (samplers.dpm_solver_pp, samplers.unipc, samplers.heun, samplers.euler_ancestral):
+        found = sampler(lambda x, t: 0 * x + 0.25, x, grid, keys)
+        np.testing.assert_allclose(found, 0.25, atol=1e-6)  # an estimate that never changes is the sample
+
+
+def test_a_last_step_is_shifted_with_the_others():
+    grid = processes.levels(processes.make('flow'), 5, 'uniform', 3.0, last_step=0.04)
+    even = np.linspace(0.04, 1, 5)
+    np.testing.assert_allclose(grid.t, 3 * even / (1 + 2 * even), rtol=1e-12)

@@ -214,7 +214,8 @@ def levels(process: Process, n: int, spacing: str, shift: float = 1.0, last_step
         'uniform', evenly in t. Of both 'karras': evenly in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
       last_step: in continuous time, t of the level next to the data where it is above 0, as in SiT's released SDE
         sampler (0.04); the others are evenly between it and the end.
-      shift: moves times, t to shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv 2403.03206, eq. 23).
+      shift: moves times, also last_step, t to shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv 2403.03206,
+        eq. 23).
     """
     n = n or process.steps or 100
     if n == 1:  # most spacings have the first level then, which is the data but for a little noise
@@ -225,8 +226,9 @@ def levels(process: Process, n: int, spacing: str, shift: float = 1.0, last_step
         return process.at(process.time(np.linspace(low, high, n) ** 7))
     if process.steps:
         return process.at(schedules.SPACINGS[spacing](process.steps, n))
-    if last_step:
-        return process.at(np.linspace(last_step, process.end, n))
-    at_data = process.at(np.array([process.low])).sigma[0] == 0
-    times = np.linspace(process.low, process.end, n + at_data)[int(at_data) :]
-    return process.at(shift * times / (1 + (shift - 1) * times))
+    at_data = process.at(np.array([process.low])).sigma[0] == 0 and not last_step
+    times = np.linspace(last_step or process.low, process.end, n + at_data)[int(at_data) :]
+    if shift != 1:
+        # Written so that t = 1 stays 1, whatever is rounded: beyond it alpha would be below 0.
+        times = shift * times / (1 - times + shift * times)
+    return process.at(times)
