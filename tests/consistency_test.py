@@ -544,3 +544,18 @@ def test_refuses_in_one_line(options, changes, says):
     assert '\n' not in str(error.value)
     for part in says:
         assert re.search(part, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize('case', [('doubling', 10, 1280, 400), ('doubling', 2, 3, 5), ('sqrt', 2, 150, 999),
+                                  ('sqrt', 2, 2, 7), ('constant', 1, 17, 3), ('doubling', 1, 1, 1)])  # fmt: skip
+def test_starts_of_numbers_of_levels_are_those_of_the_whole_row(case):
+    counts, starts = np.unique(consistency.level_counts(*case), return_index=True)
+    found = consistency.level_starts(*case)
+    np.testing.assert_array_equal(found[0], counts)
+    np.testing.assert_array_equal(found[1], starts)
+
+
+def test_two_billion_updates_need_no_row_of_two_billion():
+    counts, starts = consistency.level_starts('doubling', 10, 1280, 2_000_000_000)
+    np.testing.assert_array_equal(counts, 10 * 2 ** np.arange(8) + 1)
+    np.testing.assert_array_equal(starts, np.arange(8) * 250_000_000)

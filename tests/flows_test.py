@@ -121,6 +121,11 @@ def test_pixels_and_bits():
     # An even density of y in [0, 1] is the code of 8 bits for each number.
     np.testing.assert_allclose(couplings.bits_per_dim(jnp.zeros(3), 48), 8, rtol=1e-6)
     logits, log_det = real_nvp.to_logit(y[:, None], 0.9)
+    for constraint in (0.9, 1 - 1e-7, 1 - 1e-12):  # finite at both ends, and the same but for the sign
+        ends, slopes = real_nvp.to_logit(jnp.array([[0.0], [1.0]]), constraint)
+        least = (1 - constraint) / 2
+        np.testing.assert_allclose(ends[:, 0], np.log(least / (1 - least)) * np.array([1, -1]), rtol=1e-5)
+        np.testing.assert_allclose(slopes, np.log(constraint / (least * (1 - least))), rtol=1e-5)
     slope = np.vectorize(lambda v: 0.9 / ((0.05 + 0.9 * v) * (0.95 - 0.9 * v)))(np.asarray(y, np.float64))
     np.testing.assert_allclose(log_det, np.log(slope), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(real_nvp.from_logit(logits, 0.9)[:, 0], y, atol=1e-6)

@@ -291,3 +291,15 @@ def test_r1_penalty():
     # A critic of patches: the sum of its values.
     patches = adversarial.r1_penalty(lambda x: jnp.stack([x @ w, x @ w], 1), jnp.ones((4, 2)))
     np.testing.assert_allclose(patches, np.full(4, 0.5 * 4 * float(w @ w)), rtol=1e-5)
+
+
+@pytest.mark.parametrize('log_scale', [-1000.0, -90.0, -40.0, -20.0, 20.0, 90.0])
+def test_likelihoods_of_means_far_from_all_pixels_are_numbers_with_slopes(log_scale):
+    """At both edges and between them, the mean 10,000 away on either side; a probability is at most 1."""
+    x = jnp.array([-1.0, 1 / 255, 253 / 255, 1.0] * 2)[:, None]
+    mean = jnp.array([-1e4] * 4 + [1e4] * 4)[:, None]
+    scale = jnp.full_like(mean, log_scale)
+    for log_p in (likelihoods.gaussian, likelihoods.discretised_gaussian):
+        slopes = jax.grad(lambda m, s, f=log_p: f(m, s, x).sum(), (0, 1))(mean, scale)
+        assert all(np.isfinite(values).all() for values in (log_p(mean, scale, x), *slopes))
+    assert (likelihoods.discretised_gaussian(mean, scale, x) <= 0).all()

@@ -51,7 +51,7 @@ SEEN = 224  # pixels; smaller images are enlarged to it before LPIPS is asked, a
 PLACES = (0.25, 0.5, 0.75)
 
 
-def level_counts(schedule: str, start: int, end: int, updates: int) -> np.ndarray:
+def level_counts(schedule: str, start: int, end: int, updates: int, k: np.ndarray | None = None) -> np.ndarray:
     """N, the number of levels, at each of so many updates: int32 [updates], never falling. All end at end + 1.
 
     Args:
@@ -59,15 +59,30 @@ def level_counts(schedule: str, start: int, end: int, updates: int) -> np.ndarra
           'sqrt'  ceil(sqrt(k / K ((end + 1)^2 - start^2) + start^2) - 1) + 1 (Song et al. 2023, appendix C)
           'constant'  end + 1
         with K updates, of which k are done.
+      k: the updates that are wanted; None: all.
     """
-    k = np.arange(updates)
+    k = np.arange(updates) if k is None else k
     if schedule == 'doubling':
         intervals = np.minimum(float(start) * 2.0 ** (k // doubling_every(start, end, updates)), end)
     elif schedule == 'sqrt':
         intervals = np.ceil(np.sqrt(k / updates * ((end + 1) ** 2 - start**2) + start**2) - 1)
     else:
-        intervals = np.full(updates, end)
+        intervals = np.full(np.shape(k), end)
     return (intervals + 1).astype(np.int32)
+
+
+def level_starts(schedule: str, start: int, end: int, updates: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values that `level_counts` takes, rising, and the first update of each, by bisection: no array is as long as
+    the run."""
+    ends = level_counts(schedule, start, end, updates, np.array([0, updates - 1]))
+    counts = np.arange(ends[0], ends[1] + 1, dtype=np.int32)
+    low, high = np.zeros(len(counts), np.int64), np.full(len(counts), updates - 1, np.int64)
+    while (low < high).any():
+        middle = (low + high) // 2
+        reached = level_counts(schedule, start, end, updates, middle) >= counts
+        low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+    taken = level_counts(schedule, start, end, updates, low) == counts
+    return counts[taken], low[taken]
 
 
 def doubling_every(start: int, end: int, updates: int) -> int:
@@ -245,7 +260,7 @@ def build(
     )
     ends = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
     # N rises so seldom that the updates at which it does fit in a table: counts[i] from update starts[i] on.
-    counts, starts = np.unique(level_counts(discretisation, start_scales, end_scales, total_steps), return_index=True)
+    counts, starts = level_starts(discretisation, start_scales, end_scales, total_steps)
     margin = huber * math.sqrt(math.prod(context.image))
     sampled = np.array(levels[::-1]) if levels else level(np.linspace(0, 1, sample_steps + 1)[1:], ends)
     grid = Schedule(sampled, np.ones_like(sampled), sampled)

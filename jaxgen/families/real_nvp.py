@@ -45,8 +45,9 @@ STATISTICS_DECAY = 0.99
 
 def to_logit(y: Array, constraint: float) -> tuple[Array, Array]:
     """logit((1 - a)/2 + a y) with a = constraint, and its log-determinant [n]. y: [n, ...] in [0, 1]."""
-    p = (1 - constraint) / 2 + constraint * y
-    x = jnp.log(p) - jnp.log1p(-p)
+    # 1 - p by itself: where a is nearly 1 the rounded p may be 1.
+    p, rest = ((1 - constraint) / 2 + constraint * part for part in (y, 1 - y))
+    x = jnp.log(p) - jnp.log(rest)
     # The derivative of the logit is 1 / (p (1 - p)), by x itself: log p = -softplus(-x).
     return x, total(jax.nn.softplus(x) + jax.nn.softplus(-x) + math.log(constraint))
 

@@ -15,8 +15,10 @@ Array = jax.Array
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-# Of 1 / scale: its square is finite in float32, and e^-40 is far below the distance of neighbouring float32 numbers.
-LARGEST_EXPONENT = 40.0
+# Of 1 / scale: squares of distances up to 1e6 over it are finite in float32, and e^-30 = 9e-14 is far below the
+# distance of neighbouring float32 numbers between pixels' values.
+LARGEST_EXPONENT = 30.0
+LARGEST_DRAWN = 80.0  # log scale of a logistic that is drawn from: times the noise it is finite
 
 
 def per_example(x: Array) -> Array:
@@ -205,7 +207,7 @@ def draw_logistic_mixture(
     def component(a):  # [n, ., m] -> [n, ., 1]
         return jnp.take_along_axis(a, chosen[:, None, None], -1)
 
-    means, scales = component(means), jnp.exp(jnp.minimum(component(log_scales), 2 * LARGEST_EXPONENT))
+    means, scales = component(means), jnp.exp(jnp.minimum(component(log_scales), LARGEST_DRAWN))
     coefficients = component(coefficients) if channels > 1 else coefficients
     x, values = jnp.zeros((len(chosen), channels)), []
     for c in range(channels):
