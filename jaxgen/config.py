@@ -247,6 +247,14 @@ def model_defaults(family: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def is_text(value: str) -> bool:
+    """Whether the system takes a text as a path."""
+    try:
+        return b'\0' not in os.fsencode(value)
+    except UnicodeEncodeError:  # JSON can hold half of a pair of surrogates
+        return False
+
+
 def check_finite(path: str, value) -> None:
     """Raises UserError for NaN, infinity, an integer that no device holds, a text that no path can be, and what JSON
     does not hold."""
@@ -254,8 +262,8 @@ def check_finite(path: str, value) -> None:
         raise UserError(f'config.{path} must be a finite number; it is {value}')
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f'config.{path} must be from {-LARGEST} to {LARGEST}; it is {shown(value)}')
-    if isinstance(value, str) and '\0' in value:
-        raise UserError(f'config.{path} must be a text without zero bytes; it is {shown(value)}')
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(f'config.{path} must be a text without zero bytes or half characters; it is {shown(value)}')
     if isinstance(value, tuple):
         for one in value:
             check_finite(path, one)
@@ -505,6 +513,9 @@ def check(resolved: dict) -> None:
         raise UserError(
             f'config.optim.ema_std: widths must be more than 0 and less than 0.288; they are {optim["ema_std"]}'
         )
+    for field, prefixes in PATHS.items():
+        if (value := get(resolved, field)) and value in prefixes:
+            raise UserError(f'config.{field} = {value!r} must name a directory, {value}PATH')
     features = resolved['evaluate']['features']
     if features not in ('none', 'inception') and not features.startswith('run:'):
         raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")

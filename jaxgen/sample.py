@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, randomness, sharding
+from jaxgen import data, origin, randomness, sharding
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 
@@ -53,6 +53,7 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     if name == 'domain':
         raise UserError("condition 'domain' is what a given picture is, as the data say: give label, what it becomes")
     if name == 'caption':
+        origin.check_named(assembled.unnamed, 'data.source', 'data.other')  # whose words are read
         return captions.check(str(value), feature.shape[0], family.words, config.data)
     if feature.shape:
         raise UserError(f'condition {name!r} is not one number; only labels and captions can be given')

@@ -33,7 +33,7 @@ def check(text: str, room: int, most: int, data) -> np.ndarray:
     Raises:
       UserError: it is empty, too long, or has a word that no training caption has.
     """
-    encoded = text.encode()
+    encoded = text.encode(errors='replace')  # bytes of the command line that are no UTF-8
     found = words(encoded)
     if not found:
         raise UserError("write --condition=caption='some words'; it has none")
