@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import inspect
 import os
 import socket
 import threading
 import time
 
 import jax
-from jax._src import distributed  # no public way to the key-value store
 
-from jaxgen import interrupt
+from jaxgen import interrupt, log
 from jaxgen.errors import RunError, UserError
 
 BEAT = 2.0  # seconds between two signs of life
@@ -43,7 +43,9 @@ def start() -> None:
     """
     global _watch
     # It would take SIGTERM away from interrupt.py, which saves.
-    jax.config.update('jax_enable_preemption_service', False)
+    with contextlib.suppress(AttributeError):  # versions without one
+        jax.config.update('jax_enable_preemption_service', False)
+    inside = _inside_jax()
     given = {}
     try:
         if 'JAX_NUM_PROCESSES' in os.environ:
@@ -52,24 +54,43 @@ def start() -> None:
                 'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
                 'process_id': int(os.environ['JAX_PROCESS_ID']),
             }
-        with _called_back():
-            jax.distributed.initialize(**given, heartbeat_timeout_seconds=60)
+        if 'heartbeat_timeout_seconds' in inspect.signature(jax.distributed.initialize).parameters:
+            given['heartbeat_timeout_seconds'] = 60
+        with _called_back(inside) if inside else contextlib.nullcontext():
+            jax.distributed.initialize(**given)
     except (KeyError, ValueError, RuntimeError) as e:
         raise UserError(
             '--multihost needs a cluster that JAX knows, or JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and '
             f'JAX_PROCESS_ID: {" ".join(str(e).split())}'
         ) from e
-    state = distributed.global_state
+    if inside is None:
+        log.say(f'WARNING: JAX {jax.__version__} has no way known to watch the other hosts: a lost one is not named')
+        return
+    state = inside.global_state
     if state.num_processes > 1:
         _watch = Watch(state.client, state.process_id, state.num_processes, state.coordinator_address)
         _watch.start()
         _on_terminate(_watch.without_service)
 
 
+def _inside_jax():
+    """JAX's own module of the cluster, which holds the client of the key-value store; there is no public way to it.
+    None where another version of JAX keeps these things elsewhere."""
+    try:
+        from jax._src import distributed as inside
+
+        state = inside.global_state
+        _ = inside._jax.get_distributed_runtime_client, state.client, state.process_id, state.num_processes
+        _ = state.coordinator_address
+    except (ImportError, AttributeError):
+        return None
+    return inside
+
+
 @contextlib.contextmanager
-def _called_back():
+def _called_back(inside):
     """Within the block JAX's client is made so that it calls us, in place of aborting, where the service is gone."""
-    library = distributed._jax
+    library = inside._jax
     make = library.get_distributed_runtime_client
 
     def gone(*_):
@@ -115,6 +136,7 @@ class Watch(threading.Thread):
         self.states = dict.fromkeys(range(count), 'runs')
         self.lock = threading.Lock()
         self.ending = False
+        self.looked = now  # when the newest look at all hosts began
 
     def beat(self) -> None:
         """Writes this host's sign of life and reads those of the others."""
@@ -147,6 +169,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
+            began = time.monotonic()
             try:
                 self.beat()
             except Exception:  # the service is gone, with process 0, or this process is at its end
@@ -157,6 +180,7 @@ class Watch(threading.Thread):
                     self.end(f'{self.called(lost)} lost: no sign of life')
                 if stopped := self.stopped():
                     self.end(f'{self.called(stopped)} no longer there: stopped with an error of its own')
+            self.looked = began
             time.sleep(BEAT)
 
     def called(self, hosts: list[int]) -> str:
@@ -219,7 +243,10 @@ def joined():
         # A collective, or a save that waits for all: silence will tell. What is ours alone has no cause.
         if _watch and not (isinstance(e, RunError) and e.__cause__ is None):
             _watch.state = 'failed'
-            time.sleep(SILENCE_AFTER_FAILURE + 2 * BEAT)
+            failed = time.monotonic()
+            # A busy machine may be slow to look.
+            while _watch.looked < failed + SILENCE_AFTER_FAILURE + BEAT and time.monotonic() < failed + SILENCE:
+                time.sleep(BEAT / 4)
             while _watch.ending:  # the thread ends the process
                 time.sleep(BEAT)
         raise

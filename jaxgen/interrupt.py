@@ -12,12 +12,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on from where it stopped
 
 _requested = threading.Event()
 _lock = threading.RLock()
+_leaving = threading.Lock()
 _action: Callable[[], None] | None = None
 
 
@@ -26,7 +28,10 @@ def _leave_at_once() -> None:
 
 
 def leave(message: str, code: int = EXIT_CODE) -> None:
-    """Ends the process now, from any thread, by default with the exit code that says 'go on later'."""
+    """Ends the process now, from any thread, by default with the exit code that says 'go on later'. Where two threads
+    have a reason, one line is written."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(60)  # the other ends the process long before
     say(f'\njaxgen: {message}')
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -562,8 +562,34 @@ def test_lost_host_is_named(tmp_path):
         hosts[lost].communicate()
         _, stderr = hosts[1 - lost].communicate(timeout=60)
         assert hosts[1 - lost].returncode == 1, stderr
-        said = [line for line in stderr.splitlines() if line and 'step/s' not in line and 'going on' not in line]
-        assert len(said) == 1 and f'host {lost} (' in said[0] and 'the same command' in said[0], stderr
+        (said,) = (line for line in stderr.splitlines() if 'jaxgen: stopped' in line)
+        assert f'host {lost} (' in said and 'the same command' in said and 'Traceback' not in stderr, stderr
+
+
+def test_two_reasons_to_leave_are_one_line():
+    code = (
+        'import threading\nfrom jaxgen import interrupt\nstart = threading.Barrier(8)\n'
+        'def leave(i):\n    start.wait()\n    interrupt.leave(f"reason {i}", 1)\n'
+        'threads = [threading.Thread(target=leave, args=(i,)) for i in range(8)]\n'
+        '[t.start() for t in threads]\n[t.join() for t in threads]\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 1 and done.stderr.count('jaxgen: reason') == 1, done.stderr
+
+
+def test_another_jax_has_hosts_all_the_same(monkeypatch, capfd):
+    """Its private modules may lie elsewhere, and `initialize` may not know the limit."""
+    from jaxgen import hosts
+
+    given = {}
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **more: given.update(more))
+    monkeypatch.setitem(sys.modules, 'jax._src.distributed', None)
+    monkeypatch.delattr(jax._src, 'distributed')
+    for name, value in (('COORDINATOR_ADDRESS', 'host:1'), ('NUM_PROCESSES', '2'), ('PROCESS_ID', '1')):
+        monkeypatch.setenv(f'JAX_{name}', value)
+    hosts.start()
+    assert given['process_id'] == 1 and hosts._watch is None
+    assert capfd.readouterr().err.count('a lost one is not named') == 1
 
 
 NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:')
