@@ -92,11 +92,14 @@ def define_flags() -> flags.FlagValues:
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """Flags, and the `--config.x=y` overrides apart."""
+    for text in argv[1:]:
+        if not configs.is_text(text):
+            raise UserError(f'cannot use {configs.shown(text)}: it has zero bytes or half characters')
     overrides = [a for a in argv[1:] if a.startswith(('--config.', '-config.'))]
     values = define_flags()
     try:
         rest = values([argv[0], *[a for a in argv[1:] if a not in overrides]])
-    except flags.Error as e:
+    except (flags.Error, ValueError) as e:  # absl raises the latter for --noNAME=VALUE
         raise UserError(' '.join(str(e).split()) + '; see --help') from e
     if len(rest) > 1:
         raise UserError(f'cannot use {rest[1]!r}: every argument is --NAME=VALUE; see --help')

@@ -351,6 +351,8 @@ TINY = f'--config={path("ddpm_digits")}'
         ([TINY, '--sede=3'], 'sede'),
         ([TINY, 'train'], 'train'),
         ([TINY, '--n=lots', '--mode=sample'], 'n'),
+        ([TINY, '--noprofile=1', '--mode=describe'], '--noprofile'),
+        ([TINY, '--workdir=a\0b'], 'zero bytes'),
         (['--config=configs/ddpm_digit.py'], 'did you mean ddpm_digits.py'),
         (['--config=configs/ddpm_digits.py:tini'], 'did you mean tiny'),
         (['--config=README.md'], 'not a Python file'),
