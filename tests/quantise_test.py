@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from support import ROOT, devices
 
+from jaxgen.contract import State
 from jaxgen.networks import quantise
 
 K, D = 7, 3
+
+AVERAGES = ('codebook', 'codebook@0.05', 'codebook@0.1')  # the usual one and two post-hoc ones
 
 
 def latents(n: int = 40, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -181,6 +184,22 @@ def test_restart_with_fewer_latents_than_codes():
     new, count, dead = quantise.restart(jnp.zeros((K, D)), jnp.zeros(K), z, jax.random.key(0), 2.0)
     assert dead.all() and (count == 2).all()
     assert len(np.unique(new, axis=0)) == 4
+
+
+def test_restarted_codes_are_new_in_every_average():
+    """And nothing else of the state changes: other codes, other codebooks, other networks."""
+    books = {name: {'fine': jnp.full((3, 2), i), 'coarse': jnp.full((4, 2), i)} for i, name in enumerate(AVERAGES, 1)}
+    params = {'codebook': books['codebook'], 'codebooks': {'fine': jnp.zeros((3, 2))}}
+    state = State(jnp.zeros((), jnp.int32), params, {}, {**books, 'codebooks': params['codebooks']})
+    new = jnp.arange(6.0).reshape(3, 2) + 10
+    after = quantise.with_restarted(state, 'fine', new, jnp.array([True, False, True]))
+    np.testing.assert_array_equal(after.params['codebook']['fine'], new)
+    for i, name in enumerate(AVERAGES, 1):
+        np.testing.assert_array_equal(after.ema[name]['fine'], [[10, 11], [i, i], [14, 15]])
+        np.testing.assert_array_equal(after.ema[name]['coarse'], books[name]['coarse'])
+    for kept in (after.params, after.ema):
+        np.testing.assert_array_equal(kept['codebooks']['fine'], 0)
+    np.testing.assert_array_equal(after.params['codebook']['coarse'], books['codebook']['coarse'])
 
 
 def test_restart_does_not_depend_on_devices():

@@ -45,15 +45,12 @@ from jaxgen.losses.adversarial import check_penalties, non_saturating_generator,
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.losses.matching import LOW, cosine, matching_loss, sentence_similarity, word_similarity
 from jaxgen.networks import attngan as networks
-from jaxgen.networks.layers import downsample_mean, normalised, upsample_nearest
+from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training, downsample_mean, normalised, upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 PyTree = Any
-
-# Of the running batch statistics: the newest ten updates or so count.
-STATISTICS_DECAY = 0.9
 
 
 def build(
@@ -181,8 +178,7 @@ def build(
     def paint(weights, given: dict[str, Array]):
         """In training: ((images, mean, log variance), batch statistics)."""
         arguments = given['z'], given['noise'], *(given['told'][name] for name in ('sentence', 'words', 'there'))
-        out, new = generator.apply({'params': weights}, *arguments, train=True, mutable=['batch_stats'])
-        return out, new['batch_stats']
+        return apply_in_training(generator, weights, *arguments)
 
     def judge(params, name: str, x: Array, sentences: list[Array]) -> tuple[Array, list[Array]]:
         variables = {'params': params[name]}

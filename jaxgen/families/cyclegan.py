@@ -35,7 +35,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
 from jaxgen.networks import patchgan
 from jaxgen.networks.cyclegan import Generator
-from jaxgen.networks.layers import NORMS
+from jaxgen.networks.layers import NORMS, apply_in_training
 
 Array = jax.Array
 
@@ -124,7 +124,7 @@ def build(
 
     def judge(weights, x: Array) -> Array:
         """Values by patch, normalised by this batch where they are."""
-        return discriminator.apply({'params': weights}, x, train=True, mutable=['batch_stats'])[0]
+        return apply_in_training(discriminator, weights, x)[0]
 
     def absolute(x: Array, y: Array) -> Array:
         """[n]"""

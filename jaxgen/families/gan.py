@@ -50,6 +50,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
+from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training
 from jaxgen.optim import steps_within_update
 from jaxgen.randomness import example_keys
 
@@ -58,8 +59,6 @@ Array = jax.Array
 NETWORKS = ('mlp', 'dcgan', 'resnet', 'biggan')
 CONDITIONALS = ('', 'concat', 'projection')
 PLAYERS = ('generator', 'discriminator')
-# Of the running batch statistics: the newest ten updates or so count.
-STATISTICS_DECAY = 0.9
 # Of truncated samples: batches whose statistics are averaged, and latents of each. The release takes 16 batches.
 STANDING_BATCHES, STANDING_SIZE = 16, 64
 
@@ -211,11 +210,6 @@ def build(
         """One-hot [n, classes], or None."""
         return jax.nn.one_hot(batch['label'], context.classes) if conditional else None
 
-    def play(network: nn.Module, weights, x: Array, c: Array | None) -> tuple[Array, dict]:
-        """What a network gives in training, and the batch statistics that it did it with."""
-        out, new = network.apply({'params': weights}, x, c, train=True, mutable=['batch_stats'])
-        return out, new.get('batch_stats', {})
-
     def discriminator_loss(params, state, frozen, batch, rng):
         extra = state.extra
         z_rng, pixel_rng, penalty_rng, augment_rng = jax.random.split(rng, 4)
@@ -223,15 +217,15 @@ def build(
         if dequantise:
             x = x + jax.random.uniform(pixel_rng, x.shape, minval=-1 / 255, maxval=1 / 255)
         weights, _ = spectral_norm.normalise(params['generator'], extra['generator']['vectors'])
-        fake, _ = play(generator, weights, spread(jax.random.normal(z_rng, (len(x), latent))), c)
+        fake, _ = apply_in_training(generator, weights, spread(jax.random.normal(z_rng, (len(x), latent))), c)
         x, fake = (augment(y, k, augmentation) for y, k in zip((x, fake), jax.random.split(augment_rng), strict=True))
 
         weights, vectors = spectral_norm.normalise(params['discriminator'], extra['discriminator']['vectors'])
 
         def f(x):
-            return play(discriminator, weights, x, c)[0]
+            return apply_in_training(discriminator, weights, x, c)[0]
 
-        real_values, statistics = play(discriminator, weights, x, c)
+        real_values, statistics = apply_in_training(discriminator, weights, x, c)
         fake_values = f(fake)
         value = judging(real_values, fake_values)
         logs = {'discriminator_real': real_values.mean(), 'discriminator_fake': fake_values.mean()}
@@ -246,10 +240,10 @@ def build(
     def generator_loss(params, state, frozen, batch, rng):
         extra = state.extra
         weights, vectors = spectral_norm.normalise(params['generator'], extra['generator']['vectors'])
-        images, _ = play(generator, weights, batch['z'], classes(batch))
+        images, _ = apply_in_training(generator, weights, batch['z'], classes(batch))
         images = augment(images, rng, augmentation)
         weights, _ = spectral_norm.normalise(params['discriminator'], extra['discriminator']['vectors'])
-        value = deceiving(play(discriminator, weights, images, classes(batch))[0])
+        value = deceiving(apply_in_training(discriminator, weights, images, classes(batch))[0])
         if orthogonal:
             value = value + orthogonal * spectral_norm.orthogonality(params['generator'])
         return value, Aux({'generator_loss': value}, {'vectors': vectors, 'batch_stats': {}})
@@ -303,8 +297,8 @@ def build(
         state, generator_aux = generator_step(state, frozen, given, generator_rng)
         after = advance(state, optim)
         weights, vectors = spectral_norm.normalise(after.ema['generator'], state.extra['average']['vectors'])
-        found = {'vectors': vectors, 'batch_stats': play(generator, weights, given['z'], classes(given))[1]}
-        extra = {**state.extra, **entry('average', state, found)}
+        _, statistics = apply_in_training(generator, weights, given['z'], classes(given))
+        extra = {**state.extra, **entry('average', state, {'vectors': vectors, 'batch_stats': statistics})}
         return after.replace(extra=extra), discriminator_aux.logs | generator_aux.logs
 
     def paint(state, z: Array, c: Array | None, statistics=None) -> Array:
@@ -320,7 +314,7 @@ def build(
             z_rng, label_rng = jax.random.split(key)
             z = spread(jax.vmap(draw)(jax.random.split(z_rng, STANDING_SIZE)))
             labels = jax.random.randint(label_rng, (STANDING_SIZE,), 0, max(context.classes, 1))
-            found = play(generator, weights, z, classes({'label': spread(labels)}))[1]
+            found = apply_in_training(generator, weights, z, classes({'label': spread(labels)}))[1]
             return jax.tree.map(jnp.add, total, found), None
 
         start = jax.tree.map(jnp.zeros_like, state.extra['average']['batch_stats'])

@@ -30,13 +30,12 @@ from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_st
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
+from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
 PLAYERS = ('generator', 'discriminator', 'recogniser')
-# Of the running batch statistics: the newest ten updates or so count.
-STATISTICS_DECAY = 0.9
 LEAST_DEVIATION = 0.1  # of Q's normals; codes are within [-1, 1]
 
 
@@ -104,9 +103,7 @@ def build(
     edges = [sum(categories[:i]) for i in range(1, len(categories) + 1)]
 
     def play(params, name: str, x: Array) -> tuple[Any, dict]:
-        """What a network gives in training, and the batch statistics that it did it with."""
-        out, new = networks[name].apply({'params': params[name]}, x, train=True, mutable=['batch_stats'])
-        return out, new.get('batch_stats', {})
+        return apply_in_training(networks[name], params[name], x)
 
     def fixed(state, name: str, x: Array):
         """What an averaged network gives, with the running statistics."""

@@ -30,7 +30,7 @@ from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_st
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
-from jaxgen.networks.layers import NORMS
+from jaxgen.networks.layers import NORMS, apply_in_training
 from jaxgen.networks.pix2pix import UNet
 from jaxgen.randomness import example_keys, normal, stream
 
@@ -103,7 +103,7 @@ def build(
     def judge(weights, c: Array, x: Array) -> Array:
         """Logits by patch, normalised by this batch."""
         pair = jnp.concatenate([c, x], -1)
-        return discriminator.apply({'params': weights}, pair, train=True, mutable=['batch_stats'])[0]
+        return apply_in_training(discriminator, weights, pair)[0]
 
     def discriminator_loss(params, state, frozen, batch, rng):
         c, x = batch['input'], batch['image']

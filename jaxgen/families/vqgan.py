@@ -47,15 +47,13 @@ from jaxgen.losses.adversarial import GAMES, adaptive_weight
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
-from jaxgen.networks.layers import check_groups
+from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training, check_groups
 from jaxgen.networks.multiscale import MultiScale, grids_of
 from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
-# Of the running statistics in State.extra: those of the discriminator as in torch, latents and codes slower.
-STATISTICS_DECAY = 0.9
-LATENTS_DECAY = 0.99
+LATENTS_DECAY = 0.99  # of the running statistics of latents and codes, slower than those of batches
 LOG_VAR_BOUNDS = (-30.0, 20.0)  # of the encoder's log variances, as in the published code
 
 
@@ -252,9 +250,7 @@ def build(
 
     def judge(params, x: Array) -> tuple[Array, dict]:
         """Values by patch, [n, rows, columns], with the statistics of this batch, and these."""
-        weights = {'params': params['discriminator']}
-        values, new = discriminator.apply(weights, x, train=True, mutable=['batch_stats'])
-        return values, new.get('batch_stats', {})
+        return apply_in_training(discriminator, params['discriminator'], x)
 
     def by_last_layer(params, h: Array, slope: Array) -> Array:
         """Gradient by the last layer's kernel, from the gradient by the images that it made of h."""
@@ -337,12 +333,8 @@ def build(
         old, counts = state.params['codebook']['embedding'], by_grid(state.extra['count'])
         book, count, dead = quantise.restart(old, counts.sum(0), looked_up, rng, restart)
         counts = jnp.where(dead, count / len(grids), counts).reshape(count_shape)
-        ema = dict(state.ema)
-        for name in [k for k in ema if k.partition('@')[0] == 'codebook']:
-            # Averages of a code that is given up are worth nothing either.
-            ema[name] = {'embedding': jnp.where(dead[:, None], book, ema[name]['embedding'])}
-        params = {**state.params, 'codebook': {'embedding': book}}
-        return state.replace(params=params, ema=ema, extra={**state.extra, 'count': counts})
+        state = quantise.with_restarted(state, 'embedding', book, dead)
+        return state.replace(extra={**state.extra, 'count': counts})
 
     def update(state, frozen, batch, rng):
         generator_rng, discriminator_rng, restart_rng = jax.random.split(rng, 3)

@@ -157,18 +157,15 @@ def build(
     def restarted(state, x: Array, rng: Array):
         """The state with its dead codes replaced."""
         latents, _, _ = find(state.params, state.extra, x)
-        extra, params, ema = dict(state.extra), dict(state.params), dict(state.ema)
+        extra = dict(state.extra)
         for name, z, key in zip(names, latents, jax.random.split(rng, levels), strict=True):
             if not learned:
                 extra[name] = quantise.ema_restart(extra[name], z, key, restart)
                 continue
-            book, count, dead = quantise.restart(params['codebook'][name], extra[name]['count'], z, key, restart)
+            book, count, dead = quantise.restart(state.params['codebook'][name], extra[name]['count'], z, key, restart)
             extra[name] = {'count': count}
-            params['codebook'] = {**params['codebook'], name: book}
-            for average in [k for k in ema if k.partition('@')[0] == 'codebook']:
-                # Averages of a code that is given up are worth nothing either.
-                ema[average] = {**ema[average], name: jnp.where(dead[:, None], book, ema[average][name])}
-        return state.replace(extra=extra, params=params, ema=ema)
+            state = quantise.with_restarted(state, name, book, dead)
+        return state.replace(extra=extra)
 
     def update(state, frozen, batch, rng):
         state, (logs, counts) = step(state, frozen, batch, rng)

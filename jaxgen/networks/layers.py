@@ -283,6 +283,17 @@ class BatchNorm(nn.Module):
         return x.astype(self.dtype)
 
 
+# Of running averages of batch statistics (`contract.running`): the newest ten updates or so count. As in torch.
+STATISTICS_DECAY = 0.9
+
+
+def apply_in_training(network: nn.Module, weights: Any, *inputs: Any) -> tuple[Any, dict]:
+    """(output, statistics) of a network in training mode: normalised by the batch, whose statistics these are, or {} if
+    it has no batch normalisation."""
+    output, new = network.apply({'params': weights}, *inputs, train=True, mutable=['batch_stats'])
+    return output, new.get('batch_stats', {})
+
+
 def instance_norm(x: Array, eps: float = 1e-5) -> Array:
     """Each channel of each example [n, H, W, C] to mean 0 and variance 1 over its positions, without weights.
 

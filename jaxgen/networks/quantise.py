@@ -14,6 +14,8 @@ add up, and `ema_absorb` takes the total. All are pure functions; none asks the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -151,6 +153,22 @@ def restart(
     picked = jax.random.permutation(rng, len(flat))[jnp.arange(len(codebook)) % len(flat)]
     codebook = jnp.where(dead[:, None], flat[picked], codebook)
     return codebook, jnp.where(dead, max(1.0, threshold) * scale, count), dead
+
+
+def with_restarted(state: Any, name: str, codebook: Array, dead: Array) -> Any:
+    """The State with the learned codebook `name` of the network 'codebook' replaced, as `restart` gives it.
+
+    The replaced codes take their new values in all averages of the weights too: an average of a code that is given up
+    is worth nothing.
+    """
+    params = {**state.params, 'codebook': {**state.params['codebook'], name: codebook}}
+    ema = {
+        network: {**weights, name: jnp.where(dead[:, None], codebook, weights[name])}
+        if network.partition('@')[0] == 'codebook'
+        else weights
+        for network, weights in state.ema.items()
+    }
+    return state.replace(params=params, ema=ema)
 
 
 def ema_restart(state: dict[str, Array], z: Array, rng: Array, threshold: float) -> dict[str, Array]:
