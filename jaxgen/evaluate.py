@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -333,7 +332,7 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
             if to_show:
                 piece |= hits(evaluator, images, to_show(batch), 'caption' in batch, n)
             if jax.process_index() == 0:
-                log.save_npz(path, piece)
+                log.save_npz(path, {**piece, NAMES: np.array(list(piece))})
         progress(start + len(numbers))
         yield piece
 
@@ -347,14 +346,18 @@ def piece_folder(run, evaluator: Evaluator, size: int, seed: int) -> str:
     return os.path.join(run.workdir, 'evaluation', name)
 
 
+NAMES = 'names'  # entry of a piece's file: the names of the others
+
+
 def read_piece(path: str, n: int) -> dict[str, np.ndarray] | None:
     """A piece of n samples, or None if it is of another number or damaged."""
     try:
-        with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
-            piece = {name: file[name] for name in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        piece = log.load_npz(path)
+    except (OSError, ValueError):
         return None
-    return piece if piece and all(len(x) == n for x in piece.values()) else None
+    names = piece.pop(NAMES, np.array(''))  # one may be lost with the directory of the file
+    whole = names.ndim and sorted(piece) == sorted(names)
+    return piece if whole and all(x.ndim and len(x) == n for x in piece.values()) else None
 
 
 def forget(run) -> None:

@@ -221,6 +221,22 @@ def save_npz(path: str, arrays: dict[str, np.ndarray], compressed: bool = False)
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
+def load_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays in a file of `save_npz`. Never runs what a file holds.
+
+    Raises:
+      ValueError: it is damaged.
+      OSError: it cannot be read.
+    """
+    try:
+        with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except OSError:
+        raise
+    except Exception as e:  # a changed byte makes zipfile raise nearly anything: another method, a password
+        raise ValueError(' '.join(str(e).split())) from e
+
+
 def check_writable(folder: str, what: str) -> None:
     """Raises UserError where no file can be made in a folder, which need not be there yet.
 

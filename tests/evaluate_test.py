@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -17,7 +18,7 @@ from support import ROOT, devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import evaluate, run, sample
+from jaxgen import evaluate, log, run, sample
 from jaxgen.errors import RunError
 from jaxgen.main import run_main
 from jaxgen.metrics import statistics
@@ -413,3 +414,20 @@ def test_authenticity_only_where_all_training_pictures_are_kept(monkeypatch, cap
     assert 'authenticity/judge' not in found and '40 of the 60' in capfd.readouterr().err
     assert found['coverage/judge']['n_reference'] == found['kid/judge']['n_reference'] == 40, 'what was used is said'
     assert found['frechet/judge']['n_reference'] == 60
+
+
+def test_a_piece_with_any_byte_changed_is_whole_or_none(tmp_path):
+    """A changed byte makes zipfile ask for a password, miss a method of compression, or lose an entry."""
+    file, whole = tmp_path / 'piece.npz', {'features': np.arange(6.0).reshape(2, 3), 'logits': np.ones((2, 1))}
+    log.save_npz(str(file), {**whole, evaluate.NAMES: np.array(list(whole))})
+    content, found = file.read_bytes(), []
+    for i in range(len(content)):
+        file.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        found.append(evaluate.read_piece(str(file), 2))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            statistics.read(str(file), 'another')
+    for piece in filter(None, found):
+        assert piece.keys() == whole.keys() and all(np.array_equal(piece[name], x) for name, x in whole.items())
+    assert found.count(None) > len(found) / 3
+    file.write_bytes(content)
+    assert evaluate.read_piece(str(file), 2).keys() == whole.keys() and evaluate.read_piece(str(file), 3) is None

@@ -15,8 +15,6 @@ import errno
 import hashlib
 import os
 import uuid
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -90,7 +88,7 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
     if os.path.isfile(path):
         try:
             found = read(path, key)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             log.say(f'WARNING: {path} is damaged ({" ".join(str(e).split())}): put aside and computed again')
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.rename(path, f'{path}.damaged-{uuid.uuid4().hex[:8]}')
@@ -115,15 +113,15 @@ def write(path: str, key: str, made: Statistics) -> None:
 
 
 def read(path: str, key: str) -> Statistics:
-    """Raises ValueError, KeyError, OSError, EOFError, BadZipFile or zlib.error for a damaged file."""
+    """Raises ValueError, KeyError, TypeError or OSError for a damaged file."""
     # The zip's checksums are looked at in reading.
-    with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
-        if str(file['key']) != key:
-            raise ValueError('it is of something else')
+    file = log.load_npz(path)
+    if str(file['key']) != key:
+        raise ValueError('it is of something else')
 
-        def moments(name: str) -> Moments:
-            values = {field: file[f'{name}_{field}'] for field in Moments._fields}
-            return Moments(**{**values, 'n': int(values['n'])})
+    def moments(name: str) -> Moments:
+        values = {field: file[f'{name}_{field}'] for field in Moments._fields}
+        return Moments(**{**values, 'n': int(values['n'])})
 
-        spatial = moments('spatial') if 'spatial_n' in file else None
-        return Statistics(moments('moments'), file['features'], file['counts'], None, spatial)
+    spatial = moments('spatial') if 'spatial_n' in file else None
+    return Statistics(moments('moments'), file['features'], file['counts'], None, spatial)
