@@ -37,7 +37,7 @@ SLOW = (
     *('unet_test', 'vae_test', 'var_test', 'vdm_test', 'vqgan_test', 'vqvae_test', 'gan_test'),
     *('stylegan2_test', 'ddgan_test', 'infogan_test', 'pix2pix_test', 'cyclegan_test', 'inpainting_test'),
     'attngan_test',
-    'stargan2_test',
+    *('stargan2_test', 'use_test'),
 )
 
 

@@ -1,0 +1,471 @@
+"""Using a trained run: what may be changed, whose paths are followed, where outputs go, and runs that have moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from support import assert_same, mistake, path, saved_state
+
+from jaxgen import config as configs
+from jaxgen import evaluate, origin, outputs, run, sample
+from jaxgen import main as command
+from jaxgen.data import captions
+from jaxgen.errors import RunError, UserError
+from jaxgen.main import run_main
+
+VAE, GAN = f'--config={path("vae_digits")}', f'--config={path("conditional_gan_digits")}'
+MODES = ('sample', 'evaluate', 'explore')
+
+opened: list[str] | None = None  # paths, while somebody watches
+
+
+def watch(event: str, args) -> None:
+    if opened is not None and event in ('open', 'os.listdir', 'os.scandir') and isinstance(args[0], str | bytes):
+        opened.append(os.fsdecode(args[0]))
+
+
+sys.addaudithook(watch)
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list[str]:
+    """The paths of all files and folders that are opened in a test."""
+    paths: list[str] = []
+    monkeypatch.setattr(sys.modules[__name__], 'opened', paths)
+    return paths
+
+
+def train(*args) -> None:
+    assert run_main(['jaxgen', *map(str, args)]) == 0
+
+
+def use(mode: str, workdir, *args) -> None:
+    assert run_main(['jaxgen', f'--mode={mode}', f'--workdir={workdir}', *map(str, args)]) == 0
+
+
+@pytest.fixture(scope='module')
+def vae(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('vae') / 'run'
+    train(VAE, f'--workdir={workdir}')
+    return workdir
+
+
+@pytest.fixture
+def copy(vae, tmp_path):
+    return shutil.copytree(vae, tmp_path / 'copy')
+
+
+def pictures(folder, shade: int = 0) -> None:
+    for number, name in enumerate(('cat', 'dog', 'fox')):
+        os.makedirs(folder / name)
+        for i in range(6):
+            Image.new('L', (8, 8), 40 * number + 5 * i + shade).save(folder / name / f'{i}.png')
+
+
+@pytest.fixture(scope='module')
+def labelled_once(tmp_path_factory):
+    place = tmp_path_factory.mktemp('labelled')
+    pictures(place / 'pictures')
+    train(GAN, f'--workdir={place}/run', f'--config.data.source=folder:{place}/pictures',
+          f'--config.data.dir={place}/prepared')  # fmt: skip
+    return place
+
+
+@pytest.fixture
+def labelled(labelled_once, tmp_path):
+    """A run of three classes, 'run', beside a 'moved' copy of its folder and 'others', of other images. The folder that
+    it was trained on is away."""
+    shutil.copytree(labelled_once / 'run', tmp_path / 'run')
+    shutil.copytree(labelled_once / 'pictures', tmp_path / 'moved')
+    pictures(tmp_path / 'others', shade=3)
+    os.rename(labelled_once / 'pictures', labelled_once / 'away')
+    yield tmp_path
+    os.rename(labelled_once / 'away', labelled_once / 'pictures')
+
+
+# --- what may be changed
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        *('model.likelihood=bernoulli', 'model.latent=5', 'model.scale=0.7', 'optim.lr=0.1', 'seed=1', 'data.batch=4'),
+        *('data.source=shapes', 'data.source=folder:/nowhere', 'data.flip=True', 'optim.networks.coder.lr=1'),
+        *('data.test_share=0.5', 'optim.ema=0.5'),
+    ],
+)
+def test_what_training_depends_on_is_not_changed_in_use(text, vae, capfd, no_compile):
+    field = text.partition('=')[0]
+    for mode in MODES:
+        said = mistake(capfd, f'--mode={mode}', f'--workdir={vae}', f'--config.{text}')
+        assert 'was trained with another config' in said and field in said, mode
+    changed = configs.override(run.saved_config(str(vae)), [f'--config.{text}'])
+    with pytest.raises(UserError, match='was trained with another config'):
+        run.load(str(vae), config=changed)
+    given: dict | object = configs.get(changed.to_dict(), field)
+    for key in reversed(field.split('.')):
+        given = {key: given}
+    with pytest.raises(UserError, match='was trained with another config'):
+        run.load(str(vae), config=given)
+
+
+def test_what_training_does_not_depend_on_is(vae):
+    free = {
+        'model': {'iwae_samples': 2},
+        'sample': {'batch': 3},
+        'evaluate': {'batch': 4, 'examples': 5, 'split': 'test'},
+        'train': {'steps': 8, 'dtype': 'bfloat16', 'remat': True},
+        'data': {'threads': 1, 'max_corrupt': 0.5},
+    }
+    loaded = run.load(str(vae), config=free).config
+    for field, value in configs.flat(free).items():
+        assert configs.get(loaded, field) == value
+    # Fields of the model are free by what the family says of them.
+    assert run.load(str(vae)).assembled.family.free == ('iwae_samples',)
+
+
+def test_another_system(vae, capfd, no_compile):
+    assert 'another system' in mistake(
+        capfd, '--mode=sample', f'--workdir={vae}', f'--config={path("ddpm_digits")}', '--n=1'
+    )
+    other = path('vae_digits', '')
+    assert 'model.hidden' in mistake(capfd, '--mode=evaluate', f'--workdir={vae}', f'--config={other}')
+
+
+@pytest.mark.parametrize('seed', [2**31, -1, 2**64, 1.5, True, '1', None])
+def test_seeds(seed, vae):
+    loaded = run.load(str(vae))
+    for call in (
+        lambda: loaded.sample(n=1, seed=seed),
+        lambda: next(loaded.draw(1, seed)),
+        lambda: loaded.film(1, 1, seed),
+        lambda: loaded.modes(1, seed),
+    ):
+        with pytest.raises(UserError, match='seed must be'):
+            call()
+    with pytest.raises(UserError, match='n must be'):
+        loaded.sample(n=-1 if seed is None else seed if isinstance(seed, str | float) else 2**31)
+
+
+def test_options_that_a_mode_does_not_read():
+    """Each of them, in each mode, is read or refused."""
+    values = {'n': '2', 'seed': '5', 'film': '2', 'profile': 'true', 'multihost': 'true', 'condition': 'label=1'}
+    shared = {'mode', 'help', 'config', 'workdir'}
+    for which, names in command.READS.items():
+        mode = which.partition(' ')[0]
+        for name in sorted({n for others in command.READS.values() for n in others} - shared):
+            if name == 'images':
+                continue
+            text = [f'--mode={mode}', '--config=x.py', f'--{name}={values.get(name, "params")}']
+            if '--images' in which:
+                text.append('--images=here')
+            given, _ = command.parse(['jaxgen', *text])
+            if name in names:
+                command.check_flags(given)
+            else:
+                with pytest.raises(UserError, match=rf'--{name} is read by --mode='):
+                    command.check_flags(given)
+    given, _ = command.parse(['jaxgen', '--mode=describe', '--config=x.py', '--workdir=y'])
+    with pytest.raises(UserError, match='--workdir is read by'):
+        command.check_flags(given)
+
+
+# --- a run without what it was trained on
+
+
+def test_classes_by_name_without_the_folder(labelled, capfd):
+    workdir = labelled / 'run'
+    assert json.loads((workdir / 'data.json').read_text())['names'] == ['cat', 'dog', 'fox']
+    images = []
+    for label in ('fox', '2'):
+        use('sample', workdir, '--n=2', f'--condition=label={label}', f'--out={labelled}/{label}')
+        with np.load(labelled / label / 'samples.npz') as file:
+            images.append(file['images'])
+    np.testing.assert_array_equal(*images)
+    capfd.readouterr()
+    base = ('--mode=sample', f'--workdir={workdir}', '--n=1')
+    assert 'did you mean fox?' in mistake(capfd, *base, '--condition=label=foxx')
+    assert 'cat, dog, fox' in mistake(capfd, *base, '--condition=label=zebu')
+    for label in ('3', '-1'):
+        assert 'between 0 and 2' in mistake(capfd, *base, f'--condition=label={label}')
+    for text in ('label', '=3', 'label='):
+        mistake(capfd, *base, f'--condition={text}')
+    # Evaluation needs the images, and says so.
+    said = mistake(capfd, '--mode=evaluate', f'--workdir={workdir}')
+    assert 'pictures' in said
+
+
+def test_a_folder_that_has_moved(labelled, capfd):
+    workdir, moved = labelled / 'run', f'--config.data.source=folder:{labelled}/moved'
+    others = f'--config.data.source=folder:{labelled}/others'
+    prepared = f'--config.data.dir={labelled}/prepared'
+    said = mistake(capfd, '--mode=sample', f'--workdir={workdir}', others, prepared, '--n=1')
+    assert 'its images are not those' in said and 'others' in said
+    said = mistake(capfd, GAN, f'--workdir={workdir}', others, prepared, '--config.train.steps=6')
+    assert 'its images are not those' in said
+    before = run.load(str(workdir)).state
+    loaded = run.load(
+        str(workdir), config={'data': {'source': f'folder:{labelled}/moved/', 'dir': f'{labelled}/prepared'}}
+    )
+    assert_same(loaded.state.ema, before.ema)
+    train(GAN, f'--workdir={workdir}', moved, prepared, '--config.train.steps=6')
+    assert saved_state(workdir, 6) and run.saved_config(str(workdir)).data.source == f'folder:{labelled}/moved'
+
+
+# --- whose paths are followed
+
+
+def strangers(place) -> None:
+    """Makes a run one that somebody else trained."""
+    signed = json.loads((place / origin.NAME).read_text())
+    (place / origin.NAME).write_text(json.dumps({'paths': '0' * len(signed['paths'])}))
+
+
+@pytest.mark.parametrize('by', ['none', 'another', 'key', 'json', 'changed'])
+def test_paths_of_a_stranger_are_not_followed(by, labelled, labelled_once, capfd, watched, monkeypatch):
+    workdir = labelled / 'run'
+    os.rename(labelled_once / 'away', labelled_once / 'pictures')
+    try:
+        if by == 'none':
+            os.remove(workdir / origin.NAME)
+        elif by == 'another':
+            strangers(workdir)
+        elif by == 'key':
+            monkeypatch.setenv('XDG_CONFIG_HOME', str(labelled / 'another person'))
+        elif by == 'json':
+            (workdir / origin.NAME).write_text('[' * 900)
+        else:
+            config = json.loads((workdir / 'config.json').read_text())
+            config['evaluate']['features'] = f'run:{labelled}/network'
+            (workdir / 'config.json').write_text(json.dumps(config))
+        watched.clear()
+        assert run.load(str(workdir)).config.data.dir == ''
+        for mode in ('evaluate', 'explore'):
+            said = mistake(capfd, f'--mode={mode}', f'--workdir={workdir}', '--n=2')
+            assert 'which lies outside of the run' in said and '--config.data.source=' in said
+        there = [p for p in watched if p.startswith((str(labelled_once), str(labelled / 'network')))]
+        assert not there
+    finally:
+        os.rename(labelled_once / 'pictures', labelled_once / 'away')
+    # Named by the person, it is: though here it leads to nothing.
+    same = f'--config.data.source=folder:{labelled_once}/pictures'
+    assert 'config.data.source names' not in mistake(capfd, '--mode=evaluate', f'--workdir={workdir}', same)
+
+
+def test_own_paths_are(labelled, labelled_once):
+    config = run.saved_config(str(labelled / 'run'))
+    assert origin.is_own(str(labelled / 'run'), config)
+    assert origin.unnamed(str(labelled / 'run'), config, config, set()) == {}
+    strangers(labelled / 'run')
+    found = origin.unnamed(str(labelled / 'run'), config, config, set())
+    assert found == {'data.source': f'{labelled_once}/pictures', 'data.dir': f'{labelled_once}/prepared'}
+    # A section names all that is in it; a name that only begins the same does not.
+    assert origin.unnamed(str(labelled / 'run'), config, config, {'data'}) == {}
+    assert origin.unnamed(str(labelled / 'run'), config, config, {'dat', 'data.s'}) == found
+
+
+def test_what_lies_outside(tmp_path):
+    (tmp_path / 'run').mkdir()
+    os.symlink(tmp_path, tmp_path / 'run' / 'up')
+    for inside in ('', 'stages/first', 'a/../b'):
+        assert not origin.outside(str(tmp_path / 'run'), str(tmp_path / 'run' / inside))
+    for outside in ('..', '../run2', 'up', 'up/x', '/'):
+        assert origin.outside(str(tmp_path / 'run'), str(tmp_path / 'run' / outside))
+
+
+@pytest.mark.parametrize('name', sorted({*origin.OWN, 'checkpoints/4/x', 'samples/x', 'digests/4.json'}))
+def test_no_links_and_pipes_in_a_run(name, copy, tmp_path, capfd, no_compile):
+    """None is followed or waited for, to read or to write."""
+    elsewhere, target = tmp_path / 'elsewhere', copy / name
+    elsewhere.write_text('mine')
+    for make in (
+        lambda: os.symlink(elsewhere, target),
+        lambda: os.symlink(tmp_path, target),
+        lambda: os.mkfifo(target),
+    ):
+        if os.path.isdir(target) and not os.path.islink(target):
+            shutil.rmtree(target)
+        elif os.path.lexists(target):
+            os.remove(target)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        make()
+        for args in (['--mode=sample'], ['--mode=evaluate'], [VAE]):
+            said = mistake(capfd, *args, f'--workdir={copy}')
+            assert str(target) in said or (name == 'config.json' and str(copy) in said)
+        with pytest.raises(UserError):
+            run.load(str(copy))
+    assert elsewhere.read_text() == 'mine'
+
+
+def test_the_directory_of_a_run_may_be_a_link(vae, tmp_path):
+    os.symlink(vae, tmp_path / 'link')
+    assert run.load(f'{tmp_path}/link/').step == 4
+
+
+# --- outputs
+
+
+def test_outputs_lie_side_by_side(vae, tmp_path):
+    use('sample', vae, '--n=2')
+    use('sample', vae, '--n=2', '--seed=1')
+    use('sample', vae, '--n=2', '--weights=params')
+    use('sample', vae, '--n=2', '--config.train.dtype=bfloat16')
+    folders = sorted(d for d in os.listdir(vae / 'samples') if os.path.isdir(vae / 'samples' / d))
+    assert folders[0] == 'step4_ema_seed0_n2' and folders[2:] == ['step4_ema_seed1_n2', 'step4_params_seed0_n2']
+    assert folders[1].startswith('step4_ema_seed0_n2_') and len(folders) == 4
+    for folder in folders:
+        assert sorted(os.listdir(vae / 'samples' / folder / 'images')) == ['00000.png', '00001.png']
+
+
+def test_names_of_outputs_are_of_their_settings():
+    one = types.SimpleNamespace(step=4, weights='ema')
+    settings = [
+        ({}, 0, None, {}), ({}, 1, None, {}), ({'model.clip': False}, 0, None, {}), ({'model.clip': True}, 0, None, {}),
+        ({}, 0, {'label': '3'}, {}), ({}, 0, {'caption': 'a red heart'}, {}), ({}, 0, {'caption': 'A red heart'}, {}),
+        ({}, 0, {'caption': 'a-red-heart'}, {}), ({}, 0, {'caption': 'a red heart' * 9}, {}),
+        ({}, 0, {'caption': 'a red heart' * 10}, {}), ({}, 0, {'caption': '../../x'}, {}), ({}, 0, None, {'n': 3}),
+        ({}, 0, None, {'film': 3}),
+    ]  # fmt: skip
+    names = [outputs.name(one, changed, seed, given, **numbers) for changed, seed, given, numbers in settings]
+    assert len({*names}) == len(names)
+    assert all(os.path.basename(name) == name and len(name) < 120 for name in names)
+
+
+def test_out_holds_the_samples_of_one_call_and_what_was_there(vae, tmp_path, capfd):
+    out = tmp_path / 'mine'
+    out.mkdir()
+    (out / 'notes.txt').write_text('mine')
+    use('sample', vae, f'--out={out}', '--n=3')
+    use('sample', vae, f'--out={out}', '--n=2', '--seed=1')
+    assert sorted(os.listdir(out)) == ['grid.png', 'images', 'notes.txt', 'samples.npz']
+    assert sorted(os.listdir(out / 'images')) == ['00000.png', '00001.png']
+    assert (out / 'notes.txt').read_text() == 'mine'
+    capfd.readouterr()
+    # Pictures of the person's own among the samples are neither removed nor mixed with them.
+    (out / 'images' / 'holiday.png').write_text('mine')
+    assert 'holiday.png there was not written by jaxgen' in mistake(
+        capfd, '--mode=sample', f'--workdir={vae}', f'--out={out}', '--n=1'
+    )
+    assert sorted(os.listdir(out / 'images')) == ['00000.png', '00001.png', 'holiday.png']
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'grid.png').write_text('mine')
+    said = mistake(capfd, '--mode=sample', f'--workdir={vae}', f'--out={other}', '--n=1')
+    assert 'grid.png there was not written' in said and (other / 'grid.png').read_text() == 'mine'
+    assert os.listdir(other) == ['grid.png']
+
+
+def test_a_stopped_call_leaves_what_was_there(tmp_path):
+    def write(text: str, *names: str) -> None:
+        with outputs.directory(str(tmp_path / 'out'), 'samples.npz') as folder:
+            os.mkdir(os.path.join(folder, 'images'))
+            for name in ('samples.npz', *names):
+                with open(os.path.join(folder, name), 'w') as file:
+                    file.write(text)
+            if text == 'fault':
+                raise RunError('stopped')
+
+    write('one', 'film.png', 'images/00000.png', 'images/00001.png')
+    with pytest.raises(RunError):
+        write('fault', 'grid.png', 'images/00000.png')
+    there = {
+        os.path.relpath(os.path.join(d, f), tmp_path / 'out')
+        for d, _, files in os.walk(tmp_path / 'out')
+        for f in files
+    }
+    assert there == {'samples.npz', 'film.png', 'images/00000.png', 'images/00001.png'}
+    assert (tmp_path / 'out' / 'images' / '00000.png').read_text() == 'one'
+    write('two', 'grid.png', 'images/00000.png')
+    assert sorted(os.listdir(tmp_path / 'out')) == ['grid.png', 'images', 'samples.npz']
+    assert (tmp_path / 'out' / 'images' / '00000.png').read_text() == 'two'
+    assert os.listdir(tmp_path / 'out' / 'images') == ['00000.png']
+
+
+def test_out_that_is_a_file(vae, tmp_path, capfd, no_compile):
+    file = tmp_path / 'file'
+    file.write_text('mine')
+    for mode in ('sample', 'explore'):
+        for out in (file, file / 'x'):
+            said = mistake(capfd, f'--mode={mode}', f'--workdir={vae}', f'--out={out}', '--n=1')
+            assert str(file) in said and '--out' in said
+    assert file.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('mode', ['out', 'workdir'])
+def test_home(mode, copy, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'cwd').mkdir()
+    monkeypatch.chdir(tmp_path / 'cwd')
+    use('sample', '~/copy' if mode == 'workdir' else copy, '--n=1', *(['--out=~/o'] if mode == 'out' else []))
+    assert os.listdir(tmp_path / 'cwd') == []
+    assert os.path.exists(tmp_path / ('o' if mode == 'out' else 'copy/samples/step4_ema_seed0_n1') / 'grid.png')
+
+
+@pytest.mark.parametrize(
+    'fault, says',
+    [
+        (MemoryError(), 'out of memory'),
+        (MemoryError('Unable to allocate\n8 GiB'), 'out of memory Unable to allocate 8 GiB'),
+        (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes'), 'batch smaller'),
+        (jax.errors.JaxRuntimeError('INTERNAL: a\nb\n'), 'the device failed: INTERNAL: a b'),
+        (OSError(28, 'No space left\non device', 'a\nb'), 'No space left on device'),
+        (RunError('one\ntwo\x1b[31m'), 'one two'),
+    ],
+)
+def test_a_fault_is_one_line(fault, says, monkeypatch, capfd):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(command, 'main', fail)
+    assert run_main(['jaxgen']) == 1
+    err = capfd.readouterr().err
+    assert err.startswith('jaxgen: stopped: ') and says in err
+    assert len(err.splitlines()) == 1 and err[:-1].isprintable()
+
+
+def test_captions_that_are_no_text():
+    """Bytes of the command line that are no UTF-8 come as half characters."""
+    with pytest.raises(UserError, match='it has none'):
+        captions.check(os.fsdecode(b'\xff\xfe'), 16, 0, None)
+
+
+# --- small numbers
+
+
+def test_a_film_ends_with_the_last_step():
+    """Step k of the sampler is an image of the value k / 8; frames are evenly spaced and one frame is the end."""
+    steps = jnp.linspace(0, 1, 9)[:, None, None, None, None] * jnp.ones((9, 2, 4, 4, 1))
+    family = types.SimpleNamespace(trajectory=lambda *_: {'x': steps})
+    mesh = jax.make_mesh((1, 1), ('data', 'fsdp'))
+    for frames, wanted in ((1, [8]), (2, [0, 8]), (3, [0, 4, 8]), (9, range(9)), (50, range(9))):
+        film = sample.film(family, {}, {}, mesh, {'index': np.arange(2)}, 0, frames)
+        grey = np.round((np.array([*wanted]) / 8 + 1) * 127.5)
+        assert film.shape == (2, 1, len(grey), 4, 4, 1)
+        np.testing.assert_allclose(film[0, 0, :, 0, 0, 0], grey, atol=1)
+
+
+def test_one_value_has_no_standard_error():
+    assert evaluate.average(np.array([3.0])) == {'value': 3.0, 'n': 1}
+    several = evaluate.average(np.array([1.0, 3.0, 5.0]))
+    assert several == {'value': 3.0, 'stderr': pytest.approx(2 / np.sqrt(3)), 'n': 3}
+
+
+def test_one_example(vae, copy):
+    use('evaluate', copy, '--config.evaluate.examples=1')
+    found = json.loads((copy / 'evaluation.json').read_text())
+    assert found['examples'] == 1
+    for figure in found['metrics'].values():
+        assert figure['n'] == 1 and 'stderr' not in figure and np.isfinite(figure['value'])
+    # Another measurement lies beside it.
+    use('evaluate', copy, '--config.evaluate.examples=2')
+    assert len(os.listdir(copy / 'results')) == 2
+    assert json.loads((copy / 'evaluation.json').read_text())['examples'] == 2
