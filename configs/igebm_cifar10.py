@@ -2,8 +2,9 @@
 
     python -m jaxgen.main --config=configs/igebm_cifar10.py
 
-Differs: see families/ebm.py; and noise of data is normal, in the release uniform and as wide. It trains until it is
-stopped.
+Differs: see families/ebm.py; noise of data is normal, in the release uniform and as wide; the buffer has the paper's
+10,000 chains, the release's has 50,000 and keeps them in 8 bits, with uniform noise when they go on. It trains until it
+is stopped.
 
 Time: not measured
 Paper: FID 40.58, Inception score 6.02 (Du & Mordatch 2019, table 1, unconditional, single model)

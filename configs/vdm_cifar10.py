@@ -16,7 +16,17 @@ def get_config(variant: str = ''):
         family='vdm',
         data=dict(source='cifar10', size=32, channels=3, batch=128),
         model=dict(channels=128, group_size=0, blocks=32, fourier=(6, 7), dropout=0.1, gamma_min=-13.3, gamma_max=5.0),
-        optim=dict(name='adamw', lr=2e-4, warmup=100, b2=0.99, weight_decay=0.01, ema=0.9999),
+        # Weight decay of all but biases, as in the release; the schedule's ends are not called so there.
+        optim=dict(
+            name='adamw',
+            lr=2e-4,
+            warmup=100,
+            b2=0.99,
+            weight_decay=0.01,
+            no_decay=('bias',),
+            ema=0.9999,
+            networks=dict(schedule=dict(no_decay=())),
+        ),
         train=dict(steps=10_000_000, log_every=1000, save_every=10_000, sample_every=100_000),
         variants={
             'tiny': dict(

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import vdm
 from jaxgen.networks.vdm import Schedule, VDMNet
-from jaxgen.optim import make_optim
+from jaxgen.optim import decayed, make_optim
 
 X = np.random.default_rng(1).normal(size=(3, 4, 6, 2)).astype(np.float32)
 T = np.array([0, 312.25, 1000], np.float32)
@@ -567,3 +568,16 @@ def test_refuses_in_one_line(options, says):
     assert '\n' not in str(error.value)
     for part in says:
         assert re.search(part, str(error.value)), str(error.value)
+
+
+def test_weight_decay_is_of_all_but_biases_as_in_the_release():
+    """Also of the scales of group norms and of the schedule's ends."""
+    config = configs.load('configs/vdm_cifar10.py')
+    model = dict(channels=8, blocks=1, attention=True, group_size=4)
+    context = Context((8, 8, 3), 0, make_optim(1, batch=1, **config.optim.to_dict()))
+    family = vdm.build(context, **model)
+    params = jax.eval_shape(family.init, jax.random.key(0), {'image': jnp.zeros((1, 8, 8, 3))}, {}).params
+    for name, weights in params.items():
+        patterns = {**config.optim, **config.optim.networks.get(name, {})}['no_decay']
+        for path, kept in jax.tree.leaves_with_path(decayed(weights, tuple(patterns))):
+            assert kept == (path[-1].key != 'bias'), path
