@@ -32,6 +32,7 @@ AGAIN = 'run the same command again on all hosts to go on from the newest checkp
 
 _watch: Watch | None = None
 _keep = []  # what C++ holds pointers to
+_at_end = []  # ways to end the process where its usual end would say more than was said
 
 
 def start() -> None:
@@ -40,6 +41,7 @@ def start() -> None:
 
     Raises:
       UserError: there is no such cluster.
+      RunError: not all of its hosts came.
     """
     global _watch
     # It would take SIGTERM away from interrupt.py, which saves.
@@ -59,6 +61,12 @@ def start() -> None:
         with _called_back(inside) if inside else contextlib.nullcontext():
             jax.distributed.initialize(**given)
     except (KeyError, ValueError, RuntimeError) as e:
+        _at_end.append(os._exit)  # what JAX does at the end of a process that has not joined is a traceback
+        if 'num_processes' in given and isinstance(e, RuntimeError):
+            raise RunError(
+                f'the {given["num_processes"]} hosts have not all joined (JAX_PROCESS_ID={given["process_id"]} is this '
+                f'one, {given["coordinator_address"]} that of 0): run the same command on all of them within 5 minutes'
+            ) from e
         raise UserError(
             '--multihost needs a cluster that JAX knows, or JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and '
             f'JAX_PROCESS_ID: {" ".join(str(e).split())}'
@@ -260,3 +268,5 @@ def leave(code: int) -> None:
     if _watch and code:
         part()
         os._exit(code)
+    if _at_end and code:
+        _at_end[0](code)

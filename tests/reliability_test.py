@@ -579,6 +579,23 @@ def test_two_reasons_to_leave_are_one_line():
     assert done.returncode == 1 and done.stderr.count('jaxgen: reason') == 1, done.stderr
 
 
+def test_hosts_that_never_join(tmp_path):
+    """A host that is lost before it joined: the others say so, and nothing of what JAX says at their end."""
+    code = (
+        'import functools, sys, jax\nfrom jaxgen import hosts, main\ninitialize = jax.distributed.initialize\n'
+        'def soon(heartbeat_timeout_seconds=60, **given): initialize(**given, initialization_timeout=2)\n'
+        'jax.distributed.initialize = soon\nhosts.leave(main.run_main(sys.argv))\n'
+    )
+    env = {'JAX_NUM_PROCESSES': '2', 'JAX_COORDINATOR_ADDRESS': '127.0.0.1:9', 'JAX_PROCESS_ID': '1'}
+    args = [f'--config={path("vae_digits")}', f'--workdir={tmp_path}', '--multihost']
+    done = subprocess.run(
+        [sys.executable, '-c', code, *args],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, **env, 'TF_CPP_MIN_LOG_LEVEL': '3'},
+    )  # fmt: skip
+    assert done.returncode == 1 and 'the 2 hosts have not all joined' in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_another_jax_has_hosts_all_the_same(monkeypatch, capfd):
     """Its private modules may lie elsewhere, and `initialize` may not know the limit."""
     from jaxgen import hosts
