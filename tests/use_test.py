@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import types
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_same, mistake, path, saved_state
+from support import ROOT, assert_same, devices, mistake, path, saved_state
 
 from jaxgen import config as configs
 from jaxgen import evaluate, origin, outputs, run, sample
@@ -469,3 +470,91 @@ def test_one_example(vae, copy):
     use('evaluate', copy, '--config.evaluate.examples=2')
     assert len(os.listdir(copy / 'results')) == 2
     assert json.loads((copy / 'evaluation.json').read_text())['examples'] == 2
+
+
+# --- stages
+
+
+@pytest.fixture(scope='module')
+def staged(tmp_path_factory):
+    """A prior, 'prior', on codes of the run 'first', named by a path relative to their directory."""
+    place = tmp_path_factory.mktemp('staged')
+    train(f'--config={path("vqvae_digits")}', f'--workdir={place}/first')
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        train(f'--config={path("vqvae_digits_prior")}', '--workdir=prior', '--config.stages.first=first/')
+    finally:
+        os.chdir(before)
+    return place
+
+
+def test_stages_from_anywhere_and_moved(staged, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.saved_config(str(staged / 'prior')).stages.first == f'{staged}/first'
+    assert run.load(f'{staged}/prior/').step == 4
+    # Of the same digest it may lie anywhere; with another it is another.
+    shutil.copytree(staged / 'first', tmp_path / 'moved')
+    for place in (f'{tmp_path}/moved', f'{tmp_path}/moved/', 'moved'):
+        assert (
+            run.load(str(staged / 'prior'), config={'stages': {'first': place}}).config.stages.first
+            == f'{tmp_path}/moved'
+        )
+    train(f'--config={path("vqvae_digits")}', f'--workdir={tmp_path}/moved', '--config.train.steps=6')
+    capfd.readouterr()
+    said = mistake(capfd, '--mode=sample', f'--workdir={staged}/prior', '--config.stages.first=moved', '--n=1')
+    assert 'are not those that' in said and 'config.stages.first' in said
+
+
+def test_stages_in_a_run_and_of_strangers(staged, tmp_path, capfd, watched):
+    prior = shutil.copytree(staged / 'prior', tmp_path / 'prior')
+    strangers(prior)
+    watched.clear()
+    said = mistake(capfd, '--mode=sample', f'--workdir={prior}', '--n=1')
+    assert 'config.stages.first names' in said and not [p for p in watched if p.startswith(f'{staged}/first')]
+    assert run.load(str(prior), config={'stages': {'first': f'{staged}/first'}}).step == 4
+    # What lies in the run is the run's own.
+    shutil.copytree(staged / 'first', prior / 'stages' / 'first')
+    assert run.load(str(prior)).config.stages.first == f'{prior}/stages/first'
+
+
+def test_a_stage_of_itself(staged, tmp_path, capfd, no_compile):
+    prior, first = (shutil.copytree(staged / name, tmp_path / name) for name in ('prior', 'first'))
+    base = f'--config={path("vqvae_digits_prior")}'
+    os.symlink(prior, tmp_path / 'link')
+    for place in (prior, f'{prior}/', tmp_path / 'link'):
+        for args in (['--mode=sample'], [base]):
+            assert 'is a stage of itself' in mistake(
+                capfd, *args, f'--workdir={prior}', f'--config.stages.first={place}'
+            )
+    # By way of another: the first stage has the prior for a stage.
+    config = json.loads((prior / 'config.json').read_text())
+    for place, stage in ((prior, first), (first, prior)):
+        config['stages'] = {'first': str(stage)}
+        (place / 'config.json').write_text(json.dumps(config))
+        origin.sign(str(place), configs.complete(config))
+    for args in (['--mode=sample'], [base, f'--config.stages.first={first}']):
+        assert 'is a stage of itself' in mistake(capfd, *args, f'--workdir={prior}')
+
+
+# --- devices
+
+
+def test_a_sharded_run_on_one_device(tmp_path):
+    """Trained with its weights cut over two devices, it is sampled and gone on with on one, to rounding the same."""
+    two, one = tmp_path / 'two', tmp_path / 'one'
+    code = (
+        'import sys, numpy, jaxgen; from jaxgen.main import run_main\n'
+        f'assert run_main(["jaxgen", {VAE!r}, "--workdir={two}", "--config.mesh.fsdp=2"]) == 0\n'
+        f'numpy.save("{tmp_path}/two.npy", jaxgen.load("{two}").sample(n=4))\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **devices(2)}, capture_output=True,
+                          text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = run.load(str(two))
+    assert run.saved_config(str(two)).mesh.fsdp == 2 and loaded.config.mesh.fsdp == 1
+    np.testing.assert_allclose(loaded.sample(n=4).astype(int), np.load(tmp_path / 'two.npy').astype(int), atol=1)
+    for workdir in (two, one):
+        train(VAE, f'--workdir={workdir}', '--config.mesh.fsdp=1', '--config.train.steps=6')
+    for x, y in zip(jax.tree.leaves(saved_state(two, 6).ema), jax.tree.leaves(saved_state(one, 6).ema), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
