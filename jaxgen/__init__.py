@@ -4,7 +4,7 @@ run = jaxgen.load('runs/ddpm_digits')
 images = run.sample(n=16, seed=0)  # uint8 [16, H, W, C]
 """
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 
 def load(workdir: str, *, config=None, weights: str = 'ema'):
