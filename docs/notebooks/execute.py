@@ -44,7 +44,10 @@ def run_cell(source: str, name: str, namespace: dict) -> list[dict]:
 
 
 def execute(path: str) -> dict:
-    """The notebook in a file, each cell with the outputs of this run. The working directory is the file's, as in Jupyter."""
+    """The notebook in a file, each cell with the outputs of this run.
+
+    The working directory is that of the file, as in Jupyter.
+    """
     with open(path, encoding='utf-8') as file:
         notebook = json.load(file)
     namespace = {'__name__': '__main__'}
