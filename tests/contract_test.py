@@ -471,7 +471,9 @@ def on_devices(names: list[str]) -> None:
             batch = math.lcm(8, tiny(name).data.batch)
             config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})
             # SGD: Adam's first steps are the sign of the gradient, which rounding can turn.
-            config = configs.make(**configs.deep_update(config.to_dict(), {'optim': {'name': 'sgd', 'networks': {}}}))
+            sgd = {'name': 'sgd', 'networks': {}, 'no_decay': (), 'weight_decay_schedule': 'constant'}
+            changed = {'optim': {**sgd, 'weight_decay': 0.0, 'weight_decay_end': 0.0}}
+            config = configs.make(**configs.deep_update(config.to_dict(), changed))
             assembled = assemble(config, sharding.make_mesh(fsdp, place))
             places = sharding.over_weights(assembled.mesh, assembled.abstract)
             if fsdp > 1:

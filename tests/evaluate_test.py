@@ -363,7 +363,7 @@ def evaluator(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp('runs') / 'digits')
     sections = {
         'model': {'width': 16, 'features': 16},
-        'train': {'steps': 150, 'updates_per_call': 50, 'log_every': 50, 'save_every': 150},
+        'train': {'steps': 300, 'updates_per_call': 50, 'log_every': 50, 'save_every': 300},
         'optim': {'schedule': 'constant'},
     }
     config = configs.make(**configs.deep_update(configs.load(path('classifier_digits', '')).to_dict(), sections))
