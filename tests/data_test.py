@@ -678,11 +678,10 @@ def test_folder_of_which_nothing_can_be_read(tmp_path):
         data.dataset(make(tmp_path, source=f'folder:{tmp_path / "in"}', max_corrupt=1.0), 'train')
 
 
-def test_image_that_is_too_large_is_unreadable(tmp_path, monkeypatch, capfd):
+def test_image_that_is_too_large_is_unreadable(tmp_path, capfd):
     source = write_folder(tmp_path / 'in', range(5))
     grey(0, 100, 100).save(tmp_path / 'in' / 'bomb.png')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
-    examples = data.dataset(make(tmp_path, source=source, max_corrupt=0.5), 'train')
+    examples = data.dataset(make(tmp_path, source=source, max_corrupt=0.5, max_pixels=1000), 'train')
     assert len(examples) <= 4
     assert 'bomb.png' in capfd.readouterr().err
 
