@@ -28,24 +28,6 @@ os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + OLDER)
 # Tracing makes millions of small objects; looking through them for cycles at every 700 takes a tenth of its time.
 gc.set_threshold(100_000, 10, 10)
 
-# What compiles networks, trains or starts processes; the rest is the quick part, for the time between two edits.
-SLOW = (
-    *('adm_test', 'classifier_test', 'consistency_test', 'diffusion_family_test', 'dit_test', 'ebm_test'),
-    'evaluate_test',
-    *('explore_test', 'first_stage_test', 'flows_test', 'inception_test', 'js_generator_test', 'ncsnpp_test'),
-    *('pixelcnn_test', 'pixelcnn_pp_test', 'refinenet_test', 'reliability_test', 'transformer_test'),
-    *('unet_test', 'vae_test', 'var_test', 'vdm_test', 'vqgan_test', 'vqvae_test', 'gan_test'),
-    *('stylegan2_test', 'ddgan_test', 'infogan_test', 'pix2pix_test', 'cyclegan_test', 'inpainting_test'),
-    'attngan_test',
-    *('stargan2_test', 'use_test'),
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.module.__name__ in SLOW:
-            item.add_marker('slow')
-
 
 def pytest_runtest_teardown(item, nextitem):
     # What one file compiled is of no use to the next, and a process that keeps it all grows to several gigabytes.

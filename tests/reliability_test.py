@@ -22,6 +22,8 @@ from jaxgen import run
 from jaxgen.main import run_main
 from jaxgen.train import train
 
+pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+
 FAMILIES = ('ddpm_digits', 'vae_digits', 'wgan_gp_digits')
 
 

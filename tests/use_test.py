@@ -23,6 +23,8 @@ from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 from jaxgen.main import run_main
 
+pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+
 VAE, GAN = f'--config={path("vae_digits")}', f'--config={path("conditional_gan_digits")}'
 MODES = ('sample', 'evaluate', 'explore')
 

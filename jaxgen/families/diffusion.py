@@ -176,7 +176,7 @@ def build(
         first and the last; drawn evenly, the mean is right. 0: all.
       ode_steps: Runge-Kutta steps of the likelihood in continuous time. Where each pixel has one of three values and a
         noise of one grey level, 50 are wrong by 0.001 (vp, ve) to 0.008 bits/dim (flow), 200 by less than 0.0002
-        (tests/processes_test.py).
+        (tests/diffusion/processes_test.py).
 
     Raises:
       UserError: a value out of range, an image that cannot be halved often enough, no labels.

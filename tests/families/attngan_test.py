@@ -1,0 +1,425 @@
+"""AttnGAN: words of captions, networks against torch on the same weights, losses against slow ones, its updates."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assemble, path
+
+from jaxgen import config as configs
+from jaxgen import evaluate, randomness, sample, sharding
+from jaxgen.contract import Context
+from jaxgen.data import captions, shapes
+from jaxgen.errors import UserError
+from jaxgen.families import attngan
+from jaxgen.losses.matching import matching_loss, sentence_similarity, word_similarity
+from jaxgen.metrics.features import Features
+from jaxgen.networks import attngan as networks
+from jaxgen.networks.layers import upsample_nearest
+from jaxgen.networks.text import TextEncoder, word_numbers
+from jaxgen.optim import make_optim
+
+pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+
+N, T, D = 3, 5, 4  # examples, words, features
+THERE = np.arange(T) < np.array([[T], [3], [1]])
+
+
+def randomised(tree, seed: int = 1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape) + 0.6 * (a.ndim == 1), jnp.float32), tree)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def encoded(*texts: str) -> np.ndarray:
+    return np.stack([shapes.encode_caption(text) for text in texts])
+
+
+# --- words
+
+
+def number(word: bytes, numbers: int) -> int:
+    """The hash in whole numbers, byte by byte."""
+    total = sum(b * 16_777_619 ** (i + 1) for i, b in enumerate(word)) % 2**32
+    total = (total ^ total >> 16) * 0x85EBCA6B % 2**32
+    return 1 + (total ^ total >> 13) % (numbers - 1)
+
+
+def test_words_have_numbers():
+    texts = ('a Small red heart', ' a_b,  c3; Über-große (x)', '', 'one two three four five six seven', 'x' * 64)
+    found = word_numbers(encoded(*texts), 6, 1000)
+    for row, text in zip(found, texts, strict=True):
+        expected = [number(w, 1000) for w in captions.words(text.encode())][:6]
+        assert row.tolist() == expected + [0] * (6 - len(expected))
+    assert captions.words(texts[1].encode()) == [b'a_b', b'c3', 'Über'.encode(), 'große'.encode(), b'x']
+
+
+def test_words_of_the_scenes_share_no_number():
+    numbers = configs.load(path('attngan_shapes', '')).model.words
+    words = {*shapes.SHAPES, *shapes.COLOURS, *shapes.SIZES, *shapes.BACKGROUNDS, 'a', 'an', 'on', 'background'}
+    found = word_numbers(encoded(*sorted(words)), 1, numbers)
+    assert len(set(found[:, 0].tolist())) == len(words)
+
+
+def test_text_encoder_equals_torch():
+    torch = pytest.importorskip('torch')
+    network = TextEncoder(20, 6, D)
+    words = jnp.asarray(np.where(THERE, np.arange(N * T).reshape(N, T) + 1, 0))
+    params = randomised(jax.eval_shape(network.init, jax.random.key(0), words))['params']
+    lstm = torch.nn.LSTM(6, D // 2, bidirectional=True, batch_first=True)
+    with torch.no_grad():
+        for name, suffix in (('forward', ''), ('backward', '_reverse')):
+            weights = {
+                'weight_ih': params[name]['input']['kernel'].T, 'weight_hh': params[name]['state'].T,
+                'bias_ih': params[name]['bias'], 'bias_hh': jnp.zeros(2 * D),
+            }  # fmt: skip
+            for kind, value in weights.items():
+                getattr(lstm, f'{kind}_l0{suffix}').copy_(torch.tensor(np.asarray(value)))
+        x = torch.tensor(np.asarray(params['embedding'])[words])
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, THERE.sum(1), batch_first=True)
+        states, (last, _) = lstm(packed)
+        states = torch.nn.utils.rnn.pad_packed_sequence(states, batch_first=True)[0]
+    of_words, sentence = network.apply({'params': params}, words)
+    np.testing.assert_allclose(of_words, states, atol=1e-5)
+    np.testing.assert_allclose(sentence, last.permute(1, 0, 2).reshape(N, D), atol=1e-5)
+
+
+# --- networks
+
+
+class Torch:
+    """The networks' parts in torch's functions, NCHW, by the weights' names."""
+
+    def __init__(self, weights: dict):
+        self.torch = pytest.importorskip('torch')
+        self.F, self.weights = self.torch.nn.functional, weights
+
+    def __getitem__(self, name: str) -> Torch:
+        return Torch(self.weights[name])
+
+    def get(self, name: str):
+        return self.torch.tensor(np.asarray(self.weights[name])) if name in self.weights else None
+
+    def conv(self, x, **options):
+        return self.F.conv2d(x, self.get('kernel').permute(3, 2, 0, 1), self.get('bias'), **options)
+
+    def linear(self, x):
+        return self.F.linear(x, self.get('kernel').T, self.get('bias'))
+
+    def norm(self, x):
+        return self.F.batch_norm(x, None, None, self.get('scale'), self.get('bias'), training=True, eps=1e-5)
+
+    def block(self, x, gated=True, double=False):
+        x = self.F.interpolate(x, scale_factor=2, mode='nearest') if double else x
+        x = self['norm'].norm(self['conv'].conv(x, padding=1))
+        return self.F.glu(x, 1) if gated else x
+
+
+@pytest.mark.parametrize('attention', [True, False])
+def test_generator_equals_torch(attention):
+    torch = pytest.importorskip('torch')
+    network = networks.Generator((16, 8, 1), 2, 2, 4, D, 1, attention)
+    z, noise, sentence, words = normal(N, 6), normal(N, D, seed=1), normal(N, D, seed=2), normal(N, T, D, seed=3)
+    arguments = (z, noise, sentence, words, THERE)
+    params = randomised(jax.eval_shape(functools.partial(network.init, train=True), jax.random.key(0), *arguments))
+    (images, mean, log_variance), _ = network.apply(
+        {'params': params['params']}, *arguments, train=True, mutable=['batch_stats']
+    )
+
+    t = Torch(params['params'])
+    gaussian = torch.nn.functional.glu(t['condition']['gaussian'].linear(torch.tensor(sentence)), -1)
+    np.testing.assert_allclose(jnp.concatenate([mean, log_variance], -1), gaussian, atol=1e-5)
+    c = gaussian[:, :D] + torch.exp(0.5 * gaussian[:, D:]) * torch.tensor(noise)
+    x = t['first_norm'].norm(t['first'].linear(torch.cat([c, torch.tensor(z)], 1)))
+    x = torch.nn.functional.glu(x.reshape(N, 2, 1, 32).permute(0, 3, 1, 2), 1)
+    for i in range(2):
+        x = t[f'up{i}'].block(x, double=True)
+    painted = [torch.tanh(t['image0'].conv(x, padding=1))]
+    if attention:
+        e = t['attention1']['words'].linear(torch.tensor(words))
+        told = torch.zeros_like(x)
+        for n in range(N):  # every pixel by itself, over the words that are there
+            for i in range(x.shape[2]):
+                for j in range(x.shape[3]):
+                    there = e[n][torch.tensor(THERE[n])]
+                    told[n, :, i, j] = torch.softmax(there @ x[n, :, i, j], 0) @ there
+    else:
+        told = t['told1'].linear(c)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+    x = torch.cat([x, told], 1)
+    r = t['stage1_residual0']
+    x = x + r['block2'].block(r['block1'].block(x), gated=False)
+    painted.append(torch.tanh(t['image1'].conv(t['stage1_up'].block(x, double=True), padding=1)))
+    assert [image.shape for image in images] == [(N, 8, 4, 1), (N, 16, 8, 1)]
+    for image, reference in zip(images, painted, strict=True):
+        np.testing.assert_allclose(image, reference.permute(0, 2, 3, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize('norm', [True, False])
+def test_discriminator_equals_torch(norm):
+    torch = pytest.importorskip('torch')
+    network = networks.Discriminator(4, 3, 2, norm)
+    x, sentences = normal(N, 16, 16, 3), [normal(N, D), normal(N, D, seed=1)]
+    params = randomised(jax.eval_shape(network.init, jax.random.key(0), x, sentences))['params']
+    (alone, told), _ = network.apply({'params': params}, x, sentences, mutable=['batch_stats'])
+    t, F = Torch(params), torch.nn.functional
+
+    def normed(x, name):
+        return t[name].norm(x) if norm else x
+
+    h = torch.tensor(x).permute(0, 3, 1, 2)
+    for i in range(3):
+        h = t[f'down{i}'].conv(h, stride=2, padding=1)
+        h = F.leaky_relu(normed(h, f'down{i}_norm') if i else h, 0.2)
+    assert h.shape[1] == 16
+    h = F.leaky_relu(normed(t['narrow1'].conv(h, padding=1), 'narrow1_norm'), 0.2)
+    assert h.shape[1:] == (8, 2, 2), 'as many channels as the smallest stage has'
+
+    def value(h, name):
+        return t[name]['value'].linear(h.permute(0, 2, 3, 1).reshape(N, -1))[:, 0]
+
+    np.testing.assert_allclose(alone, value(h, 'value'), rtol=1e-3, atol=1e-4)
+    for found, s in zip(told, sentences, strict=True):
+        joint = torch.cat([h, torch.tensor(s)[:, :, None, None].expand(-1, -1, 2, 2)], 1)
+        joint = F.leaky_relu(normed(t['joint'].conv(joint, padding=1), 'joint_norm'), 0.2)
+        np.testing.assert_allclose(found, value(joint, 'told_value'), rtol=1e-3, atol=1e-4)
+
+
+# --- losses
+
+
+def test_word_similarity_is_that_of_the_paper():
+    regions, words, (attend, gather) = normal(2, 7, D), normal(N, T, D, seed=1), (3.0, 2.0)
+    expected = np.zeros((2, N))
+    for n in range(2):
+        for m in range(N):
+            e, v = words[m][THERE[m]].astype(np.float64), regions[n].astype(np.float64)
+            s = np.exp(e @ v.T)
+            alpha = np.exp(attend * s / s.sum(0))
+            c = alpha / alpha.sum(1, keepdims=True) @ v
+            cosines = (c * e).sum(1) / np.linalg.norm(c, axis=1) / np.linalg.norm(e, axis=1)
+            expected[n, m] = np.log(np.exp(gather * cosines).sum())
+    np.testing.assert_allclose(word_similarity(regions, words, THERE, attend, gather), expected, rtol=1e-4)
+
+
+def test_matching_loss_is_cross_entropy_both_ways():
+    torch = pytest.importorskip('torch')
+    similarity = np.asarray(sentence_similarity(normal(N, D), normal(N, D, seed=1)))
+    same = np.eye(N, dtype=bool)
+    same[0, 2] = same[2, 0] = True
+    logits = torch.tensor(10 * similarity)
+    logits[0, 2] = logits[2, 0] = -torch.inf
+    right = torch.arange(N)
+    expected = sum(torch.nn.functional.cross_entropy(x, right) for x in (logits, logits.T))
+    np.testing.assert_allclose(matching_loss(similarity, np.eye(N, dtype=bool), same), expected, rtol=1e-4)
+    # Two pictures among three captions, the last two of which are theirs.
+    own = np.eye(N, dtype=bool)[1:]
+    logits = torch.tensor(10 * similarity[1:])
+    expected = torch.nn.functional.cross_entropy(logits, right[1:]) + torch.nn.functional.cross_entropy(
+        logits.T[1:], right[:2]
+    )
+    np.testing.assert_allclose(matching_loss(similarity[1:], own, own), expected, rtol=1e-4)
+    parallel = sentence_similarity(jnp.eye(2), jnp.array([[3.0, 0.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(parallel, [[1, 0.5**0.5], [0, 0.5**0.5]], atol=1e-5)
+
+
+# --- the family
+
+SMALL = dict(
+    stages=2, doublings=1, width=2, latent=3, condition=3, blocks=1, discriminator_width=2, words=50, length=8,
+    embedding=3, features=4, encoder_width=4, discriminator_norm=False, r1=0.5, swap=True, dropout=0.0,
+)  # fmt: skip
+
+
+def build(image=(8, 8, 3), **model):
+    optim = make_optim(10, **configs.DEFAULTS['optim'] | {'name': 'sgd', 'lr': 0.01, 'ema': 0.0})
+    return attngan.build(Context(image, 0, optim), **{**SMALL, **model})
+
+
+def batch(n: int = 4) -> dict:
+    texts = ('a small red heart', 'a large blue star on a white background', 'ring', 'a small red heart')
+    caption = jnp.asarray(encoded(*texts[:n]))
+    return {'image': jnp.tanh(normal(n, 8, 8, 3)), 'caption': caption, 'index': jnp.arange(n, dtype=jnp.int32)}
+
+
+@functools.cache
+def updated(swap: bool = True):
+    """The family, its state, and the state and logs after an update by the key 5."""
+    f, b = build(swap=swap), batch()
+    state = jax.jit(f.init)(jax.random.key(0), b, {})
+    return f, state, *jax.jit(f.update)(state, {}, b, jax.random.key(5))
+
+
+def features(weights, numbers):
+    """Of words and of the sentence, with a mean square of 1 where there is a word."""
+    found = TextEncoder(50, 3, 4).apply({'params': weights}, numbers)
+    return tuple(x / np.maximum(np.sqrt(np.square(x).mean(-1, keepdims=True)), 1e-9) for x in found)
+
+
+@pytest.mark.parametrize('swap', [True, False])
+def test_the_losses_of_an_update(swap):
+    _, state, _, logs = updated(swap)
+    b, n, p = batch(), 4, state.params
+    _, wrong_rng, z_rng, noise_rng, _, _ = jax.random.split(jax.random.key(5), 6)
+    numbers = word_numbers(b['caption'], 8, 50)
+    text = functools.partial(features, state.ema['text'])
+    words, sentence = text(numbers)
+    order = np.asarray(jax.random.uniform(wrong_rng, numbers.shape))
+    changed = np.array(numbers)
+    for i in range(n):  # at one of the places where the caption before has another word, that word
+        own, other = numbers[i], numbers[i - 1]
+        places = [k for k in range(8) if own[k] != other[k] and min(own[k], other[k]) > 0]
+        place = max(places, key=lambda k, i=i: order[i, k], default=0)
+        changed[i, place] = other[place]
+    changed = changed if swap else np.roll(numbers, 1, 0)
+    # Of 50 numbers, two words share one.
+    assert (changed != numbers).sum(1).tolist() == ([0, 1, 1, 1] if swap else [0, 6, 8, 4])
+    _, other = text(jnp.asarray(changed))
+    z, noise = jax.random.normal(z_rng, (n, 3)), jax.random.normal(noise_rng, (n, 3))
+    generator = networks.Generator((8, 8, 3), 2, 1, 2, 3, 1)
+    apply = jax.jit(functools.partial(generator.apply, train=True, mutable=['batch_stats']))
+    (made, *_), _ = apply({'params': p['generator']}, z, noise, sentence, words, numbers > 0)
+    real = {4: b['image'].reshape(n, 4, 2, 4, 2, 3).mean((2, 4)), 8: b['image']}
+    for i, (side, x) in enumerate(real.items()):
+        judge = jax.jit(networks.Discriminator(2, 1 + i, 1, False).apply)
+        variables = {'params': p[f'discriminator{side}']}
+
+        def f(x, judge=judge, variables=variables):
+            alone, (told,) = judge(variables, x, [sentence])
+            return alone, told
+
+        _, (wrong,) = judge(variables, x, [other])
+        a, bad = (lambda v: -jax.nn.log_sigmoid(v).mean(), lambda v: -jax.nn.log_sigmoid(-v).sum() / n)
+        expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(made[i]))) + bad(wrong[1:])) / 3  # the first is right
+        slope = jax.grad(lambda x, f=f: sum(v.sum() for v in f(x)))(x)
+        expected += 0.5 * 0.5 * jnp.square(slope).sum((1, 2, 3)).mean()
+        np.testing.assert_allclose(logs[f'discriminator{side}_loss'], expected, rtol=1e-4)
+    assert float(logs['generator_loss']) == pytest.approx(
+        float(logs['deceit'] + logs['kl'] + 5 * logs['mismatch']), rel=1e-4
+    )
+    # The mismatch of the data: each picture has its caption among all four and, with swap, four wrong ones.
+    regions, whole = networks.ImageEncoder(4, 2, 4).apply({'params': p['encoder']}, b['image'])
+    text = functools.partial(features, p['text'])
+    all_numbers = np.concatenate([numbers, changed])[: 8 if swap else 4]
+    words, sentence = text(jnp.asarray(all_numbers))
+    own = np.arange(4)[:, None] == np.arange(len(all_numbers))
+    same = (np.asarray(numbers)[:, None] == all_numbers).all(-1)
+    similarities = (
+        word_similarity(regions, words, jnp.asarray(all_numbers > 0)), sentence_similarity(whole, sentence)
+    )  # fmt: skip
+    expected = sum(matching_loss(x, own, same) for x in similarities)
+    np.testing.assert_allclose(logs['matching_loss'], expected, rtol=1e-4)
+
+
+def test_samples_end_the_stages_and_evaluate_looks_at_them():
+    f, _, state, _ = updated()
+    b, key = batch(), jax.random.key(1)
+    x, stages = jax.jit(f.sample)(state, {}, b, key), jax.jit(f.trajectory)(state, {}, b, key)['stages']
+    np.testing.assert_allclose(stages[-1], x, atol=1e-6)
+    small = stages[0, :, ::2, ::2]
+    assert small.shape == (4, 4, 4, 3)
+    np.testing.assert_array_equal(stages[0], upsample_nearest(small))
+    assert np.abs(x[0] - x[3]).max() > 1e-3, 'one caption, two samples'
+    z = randomness.normal(randomness.example_keys(jax.random.split(key)[0], b), f.latent)
+    for family, same in ((f, False), (build(kl=0.0), True)):  # with kl = 0 the condition is not drawn
+        decode, other = jax.jit(family.decode), jax.random.key(2)
+        shown = decode(state, {}, z, key, b)
+        assert (np.abs(shown - decode(state, {}, z, other, b)).max() < 1e-6) == same
+        assert (np.abs(shown - x).max() < 1e-5) != same
+    figures = f.evaluate(state, {}, b, key)
+    again = f.evaluate(state, {}, {**b, 'image': x}, key)
+    np.testing.assert_allclose(again['match/image'], figures['match/sample'], atol=1e-5)
+
+
+@pytest.mark.parametrize('model, said', [
+    (dict(doublings=3), 'multiple of 16'), (dict(stages=0), 'stages'), (dict(features=3), 'even'),
+    (dict(matching=-1.0), 'matching'), (dict(dropout=1.0), 'dropout'), (dict(discriminator_norm=True), 'r1'),
+])  # fmt: skip
+def test_says_what_is_wrong(model, said):
+    with pytest.raises(UserError, match=said) as error:
+        build(**model)
+    assert 'config.' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_batch_of_one_has_nothing_to_compare():
+    with pytest.raises(UserError, match=r'config.data.batch'):
+        jax.eval_shape(build().init, jax.random.key(0), batch(1), {})
+
+
+# --- captions on the command line, and whether samples show what they say
+
+
+@functools.cache
+def assembled():
+    config = configs.load(path('attngan_shapes'))
+    return assemble(config), config
+
+
+def test_a_caption_is_a_condition():
+    text = 'A small red heart, on a white background'
+    found = sample.batches(*assembled(), 3, {'caption': text})
+    assert found['caption'].shape == (3, 64) and shapes.decode_caption(found['caption'][2]) == text
+
+
+def test_classes_that_training_did_not_see_are_not_asked_for():
+    config = configs.load(path('conditional_gan_digits'))
+    config.data.keep_classes = (7, 2, 4)
+    given = sample.batches(assemble(config), config, 5, {})
+    assert given['label'].tolist() == [2, 4, 7, 2, 4]
+    with pytest.raises(UserError, match=r'one of those that training saw, \[2, 4, 7\]'):
+        sample.batches(assemble(config), config, 5, {'label': 3})
+
+
+@pytest.mark.parametrize('text, said', [
+    ('', 'has none'), ('!?', 'has none'), ('a ' * 40, '80 bytes'), ('a ' * 11, '11 words are more than the 8'),
+    ('a small red hart', "'hart'; did you mean heart"), ('a qqqqqq', "'qqqqqq'; they have a, an, background, beige"),
+])  # fmt: skip
+def test_captions_that_cannot_be_read(text, said, no_compile):
+    with pytest.raises(UserError, match=said) as error:
+        sample.batches(*assembled(), 1, {'caption': text})
+    assert '\n' not in str(error.value)
+
+
+def test_whether_samples_show_what_was_asked():
+    """A judge that reads the factors off the first pixels; two samples of three show all that their captions say."""
+
+    def read(variables, batch):
+        right = batch['image'][:, 0, :7, 0] == batch['factors']
+        return {'accuracy': right.mean(-1), **{f'accuracy/{i}': right[:, i].astype(jnp.float32) for i in range(7)}}
+
+    network = Features('judge', '', None, None, None, ('factors',), read)
+    a, config = assembled()
+    section = config.data.to_dict()
+    judge = evaluate.Evaluator(network, section, 'train', sharding.make_mesh(1, jax.devices()[:1]), 2)
+    run = types.SimpleNamespace(assembled=a, config=config)
+    given = sample.batches(a, config, 3, {})
+    wanted, texts = evaluate.asked(run, judge)(given), given['caption']
+    assert [shapes.caption(f) for f in wanted['factors']] == [shapes.decode_caption(t) for t in texts]
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    images[:, 0, :7, 0] = wanted['factors']
+    images[0, 0, 0, 0] += 1  # another shape
+    images[1, 0, 3:6, 0] += 1  # elsewhere and turned, of which no caption tells
+    found = evaluate.hits(judge, images, wanted, True, 3)
+    assert {name: x.tolist() for name, x in found.items()} == {
+        'asked/accuracy/0': [0, 1, 1], 'asked/accuracy/1': [1, 1, 1], 'asked/accuracy/2': [1, 1, 1],
+        'asked/accuracy/6': [1, 1, 1], 'asked/caption': [0, 1, 1],
+    }  # fmt: skip
+    all_factors = evaluate.hits(judge, images, wanted, False, 3)
+    np.testing.assert_allclose(all_factors['asked/accuracy'], [6 / 7, 4 / 7, 1], rtol=1e-6)
+    nothing = types.SimpleNamespace(
+        assembled=types.SimpleNamespace(family=a.family._replace(conditions=())), config=config
+    )
+    assert evaluate.asked(nothing, judge) is None
+    # Of pictures that were another source's nothing is known, but that both styles of the scenes share the test scenes.
+    for other, known in (('digits', False), ('shapes:centred', False), ('shapes:outlined', True)):
+        turning = types.SimpleNamespace(family=a.family._replace(conditions=('other',)))
+        run = types.SimpleNamespace(assembled=turning, config=configs.load(path('attngan_shapes')))
+        run.config.data.other = other
+        assert (evaluate.asked(run, judge) is not None) == known

@@ -1,0 +1,161 @@
+"""Encoder and decoder against diffusers' on the same weights, and their published sizes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.networks import quantise
+from jaxgen.networks.first_stage import Decoder, Encoder
+
+pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+
+SMALL = dict(channels=8, multipliers=(1, 2, 2), blocks=1, attention=(4,), groups=2)
+
+
+def conv(layer) -> dict:
+    """A convolution of theirs as ours; one of 1x1 is a dense layer here."""
+    kernel = layer.weight.detach().numpy()
+    kernel = (
+        kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 and kernel.shape[-1] > 1 else kernel.reshape(len(kernel), -1).T
+    )
+    return {'kernel': kernel, 'bias': layer.bias.detach().numpy()}
+
+
+def norm(layer) -> dict:
+    return {'scale': layer.weight.detach().numpy(), 'bias': layer.bias.detach().numpy()}
+
+
+def resnet(block) -> dict:
+    found = {
+        'norm1': norm(block.norm1),
+        'conv1': conv(block.conv1),
+        'norm2': norm(block.norm2),
+        'conv2': conv(block.conv2),
+    }
+    return found | ({'shortcut': conv(block.conv_shortcut)} if block.conv_shortcut is not None else {})
+
+
+def attention(block) -> dict:
+    parts = [conv(layer) for layer in (block.to_q, block.to_k, block.to_v)]
+    qkv = {name: np.concatenate([part[name] for part in parts], -1) for name in ('kernel', 'bias')}
+    return {'norm': norm(block.group_norm), 'qkv': qkv, 'out': conv(block.to_out[0])}
+
+
+def from_diffusers(network, one_by_one, side: str, levels: int) -> dict:
+    """Weights of one of their halves as ours. side: 'down' | 'up'."""
+    found = {
+        'first': conv(network.conv_in),
+        'middle_0': resnet(network.mid_block.resnets[0]),
+        'middle_attention': attention(network.mid_block.attentions[0]),
+        'middle_1': resnet(network.mid_block.resnets[1]),
+        'norm': norm(network.conv_norm_out),
+        'last': conv(network.conv_out),
+        {'down': 'to_latent', 'up': 'from_latent'}[side]: conv(one_by_one),
+    }
+    for i, blocks in enumerate(network.down_blocks if side == 'down' else network.up_blocks):
+        level = i if side == 'down' else levels - 1 - i
+        for j, block in enumerate(blocks.resnets):
+            found[f'{side}{level}_{j}'] = resnet(block)
+        for j, block in enumerate(getattr(blocks, 'attentions', None) or ()):
+            found[f'{side}{level}_{j}_attention'] = attention(block)
+        resampler = blocks.downsamplers if side == 'down' else blocks.upsamplers
+        if resampler is not None:
+            found[f'{side}{level}'] = conv(resampler[0].conv)
+    return found
+
+
+def randomise(torch, model) -> None:
+    """No weight is special: norms have other scales than 1 and biases other values than 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.ndim > 1 else 20
+            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
+
+
+def theirs(kind: str, **options):
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    model = getattr(diffusers, kind)(
+        down_block_types=('DownEncoderBlock2D', 'DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+        up_block_types=('AttnUpDecoderBlock2D', 'UpDecoderBlock2D', 'UpDecoderBlock2D'),
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        latent_channels=3,
+        **{'norm_num_groups': 2, **options},
+    ).eval()
+    randomise(torch, model)
+    return torch, model
+
+
+def compare(ours, reference):
+    reference = reference.numpy().transpose(0, 2, 3, 1)
+    assert ours.shape == reference.shape and reference.std() > 0.05
+    np.testing.assert_allclose(ours, reference, atol=2e-4 * reference.std())
+
+
+X = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+Z = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
+
+
+def nchw(torch, a):
+    return torch.from_numpy(a.transpose(0, 3, 1, 2).copy())
+
+
+@pytest.mark.parametrize('kind, options, outputs', [
+    ('AutoencoderKL', {'sample_size': 16}, 6),
+    ('VQModel', {'num_vq_embeddings': 11, 'vq_embed_dim': 3}, 3),
+    ('AutoencoderKL', {'sample_size': 16, 'norm_num_groups': 8}, 6),
+])  # fmt: skip
+def test_equals_diffusers(kind, options, outputs):
+    torch, model = theirs(kind, **options)
+    # The published networks have one number of groups at all widths.
+    small = {**SMALL, 'groups': options.get('norm_num_groups', 2), 'group_size': 0}
+    encoder, decoder = Encoder(outputs=outputs, **small), Decoder(**small)
+    weights = from_diffusers(model.encoder, model.quant_conv, 'down', 3)
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), X)['params']
+    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)
+    z = jax.jit(encoder.apply)({'params': weights}, X)
+    with torch.no_grad():
+        compare(z, model.quant_conv(model.encoder(nchw(torch, X))))
+
+    weights = from_diffusers(model.decoder, model.post_quant_conv, 'up', 3)
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), Z)['params']
+    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)
+    paint = jax.jit(decoder.apply)
+    image, h = paint({'params': weights}, Z)
+    with torch.no_grad():
+        compare(image, model.decoder(model.post_quant_conv(nchw(torch, Z))))
+        if kind == 'VQModel':
+            some = np.asarray(z).reshape(-1, 3)[::3]  # so that latents lie between codes
+            model.quantize.embedding.weight.copy_(torch.from_numpy(some + 0.01 * np.arange(33).reshape(11, 3)))
+            book = model.quantize.embedding.weight.numpy()
+            codes = quantise.nearest(z, book)
+            reference, _, (_, _, their_codes) = model.quantize(nchw(torch, np.asarray(z)))
+            np.testing.assert_array_equal(codes.ravel(), their_codes.numpy())
+            assert len(set(np.asarray(codes).ravel())) > 3
+            np.testing.assert_allclose(quantise.embed(codes, book), reference.numpy().transpose(0, 2, 3, 1), atol=1e-6)
+            compare(
+                paint({'params': weights}, quantise.embed(codes, book))[0],
+                model.decode(nchw(torch, np.asarray(z))).sample,
+            )
+    assert h.shape == (2, 16, 16, 8)
+
+
+def test_remat_and_bfloat16():
+    """One changes nothing but memory, the other little."""
+    outputs = {}
+    sizes = dict(channels=4, multipliers=(1,), blocks=0, outputs=2)
+    params = jax.jit(Encoder(**sizes).init)(jax.random.key(0), X)
+    for name, options in {'plain': {}, 'remat': {'remat': True}, 'half': {'dtype': jnp.bfloat16}}.items():
+        network = Encoder(**sizes, **options)
+        value = lambda p, network=network: jnp.square(network.apply(p, X)).mean()  # noqa: E731
+        outputs[name] = jax.jit(jax.value_and_grad(value))(params)
+        assert jax.eval_shape(network.apply, params, X).dtype == jnp.float32
+    for a, b in zip(*map(jax.tree.leaves, (outputs['plain'], outputs['remat'])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    difference = abs(outputs['half'][0] - outputs['plain'][0])
+    assert 0 < difference < 0.05 * outputs['plain'][0]

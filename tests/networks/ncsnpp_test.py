@@ -1,0 +1,337 @@
+"""NCSN++ and DDPM++ against diffusers and a plain torch version, their sizes, and their own options."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.networks.layers import smooth, upsample_smooth
+from jaxgen.networks.ncsnpp import NCSNpp
+
+pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+
+NCSNPP = {'embedding': 'fourier', 'resampling': 'fir', 'pyramid': 'residual'}
+SMALL = {'channels': 16, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}
+SINGLE = {'channels': 16, 'multipliers': (1,), 'blocks': 0}  # three residual blocks: compiles soon
+
+RNG = np.random.default_rng(1)
+X = RNG.normal(size=(3, 8, 8, 3)).astype(np.float32)
+AUGMENT = RNG.normal(size=(3, 9)).astype(np.float32)
+T = np.array([0, 10.5, 999], np.float32)
+LABEL = np.array([0, 1, 2])
+
+
+def variables(network, x=X):
+    """Shapes of its parameters."""
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), x, T, LABEL, train=False))['params']
+
+
+def randomised(network):
+    """Parameters, none of them special: layers that start at zero are not zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        fan = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 20
+        values = rng.normal(size=leaf.shape) / math.sqrt(fan)
+        return (values + (path[-1].key == 'scale')).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, variables(network))
+
+
+@functools.cache
+def compiled(network, train):
+    def run(params, key, *args):
+        return network.apply({'params': params}, *args, train=train, rngs={'dropout': key})
+
+    return jax.jit(run)
+
+
+def apply(network, params, t=T, label=LABEL, augment=None, train=False, seed=0):
+    return compiled(network, train)(params, jax.random.key(seed), X, t, label, augment)
+
+
+def assert_close(ours, theirs):
+    """ours [n, H, W, C], theirs [n, C, H, W]."""
+    theirs = theirs.numpy().transpose(0, 2, 3, 1)
+    assert theirs.std() > 0.05
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * theirs.std())
+
+
+@pytest.mark.parametrize(
+    ('size', 'count', 'options'),
+    [
+        (32, 35_218_947, {'resampling': 'conv', 'blocks': 2}),
+        (256, 65_574_549, {**NCSNPP, 'pyramid': 'skip', 'blocks': 2, 'multipliers': (1, 1, 2, 2, 2, 2, 2)}),
+        (
+            *(1024, 105_785_896),
+            {**NCSNPP, 'pyramid': 'skip', 'channels': 16, 'blocks': 1, 'multipliers': (1, 2, 4, 8, 16, 32, 32, 32)},
+        ),
+    ],
+)
+def test_published_sizes(size, count, options):
+    shapes = variables(NCSNpp(**options), np.zeros((3, size, size, 3), np.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def plain(network, params, x, t, label=None, augment=None, style=None):
+    """The network by torch's plain functions: NHWC arrays to [n, C, H, W].
+
+    The filter is one 4x4 kernel per channel. Where EDM filters after the convolution, so does this.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    params = jax.tree.map(torch.from_numpy, params)
+    scale = 1 if network.resampling == 'conv' else 2**-0.5
+    taps = torch.tensor([1.0, 3, 3, 1] if network.resampling == 'fir' else [1.0, 1])
+    kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+
+    def smaller(x, pad):
+        return F.conv2d(x, kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=pad, groups=x.shape[1])
+
+    def larger(x):
+        weight = 4 * kernel.repeat(x.shape[1], 1, 1, 1)
+        return F.conv_transpose2d(x, weight, stride=2, padding=(len(taps) - 1) // 2, groups=x.shape[1])
+
+    def dense(p, x):
+        return F.linear(x, p['kernel'].T, p.get('bias'))
+
+    def conv(p, x, stride=1, pad=1):
+        kernel = p['kernel'] if p['kernel'].ndim == 4 else p['kernel'][None, None]
+        return F.conv2d(x, kernel.permute(3, 2, 0, 1), p.get('bias'), stride=stride, padding=pad)
+
+    def norm(p, x):
+        groups = min(x.shape[1] // network.group_size, 32) if network.group_size else network.groups
+        return F.group_norm(x, groups, p.get('scale'), p.get('bias'), eps=network.eps)
+
+    def styled(p, name, x):
+        x = norm(p.get(name, {}), x)
+        if style is None:
+            return x
+        gain, shift = dense(p[f'{name}_style'], style)[..., None, None].chunk(2, 1)
+        return (1 + gain) * x + shift
+
+    def block(name, x, resample=None):
+        p = params[name]
+        h = F.silu(styled(p, 'norm1', x))
+        if resample:
+            x, h = resample(x), resample(h)
+        h = conv(p['conv1'], h) + dense(p['embedding'], embedding)[..., None, None]
+        h = conv(p['conv2'], F.silu(styled(p, 'norm2', h)))
+        x = scale * (h + (conv(p['shortcut'], x, pad=0) if 'shortcut' in p else x))
+        if f'{name}_attention' in params:
+            p = params[f'{name}_attention']
+            q, k, v = conv(p['qkv'], norm(p['norm'], x), pad=0).flatten(2).chunk(3, 1)  # [n, C, HW]
+            weights = torch.softmax(torch.einsum('ncq,nck->nqk', q, k) / q.shape[1] ** 0.5, -1)
+            h = torch.einsum('nqk,nck->ncq', weights, v).reshape(x.shape)
+            x = scale * (x + conv(p['out'], h, pad=0))
+        return x
+
+    x, t = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t)[:, None]
+    if network.embedding == 'fourier':
+        angles = 2 * np.pi * t * params['frequencies']
+    else:
+        half = network.channels // 2
+        angles = t * 10_000.0 ** (-torch.arange(half) / (half - 1))
+    h = torch.cat([angles.sin(), angles.cos()], 1)
+    if network.classes:
+        one_hot = F.one_hot(torch.from_numpy(label), network.classes)
+        h = h + dense(params['label'], one_hot * network.classes**0.5)
+    if network.augment:
+        h = h + dense(params['augment'], torch.from_numpy(augment))
+    embedding = F.silu(dense(params['time2'], F.silu(dense(params['time1'], h))))
+
+    last = len(network.multipliers) - 1
+    h, small = conv(params['first'], x), x
+    skips = [h]
+    for level in range(last + 1):
+        for i in range(network.blocks):
+            h = block(f'down{level}_{i}', h)
+            skips.append(h)
+        if level < last:
+            if network.resampling == 'conv':
+                h = conv(params[f'down{level}'], F.pad(h, (0, 1, 0, 1)), stride=2, pad=0)
+            else:
+                h = block(f'down{level}', h, lambda x: smaller(x, (len(taps) - 1) // 2))
+            if network.pyramid == 'residual':
+                p = params[f'input{level}']
+                small = smaller(conv({'kernel': p['kernel']}, small, pad=2), 0) + p['bias'][:, None, None]
+                h = small = scale * (small + h)
+            skips.append(h)
+    h = block('middle_1', block('middle_0', h))
+    for level in range(last, -1, -1):
+        for i in range(network.blocks + 1):
+            h = block(f'up{level}_{i}', torch.cat([h, skips.pop()], 1))
+        if level and network.resampling == 'conv':
+            h = conv(params[f'up{level}'], F.interpolate(h, scale_factor=2, mode='nearest'))
+        elif level:
+            h = block(f'up{level}', h, larger)
+    return conv(params['last0'], F.silu(norm(params['norm0'], h)))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'classes': 3, 'augment': 9, 'multipliers': (2, 2)},
+        {**NCSNPP, 'multipliers': (1, 1, 2), 'out_channels': 6},
+        {'resampling': 'conv'},
+        {'resampling': 'conv', 'groups': 8, 'group_size': 0, 'eps': 1e-2},
+    ],
+    ids=['ddpmpp', 'ncsnpp', 'ddpm', 'groups'],
+)
+def test_equals_plain_torch(options):
+    pytest.importorskip('torch')
+    network = NCSNpp(**{**SMALL, **options})
+    params = randomised(network)
+    assert {name for name in params if name.endswith('_attention')} == (
+        {'middle_0_attention', 'down1_0_attention', 'up1_1_attention'}
+    )
+    t = np.array([-2.3, 0, 3.9], np.float32) if network.embedding == 'fourier' else T
+    assert_close(apply(network, params, t=t, augment=AUGMENT), plain(network, params, X, t, LABEL, AUGMENT))
+
+
+def from_diffusers(weights: dict[str, np.ndarray], levels: int, blocks: int) -> dict:
+    """Weights of a diffusers UNet2DModel of Skip blocks as ours: names, axes and q, k, v in one matrix."""
+    names = [
+        *((f'down_blocks.{i}.resnets.', f'down{i}_') for i in range(levels)),
+        *((f'down_blocks.{i}.attentions.', f'down{i}_attention') for i in range(levels)),
+        *((f'down_blocks.{i}.resnet_down', f'down{i}') for i in range(levels)),
+        *((f'down_blocks.{i}.skip_conv', f'input{i}') for i in range(levels)),
+        *((f'up_blocks.{levels - 1 - i}.resnets.', f'up{i}_') for i in range(levels)),
+        *((f'up_blocks.{levels - 1 - i}.attentions.0', f'up{i}_{blocks}_attention') for i in range(levels)),
+        *((f'up_blocks.{levels - 1 - i}.resnet_up', f'up{i}') for i in range(levels)),
+        *((f'up_blocks.{levels - 1 - i}.skip_norm', f'norm{i}') for i in range(levels)),
+        *((f'up_blocks.{levels - 1 - i}.skip_conv', f'last{i}') for i in range(levels)),
+        *(('mid_block.resnets.', 'middle_'), ('mid_block.attentions.0', 'middle_0_attention')),
+        *(('time_embedding.linear_', 'time'), ('conv_in', 'first'), ('conv_norm_out', 'norm0'), ('conv_out', 'last0')),
+        *(('conv_shortcut', 'shortcut'), ('time_emb_proj', 'embedding'), ('group_norm', 'norm'), ('to_out.0', 'out')),
+    ]
+    out: dict = {'frequencies': weights.pop('time_proj.weight')}
+    for name, value in weights.items():
+        module, _, kind = name.rpartition('.')
+        for theirs, ours in names:
+            module = module.replace(theirs, ours)
+        module = re.sub(r'(down\d)_attention(\d)', r'\1_\2_attention', module)
+        parameter = {'weight': 'scale' if value.ndim == 1 else 'kernel', 'bias': 'bias'}[kind]
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        value = value[0, 0] if value.shape[:2] == (1, 1) else value
+        place = out
+        for part in module.split('.'):
+            place = place.setdefault(part, {})
+        place[parameter] = value
+    for name, module in out.items():
+        if name.endswith('_attention'):
+            parts = [module.pop(f'to_{which}') for which in 'qkv']
+            module['qkv'] = {k: np.concatenate([part[k] for part in parts], -1) for k in ('kernel', 'bias')}
+    return out
+
+
+def test_equals_diffusers():
+    """The form of google/ncsnpp-celebahq-256 and its kin, every weight random."""
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    torch.manual_seed(0)
+    options = {'channels': 32, 'multipliers': (1, 4), 'blocks': 1, 'attention': (4,)}
+    theirs = diffusers.UNet2DModel(
+        time_embedding_type='fourier',
+        block_out_channels=(32, 128),
+        layers_per_block=1,
+        down_block_types=('SkipDownBlock2D', 'AttnSkipDownBlock2D'),
+        up_block_types=('AttnSkipUpBlock2D', 'SkipUpBlock2D'),
+        norm_num_groups=None,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        mid_block_scale_factor=math.sqrt(2),
+    ).eval()
+    for name, weight in theirs.named_parameters():
+        if 'norm' in name:  # the only ones that torch does not start at random
+            weight.data += 0.2 * torch.randn_like(weight)
+    params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=2, blocks=1)
+    network = NCSNpp(**options, embedding='fourier', resampling='fir', pyramid='skip')
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables(network))
+
+    sigma = np.array([0.02, 1.0, 45.0], np.float32)
+    with torch.no_grad():
+        reference = theirs(torch.from_numpy(X).permute(0, 3, 1, 2), torch.from_numpy(sigma)).sample
+    # Theirs is divided by sigma, which is the caller's part in ours.
+    assert_close(apply(network, params, t=np.log(sigma)), reference * torch.from_numpy(sigma)[:, None, None, None])
+
+
+def test_filter_of_a_single_pixel():
+    taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1])
+    x = np.zeros((1, 4, 4, 1), np.float32)
+    x[0, 1, 2] = 1
+    large, full = np.zeros((8, 8)), np.zeros((5, 5))
+    large[1:5, 3:7] = taps / 16
+    full[0:4, 1:5] = taps / 64
+    ours = jax.jit(lambda x: (upsample_smooth(x), smooth(x, 2, 1), smooth(x, 1, 2)))(x)
+    for result, expected in zip(ours, (large, full, full[1::2, 1::2]), strict=True):
+        np.testing.assert_array_equal(result[0, :, :, 0], expected)
+
+
+def test_gradients_with_and_without_remat_and_none_of_the_frequencies():
+    options = {**SINGLE, 'embedding': 'fourier', 'dropout': 0.1}
+    params = randomised(NCSNpp(**options))
+
+    def gradient(remat):
+        network = NCSNpp(**options, remat=remat)
+
+        def loss(params):
+            y = network.apply({'params': params}, X, T / 1000, train=True, rngs={'dropout': jax.random.key(3)})
+            return jnp.square(y).mean()
+
+        return jax.jit(jax.grad(loss))
+
+    assert 'remat' in str(gradient(True).trace(params).jaxpr)
+    full, lean = gradient(False)(params), gradient(True)(params)
+    for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(lean), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(a).max()))
+    still = [path[0].key for path, leaf in jax.tree_util.tree_leaves_with_path(full) if not np.any(leaf)]
+    assert still == ['frequencies']
+
+
+def test_frequencies_are_drawn_wide():
+    network = NCSNpp(**{**SINGLE, 'channels': 1024}, embedding='fourier')
+    drawn = jax.jit(lambda: network.init(jax.random.key(0), X, T, train=False)['params']['frequencies'])()
+    assert 15 < drawn.std() < 17
+
+
+def test_starts_as_zero_and_attends_softly():
+    network = NCSNpp(**SINGLE)
+    params = jax.jit(lambda: network.init(jax.random.key(0), X, T, train=False)['params'])()
+    assert 0 < jnp.abs(apply(network, params)).max() < 1e-3
+    limit = math.sqrt(3 * 0.1 / 16)  # of q, k and v: uniform with variance 0.1 / channels
+    assert 0.95 * limit < jnp.abs(params['middle_0_attention']['qkv']['kernel']).max() <= limit
+
+
+def test_no_class_and_no_augmentation():
+    network = NCSNpp(**SINGLE, classes=3, augment=9)
+    params = randomised(network)
+    y = apply(network, params, label=np.array([0, 3, 2]))
+    np.testing.assert_allclose(y, apply(network, params, label=np.array([0, -1, 2]), augment=0 * AUGMENT), atol=1e-5)
+    other = apply(network, params)
+    np.testing.assert_array_equal(y[::2], other[::2])
+    assert jnp.abs(y[1] - other[1]).max() > 1e-3
+
+
+def test_bfloat16_is_close():
+    options = {**SMALL, 'blocks': 0, 'embedding': 'fourier', 'resampling': 'fir', 'pyramid': 'skip'}
+    params = randomised(NCSNpp(**options))
+    exact, half = (apply(NCSNpp(**options, dtype=dtype), params, t=T / 1000) for dtype in (jnp.float32, jnp.bfloat16))
+    assert half.dtype == jnp.float32
+    assert 0 < jnp.abs(half - exact).max() < 0.1 * exact.std()
+
+
+def test_dropout_in_training_only():
+    network = NCSNpp(**SINGLE, dropout=0.5)
+    params = randomised(network)
+    still = apply(network, params)
+    np.testing.assert_array_equal(still, apply(network, params, seed=1))
+    assert jnp.abs(apply(network, params, train=True) - still).max() > 1e-3
+    np.testing.assert_allclose(still, apply(NCSNpp(**SINGLE), params, train=True), atol=1e-5)
