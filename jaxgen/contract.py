@@ -228,7 +228,7 @@ def advance(state: State, optim: Optim) -> State:
     return state.replace(step=state.step + 1, ema=ema)
 
 
-def running(state: State, old: PyTree, new: PyTree, decay: float) -> PyTree:
+def running_mean(state: State, old: PyTree, new: PyTree, decay: float) -> PyTree:
     """Running average of what updates find (batch statistics, counts of codes): `old` with `new` of this update in it.
 
     At first all count alike: the start values would else linger. `state.step` says how many are in `old`: before
@@ -247,7 +247,7 @@ def split_batch(batch: PyTree, n: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // n, n, *x.shape[1:]), 0, 1), batch)
 
 
-def spread(x: PyTree) -> PyTree:
+def shard_batch(x: PyTree) -> PyTree:
     """Lays arrays [n, ...] that a family made itself over the devices, as a batch lies.
 
     What meets the batch is spread without this. What does not, like the latents of a generator's

@@ -263,7 +263,7 @@ def asked(run, evaluator: Evaluator) -> Callable[[dict[str, np.ndarray]], dict[s
     drawn for, or what is known of the test example whose caption, mask, edges, ... it gets. None where nothing is.
 
     Returns:
-      From what samples get (see sample.giver) to {name: [n]}.
+      From what samples get (see sample.condition_provider) to {name: [n]}.
     """
     names, conditions, section = evaluator.features.reads, run.assembled.family.conditions, run.config.data.to_dict()
     if not names or not conditions:
@@ -281,7 +281,7 @@ def asked(run, evaluator: Evaluator) -> Callable[[dict[str, np.ndarray]], dict[s
     source = data.dataset(section, 'test')
 
     def wanted(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        examples = source.again_and_again(given['index'])
+        examples = source.take_cyclic(given['index'])
         return {name: examples[name] for name in names}
 
     return wanted
@@ -316,7 +316,7 @@ def sample_features(run, evaluator: Evaluator, n: int, seed: int, progress: Call
     Every piece is kept in the run's directory until `forget`, so that what was stopped goes on
     where it was.
     """
-    give, to_show = sample.giver(run.assembled, run.config, {}), asked(run, evaluator)
+    give, to_show = sample.condition_provider(run.assembled, run.config, {}), asked(run, evaluator)
     size = sharding.round_up(run.assembled.mesh, min(run.config.sample.batch, n))
     folder = piece_folder(run, evaluator, size, seed)
     for start in range(0, n, size):

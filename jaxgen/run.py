@@ -200,7 +200,7 @@ class Run:
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
         a, seed = self.assembled, check_integer('seed', seed, 0)
-        give = sample.giver(a, self.config, condition or {})
+        give = sample.condition_provider(a, self.config, condition or {})
         return sample.draw(a.family, self.state, a.frozen, a.mesh, give, n, self.config.sample.batch, seed)
 
     def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:

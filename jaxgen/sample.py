@@ -64,7 +64,9 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     return np.array(number, feature.dtype)
 
 
-def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def condition_provider(
+    assembled, config, condition: dict[str, int | str]
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """What samples get, by their numbers [n]: 'index' [n] and the conditions that the family reads, [n, ...] each.
 
     A condition that is not given: labels count up through the classes that training saw; anything else (a mask, a
@@ -89,19 +91,19 @@ def giver(assembled, config, condition: dict[str, int | str]) -> Callable[[np.nd
         if 'label' in family.conditions:
             out['label'] = kept[numbers % len(kept)]
         out |= {name: np.repeat(value[None], len(numbers), 0) for name, value in given.items()}
-        examples = source.again_and_again(numbers) if rest else {}
+        examples = source.take_cyclic(numbers) if rest else {}
         return out | {name: examples[name] for name in rest}
 
     return give
 
 
 def batches(assembled, config, n: int, condition: dict[str, int | str]) -> dict[str, np.ndarray]:
-    """What the first n samples get, all at once; see `giver`."""
-    return giver(assembled, config, condition)(np.arange(n))
+    """What the first n samples get, all at once; see `condition_provider`."""
+    return condition_provider(assembled, config, condition)(np.arange(n))
 
 
 def draw(family, state, frozen, mesh, give: Callable, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """The first n images in pieces of at most `size`, uint8, of what `give` gives them (see `giver`).
+    """The first n images in pieces of at most `size`, uint8, of what `give` gives them (see `condition_provider`).
 
     Raises:
       RunError: an image is not finite; uint8 would hide it.

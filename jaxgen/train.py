@@ -81,7 +81,7 @@ def make_call(assembled: Assembled, places, updates: int, seed: int):
         def one(state, batch):
             # The step alone decides the noise: history does not, so resuming cannot change it.
             rng = jax.random.fold_in(randomness.stream(jax.random.key(seed), 'update'), state.step)
-            with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):  # for contract.spread
+            with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):  # for contract.shard_batch
                 return assembled.family.update(state, frozen, sample.to_inside(batch), rng)
 
         return jax.lax.scan(one, state, batches) if updates > 1 else one_step(one, state, batches)
@@ -209,7 +209,7 @@ class Training:
         if self.a.family.sample is None:
             return
         n = self.config.train.samples
-        give, size = sample.giver(self.a, self.config, {}), self.config.sample.batch
+        give, size = sample.condition_provider(self.a, self.config, {}), self.config.sample.batch
         images = list(sample.draw(self.a.family, self.state, self.frozen, self.a.mesh, give, n, size, 0))
         if self.writer:
             sheet = log.grid(np.concatenate(images))
@@ -220,7 +220,7 @@ class Training:
     def evaluate(self) -> None:
         """Draws samples, the same each time, and writes the figures that they get."""
         n, family = self.config.train.evaluate_samples, self.a.family
-        give = sample.giver(self.a, self.config, {})
+        give = sample.condition_provider(self.a, self.config, {})
         images = sample.draw(family, self.state, self.frozen, self.a.mesh, give, n, self.config.sample.batch, 0)
         found = self.evaluator.figures((self.evaluator.extract(piece, n) for piece in images), n)
         if self.writer:

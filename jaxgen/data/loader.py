@@ -200,7 +200,7 @@ class Examples:
             self.known[new] = True
         return {name: x[indices] for name, x in self.cache.items()}
 
-    def again_and_again(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def take_cyclic(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """As `take`, of any numbers from 0: after the last example comes the first."""
         return self.take(numbers % len(self))
 
@@ -246,7 +246,7 @@ def cut_out(image: Image.Image, data, place: Places, channels: int) -> np.ndarra
     return transforms.to_array(transforms.window(image, size, place.row, place.column), channels)
 
 
-class Beside:
+class UnpairedExamples:
     """Examples and, as OTHER, the pictures of a second source: here in stored order, and as many as there are examples,
     again and again where the second source has fewer. In training each has an order of its own."""
 
@@ -264,11 +264,11 @@ class Beside:
         return {**self.examples[i], OTHER: self.others[i % len(self) % len(self.others)]['image']}
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {**self.examples.take(indices), OTHER: self.others.again_and_again(indices)['image']}
+        return {**self.examples.take(indices), OTHER: self.others.take_cyclic(indices)['image']}
 
-    def again_and_again(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def take_cyclic(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """As `take`, of any numbers from 0: after the last of either source comes its first."""
-        return {**self.examples.again_and_again(numbers), OTHER: self.others.again_and_again(numbers)['image']}
+        return {**self.examples.take_cyclic(numbers), OTHER: self.others.take_cyclic(numbers)['image']}
 
 
 class Selected:
@@ -296,7 +296,7 @@ def labels(data, split: str) -> np.ndarray:
     return np.array([records[i]['label'] for i in range(len(records))], np.int32)
 
 
-def dataset(data, split: str) -> Examples | Beside:
+def dataset(data, split: str) -> Examples | UnpairedExamples:
     """The examples of split 'train' or 'test' in stored order, cut and resized as for evaluation.
 
     The set is prepared first if it is not there yet. Of 'train' only those in data.keep_classes, if it names any.
@@ -310,7 +310,7 @@ def dataset(data, split: str) -> Examples | Beside:
         own, other = sections(data)
         with of_other():
             others = dataset(other, split)
-        return Beside(dataset(own, split), others)
+        return UnpairedExamples(dataset(own, split), others)
     records, kept = sources.open_records(sources.resolve(data), data, split), tuple(data['keep_classes'])
     if kept and split == 'train':
         numbers = np.flatnonzero(np.isin(labels(data, split), kept))
@@ -435,7 +435,7 @@ def batches(
     if batch < 1 or batch % process_count:
         raise UserError(f'config.data.batch = {batch} must be a multiple of the {process_count} processes')
     examples = dataset(data, split)
-    if isinstance(examples, Beside):
+    if isinstance(examples, UnpairedExamples):
         take = mixed(examples.examples, data, seed)
         others = mixed(examples.others, data, seed, transforms.OTHER)
     else:

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.losses.divergences import normal_kl
@@ -259,14 +259,14 @@ def build(
     def update(state, frozen, batch, rng):
         matching_rng, wrong_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 6)
         n, numbers = len(batch['image']), numbers_of(batch)
-        captions = {'numbers': numbers, 'wrong': spread(wrong_ones(numbers, wrong_rng))}
+        captions = {'numbers': numbers, 'wrong': shard_batch(wrong_ones(numbers, wrong_rng))}
         state, matching_aux = matching_turn(state, frozen, {'image': batch['image'], **captions}, matching_rng)
         given = {
             'image': batch['image'],
             'told': read(state.ema['text'], captions['numbers']),
             'wrong': read(state.ema['text'], captions['wrong']),
-            'z': spread(jax.random.normal(z_rng, (n, latent))),
-            'noise': noise_of(spread(jax.random.normal(noise_rng, (n, condition)))),
+            'z': shard_batch(jax.random.normal(z_rng, (n, latent))),
+            'noise': noise_of(shard_batch(jax.random.normal(noise_rng, (n, condition)))),
         }
         (made, _, _), _ = paint(state.params['generator'], given)
         state, discriminator_aux = discriminator_turn(state, frozen, {**given, 'made': made}, discriminator_rng)
@@ -274,7 +274,7 @@ def build(
         after = advance(state, optim)
         _, found = paint(after.ema['generator'], given)
         logs = matching_aux.logs | discriminator_aux.logs | generator_aux.logs
-        return after.replace(extra=running(state, state.extra, found, STATISTICS_DECAY)), logs
+        return after.replace(extra=running_mean(state, state.extra, found, STATISTICS_DECAY)), logs
 
     def draw(state, batch, rng, z: Array | None = None) -> tuple[Array, ...]:
         """Images of all stages for the captions in the batch, and for latents [n, latent] if there are any."""

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
 from jaxgen.networks import patchgan
@@ -174,7 +174,7 @@ def build(
                 made[name], extra[name], extra['filled'] = through_pool(*old, made[name], pool_rng)
             state = state.replace(extra=extra)
         # What comes out of the pools, one by one, lies on every device.
-        shown = batch | {f'made_{name}': spread(images) for name, images in made.items()}
+        shown = batch | {f'made_{name}': shard_batch(images) for name, images in made.items()}
         state, discriminator = discriminator_step(state, frozen, shown, discriminator_rng)
         return advance(state, context.optim), generator.logs | discriminator.logs
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
 from jaxgen.diffusion.samplers import ancestral, levels
 from jaxgen.diffusion.schedules import Schedule, posterior, variance_preserving
 from jaxgen.errors import UserError
@@ -146,7 +146,7 @@ def build(
         """x_s' of the steps and x_t that are given."""
         step, x_t = given['step'], given['x_t']
         z_rng, dropout_rng, noise_rng = jax.random.split(rng, 3)
-        z = spread(jax.random.normal(z_rng, (len(x_t), latent)))
+        z = shard_batch(jax.random.normal(z_rng, (len(x_t), latent)))
         rngs = {'dropout': dropout_rng}
         x_0 = generator.apply({'params': params['generator']}, x_t, step, z, train=True, rngs=rngs)
         noise = jax.random.normal(noise_rng, x_t.shape)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, split_batch, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch, split_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks import energy as energies
@@ -252,7 +252,7 @@ def build(
         draw_rng, chain_rng, noise_rng = jax.random.split(rng, 3)
         vectors, memory = state.extra['vectors'], state.extra['buffer']
         places, x = draw(memory, draw_rng, len(batch['image']), fresh)
-        x = spread(x)
+        x = shard_batch(x)
         moved = go_on(effective(state.params['energy'], vectors['params']), x, chain_rng)
         memory = memory.at[places].set(moved, unique_indices=True)
         used = {name: batch[name] for name in ('image', *(('label',) if joint else ()))}

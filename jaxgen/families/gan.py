@@ -45,9 +45,20 @@ import optax
 
 from jaxgen.augmentation.diff_augment import AUGMENTATIONS, augment
 from jaxgen.checks import check_labels, check_parts, check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, repeat, running, spread, store
+from jaxgen.contract import (
+    Aux,
+    Context,
+    Family,
+    advance,
+    gradient_step,
+    new_state,
+    repeat,
+    running_mean,
+    shard_batch,
+    store,
+)
 from jaxgen.errors import UserError
-from jaxgen.losses.adversarial import GAMES, check_penalties, gradient_penalty, lazily, r1_penalty
+from jaxgen.losses.adversarial import ADVERSARIAL_LOSSES, check_penalties, gradient_penalty, lazily, r1_penalty
 from jaxgen.networks import gan as networks
 from jaxgen.networks import spectral as spectral_norm
 from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training
@@ -136,7 +147,11 @@ def build(
     levels = {'mlp': 0, 'dcgan': len(multipliers)}.get(network, len(multipliers) - 1)
     halvings = halvings or max(levels - 1, 1)
     divisor = 2 ** (max(levels, halvings) if residual else levels)
-    choices = [('game', game, tuple(GAMES)), ('network', network, NETWORKS), ('conditional', conditional, CONDITIONALS)]
+    choices = [
+        ('game', game, tuple(ADVERSARIAL_LOSSES)),
+        ('network', network, NETWORKS),
+        ('conditional', conditional, CONDITIONALS),
+    ]
     choices += [('pooling', pooling, ('mean', 'sum')), *(('spectral', name, PLAYERS) for name in spectral)]
     choices += [('augmentation', name, tuple(AUGMENTATIONS)) for name in augmentation]
     for field, value, allowed in choices:
@@ -191,7 +206,7 @@ def build(
         discriminator = networks.ResidualDiscriminator(
             judge_width, halvings=halvings, pooling=pooling, **both, **of_dtype
         )
-    judging, deceiving = GAMES[game]
+    discriminator_objective, generator_objective = ADVERSARIAL_LOSSES[game]
 
     def clipping(name: str, times: int = 1) -> optax.GradientTransformation:
         tx = context.optim.tx(name, times)
@@ -217,7 +232,7 @@ def build(
         if dequantise:
             x = x + jax.random.uniform(pixel_rng, x.shape, minval=-1 / 255, maxval=1 / 255)
         weights, _ = spectral_norm.normalise(params['generator'], extra['generator']['vectors'])
-        fake, _ = apply_in_training(generator, weights, spread(jax.random.normal(z_rng, (len(x), latent))), c)
+        fake, _ = apply_in_training(generator, weights, shard_batch(jax.random.normal(z_rng, (len(x), latent))), c)
         x, fake = (augment(y, k, augmentation) for y, k in zip((x, fake), jax.random.split(augment_rng), strict=True))
 
         weights, vectors = spectral_norm.normalise(params['discriminator'], extra['discriminator']['vectors'])
@@ -227,7 +242,7 @@ def build(
 
         real_values, statistics = apply_in_training(discriminator, weights, x, c)
         fake_values = f(fake)
-        value = judging(real_values, fake_values)
+        value = discriminator_objective(real_values, fake_values)
         logs = {'discriminator_real': real_values.mean(), 'discriminator_fake': fake_values.mean()}
         if penalty:
             logs['penalty'] = gradient_penalty(f, x, fake, penalty_rng, one_sided).mean()
@@ -243,14 +258,14 @@ def build(
         images, _ = apply_in_training(generator, weights, batch['z'], classes(batch))
         images = augment(images, rng, augmentation)
         weights, _ = spectral_norm.normalise(params['discriminator'], extra['discriminator']['vectors'])
-        value = deceiving(apply_in_training(discriminator, weights, images, classes(batch))[0])
+        value = generator_objective(apply_in_training(discriminator, weights, images, classes(batch))[0])
         if orthogonal:
             value = value + orthogonal * spectral_norm.orthogonality(params['generator'])
         return value, Aux({'generator_loss': value}, {'vectors': vectors, 'batch_stats': {}})
 
     def entry(name: str, state, kept: dict) -> dict:
         """{name: entry of State.extra} after a step: vectors as they are, batch statistics in their running mean."""
-        statistics = running(state, state.extra[name]['batch_stats'], kept['batch_stats'], STATISTICS_DECAY)
+        statistics = running_mean(state, state.extra[name]['batch_stats'], kept['batch_stats'], STATISTICS_DECAY)
         return {name: {'vectors': kept['vectors'], 'batch_stats': statistics}}
 
     def player_step(loss, name: str, times: int):
@@ -290,9 +305,9 @@ def build(
         discriminator_rng, z_rng, generator_rng = jax.random.split(rng, 3)
         batch = {name: batch[name] for name in ('image', *conditions)}
         n = len(batch['image']) // discriminator_steps * generator_batch
-        given = {'z': spread(jax.random.normal(z_rng, (n, latent)))}
+        given = {'z': shard_batch(jax.random.normal(z_rng, (n, latent)))}
         if conditional:
-            given['label'] = spread(jnp.resize(batch['label'], n))
+            given['label'] = shard_batch(jnp.resize(batch['label'], n))
         state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
         state, generator_aux = generator_step(state, frozen, given, generator_rng)
         after = advance(state, optim)
@@ -312,9 +327,9 @@ def build(
 
         def one(total, key):
             z_rng, label_rng = jax.random.split(key)
-            z = spread(jax.vmap(draw)(jax.random.split(z_rng, STANDING_SIZE)))
+            z = shard_batch(jax.vmap(draw)(jax.random.split(z_rng, STANDING_SIZE)))
             labels = jax.random.randint(label_rng, (STANDING_SIZE,), 0, max(context.classes, 1))
-            found = apply_in_training(generator, weights, z, classes({'label': spread(labels)}))[1]
+            found = apply_in_training(generator, weights, z, classes({'label': shard_batch(labels)}))[1]
             return jax.tree.map(jnp.add, total, found), None
 
         start = jax.tree.map(jnp.zeros_like, state.extra['average']['batch_stats'])

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
@@ -122,7 +122,7 @@ def build(
         z = jax.random.uniform(noise_rng, (n, noise), minval=-1, maxval=1)
         numbers = jax.random.uniform(number_rng, (n, continuous), minval=-1, maxval=1)
         # By examples over the devices: left to itself XLA may cut the columns, and then mixes up what it puts together.
-        return spread(jnp.concatenate([z, one_hot(chosen), numbers], -1))
+        return shard_batch(jnp.concatenate([z, one_hot(chosen), numbers], -1))
 
     def split(found: Array) -> tuple[list[Array], Array, Array]:
         """Q's outputs: logits of each category [n, k], means and log deviations of the numbers [n, continuous]."""
@@ -197,7 +197,7 @@ def build(
             'discriminator': of_discriminator,
             'recogniser': play(averaged.ema, 'recogniser', features)[1],
         }
-        extra = running(state, state.extra, new, STATISTICS_DECAY)
+        extra = running_mean(state, state.extra, new, STATISTICS_DECAY)
         return averaged.replace(extra=extra), discriminator.logs | generator.logs
 
     def encode(state, frozen, batch, rng):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxgen.augmentation.corruptions import holes, strokes
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread, store
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch, store
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
 from jaxgen.networks import spectral
@@ -140,7 +140,7 @@ def build(
 
     def update(state, frozen, batch, rng):
         mask_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
-        mask = spread(masked(batch, jax.random.split(mask_rng, len(batch['image']))))
+        mask = shard_batch(masked(batch, jax.random.split(mask_rng, len(batch['image']))))
         batch = {'image': batch['image'], 'mask': mask}
         state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
         state, generator_aux = generator_step(state, frozen, batch, generator_rng)

@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, make_update, new_state, spread
+from jaxgen.contract import Aux, Context, Family, make_update, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.networks.js_generator import Generator
 from jaxgen.randomness import example_keys, normal
@@ -108,7 +108,7 @@ def build(
         return generator.apply({'params': weights}, z)
 
     def loss(params, state, frozen, batch, rng):
-        z = spread(jax.random.normal(rng, (generator_batch * len(batch['image']), latent)))
+        z = shard_batch(jax.random.normal(rng, (generator_batch * len(batch['image']), latent)))
         drawn = generate(params['generator'], z)
         real, drawn = batch['image'].reshape(-1), drawn.reshape(-1)
         at = [jensen_shannon(*(soft_histogram(x, bins, scale) for x in (real, drawn))) for scale in smoothing]
@@ -129,7 +129,7 @@ def build(
 
     def evaluate(state, frozen, batch, rng):
         # The same samples for every batch: an example's figure depends on no other example.
-        x = generate(state.ema['generator'], spread(jax.random.normal(rng, (measured, latent))))
+        x = generate(state.ema['generator'], shard_batch(jax.random.normal(rng, (measured, latent))))
         p = level_histogram(x.reshape(-1))
         level = jnp.round((batch['image'].reshape(-1) + 1) * 127.5).astype(jnp.int32)
         return {'bits_per_dim': -jnp.log2(p[level])}

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -144,7 +144,7 @@ def build(
         # Statistics are those of the averaged weights, which are what is measured; those of init, of the first batch,
         # count too.
         _, new = trained(state.ema['flow'], noisy_logits(noise_rng, batch['image'])[0])
-        return state.replace(extra=running(state, state.extra, new, STATISTICS_DECAY)), aux.logs
+        return state.replace(extra=running_mean(state, state.extra, new, STATISTICS_DECAY)), aux.logs
 
     def evaluate(state, frozen, batch, rng):
         def draw(keys):

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, spread
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
@@ -218,7 +218,7 @@ def build(
             'latent': jax.random.normal(z_rng, (len(x), 2, latent)),
             'reference': jnp.stack([x[order], x[second]], 1),
         }
-        given = spread(given)
+        given = shard_batch(given)
         # A step of D takes every second example of its batch: first those made by latents, then those by references.
         styles = jnp.stack([asked(state.params, given, guide, 0) for guide in GUIDES], 1)
         twice = {name: jnp.repeat(a, 2, 0) for name, a in given.items() if name not in GUIDES}

@@ -32,7 +32,7 @@ import optax
 
 from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running, spread, store
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch, store
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
@@ -236,7 +236,7 @@ def build(
 
     def of_data(state, kept):
         """Entries of State.extra after a step of the discriminator: the sum of its signs, and the running deviation."""
-        deviation = running(state, state.extra['deviation'], kept['deviation'], DEVIATION_DECAY)
+        deviation = running_mean(state, state.extra['deviation'], kept['deviation'], DEVIATION_DECAY)
         return {'signs': state.extra['signs'] + kept['signs'], 'deviation': deviation}
 
     of_generator = counted(context.optim, path_every) if path else context.optim
@@ -268,7 +268,7 @@ def build(
         latents_rng, generator_rng, path_rng, discriminator_rng, r1_rng = jax.random.split(rng, 5)
         n = len(batch['image'])
         told = {name: batch[name] for name in conditions}
-        drawn = spread(jax.random.normal(latents_rng, (n, 2, 2, latent)))  # two to mix, for each player
+        drawn = shard_batch(jax.random.normal(latents_rng, (n, 2, 2, latent)))  # two to mix, for each player
         latents = [{'z': drawn[:, i], **told} for i in (0, 1)]
         batch = {'image': batch['image'], **told}
 

@@ -40,10 +40,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running
+from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
-from jaxgen.losses.adversarial import GAMES, adaptive_weight
+from jaxgen.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
@@ -125,7 +125,7 @@ def build(
       lpips: files with the weights of LPIPS on VGG-16, see losses/perceptual.py; else a run with features, whose
         directory is config.stages.perceptual.
       adversarial: weight of the adversarial loss; 0: there is no discriminator.
-      game: of losses/adversarial.py: 'hinge' | 'non_saturating' | ..., see GAMES there.
+      game: of losses/adversarial.py: 'hinge' | 'non_saturating' | ..., see ADVERSARIAL_LOSSES there.
       discriminator_start: update from which on the discriminator learns and is listened to.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
@@ -163,8 +163,8 @@ def build(
         raise UserError(f"config.model.interface must be 'codes' or 'latents'; it is {interface!r}")
     if learn_scale and quantised:
         raise UserError("config.model.learn_scale needs config.model.regulariser = 'kl'")
-    if game not in GAMES:
-        raise UserError(f'config.model.game must be one of {tuple(GAMES)}; it is {game!r}')
+    if game not in ADVERSARIAL_LOSSES:
+        raise UserError(f'config.model.game must be one of {tuple(ADVERSARIAL_LOSSES)}; it is {game!r}')
     if pixels not in ('l1', 'l2'):
         raise UserError(f"config.model.pixels must be 'l1' or 'l2'; it is {pixels!r}")
     check_size(context.image, divisor, f'config.model.multipliers = {multipliers}')
@@ -199,7 +199,7 @@ def build(
         discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype
     )
     last = last_layer(image_channels, context.dtype)
-    judging, deceiving = GAMES[game]
+    discriminator_objective, generator_objective = ADVERSARIAL_LOSSES[game]
 
     def posterior(params, x: Array) -> tuple[Array, Array]:
         """Mean and log variance, [n, h, w, latent]."""
@@ -276,7 +276,7 @@ def build(
         nll = by_scale * reconstruction + (0.0 if quantised else size * log_scale)
         value = nll + regular
         if adversarial:
-            deceit, _, its_slope = with_slope(lambda y: (deceiving(judge(params, y)[0]), {}), y)
+            deceit, _, its_slope = with_slope(lambda y: (generator_objective(judge(params, y)[0]), {}), y)
             weight = adaptive_weight(by_last_layer(params, h, by_scale * slope), by_last_layer(params, h, its_slope))
             value = value + jnp.where(state.step >= discriminator_start, adversarial * weight, 0.0) * deceit
             logs |= {'generator_loss': deceit, 'adaptive_weight': weight}
@@ -289,7 +289,7 @@ def build(
         y = jax.lax.stop_gradient(paint(params, latents(params, x, rng)[0])[0])
         real, of_real = judge(params, x)
         fake, of_fake = judge(params, y)
-        value = judging(real, fake)
+        value = discriminator_objective(real, fake)
         logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
         kept = {'discriminator': jax.tree.map(lambda a, b: (a + b) / 2, of_real, of_fake)}
         return jnp.where(state.step >= discriminator_start, value, 0.0), Aux(logs, kept)
@@ -350,10 +350,10 @@ def build(
             kept['count'] = kept['count'] * context.optim.accumulate
             counts = by_grid(kept['count'])
             for tail, count in [('', counts.sum(0)), *((f'/scale{k}', counts[k]) for k in range(len(scales)))]:
-                logs[f'perplexity{tail}'] = quantise.spread_of(count)
+                logs[f'perplexity{tail}'] = quantise.perplexity_of_counts(count)
                 logs[f'usage{tail}'] = (count > 0).mean()
 
-        extra = {name: running(state, state.extra[name], kept[name], decays[name]) for name in kept}
+        extra = {name: running_mean(state, state.extra[name], kept[name], decays[name]) for name in kept}
         state = advance(state.replace(extra=extra), context.optim)
         if quantised and restart:
             # The batch's latents are wanted only where a code is dead: most updates go without.

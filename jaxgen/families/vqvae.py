@@ -174,7 +174,7 @@ def build(
         extra = {}
         for name in names:
             tail = f'/{name}' if levels > 1 else ''
-            logs[f'perplexity{tail}'] = quantise.spread_of(counts[name]['count'])
+            logs[f'perplexity{tail}'] = quantise.perplexity_of_counts(counts[name]['count'])
             logs[f'usage{tail}'] = (counts[name]['count'] > 0).mean()
             if learned:
                 mixed = decay * state.extra[name]['count'] + (1 - decay) * counts[name]['count']

@@ -157,7 +157,7 @@ def least_squares_generator(fake: Array) -> Array:
 
 
 # {game: (what the discriminator minimises, of values of data and of samples; what the generator does, of the latter)}
-GAMES = {
+ADVERSARIAL_LOSSES = {
     'minimax': (vanilla_discriminator, minimax_generator),
     'non_saturating': (vanilla_discriminator, non_saturating_generator),
     'wasserstein': (wasserstein_critic, wasserstein_generator),

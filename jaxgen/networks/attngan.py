@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.losses.matching import LOW
-from jaxgen.networks.gan import Verdict, beside
+from jaxgen.networks.gan import ProjectionHead, beside
 from jaxgen.networks.layers import BatchNorm, Conv, Dense, GroupNorm, upsample_nearest
 
 Array = jax.Array
@@ -181,10 +181,10 @@ class Discriminator(nn.Module):
         for i in range(self.halvings - 2, self.first - 2, -1):
             x = activate(Conv(self.width * 2**i, **rest, name=f'narrow{i}')(x), f'narrow{i}_norm')
         n, features = len(x), x.shape[-1]
-        values = Verdict(kernel_init=INIT, name='value')(x.reshape(n, -1))
+        values = ProjectionHead(kernel_init=INIT, name='value')(x.reshape(n, -1))
         joint = Conv(features, **rest, name='joint')
         norm = normed('joint_norm')
-        verdict = Verdict(kernel_init=INIT, name='told_value')
+        verdict = ProjectionHead(kernel_init=INIT, name='told_value')
         told = [verdict(nn.leaky_relu(norm(joint(beside(x, s))), 0.2).reshape(n, -1)) for s in sentences]
         return values, told
 

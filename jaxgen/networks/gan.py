@@ -45,7 +45,7 @@ def beside(x: Array, c: Array | None) -> Array:
     return jnp.concatenate([x, jnp.broadcast_to(c, (*x.shape[:-1], c.shape[-1])).astype(x.dtype)], -1)
 
 
-class Verdict(nn.Module):
+class ProjectionHead(nn.Module):
     """Features [n, d] to values [n], in float32; with a class c [n, classes] by projection."""
 
     bias: bool = True
@@ -92,7 +92,7 @@ class PerceptronDiscriminator(nn.Module):
         x = x if self.projection else beside(x, c)
         for features in self.hidden:
             x = nn.leaky_relu(Dense(features, init=variance_scaling(2.0), dtype=self.dtype)(x), 0.2)
-        return Verdict(name='verdict')(x, c if self.projection else None)
+        return ProjectionHead(name='verdict')(x, c if self.projection else None)
 
 
 # --- DCGAN (Radford et al. 2015, arXiv 1511.06434), with the 4x4 kernels of the torch port that is widely used
@@ -150,7 +150,7 @@ class DcganDiscriminator(nn.Module):
                 x = BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x)
             x = nn.leaky_relu(x, 0.2)
         x = x.reshape(len(x), -1)
-        return Verdict(bias=not self.norm, kernel_init=init, name='verdict')(x, c if self.projection else None)
+        return ProjectionHead(bias=not self.norm, kernel_init=init, name='verdict')(x, c if self.projection else None)
 
 
 # --- residual networks (Gulrajani et al. 2017, appendix F; Miyato et al. 2018; BigGAN, Brock et al. 2018)
@@ -320,4 +320,4 @@ class ResidualDiscriminator(nn.Module):
                 x = Attention(kernel_init=self.kernel_init, dtype=self.dtype, name=f'attention{i}')(x)
         x = nn.relu(x).astype(jnp.float32)
         x = x.mean((1, 2)) if self.pooling == 'mean' else x.sum((1, 2))  # [n, width]
-        return Verdict(kernel_init=self.kernel_init, name='verdict')(x, c if self.projection else None)
+        return ProjectionHead(kernel_init=self.kernel_init, name='verdict')(x, c if self.projection else None)

@@ -283,7 +283,7 @@ class BatchNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-# Of running averages of batch statistics (`contract.running`): the newest ten updates or so count. As in torch.
+# Of running averages of batch statistics (`contract.running_mean`): the newest ten updates or so count. As in torch.
 STATISTICS_DECAY = 0.9
 
 

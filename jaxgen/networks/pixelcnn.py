@@ -46,7 +46,7 @@ class Condition(NamedTuple):
     map: Array | None = None  # [n, H, W, .]
 
 
-class Told(nn.Module):
+class ConditionBias(nn.Module):
     """The condition as features to be added: a vector for the label, a linear map of the condition's map.
 
     Attributes:
@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
         h = CausalConv(self.channels, inputs=wide, outputs=narrow, name='down', **masked)(nn.relu(x), place)
         kernel = (self.kernel, self.kernel)
         h = CausalConv(self.channels, kernel, inputs=narrow, outputs=narrow, name='conv', **masked)(nn.relu(h), place)
-        h = h + Told(self.channels, self.classes, self.dtype, name='told')(condition, place)
+        h = h + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
         h = nn.Dropout(self.dropout, deterministic=not self.train)(nn.relu(h))
         return x + CausalConv(2 * self.channels, inputs=narrow, outputs=wide, name='up', **masked)(h, place)
 
@@ -188,7 +188,7 @@ class GatedBlock(nn.Module):
         p, first, dtype = self.channels, self.first, self.dtype
         halves, whole = groups(2 * p, self.colours, 2), groups(p, self.colours)
         drop = nn.Dropout(self.dropout, deterministic=not self.train)
-        told = 0.0 if first else Told(2 * p, self.classes, dtype, name='told')(condition, place)
+        told = 0.0 if first else ConditionBias(2 * p, self.classes, dtype, name='told')(condition, place)
         above = None
         if of_rows(place):
             down = (1, 0) if first else (0, 0)
@@ -256,7 +256,7 @@ class GatedPixelCNN(nn.Module):
             )(v, h, skip, condition, place)  # fmt: skip
         if not of_pixels(place):
             return None
-        skip = skip + Told(self.channels, self.classes, self.dtype, name='told')(condition, place)
+        skip = skip + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
         whole, last = groups(self.channels, self.colours), groups(self.head, self.colours)
         masked = dict(masked='B', dtype=self.dtype)
         h = CausalConv(self.head, inputs=whole, outputs=last, name='head', **masked)(nn.relu(skip), place)
@@ -290,7 +290,7 @@ class SnailBlock(nn.Module):
         h = conv(self.channels, concat_elu(x), 'conv1')
         if beside is not None:
             h = h + Dense(self.channels, dtype=self.dtype, name='beside')(concat_elu(beside))
-        h = h + Told(self.channels, self.classes, self.dtype, name='told')(condition, place)
+        h = h + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
         h = nn.Dropout(self.dropout, deterministic=not self.train)(concat_elu(h))
         a, b = jnp.split(conv(2 * self.channels, h, 'conv2'), 2, -1)
         return x + a * jax.nn.sigmoid(b)

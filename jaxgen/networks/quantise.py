@@ -180,7 +180,7 @@ def ema_restart(state: dict[str, Array], z: Array, rng: Array, threshold: float)
     return {**state, 'count': count, 'sum': jnp.where(dead[:, None], total, state['sum'])}
 
 
-def spread_of(count: Array) -> Array:
+def perplexity_of_counts(count: Array) -> Array:
     """exp of the entropy of the shares that counts [K] stand for: how many codes are in use, as it were, 1 to K."""
     share = count / jnp.maximum(count.sum(), 1e-20)
     return jnp.exp(jax.scipy.special.entr(share).sum())
@@ -188,7 +188,7 @@ def spread_of(count: Array) -> Array:
 
 def perplexity(codes: Array, size: int) -> Array:
     """The same of codes int [...] out of `size`: 1 if all are one code, `size` if all are met equally often."""
-    return spread_of(jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32).sum(0))
+    return perplexity_of_counts(jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32).sum(0))
 
 
 def usage(codes: Array, size: int) -> Array:

@@ -31,7 +31,7 @@ from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.config import DEFAULTS
 from jaxgen.data import builders, folder, shapes, sources, transforms
-from jaxgen.data.loader import Beside, order
+from jaxgen.data.loader import UnpairedExamples, order
 from jaxgen.errors import RunError, UserError
 
 
@@ -985,7 +985,7 @@ def test_others_come_unpaired(five, tmp_path):
     np.testing.assert_array_equal(taken['other'][-1], others[(len(test) - 1) % len(others)]['image'])
     # Samples are of all pictures of both, however many there are of the other kind.
     for one, two in ((test.examples, others), (others, test.examples)):
-        found = Beside(one, two).again_and_again(np.arange(7))
+        found = UnpairedExamples(one, two).take_cyclic(np.arange(7))
         for name, source in (('image', one), ('other', two)):
             np.testing.assert_array_equal(found[name], source.take(np.arange(7) % len(source))['image'])
     assert others.identity in test.identity

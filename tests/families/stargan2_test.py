@@ -364,4 +364,4 @@ def test_says_what_is_wrong(model, said):
 def test_the_domain_of_a_picture_is_no_condition():
     config = configs.load(path('stargan2_digits'))
     with pytest.raises(UserError, match='give label'):
-        sample.giver(assemble(config), config, {'domain': 3})
+        sample.condition_provider(assemble(config), config, {'domain': 3})

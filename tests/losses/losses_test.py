@@ -251,22 +251,22 @@ def test_games_against_their_formulas():
         'hinge': (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean(), -fake.mean()),
         'least_squares': (((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2, ((fake - 1) ** 2).mean() / 2),
     }
-    assert set(want) == set(adversarial.GAMES)
-    for game, (judging, deceiving) in adversarial.GAMES.items():
+    assert set(want) == set(adversarial.ADVERSARIAL_LOSSES)
+    for game, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
             a, b = jnp.asarray(real, dtype), jnp.asarray(fake, dtype)
-            got = judging(a, b), deceiving(b)
+            got = discriminator_loss(a, b), generator_loss(b)
             assert all(value.dtype == jnp.float32 and value.shape == () for value in got)
             np.testing.assert_allclose(got, want[game], rtol=tolerance, atol=tolerance, err_msg=game)
         # Of patches it is the mean over all.
-        np.testing.assert_allclose(deceiving(jnp.asarray(fake).reshape(5, 3, 2)), want[game][1], rtol=1e-5)
+        np.testing.assert_allclose(generator_loss(jnp.asarray(fake).reshape(5, 3, 2)), want[game][1], rtol=1e-5)
 
 
 def test_games_are_finite_with_slopes_at_large_logits():
-    for game, (judging, deceiving) in adversarial.GAMES.items():
+    for game, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
         for size in (-100.0, 100.0):
             x = jnp.full(3, size)
-            slopes = (*jax.grad(judging, (0, 1))(x, x), jax.grad(deceiving)(x))
+            slopes = (*jax.grad(discriminator_loss, (0, 1))(x, x), jax.grad(generator_loss)(x))
             assert all(np.isfinite(s).all() for s in slopes), game
     # What the minimax game is known for: a generator that is found out feels nothing, in the other one much.
     surely_fake = jnp.full(1, -20.0)

@@ -233,4 +233,6 @@ def test_perplexity_and_usage():
     assert quantise.perplexity(jnp.full((3, 3), 2), K) == pytest.approx(1)
     uneven = jnp.array([0, 0, 0, 1])  # entropy of (3/4, 1/4)
     assert quantise.perplexity(uneven, K) == pytest.approx(4 / 27**0.25, rel=1e-6)
-    assert quantise.spread_of(jnp.zeros(K)) == 1 and np.isfinite(quantise.spread_of(jnp.array([1e6, 0])))
+    assert quantise.perplexity_of_counts(jnp.zeros(K)) == 1 and np.isfinite(
+        quantise.perplexity_of_counts(jnp.array([1e6, 0]))
+    )
