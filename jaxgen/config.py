@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib
 import importlib.util
-import inspect
 import json
-import math
 import os
 import re
 import traceback
@@ -25,7 +22,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxgen import options
 from jaxgen.errors import UserError
+from jaxgen.options import check_choice, check_range, coerce, near, shown
 
 # Schedules that end at the last update: there a run's length is part of what its updates compute.
 ENDING = ('linear', 'cosine', 'half_linear')
@@ -181,7 +180,6 @@ RANGES = {
     'evaluate.examples': '[0, inf)',
     'evaluate.samples': '[1, inf)',
 }
-LARGEST = 2**31 - 1  # of any integer: most of them become int32 on a device
 MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
@@ -210,24 +208,6 @@ def families() -> list[str]:
     return sorted(f[:-3] for f in os.listdir(folder) if f.endswith('.py') and f != '__init__.py')
 
 
-def near(key: str, known) -> str:
-    """'; did you mean a or b?' for a misspelt key, or the known ones if nothing is near."""
-    close = difflib.get_close_matches(str(key), list(known), n=3, cutoff=0.5)
-    close.sort(key=lambda name: not str(key).startswith(name))  # 'lrate' means lr rather than plateau
-    if close:
-        return '; did you mean ' + ' or '.join(close) + '?'
-    return '; known: ' + ', '.join(sorted(map(str, known)))
-
-
-def shown(value, limit: int = 200) -> str:
-    """A value as a message shows it: on one line, and not more of it than anybody reads."""
-    try:
-        text = ' '.join(repr(value).split())
-    except Exception:  # integers of too many digits, or nested too deeply
-        text = f'a very large {type(value).__name__}'
-    return text if len(text) <= limit else text[:limit] + '...'
-
-
 def one_line(e: BaseException, limit: int = 300) -> str:
     """What an exception says, on one line."""
     text = ' '.join(str(e).split())
@@ -239,70 +219,6 @@ def builder(family: str) -> Callable:
     if family not in families():
         raise UserError(f'config.family: no family {family!r}{near(family, families())}')
     return importlib.import_module(f'jaxgen.families.{family}').build
-
-
-def model_defaults(family: str) -> dict[str, Any]:
-    """{keyword: default} of the family's build."""
-    parameters = inspect.signature(builder(family)).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def is_text(value: str) -> bool:
-    """Whether the system takes a text as a path."""
-    try:
-        return b'\0' not in os.fsencode(value)
-    except UnicodeEncodeError:  # JSON can hold half of a pair of surrogates
-        return False
-
-
-def check_finite(path: str, value) -> None:
-    """Raises UserError for NaN, infinity, an integer that no device holds, a text that no path can be, and what JSON
-    does not hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f'config.{path} must be a finite number; it is {value}')
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise UserError(f'config.{path} must be from {-LARGEST} to {LARGEST}; it is {shown(value)}')
-    if isinstance(value, str) and not is_text(value):
-        raise UserError(f'config.{path} must be a text without zero bytes or half characters; it is {shown(value)}')
-    if isinstance(value, tuple):
-        for one in value:
-            check_finite(path, one)
-    elif not isinstance(value, bool | int | float | str):
-        raise UserError(f'config.{path} must be numbers or names; it holds {type(value).__name__} {shown(value)}')
-
-
-def coerce(path: str, value, default):
-    """Value as the default's type, or UserError; int goes for float, list for tuple."""
-    if default is None:  # a number that the family chooses by its other fields where it is None
-        if value is not None:
-            if type(value) not in (int, float):
-                raise UserError(f'config.{path} must be a number or None; it is {type(value).__name__} {shown(value)}')
-            check_finite(path, value)
-        return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits = isinstance(value, bool) and isinstance(default, bool)
-    elif isinstance(default, float) and isinstance(value, int):
-        check_finite(path, value)
-        return float(value)
-    elif isinstance(default, tuple) and isinstance(value, list | tuple):
-        if default and not all(
-            type(v) is type(default[0]) or (isinstance(default[0], float) and type(v) is int) for v in value
-        ):
-            raise UserError(
-                f'config.{path} must be a tuple of {type(default[0]).__name__}, '
-                f'like {default!r}; it is {shown(tuple(value))}'
-            )
-        check_finite(path, tuple(value))
-        return tuple(value)
-    else:
-        fits = type(value) is type(default)
-    if not fits:
-        raise UserError(
-            f'config.{path} must be {type(default).__name__}, like {default!r}; it is {type(value).__name__} '
-            f'{shown(value)}'
-        )
-    check_finite(path, value)
-    return value
 
 
 def merge(path: str, defaults: dict, given: dict) -> dict:
@@ -351,6 +267,17 @@ def deep_update(base: dict, over: dict) -> dict:
     return out
 
 
+def update_sections(sections: dict, over: dict) -> dict:
+    """The sections with `over` put in. In `model` another component's name takes its own fields with it, see
+    `options.update`; another family starts `model` anew."""
+    family = over.get('family', sections.get('family'))
+    model = sections.get('model', {}) if family == sections.get('family') else {}
+    out = deep_update({**sections, 'model': {}}, {k: v for k, v in over.items() if k != 'model'})
+    new = over.get('model', {})
+    out['model'] = options.update(builder(family), model, new) if isinstance(new, dict) and family else new
+    return out
+
+
 def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sections) -> ConfigDict:
     """A complete, checked config from the fields that differ from the defaults.
 
@@ -366,7 +293,7 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
     for name in filter(None, variant.split(',')):
         if name not in variants:
             raise UserError(f'this config has no variant {name!r}{near(name, variants) if variants else ""}')
-        sections = deep_update(sections, variants[name])
+        sections = update_sections(sections, variants[name])
     return complete(sections)
 
 
@@ -379,7 +306,11 @@ def complete(sections: dict) -> ConfigDict:
     family = sections.get('family', '')
     if not isinstance(family, str) or not family:
         raise UserError(f'config.family is missing: one of {", ".join(families())}')
-    resolved = merge('', {**DEFAULTS, 'model': model_defaults(family)}, sections)
+    build, model = builder(family), sections.get('model', {})
+    if not isinstance(model, dict):
+        raise UserError(f'config.model is a section with fields: {", ".join(options.fields(build))}')
+    resolved = merge('', DEFAULTS, {k: v for k, v in sections.items() if k != 'model'})
+    resolved['model'] = options.complete(build, model, 'model')
     check(resolved)
     return ConfigDict(with_absolute_paths(resolved))
 
@@ -443,25 +374,6 @@ def read_json(path: str) -> ConfigDict:
         return complete(sections)
 
     return parse_json(path, parse, 'put back the config of this run')
-
-
-def limits(interval: str) -> tuple[float, float, bool, bool]:
-    """(lower, upper, whether the lower end belongs to it, whether the upper does) of '[0, 1)'."""
-    low, high = (float(end) for end in interval[1:-1].split(','))
-    return low, high, interval[0] == '[', interval[-1] == ']'
-
-
-def check_range(field: str, value: float, interval: str) -> None:
-    """Raises UserError where the value of a field does not lie in its interval."""
-    low, high, with_low, with_high = limits(interval)
-    if not ((low < value or (with_low and value == low)) and (value < high or (with_high and value == high))):
-        within = f'in {interval}' if high < math.inf else f'{low:g} or more' if with_low else f'more than {low:g}'
-        raise UserError(f'config.{field} must be {within}; it is {shown(value)}')
-
-
-def check_choice(field: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise UserError(f'config.{field} must be one of {allowed}; it is {shown(value)}')
 
 
 def get(resolved: dict, path: str):
@@ -618,7 +530,7 @@ def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
                 given = ast.literal_eval(value)
         for key in reversed(keys):
             given = {key: given}
-        sections = deep_update(sections, given)
+        sections = update_sections(sections, given)
     return complete(sections)
 
 
@@ -672,7 +584,7 @@ def differences_that_matter(
     Those of `moved` are left out: whether they matter is a question of digests.
 
     Args:
-      free: fields of the model that no update reads.
+      free: fields and sections of the model that no update reads.
       use: the run is sampled or measured, not trained on. Then what training costs and how long it takes is free too,
         and a stage may be added that only sampling reads, like a classifier that guides.
     """
@@ -683,10 +595,13 @@ def differences_that_matter(
     fixed = {'train.steps'} if ending and not use else set()
     may, pattern = {f'model.{name}' for name in free} | set(moved(old, new)), FREE_IN_USE if use else FREE_ON_RESUME
 
+    def may_change(key: str) -> bool:
+        return any(key == field or key.startswith(f'{field}.') for field in may)
+
     def matters(key: str, before) -> bool:
         if use and before is None and key.startswith('stages.'):
             return False
-        return key in fixed or not (key in may or pattern.fullmatch(key))
+        return key in fixed or not (may_change(key) or pattern.fullmatch(key))
 
     different = changed(old, new)
     kept = {key for key, (before, _) in different.items() if matters(key, before)}

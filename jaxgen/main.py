@@ -29,7 +29,7 @@ from __future__ import annotations
 import sys
 
 import jaxgen
-from jaxgen import interrupt
+from jaxgen import interrupt, options
 
 if __name__ == '__main__':
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
@@ -93,8 +93,8 @@ def define_flags() -> flags.FlagValues:
 def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """Flags, and the `--config.x=y` overrides apart."""
     for text in argv[1:]:
-        if not configs.is_text(text):
-            raise UserError(f'cannot use {configs.shown(text)}: it has zero bytes or half characters')
+        if not options.is_text(text):
+            raise UserError(f'cannot use {options.shown(text)}: it has zero bytes or half characters')
     overrides = [a for a in argv[1:] if a.startswith(('--config.', '-config.'))]
     values = define_flags()
     try:
@@ -124,7 +124,7 @@ def check_flags(values: flags.FlagValues) -> None:
     """Raises UserError for options that the mode does not read, or that have impossible values."""
     mode = values.mode
     if mode not in MODES:
-        raise UserError(f'--mode={mode}: no such mode{configs.near(mode, MODES)}')
+        raise UserError(f'--mode={mode}: no such mode{options.near(mode, MODES)}')
     which = f'{mode} --images' if values.images and mode == 'evaluate' else mode
     for name in values:
         if values[name].present and name not in ('mode', 'help', *READS[which]):

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, log, optim, origin, sample, sharding
+from jaxgen import data, evaluate, log, optim, options, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
 from jaxgen.contract import Context, Family, State
@@ -60,7 +60,7 @@ class Assembled:
             state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
         for name in self.config.optim.networks:
             if name not in state.params:
-                raise UserError(f'config.optim.networks.{name}: no such network{configs.near(name, state.params)}')
+                raise UserError(f'config.optim.networks.{name}: no such network{options.near(name, state.params)}')
         return state
 
     @functools.cached_property
@@ -282,9 +282,9 @@ def check_integer(name: str, value, least: int) -> int:
     try:
         number = operator.index(value)
     except TypeError as e:
-        raise UserError(f'{name} must be an integer; it is {configs.shown(value)}') from e
-    if isinstance(value, bool) or not least <= number <= configs.LARGEST:
-        raise UserError(f'{name} must be from {least} to {configs.LARGEST}; it is {configs.shown(value)}')
+        raise UserError(f'{name} must be an integer; it is {options.shown(value)}') from e
+    if isinstance(value, bool) or not least <= number <= options.LARGEST:
+        raise UserError(f'{name} must be from {least} to {options.LARGEST}; it is {options.shown(value)}')
     return number
 
 
