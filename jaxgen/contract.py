@@ -27,7 +27,7 @@ Inside, images are NHWC float32 in [-1, 1]; outside (data sets, files) they are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -50,44 +50,133 @@ class State(flax.struct.PyTreeNode):
     extra: PyTree = None  # batch statistics, codebook counts, replay buffer
 
 
-class Family(NamedTuple):
-    """The pure functions that `build` returns. All are traced: no Python side effects.
+Batch = dict[str, Array]
+Frozen = dict[str, Any]  # {stage: (its state, its own frozen)}, the weights of earlier stages; {} for most families
 
-    `batch` is a dict of arrays with a leading batch axis. In `init`, `update` and `evaluate` it holds
-    what the data gives: 'image' float32 [n, H, W, C] in [-1, 1], and labels and other conditions by
-    name; in `evaluate` also 'index' int32 [n], the number of each example. In `sample` it holds
-    'index', the number of each sample, and the arrays named in `conditions`. `encode` and `classify`
-    may count on 'image' alone. Where the batch of `classify` holds 'sigma' [n] too, its images are noisy ones,
-    image + sigma eps. `denoise` is what a diffusion model is to later stages: x [n, H, W, C] = image + sigma eps with
-    sigma [n], whatever its own process, to an estimate of the image. Where there are `conditions` and no `encode`,
-    `decode` takes a fifth argument, the batch of `sample`: what would be drawn under them from these latents. Where
-    `codes` says so, latents are not one array but a tuple of int32 [n, h, w], one for each grid. Where these grids are
-    scales of one map, `embed` gives what the codes of grid k add to the map that is decoded.
-    `frozen` holds the weights of earlier stages, {} for most families.
+
+class Init(Protocol):
+    """The state before the first update, of a training batch's shapes."""
+
+    def __call__(self, rng: Array, batch: Batch, frozen: Frozen) -> State: ...
+
+
+class Update(Protocol):
+    """One update on a training batch: the next state, and {name: scalar} for the logs."""
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> tuple[State, dict[str, Array]]: ...
+
+
+class Loss(Protocol):
+    """The loss of a training batch and its Aux; `params` is what is differentiated, `state` the state before the step.
+
+    `params` is {network: weights} of all networks; those of `state` are constants.
     """
 
-    init: Callable  # (rng, batch, frozen) -> State
-    update: Callable  # (state, frozen, batch, rng) -> (state, {name: scalar})
-    sample: (
-        Callable | None
-    )  # (state, frozen, batch, rng) -> images float32 [n, H, W, C] in [-1, 1]; None: it draws none
-    evaluate: Callable  # (state, frozen, batch, rng) -> {name: [n]}, one value per example
-    encode: Callable | None = None  # (state, frozen, batch, rng) -> latents or features [n, ...]
-    decode: Callable | None = None  # (state, frozen, latents, rng) -> images [n, H, W, C]
-    classify: Callable | None = None  # (state, frozen, batch, rng) -> logits [n, classes]
-    denoise: Callable | None = None  # (state, frozen, batch, x, sigma) -> images [n, H, W, C], not clipped
-    trajectory: Callable | None = None  # as sample -> {name: what it passed through, [steps, n, H, W, C]}
-    embed: Callable | None = None  # (state, frozen, codes [n, *codes[k]], k) -> a part of a map, float32 [n, h, w, D]
+    def __call__(self, params: PyTree, state: State, frozen: Frozen, batch: Batch, rng: Array) -> tuple[Array, Aux]: ...
+
+
+class Sample(Protocol):
+    """Samples, float32 [n, H, W, C] in [-1, 1].
+
+    `batch` holds 'index' int32 [n], the number of each sample, which alone decides its noise, and the arrays named in
+    `Family.conditions`.
+    """
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> Array: ...
+
+
+class Trajectory(Protocol):
+    """What sampling passes through, {name: [steps, n, H, W, C]}; `batch` as for `Sample`."""
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> dict[str, Array]: ...
+
+
+class Evaluate(Protocol):
+    """Held-out metrics of each example, {name: float32 [n]}.
+
+    `batch` holds what the data give, and 'index' int32 [n], the number of each example.
+    """
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> dict[str, Array]: ...
+
+
+class Encode(Protocol):
+    """Latents or features [n, ...] of images, or integers as `Family.latents` says; `batch` may hold 'image' alone."""
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> Any: ...
+
+
+class Decode(Protocol):
+    """Images, float32 [n, H, W, C] in [-1, 1], of latents as `Family.latents` describes them.
+
+    `batch` holds the arrays named in `Family.conditions` where there is no `encode`: what would be drawn under them
+    from these latents. It may be empty otherwise.
+    """
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, latents: Any, rng: Array) -> Array: ...
+
+
+class Classify(Protocol):
+    """Logits [n, classes] of images; where `batch` holds 'sigma' [n] too, of noisy ones, image + sigma eps."""
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> Any: ...
+
+
+class Denoise(Protocol):
+    """Estimate of the images, float32 [n, H, W, C], not clipped, of x = image + sigma eps with sigma [n].
+
+    This is what a diffusion model is to later stages, whatever its own process. `batch` as for `Sample`.
+    """
+
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, x: Array, sigma: Array) -> Array: ...
+
+
+class Embed(Protocol):
+    """What the codes [n, h, w] of grid k add to the map that is decoded, float32 [n, H, W, D]."""
+
+    def __call__(self, state: State, frozen: Frozen, codes: Array, k: int) -> Array: ...
+
+
+class Latents(NamedTuple):
+    """What `encode` gives of one example and `decode` takes, for a later stage to be built on: an array of real numbers
+    of a shape, or, where there are `grids`, a tuple of int32 [n, h, w], one for each grid."""
+
+    shape: tuple[int, ...] = ()  # of one example's latents; (): there are none, or they are integers
+    grids: tuple[tuple[int, int], ...] = ()  # (h, w) of each grid of integers, coarse ones first,
+    vocabulary: int = 0  # each integer from 0 to vocabulary - 1
+
+
+class Captions(NamedTuple):
+    """What `sample` reads of a caption."""
+
+    words: int = 0  # at most; longer ones are refused on the command line. 0: any number
+
+
+class Family(NamedTuple):
+    """The pure functions that `build` returns, and facts about them. All are traced: no Python side effects.
+
+    `batch` is a dict of arrays with a leading batch axis: 'image' float32 [n, H, W, C] in [-1, 1], labels and other
+    conditions by name. `encode` and `classify` may count on 'image' alone.
+    """
+
+    init: Init
+    update: Update
+    sample: Sample | None  # None: the family draws no samples
+    evaluate: Evaluate
+    encode: Encode | None = None
+    decode: Decode | None = None
+    classify: Classify | None = None
+    denoise: Denoise | None = None
+    trajectory: Trajectory | None = None
+    embed: Embed | None = None  # of integer latents whose grids are scales of one map
+    encode_sampled: Encode | None = None  # as encode, drawn from the posterior of which encode gives the mean
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
-    free: tuple[str, ...] = ()  # arguments of build that no update reads: they may change on resume
-    encode_sampled: Callable | None = None  # as encode, drawn from the posterior of which encode gives the mean
-    latent: tuple[int, ...] = ()  # shape of one example's latents, for a later stage to be built on
-    codes: tuple[tuple[int, int], ...] = ()  # or grids (h, w) of integers, coarse ones first,
-    vocabulary: int = 0  # each from 0 to vocabulary - 1
+    free: tuple[str, ...] = ()  # fields and sections of config.model that no update reads: they may change on resume
+    latents: Latents = Latents()
+    captions: Captions = Captions()
     image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `run.assemble` says it
     statistics: bool = False  # State.extra holds batch statistics or norms of the averaged weights: no others sample
-    words: int = 0  # of a caption that `sample` reads; longer ones are refused on the command line; 0: any number
 
 
 class Context(NamedTuple):
@@ -129,7 +218,7 @@ class Aux(NamedTuple):
     kept: PyTree = None  # arrays that the family keeps in State.extra: batch statistics, codebook counts, errors
 
 
-def gradient_step(loss: Callable, optim: Optim, *networks: str, times: int = 1) -> Callable:
+def gradient_step(loss: Loss, optim: Optim, *networks: str, times: int = 1) -> Callable:
     """Returns one optimiser step on the named networks, (state, frozen, batch, rng) -> (state, Aux).
 
     `params` and `opt` of these networks are updated, and nothing else of the state. With `optim.accumulate` = m > 1
@@ -203,7 +292,7 @@ def repeat(step: Callable, times: int) -> Callable:
     return step if times == 1 else steps
 
 
-def make_update(loss: Callable, optim: Optim, *networks: str) -> Callable:
+def make_update(loss: Loss, optim: Optim, *networks: str) -> Update:
     """Returns the update of a family with one loss, (state, frozen, batch, rng) -> (state, {name: scalar}): a
     gradient step on the named networks, then `advance`. For the arguments see `gradient_step`."""
     step = gradient_step(loss, optim, *networks)

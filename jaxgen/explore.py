@@ -135,12 +135,11 @@ class Explorer:
             return self.family.encode(state, frozen, sample.to_inside(batch), key)
 
         def decode(state, frozen, arrays, key):
-            if self.family.codes:
-                z, given = tuple(arrays[str(i)] for i in range(len(arrays))), ()
+            if self.family.latents.grids:
+                z, batch = tuple(arrays[str(i)] for i in range(len(arrays))), {}
             else:
                 z, batch = arrays['z'], sample.to_inside({k: v for k, v in arrays.items() if k != 'z'})
-                given = (batch,) if batch else ()
-            return data.to_uint8(self.family.decode(state, frozen, z, key, *given))
+            return data.to_uint8(self.family.decode(state, frozen, batch, z, key))
 
         self.programs = {'encode': sharding.jit(encode), 'decode': sharding.jit(decode)}
 
@@ -217,7 +216,7 @@ def explore(run, n: int, seed: int, out: str) -> dict:
         examples = test.take(np.arange(min(POINTS, len(test))))
         images, labels = examples['image'], examples.get('label')
         shown = images[: 2 * n]
-        z = explorer.encode(shown if family.codes else images)
+        z = explorer.encode(shown if family.latents.grids else images)
         if family.decode is not None:
             again = explorer.decode(jax.tree.map(lambda a: a[: len(shown)], z))
             columns = max(1, min(len(shown), n))
@@ -225,7 +224,7 @@ def explore(run, n: int, seed: int, out: str) -> dict:
             write('reconstructions', log.grid(np.concatenate(rows), columns))
             error = np.sqrt(np.square((again.astype(float) - shown) / 127.5).mean())
             found['reconstruction_error'] = {'value': float(error), 'n': len(shown)}
-        if not family.codes:
+        if not family.latents.grids:
             if family.decode is not None:
                 if len(shown) > 1:
                     for name, sheet in interpolations(explorer, z[: len(shown) // 2 * 2]).items():
@@ -234,9 +233,9 @@ def explore(run, n: int, seed: int, out: str) -> dict:
             if len(z) > 3 and z[0].size > 1:
                 for method in ('pca', 'tsne'):
                     write(f'map_{method}', scatter(images, flat_map(z, method, seed), labels))
-    elif family.decode is not None and family.latent:
+    elif family.decode is not None and family.latents.shape:
         keys = jax.random.split(randomness.stream(jax.random.key(seed), 'latents'), 2 * n)
-        ends = np.asarray(jax.vmap(functools.partial(jax.random.normal, shape=family.latent))(keys))
+        ends = np.asarray(jax.vmap(functools.partial(jax.random.normal, shape=family.latents.shape))(keys))
         wanted = sample.batches(run.assembled, config, n, {}) if family.conditions else {}
         for name, sheet in interpolations(explorer, ends, wanted).items():
             write(name, sheet)

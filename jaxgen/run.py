@@ -234,7 +234,7 @@ class Run:
                 )  # fmt: skip
 
         results = over(evaluate.measure, 'test split', odd)
-        if 'factors' in a.spec.features and a.family.encode is not None and not a.family.codes:
+        if 'factors' in a.spec.features and a.family.encode is not None and not a.family.latents.grids:
             results |= over(evaluate.codes_and_factors, 'codes')
         return results
 

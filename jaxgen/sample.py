@@ -54,7 +54,7 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
         raise UserError("condition 'domain' is what a given picture is, as the data say: give label, what it becomes")
     if name == 'caption':
         origin.check_named(assembled.unnamed, 'data.source', 'data.other')  # whose words are read
-        return captions.check(str(value), feature.shape[0], family.words, config.data)
+        return captions.check(str(value), feature.shape[0], family.captions.words, config.data)
     if feature.shape:
         raise UserError(f'condition {name!r} is not one number; only labels and captions can be given')
     if name == 'label' and number not in (kept := classes(spec, config)):

@@ -334,17 +334,17 @@ def test_updates_sample_and_evaluate(distinct, tmp_path):
     pictures = {'image': batch['image']}
     if family.encode is not None:
         z = jax.jit(family.encode)(state, frozen, pictures, jax.random.key(3))
-        if family.codes:
-            assert [a.shape for a in z] == [(len(batch['image']), *grid) for grid in family.codes]
-            assert all(a.dtype == jnp.int32 and a.min() >= 0 and a.max() < family.vocabulary for a in z)
+        if family.latents.grids:
+            assert [a.shape for a in z] == [(len(batch['image']), *grid) for grid in family.latents.grids]
+            assert all(a.dtype == jnp.int32 and a.min() >= 0 and a.max() < family.latents.vocabulary for a in z)
         else:
-            assert z.shape == (len(batch['image']), *(family.latent or z.shape[1:])) and np.isfinite(z).all()
+            assert z.shape == (len(batch['image']), *(family.latents.shape or z.shape[1:])) and np.isfinite(z).all()
     if family.decode is not None:
         n = 4 if family.encode is None else len(batch['image'])
-        given = (wanted,) if family.encode is None and family.conditions else ()
+        given = wanted if family.encode is None and family.conditions else {}
         if family.encode is None:
-            z = jax.ShapeDtypeStruct((n, *family.latent), jnp.float32)
-        decoded = jax.eval_shape(family.decode, state, frozen, z, jax.random.key(3), *given)
+            z = jax.ShapeDtypeStruct((n, *family.latents.shape), jnp.float32)
+        decoded = jax.eval_shape(family.decode, state, frozen, given, z, jax.random.key(3))
         assert decoded.shape == (n, *batch['image'].shape[1:])
     if family.classify is not None:
         told = jax.eval_shape(family.classify, state, frozen, pictures, jax.random.key(3))

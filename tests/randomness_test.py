@@ -202,11 +202,11 @@ def test_a_stage_that_draws_has_keys_of_its_own():
             first, second = jax.random.split(rng)
             return jax.random.normal(first, (len(batch['image']), *latents)) + 0 * jax.random.normal(second)
 
-        def decode(state, frozen, z, rng):
+        def decode(state, frozen, batch, z, rng):
             first, second = jax.random.split(rng)
             return jax.random.normal(first, (len(z), *image)) + 0 * jax.random.normal(second)
 
-        return contract.Family(None, None, None, None, encode, decode, latent=latents, image=image)
+        return contract.Family(None, None, None, None, encode, decode, image=image, latents=contract.Latents(latents))
 
     optim = make_optim(10, **configs.DEFAULTS['optim'])
     family = diffusion.build(

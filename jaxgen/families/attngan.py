@@ -39,7 +39,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch
+from jaxgen.contract import (
+    Aux,
+    Captions,
+    Context,
+    Family,
+    Latents,
+    advance,
+    gradient_step,
+    new_state,
+    running_mean,
+    shard_batch,
+)
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.losses.divergences import normal_kl
@@ -288,7 +299,7 @@ def build(
     def sample(state, frozen, batch, rng):
         return draw(state, batch, rng)[-1]
 
-    def decode(state, frozen, latents, rng, batch):
+    def decode(state, frozen, batch, latents, rng):
         return draw(state, batch, rng, latents)[-1]
 
     def trajectory(state, frozen, batch, rng):
@@ -315,7 +326,7 @@ def build(
         trajectory=trajectory,
         conditions=('caption',),
         divisor=divisor,
-        latent=(latent,),
         statistics=True,
-        words=length,
+        latents=Latents(shape=(latent,)),
+        captions=Captions(length),
     )

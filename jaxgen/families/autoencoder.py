@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxgen.augmentation.corruptions import grey, holes, low_resolution
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
 from jaxgen.randomness import example_keys, normal
@@ -136,7 +136,7 @@ def build(
     def sample(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
         if corruption == 'none':
-            return decode(state, frozen, normal(keys, shape), rng)
+            return decode(state, frozen, batch, normal(keys, shape), rng)
         return jnp.clip(restore(state.ema, spoil(batch['image'], keys), keys), -1, 1)
 
     def trajectory(state, frozen, batch, rng):
@@ -157,7 +157,7 @@ def build(
         """Latents [n, H / 2^halvings, W / 2^halvings, latent]."""
         return to_latents(state.ema, batch['image'])
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         return jnp.clip(to_image(state.ema, latents), -1, 1)
 
     restores = corruption != 'none'
@@ -171,5 +171,5 @@ def build(
         trajectory=trajectory if restores else None,
         conditions=('image',) if restores else (),
         divisor=divisor,
-        latent=shape,
+        latents=Latents(shape=shape),
     )

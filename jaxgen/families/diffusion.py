@@ -207,11 +207,11 @@ def build(
         )
 
     first, classifier = (context.stages.get(name) for name in ('first', 'classifier'))
-    if first is not None and not (first.latent and first.encode and first.decode):
+    if first is not None and not (first.latents.shape and first.encode and first.decode):
         raise UserError('config.stages.first must be the run of an autoencoder with continuous latents')
-    if first is not None and len(first.latent) != 3:
+    if first is not None and len(first.latents.shape) != 3:
         raise UserError(
-            f'config.stages.first: its latents {first.latent} are no maps [h, w, c], and the networks want maps'
+            f'config.stages.first: its latents {first.latents.shape} are no maps [h, w, c], and the networks want maps'
         )
     if first is not None and (clip or latent_scale <= 0 or classifier_scale):
         raise UserError(
@@ -225,7 +225,7 @@ def build(
             "config.model.augmentation must be from 0 to 1, and only the network 'ncsnpp' can be told of it; they are "
             f'{augmentation} and {network!r}'
         )
-    shape = first.latent if first is not None else context.image  # of what is diffused
+    shape = first.latents.shape if first is not None else context.image  # of what is diffused
     if classifier_scale and (classifier is None or classifier.classify is None):
         raise UserError('config.model.classifier_scale needs config.stages.classifier, the run of a noisy_classifier')
     if classifier_scale:
@@ -394,7 +394,7 @@ def build(
         return latent_scale * first.encode_sampled(*frozen['first'], batch, rng)
 
     def to_image(frozen, x_0, rng) -> Array:
-        images = x_0 if first is None else first.decode(*frozen['first'], x_0 / latent_scale, rng)
+        images = x_0 if first is None else first.decode(*frozen['first'], {}, x_0 / latent_scale, rng)
         return jnp.clip(images, -1, 1)
 
     def loss(params, state, frozen, batch, rng):
@@ -548,7 +548,7 @@ def build(
         x = batch['image']
         return samplers.ddim_inversion(without_label(state, len(x)), x, grid) / grid.sigma[-1]
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         x = samplers.ddim(without_label(state, len(latents)), grid.sigma[-1] * latents, grid, None)
         return jnp.clip(x, -1, 1)
 

@@ -49,6 +49,7 @@ from jaxgen.contract import (
     Aux,
     Context,
     Family,
+    Latents,
     advance,
     gradient_step,
     new_state,
@@ -337,7 +338,7 @@ def build(
         total, _ = jax.lax.scan(one, start, keys)
         return jax.tree.map(lambda x: x / STANDING_BATCHES, total)
 
-    def decode(state, frozen, latents, rng, batch=None):
+    def decode(state, frozen, batch, latents, rng):
         return paint(state, latents, classes(batch))
 
     def draw(key) -> Array:
@@ -367,5 +368,5 @@ def build(
         divisor=divisor,
         free=('truncation',),
         statistics=network != 'mlp' or 'generator' in spectral,
-        latent=(latent,),
+        latents=Latents(shape=(latent,)),
     )

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_labels, check_size
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -139,7 +139,7 @@ def build(
         """Latents, float32 [n, H W C]."""
         return density(state.ema, state.extra, batch['image'], 0.5)[0]
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         return pictures(state, latents)
 
     def classify(state, frozen, batch, rng):
@@ -162,5 +162,5 @@ def build(
         conditions=('label',) if conditional else (),
         divisor=2**levels,
         free=('temperature', 'draws'),
-        latent=(size,),
+        latents=Latents(shape=(size,)),
     )

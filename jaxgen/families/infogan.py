@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch
+from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, running_mean, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import check_penalties, non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
@@ -205,7 +205,7 @@ def build(
         logits, mean, _ = split(fixed(state, 'recogniser', features))
         return jnp.concatenate([*(a.argmax(-1, keepdims=True).astype(jnp.float32) for a in logits), mean], -1)
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         chosen, numbers = latents[:, : len(categories)], latents[:, len(categories) :]
         most = jnp.array(categories, jnp.float32) - 1
         chosen = jnp.clip(jnp.round(chosen), 0, most).astype(jnp.int32)
@@ -234,6 +234,6 @@ def build(
         encode,
         decode,
         divisor=divisor,
-        latent=(len(categories) + continuous,),
         statistics=True,
+        latents=Latents(shape=(len(categories) + continuous,)),
     )

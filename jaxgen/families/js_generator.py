@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Aux, Context, Family, make_update, new_state, shard_batch
+from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.networks.js_generator import Generator
 from jaxgen.randomness import example_keys, normal
@@ -121,11 +121,11 @@ def build(
         weights = generator.init(rng, jnp.zeros((1, latent)))['params']
         return new_state({'generator': weights}, context.optim)
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         return generate(state.ema['generator'], latents)
 
     def sample(state, frozen, batch, rng):
-        return decode(state, frozen, normal(example_keys(rng, batch), (latent,)), rng)
+        return decode(state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
 
     def evaluate(state, frozen, batch, rng):
         # The same samples for every batch: an example's figure depends on no other example.
@@ -134,4 +134,4 @@ def build(
         level = jnp.round((batch['image'].reshape(-1) + 1) * 127.5).astype(jnp.int32)
         return {'bits_per_dim': -jnp.log2(p[level])}
 
-    return Family(init, update, sample, evaluate, decode=decode, free=('measured',), latent=(latent,))
+    return Family(init, update, sample, evaluate, decode=decode, free=('measured',), latents=Latents(shape=(latent,)))

@@ -98,7 +98,7 @@ def build(
         raise UserError(
             'config.model: smoothing must be in [0, 1), temperature above 0, top_k not negative, top_p in (0, 1]'
         )
-    length, codes_number = sum(h * w for h, w in first.codes), first.vocabulary
+    length, codes_number = sum(h * w for h, w in first.latents.grids), first.latents.vocabulary
     if not 1 <= steps <= length or choice_temperature < 0:
         raise UserError(
             f'config.model.steps must be from 1 to the {length} codes of an image, choice_temperature not negative; '
@@ -166,8 +166,8 @@ def build(
 
     def sample(state, frozen, batch, rng):
         draw_rng, first_rng = jax.random.split(rng)
-        codes = unflatten(draw_codes(state.ema, batch, example_keys(draw_rng, batch)), first.codes)
-        return jnp.clip(first.decode(*frozen['first'], codes, first_rng), -1, 1)
+        codes = unflatten(draw_codes(state.ema, batch, example_keys(draw_rng, batch)), first.latents.grids)
+        return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
         codes = to_codes(frozen, batch, stream(rng, 'encoder'))

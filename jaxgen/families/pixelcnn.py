@@ -112,13 +112,13 @@ def build(
             '0 or more'
         )
     first = context.stages.get('first')
-    if first is not None and not (first.codes and first.vocabulary):
+    if first is not None and not (first.latents.grids and first.latents.vocabulary):
         raise UserError('config.stages.first must be a run that makes codes, of a VQ-VAE say: this one makes none')
     colours = 1 if first else context.image[2]
     section = {**FIELDS[network], **sections[network]}
     check_network(network, section, colours)
-    vocabulary = first.vocabulary if first else 0
-    grids = first.codes if first else (context.image[:2],)
+    vocabulary = first.latents.vocabulary if first else 0
+    grids = first.latents.grids if first else (context.image[:2],)
     for i, (coarse, fine) in enumerate(itertools.pairwise(grids)):
         if any(b % a for a, b in zip(coarse, fine, strict=True)):
             raise UserError(f'config.stages.first: grid {i + 1} of codes, {fine}, is no multiple of grid {i}, {coarse}')
@@ -218,7 +218,7 @@ def build(
             shape = (len(keys), *grid)
             drawn += (draw_grid(state.ema[name], net, shape, batch.get('label'), coarser, own),)
         if first is not None:
-            images = first.decode(*frozen['first'], tuple(v[..., 0] for v in drawn), rng_decode)
+            images = first.decode(*frozen['first'], batch, tuple(v[..., 0] for v in drawn), rng_decode)
             return jnp.clip(images, -1, 1)
         return 2 * drawn[0].astype(jnp.float32) / (levels - 1) - 1
 

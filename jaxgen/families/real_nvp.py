@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean
+from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, running_mean
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import (
@@ -158,12 +158,12 @@ def build(
         """Latents, float32 [n, H W C]."""
         return exact(state, batch['image'], 0.5)[0]
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         logits, _ = net.apply({'params': state.ema['flow'], **state.extra}, latents, inverse=True)
         return to_image(from_logit(logits, constraint))
 
     def sample(state, frozen, batch, rng):
-        return decode(state, frozen, temperature * normal(example_keys(rng, batch), (size,)), rng)
+        return decode(state, frozen, batch, temperature * normal(example_keys(rng, batch), (size,)), rng)
 
     return Family(
         init,
@@ -174,8 +174,8 @@ def build(
         decode,
         divisor=divisor,
         free=('temperature', 'draws'),
-        latent=(size,),
         statistics=True,
+        latents=Latents(shape=(size,)),
     )
 
 

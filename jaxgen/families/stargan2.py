@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
+from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
@@ -229,12 +229,12 @@ def build(
             logs |= {f'{guide}/{name}': v for name, v in aux.logs.items()}
         return advance(state, optim), logs
 
-    def decode(state, frozen, latents, rng, batch):
+    def decode(state, frozen, batch, latents, rng):
         s = drawn(state.ema, latents, batch['label'])
         return jnp.clip(turn(state.ema, batch['image'], s, places(batch)), -1, 1)
 
     def sample(state, frozen, batch, rng):
-        return decode(state, frozen, normal(example_keys(rng, batch), (latent,)), rng, batch)
+        return decode(state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
 
     def trajectory(state, frozen, batch, rng):
         """By row, [1 + domains, n, H, W, C]; the picture itself stands first."""
@@ -271,5 +271,5 @@ def build(
         trajectory=trajectory,
         conditions=conditions,
         divisor=divisor,
-        latent=(latent,),
+        latents=Latents(shape=(latent,)),
     )

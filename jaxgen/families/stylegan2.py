@@ -32,7 +32,18 @@ import optax
 
 from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean, shard_batch, store
+from jaxgen.contract import (
+    Aux,
+    Context,
+    Family,
+    Latents,
+    advance,
+    gradient_step,
+    new_state,
+    running_mean,
+    shard_batch,
+    store,
+)
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
@@ -309,7 +320,7 @@ def build(
         noise = jax.vmap(lambda key: [one[0] for one in noise_of(key, 1)])(keys[:, 1])
         return jnp.clip(paint(state.ema['generator'], repeated(w), noise), -1, 1)
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         return jnp.clip(paint(state.ema['generator'], repeated(latents), noise_of(rng, 1)), -1, 1)
 
     def difference(frozen, x: Array, y: Array) -> Array:
@@ -375,5 +386,5 @@ def build(
         conditions=conditions,
         divisor=4,
         free=('truncation', 'projection_steps', 'lpips'),
-        latent=(latent,),
+        latents=Latents(shape=(latent,)),
     )

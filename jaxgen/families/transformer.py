@@ -64,12 +64,12 @@ def build(
         )
     if not (0 < keep <= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise UserError('config.model: keep and top_p must be in (0, 1], temperature and top_k not negative')
-    if enlarge < 1 or (enlarge > 1 and len(first.codes) > 1):
+    if enlarge < 1 or (enlarge > 1 and len(first.latents.grids) > 1):
         raise UserError(
             'config.model.enlarge must be at least 1, and more only goes with a first stage of one grid; it is '
             f'{enlarge}'
         )
-    length, vocabulary = sum(h * w for h, w in first.codes), first.vocabulary
+    length, vocabulary = sum(h * w for h, w in first.latents.grids), first.latents.vocabulary
     if conditional and context.classes > vocabulary:
         raise UserError(f'{context.classes} classes do not fit the {vocabulary} codes of config.stages.first')
     net = CausalTransformer(
@@ -124,7 +124,7 @@ def build(
 
     def draw_larger(params, token, keys) -> Array:
         """A grid [n, H, W] of `enlarge` times the trained height and width, each code seen from its window."""
-        (h, w), n = first.codes[0], len(keys)
+        (h, w), n = first.latents.grids[0], len(keys)
         rows, columns = enlarge * h, enlarge * w
 
         def one(grid, i):
@@ -146,8 +146,8 @@ def build(
         if enlarge > 1:
             codes = (draw_larger(params, token, keys),)
         else:
-            codes = unflatten(draw_codes(params, token, keys), first.codes)
-        return jnp.clip(first.decode(*frozen['first'], codes, first_rng), -1, 1)
+            codes = unflatten(draw_codes(params, token, keys), first.latents.grids)
+        return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
         codes = to_codes(frozen, batch, rng)

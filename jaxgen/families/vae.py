@@ -51,7 +51,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_labels, check_size
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
@@ -394,7 +394,7 @@ def build(
         x = target(batch['image'], jax.random.split(rng, len(batch['image'])))
         return inference(state.ema, x, None).code
 
-    def decode(state, frozen, latents, rng, batch=None):
+    def decode(state, frozen, batch, latents, rng):
         return mean_image(state.ema, latents, told(batch))
 
     return Family(
@@ -407,5 +407,5 @@ def build(
         conditions=('label',) if conditional else (),
         divisor=divisor,
         free=('iwae_samples',),
-        latent=(size,),
+        latents=Latents(shape=(size,)),
     )

@@ -80,9 +80,10 @@ def build(
         raise UserError('config.model: guidance, temperature, top_k and gate must not be negative, top_p in (0, 1]')
     if guidance and not (conditional and label_dropout):
         raise UserError('config.model.guidance needs config.model.conditional and a label_dropout above 0')
-    grids, classes = first.codes, context.classes if conditional else 0
+    grids, classes = first.latents.grids, context.classes if conditional else 0
     net = VARTransformer(
-        vocabulary=first.vocabulary, grids=grids, channels=channels, blocks=blocks, heads=heads, classes=classes,
+        vocabulary=first.latents.vocabulary, grids=grids, channels=channels, blocks=blocks, heads=heads,
+        classes=classes,
         dropout=dropout, drop_path=drop_path, unit_queries=unit_queries, shared=shared, gate=gate,
         remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
@@ -148,7 +149,7 @@ def build(
     def sample(state, frozen, batch, rng):
         draw_rng, first_rng = jax.random.split(rng)
         codes = draw_codes(state.ema['transformer'], frozen, batch, example_keys(draw_rng, batch))
-        return jnp.clip(first.decode(*frozen['first'], codes, first_rng), -1, 1)
+        return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
         codes, words = read(frozen, batch, rng)

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, running_mean
+from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, running_mean
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
@@ -406,7 +406,7 @@ def build(
     def by_codes(state, codes: tuple[Array, ...]) -> Array:
         return picture(state.ema, sum(added(state.ema, c, k) for k, c in enumerate(codes)))
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         """What `encode` gives -> images [n, H, W, C] in [-1, 1]. Latents need not be any that it gave."""
         if not quantised:
             return picture(state.ema, latents)
@@ -425,10 +425,11 @@ def build(
             return by_codes(state, tuple(jax.vmap(functools.partial(draw, k=k))(keys) for k in range(len(grids))))
         mean, square = state.extra['latents']['mean'], state.extra['latents']['square']
         deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
-        return decode(state, frozen, mean + deviation * normal(keys, (*grid, latent)), rng)
+        return decode(state, frozen, batch, mean + deviation * normal(keys, (*grid, latent)), rng)
 
     discrete = quantised and interface == 'codes'
-    kind = dict(codes=grids, vocabulary=vocabulary) if discrete else dict(latent=(*grid, latent))
+    described = Latents(grids=grids, vocabulary=vocabulary) if discrete else Latents((*grid, latent))
+    kind: dict = {'latents': described}
     kind |= dict(embed=embed) if discrete and scales else {}
     kind['encode_sampled'] = None if quantised else encode_sampled
     return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, **kind)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
@@ -214,7 +214,7 @@ def build(
         """Codes of each level, int32 [n, h, w], coarse first."""
         return tuple(find(state.ema, state.extra, batch['image'])[2])
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         """Codes as `encode` gives them -> images [n, H, W, C] in [-1, 1]."""
         books = codebooks(state.ema, state.extra)
         vectors = [quantise.embed(c, book) for c, book in zip(latents, books, strict=True)]
@@ -227,6 +227,15 @@ def build(
             log_share = jnp.log(shares(state, name))
             draw = jax.vmap(lambda key, p=log_share, grid=grid: jax.random.categorical(key, p, shape=grid))
             codes.append(draw(keys[:, i]).astype(jnp.int32))
-        return decode(state, frozen, tuple(codes), rng)
+        return decode(state, frozen, batch, tuple(codes), rng)
 
-    return Family(init, update, sample, evaluate, encode, decode, divisor=divisor, codes=grids, vocabulary=vocabulary)
+    return Family(
+        init,
+        update,
+        sample,
+        evaluate,
+        encode,
+        decode,
+        divisor=divisor,
+        latents=Latents(grids=grids, vocabulary=vocabulary),
+    )

@@ -75,7 +75,7 @@ def of_stage(stage: Family) -> Callable:
     Raises:
       UserError: its family encodes nothing that could be compared.
     """
-    if stage.encode is None or stage.codes:
+    if stage.encode is None or stage.latents.grids:
         raise UserError('config.stages.perceptual must be a run with features: name one of a classifier')
 
     def maps(weights, images):

@@ -73,7 +73,7 @@ def of_run(run) -> Features:
       UserError: its family encodes nothing.
     """
     family = run.assembled.family
-    if family.encode is None or family.codes:
+    if family.encode is None or family.latents.grids:
         raise UserError(f'{run.workdir} is a run of {run.config.family}, which has no features: name a classifier')
 
     def apply(variables, images):

@@ -184,7 +184,7 @@ class MaskedTransformer(nn.Module):
 
 def check_prior(first: Family | None, channels: int, blocks: int, heads: int) -> None:
     """Raises UserError where a transformer of these sizes cannot stand on the codes of the stage `first`."""
-    if first is None or not first.codes:
+    if first is None or not first.latents.grids:
         raise UserError('config.stages.first must be the run of a family with codes: vqvae or vqgan')
     if min(channels, blocks, heads) < 1 or channels % heads:
         raise UserError(

@@ -327,7 +327,7 @@ def test_samples_end_the_stages_and_evaluate_looks_at_them():
     assert small.shape == (4, 4, 4, 3)
     np.testing.assert_array_equal(stages[0], upsample_nearest(small))
     assert np.abs(x[0] - x[3]).max() > 1e-3, 'one caption, two samples'
-    z = randomness.normal(randomness.example_keys(jax.random.split(key)[0], b), f.latent)
+    z = randomness.normal(randomness.example_keys(jax.random.split(key)[0], b), f.latents.shape)
     for family, same in ((f, False), (build(kl=0.0), True)):  # with kl = 0 the condition is not drawn
         decode, other = jax.jit(family.decode), jax.random.key(2)
         shown = decode(state, {}, z, key, b)

@@ -35,15 +35,15 @@ def test_without_corruption():
     state = jax.jit(f.init)(KEY, batch, {})
     after, logs = f.update(state, {}, batch, KEY)
     z = f.encode(state, {}, batch, KEY)
-    assert z.shape[1:] == f.latent == (4, 2, 3) and f.conditions == () and f.trajectory is None
-    again = f.decode(state, {}, z, KEY)
+    assert z.shape[1:] == f.latents.shape == (4, 2, 3) and f.conditions == () and f.trajectory is None
+    again = f.decode(state, {}, {}, z, KEY)
     figures = f.evaluate(state, {}, batch, KEY)
     assert set(figures) == {'squared_error'}
     np.testing.assert_allclose(figures['squared_error'], jnp.square(again - batch['image']).mean((1, 2, 3)), rtol=1e-4)
     keys = [jax.random.fold_in(KEY, i) for i in (7, 2)]
-    noise = jnp.stack([jax.random.normal(key, f.latent) for key in keys])
+    noise = jnp.stack([jax.random.normal(key, f.latents.shape) for key in keys])
     drawn = f.sample(state, {}, {'index': jnp.array([7, 2])}, KEY)
-    np.testing.assert_allclose(drawn, f.decode(state, {}, noise, KEY), atol=1e-5)
+    np.testing.assert_allclose(drawn, f.decode(state, {}, {}, noise, KEY), atol=1e-5)
     # No randomness: parts of a batch give the same step.
     parts = family(accumulate=2)
     jax.tree.map(
@@ -75,7 +75,7 @@ def test_with_corruption(corruption):
 
     seen, restored_by = spoilt(jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(6)))
     np.testing.assert_allclose(figures['squared_error/input'], jnp.square(seen - x).mean((1, 2, 3)), rtol=1e-4)
-    out = f.decode(state, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)  # these two spoil nothing
+    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)  # these two spoil nothing
     assert np.abs(out).max() < 1, 'nothing was clipped'
     restored = np.clip(restored_by(out), -1, 1)
     np.testing.assert_allclose(f.sample(state, {}, batch, KEY), restored, atol=1e-5)
@@ -85,7 +85,7 @@ def test_with_corruption(corruption):
     assert (np.abs(moved - restored).max() > 1e-3) == (corruption in ('noise', 'mask'))
 
     seen, restored_by = spoilt(jax.random.split(KEY, 6))
-    out = f.decode(state, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)
+    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)
     _, logs = f.update(state, {}, batch, KEY)
     assert logs['loss'] == pytest.approx(float(jnp.square(restored_by(out) - x).mean()), rel=1e-4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context
+from jaxgen.contract import Context, Latents
 from jaxgen.diffusion.schedules import posterior
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
@@ -450,7 +450,7 @@ def test_inversion_and_back():
     state = jax.tree.map(lambda w: 0.05 * w, state)  # nearly x_0 of no noise: a smooth path
     x_0 = 0.5 * images(2)
     z = jax.jit(family.encode)(state, {}, {'image': x_0}, jax.random.key(0))
-    back = jax.jit(family.decode)(state, {}, z, jax.random.key(1))
+    back = jax.jit(family.decode)(state, {}, {}, z, jax.random.key(1))
     assert z.shape == x_0.shape
     assert jnp.abs(back - x_0).max() < 0.05 < jnp.abs(z - x_0).max()
 
@@ -591,10 +591,10 @@ def toy_autoencoder(factor=2.0):
     def encode(state, frozen, batch, rng):
         return state * rearrange(batch['image'], 'n (h a) (w b) c -> n h w (a b c)', a=2, b=2)
 
-    def decode(state, frozen, latents, rng):
+    def decode(state, frozen, batch, latents, rng):
         return rearrange(latents, 'n h w (a b c) -> n (h a) (w b) c', a=2, b=2) / state
 
-    family = Family(None, None, None, None, encode, decode, latent=(4, 4, 4), divisor=2)
+    family = Family(None, None, None, None, encode, decode, divisor=2, latents=Latents(shape=(4, 4, 4)))
     return family, {'first': (jnp.float32(factor), {})}
 
 
@@ -661,9 +661,9 @@ def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
 def test_says_what_is_wrong_with_a_first_stage():
     first, frozen = toy_autoencoder()
     with pytest.raises(UserError, match='continuous'):
-        diffusion.build(context(stages={'first': first._replace(latent=())}), **TINY, clip=False)
+        diffusion.build(context(stages={'first': first._replace(latents=Latents(shape=()))}), **TINY, clip=False)
     with pytest.raises(UserError, match='maps'):
-        diffusion.build(context(stages={'first': first._replace(latent=(64,))}), **TINY, clip=False)
+        diffusion.build(context(stages={'first': first._replace(latents=Latents(shape=(64,)))}), **TINY, clip=False)
     with pytest.raises(UserError, match='clip'):
         diffusion.build(context(stages={'first': first}), **TINY)
     family = diffusion.build(context(stages={'first': first}), **TINY, clip=False)

@@ -540,14 +540,14 @@ def test_fulfils_the_contract(build, model):
         outside = np.triu(np.ones((4, 4)))[None]
         np.testing.assert_array_equal(state.params['flow']['steps0']['mix']['lower'] * outside, 0)
     z = f.encode(state, {}, batch, jax.random.key(3))
-    assert z.shape == (6, *f.latent)
-    np.testing.assert_allclose(f.decode(state, {}, z, jax.random.key(4)), batch['image'], atol=1e-4)
+    assert z.shape == (6, *f.latents.shape)
+    np.testing.assert_allclose(f.decode(state, {}, {}, z, jax.random.key(4)), batch['image'], atol=1e-4)
     hot = build(**model, temperature=0.5)
     drawn = hot.sample(state, {}, batch, jax.random.key(1))
-    noise = jnp.stack([jax.random.normal(jax.random.fold_in(jax.random.key(1), i), f.latent) for i in range(6)])
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(jax.random.key(1), i), f.latents.shape) for i in range(6)])
     assert drawn.shape == (6, *IMAGE) and np.abs(drawn).max() <= 1
     if not model:
-        np.testing.assert_allclose(drawn, f.decode(state, {}, 0.5 * noise, jax.random.key(9)), atol=1e-5)
+        np.testing.assert_allclose(drawn, f.decode(state, {}, {}, 0.5 * noise, jax.random.key(9)), atol=1e-5)
     # Means of several draws spread less, about the same value.
     bits = [build(**model, draws=k).evaluate(state, {}, batch, jax.random.key(2))['bits_per_dim'] for k in (1, 16)]
     assert bits[0].shape == (6,) and not np.array_equal(*bits)

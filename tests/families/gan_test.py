@@ -353,7 +353,7 @@ def test_samples_are_of_normalised_weights():
     z = jax.random.normal(jax.random.key(1), (4, 3))
     weights = {name: {**w, 'kernel': w['kernel'] / largest(w['kernel'])} for name, w in state.ema['generator'].items()}
     want = networks.PerceptronGenerator((8, 8, 1), (8,)).apply({'params': weights}, z)
-    np.testing.assert_allclose(f.decode(state, {}, z, jax.random.key(2)), want, atol=1e-5)
+    np.testing.assert_allclose(f.decode(state, {}, {}, z, jax.random.key(2)), want, atol=1e-5)
 
 
 def test_an_empty_state_beside_the_weights_comes_back(tmp_path):
@@ -588,7 +588,7 @@ def test_truncated_samples_have_the_statistics_of_truncated_latents(truncation):
 
     few = jax.jit(f.sample)(state, {}, {k: v[7:8] for k, v in wanted.items()}, jax.random.key(5))
     np.testing.assert_allclose(few[0], drawn[7], atol=1e-5)
-    other = f.decode(state, {}, z[:3], jax.random.key(0), {'label': jnp.arange(3)})  # latents of no truncation
+    other = f.decode(state, {}, {'label': jnp.arange(3)}, z[:3], jax.random.key(0))  # latents of no truncation
     np.testing.assert_allclose(other, by_training[:3], atol=1e-5)
 
 
@@ -600,7 +600,7 @@ def test_truncated_samples_are_of_z_within_the_bound():
     z = jax.vmap(lambda k: jax.random.truncated_normal(k, -0.5, 0.5, (3,)))(keys)
     assert np.abs(z).max() < 0.5 and np.ptp(z) > 0.9
     got = f.sample(state, {}, {'index': index}, jax.random.key(3))
-    np.testing.assert_allclose(got, f.decode(state, {}, z, jax.random.key(0)), atol=1e-6)
+    np.testing.assert_allclose(got, f.decode(state, {}, {}, z, jax.random.key(0)), atol=1e-6)
 
 
 def test_both_penalties_and_dequantisation_reach_the_loss():
@@ -629,8 +629,8 @@ def test_both_players_know_the_class(base, conditional):
     wanted = {'index': index, 'label': jnp.array([0, 1, 0])}
     drawn = f.sample(state, {}, wanted, jax.random.key(2))
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 and np.abs(drawn[0] - drawn[2]).max() > 1e-4
-    z = normal(example_keys(jax.random.key(2), wanted), f.latent)
-    np.testing.assert_allclose(f.decode(state, {}, z, None, wanted), drawn, atol=1e-6)
+    z = normal(example_keys(jax.random.key(2), wanted), f.latents.shape)
+    np.testing.assert_allclose(f.decode(state, {}, wanted, z, None), drawn, atol=1e-6)
     x = {'image': jnp.broadcast_to(batch['image'][:1], (3, 8, 8, 1)), 'label': jnp.arange(3)}
     values = f.evaluate(state, {}, x, jax.random.key(3))['discriminator']
     assert np.ptp(values) > 1e-6, 'the discriminator does not look at the class'

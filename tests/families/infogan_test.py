@@ -161,13 +161,13 @@ def test_codes_come_back_as_the_categories_and_numbers_that_they_are():
     state, batch = started(f)
     # Larger than at the start: the statistics there are not those of any batch, and pictures are as good as grey.
     state = state.replace(ema=jax.tree.map(lambda w: 20 * w, state.ema))
-    assert f.latent == (4,)
+    assert f.latents.shape == (4,)
     codes = f.encode(state, {}, batch, jax.random.key(1))
     assert codes.shape == (4, 4) and (codes[:, :2] == np.round(codes[:, :2])).all()
     assert codes[:, 0].max() <= 2 and codes[:, 1].max() <= 1
 
     def decode(rows, seed=2):
-        return f.decode(state, {}, jnp.array(rows), jax.random.key(seed))
+        return f.decode(state, {}, {}, jnp.array(rows), jax.random.key(seed))
 
     same = decode([[0.4, 0.0, 0.1, 0.2], [-3.0, 0.3, 0.1, 0.2]])
     np.testing.assert_array_equal(same[0], same[1])
@@ -183,7 +183,7 @@ def test_one_kind_of_code_will_do(codes):
     state, batch = jax.eval_shape(lambda: started(f))
     after, logs = jax.eval_shape(f.update, state, {}, batch, jax.eval_shape(lambda: jax.random.key(0)))
     assert jax.tree.structure(after) == jax.tree.structure(state) and 'information/categories' in logs
-    assert jax.eval_shape(f.encode, state, {}, batch, None).shape == (4, *f.latent)
+    assert jax.eval_shape(f.encode, state, {}, batch, None).shape == (4, *f.latents.shape)
 
 
 WRONG = [

@@ -85,7 +85,7 @@ def test_loss_is_the_mean_over_scales_of_exact_divergences():
     batch = {'image': jax.random.uniform(jax.random.key(0), (64, 1, 1, 1), minval=-1, maxval=1)}
     state = jax.jit(f.init)(jax.random.key(1), batch, {})
     _, logs = f.update(state, {}, batch, jax.random.key(2))
-    drawn = f.decode(state, {}, jax.random.normal(jax.random.key(2), (192, 2)), None)
+    drawn = f.decode(state, {}, {}, jax.random.normal(jax.random.key(2), (192, 2)), None)
     edges = np.concatenate([[-np.inf], np.linspace(-1, 1, 33)[1:-1], [np.inf]])
 
     def at(scale):

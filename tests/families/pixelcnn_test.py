@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgen.contract import Context, Family
+from jaxgen.contract import Context, Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn
 from jaxgen.networks.masked import Place, mask
@@ -319,11 +319,11 @@ def signs(grids=((1, 1), (2, 2))) -> Family:
         parts = jnp.split(bits, np.cumsum(sizes)[:-1], 1)
         return tuple(part.reshape(-1, *grid) for part, grid in zip(parts, grids, strict=True))
 
-    def decode(state, frozen, codes, rng):
+    def decode(state, frozen, batch, codes, rng):
         bits = jnp.concatenate([code.reshape(len(code), -1) for code in codes], 1)
         return 2.0 * bits.reshape(len(bits), 1, sum(sizes), 1) - 1
 
-    return Family(None, None, None, None, encode, decode, codes=grids, vocabulary=2)
+    return Family(None, None, None, None, encode, decode, latents=Latents(grids=grids, vocabulary=2))
 
 
 def test_prior_of_codes_is_a_distribution_over_all_grids():
@@ -378,6 +378,6 @@ def test_says_what_is_wrong(model, image):
 
 
 def test_refuses_a_first_stage_of_other_images():
-    f = family((1, 5, 1), stages={'first': signs()._replace(codes=((1, 1), (4, 4)))})
+    f = family((1, 5, 1), stages={'first': signs()._replace(latents=Latents(grids=((1, 1), (4, 4))))})
     with pytest.raises(UserError, match=r'config\.stages\.first'):
         jax.eval_shape(f.init, jax.random.key(0), {'image': jnp.zeros((2, 1, 5, 1))}, {'first': (None, {})})

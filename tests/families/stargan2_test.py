@@ -286,7 +286,7 @@ def test_samples_are_of_the_domain_that_is_asked_for():
     images = f.sample(state, {}, b, key)
     made = turn(ema, x, drawn(ema, z, b['label']))
     np.testing.assert_allclose(images, jnp.clip(made, -1, 1), atol=1e-5)
-    np.testing.assert_array_equal(images, f.decode(state, {}, z, None, b))
+    np.testing.assert_array_equal(images, f.decode(state, {}, b, z, None))
     assert np.abs(images - f.sample(state, {}, b | {'label': y}, key)).max() > 1e-3
 
     rows = f.trajectory(state, {}, b, key)

@@ -408,11 +408,11 @@ def test_projection_finds_an_image_of_its_own():
     f, batch = family(projection_steps=150), images(4)
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     key, latents = jax.random.key(2), jax.random.normal(jax.random.key(1), (3, 6))
-    x = f.decode(state, {}, latents, key)
+    x = f.decode(state, {}, {}, latents, key)
     w = jax.jit(f.encode)(state, {}, {'image': x}, key)
     assert w.shape == (3, 6)
-    far = jnp.square(f.decode(state, {}, jnp.zeros((3, 6)), key) - x).mean((1, 2, 3))
-    near = jnp.square(f.decode(state, {}, w, key) - x).mean((1, 2, 3))
+    far = jnp.square(f.decode(state, {}, {}, jnp.zeros((3, 6)), key) - x).mean((1, 2, 3))
+    near = jnp.square(f.decode(state, {}, {}, w, key) - x).mean((1, 2, 3))
     assert (near < 0.1 * far.mean()).all(), (near, far)  # of one image the middle of W may happen to be near
 
 

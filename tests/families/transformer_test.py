@@ -13,7 +13,7 @@ import pytest
 
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, Family
+from jaxgen.contract import Context, Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import maskgit, transformer
 from jaxgen.networks.transformer import (
@@ -38,10 +38,10 @@ def toy_first(side=2):
     def encode(state, frozen, batch, rng):
         return (jnp.round((batch['image'][..., 0] + 1) * scale).astype(jnp.int32),)
 
-    def decode(state, frozen, codes, rng):
+    def decode(state, frozen, batch, codes, rng):
         return codes[0][..., None] / scale - 1
 
-    return Family(None, None, None, None, encode, decode, codes=((side, side),), vocabulary=LEVELS)
+    return Family(None, None, None, None, encode, decode, latents=Latents(grids=((side, side),), vocabulary=LEVELS))
 
 
 FROZEN = {'first': (None, {})}
@@ -368,4 +368,4 @@ def test_says_what_is_wrong(module, options, words):
     with pytest.raises(UserError, match='codes'):
         module.build(context(stages={}))
     with pytest.raises(UserError, match='codes'):
-        module.build(context(stages={'first': toy_first()._replace(codes=())}))
+        module.build(context(stages={'first': toy_first()._replace(latents=Latents(grids=()))}))

@@ -124,8 +124,8 @@ def test_fulfils_the_contract(model):
     figures = jax.jit(f.evaluate)(state, {}, {**batch, 'index': jnp.arange(5)}, jax.random.key(2))
     assert all(v.shape == (5,) and np.isfinite(v).all() for v in figures.values())
     z = jax.jit(f.encode)(state, {}, batch, jax.random.key(3))
-    assert z.shape == (5, SMALL['latent'] + model.get('latent2', 0)) == (5, *f.latent)
-    again = jax.jit(f.decode)(state, {}, z, jax.random.key(4))
+    assert z.shape == (5, SMALL['latent'] + model.get('latent2', 0)) == (5, *f.latents.shape)
+    again = jax.jit(f.decode)(state, {}, {}, z, jax.random.key(4))
     np.testing.assert_allclose(((again - batch['image']) ** 2).mean((1, 2, 3)), figures['squared_error'], rtol=1e-4)
     np.testing.assert_allclose(figures['nll_elbo'], figures['reconstruction'] + figures['kl'], rtol=1e-5)
     assert figures['nll_iwae'].mean() < figures['nll_elbo'].mean() + 0.1, 'the tighter bound, up to noise'
@@ -183,7 +183,7 @@ def test_a_sample_is_the_decoders_mean():
     batch = {'index': jnp.array([7, 3])}
     z = jnp.stack([jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (SMALL['latent'],)) for i in (7, 3)])
     drawn = f.sample(state, {}, batch, jax.random.key(5))
-    np.testing.assert_allclose(drawn, f.decode(state, {}, z, jax.random.key(9)), atol=1e-6)
+    np.testing.assert_allclose(drawn, f.decode(state, {}, {}, z, jax.random.key(9)), atol=1e-6)
 
 
 # --- the mixture of posteriors as a prior, and two levels of codes
@@ -373,7 +373,7 @@ def test_samples_start_from_a_component(latent2):
         chosen.append(k)
     assert np.bincount(chosen, minlength=3).min() > 10
     drawn = f.sample(state, {}, {'index': jnp.arange(n)}, key)
-    np.testing.assert_allclose(drawn, f.decode(state, {}, jnp.float32(z), key), atol=1e-5)
+    np.testing.assert_allclose(drawn, f.decode(state, {}, {}, jnp.float32(z), key), atol=1e-5)
 
 
 def test_pseudo_inputs_learn_and_start_where_they_are_told():
@@ -444,7 +444,7 @@ def test_perceptrons_of_tanh():
     h = np.tanh(
         np.asarray(batch['image']).reshape(len(batch['image']), -1) @ w['Dense_0']['kernel'] + w['Dense_0']['bias']
     )
-    mean = (h @ w['Dense_1']['kernel'] + w['Dense_1']['bias'])[:, : f.latent[0]]
+    mean = (h @ w['Dense_1']['kernel'] + w['Dense_1']['bias'])[:, : f.latents.shape[0]]
     np.testing.assert_allclose(f.encode(state, {}, batch, jax.random.key(0)), mean, atol=1e-5)
 
 
@@ -475,8 +475,8 @@ def test_conditional_samples_show_the_class_asked_for():
     drawn = f.sample(state, {}, {'index': jnp.arange(40), 'label': asked}, jax.random.key(2))
     right = drawn[:, :, 4:].mean((1, 2, 3)) > drawn[:, :, :4].mean((1, 2, 3))
     assert (right == asked).mean() > 0.97
-    z = jax.random.normal(jax.random.key(3), (20, *f.latent))
-    each = [f.decode(state, {}, z, None, {'label': jnp.full(20, y)}) for y in (0, 1)]
+    z = jax.random.normal(jax.random.key(3), (20, *f.latents.shape))
+    each = [f.decode(state, {}, {'label': jnp.full(20, y)}, z, None) for y in (0, 1)]
     assert all((x[:, :, 4:].mean() > x[:, :, :4].mean()) == y for y, x in enumerate(each))
     # The code need not say what the label says: told the wrong class, the bound is far worse.
     told, misled = (evaluate(f, state, {**batch, 'label': y}) for y in (batch['label'], 1 - batch['label']))

@@ -14,7 +14,7 @@ import pytest
 
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, Family
+from jaxgen.contract import Context, Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import var, vqgan
 from jaxgen.networks import multiscale
@@ -201,7 +201,7 @@ def test_first_stage_takes_plain_gradient_steps():
 
 def test_first_stage_encodes_decodes_and_draws_by_scale():
     f, _, state, x = first_stage()
-    assert f.codes == grids() and f.vocabulary == 7
+    assert f.latents.grids == grids() and f.latents.vocabulary == 7
     # Where training met one code a scale, samples are made of these.
     count = jnp.zeros((3, 7)).at[jnp.arange(3), jnp.array([5, 0, 3])].set(1e9)
     only = tuple(jnp.full((4, *grid), c) for grid, c in zip(grids(), (5, 0, 3), strict=True))
@@ -212,9 +212,9 @@ def test_first_stage_encodes_decodes_and_draws_by_scale():
         codes = f.encode(state, {}, x, rng)
         total = sum(f.embed(state, {}, c, k) for k, c in enumerate(codes))
         by_hand = Decoder(image_channels=1, **SIZES).apply({'params': state.ema['decoder']}, total)[0]
-        again, figures = f.decode(state, {}, codes, rng), f.evaluate(state, {}, x | index, rng)
+        again, figures = f.decode(state, {}, {}, codes, rng), f.evaluate(state, {}, x | index, rng)
         drawn = f.sample(state.replace(extra={'count': count}), {}, index, rng)
-        return again, jnp.clip(by_hand, -1, 1), figures, drawn, f.decode(state, {}, only, rng)
+        return again, jnp.clip(by_hand, -1, 1), figures, drawn, f.decode(state, {}, {}, only, rng)
 
     again, by_hand, figures, drawn, wanted = everything(state, x)
     np.testing.assert_allclose(again, by_hand, atol=1e-5)
@@ -264,13 +264,13 @@ def toy_first():
         flat = jnp.split((batch['image'][:, :, 0, 0] > 0).astype(jnp.int32), np.cumsum(LENGTHS)[:-1], 1)
         return tuple(c.reshape(-1, *grid) for c, grid in zip(flat, MAPS, strict=True))
 
-    def decode(state, frozen, codes, rng):
+    def decode(state, frozen, batch, codes, rng):
         return 2.0 * flatten(codes)[..., None, None] - 1
 
     def embed(state, frozen, codes, k):
         return enlarged(jnp.asarray(TABLE)[k][codes], MAPS[-1])
 
-    return Family(None, None, None, None, encode, decode, codes=MAPS, vocabulary=LEVELS, embed=embed)
+    return Family(None, None, None, None, encode, decode, embed=embed, latents=Latents(grids=MAPS, vocabulary=LEVELS))
 
 
 FROZEN = {'first': (None, {})}

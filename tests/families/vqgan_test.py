@@ -210,12 +210,12 @@ def test_games():
 def test_later_stages_may_take_latents_before_they_are_quantised():
     (f, _), state, x = family('vq'), start('vq'), images(seed=2)
     other = build(**KINDS['vq'], interface='latents')
-    assert other.latent == (4, 4, 3) and not other.codes and not other.vocabulary
+    assert other.latents.shape == (4, 4, 3) and not other.latents.grids and not other.latents.vocabulary
     z = jax.jit(other.encode)(state, {}, x, jax.random.key(0))
     np.testing.assert_allclose(z, latents(state.ema, x['image']), atol=1e-5)
-    y = jax.jit(other.decode)(state, {}, z, jax.random.key(0))
+    y = jax.jit(other.decode)(state, {}, {}, z, jax.random.key(0))
     codes = f.encode(state, {}, x, jax.random.key(0))
-    np.testing.assert_allclose(y, jax.jit(f.decode)(state, {}, codes, jax.random.key(0)), atol=1e-5)
+    np.testing.assert_allclose(y, jax.jit(f.decode)(state, {}, {}, codes, jax.random.key(0)), atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -232,13 +232,13 @@ def test_encode_decode_evaluate_and_sample_agree(kind):
     np.testing.assert_allclose(figures['absolute_error'], jnp.abs(y - x['image']).mean((1, 2, 3)), rtol=1e-4)
     assert {'discriminator_real', 'discriminator_fake'} < set(figures)
     if kind == 'kl':
-        assert f.latent == z.shape[1:] == (4, 4, 3) and not f.codes
+        assert f.latents.shape == z.shape[1:] == (4, 4, 3) and not f.latents.grids
         encoder, _ = networks(6)
         h = encoder.apply({'params': state.ema['encoder']}, x['image'])
         np.testing.assert_allclose(z, h[..., :3], atol=1e-5)
         np.testing.assert_allclose(figures['kl'], normal_kl(h[..., :3], h[..., 3:]), rtol=1e-4)
         return
-    assert f.codes == ((4, 4),) and f.vocabulary == 7 and not f.latent
+    assert f.latents.grids == ((4, 4),) and f.latents.vocabulary == 7 and not f.latents.shape
     (codes,) = z
     assert codes.shape == (4, 4, 4) and codes.dtype == jnp.int32 and len(np.unique(codes)) > 2
     # Where training met one code alone, samples are made of it alone.
@@ -276,7 +276,7 @@ def test_statistics_of_latents():
     assert np.abs(both[0] - both[1]).max() > 0
     still = after.replace(extra={**after.extra, 'latents': {'mean': jnp.arange(3.0), 'square': jnp.arange(3.0) ** 2}})
     drawn = jax.jit(f.sample)(still, {}, {'index': jnp.arange(2)}, key)
-    wanted = f.decode(still, {}, jnp.broadcast_to(jnp.arange(3.0), (2, 4, 4, 3)), key)
+    wanted = f.decode(still, {}, {}, jnp.broadcast_to(jnp.arange(3.0), (2, 4, 4, 3)), key)
     np.testing.assert_allclose(drawn, wanted, atol=1e-5)
 
 

@@ -150,8 +150,8 @@ def test_published_sizes(model, counts):
     found = {k: sum(math.prod(a.shape) for a in jax.tree.leaves(v)) for k, v in state.params.items()}
     assert found == counts
     levels = model.get('levels', 1)
-    assert f.codes == (((8, 8),) if levels == 1 else ((4, 4), (8, 8)))
-    assert f.vocabulary == 512 and not f.latent
+    assert f.latents.grids == (((8, 8),) if levels == 1 else ((4, 4), (8, 8)))
+    assert f.latents.vocabulary == 512 and not f.latents.shape
     if 'codebook' not in found:
         assert sum(math.prod(s['sum'].shape) for s in state.extra.values()) == 32_768 * levels
 
@@ -179,9 +179,9 @@ def test_an_update_counts_what_its_encoder_found(two):
 def test_encode_decode_and_figures_agree(two):
     f, batch, _, state, _ = two
     codes = f.encode(state, {}, batch, KEY)
-    assert [c.shape[1:] for c in codes] == list(f.codes) == [(2, 2), (4, 4)]
+    assert [c.shape[1:] for c in codes] == list(f.latents.grids) == [(2, 2), (4, 4)]
     figures = f.evaluate(state, {}, {**batch, 'index': jnp.arange(8)}, KEY)
-    shown = f.decode(state, {}, codes, KEY)
+    shown = f.decode(state, {}, {}, codes, KEY)
     np.testing.assert_allclose(figures['squared_error'], jnp.square(shown - batch['image']).mean((1, 2, 3)), rtol=1e-5)
     bits = 0.0
     for i, code in enumerate(codes):
@@ -198,9 +198,9 @@ def test_fine_codes_are_told_the_coarse_ones(two):
     a, b = (f.evaluate(s, {}, {**batch, 'index': jnp.arange(8)}, KEY)['commitment'] for s in (state, other))
     assert np.abs(a - b).min() > 1e-3
     top, bottom = f.encode(state, {}, batch, KEY)
-    plain = f.decode(state, {}, (top, bottom), KEY)
-    assert np.abs(plain - f.decode(state, {}, ((top + 1) % 6, bottom), KEY)).max() > 1e-3
-    assert np.abs(plain - f.decode(state, {}, (top, (bottom + 1) % 6), KEY)).max() > 1e-3
+    plain = f.decode(state, {}, {}, (top, bottom), KEY)
+    assert np.abs(plain - f.decode(state, {}, {}, ((top + 1) % 6, bottom), KEY)).max() > 1e-3
+    assert np.abs(plain - f.decode(state, {}, {}, (top, (bottom + 1) % 6), KEY)).max() > 1e-3
 
 
 def test_samples_meet_codes_as_often_as_training_did(two):

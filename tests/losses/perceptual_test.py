@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from support import fresh_stage
 
-from jaxgen.contract import Context
+from jaxgen.contract import Context, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import classifier
 from jaxgen.losses import perceptual
@@ -171,7 +171,7 @@ def test_classifier_sees_at_every_depth():
     np.testing.assert_allclose(
         perceptual.of_stage(plain)((state, frozen), x, y), perceptual.distance([x.mean((1, 2))], [y.mean((1, 2))])
     )
-    for useless in (stage._replace(encode=None), stage._replace(codes=((4, 4),))):
+    for useless in (stage._replace(encode=None), stage._replace(latents=Latents(grids=((4, 4),)))):
         with pytest.raises(UserError, match='classifier'):
             perceptual.of_stage(useless)
 
