@@ -254,7 +254,7 @@ def test_larger_grids_of_codes_make_larger_images():
     f = build(**KINDS['vq'], attention=(8,))
     state = jax.eval_shape(f.init, jax.random.key(0), images(), {})
     assert any('attention' in name and 'up0' in name for name in state.ema['decoder'])
-    y = jax.eval_shape(f.decode, state, {}, (jax.ShapeDtypeStruct((2, 8, 12), jnp.int32),), jax.random.key(0))
+    y = jax.eval_shape(f.decode, state, {}, {}, (jax.ShapeDtypeStruct((2, 8, 12), jnp.int32),), jax.random.key(0))
     assert y.shape == (2, 16, 24, 1)
     codes = jnp.arange(24).reshape(1, 4, 6) % 7
     book = jax.random.normal(jax.random.key(0), (7, 3))
