@@ -304,7 +304,7 @@ def hits(evaluator: Evaluator, images: np.ndarray, wanted: dict[str, np.ndarray]
             found.setdefault(f'asked/{name}', []).append(sharding.to_host(x)[:real])
     found = {name: np.concatenate(parts) for name, parts in found.items()}
     if told and 'factors' in wanted:
-        names = [f'asked/accuracy/{i}' for i, name in enumerate(shapes.FACTORS) if name in shapes.TOLD]
+        names = [f'asked/accuracy/{i}' for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS]
         found = {name: found[name] for name in names}
         found['asked/caption'] = np.prod(list(found.values()), 0)
     return found

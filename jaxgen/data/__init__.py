@@ -12,7 +12,7 @@
   shapes       scenes drawn here, at any size, with label, factors and caption, mask, edges, segments and sketch
                (see shapes.Scene); shapes:outlined are scenes in another style, and of shapes:centred all shapes are in
                the middle
-  gaussians:1  points of three Gaussians in one dimension, as pictures of one grey pixel
+  gaussians:1  points of three Gaussians in one dimension, as images of one grey pixel
   gaussians:2  points of 25 Gaussians in a square: red and green of one pixel
   folder:PATH  a person's own images, any size and mode; classes from sub-folders
   pairs:PATH   images that belong together: PATH/image/NAME.png and, as features, others in sub-folders named as they
@@ -25,7 +25,7 @@ source `data.low_resolution` makes a feature of that name, the image at so many 
 
 from jaxgen.data.folder import Pictures
 from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec, spec_from_json, spec_to_json
-from jaxgen.data.sources import canonical, modes, root
+from jaxgen.data.sources import canonical, modes, root, same_test_scenes, sample_metrics
 from jaxgen.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
     'labels',
     'modes',
     'root',
+    'same_test_scenes',
+    'sample_metrics',
     'spec',
     'spec_from_json',
     'spec_to_json',

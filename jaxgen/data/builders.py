@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxgen.data import folder, shapes
+from jaxgen.data import folder, gaussians, shapes
 from jaxgen.data.transforms import MAX_PIXELS, uniform
 from jaxgen.errors import UserError
 
@@ -24,14 +24,12 @@ SHAPES = {'train': 10_000, 'test': 2_000}  # scenes of each split
 FIRST = {'train': 0, 'test': 1_000_000_000}  # number of its first one
 STYLES_APART = 100_000_000  # from the first training scene of one style to that of the next
 POINTS = {'train': 10_000, 'test': 2_000}  # of a mixture of Gaussians
-POINT_CHANNELS = {1: 1, 2: 3}  # of a picture that is a point, by its dimensions
-POINT_STREAM = 4  # of `uniform`; see transforms.py for the others
 
 
 def png(x: np.ndarray) -> bytes:
-    """A PNG file of uint8 [H, W] or [H, W, 3]."""
+    """A PNG file of uint8 [H, W], [H, W, 1] or [H, W, 3]."""
     file = io.BytesIO()
-    Image.fromarray(x).save(file, 'PNG', compress_level=1)
+    Image.fromarray(x[..., 0] if x.shape[2:] == (1,) else x).save(file, 'PNG', compress_level=1)
     return file.getvalue()
 
 
@@ -154,44 +152,20 @@ class JaxgenGaussians(JaxgenBuilder, skip_registration=True):
 
     @staticmethod
     def features(config):
-        channels = POINT_CHANNELS[config.dimensions]
         return {
-            'image': tfds.features.Image(shape=(1, 1, channels)),
-            'label': tfds.features.ClassLabel(num_classes=len(gaussians(config.dimensions)[0])),
+            'image': tfds.features.Image(shape=(1, 1, gaussians.CHANNELS[config.dimensions])),
+            'label': tfds.features.ClassLabel(num_classes=len(gaussians.mixture(config.dimensions).weights)),
         }
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        dimensions = self.builder_config.dimensions
 
         def examples(split):
-            label, x = draw_gaussians(dimensions, FIRST[split] + np.arange(POINTS[split]))
-            pixels = np.full((len(x), POINT_CHANNELS[dimensions]), 128, np.uint8)
-            pixels[:, :dimensions] = np.rint(np.clip((x + 1) * 127.5, 0, 255))
-            shape = (1, 1) if dimensions == 1 else (1, 1, 3)
-            for i, pixel in enumerate(pixels):
-                yield i, {'image': png(pixel.reshape(shape)), 'label': int(label[i])}
+            label, x = gaussians.draw(self.builder_config.dimensions, FIRST[split] + np.arange(POINTS[split]))
+            for i, image in enumerate(gaussians.to_images(x)):
+                yield i, {'image': png(image), 'label': int(label[i])}
 
         return {split: self._generate_examples(examples(split)) for split in POINTS}
-
-
-def gaussians(dimensions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shares [k], means [k, dimensions] and standard deviations [k] of the mixture."""
-    if dimensions == 1:
-        return np.array([0.5, 0.3, 0.2]), np.array([[-0.6], [0.05], [0.6]]), np.array([0.08, 0.15, 0.04])
-    line = np.linspace(-0.8, 0.8, 5)
-    means = np.stack(np.meshgrid(line, line, indexing='ij'), -1).reshape(25, 2)
-    return np.full(25, 1 / 25), means, np.full(25, 0.02)
-
-
-def draw_gaussians(dimensions: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points with these numbers: the number of each one's Gaussian, int [n], and its place, [n, dimensions]."""
-    shares, means, stds = gaussians(dimensions)
-    which, radius, angle = (uniform(i, numbers, POINT_STREAM) for i in range(3))
-    label = np.searchsorted(np.cumsum(shares)[:-1], which, side='right')
-    radius, angle = np.sqrt(-2 * np.log1p(-radius)), 2 * np.pi * angle  # Box and Muller 1958
-    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)[:, :dimensions]
-    return label, means[label] + stds[label, None] * normal
 
 
 @dataclasses.dataclass(eq=False)

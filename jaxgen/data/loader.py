@@ -43,6 +43,7 @@ class Spec(NamedTuple):
     features: dict[str, jax.ShapeDtypeStruct]  # by name: image uint8 [size, size, channels], label int32 [], ...
     classes: int  # of 'label'; 0: the batch has no labels
     names: tuple[str, ...] = ()  # of the classes, by number; (): they have none
+    captioned: tuple[int, ...] = ()  # entries of 'factors' whose values 'caption' states
 
     def class_number(self, value: int | str) -> int:
         """The number of a class by its name or number. A text that is a class's name means that class, also where the
@@ -66,7 +67,8 @@ class Spec(NamedTuple):
 def spec_to_json(spec: Spec) -> dict[str, Any]:
     """A JSON object that `spec_from_json` makes this Spec of again: a run that keeps it is sampled without its data."""
     features = {name: {'shape': list(f.shape), 'dtype': np.dtype(f.dtype).name} for name, f in spec.features.items()}
-    return {'features': features, 'classes': spec.classes, 'names': list(spec.names)}
+    about = {'features': features, 'classes': spec.classes, 'names': list(spec.names)}
+    return about | ({'captioned': list(spec.captioned)} if spec.captioned else {})
 
 
 def spec_from_json(stored: Any) -> Spec:
@@ -76,7 +78,7 @@ def spec_from_json(stored: Any) -> Spec:
       ValueError: it is something else. The object may come from a stranger.
     """
     try:
-        names, classes = stored.get('names', []), stored['classes']
+        names, captioned, classes = stored.get('names', []), stored.get('captioned', []), stored['classes']
         features = {}
         for name, f in stored['features'].items():
             if not all(type(n) is int and 0 <= n < 2**31 for n in f['shape']):
@@ -88,11 +90,13 @@ def spec_from_json(stored: Any) -> Spec:
             raise ValueError('an image has height, width and channels')
         if type(classes) is not int or classes < 0 or not all(isinstance(name, str) for name in names):
             raise ValueError('classes')
+        if not all(type(i) is int and 0 <= i < math.prod(features['factors'].shape) for i in captioned):
+            raise ValueError(f'captioned factors {captioned!r}')
         if names and len(names) != classes:
             raise ValueError(f'{len(names)} names of {classes} classes')
     except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(f'{type(e).__name__}: {e}') from e
-    return Spec(features, classes, tuple(names))
+    return Spec(features, classes, tuple(names), tuple(captioned))
 
 
 def spec(data) -> Spec:
@@ -122,7 +126,7 @@ def spec(data) -> Spec:
     label = chosen.get('label', sources.Feature(()))
     # Fewer names than classes: the config says that there are more than this source has.
     names = label.names + tuple(map(str, range(len(label.names), label.classes))) if label.names else ()
-    return Spec(features, label.classes, names)
+    return Spec(features, label.classes, names, source.captioned if 'factors' in chosen else ())
 
 
 def shape(feature: sources.Feature, data) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ FACTORS = {
     'rotation': 12,
     'background': len(BACKGROUNDS),
 }
-TOLD = ('shape', 'colour', 'size', 'background')  # the factors that have names: captions say these
+CAPTIONED_FACTORS = ('shape', 'colour', 'size', 'background')  # those with names: a caption states their values
 # The shape is coloured all over; along its border only; or all over, and stands in the middle of every picture.
 STYLES = ('filled', 'outlined', 'centred')
 MIDDLE = 4  # the place of 8, each way, that is nearest to the middle

@@ -34,7 +34,7 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen.data import builders, folder, guard, shapes
+from jaxgen.data import builders, folder, gaussians, guard, shapes
 from jaxgen.errors import RunError, UserError
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
@@ -68,6 +68,9 @@ class Source(NamedTuple):
     builder: Callable[[], tfds.core.DatasetBuilder]  # a fresh one: it looks at the disk when it is made
     check: Callable[[], None] = lambda: None  # refuses a prepared set that does not suit the config
     own: bool = True  # made by jaxgen, so that remains of it may be deleted
+    captioned: tuple[int, ...] = ()  # entries of the feature 'factors' whose values the feature 'caption' states
+    test_scenes: str = ''  # test examples of one number show one scene in all sources with the same name here
+    sample_metrics: Callable[[np.ndarray], dict[str, dict]] | None = None  # see the function of this name
     confined: bool = False  # nothing is written through links out of the directory: a run's config may have named it
 
 
@@ -107,7 +110,13 @@ def named_source(data) -> Source:
         styled = '' if style == shapes.STYLES[0] else f'{style}_'
         config = builders.ShapesConfig(name=f'{styled}size{data["size"]}', size=data['size'], style=style)
         features = builders.JaxgenShapes.features(config)
-        return Source(name, lambda: find(features), lambda: builders.JaxgenShapes(config=config, data_dir=here))
+        return Source(
+            name,
+            lambda: find(features),
+            lambda: builders.JaxgenShapes(config=config, data_dir=here),
+            captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
+            test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
+        )
     if name.partition(':')[0] == 'gaussians':
         return gaussians_source(data, here)
     if name.startswith(('folder:', 'pairs:')):
@@ -120,24 +129,41 @@ def named_source(data) -> Source:
 
 def gaussians_source(data, here: str) -> Source:
     name = data['source']
-    found = GAUSSIANS.get(name)
-    if found is None:
+    dimensions = GAUSSIANS.get(name)
+    if dimensions is None:
         raise UserError(f'config.data.source: {name} must be gaussians:1 or gaussians:2, by the number of dimensions')
-    channels = builders.POINT_CHANNELS[found]
+    channels = gaussians.CHANNELS[dimensions]
     if data['size'] != 1 or data['channels'] != channels:
         raise UserError(
-            f'config.data: the points of {name} are pictures of one pixel: set size = 1 and channels = {channels}'
+            f'config.data: the points of {name} are images of one pixel: set size = 1 and channels = {channels}'
         )
-    config = builders.GaussiansConfig(name=f'dimensions{found}', dimensions=found)
+    config = builders.GaussiansConfig(name=f'dimensions{dimensions}', dimensions=dimensions)
     features = builders.JaxgenGaussians.features(config)
-    return Source(name, lambda: find(features), lambda: builders.JaxgenGaussians(config=config, data_dir=here))
+    return Source(
+        name,
+        lambda: find(features),
+        lambda: builders.JaxgenGaussians(config=config, data_dir=here),
+        sample_metrics=functools.partial(gaussians.coverage, dimensions),
+    )
 
 
-def modes(data) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Shares [k], means [k, d] and standard deviations [k] of the Gaussians that the source is a mixture of, in the
-    first d colours of its one pixel, in [-1, 1]; None: it is something else."""
+def sample_metrics(data) -> Callable[[np.ndarray], dict[str, dict]] | None:
+    """The source's own metrics of samples, a function from uint8 [n, H, W, C] to {name: {'value', 'n', ...}}, where the
+    data's distribution is known; else None."""
+    return resolve(data).sample_metrics
+
+
+def same_test_scenes(data) -> bool:
+    """Whether test example i of `data.source` and of `data.other` show one scene, so that what is known of the one
+    (label, factors) holds of a translation to the domain of the other."""
+    own, other = (resolve({**data, 'source': source}).test_scenes for source in (data['source'], data['other']))
+    return bool(own) and own == other
+
+
+def modes(data) -> gaussians.Mixture | None:
+    """The mixture of Gaussians that the source is, in the first d colours of its one pixel; None: something else."""
     dimensions = GAUSSIANS.get(data['source'])
-    return builders.gaussians(dimensions) if dimensions else None
+    return gaussians.mixture(dimensions) if dimensions else None
 
 
 def folder_source(data, here: str) -> Source:

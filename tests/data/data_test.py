@@ -1340,9 +1340,31 @@ def test_a_spec_comes_back_from_json(tmp_path, prepared):
         *({**good, 'features': {}}, {**good, 'features': []}, {**good, 'features': {'image': {'shape': [8, 8]}}}),
         {**good, 'features': {'image': {'shape': [8, 8, -1], 'dtype': 'uint8'}}},
         {**good, 'features': {'image': {'shape': [8, 8, 1], 'dtype': 'object'}}},
+        {**good, 'captioned': [0]},  # without factors
     ):
         with pytest.raises(ValueError, match=r'.'):
             data.spec_from_json(bad)
+
+
+def test_which_factors_a_caption_states(prepared):
+    features = ('image', 'factors', 'caption')
+    stated = data.spec(make(prepared, source='shapes', channels=3, features=features)).captioned
+    assert [list(shapes.FACTORS)[i] for i in stated] == ['shape', 'colour', 'size', 'background']
+    # Scenes that differ in any other factor have one caption; those that differ in one of these do not.
+    factors = np.ones(7, int)
+    for i in range(7):
+        other = factors + np.eye(7, dtype=int)[i]
+        assert (shapes.caption(other) != shapes.caption(factors)) == (i in stated)
+    assert data.spec(make(prepared, features=('image', 'label'))).captioned == ()
+
+
+@pytest.mark.parametrize('sources, same', [
+    (('shapes', 'shapes:outlined'), True), (('shapes', 'shapes'), True), (('shapes', 'shapes:centred'), False),
+    (('shapes:centred', 'shapes:centred'), False), (('digits', 'digits'), False),
+])  # fmt: skip
+def test_which_sources_show_the_same_test_scenes(prepared, sources, same):
+    one, other = sources
+    assert data.same_test_scenes(make(prepared, source=one, other=other, channels=3)) is same
 
 
 def test_classes_by_name():

@@ -1,4 +1,4 @@
-"""The generator of one number: histograms and their divergence against exact ones, its likelihood, and its data."""
+"""The generator of one number: histograms and their divergence against exact ones, and its likelihood."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from jaxgen import data
-from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
-from jaxgen.data import builders
 from jaxgen.errors import UserError
 from jaxgen.families import js_generator
 from jaxgen.families.js_generator import jensen_shannon, level_histogram, soft_histogram
@@ -141,48 +138,3 @@ def test_says_what_is_wrong(model):
 
 
 # --- the data: points as pictures of one pixel
-
-
-def section(where, dimensions: int, **fields) -> dict:
-    form = {'source': f'gaussians:{dimensions}', 'size': 1, 'channels': (1, 3)[dimensions - 1]}
-    return {**DEFAULTS['data'], 'dir': str(where), 'features': ('image', 'label'), **form, **fields}
-
-
-@pytest.mark.parametrize('dimensions', [1, 2])
-def test_points_are_those_of_the_mixture(dimensions, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, 'POINTS', {'train': 60, 'test': 30})
-    config = section(tmp_path, dimensions)
-    about = data.spec(config)
-    assert about.features['image'].shape == (1, 1, config['channels']) and about.classes == (3, 25)[dimensions - 1]
-    for split, n in builders.POINTS.items():
-        found = data.dataset(config, split)
-        assert len(found) == n
-        batch = found.take(np.arange(n))
-        label, x = builders.draw_gaussians(dimensions, builders.FIRST[split] + np.arange(n))
-        np.testing.assert_array_equal(batch['label'], label)
-        pixels = batch['image'][:, 0, 0].astype(float)
-        np.testing.assert_allclose(pixels[:, :dimensions] / 127.5 - 1, np.clip(x, -1, 1), atol=0.0040)
-        assert (pixels[:, 2:] == 128).all()
-
-
-@pytest.mark.parametrize('dimensions', [1, 2])
-def test_points_have_the_shares_means_and_widths(dimensions):
-    shares, means, stds = builders.gaussians(dimensions)
-    label, x = builders.draw_gaussians(dimensions, np.arange(50_000))
-    np.testing.assert_allclose(np.bincount(label, minlength=len(shares)) / 50_000, shares, atol=0.007)
-    for k in range(len(shares)):
-        standard = (x[label == k] - means[k]) / stds[k]
-        assert stats.kstest(standard[:, 0], 'norm').pvalue > 1e-4
-        if dimensions == 2:
-            assert abs(np.corrcoef(standard.T)[0, 1]) < 0.1
-
-
-def test_points_as_other_pictures_are_refused(tmp_path):
-    for config, match in (
-        (section(tmp_path, 1, size=8), 'set size = 1 and channels = 1'),
-        (section(tmp_path, 2, channels=1), 'set size = 1 and channels = 3'),
-        (section(tmp_path, 2, source='gaussians:3'), 'must be gaussians:1 or gaussians:2'),
-        (section(tmp_path, 2, source='gaussians'), 'must be gaussians:1 or gaussians:2'),
-    ):
-        with pytest.raises(UserError, match=match):
-            data.spec(config)
