@@ -41,14 +41,12 @@ def get_config(variant: str = ''):
         train=dict(steps=264_000, log_every=100, save_every=2000, sample_every=2000),  # 600 epochs of 8,855 birds
         variants={
             'tiny': dict(
-                data=dict(size=8, batch=4),
+                data=dict(batch=4),
                 model=dict(
                     **dict(stages=2, doublings=1, width=4, latent=4, condition=4, blocks=1, discriminator_width=4),
                     **dict(words=64, length=8, embedding=4, features=4, encoder_width=4),
                 ),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=2e-4),
             ),
         },
     )

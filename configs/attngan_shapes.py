@@ -46,15 +46,12 @@ def get_config(variant: str = ''):
         variants={
             'anywhere': dict(data=dict(source='shapes'), train=dict(steps=4000)),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=16),
+                data=dict(source='shapes', batch=16),
                 model=dict(
                     **dict(stages=2, doublings=1, width=4, latent=4, condition=4, discriminator_width=4),
                     **dict(words=64, embedding=4, features=4, encoder_width=4),
                 ),
-                optim=dict(lr=1e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-3),
             ),
         },
     )

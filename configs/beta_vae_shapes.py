@@ -25,14 +25,10 @@ def get_config(variant: str = ''):
         variants={
             'vae': dict(model=dict(beta=1.0)),
             'tiny': dict(
-                data=dict(size=8, batch=8),
                 model=dict(
                     width=4, levels=1, latent=4, activation='relu', likelihood='gaussian', scale=0.3, iwae_samples=3
                 ),
-                optim=dict(lr=1e-2, schedule='constant', warmup=0),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-2, warmup=0),
             ),
         },
     )

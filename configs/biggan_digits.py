@@ -39,9 +39,7 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(batch=16),
                 model=dict(latent=4, width=4, multipliers=(2, 1), attention=(8,), embedding=3),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=4e-4),
             ),
         },
     )

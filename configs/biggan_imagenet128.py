@@ -41,11 +41,9 @@ def get_config(variant: str = ''):
         train=dict(steps=140_000, dtype='bfloat16', log_every=100, save_every=2000, sample_every=2000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8, flip=False),
+                data=dict(source='shapes', flip=False),
                 model=dict(latent=4, width=4, multipliers=(2, 1), halvings=0, attention=(8,), embedding=3),
-                train=dict(steps=4, dtype='float32', log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=2e-4),
             ),
         },
     )

@@ -19,13 +19,6 @@ def get_config(variant: str = ''):
         optim=dict(name='adamw', lr=2e-3, schedule='cosine', warmup=50, weight_decay=0.05, ema=0.99, ema_warmup=True),
         train=dict(steps=400, updates_per_call=50, log_every=100, save_every=200, sample_every=0),
         variants={
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(width=8, levels=1, features=8),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
-            ),
+            'tiny': dict(model=dict(width=8, levels=1, features=8), optim=dict(warmup=2)),
         },
     )

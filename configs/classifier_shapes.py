@@ -33,13 +33,6 @@ def get_config(variant: str = ''):
         optim=dict(name='adamw', lr=4e-3, schedule='cosine', warmup=50, weight_decay=0.1, ema=0.99, ema_warmup=True),
         train=dict(steps=2400, updates_per_call=10, log_every=100, save_every=800, sample_every=0),
         variants={
-            'tiny': dict(
-                data=dict(size=8, batch=8),
-                model=dict(width=8, stride=1, levels=1, features=8),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
-            ),
+            'tiny': dict(model=dict(width=8, stride=1, levels=1, features=8), optim=dict(warmup=2)),
         },
     )

@@ -20,13 +20,6 @@ def get_config(variant: str = ''):
         train=dict(steps=3000, updates_per_call=20, log_every=100, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(size=8, batch=8),
-                model=dict(width=8, blocks=1, hidden=4),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(width=8, blocks=1, hidden=4)),
         },
     )

@@ -39,12 +39,6 @@ def get_config(variant: str = ''):
                 optim=dict(lr=1e-3, schedule='linear', b1=0.0, b2=0.9),
                 train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
             ),
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(latent=4, width=4, multipliers=(1,)),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(latent=4, width=4, multipliers=(1,)), optim=dict(lr=2e-4)),
         },
     )

@@ -76,7 +76,7 @@ def get_config(variant: str = ''):
             ),
             'lpips': dict(model=dict(distance='perceptual')),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
                     start_scales=2,
@@ -84,10 +84,7 @@ def get_config(variant: str = ''):
                     total_steps=4,
                     sample_steps=2,
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -44,7 +44,6 @@ def get_config(variant: str = ''):
                 train=dict(steps=600, save_every=200, sample_every=300),
             ),
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     ncsnpp=dict(channels=8, multipliers=(1,), attention=()),
                     start_scales=2,
@@ -52,10 +51,7 @@ def get_config(variant: str = ''):
                     total_steps=4,
                     sample_steps=2,
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(warmup=2),
             ),
         },
     )

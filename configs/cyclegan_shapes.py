@@ -32,13 +32,6 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=10, log_every=50, save_every=500, sample_every=0),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(size=8, batch=8),
-                model=dict(width=4, blocks=1, pool=6, discriminator_channels=4, discriminator_layers=1),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(width=4, blocks=1, pool=6, discriminator_channels=4, discriminator_layers=1)),
         },
     )

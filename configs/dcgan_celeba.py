@@ -23,11 +23,7 @@ def get_config(variant: str = ''):
         train=dict(steps=32_000, log_every=100, save_every=2000, sample_every=2000),  # 25 epochs
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
-                model=dict(latent=4, width=4, multipliers=(2, 1)),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                data=dict(source='shapes'), model=dict(latent=4, width=4, multipliers=(2, 1)), optim=dict(lr=2e-4)
             ),
         },
     )

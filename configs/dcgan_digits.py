@@ -23,12 +23,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'augmented': dict(model=dict(augmentation=('colour', 'translation', 'cutout'))),
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(latent=4, width=4, multipliers=(1,)),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(latent=4, width=4, multipliers=(1,)), optim=dict(lr=2e-4)),
         },
     )

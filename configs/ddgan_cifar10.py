@@ -31,7 +31,7 @@ def get_config(variant: str = ''):
         train=dict(steps=351_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     timesteps=2,
                     latent=3,
@@ -46,10 +46,7 @@ def get_config(variant: str = ''):
                     discriminator_embedding=4,
                     r1_every=1,
                 ),
-                optim=dict(lr=1e-3, ema=0.9),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=1e-3, ema=0.9, schedule='cosine'),
             ),
         },
     )

@@ -47,7 +47,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     timesteps=2,
                     latent=3,
@@ -62,9 +61,7 @@ def get_config(variant: str = ''):
                     discriminator_embedding=4,
                     r1_every=1,
                 ),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-3, schedule='cosine'),
             ),
         },
     )

@@ -27,17 +27,14 @@ def get_config(variant: str = ''):
         evaluate=dict(batch=16),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     # Dropout as in ddpm_cifar10:tiny, so that tests compile one program for both.
                     unet=dict(channels=8, group_size=4, multipliers=(1,), blocks=1, attention=(), dropout=0.1),
                     timesteps=20,
                     beta_end=0.5,
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, remat=False),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -34,7 +34,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     unet=dict(channels=8, multipliers=(1,), attention=()),
                     timesteps=20,
@@ -42,10 +41,7 @@ def get_config(variant: str = ''):
                     sample_steps=0,
                     bound_steps=0,
                 ),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(warmup=2),
             ),
             'conditional': dict(
                 data=dict(features=('image', 'label')),

@@ -33,14 +33,11 @@ def get_config(variant: str = ''):
         variants={
             'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=5, ode_steps=3
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

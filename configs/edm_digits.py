@@ -34,12 +34,8 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=500, examples=64),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(ncsnpp=dict(channels=8, multipliers=(1,), attention=()), sample_steps=4, ode_steps=3),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(warmup=2),
             ),
         },
     )

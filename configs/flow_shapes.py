@@ -36,14 +36,10 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(size=8, batch=8),
                 model=dict(
                     unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=4, ode_steps=3
                 ),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(warmup=2),
             ),
         },
     )

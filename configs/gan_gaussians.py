@@ -31,11 +31,7 @@ def get_config(variant: str = ''):
             'r1': dict(model=dict(r1=0.01)),
             'wgan_gp': dict(data=dict(batch=1280), model=wasserstein, optim=dict(b1=0.0, b2=0.9)),
             'tiny': dict(
-                data=dict(batch=10),
-                model=dict(hidden=(16, 12)),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, samples=8),
+                data=dict(batch=10, size=1), model=dict(hidden=(16, 12)), optim=dict(lr=1e-3), evaluate=dict(samples=8)
             ),
         },
     )

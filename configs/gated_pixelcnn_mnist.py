@@ -31,12 +31,9 @@ def get_config(variant: str = ''):
         train=dict(steps=50_000, log_every=100, save_every=5000, sample_every=5000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(gated=dict(channels=6, blocks=1, kernel=3, hidden_kernel=3)),
                 optim=dict(lr=1e-2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
             ),
         },
     )

@@ -24,12 +24,10 @@ def get_config(variant: str = ''):
         train=dict(steps=200_000, log_every=100, save_every=5000, sample_every=20_000, remat=True),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(width=8, depth=2, levels=2, mixing='lu'),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
+                train=dict(remat=True),
             ),
         },
     )

@@ -23,13 +23,6 @@ def get_config(variant: str = ''):
         train=dict(steps=1500, updates_per_call=50, log_every=100, save_every=500, sample_every=500),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(width=8, depth=2),
-                optim=dict(lr=3e-3, schedule='constant', warmup=2),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(width=8, depth=2), optim=dict(warmup=2)),
         },
     )

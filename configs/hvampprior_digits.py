@@ -37,12 +37,7 @@ def get_config(variant: str = ''):
         variants={
             'normal': dict(model=dict(prior='normal')),
             'tiny': dict(
-                data=dict(batch=8),
-                model=dict(hidden=(16, 12), latent=4, latent2=3, pseudo_inputs=5, beta_warmup=2, iwae_samples=3),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                model=dict(hidden=(16, 12), latent=4, latent2=3, pseudo_inputs=5, beta_warmup=2, iwae_samples=3)
             ),
         },
     )

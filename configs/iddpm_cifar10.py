@@ -55,14 +55,11 @@ def get_config(variant: str = ''):
                 train=dict(steps=250_000),
             ),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), heads=2), timesteps=20
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -39,17 +39,13 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     adm=dict(channels=8, multipliers=(1,), attention=(), heads=2),
                     timesteps=20,
                     sample_steps=5,
                     bound_steps=0,
                 ),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -35,12 +35,7 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
-                model=dict(width=8, multipliers=(1,), buffer=24, steps=3, sample_steps=4),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                model=dict(width=8, multipliers=(1,), buffer=24, steps=3, sample_steps=4), optim=dict(warmup=2)
             ),
         },
     )

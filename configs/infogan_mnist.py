@@ -34,11 +34,9 @@ def get_config(variant: str = ''):
         train=dict(steps=5000, log_every=100, save_every=1000, sample_every=1000),  # 50 times 100
         variants={
             'tiny': dict(
-                data=dict(source='digits', size=8, batch=8),
+                data=dict(source='digits'),
                 model=dict(noise=3, categories=(3,), width=4, hidden=8, recogniser_hidden=6),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=2e-4),
             ),
         },
     )

@@ -36,13 +36,10 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(size=8, batch=8),
                 model=dict(
                     noise=3, categories=(3, 2), continuous=1, width=16, levels=2, hidden=32, recogniser_hidden=16
                 ),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-3),
             ),
         },
     )

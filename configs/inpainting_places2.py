@@ -39,7 +39,7 @@ def get_config(variant: str = ''):
         evaluate=dict(batch=16),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, features=('image', 'mask'), batch=8),
+                data=dict(source='shapes', features=('image', 'mask')),
                 model=dict(
                     masks='mask',
                     width=4,
@@ -48,10 +48,7 @@ def get_config(variant: str = ''):
                     discriminator_channels=4,
                     discriminator_layers=2,
                 ),
-                optim=dict(lr=3e-3, ema=0.9),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(ema=0.9),
             ),
         },
     )

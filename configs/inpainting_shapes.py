@@ -35,7 +35,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(size=8, batch=8),
                 model=dict(
                     brush=(1.0, 2.0),
                     hole=3,
@@ -44,11 +43,7 @@ def get_config(variant: str = ''):
                     attention=True,
                     discriminator_channels=4,
                     discriminator_layers=2,
-                ),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                )
             ),
         },
     )

@@ -40,12 +40,9 @@ def get_config(variant: str = ''):
         train=dict(steps=140_600, log_every=100, save_every=1000, sample_every=5000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(width=8, multipliers=(1, 2), blocks=1, buffer=24, steps=3, sample_steps=4),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2, schedule='step'),
             ),
         },
     )

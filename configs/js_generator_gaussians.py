@@ -22,12 +22,7 @@ def get_config(variant: str = ''):
         train=dict(steps=2000, updates_per_call=50, log_every=100, save_every=1000, sample_every=1000),
         variants={
             'tiny': dict(
-                data=dict(batch=64),
-                model=dict(hidden=(8, 8), bins=16, measured=512),
-                optim=dict(lr=1e-2, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                data=dict(batch=64, size=1), model=dict(hidden=(8, 8), bins=16, measured=512), optim=dict(lr=1e-2)
             ),
         },
     )

@@ -23,13 +23,6 @@ def get_config(variant: str = ''):
         train=dict(steps=1000, log_every=50, save_every=500, sample_every=500),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(channels=16, blocks=2, heads=2, steps=3),
-                optim=dict(lr=3e-3, schedule='constant', warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(channels=16, blocks=2, heads=2, steps=3), optim=dict(warmup=2)),
         },
     )

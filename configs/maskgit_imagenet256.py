@@ -55,12 +55,7 @@ def get_config(variant: str = ''):
         sample=dict(batch=32),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
-                model=dict(channels=16, blocks=2, heads=2, steps=3),
-                optim=dict(lr=3e-3, warmup=0),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, dtype='float32', remat=False),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                data=dict(source='shapes'), model=dict(channels=16, blocks=2, heads=2, steps=3), optim=dict(warmup=0)
             ),
         },
     )

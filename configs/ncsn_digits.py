@@ -37,12 +37,8 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(refinenet=dict(channels=8, stages=2, levels=4), timesteps=4, langevin_steps=2),
                 optim=dict(warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
             ),
         },
     )

@@ -23,12 +23,8 @@ def get_config(variant: str = ''):
         train=dict(steps=800, log_every=50, save_every=400, sample_every=0),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(adm=dict(channels=8, multipliers=(1,), attention=(), head_channels=4), timesteps=20),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, log_every=1, save_every=2, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -44,15 +44,12 @@ def get_config(variant: str = ''):
             ),
             'size512': dict(data=dict(size=512), model=dict(adm=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4)))),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                     timesteps=20,
                 ),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, log_every=1, save_every=2, samples=4, dtype='float32'),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -35,15 +35,12 @@ def get_config(variant: str = ''):
         train=dict(steps=300_000, log_every=100, save_every=5000, sample_every=0, dtype='bfloat16'),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                     timesteps=20,
                 ),
-                optim=dict(lr=3e-3, warmup=2, schedule='constant'),
-                train=dict(steps=4, log_every=1, save_every=2, samples=4, dtype='float32'),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

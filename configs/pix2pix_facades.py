@@ -42,7 +42,7 @@ def get_config(variant: str = ''):
         evaluate=dict(batch=8),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, features=('image', 'mask'), batch=8, jitter=2),
+                data=dict(source='shapes', features=('image', 'mask'), jitter=2),
                 model=dict(
                     condition='mask',
                     width=4,
@@ -51,10 +51,7 @@ def get_config(variant: str = ''):
                     discriminator_channels=4,
                     discriminator_layers=1,
                 ),
-                optim=dict(lr=3e-3, schedule='constant', ema=0.9),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(ema=0.9),
             ),
         },
     )

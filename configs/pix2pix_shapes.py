@@ -44,13 +44,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
             'segments': dict(data=dict(features=('image', 'segments')), model=dict(condition='segments')),
-            'tiny': dict(
-                data=dict(size=8, batch=8),
-                model=dict(width=4, halvings=1, dropouts=1, discriminator_channels=4, discriminator_layers=1),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(width=4, halvings=1, dropouts=1, discriminator_channels=4, discriminator_layers=1)),
         },
     )

@@ -69,12 +69,8 @@ def get_config(variant: str = ''):
                 for patch in (2, 4, 8)
             },
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(dit=dict(channels=16, blocks=2, heads=2, patch=1), sample_steps=5),
-                optim=dict(lr=3e-3),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, dtype='float32', remat=False),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
             ),
         },
     )

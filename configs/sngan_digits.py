@@ -32,11 +32,8 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(latent=4, width=4, multipliers=(1, 1), discriminator_steps=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-3, schedule='linear'),
             ),
         },
     )

@@ -50,13 +50,11 @@ def get_config(variant: str = ''):
                 model=dict(halvings=4, high_pass=0.0, skips=(), diversity=2.0),
             ),
             'tiny': dict(
-                data=dict(source='shapes', classes=0, size=8, batch=8),
+                data=dict(source='shapes', classes=0),
                 model=dict(
                     width=4, most=8, halvings=1, blocks=1, skips=(8,), latent=4, style=4, hidden=8, mapping_layers=1
                 ),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=1e-4),
             ),
         },
     )

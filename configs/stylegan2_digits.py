@@ -48,7 +48,6 @@ def get_config(variant: str = ''):
         variants={
             'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     latent=8,
                     channel_base=64,
@@ -62,9 +61,7 @@ def get_config(variant: str = ''):
                     path_every=2,
                     projection_steps=2,
                 ),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-2),
             ),
         },
     )

@@ -55,11 +55,9 @@ def get_config(variant: str = ''):
                 train=dict(steps=1_562_500),
             ),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(latent=8, mapping_layers=2, channel_base=64, channel_max=8, projection_steps=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=2e-3),
             ),
         },
     )

@@ -29,13 +29,6 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=50, log_every=500, save_every=3000, sample_every=3000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(hidden=(16, 12), latent=4, iwae_samples=3),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(hidden=(16, 12), latent=4, iwae_samples=3)),
         },
     )

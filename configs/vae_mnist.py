@@ -28,13 +28,6 @@ def get_config(variant: str = ''):
         train=dict(steps=100_000, updates_per_call=20, log_every=1000, save_every=10_000, sample_every=10_000),
         variants={
             'paper': dict(data=dict(batch=100), model=dict(hidden=(500,), activation='tanh')),
-            'tiny': dict(
-                data=dict(source='digits', size=8, batch=8),
-                model=dict(hidden=(16,), latent=4, iwae_samples=3),
-                optim=dict(lr=3e-3),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
-            ),
+            'tiny': dict(data=dict(source='digits'), model=dict(hidden=(16,), latent=4, iwae_samples=3)),
         },
     )

@@ -39,12 +39,8 @@ def get_config(variant: str = ''):
             'normal': dict(model=dict(prior='normal')),
             'two': dict(model=dict(latent2=40)),
             'tiny': dict(
-                data=dict(source='digits', size=8, batch=8),
+                data=dict(source='digits'),
                 model=dict(hidden=(16,), latent=4, pseudo_inputs=5, white=255, beta_warmup=2, iwae_samples=3),
-                optim=dict(lr=3e-3),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
             ),
         },
     )

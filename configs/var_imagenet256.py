@@ -92,12 +92,9 @@ def get_config(variant: str = ''):
             'd30': size(30, 350, 1e-5, batch=1024, weight_decay_end=0.08),
             'd36': deep_update(size(36, 350, 5e-6, weight_decay_end=0.08), d36),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8, jitter=2),
+                data=dict(source='shapes', jitter=2),
                 model=dict(channels=16, blocks=2, heads=2),
-                optim=dict(lr=3e-3, warmup=0),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4, dtype='float32', remat=False),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=0, schedule='linear'),
             ),
         },
     )

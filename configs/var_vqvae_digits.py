@@ -49,7 +49,6 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(
                     channels=8,
                     latent=4,
@@ -58,11 +57,7 @@ def get_config(variant: str = ''):
                     restart=0.0,
                     discriminator_start=1,
                     discriminator_channels=4,
-                ),
-                optim=dict(lr=3e-3, schedule='constant'),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                )
             ),
         },
     )

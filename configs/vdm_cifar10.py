@@ -30,12 +30,9 @@ def get_config(variant: str = ''):
         train=dict(steps=10_000_000, log_every=1000, save_every=10_000, sample_every=100_000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(channels=8, group_size=4, blocks=2, sample_steps=5, bound_times=3),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(warmup=2),
             ),
         },
     )

@@ -22,13 +22,6 @@ def get_config(variant: str = ''):
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
         evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
-            'tiny': dict(
-                data=dict(batch=8),
-                model=dict(channels=8, blocks=1, sample_steps=5, bound_times=3),
-                optim=dict(lr=3e-3, warmup=2),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(model=dict(channels=8, blocks=1, sample_steps=5, bound_times=3), optim=dict(warmup=2)),
         },
     )

@@ -48,7 +48,7 @@ def get_config(variant: str = ''):
         variants={
             'lpips': dict(model=dict(perceptual=1.0)),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     channels=8,
                     group_size=4,
@@ -59,10 +59,7 @@ def get_config(variant: str = ''):
                     discriminator_channels=4,
                     discriminator_layers=1,
                 ),
-                optim=dict(lr=3e-3, ema=0.9),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(ema=0.9),
             ),
         },
     )

@@ -49,7 +49,7 @@ def get_config(variant: str = ''):
             'lpips': dict(model=dict(perceptual=1.0)),
             'k16384': dict(model=dict(vocabulary=16_384)),
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
+                data=dict(source='shapes'),
                 model=dict(
                     channels=8,
                     group_size=4,
@@ -62,10 +62,7 @@ def get_config(variant: str = ''):
                     discriminator_channels=4,
                     discriminator_layers=1,
                 ),
-                optim=dict(lr=3e-3, ema=0.9),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(ema=0.9),
             ),
         },
     )

@@ -29,12 +29,8 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                data=dict(batch=8),
                 model=dict(snail=dict(channels=8, blocks=1, layers=1, heads=2), embedding=6, coarser_blocks=1),
-                optim=dict(lr=1e-2, schedule='constant', warmup=2),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
+                optim=dict(lr=1e-2, warmup=2),
             ),
         },
     )

@@ -24,13 +24,6 @@ def get_config(variant: str = ''):
         optim=dict(lr=3e-4, ema=0.0),
         train=dict(steps=2_200_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
-            'tiny': dict(
-                data=dict(source='shapes', size=8, batch=8),
-                model=dict(width=8, blocks=1, hidden=4, vocabulary=8, latent=4),
-                optim=dict(lr=3e-3),
-                train=dict(steps=4, updates_per_call=1, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
-            ),
+            'tiny': dict(data=dict(source='shapes'), model=dict(width=8, blocks=1, hidden=4, vocabulary=8, latent=4)),
         },
     )

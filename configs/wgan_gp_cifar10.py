@@ -32,11 +32,9 @@ def get_config(variant: str = ''):
         train=dict(steps=100_000, log_every=100, save_every=2000, sample_every=2000),
         variants={
             'tiny': dict(
-                data=dict(source='shapes', size=8, batch=10),
+                data=dict(source='shapes', batch=10),
                 model=dict(latent=8, width=8, multipliers=(1, 1)),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8),
+                optim=dict(lr=2e-4, schedule='linear'),
             ),
         },
     )

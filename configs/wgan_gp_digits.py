@@ -30,12 +30,6 @@ def get_config(variant: str = ''):
         train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(
-                data=dict(batch=10),
-                model=dict(latent=8, width=8),
-                train=dict(steps=4, log_every=1, save_every=2, sample_every=0, samples=4),
-                sample=dict(batch=4),
-                evaluate=dict(batch=8, examples=8, features='none'),
-            ),
+            'tiny': dict(data=dict(batch=10), model=dict(latent=8, width=8), optim=dict(lr=2e-3, schedule='linear')),
         },
     )

@@ -119,6 +119,24 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 
+# What every config's variant `tiny` begins with: a run of seconds, for tests. The variant's own fields come on top.
+TINY: dict[str, Any] = {
+    'data': {'size': 8, 'batch': 8},
+    'optim': {'lr': 3e-3, 'schedule': 'constant'},
+    'train': {
+        'steps': 4,
+        'updates_per_call': 1,
+        'dtype': 'float32',
+        'remat': False,
+        'log_every': 1,
+        'save_every': 2,
+        'sample_every': 0,
+        'samples': 4,
+    },
+    'sample': {'batch': 4},
+    'evaluate': {'batch': 8, 'examples': 8, 'features': 'none'},
+}
+
 # Values of these fields are names; anything else is refused here, not deep in a compile.
 CHOICES = {
     'data.channels': (1, 3),
@@ -283,7 +301,7 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
 
     Args:
       variant: what followed the colon in `--config=FILE:VARIANT`; several are joined by commas.
-      variants: {name: sections} put over the others when the variant is asked for.
+      variants: {name: sections} put over the others when the variant is named; under those of 'tiny' lies TINY.
       **sections: as DEFAULTS.
 
     Raises:
@@ -293,6 +311,8 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
     for name in filter(None, variant.split(',')):
         if name not in variants:
             raise UserError(f'this config has no variant {name!r}{near(name, variants) if variants else ""}')
+        if name == 'tiny':
+            sections = update_sections(sections, TINY)
         sections = update_sections(sections, variants[name])
     return complete(sections)
 

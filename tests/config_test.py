@@ -123,6 +123,23 @@ def test_numbers_that_a_family_chooses_are_finite(base):
         assert configs.override(ddpm, [f'--config.model.{name}=None']).model[name] is None
 
 
+# --- variants
+
+
+def test_tiny_variants_have_a_common_part():
+    """Fields of the config's own variant come on top of it, and other variants on top of both."""
+    variants = {'tiny': dict(data=dict(batch=4), model=dict(latent=2)), 'long': dict(train=dict(steps=8), seed=3)}
+    sections = dict(family='vae', data=dict(batch=64, flip=True), optim=dict(schedule='cosine'))
+    full, tiny, long = (configs.make(v, variants=variants, **sections) for v in ('', 'tiny', 'tiny,long'))
+    assert (full.data.batch, full.train.steps, full.optim.schedule) == (64, 1000, 'cosine')
+    assert (tiny.data.batch, tiny.model.latent, tiny.data.flip) == (4, 2, True)
+    common = configs.flat(configs.TINY)
+    assert {k: configs.get(tiny, k) for k in common} == common | {'data.batch': 4}
+    assert set(configs.changed(tiny, long)) == {'train.steps', 'seed'} and long.train.steps == 8
+    with pytest.raises(UserError, match='has no variant'):
+        configs.make('tiny', **sections)
+
+
 # --- sections and fields of the wrong shape
 
 
