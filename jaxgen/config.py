@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from jaxgen import options
 from jaxgen.errors import UserError
+from jaxgen.files import absolute
 from jaxgen.options import check_choice, check_range, coerce, near, shown
 
 # Schedules that end at the last update: there a run's length is part of what its updates compute.
@@ -333,11 +334,6 @@ def complete(sections: dict) -> ConfigDict:
     resolved['model'] = options.complete(build, model, 'model')
     check(resolved)
     return ConfigDict(with_absolute_paths(resolved))
-
-
-def absolute(path: str) -> str:
-    """A path without ~, .., links to itself or a slash at the end: one place is written in one way."""
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def path_of(field: str, value: str) -> str:

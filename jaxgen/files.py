@@ -21,6 +21,11 @@ def refuse_links(folder: str, *names: str) -> None:
             )
 
 
+def absolute(path: str) -> str:
+    """A path without ~, .., links to itself or a slash at the end: one directory is written in one way."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def replacing(path: str):
     """A new binary file that takes the place of `path` at the end of the block: whole or not at all.

@@ -245,7 +245,7 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     log.check_writable(out, '--out')
     mesh = sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     evaluator = runs.make_evaluator(config, mesh, unnamed)
-    pictures = data.Pictures(folder, evaluator.image)
+    pictures = data.FolderImages(folder, evaluator.image)
     evaluator.check(len(pictures))
 
     def pieces():

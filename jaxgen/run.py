@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, log, optim, options, origin, sample, sharding
+from jaxgen import data, evaluate, files, log, optim, options, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
 from jaxgen.contract import Context, Family, State
@@ -367,7 +367,7 @@ def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | Non
     for name, path in config.stages.items():
         within = os.path.join(workdir, 'stages', name)
         if f'stages.{name}' not in named and path == saved.stages.get(name) and os.path.isdir(within):
-            config.stages[name] = configs.absolute(within)
+            config.stages[name] = files.absolute(within)
     unnamed = origin.unnamed(workdir, saved, config, named)
     origin.check_named(unnamed, *(f'stages.{name}' for name in config.stages))
     if unnamed.pop('data.dir', ''):

@@ -18,19 +18,19 @@
   pairs:PATH   images that belong together: PATH/image/NAME.png and, as features, others in sub-folders named as they
                like, PATH/edges/NAME.png
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
-and `data.other` names a second one, whose pictures are the feature 'other': of another domain, and unpaired. Of any
+and `data.other` names a second one, whose images are the feature 'other': of another domain, and unpaired. Of any
 source `data.low_resolution` makes a feature of that name, the image at so many pixels. Where a source has labels,
-'domain' is the label once more: in sampling 'label' is what is asked for, 'domain' what a given picture is.
+'domain' is the label once more: in translation 'domain' is the class of the input, 'label' the class requested.
 """
 
-from jaxgen.data.folder import Pictures
+from jaxgen.data.folder import FolderImages
 from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec, spec_from_json, spec_to_json
 from jaxgen.data.sources import canonical, modes, root, same_test_scenes, sample_metrics
 from jaxgen.data.transforms import to_float, to_uint8
 
 __all__ = [
     'Examples',
-    'Pictures',
+    'FolderImages',
     'Spec',
     'batches',
     'canonical',

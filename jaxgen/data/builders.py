@@ -70,7 +70,7 @@ class JaxgenDigits(JaxgenBuilder, skip_registration=True):
         del dl_manager
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        # A fixed order that says nothing of the label; of each class the same share is held out.
+        # A fixed order independent of the label; of each class the same fraction is held out.
         order = np.argsort(uniform(0, np.arange(len(images)), stream=0))
         test = np.zeros(len(images), bool)
         for label in range(10):
@@ -96,8 +96,8 @@ class ShapesConfig(tfds.core.BuilderConfig):
 class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     """10,000 training and 2,000 test scenes (jaxgen/data/shapes.py); fewer above 64 pixels, where drawing is slow.
 
-    Each style trains on scenes of its own, so that no two pictures of two styles belong together. The test scenes are
-    the same in all (but for the place of centred ones), so that what is turned from style to style can be held against
+    Each style trains on scenes of its own, so that training images of two styles are unpaired. The test scenes are the
+    same in all (but for the position of centred ones), so that translations from style to style can be compared with
     the truth.
     """
 
@@ -119,11 +119,11 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         del dl_manager
         size, style = self.builder_config.size, self.builder_config.style
-        share = min(1, 64 / size)
+        fraction = min(1, 64 / size)
         first = {**FIRST, 'train': FIRST['train'] + STYLES_APART * shapes.STYLES.index(style)}
 
         def examples(split):
-            for i in range(max(int(SHAPES[split] * share), 1)):
+            for i in range(max(int(SHAPES[split] * fraction), 1)):
                 factors = shapes.draw_factors(first[split] + i, style)
                 scene = shapes.draw(factors, size, style)
                 example = {
@@ -143,11 +143,9 @@ class GaussiansConfig(tfds.core.BuilderConfig):
 
 
 class JaxgenGaussians(JaxgenBuilder, skip_registration=True):
-    """10,000 training and 2,000 test points of a mixture of Gaussians in [-1, 1], each a picture of one pixel.
+    """10,000 training and 2,000 test points of a mixture of Gaussians in [-1, 1], each an image of one pixel.
 
-    In one dimension the pixel is grey, and there are three Gaussians, of different shares and widths. In two it is red
-    by the first coordinate and green by the second (blue is 128), and the 25 Gaussians stand in a square, as evenly as
-    the pictures' levels let them. The label is the Gaussian's number.
+    See jaxgen/data/gaussians.py. The label is the Gaussian's number.
     """
 
     @staticmethod
@@ -182,7 +180,7 @@ class FolderConfig(tfds.core.BuilderConfig):
 class JaxgenFolder(JaxgenBuilder, skip_registration=True):
     """A person's own images, their files' bytes as they are.
 
-    Metadata: 'content', by which the same images are known in another place.
+    Metadata: 'content', a digest of the images that is the same wherever the folder lies.
     """
 
     VERSION = tfds.core.Version('1.1.0')
@@ -199,20 +197,20 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
         del dl_manager
         config = self.builder_config
         listing = config.listing
-        found = folder.readable(listing, config.max_corrupt, config.threads, config.report, config.max_pixels)
-        files = list(found)
+        decoded = folder.readable(listing, config.max_corrupt, config.threads, config.report, config.max_pixels)
+        files = list(decoded)
         within = {part: {folder.stem(f): f for f in files if folder.top(f.inner) == part} for part in config.parts}
         if config.parts:  # without what has lost a partner
             files = [f for name, f in within['image'].items() if all(name in part for part in within.values())]
-            sizes = {file.path: read.size for file, read in found.items()}
+            sizes = {file.path: read.size for file, read in decoded.items()}
             pairs = ((f.path, part[folder.stem(f)].path) for f in files for part in within.values())
             folder.check_aspects(listing, sizes, pairs)
         if not files:
             raise UserError(f'{listing.folder}: no example is left of which all images can be read')
-        self.info.metadata['content'] = folder.content_digest(found, config.test_share, config.parts)
+        self.info.metadata['content'] = folder.content_digest(decoded, config.test_share, config.parts)
 
         def content(file):
-            return folder.read_file(folder.place(listing, file), config.max_pixels)
+            return folder.read_file(folder.full_path(listing, file), config.max_pixels)
 
         def examples(chosen):
             for key, file in enumerate(chosen):

@@ -1,6 +1,6 @@
 """A folder of a person's own images: what is in it, what of that can be read, what is held out.
 
-listing = scan('~/pictures/cats')
+listing = scan('~/images/cats')
 files = readable(listing, max_corrupt=0.01, threads=4, report='unreadable.txt')
 train, test = split(list(files), test_share=0.2)
 """
@@ -59,17 +59,17 @@ class Listing(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What reading an image says of it."""
+    """Size and digest of an image that decodes."""
 
-    size: tuple[int, int]  # width, height, as it is shown
+    size: tuple[int, int]  # width, height, after the rotation of its EXIF data
     digest: str  # SHA-256 of the file
 
 
 def scan(path: str, links: bool = False) -> Listing:
     """Lists the folder's images, at any depth. Hidden files and folders are left out, links are followed: a folder, or
-    a file, that can be reached in two ways is taken where it lies, or else by the first link to it.
+    a file, with several paths is taken where it lies, or else by the first link to it.
 
-    Where all first-level sub-folders are named as splits are ('train', 'test', 'val', ...), they are: the classes are
+    Where all first-level sub-folders have names of splits ('train', 'test', 'val', ...), they are: the classes are
     the sub-folders of the training split. Classes are in the order of their names, or of their numbers if all are
     integers.
 
@@ -83,8 +83,8 @@ def scan(path: str, links: bool = False) -> Listing:
     if not os.path.isdir(root):
         what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
         raise UserError(f'the folder {root} {what}')
-    files, endings, counts, seen = [], Counter(), Counter(), set()
-    for full in walk(root, counts):
+    files, endings, counts, listed = [], Counter(), Counter(), set()
+    for full in all_files(root, counts):
         name = os.path.basename(full)
         if not name.lower().endswith(ENDINGS):
             endings[os.path.splitext(name)[1].lower() or 'without one'] += 1
@@ -96,10 +96,10 @@ def scan(path: str, links: bool = False) -> Listing:
             size, time, where, about = -1, 0, full, None
         if about and not stat.S_ISREG(about.st_mode):
             counts[IRREGULAR] += 1
-        elif where in seen and not links:
+        elif where in listed and not links:
             counts['files linked twice'] += 1
         else:
-            seen.add(where)
+            listed.add(where)
             files.append(File(os.path.relpath(full, root).replace(os.sep, '/'), size, time))
     if not files:
         others = endings.total() + counts.total()
@@ -129,18 +129,18 @@ def scan(path: str, links: bool = False) -> Listing:
 IRREGULAR = 'that are no regular files (pipes, devices)'
 
 
-def walk(root: str, counts: Counter):
+def all_files(root: str, counts: Counter):
     """Paths of all files below `root`, sorted within each folder, and of what lies in real folders first."""
-    real, linked, seen = [root], [], set()
+    real, linked, visited = [root], [], set()
     while real or linked:
-        place = real.pop() if real else linked.pop(0)
-        here = os.path.realpath(place)
-        if here in seen:
+        directory = real.pop() if real else linked.pop(0)
+        here = os.path.realpath(directory)
+        if here in visited:
             counts['folders linked twice'] += 1
             continue
-        seen.add(here)
+        visited.add(here)
         try:
-            with os.scandir(place) as entries:
+            with os.scandir(directory) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as e:
             refuse(e)
@@ -206,7 +206,7 @@ def top(path: str) -> str:
     return path.split('/', 1)[0]
 
 
-def place(listing: Listing, file: File) -> str:
+def full_path(listing: Listing, file: File) -> str:
     return os.path.join(listing.folder, file.path)
 
 
@@ -247,18 +247,18 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
     return content
 
 
-def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
+def paired(listing: Listing, required: tuple[str, ...]) -> tuple[str, ...]:
     """The sub-folders, each of which holds one image of every example: files of one name belong together.
 
     Raises:
-      UserError: one that is wanted is not there, or a file has no partner.
+      UserError: one that is required is not there, or a file has no partner.
     """
     parts = ordered({top(file.inner) for file in listing.files if '/' in file.inner})
-    missing = [part for part in wanted if part not in parts]
+    missing = [part for part in required if part not in parts]
     outside = [file.path for file in listing.files if '/' not in file.inner]
     if missing or outside:
         what = f'{outside[0]!r} lies outside of all sub-folders' if outside else f'{missing[0]} is not there'
-        raise UserError(f'the folder {listing.folder} must hold its images in {", ".join(wanted)}: {what}')
+        raise UserError(f'the folder {listing.folder} must hold its images in {", ".join(required)}: {what}')
     within: dict[str, dict[str, str]] = {part: {} for part in parts}
     for file in listing.files:
         part, name = top(file.inner), stem(file)
@@ -278,7 +278,7 @@ def paired(listing: Listing, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 def check_aspects(listing: Listing, sizes: dict[str, tuple[int, int]], pairs) -> None:
     """Refuses partners, given by their paths, whose aspect ratios differ by more than rounding to whole pixels does:
-    what is cut out of them would not lie in one place."""
+    crops of them would not correspond."""
     for one, other in pairs:
         (w, h), (v, g) = max(sizes[one], sizes[other]), min(sizes[one], sizes[other])
         if abs(w * g - v * h) >= max(w, h):
@@ -302,7 +302,7 @@ def content_digest(files: dict[File, Read], test_share: float, parts: tuple[str,
 
 
 def split(files: list[File], test_share: float, classes: bool = False) -> tuple[list[File], list[File]]:
-    """(train, test), both in an order that says nothing of the names.
+    """(train, test), both in an order independent of the names.
 
     Where a file goes depends on its path below the folder and on test_share only, so it stays there
     when others come or go. Of two or more files at least one lands on each side.
@@ -310,15 +310,15 @@ def split(files: list[File], test_share: float, classes: bool = False) -> tuple[
     Args:
       classes: of every class, too, at least one is trained on.
     """
-    shares = {file: int(digest(file.path)[:13], 16) / 16**13 for file in files}
-    order = sorted(files, key=shares.get)
+    ranks = {file: int(digest(file.path)[:13], 16) / 16**13 for file in files}  # uniform in [0, 1)
+    order = sorted(files, key=ranks.get)
     if any(file.split == 'test' for file in order):
         return [f for f in order if f.split == 'train'], [f for f in order if f.split == 'test']
-    n = sum(shares[file] < test_share for file in order)
+    n = sum(ranks[file] < test_share for file in order)
     n = min(max(n, 1), len(order) - 1)
     train, test = order[n:], order[:n]
     if classes:
-        last = {top(file.inner): file for file in order}  # of every class the one that a larger share reaches last
+        last = {top(file.inner): file for file in order}  # of every class the one that is held out last
         trained = {top(file.inner) for file in train}
         held = [file for file in test if top(file.inner) in trained or file != last[top(file.inner)]]
         if not held:  # the test split has the rarest alone
@@ -332,7 +332,7 @@ def split(files: list[File], test_share: float, classes: bool = False) -> tuple[
 def readable(
     listing: Listing, max_corrupt: float, threads: int, report: str, max_pixels: int = MAX_PIXELS
 ) -> dict[File, Read]:
-    """The files that decode, and what reading says of them. The others are listed with their faults in `report`.
+    """The files that decode, with size and digest. The others are listed with their faults in `report`.
 
     Raises:
       UserError: more than max_corrupt of the files do not decode, or none does.
@@ -340,30 +340,30 @@ def readable(
 
     def read(file: File) -> Read | str:
         try:
-            content = read_file(place(listing, file), max_pixels)
+            content = read_file(full_path(listing, file), max_pixels)
             return Read(load(content, 3, max_pixels).size, hashlib.sha256(content).hexdigest())
         except Exception as e:
             return f'{type(e).__name__}: {" ".join(str(e).split())}'
 
-    files, found = listing.files, []
+    files, results = listing.files, []
     with (
         ThreadPoolExecutor(min(threads, len(files), 4 * (os.cpu_count() or 1))) as pool,
         tqdm(total=len(files), desc=f'reading {listing.folder}', disable=None, leave=False, delay=2) as bar,
     ):
         for start in range(0, len(files), 256):
-            found += pool.map(read, files[start : start + 256])
-            bar.update(len(found) - start)
-    bad = {ascii(file.path): why for file, why in zip(files, found, strict=True) if isinstance(why, str)}
+            results += pool.map(read, files[start : start + 256])
+            bar.update(len(results) - start)
+    bad = {ascii(file.path): why for file, why in zip(files, results, strict=True) if isinstance(why, str)}
     if os.path.lexists(report):  # a link, maybe, that leads elsewhere
         os.remove(report)
     if bad:
         with open(report, 'x', encoding='utf-8', errors='backslashreplace') as f:
             f.writelines(f'{name}\t{why}\n' for name, why in bad.items())
     check(listing, max_corrupt, report)
-    return {file: read for file, read in zip(files, found, strict=True) if isinstance(read, Read)}
+    return {file: read for file, read in zip(files, results, strict=True) if isinstance(read, Read)}
 
 
-said = set()  # lines of `check` that this process has written
+announced = set()  # lines of `announce` that this process has written
 
 
 def summary(listing: Listing, bad: list[str]) -> str:
@@ -373,7 +373,7 @@ def summary(listing: Listing, bad: list[str]) -> str:
 
 
 def check(listing: Listing, max_corrupt: float, report: str) -> None:
-    """Says on stderr, once a process, what is left out of a folder and why.
+    """Writes to stderr, once a process, what is left out of a folder and why.
 
     Raises:
       UserError: more than max_corrupt of it, or all, is unreadable according to the report.
@@ -397,18 +397,18 @@ def announce(listing: Listing, more: list[str]) -> None:
     """One line on stderr of what is left out of a folder, unless this process has written it before."""
     if listing.skipped or more:
         line = f'{listing.folder}: left out {", ".join([*listing.skipped, *more])}'
-        if line not in said:
-            said.add(line)
+        if line not in announced:
+            announced.add(line)
             print(ascii(line)[1:-1] if not line.isprintable() else line, file=sys.stderr)
 
 
-class Pictures:
-    """All pictures of a folder as they are, to be measured: `len(pictures)`, and `pictures[3:7]`, uint8 [4, H, W, C].
+class FolderImages:
+    """All images of a folder as they are, to be measured: `len(images)`, and `images[3:7]`, uint8 [4, H, W, C].
 
     Nothing is left out and nothing is resized: either would change what is measured.
 
     Raises:
-      UserError: no such folder, a file that is no picture, or a picture of another size than `image` = (H, W, C).
+      UserError: no such folder, a file that is no image, or an image of another size than `image` = (H, W, C).
     """
 
     def __init__(self, path: str, image: tuple[int, int, int]):
@@ -418,14 +418,17 @@ class Pictures:
         announce(self.listing, [])
         for file in self.listing.files:  # by their headers: all mistakes before any computing
             try:
-                with open_regular(place(self.listing, file)) as opened, Image.open(opened, formats=FORMATS) as header:
+                with (
+                    open_regular(full_path(self.listing, file)) as opened,
+                    Image.open(opened, formats=FORMATS) as header,
+                ):
                     size = header.size
             except Exception as e:
                 raise self.unreadable(file, e) from e
             if size != (image[1], image[0]):
                 raise UserError(
-                    f"{place(self.listing, file)} is {size[1]} x {size[0]} pixels, and the data set's pictures are "
-                    f'{image[0]} x {image[1]}: only pictures of one size can be compared (config.data.size)'
+                    f"{full_path(self.listing, file)} is {size[1]} x {size[0]} pixels, and the data set's images are "
+                    f'{image[0]} x {image[1]}: only images of one size can be compared (config.data.size)'
                 )
 
     def __len__(self) -> int:
@@ -436,14 +439,14 @@ class Pictures:
 
     def read(self, file: File) -> np.ndarray:
         try:
-            content, most = read_file(place(self.listing, file)), self.image[0] * self.image[1]
-            picture = to_array(load(content, self.image[2], most))
-            if picture.shape != self.image:  # turned by its EXIF data
-                raise ValueError(f'it is {picture.shape[0]} x {picture.shape[1]} pixels once turned')
+            content, most = read_file(full_path(self.listing, file)), self.image[0] * self.image[1]
+            x = to_array(load(content, self.image[2], most))
+            if x.shape != self.image:  # rotated by its EXIF data
+                raise ValueError(f'it is {x.shape[0]} x {x.shape[1]} pixels once rotated')
         except Exception as e:
             raise self.unreadable(file, e) from e
-        return picture
+        return x
 
     def unreadable(self, file: File, e: Exception) -> UserError:
         why = ' '.join(str(e).split())[:200]
-        return UserError(f'{place(self.listing, file)} cannot be measured ({why}): repair it or remove it')
+        return UserError(f'{full_path(self.listing, file)} cannot be measured ({why}): repair it or remove it')

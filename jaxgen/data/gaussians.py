@@ -27,7 +27,7 @@ class Mixture(NamedTuple):
 
 def mixture(dimensions: int) -> Mixture:
     """The mixture in one dimension, of three Gaussians of different weights and widths; or in two, of 25 in a square,
-    as evenly as the quantisation levels of a pixel let them."""
+    as evenly as the 256 values of a pixel let them."""
     if dimensions == 1:
         return Mixture(np.array([0.5, 0.3, 0.2]), np.array([[-0.6], [0.05], [0.6]]), np.array([0.08, 0.15, 0.04]))
     line = np.linspace(-0.8, 0.8, 5)

@@ -26,8 +26,8 @@ active = []  # while `arrays_only` is on
 
 def import_no_features() -> None:
     """From now on TFDS makes features of classes that are there already, its own and what the user's program defines,
-    and raises UserError where a `features.json` names any other instead of importing it. All its ways to read a
-    prepared set go through this one function."""
+    and raises UserError where a `features.json` names any other instead of importing it. Whatever reads a
+    prepared set goes through this one function."""
     connector = tfds.features.FeatureConnector
     known = connector._registered_features
 
@@ -67,7 +67,7 @@ def check_inside(root: str, path: str) -> None:
 
 
 def check_shards(builder) -> None:
-    """Raises UserError where a prepared set says of its examples that they lie outside of its directory."""
+    """Raises UserError where the metadata of a prepared set names files outside of its directory."""
     top = os.path.abspath(builder.data_dir)
     for split in builder.info.splits.values():
         for path in split.filepaths:

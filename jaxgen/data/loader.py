@@ -1,8 +1,8 @@
 """Batches and examples for main, train and evaluate.
 
-The training data are one endless sequence, and a place in it, its number, says everything: which
-example is there is a pure function of (seed, number), and so is what is done to it at random. So
-resuming seeks to a number, and how many processes share the work changes nothing.
+The training data are one endless sequence: which example has a number in it is a pure function of
+(seed, number), and so is its random augmentation. So resuming seeks to a number, and the number of
+processes that divide the work changes nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jaxgen.errors import RunError, UserError
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
 
 
-class Places(NamedTuple):
-    """What is cut out of training images and where it moves; arrays with a leading [n], None: not at random."""
+class Crops(NamedTuple):
+    """Random crops and translations of training images; arrays with a leading [n], None: not at random."""
 
     cropped: np.ndarray | None = None  # bool: whether there is a random crop; None: of all
-    square: np.ndarray | None = None  # where the square lies along the longer side, in [0, 1)
+    square: np.ndarray | None = None  # position of the square along the longer side, in [0, 1)
     rectangle: np.ndarray | None = None  # [n, tries, 4] in [0, 1), see transforms.rectangle
-    row: np.ndarray | None = None  # where the window lies in an image that is data.jitter pixels larger than it,
+    row: np.ndarray | None = None  # position of the window in an image that is data.jitter pixels larger than it,
     column: np.ndarray | None = None  # in [0, 1)
-    down: np.ndarray | None = None  # int: pixels by which the image moves at last,
+    down: np.ndarray | None = None  # int: pixels by which the result is translated,
     right: np.ndarray | None = None
 
 
@@ -111,9 +111,9 @@ def spec(data) -> Spec:
     if OTHER in data['features']:
         own, other = sections(data)
         with of_other():
-            pictures = spec(other).features['image']
+            image = spec(other).features['image']
         about = spec(own)
-        return about._replace(features={**about.features, OTHER: pictures})
+        return about._replace(features={**about.features, OTHER: image})
     source = sources.resolve(data)
     chosen = sources.choose(source, data)
     if data['keep_classes']:
@@ -124,7 +124,7 @@ def spec(data) -> Spec:
             )
     features = {name: jax.ShapeDtypeStruct(shape(f, data), f.dtype) for name, f in chosen.items()}
     label = chosen.get('label', sources.Feature(()))
-    # Fewer names than classes: the config says that there are more than this source has.
+    # Fewer names than classes: config.data.classes is more than this source has.
     names = label.names + tuple(map(str, range(len(label.names), label.classes))) if label.names else ()
     return Spec(features, label.classes, names, source.captioned if 'factors' in chosen else ())
 
@@ -136,15 +136,15 @@ def shape(feature: sources.Feature, data) -> tuple[int, ...]:
 
 
 def sections(data) -> tuple[dict, dict]:
-    """The section `data` of a config that asks for OTHER as two: of its own pictures, and of the others.
+    """The section `data` of a config whose features hold OTHER as two: of its own images, and of the others.
 
     Raises:
-      UserError: nothing says where these come from.
+      UserError: no second source is named.
     """
     if not data['other']:
         raise UserError(
-            f'config.data.features: {OTHER!r} are the pictures of a second source: set config.data.other, to '
-            'shapes:outlined or folder:PATH, say'
+            f'config.data.features: {OTHER!r} are the images of a second source: set config.data.other, to '
+            'shapes:outlined or folder:PATH, for example'
         )
     own = {**data, 'features': tuple(name for name in data['features'] if name != OTHER)}
     return own, {**data, 'source': data['other'], 'features': ('image',), 'keep_classes': ()}
@@ -160,7 +160,7 @@ def of_other() -> Iterator[None]:
 
 
 class Examples:
-    """One split, decoded and of the size that was asked for.
+    """One split, decoded and resized.
 
     `len(examples)`; `examples[i]` is {name: array} of example i, always the same; `take` makes
     batches. A split that is small when decoded stays in memory, each example from its first use.
@@ -176,7 +176,7 @@ class Examples:
 
     @property
     def identity(self) -> str:
-        """A text that is the same for the same pictures: set, split, and what is done to them."""
+        """A text that is the same for the same images: set, split, and their preprocessing."""
         d = self.data
         return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}'
 
@@ -188,14 +188,14 @@ class Examples:
             raise IndexError(f'example {i} of {len(self)}')
         return {name: np.asarray(x[0]) for name, x in self.take(np.array([i % len(self)])).items()}
 
-    def take(self, indices: np.ndarray, places: Places | None = None) -> dict[str, np.ndarray]:
+    def take(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
         """The examples [n] as one batch, fresh arrays [n, ...].
 
         Args:
-          places: what is cut out of each one's pictures; None: their squares, as for evaluation.
+          crops: of each one's images; None: their central squares, as for evaluation.
         """
-        if not self.fits or places is not None:
-            return self.decoded(indices, places)
+        if not self.fits or crops is not None:
+            return self.decoded(indices, crops)
         new = np.unique(indices[~self.known[indices]])
         if len(new):
             # Two threads may write the same values at once; an example is known after it is written.
@@ -208,51 +208,51 @@ class Examples:
         """As `take`, of any numbers from 0: after the last example comes the first."""
         return self.take(numbers % len(self))
 
-    def decoded(self, indices: np.ndarray, places: Places | None = None) -> dict[str, np.ndarray]:
+    def decoded(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
         """As `take`, from the stored records."""
         out = self.empty(len(indices))
         for n, i in enumerate(map(int, indices)):
-            place = Places(*(None if x is None else x[n] for x in places or Places()))
+            crop = Crops(*(None if x is None else x[n] for x in crops or Crops()))
             for name, value in self.records[i].items():
                 if self.records.chosen[name].image:
                     side, _, _ = self.shapes[name]
-                    value = transforms.reduced(self.image(i, value, name, place), side)
+                    value = transforms.reduced(self.image(i, value, name, crop), side)
                 out[name][n] = value
         return out
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
 
-    def image(self, i: int, encoded: bytes, name: str, place: Places) -> np.ndarray:
+    def image(self, i: int, encoded: bytes, name: str, crop: Crops) -> np.ndarray:
         channels, d = self.shapes[name][2], self.data
         try:
             image = transforms.load(encoded, channels, d['max_pixels'], self.records.chosen[name].palette)
         except Exception as e:
-            raise RunError(f'{self.records.place}: example {i} cannot be decoded ({sources.reason(e)})') from e
-        x = cut_out(transforms.cut(image, d['box']), d, place, channels)
-        return x if place.down is None else transforms.moved(x, int(place.down), int(place.right), d['fill'])
+            raise RunError(f'{self.records.path}: example {i} cannot be decoded ({sources.reason(e)})') from e
+        x = cropped(transforms.cut(image, d['box']), d, crop, channels)
+        return x if crop.down is None else transforms.moved(x, int(crop.down), int(crop.right), d['fill'])
 
 
-def cut_out(image: Image.Image, data, place: Places, channels: int) -> np.ndarray:
-    """The image's part at `place` as uint8 [size, size, C], resized."""
+def cropped(image: Image.Image, data, crop: Crops, channels: int) -> np.ndarray:
+    """The crop of the image as uint8 [size, size, C], resized."""
     size = data['size']
-    at_random = place.cropped is None or bool(place.cropped)
-    if place.rectangle is not None and at_random:
+    at_random = crop.cropped is None or bool(crop.cropped)
+    if crop.rectangle is not None and at_random:
         ranges = tuple(data['crop_area']), tuple(data['crop_aspect'])
-        box = transforms.rectangle(image.height, image.width, *ranges, place.rectangle)
+        box = transforms.rectangle(image.height, image.width, *ranges, crop.rectangle)
         return transforms.to_array(transforms.cut(image, box).resize((size, size), Image.Resampling.BICUBIC), channels)
-    square = place.square if at_random else None
-    if place.row is None:
+    square = crop.square if at_random else None
+    if crop.row is None:
         return transforms.to_array(transforms.square(image, size, square), channels)
     larger = size + data['jitter']
     # A window of the whole image, where the square would be anywhere; of its middle else.
     image = transforms.square(image, larger) if square is None else transforms.cover(image, larger)
-    return transforms.to_array(transforms.window(image, size, place.row, place.column), channels)
+    return transforms.to_array(transforms.window(image, size, crop.row, crop.column), channels)
 
 
 class UnpairedExamples:
-    """Examples and, as OTHER, the pictures of a second source: here in stored order, and as many as there are examples,
-    again and again where the second source has fewer. In training each has an order of its own."""
+    """Examples and, as OTHER, the images of a second source: here in stored order, and as many as there are examples,
+    cyclically where the second source has fewer. In training each has an order of its own."""
 
     def __init__(self, examples: Examples, others: Examples):
         self.examples, self.others = examples, others
@@ -280,7 +280,7 @@ class Selected:
 
     def __init__(self, records: sources.Records, numbers: np.ndarray, which: str):
         self.records, self.numbers = records, numbers
-        self.place, self.chosen, self.identity = records.place, records.chosen, f'{records.identity} {which}'
+        self.path, self.chosen, self.identity = records.path, records.chosen, f'{records.identity} {which}'
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -322,7 +322,7 @@ def dataset(data, split: str) -> Examples | UnpairedExamples:
             raise UserError(f'config.data.keep_classes = {kept}: the training split has no example of them')
         records = Selected(records, numbers, f'classes={kept}')
     examples = Examples(records, data)
-    examples[0]  # so that what does not fit is said now, and not by a thread
+    examples[0]  # so that what does not fit is an error now, and not in a thread
     return examples
 
 
@@ -343,10 +343,10 @@ def order(seed: int, n: int, stream: int = transforms.ORDER) -> Callable[[np.nda
         return np.argsort(keys.reshape(epochs, n), axis=1, kind='stable').reshape(-1)
 
     def examples(numbers: np.ndarray) -> np.ndarray:
-        parts, places = np.divmod(numbers, epochs * n)
+        parts, positions = np.divmod(numbers, epochs * n)
         out = np.empty_like(numbers)
         for i in np.unique(parts):
-            out[parts == i] = part(int(i))[places[parts == i]]
+            out[parts == i] = part(int(i))[positions[parts == i]]
         return out
 
     return examples
@@ -363,32 +363,32 @@ def moves(data, uniform: Callable) -> tuple[np.ndarray | None, np.ndarray | None
     Padded by p and cut out anywhere, an image moves by -p to p, all equally likely. A shift is uniform in real numbers
     up to a fraction of the side, and then rounded.
     """
-    pad, reach = data['pad'], data['shift'] * data['size']
-    if not pad and not reach:
+    pad, largest = data['pad'], data['shift'] * data['size']
+    if not pad and not largest:
         return None, None
     return tuple(
-        np.floor(uniform(p) * (2 * pad + 1)).astype(int) - pad + np.rint((2 * uniform(s) - 1) * reach).astype(int)
+        np.floor(uniform(p) * (2 * pad + 1)).astype(int) - pad + np.rint((2 * uniform(s) - 1) * largest).astype(int)
         for p, s in zip(transforms.PAD, transforms.SHIFT, strict=True)
     )
 
 
-def mixed(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The function from numbers [n] to the training examples with these numbers, augmented.
 
-    All pictures of one example are cut and mirrored alike.
+    All images of one example are cropped and mirrored alike.
 
     Args:
       apart: added to the streams of randomness: another order and another augmentation.
     """
     which = order(seed, len(examples), transforms.ORDER + apart)
-    pictures = [name for name, feature in examples.records.chosen.items() if feature.image]
+    images = [name for name, feature in examples.records.chosen.items() if feature.image]
 
     def take(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        def uniform(stream: int, wanted: bool = True) -> np.ndarray | None:
-            return transforms.uniform(seed, numbers, stream + apart) if wanted else None
+        def uniform(stream: int, used: bool = True) -> np.ndarray | None:
+            return transforms.uniform(seed, numbers, stream + apart) if used else None
 
         down, right = moves(data, uniform)
-        places = Places(
+        crops = Crops(
             uniform(transforms.CROPPED) < data['crop_rate'] if data['crop_rate'] < 1 else None,
             uniform(transforms.CROP, data['crop'] == 'random'),
             rectangles(uniform) if data['crop'] == 'resized' else None,
@@ -397,11 +397,11 @@ def mixed(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.n
             down,
             right,
         )
-        moved = any(x is not None for x in places)
-        out = examples.take(which(numbers), places if moved else None)
+        moved = any(x is not None for x in crops)
+        out = examples.take(which(numbers), crops if moved else None)
         if data['flip']:
             flip = uniform(transforms.FLIP) < 0.5
-            for name in pictures:
+            for name in images:
                 out[name][flip] = out[name][flip, :, ::-1]
         return out
 
@@ -440,10 +440,10 @@ def batches(
         raise UserError(f'config.data.batch = {batch} must be a multiple of the {process_count} processes')
     examples = dataset(data, split)
     if isinstance(examples, UnpairedExamples):
-        take = mixed(examples.examples, data, seed)
-        others = mixed(examples.others, data, seed, transforms.OTHER)
+        take = augmented(examples.examples, data, seed)
+        others = augmented(examples.others, data, seed, transforms.OTHER)
     else:
-        take, others = mixed(examples, data, seed), None
+        take, others = augmented(examples, data, seed), None
     own = np.arange(batch).reshape(process_count, -1)[process_index]  # this process's part of a batch
 
     def make(step: int) -> dict[str, np.ndarray]:

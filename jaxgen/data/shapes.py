@@ -1,11 +1,11 @@
-"""Simple scenes, drawn at any size, with all that is to know about them.
+"""Simple scenes, drawn at any size, with the factors that generate them.
 
     factors = draw_factors(number=3)
     scene = draw(factors, size=64)
-    scene.image, scene.mask, scene.edges  # the picture, which of it is the shape, and a line drawing
+    scene.image, scene.mask, scene.edges  # the image, the mask of the shape, and its outline
     print(caption(factors))  # a small cyan heart on a beige background
 
-A scene is one shape on a plain background. Seven factors say how it looks (`FACTORS`); each is
+A scene is one shape on a plain background. Seven factors of variation generate it (`FACTORS`); each is
 drawn on its own, all values equally likely, so that what a model learns of one factor cannot be
 read off another (as in dSprites, Matthey et al. 2017). Scene `number` is a pure function of that number.
 """
@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageDraw
 from jaxgen.data.transforms import uniform
 
 SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'heart', 'crescent')
-COLOURS = {  # hue in turns, saturation, value
+COLOURS = {  # hue in [0, 1), saturation, value
     'red': (0.0, 0.85, 0.9),
     'orange': (0.08, 0.95, 1.0),
     'yellow': (0.15, 0.9, 1.0),
@@ -31,7 +31,7 @@ COLOURS = {  # hue in turns, saturation, value
     'purple': (0.77, 0.7, 0.85),
     'pink': (0.92, 0.5, 1.0),
 }
-# Pale, dark or grey, so that every colour shows on every one of them.
+# Pale, dark or grey, so that every colour is visible on every one of them.
 BACKGROUNDS = {
     'white': (0.0, 0.0, 1.0),
     'gray': (0.0, 0.0, 0.55),
@@ -42,7 +42,7 @@ BACKGROUNDS = {
     'navy': (0.64, 0.75, 0.35),
     'lavender': (0.7, 0.2, 0.93),
 }
-SIZES = {'small': 0.16, 'medium': 0.23, 'large': 0.3}  # radius over the picture's width
+SIZES = {'small': 0.16, 'medium': 0.23, 'large': 0.3}  # radius over the image's width
 # Name of each factor and the number of its values, in the order of the array `factors`.
 FACTORS = {
     'shape': len(SHAPES),
@@ -54,26 +54,26 @@ FACTORS = {
     'background': len(BACKGROUNDS),
 }
 CAPTIONED_FACTORS = ('shape', 'colour', 'size', 'background')  # those with names: a caption states their values
-# The shape is coloured all over; along its border only; or all over, and stands in the middle of every picture.
+# The shape is coloured all over; along its border only; or all over, and in the middle of every image.
 STYLES = ('filled', 'outlined', 'centred')
-MIDDLE = 4  # the place of 8, each way, that is nearest to the middle
-BORDER = 0.065  # width of the border over the picture's width
+MIDDLE = 4  # the value of x and y, of 8, that is nearest to the middle
+BORDER = 0.065  # width of the border over the image's width
 CAPTION = 64  # bytes
 FINER, FINEST = 4, 256  # drawn at 4 times the size, and at 256 pixels at least, then averaged
 
 
 class Scene(NamedTuple):
-    """What is drawn of one scene, uint8."""
+    """One scene and its annotations, uint8."""
 
     image: np.ndarray  # [size, size, 3]
     mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
     edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
-    segments: np.ndarray  # [size, size, 3], a map of what is where: see `segment`
+    segments: np.ndarray  # [size, size, 3], the segmentation map: see `segment_colours`
     sketch: np.ndarray  # [size, size, 3], the outline on the background, in the colours of that map
 
 
 def draw_factors(number: int, style: str = 'filled') -> np.ndarray:
-    """Factors int32 [7] of scene `number`, independent and uniform; 'centred' is always at one place, the MIDDLE."""
+    """Factors int32 [7] of scene `number`, independent and uniform; x and y of 'centred' are always MIDDLE."""
     counts = np.array(list(FACTORS.values()))
     factors = (uniform(0, np.arange(len(counts)), stream=number) * counts).astype(np.int32)
     if style == 'centred':
@@ -104,6 +104,11 @@ def decode_caption(x: np.ndarray) -> str:
     return bytes(x).rstrip(b'\0').decode()
 
 
+def rotation(angle: float) -> np.ndarray:
+    """The matrix [2, 2] that rotates points [n, 2] (x right, y down) clockwise: points @ rotation(angle)."""
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
 def outline(shape: str) -> list[np.ndarray]:
     """Polygons [n, 2] (x right, y down) inside the unit circle: the first is filled, the others are holes."""
 
@@ -127,8 +132,7 @@ def outline(shape: str) -> list[np.ndarray]:
     if shape == 'cross':
         w = 0.3
         quarter = np.array([[w, -0.95], [w, -w], [0.95, -w]])
-        turns = [np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) for a in np.arange(4) * np.pi / 2]
-        return [np.concatenate([quarter @ turn for turn in turns])]
+        return [np.concatenate([quarter @ rotation(a) for a in np.arange(4) * np.pi / 2])]
     if shape == 'heart':
         a = np.linspace(0, 2 * np.pi, 72)
         x = 16 * np.sin(a) ** 3
@@ -140,9 +144,9 @@ def outline(shape: str) -> list[np.ndarray]:
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
 
 
-def segment(factors: np.ndarray) -> np.ndarray:
-    """What stands for the background and for the shape in a map of segments, uint8 [2, 3]: one of 16 colours that say
-    which it is, backgrounds first, and are not those that it has. (Digits of its number in base 3.)"""
+def segment_colours(factors: np.ndarray) -> np.ndarray:
+    """Colours of the background and of the shape in a segmentation map, uint8 [2, 3]. Each of the 16 segment classes (8
+    colours of the background, then 8 of the shape) has one of its own: the digits of its number in base 3."""
     f = named(factors)
     number = np.array([f['background'], len(BACKGROUNDS) + f['colour']])
     return (number[:, None] // np.array([9, 3, 1]) % 3 * 127).astype(np.uint8)
@@ -151,20 +155,19 @@ def segment(factors: np.ndarray) -> np.ndarray:
 def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     """The scene in one of STYLES; all but the image is the same in all of them.
 
-    A 'centred' scene is where its factors say: see draw_factors."""
+    A 'centred' scene has its shape where x and y of its factors are: see draw_factors."""
     f = named(factors)
     radius = list(SIZES.values())[f['size']]
-    # Places where the largest shape lies wholly inside, the same for all sizes: factors stay independent.
+    # Centres with which the largest shape lies wholly inside, the same for all sizes: factors stay independent.
     low, high = max(SIZES.values()) + 0.02, 1 - max(SIZES.values()) - 0.02
     centre = low + (high - low) * np.array([f['x'] / (FACTORS['x'] - 1), f['y'] / (FACTORS['y'] - 1)])
-    angle = 2 * np.pi * f['rotation'] / FACTORS['rotation']
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # clockwise, y being down
+    rotated = rotation(2 * np.pi * f['rotation'] / FACTORS['rotation'])
     finer = max(FINER, FINEST // size)
     polygons = []
     for polygon in OUTLINES[SHAPES[f['shape']]]:
         # PIL wants whole pixels and fills those of the outline too: half a pixel less on each side.
         scale = radius * size * finer - 0.5
-        points = np.rint(centre * size * finer + scale * polygon @ turn - 0.5)
+        points = np.rint(centre * size * finer + scale * polygon @ rotated - 0.5)
         polygons.append([tuple(p) for p in points])
 
     def canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -194,9 +197,9 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))
     background = np.array(colorsys.hsv_to_rgb(*list(BACKGROUNDS.values())[f['background']]))
     light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
-    share = covered[..., None] / 255
-    image = np.rint(255 * (share * colour + (1 - share) * background * light)).astype(np.uint8)
-    below, above = segment(factors)
+    alpha = covered[..., None] / 255
+    image = np.rint(255 * (alpha * colour + (1 - alpha) * background * light)).astype(np.uint8)
+    below, above = segment_colours(factors)
     segments = np.where(cover[..., None] > 127, above, below)
     sketch = np.where(edges[..., None] > 127, above, below)
     return Scene(image, cover, edges, segments, sketch)

@@ -36,12 +36,13 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jaxgen.data import builders, folder, gaussians, guard, shapes
 from jaxgen.errors import RunError, UserError
+from jaxgen.files import absolute
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
 OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in shapes.STYLES[1:]), 'gaussians:1', 'gaussians:2')
 GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
-CLASS_MAPS = re.compile('mask|seg|label|class')  # in the name of a part of pairs: a palette's numbers are classes
+CLASS_MAPS = re.compile('mask|seg|label|class')  # in the name of a part of pairs: a palette's indices are classes
 PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
@@ -55,8 +56,8 @@ class Feature(NamedTuple):
     classes: int = 0
     names: tuple[str, ...] = ()  # of the classes, where they have any
     image: bool = False
-    channels: int = 0  # of an image; 0: as many as the config asks for
-    palette: bool = False  # an image whose palette's numbers are classes, not to be blended
+    channels: int = 0  # of an image; 0: config.data.channels
+    palette: bool = False  # an image whose palette's indices are classes, not to be blended
     side: int = 0  # in pixels, of an image that is made smaller than the others; 0: as they are
 
 
@@ -76,14 +77,13 @@ class Source(NamedTuple):
 
 def root(data) -> str:
     """Directory of the prepared sets."""
-    path = data['dir'] or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-    return os.path.abspath(os.path.expanduser(path))
+    return absolute(data['dir'] or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
 
 
 def canonical(source: str) -> str:
-    """A source's name with its folder, if it names one, spelled in the one way: absolute, links followed, no slash at
-    the end. Two names are of one place where these are equal; whether two places hold the same images is what
-    `Examples.identity` says."""
+    """A source's name with its folder, if it names one, in canonical spelling: absolute, links followed, no slash at
+    the end. Two names are of one folder where these are equal; whether two folders hold the same images is decided by
+    `Examples.identity`."""
     kind, colon, path = source.partition(':')
     if kind not in ('folder', 'pairs') or not path:
         return source
@@ -102,7 +102,7 @@ def named_source(data) -> Source:
     name, here = data['source'], root(data)
     if name == 'digits':
         features = builders.JaxgenDigits.features(None)
-        return Source(name, lambda: find(features), lambda: builders.JaxgenDigits(data_dir=here))
+        return Source(name, lambda: batch_features(features), lambda: builders.JaxgenDigits(data_dir=here))
     if name.partition(':')[0] == 'shapes':
         style = name.partition(':')[2] or shapes.STYLES[0]
         if style not in shapes.STYLES:
@@ -112,7 +112,7 @@ def named_source(data) -> Source:
         features = builders.JaxgenShapes.features(config)
         return Source(
             name,
-            lambda: find(features),
+            lambda: batch_features(features),
             lambda: builders.JaxgenShapes(config=config, data_dir=here),
             captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
             test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
@@ -121,10 +121,10 @@ def named_source(data) -> Source:
         return gaussians_source(data, here)
     if name.startswith(('folder:', 'pairs:')):
         if name.endswith(':'):
-            raise UserError(f'config.data.source: say which folder, like {name}/home/me/pictures')
+            raise UserError(f'config.data.source: name the folder, as in {name}/home/me/images')
         return folder_source(data, here) if name.startswith('folder:') else pairs_source(data, here)
     builder = functools.partial(tfds_builder, name, here)
-    return Source(name, lambda: find(builder().info.features), builder, own=False)
+    return Source(name, lambda: batch_features(builder().info.features), builder, own=False)
 
 
 def gaussians_source(data, here: str) -> Source:
@@ -141,7 +141,7 @@ def gaussians_source(data, here: str) -> Source:
     features = builders.JaxgenGaussians.features(config)
     return Source(
         name,
-        lambda: find(features),
+        lambda: batch_features(features),
         lambda: builders.JaxgenGaussians(config=config, data_dir=here),
         sample_metrics=functools.partial(gaussians.coverage, dimensions),
     )
@@ -170,7 +170,7 @@ def folder_source(data, here: str) -> Source:
     scan = functools.cache(lambda: folder.scan(data['source'].partition(':')[2]))
 
     def features() -> dict[str, Feature]:
-        # Where the config says it all, nothing need be known of the folder: it may be on another machine.
+        # Where the config is complete without it, the folder is not read: it may be on another machine.
         if 'label' not in data['features']:
             return {'image': Feature(('image',), image=True)}
         elsewhere = data['classes'] and not os.path.isdir(os.path.expanduser(data['source'].partition(':')[2]))
@@ -209,14 +209,14 @@ def pairs_source(data, here: str) -> Source:
 
     # Features that are made of others are no folders.
     made = {'low_resolution'} if data['low_resolution'] else set()
-    wanted = tuple(name for name in dict.fromkeys(('image', *data['features'])) if name not in made)
-    if labels := {'label', 'domain'} & set(wanted):
-        raise UserError(f'config.data.features: {data["source"]} has pictures alone, and no {min(labels)}')
+    required = tuple(name for name in dict.fromkeys(('image', *data['features'])) if name not in made)
+    if labels := {'label', 'domain'} & set(required):
+        raise UserError(f'config.data.features: {data["source"]} has images alone, and no {min(labels)}')
 
     @functools.cache
     def config() -> builders.FolderConfig:
         listing = folder.scan(data['source'].partition(':')[2], links=True)
-        parts = folder.paired(listing, wanted)
+        parts = folder.paired(listing, required)
         key = folder.key(listing, data['test_share'], data['max_pixels'], parts)
         report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
         return builders.FolderConfig(
@@ -233,8 +233,8 @@ def pairs_source(data, here: str) -> Source:
     def check() -> None:
         folder.check(config().listing, data['max_corrupt'], config().report)
 
-    # What the config names is taken to be there: it may be on another machine.
-    features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in wanted}
+    # What the config names is taken to exist: it may be on another machine.
+    features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in required}
     return Source(
         data['source'], lambda: features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check
     )
@@ -263,14 +263,14 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
     raise UserError(f'config.data.source: no source {name!r}; {hint}')
 
 
-def find(features) -> dict[str, Feature]:
+def batch_features(features) -> dict[str, Feature]:
     """{name: Feature} of all features that a batch can hold.
 
     'image' is the image feature of that name, or else the first one; 'label' the class label; others go by their
     path, like 'attributes/Smiling', if they are images too, or numbers of a fixed shape. Integers and bools become
     int32, but uint8 stays; floats become float32.
     """
-    found: dict[str, Feature] = {}
+    others: dict[str, Feature] = {}
     images: dict[str, Feature] = {}
 
     def visit(feature, path: tuple[str, ...]) -> None:
@@ -287,13 +287,13 @@ def find(features) -> dict[str, Feature]:
             one = Feature(path, feature.shape, dtype)
             if isinstance(feature, tfds.features.ClassLabel):
                 one = one._replace(dtype=np.int32, classes=feature.num_classes or 0, names=class_names(feature))
-                found.setdefault('label', one)
-            found['/'.join(path)] = one
+                others.setdefault('label', one)
+            others['/'.join(path)] = one
 
     visit(features, ())
     main = next((name for name, f in images.items() if f.path[-1] == 'image'), next(iter(images), ''))
     first = {'image': images.pop(main)._replace(channels=0)} if images else {}
-    return {**first, **found, **images}
+    return {**first, **others, **images}
 
 
 def class_names(feature: tfds.features.ClassLabel) -> tuple[str, ...]:
@@ -306,28 +306,28 @@ def class_names(feature: tfds.features.ClassLabel) -> tuple[str, ...]:
 
 
 def choose(source: Source, data) -> dict[str, Feature]:
-    """The features that `data.features` asks for.
+    """The features that `data.features` names.
 
     Raises:
       UserError: one that the source lacks, or a number of classes that is not the source's.
     """
-    found = dict(source.features())
-    if 'label' in found:
-        found.setdefault('domain', found['label'])
+    known = dict(source.features())
+    if 'label' in known:
+        known.setdefault('domain', known['label'])
     if data['low_resolution']:
-        found['low_resolution'] = found['image']._replace(side=data['low_resolution'])
-    missing = [name for name in data['features'] if name not in found]
+        known['low_resolution'] = known['image']._replace(side=data['low_resolution'])
+    missing = [name for name in data['features'] if name not in known]
     if missing:
-        close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.6)
-        hint = f'did you mean {" or ".join(close)}?' if close else f'it has {", ".join(list(found)[:20])}'
-        if not close and len(found) > 20:
-            hint += f', ... ({len(found)} in all)'
+        close = difflib.get_close_matches(missing[0], known, n=3, cutoff=0.6)
+        hint = f'did you mean {" or ".join(close)}?' if close else f'it has {", ".join(list(known)[:20])}'
+        if not close and len(known) > 20:
+            hint += f', ... ({len(known)} in all)'
         if 'low_resolution' in missing:
             hint = 'config.data.low_resolution makes one of the image'
         elif source.name.startswith('folder:') and 'label' in missing:
             hint = 'put every image into a sub-folder named after its class'
         raise UserError(f'config.data.features: {source.name} has no {", ".join(map(repr, missing))}; {hint}')
-    chosen = {name: found[name] for name in data['features']}
+    chosen = {name: known[name] for name in data['features']}
     if 'label' in chosen:
         n = chosen['label'].classes
         if n and data['classes'] and n != data['classes']:
@@ -335,7 +335,7 @@ def choose(source: Source, data) -> dict[str, Feature]:
                 f'config.data.classes = {data["classes"]}, but {source.name} has {n} classes: leave it at 0'
             )
         if not n and not data['classes']:
-            raise UserError(f'{source.name} does not say how many classes it has: set config.data.classes')
+            raise UserError(f'{source.name} has an unknown number of classes: set config.data.classes')
         chosen['label'] = chosen['label']._replace(classes=n or data['classes'])
     return chosen
 
@@ -347,7 +347,7 @@ def prepare(source: Source) -> tfds.core.DatasetBuilder:
     """The source's builder, its set prepared. One that is there is never prepared again.
 
     Raises:
-      UserError: it cannot be prepared; says what is missing and what to do.
+      UserError: it cannot be prepared; names what is missing and what to do.
     """
     with quiet():
         builder = source.builder()
@@ -382,10 +382,10 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def lock(builder) -> Iterator[None]:
     """Held by one process at a time for one set; goes with the process, however that ends."""
-    place = os.path.dirname(builder.data_dir)
+    directory = os.path.dirname(builder.data_dir)
     try:
-        os.makedirs(place, exist_ok=True)
-        file = os.open(os.path.join(place, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        os.makedirs(directory, exist_ok=True)
+        file = os.open(os.path.join(directory, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as e:
         raise UserError(f'cannot write to {e.filename}: {e.strerror}; name another directory by config.data.dir') from e
     try:
@@ -414,14 +414,14 @@ def generate(source: Source, builder) -> None:
         tfds.enable_progress_bar()
     else:
         tfds.disable_progress_bar()
-    reached = source.own or online(builder)
-    if reached and not source.own:
+    available = source.own or online(builder)
+    if available and not source.own:
         note = (
             '' if importlib.util.find_spec('tensorflow') else "; if it wants TensorFlow: pip install 'jaxgen[prepare]'"
         )
         print(f'preparing {source.name} in {builder.data_dir}{note}', file=sys.stderr)
     try:
-        with contextlib.nullcontext() if reached else no_retries(), guard.arrays_only():
+        with contextlib.nullcontext() if available else no_retries(), guard.arrays_only():
             builder.download_and_prepare(file_format='array_record')
     except UserError:
         raise
@@ -453,7 +453,7 @@ def reason(e: BaseException) -> str:
     """What went wrong, on one line."""
     if isinstance(e, requests.RequestException):
         host = urllib.parse.urlsplit(e.request.url).netloc if e.request is not None else 'its host'
-        return f'{host} cannot be reached'
+        return f'no connection to {host}'
     cause: BaseException | None = e
     while cause is not None:  # TFDS wraps what builders raise
         if isinstance(cause, UserError):
@@ -481,10 +481,10 @@ def failure(source: Source, builder, e: Exception) -> str:
         return f'{name} has to be fetched by hand, into {by_hand}: {instructions}'
     files = [info.filename for info in (builder.url_infos or {}).values() if info.filename]
     files[5:] = ['...'] if len(files) > 5 else []
-    ways = [f'put {", ".join(files)} into {by_hand}'] if files else []
-    ways += [f'copy {builder.data_dir} from where it is prepared', 'name a folder of your images by folder:PATH']
+    remedies = [f'put {", ".join(files)} into {by_hand}'] if files else []
+    remedies += [f'copy {builder.data_dir} from where it is prepared', 'name a folder of your images by folder:PATH']
     quota = ' (Google Drive often refuses CelebA on quota)' if builder.name.startswith('celeb_a') else ''
-    return f'{name} could not be prepared: {reason(e)}{quota}; {", or ".join(ways)}'
+    return f'{name} could not be prepared: {reason(e)}{quota}; {", or ".join(remedies)}'
 
 
 # --- reading
@@ -493,14 +493,14 @@ def failure(source: Source, builder, e: Exception) -> str:
 class Records:
     """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}.
 
-    `identity` is a text that tells this split of this set from every other, wherever it lies.
+    `identity` is a text that identifies this split of this set, wherever it lies.
     """
 
-    def __init__(self, place: str, info, stored, chosen: dict[str, Feature], identity: str):
-        self.place, self.stored, self.chosen, self.identity = place, stored, chosen, identity
-        # Only what was asked for is parsed: an example of CelebA holds 50 features.
-        wanted = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
-        self.features = tfds.features.FeaturesDict(nest(wanted))
+    def __init__(self, path: str, info, stored, chosen: dict[str, Feature], identity: str):
+        self.path, self.stored, self.chosen, self.identity = path, stored, chosen, identity
+        # Only the chosen features are parsed: an example of CelebA holds 50.
+        parsed = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
+        self.features = tfds.features.FeaturesDict(nest(parsed))
         self.decoders = nest({f.path: tfds.decode.SkipDecoding() for f in chosen.values() if f.image})
 
     def __len__(self) -> int:
@@ -511,7 +511,7 @@ class Records:
             example = self.features.deserialize_example_np(self.stored[i], decoders=self.decoders)
         except Exception as e:  # a file that is gone or damaged: ArrayRecord keeps checksums
             raise RunError(
-                f'{self.place}: cannot read example {i} ({reason(e)}); delete it, and it is prepared anew'
+                f'{self.path}: cannot read example {i} ({reason(e)}); delete it, and it is prepared anew'
             ) from e
         return {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to a uint8 image of the size that was asked for, and to [-1, 1] and back.
+"""From encoded bytes to a uint8 image of the requested size, and to [-1, 1] and back.
 
     image = to_array(square(cut(load(png, channels=3), box=()), size=64))
 
@@ -16,6 +16,7 @@ import re
 import struct
 import warnings
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +24,8 @@ from PIL import Image, ImageOps
 
 from jaxgen.errors import UserError
 
-# Streams of `uniform`: one per use, so that no two uses share their numbers. 4 is in builders.py; a second source of
-# pictures has the same ones plus OTHER.
+# Streams of `uniform`: one per use, so that no two uses have the same numbers. 4 is in gaussians.py; a second source of
+# images has the same ones plus OTHER.
 FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
 PAD, SHIFT, CROPPED = (16, 17), (18, 19), 20
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
@@ -41,14 +42,14 @@ FORMATS = [
 ]
 # What PIL warns of, two lines for each file, `check_pixels` refuses or the person has allowed.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
-MAX_PIXELS = 2**26  # of an image where nobody says otherwise; decoding takes up to 16 bytes for each
+MAX_PIXELS = 2**26  # of an image, by default; decoding takes up to 16 bytes for each
 
 
 def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: bool = False) -> Image.Image:
     """The image in a file's bytes, 8 bits, mode 'L' (channels 1) or 'RGB' (channels 3).
 
-    Any mode that PIL reads: the first frame of an animation, turned as its EXIF says; what is
-    transparent shows white; 16-bit grey is scaled from 0..65535; float grey from 0..1, or from
+    Any mode that PIL reads: the first frame of an animation, rotated by its EXIF data; transparent
+    pixels become white; 16-bit grey is scaled from 0..65535; float grey from 0..1, or from
     0..255 if anything is above 1. Colour becomes grey by Rec. 601 luma.
 
     Args:
@@ -65,7 +66,7 @@ def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: b
     check_pixels(image.size, max_pixels)
     scale = key_scale(image)
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF data says nothing; the pixels are there
+    with contextlib.suppress(Exception):  # damaged EXIF data is ignored; the pixels are there
         image = ImageOps.exif_transpose(image)
     key = image.info.get('transparency')
     if palette and image.mode == 'P':
@@ -91,11 +92,11 @@ def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: b
 def check_icon(encoded: bytes, most: int) -> None:
     """Raises ValueError where a PNG or JPEG 2000 file within an icon has more pixels than `most`.
 
-    The icon's own size says nothing of theirs, and PIL may decode them in opening it.
+    The icon's own size does not bound theirs, and PIL may decode them in opening it.
     """
     if encoded[:4] in (b'\0\0\1\0', b'icns'):
-        for found in re.finditer(b'(?s)(?:IHDR|ihdr)(.{8})', encoded):
-            check_pixels(struct.unpack('>II', found[1]), most)
+        for header in re.finditer(b'(?s)(?:IHDR|ihdr)(.{8})', encoded):
+            check_pixels(struct.unpack('>II', header[1]), most)
 
 
 def check_pixels(size: tuple[int, ...], most: int) -> None:
@@ -128,7 +129,7 @@ def square(image: Image.Image, size: int, position: float | None = None) -> Imag
 
     Args:
       position: where the square lies along the longer side, from 0 (top or left) to below 1 (bottom
-        or right), all places equally wide; None for the middle.
+        or right), all positions equally likely; None for the middle.
 
     The filter is PIL's bicubic, whose support grows when it reduces, so that it does not alias:
     the one that FID is least upset by (Parmar et al. 2022, On Aliased Resizing and Surprising
@@ -142,7 +143,7 @@ def square(image: Image.Image, size: int, position: float | None = None) -> Imag
 
 
 def window(image: Image.Image, size: int, row: float, column: float) -> Image.Image:
-    """size x size pixels of a larger image; row and column say where, from 0 (top, left) to below 1."""
+    """size x size pixels of a larger image; row and column are its position, from 0 (top, left) to below 1."""
     left, top = int(column * (image.width - size + 1)), int(row * (image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
@@ -160,8 +161,8 @@ def rectangle(
     height: int, width: int, area: tuple[float, float], aspect: tuple[float, float], u: np.ndarray
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random rectangle inside an image: its area is uniform in `area`, a fraction of
-    the image's, the logarithm of its width / height uniform in that of `aspect`, all places equally likely (Szegedy et
-    al. 2015, arXiv 1409.4842, section 6).
+    the image's, the logarithm of its width / height uniform in that of `aspect`, its position uniform (Szegedy et al.
+    2015, arXiv 1409.4842, section 6).
 
     Args:
       u: [tries, 4], each in [0, 1): area, aspect, row and column of each try; the first one that fits is taken. Where
@@ -179,18 +180,18 @@ def rectangle(
 
 
 def moved(x: np.ndarray, down: int, right: int, fill: str) -> np.ndarray:
-    """An image [H, W, C] moved by whole pixels. fill: what shows beyond its border: 'reflect', mirrored at the
+    """An image [H, W, C] moved by whole pixels. fill: the padding beyond its border, 'reflect', mirrored at the
     outermost pixels, or 'edge', these again."""
     rows = np.arange(x.shape[0]) - down
     columns = np.arange(x.shape[1]) - right
-    return x[beyond(rows, x.shape[0], fill)[:, None], beyond(columns, x.shape[1], fill)]
+    return x[padded_index(rows, x.shape[0], fill)[:, None], padded_index(columns, x.shape[1], fill)]
 
 
-def beyond(places: np.ndarray, n: int, fill: str) -> np.ndarray:
-    """Places 0 to n - 1 whose pixels stand at any places, inside and beyond the border."""
+def padded_index(index: np.ndarray, n: int, fill: str) -> np.ndarray:
+    """The indices, 0 to n - 1, of the pixels that padding puts at any indices, inside and beyond the border."""
     if fill == 'edge' or n == 1:
-        return np.clip(places, 0, n - 1)
-    around = places % (2 * n - 2)
+        return np.clip(index, 0, n - 1)
+    around = index % (2 * n - 2)
     return np.minimum(around, 2 * n - 2 - around)
 
 
@@ -210,10 +211,9 @@ def to_array(image: Image.Image, channels: int = 1) -> np.ndarray:
 
 def reduced(x: np.ndarray, side: int) -> np.ndarray:
     """Means of equal squares of an image [H, W, C], H = W, uint8 [side, side, C]; side divides H."""
-    part = len(x) // side
-    if part == 1:
+    if len(x) == side:
         return x
-    return np.rint(x.reshape(side, part, side, part, -1).mean((1, 3))).astype(np.uint8)
+    return np.rint(einops.rearrange(x, '(h p) (w q) c -> h w c p q', h=side, w=side).mean((-2, -1))).astype(np.uint8)
 
 
 def uniform(seed: int, number, stream: int) -> np.ndarray:
