@@ -35,9 +35,9 @@ def run_cell(source: str, name: str, namespace: dict) -> list[dict]:
     tree, value, printed = ast.parse(source, name), None, io.StringIO()
     last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
-        exec(compile(tree, name, 'exec'), namespace)
+        exec(compile(tree, name, 'exec', dont_inherit=True), namespace)  # not this file's __future__
         if last is not None:
-            value = eval(compile(last, name, 'eval'), namespace)
+            value = eval(compile(last, name, 'eval', dont_inherit=True), namespace)
     text = printed.getvalue()
     stream = [{'output_type': 'stream', 'name': 'stdout', 'text': text.splitlines(keepends=True)}] if text else []
     return stream + ([displayed(value)] if value is not None else [])
