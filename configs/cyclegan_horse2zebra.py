@@ -33,7 +33,7 @@ def get_config(variant: str = ''):
             batch=1,
             jitter=30,
             flip=True,
-            test_share=0.02,
+            test_fraction=0.02,
         ),
         model=dict(width=64, halvings=2, blocks=9, cycle=10.0, identity=0.5, pool=50),
         optim=dict(lr=2e-4, schedule='half_linear', b1=0.5, ema=0.0),  # the paper averages no weights

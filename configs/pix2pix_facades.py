@@ -33,7 +33,7 @@ def get_config(variant: str = ''):
             batch=1,
             jitter=30,
             flip=True,
-            test_share=0.05,
+            test_fraction=0.05,
         ),
         model=dict(condition='input', width=64, halvings=8, dropouts=3, norm='instance', l1=100.0),
         optim=dict(lr=2e-4, schedule='half_linear', b1=0.5, ema=0.0),  # the paper averages no weights

@@ -36,7 +36,7 @@ def get_config(variant: str = ''):
             crop_aspect=(0.9, 1.1),
             crop_rate=0.5,
             flip=True,
-            test_share=0.02,
+            test_fraction=0.02,
         ),
         # The published generator has 172,032 weights more: of shortcuts in the decoder, which high_pass leaves out.
         model=dict(halvings=5, high_pass=1.0, skips=(32, 64, 128)),

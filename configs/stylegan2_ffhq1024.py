@@ -17,7 +17,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='stylegan2',
-        data=dict(source='folder:FFHQ', size=1024, channels=3, batch=32, flip=True, test_share=0.02),
+        data=dict(source='folder:FFHQ', size=1024, channels=3, batch=32, flip=True, test_fraction=0.02),
         model=dict(latent=512, mapping_layers=8, channel_base=32768, channel_max=512, r1=10.0, augmentation=()),
         optim=dict(
             lr=2e-3,

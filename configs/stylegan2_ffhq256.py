@@ -35,7 +35,7 @@ def get_config(variant: str = ''):
     return make(
         variant,
         family='stylegan2',
-        data=dict(source='folder:FFHQ', size=256, channels=3, batch=32, flip=True, test_share=0.02),
+        data=dict(source='folder:FFHQ', size=256, channels=3, batch=32, flip=True, test_fraction=0.02),
         model=dict(latent=512, mapping_layers=8, channel_base=32768, channel_max=512, r1=10.0),
         optim=optim(2e-3, 10_000.0),
         train=dict(steps=781_250, log_every=100, save_every=5000, sample_every=20_000),

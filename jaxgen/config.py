@@ -56,8 +56,8 @@ DEFAULTS: dict[str, Any] = {
         'flip': False,  # mirror half of the training images left to right
         'low_resolution': 0,  # side in pixels of the feature 'low_resolution', means of squares of the image
         'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
-        'test_share': 0.2,  # share of a source without a test split that is held out
-        'max_corrupt': 0.01,  # share of unreadable files of a folder that is put up with
+        'test_fraction': 0.2,  # fraction of a source without a test split that is held out
+        'max_corrupt': 0.01,  # fraction of unreadable files of a folder that is put up with
         'max_pixels': 2**26,  # of one image; larger ones are unreadable, or end the run where a data set has them
         'threads': 4,  # of the loader
         'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
@@ -161,7 +161,7 @@ RANGES = {
     'data.pad': '[0, inf)',
     'data.shift': '[0, 0.5)',
     'data.low_resolution': '[0, inf)',
-    'data.test_share': '(0, 1)',
+    'data.test_fraction': '(0, 1)',
     'data.max_corrupt': '[0, 1]',
     'data.threads': '[1, 1024]',
     'data.max_pixels': '[1, inf)',
@@ -219,6 +219,10 @@ PATHS = {
     'evaluate.inception': ('',),
 }
 NAME = re.compile(r'[A-Za-z_]\w*')  # of a stage
+# Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for
+# config.model: {'game': 'adversarial', 'width': 'network.width'}. What no table can say, its function
+# `former(model) -> model` does, of the section as it was saved.
+FORMER = {'data.test_share': 'data.test_fraction'}
 
 
 def families() -> list[str]:
@@ -233,11 +237,16 @@ def one_line(e: BaseException, limit: int = 300) -> str:
     return f'{type(e).__name__}: {text[:limit]}' if text else type(e).__name__
 
 
-def builder(family: str) -> Callable:
-    """The family's build function, by the family's name."""
+def module(family: str):
+    """The family's module, by the family's name."""
     if family not in families():
         raise UserError(f'config.family: no family {family!r}{near(family, families())}')
-    return importlib.import_module(f'jaxgen.families.{family}').build
+    return importlib.import_module(f'jaxgen.families.{family}')
+
+
+def builder(family: str) -> Callable:
+    """The family's build function, by the family's name."""
+    return module(family).build
 
 
 def merge(path: str, defaults: dict, given: dict) -> dict:
@@ -330,6 +339,7 @@ def complete(sections: dict) -> ConfigDict:
     build, model = builder(family), sections.get('model', {})
     if not isinstance(model, dict):
         raise UserError(f'config.model is a section with fields: {", ".join(options.fields(build))}')
+    refuse_former_names(sections, family)
     resolved = merge('', DEFAULTS, {k: v for k, v in sections.items() if k != 'model'})
     resolved['model'] = options.complete(build, model, 'model')
     check(resolved)
@@ -377,8 +387,73 @@ def parse_json(path: str, parse: Callable[[Any], Any], remedy: str):
         raise UserError(f'{path}: {e}') from e
 
 
+def former_names(family: str) -> dict[str, str]:
+    """{former: present} of all fields that had another name: those of the family, and those that all families share."""
+    own = getattr(module(family), 'FORMER', {})
+    return FORMER | {f'model.{old}': f'model.{new}' for old, new in own.items()}
+
+
+def refuse_former_names(sections: dict, family: str) -> None:
+    """Raises UserError for a field under the name that it had before."""
+    for old, new in former_names(family).items():
+        if contains(sections, old) and not new.startswith(f'{old}.'):  # a component's name alone stands for its section
+            raise UserError(f'config.{old} is now config.{new}')
+
+
+def with_present_names(sections: dict) -> dict:
+    """The sections of a config that was saved at any time, each field under its present name.
+
+    A field that moved into a component's section is dropped where the component has none of its name: nothing read it.
+
+    Raises:
+      UserError: a field is there under both names.
+      ValueError: config.model is none that the family ever had.
+    """
+    family = sections.get('family')
+    if family not in families() or not isinstance(sections.get('model', {}), dict):
+        return sections  # `complete` says what is wrong
+    if hasattr(module(family), 'former'):
+        try:
+            sections = {**sections, 'model': module(family).former(sections.get('model', {}))}
+        except Exception as e:  # of values that no run ever saved
+            raise ValueError(f'config.model: {one_line(e)}') from e
+    names = {old: new for old, new in former_names(family).items() if is_former(sections, old, new)}
+    values = {old: get(sections, old) for old in names}
+    for old in names:
+        sections = without(sections, old)
+    for old, new in names.items():
+        if contains(sections, new):
+            raise UserError(f'config.{old} is now config.{new}, and both are there')
+        sections = deep_update(sections, nested(new, values[old]))
+    known = options.fields(builder(family))
+    for new in names.values():
+        if not is_read(sections, new, known):
+            sections = without(sections, new)
+    return sections
+
+
+def is_former(sections: dict, old: str, new: str) -> bool:
+    """Whether a field is there under the name that it had before.
+
+    Where a name became a section, 'network' -> 'network.name', a section of this name is a present one.
+    """
+    return contains(sections, old) and not (new.startswith(f'{old}.') and isinstance(get(sections, old), dict))
+
+
+def is_read(sections: dict, path: str, known: dict[str, options.Field]) -> bool:
+    """Whether the component that a section of config.model names has the field 'model.SECTION.FIELD'."""
+    _, name, *inner = path.split('.')
+    component = known[name].section if name in known else None
+    if not inner or not isinstance(component, options.Component):
+        return True
+    usual = known[name].default
+    chosen = sections['model'][name].get(component.key, usual if isinstance(usual, str) else usual.get(component.key))
+    fields = component.fields(chosen) if isinstance(chosen, str) and chosen in component.table else inner
+    return inner[0] in (component.key, *fields)
+
+
 def read_json(path: str) -> ConfigDict:
-    """The config in a config.json, which may come from anybody.
+    """The config in a config.json, which may come from anybody; see FORMER for one that was saved before.
 
     Raises:
       UserError: it is no config, in one line.
@@ -387,7 +462,7 @@ def read_json(path: str) -> ConfigDict:
     def parse(sections) -> ConfigDict:
         if not isinstance(sections, dict):
             raise ValueError(f'it is a JSON {type(sections).__name__}, not an object')
-        return complete(sections)
+        return complete(with_present_names(sections))
 
     return parse_json(path, parse, 'put back the config of this run')
 
@@ -396,6 +471,29 @@ def get(resolved: dict, path: str):
     for key in path.split('.'):
         resolved = resolved[key]
     return resolved
+
+
+def contains(sections: dict, path: str) -> bool:
+    """Whether a field is there, 'data.size'."""
+    for key in path.split('.'):
+        if not isinstance(sections, dict) or key not in sections:
+            return False
+        sections = sections[key]
+    return True
+
+
+def without(sections: dict, path: str) -> dict:
+    """The sections without one field, which is there."""
+    first, _, rest = path.partition('.')
+    others = {k: v for k, v in sections.items() if k != first}
+    return {**others, first: without(sections[first], rest)} if rest else others
+
+
+def nested(path: str, value) -> dict:
+    """{'a': {'b': value}} of 'a.b'."""
+    for key in reversed(path.split('.')):
+        value = {key: value}
+    return value
 
 
 def check_fields(resolved: dict) -> None:
@@ -544,9 +642,7 @@ def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
         elif not isinstance(like, str) or keys[0] == 'optim':
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # then it is a text
                 given = ast.literal_eval(value)
-        for key in reversed(keys):
-            given = {key: given}
-        sections = update_sections(sections, given)
+        sections = update_sections(sections, nested('.'.join(keys), given))
     return complete(sections)
 
 

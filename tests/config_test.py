@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+import types
+from typing import Annotated
 
 import pytest
 from support import mistake, path
@@ -63,7 +66,7 @@ def test_ends_of_ranges(field, base):
         *('optim.clip=-1', 'optim.lr=-1', 'optim.lr=0', 'optim.b1=1.0', 'optim.b2=2', 'optim.eps=-1'),
         *('optim.weight_decay=-1', 'optim.l2=-0.1', 'optim.warmup=-1', 'optim.decay_rate=1.5', 'optim.floor=2'),
         *('data.classes=-3', 'data.max_corrupt=2', 'data.threads=1000000', 'data.threads=0', 'data.size=0'),
-        *('data.batch=0', 'data.test_share=1', 'data.shift=0.5', 'data.crop_rate=0', 'data.cache_mb=-1'),
+        *('data.batch=0', 'data.test_fraction=1', 'data.shift=0.5', 'data.crop_rate=0', 'data.cache_mb=-1'),
         *('evaluate.examples=-5', 'evaluate.samples=0', 'sample.batch=0', 'mesh.fsdp=0', 'seed=-1', 'train.steps=-1'),
         *('train.keep=0', 'optim.ema=1', 'optim.ema=-0.1', 'optim.accumulate=0', 'train.updates_per_call=0'),
     ],
@@ -281,6 +284,116 @@ def test_config_json_that_is_no_file(tmp_path):
     for name in ('pipe', 'link', 'folder', 'bytes', 'absent'):
         with pytest.raises(UserError, match=rf'{name}\.json is damaged'):
             configs.read_json(str(tmp_path / f'{name}.json'))
+
+
+# --- fields that had other names
+
+
+def small(*, width: int = 8, rate: Annotated[float, '[0, 1)'] = 0.5):
+    pass
+
+
+def large(*, width: int = 64, depth: int = 2):
+    pass
+
+
+NETWORK = options.Component({'small': small, 'large': large, 'none': None})
+
+
+def renamed_build(context, *, adversarial: str = 'hinge', network: Annotated[options.Section, NETWORK] = 'small'):
+    pass
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """A family whose fields had other names; some have moved into a component's section."""
+    names = {'game': 'adversarial', 'network': 'network.name', 'width': 'network.width', 'depth': 'network.depth'}
+    family = types.SimpleNamespace(build=renamed_build, FORMER=names)
+    monkeypatch.setitem(sys.modules, 'jaxgen.families.renamed', family)
+    monkeypatch.setattr(configs, 'families', lambda: ['renamed', 'vae'])
+    return family
+
+
+def saved(tmp_path, **sections):
+    """The config of a config.json with these sections."""
+    (tmp_path / 'config.json').write_text(json.dumps(sections))
+    return configs.read_json(str(tmp_path / 'config.json'))
+
+
+@pytest.mark.parametrize(
+    'model, expected',
+    [
+        ({'game': 'wgan'}, {'adversarial': 'wgan', 'network': {'name': 'small', 'width': 8, 'rate': 0.5}}),
+        ({'width': 3, 'depth': 5}, {'network': {'name': 'small', 'width': 3, 'rate': 0.5}}),
+        ({'network': 'large', 'width': 3, 'depth': 5}, {'network': {'name': 'large', 'width': 3, 'depth': 5}}),
+        ({'network': 'none', 'width': 3, 'depth': 5}, {'network': {'name': 'none'}}),
+        ({'network': {'name': 'large', 'depth': 1}}, {'network': {'name': 'large', 'width': 64, 'depth': 1}}),
+    ],
+)
+def test_saved_configs_have_present_names(model, expected, tmp_path, renamed):
+    read = saved(tmp_path, family='renamed', model=model, data={'test_share': 0.125})
+    assert read.model.to_dict() == {'adversarial': 'hinge'} | expected
+    assert read.data.test_fraction == 0.125
+    # And what is saved now is read as it is.
+    assert saved(tmp_path, **read.to_dict()) == read
+
+
+def test_what_no_table_says_a_function_does(tmp_path, renamed):
+    def former(model):
+        return {**model, 'game': model['loss'].lower()} if 'loss' in model else model
+
+    renamed.former = lambda model: {k: v for k, v in former(model).items() if k != 'loss'}
+    assert saved(tmp_path, family='renamed', model={'loss': 'WGAN'}).model.adversarial == 'wgan'
+    assert saved(tmp_path, family='renamed', model={}).model.adversarial == 'hinge'
+    with pytest.raises(UserError, match=r"is damaged \(ValueError: config\.model: AttributeError: 'int'"):
+        saved(tmp_path, family='renamed', model={'loss': 3})
+
+
+@pytest.mark.parametrize(
+    'sections, message',
+    [
+        (dict(model={'game': 'a', 'adversarial': 'b'}), 'config.model.game is now config.model.adversarial, and both'),
+        (
+            dict(data={'test_share': 0.1, 'test_fraction': 0.1}),
+            'config.data.test_share is now config.data.test_fraction',
+        ),
+        (dict(model={'game': 3}), 'config.model.adversarial must be str'),
+        (dict(model={'network': 3}), 'config.model.network.name must be one of'),
+        (dict(model={'network': ['small'], 'depth': 1}), 'config.model.network.name must be one of'),
+        (
+            dict(model={'width': 1, 'network': {'name': 'small', 'width': 2}}),
+            'config.model.width is now config.model.net',
+        ),
+        (dict(model=[]), 'config.model is a section'),
+        (dict(data=[]), 'config.data is a section'),
+    ],
+)
+def test_saved_configs_of_no_time(sections, message, tmp_path, renamed):
+    with pytest.raises(UserError) as e:
+        saved(tmp_path, family='renamed', **sections)
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+
+def test_former_names_in_files_and_on_the_command_line(renamed, base, tmp_path):
+    config = configs.make(family='renamed')
+    assert refused(config, 'model.game=wgan') == 'config.model.game is now config.model.adversarial'
+    assert refused(config, 'model.width=3') == 'config.model.width is now config.model.network.width'
+    assert refused(base, 'data.test_share=0.5') == 'config.data.test_share is now config.data.test_fraction'
+    # A component's name stands for its section, as it did when it was all there was.
+    assert configs.override(config, ['--config.model.network=large']).model.network.depth == 2
+    with pytest.raises(UserError, match=r'config\.data\.test_share is now'):
+        configs.make(family='vae', data=dict(test_share=0.5))
+
+
+@pytest.mark.parametrize('family', configs.families())
+def test_tables_of_former_names(family):
+    """No former name is a present one, but that of a component; each present name is a field of some component."""
+    known = options.fields(configs.builder(family))
+    for old, new in getattr(configs.module(family), 'FORMER', {}).items():
+        assert old not in known or new.startswith(f'{old}.')
+        name, *inner = new.split('.')
+        section = known[name].section
+        assert not inner or any(inner[0] in (section.key, *section.fields(one)) for one in section.table)
 
 
 # --- config files: programs of the person's own

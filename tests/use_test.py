@@ -103,7 +103,7 @@ def labelled(labelled_once, tmp_path):
     [
         *('model.likelihood=bernoulli', 'model.latent=5', 'model.scale=0.7', 'optim.lr=0.1', 'seed=1', 'data.batch=4'),
         *('data.source=shapes', 'data.source=folder:/nowhere', 'data.flip=True', 'optim.networks.coder.lr=1'),
-        *('data.test_share=0.5', 'optim.ema=0.5'),
+        *('data.test_fraction=0.5', 'optim.ema=0.5'),
     ],
 )
 def test_what_training_depends_on_is_not_changed_in_use(text, vae, capfd, no_compile):

@@ -169,7 +169,7 @@ class JaxgenGaussians(JaxgenBuilder, skip_registration=True):
 @dataclasses.dataclass(eq=False)
 class FolderConfig(tfds.core.BuilderConfig):
     listing: folder.Listing | None = dataclasses.field(default=None, repr=False)
-    test_share: float = 0.2
+    test_fraction: float = 0.2
     max_corrupt: float = 0.01
     threads: int = 4
     max_pixels: int = MAX_PIXELS  # of an image; more make a file unreadable
@@ -207,7 +207,7 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
             folder.check_aspects(listing, sizes, pairs)
         if not files:
             raise UserError(f'{listing.folder}: no example is left of which all images can be read')
-        self.info.metadata['content'] = folder.content_digest(decoded, config.test_share, config.parts)
+        self.info.metadata['content'] = folder.content_digest(decoded, config.test_fraction, config.parts)
 
         def content(file):
             return folder.read_file(folder.full_path(listing, file), config.max_pixels)
@@ -220,6 +220,6 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
                     example['label'] = listing.classes.index(folder.top(file.inner))
                 yield key, example
 
-        train, test = folder.split(files, config.test_share, bool(listing.classes) and not config.parts)
+        train, test = folder.split(files, config.test_fraction, bool(listing.classes) and not config.parts)
         splits = {'train': train, 'test': test} if test else {'train': train}
         return {name: self._generate_examples(examples(chosen)) for name, chosen in splits.items()}

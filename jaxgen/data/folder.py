@@ -2,7 +2,7 @@
 
 listing = scan('~/images/cats')
 files = readable(listing, max_corrupt=0.01, threads=4, report='unreadable.txt')
-train, test = split(list(files), test_share=0.2)
+train, test = split(list(files), test_fraction=0.2)
 """
 
 from __future__ import annotations
@@ -288,23 +288,23 @@ def check_aspects(listing: Listing, sizes: dict[str, tuple[int, int]], pairs) ->
             )
 
 
-def key(listing: Listing, test_share: float, max_pixels: int, parts: tuple[str, ...] = ()) -> str:
+def key(listing: Listing, test_fraction: float, max_pixels: int, parts: tuple[str, ...] = ()) -> str:
     """A name for the set prepared from this listing: another one as soon as a file changes."""
     title = re.sub(r'[^A-Za-z0-9]+', '_', os.path.basename(listing.folder))[:32].strip('_') or 'folder'
     files = (field for file in listing.files for field in file)
-    return f'{title}-{digest(listing.folder, test_share, max_pixels, *listing.classes, *parts, *files)[:16]}'
+    return f'{title}-{digest(listing.folder, test_fraction, max_pixels, *listing.classes, *parts, *files)[:16]}'
 
 
-def content_digest(files: dict[File, Read], test_share: float, parts: tuple[str, ...]) -> str:
+def content_digest(files: dict[File, Read], test_fraction: float, parts: tuple[str, ...]) -> str:
     """64 hexadecimal digits that are the same for the same images under the same names, wherever the folder lies."""
     rows = (field for file, read in sorted(files.items()) for field in (file.path, file.split, read.digest))
-    return digest(test_share, *parts, *rows)
+    return digest(test_fraction, *parts, *rows)
 
 
-def split(files: list[File], test_share: float, classes: bool = False) -> tuple[list[File], list[File]]:
+def split(files: list[File], test_fraction: float, classes: bool = False) -> tuple[list[File], list[File]]:
     """(train, test), both in an order independent of the names.
 
-    Where a file goes depends on its path below the folder and on test_share only, so it stays there
+    Where a file goes depends on its path below the folder and on test_fraction only, so it stays there
     when others come or go. Of two or more files at least one lands on each side.
 
     Args:
@@ -314,7 +314,7 @@ def split(files: list[File], test_share: float, classes: bool = False) -> tuple[
     order = sorted(files, key=ranks.get)
     if any(file.split == 'test' for file in order):
         return [f for f in order if f.split == 'train'], [f for f in order if f.split == 'test']
-    n = sum(ranks[file] < test_share for file in order)
+    n = sum(ranks[file] < test_fraction for file in order)
     n = min(max(n, 1), len(order) - 1)
     train, test = order[n:], order[:n]
     if classes:

@@ -186,12 +186,12 @@ def folder_source(data, here: str) -> Source:
             raise UserError(f'{scan().folder} has no labels: put every image into a sub-folder named after its class')
         if 'label' in data['features'] and 0 < data['classes'] < n:
             raise UserError(f'config.data.classes = {data["classes"]}, but {scan().folder} has {n} sub-folders')
-        key = folder.key(scan(), data['test_share'], data['max_pixels'])
+        key = folder.key(scan(), data['test_fraction'], data['max_pixels'])
         report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
         return builders.FolderConfig(
             name=key,
             listing=scan(),
-            test_share=data['test_share'],
+            test_fraction=data['test_fraction'],
             max_corrupt=data['max_corrupt'],
             threads=data['threads'],
             max_pixels=data['max_pixels'],
@@ -217,12 +217,12 @@ def pairs_source(data, here: str) -> Source:
     def config() -> builders.FolderConfig:
         listing = folder.scan(data['source'].partition(':')[2], links=True)
         parts = folder.paired(listing, required)
-        key = folder.key(listing, data['test_share'], data['max_pixels'], parts)
+        key = folder.key(listing, data['test_fraction'], data['max_pixels'], parts)
         report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
         return builders.FolderConfig(
             name=key,
             listing=listing,
-            test_share=data['test_share'],
+            test_fraction=data['test_fraction'],
             max_corrupt=data['max_corrupt'],
             threads=data['threads'],
             max_pixels=data['max_pixels'],
@@ -528,7 +528,7 @@ def open_records(source: Source, data, split: str) -> Records:
     """The records of a split, prepared if need be.
 
     split: 'train' or 'test'. A set without 'test' gives 'validation' for it, or else the last
-      test_share of 'train', which 'train' then goes without.
+      test_fraction of 'train', which 'train' then goes without.
 
     Raises:
       UserError: it cannot be prepared or read, or has no such split.
@@ -536,7 +536,7 @@ def open_records(source: Source, data, split: str) -> Records:
     chosen = choose(source, data)
     builder = prepare(source)
     guard.check_shards(builder)
-    part = split_name(source, builder, split, data['test_share'])
+    part = split_name(source, builder, split, data['test_fraction'])
     try:
         method = tfds.decode.DeserializeMethod.RAW_BYTES
         with quiet():
@@ -558,7 +558,7 @@ def open_records(source: Source, data, split: str) -> Records:
         raise UserError(f'{builder.data_dir} cannot be read: {reason(e)}; delete it, and it is prepared anew') from e
 
 
-def split_name(source: Source, builder, split: str, test_share: float) -> str:
+def split_name(source: Source, builder, split: str, test_fraction: float) -> str:
     """The name by which TFDS has a split."""
     sizes = {name: info.num_examples for name, info in builder.info.splits.items() if info.num_examples}
     tests = [name for name in ('test', 'validation') if name in sizes]
@@ -570,7 +570,7 @@ def split_name(source: Source, builder, split: str, test_share: float) -> str:
         raise UserError(f'{source.name} has no split train, only {", ".join(sizes) or "empty ones"}')
     if split == 'train' and (tests or source.own):
         return 'train'
-    held = 0 if source.own else max(round(test_share * sizes['train']), 1)
+    held = 0 if source.own else max(round(test_fraction * sizes['train']), 1)
     if not 0 < held < sizes['train']:
         raise UserError(f'{source.name} has too few images ({sizes["train"]}) to hold some out for testing')
     return f'train[:-{held}]' if split == 'train' else f'train[-{held}:]'

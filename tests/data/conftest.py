@@ -23,4 +23,4 @@ def five(tmp_path):
         ramp = np.arange(20, dtype=np.uint8)[None].repeat(12, 0) + 20 * i
         os.makedirs(tmp_path / 'images', exist_ok=True)
         Image.fromarray(ramp).save(tmp_path / 'images' / f'{i}.png')
-    return make(tmp_path / 'sets', source=f'folder:{tmp_path / "images"}', size=12, test_share=0.01, batch=8)
+    return make(tmp_path / 'sets', source=f'folder:{tmp_path / "images"}', size=12, test_fraction=0.01, batch=8)

@@ -16,7 +16,7 @@ from jaxgen.data import folder, sources
 
 def test_folder_classes_from_subfolders(tmp_path):
     source = write_folder(tmp_path / 'in', [], cat=[10, 20], dog=[30], **{'ant/deep/er': [40, 50]})
-    config = make(tmp_path, source=source, features=('image', 'label'), test_share=0.3)
+    config = make(tmp_path, source=source, features=('image', 'label'), test_fraction=0.3)
     assert data.spec(config).classes == 3
     labels = {}
     for split in ('train', 'test'):

@@ -280,7 +280,7 @@ def test_low_resolution_is_means_of_squares(five):
 def test_others_come_unpaired(five, tmp_path):
     """A second source has an order and an augmentation of its own, both functions of (seed, number)."""
     other = write_folder(tmp_path / 'others', [200, 210, 220])
-    config = {**five, 'other': other, 'features': ('image', 'other'), 'test_share': 0.3, 'size': 4}
+    config = {**five, 'other': other, 'features': ('image', 'other'), 'test_fraction': 0.3, 'size': 4}
     assert data.spec(config).features['other'].shape == (4, 4, 1)
     batches = take(config, 60)
     pairs = [

@@ -16,7 +16,7 @@ from jaxgen.data import transforms
 def test_pairs_stay_together(tmp_path):
     """Under any order, crop, window and mirroring."""
     source = write_pairs(tmp_path / 'in', range(5), edges=range(5))
-    config = make(tmp_path, source=source, size=6, features=('image', 'edges'), test_share=0.3)
+    config = make(tmp_path, source=source, size=6, features=('image', 'edges'), test_fraction=0.3)
     assert data.spec(config).features['edges'].shape == (6, 6, 1)
     splits = [data.dataset(config, split) for split in ('train', 'test')]
     assert len(splits[0]) + len(splits[1]) == 5 and min(map(len, splits)) > 0
@@ -105,7 +105,7 @@ def test_masks_with_a_palette_keep_their_classes(tmp_path):
             image = Image.fromarray(x)
             image.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 255, 255, 255, 255])
             image.save(tmp_path / 'in' / part / f'{i}.png', transparency=2 if i else b'\0\xff')
-    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'mask'), test_share=0.3)
+    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'mask'), test_fraction=0.3)
     examples = [
         x for s in ('train', 'test') for x in (data.dataset(config, s)[i] for i in range(len(data.dataset(config, s))))
     ]
