@@ -56,7 +56,7 @@ def long_run(name: str, workdir, steps: int = 0, save_every: int = 10, **more) -
 
 
 def check_equal_to_uninterrupted(name: str, workdir, tmp_path, **more) -> str:
-    """Goes on with the run in `workdir` and compares it with one that was never stopped; what was said."""
+    """Goes on with the run in `workdir` and compares it with one that was never stopped; its stderr."""
     done = main(*long_run(name, workdir, **more))
     assert done.returncode == 0, done.stderr
     assert 'going on from step' in done.stderr
@@ -89,8 +89,8 @@ def test_sigterm_saves_and_goes_on_the_same(tmp_path):
     assert process.returncode == 75, stderr
     (step,) = checkpoints(workdir)
     assert f'saved at step {step}' in stderr and 0 < step < 60
-    said = check_equal_to_uninterrupted('ddpm_digits', workdir, tmp_path, save_every=1000)
-    assert f'going on from step {step} of 60' in said
+    stderr = check_equal_to_uninterrupted('ddpm_digits', workdir, tmp_path, save_every=1000)
+    assert f'going on from step {step} of 60' in stderr
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -322,7 +322,7 @@ TINY = f'--config={path("ddpm_digits")}'
 
 
 @pytest.mark.parametrize(
-    'args, says',
+    'args, message',
     [
         ([TINY, '--config.optim.lrate=1'], 'did you mean lr'),
         ([TINY, '--config.modle.channels=1'], 'did you mean model'),
@@ -365,11 +365,11 @@ TINY = f'--config={path("ddpm_digits")}'
         (['--mode=evaluate', '--workdir=/nonexistent'], 'no run in /nonexistent'),
     ],
 )
-def test_mistakes(args, says, capfd, tmp_path, monkeypatch, no_compile):
+def test_mistakes(args, message, capfd, tmp_path, monkeypatch, no_compile):
     monkeypatch.chdir(ROOT)
     if not any(a.startswith(('--workdir', '--mode')) for a in args):
         args = [*args, f'--workdir={tmp_path}/run']
-    assert says in mistake(capfd, *args)
+    assert message in mistake(capfd, *args)
 
 
 def test_a_real_process_exits_with_2_and_one_line(tmp_path):
@@ -384,7 +384,7 @@ def test_batch_must_divide_by_devices(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text, says',
+    'text, message',
     [
         ('def get_config(variant=""):\n    return 1 / 0\n', 'ZeroDivisionError'),
         ('import nonexistent_module\n', 'nonexistent_module'),
@@ -398,14 +398,14 @@ def test_batch_must_divide_by_devices(tmp_path):
         ('from jaxgen.config import make\ndef get_config(v=""):\n    return make(v, data={})\n', 'family'),
     ],
 )
-def test_broken_config_files(text, says, capfd, tmp_path, no_compile):
+def test_broken_config_files(text, message, capfd, tmp_path, no_compile):
     file = tmp_path / 'broken.py'
     file.write_text(text)
-    assert says in mistake(capfd, f'--config={file}', f'--workdir={tmp_path}/run')
+    assert message in mistake(capfd, f'--config={file}', f'--workdir={tmp_path}/run')
 
 
-def picture_folder(tmp_path, n: int = 40):
-    folder = tmp_path / 'pictures'
+def image_folder(tmp_path, n: int = 40):
+    folder = tmp_path / 'images'
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(n):
@@ -419,9 +419,9 @@ def test_folders_that_cannot_be_used(capfd, tmp_path, no_compile):
     empty.mkdir()
     assert str(empty) in mistake(capfd, *base, f'--config.data.source=folder:{empty}')
     assert 'nowhere' in mistake(capfd, *base, f'--config.data.source=folder:{tmp_path}/nowhere')
-    (empty / 'notes.txt').write_text('no picture')
+    (empty / 'notes.txt').write_text('no image')
     assert str(empty) in mistake(capfd, *base, f'--config.data.source=folder:{empty}')
-    folder = picture_folder(tmp_path)
+    folder = image_folder(tmp_path)
     for i in range(5):
         file = folder / f'bad{i}.jpg'
         Image.new('RGB', (64, 64)).save(file)
@@ -431,8 +431,8 @@ def test_folders_that_cannot_be_used(capfd, tmp_path, no_compile):
 
 
 def test_folder_of_all_kinds_trains(capfd, tmp_path):
-    """Every mode and size that a person's folder may hold, and one torn file within the share."""
-    folder = picture_folder(tmp_path)
+    """Every mode and size that a person's folder may hold, and one torn file, fewer than config.data.max_corrupt."""
+    folder = image_folder(tmp_path)
     for mode in ('L', 'LA', 'P', 'RGBA', '1'):
         Image.new(mode, (9, 30)).save(folder / f'mode_{mode}.png')
     Image.new('CMYK', (20, 20), (10, 20, 30, 40)).save(folder / 'cmyk.jpg')
@@ -454,7 +454,7 @@ def test_resume_with_another_config_names_the_field(copy, capfd):
     assert 'model.latent' in mistake(capfd, *base, '--config.model.latent=7')
     assert 'optim.lr' in mistake(capfd, *base, '--config.optim.lr=0.5')
     assert 'data.batch' in mistake(capfd, *base, '--config.data.batch=16')
-    # What says how far, how often and how to measure may change.
+    # Fields of the number of updates, of intervals and of measuring may change.
     more = ['--config.train.steps=5', '--config.train.log_every=5', '--config.model.iwae_samples=2']
     assert run_main(['jaxgen', *base, *more]) == 0
     assert checkpoints(copy)[-1] == 5
@@ -540,13 +540,13 @@ def test_hosts_stop_together(tmp_path):
     assert f'saved at step {step};' in stderr and int(saved_state(tmp_path).step) == step
 
 
-def test_an_average_of_mostly_initial_weights_is_said(tmp_path, capfd):
-    """0.9999 after 4 updates is 99.96 % initial; under warm-up and with no average nothing is said."""
+def test_an_average_of_mostly_initial_weights_is_announced(tmp_path, capfd):
+    """0.9999 after 4 updates is 99.96 % initial; under warm-up and with no average there is no line."""
     workdir = str(tmp_path / 'run')
     common = (f'--config={path("autoencoder_digits")}', f'--workdir={workdir}')
     assert run_main(['jaxgen', *common, '--config.optim.ema=0.9999', '--config.optim.ema_warmup=False']) == 0
     line = 'WARNING: after 4 updates 100 % of the averaged weights (config.optim.ema)'
-    assert line in (said := capfd.readouterr().err) and 'ema_warmup' in said
+    assert line in (stderr := capfd.readouterr().err) and 'ema_warmup' in stderr
     loaded = run.load(workdir)
     assert line in capfd.readouterr().err
     run.load(workdir, weights='params')
@@ -558,7 +558,7 @@ def test_an_average_of_mostly_initial_weights_is_said(tmp_path, capfd):
 
 
 def test_lost_host_is_named(tmp_path):
-    """SIGKILL to one of two; then to the one that runs the service, which the other notices by another way."""
+    """SIGKILL to one of two; then to the one that runs the service, which the other notices by other means."""
     for lost in (1, 0):
         workdir = tmp_path / str(lost)
         hosts = two_hosts(*long_run('vae_digits', workdir, steps=1_000_000, save_every=5))
@@ -567,8 +567,8 @@ def test_lost_host_is_named(tmp_path):
         hosts[lost].communicate()
         _, stderr = hosts[1 - lost].communicate(timeout=60)
         assert hosts[1 - lost].returncode == 1, stderr
-        (said,) = (line for line in stderr.splitlines() if 'jaxgen: stopped' in line)
-        assert f'host {lost} (' in said and 'the same command' in said and 'Traceback' not in stderr, stderr
+        (message,) = (line for line in stderr.splitlines() if 'jaxgen: stopped' in line)
+        assert f'host {lost} (' in message and 'the same command' in message and 'Traceback' not in stderr, stderr
 
 
 def test_two_reasons_to_leave_are_one_line():
@@ -583,7 +583,7 @@ def test_two_reasons_to_leave_are_one_line():
 
 
 def test_hosts_that_never_join(tmp_path):
-    """A host that is lost before it joined: the others say so, and nothing of what JAX says at their end."""
+    """A host that is lost before it joined: the others end with one line, without JAX's own messages."""
     code = (
         'import functools, sys, jax\nfrom jaxgen import hosts, main\ninitialize = jax.distributed.initialize\n'
         'def soon(heartbeat_timeout_seconds=60, **given): initialize(**given, initialization_timeout=2)\n'
@@ -639,17 +639,17 @@ def small_run(workdir) -> None:
 
 
 def restored(workdir, keep: int = 0, save: int = 0) -> int:
-    """The step that a small run goes on from, its numbers looked at; saves another step after it if asked."""
+    """The step that a small run goes on from, its numbers looked at; saves another step after it on request."""
     from jaxgen.checkpoint import Checkpoints
 
     state, mesh = small_state(2)
     checkpoints = Checkpoints(workdir, keep=keep)
-    found, _ = checkpoints.restore(jax.eval_shape(lambda: state), mesh)
-    assert_same(jax.device_get(small_state(int(found.step))[0]), jax.device_get(found))
+    newest, _ = checkpoints.restore(jax.eval_shape(lambda: state), mesh)
+    assert_same(jax.device_get(small_state(int(newest.step))[0]), jax.device_get(newest))
     if save:
         checkpoints.save(small_state(save)[0], {})
     checkpoints.close()
-    return int(found.step)
+    return int(newest.step)
 
 
 @pytest.mark.parametrize('name', [*NAMES, '\udcff', 'run[1]/inner', 'plain/'])
@@ -660,7 +660,7 @@ def test_what_was_saved_is_there_under_any_path(name, tmp_path):
     assert sorted(os.listdir(f'{tmp_path}/{name}/digests')) == ['2.json', '4.json']
 
 
-def test_what_is_said_of_a_state_is_what_it_was_when_it_was_saved():
+def test_a_saved_meter_is_not_changed_by_later_updates():
     """Saving goes on beside the next updates, which add to the meter."""
     from jaxgen.log import Meter
 
@@ -720,8 +720,8 @@ def test_a_checkpoint_that_goes_while_it_is_read(part, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, 'read', beside)
     state, mesh = small_state(2)
-    found, about = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), mesh)
-    assert int(found.step) == about['step'] == 6
+    newest, about = Checkpoints(tmp_path).restore(jax.eval_shape(lambda: state), mesh)
+    assert int(newest.step) == about['step'] == 6
 
 
 def test_a_save_that_cannot_be_read_back_is_a_fault(tmp_path, monkeypatch):
