@@ -186,22 +186,9 @@ def folder_source(data, here: str) -> Source:
             raise UserError(f'{scan().folder} has no labels: put every image into a sub-folder named after its class')
         if 'label' in data['features'] and 0 < data['classes'] < n:
             raise UserError(f'config.data.classes = {data["classes"]}, but {scan().folder} has {n} sub-folders')
-        key = folder.key(scan(), data['test_fraction'], data['max_pixels'])
-        report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
-        return builders.FolderConfig(
-            name=key,
-            listing=scan(),
-            test_fraction=data['test_fraction'],
-            max_corrupt=data['max_corrupt'],
-            threads=data['threads'],
-            max_pixels=data['max_pixels'],
-            report=report,
-        )
+        return folder_config(data, here, scan())
 
-    def check() -> None:
-        folder.check(scan(), data['max_corrupt'], config().report)
-
-    return Source(data['source'], features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check)
+    return from_folder(data['source'], features, config, here)
 
 
 def pairs_source(data, here: str) -> Source:
@@ -216,28 +203,35 @@ def pairs_source(data, here: str) -> Source:
     @functools.cache
     def config() -> builders.FolderConfig:
         listing = folder.scan(data['source'].partition(':')[2], links=True)
-        parts = folder.paired(listing, required)
-        key = folder.key(listing, data['test_fraction'], data['max_pixels'], parts)
-        report = os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt')
-        return builders.FolderConfig(
-            name=key,
-            listing=listing,
-            test_fraction=data['test_fraction'],
-            max_corrupt=data['max_corrupt'],
-            threads=data['threads'],
-            max_pixels=data['max_pixels'],
-            report=report,
-            parts=parts,
-        )
-
-    def check() -> None:
-        folder.check(config().listing, data['max_corrupt'], config().report)
+        return folder_config(data, here, listing, folder.paired(listing, required))
 
     # What the config names is taken to exist: it may be on another machine.
     features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in required}
-    return Source(
-        data['source'], lambda: features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check
+    return from_folder(data['source'], lambda: features, config, here)
+
+
+def folder_config(data, here: str, listing: folder.Listing, parts: tuple[str, ...] = ()) -> builders.FolderConfig:
+    """The config of the builder that prepares a listed folder in `here`, under a name that changes with its files."""
+    key = folder.key(listing, data['test_fraction'], data['max_pixels'], parts)
+    return builders.FolderConfig(
+        name=key,
+        listing=listing,
+        test_fraction=data['test_fraction'],
+        max_corrupt=data['max_corrupt'],
+        threads=data['threads'],
+        max_pixels=data['max_pixels'],
+        report=os.path.join(here, builders.JaxgenFolder.name, key, 'unreadable.txt'),
+        parts=parts,
     )
+
+
+def from_folder(name: str, features: Callable, config: Callable[[], builders.FolderConfig], here: str) -> Source:
+    """The source of a folder whose config, which reads the folder, is made only when the set is prepared."""
+
+    def check() -> None:
+        folder.check(config().listing, config().max_corrupt, config().report)
+
+    return Source(name, features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check)
 
 
 def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
