@@ -1,8 +1,8 @@
 """Configs: what a config file may say, and one plain line for whatever is wrong with it.
 
 A config file has `get_config(variant='')` and returns `make(variant, ...)`. The sections that
-all families share are listed in `DEFAULTS`, each field with its default; `config.model` holds
-the keyword arguments of the family's `build`. So the config that a run saves is complete, every
+all families share are in sections.py, each field with its default and what it may be; `config.model`
+holds the keyword arguments of the family's `build`. So the config that a run saves is complete, every
 field can be set on the command line (`--config.optim.lr=1e-3`), and a misspelt field is an
 error that names the near misses.
 """
@@ -25,101 +25,14 @@ from ml_collections import ConfigDict
 from jaxgen import options
 from jaxgen.errors import UserError
 from jaxgen.files import absolute
-from jaxgen.options import check_choice, check_range, coerce, near, shown
+from jaxgen.options import near, shown
+from jaxgen.sections import Config
 
 # Schedules that end at the last update: there a run's length is part of what its updates compute.
 ENDING = ('linear', 'cosine', 'half_linear')
 
-DEFAULTS: dict[str, Any] = {
-    'family': '',  # module in jaxgen/families
-    'seed': 0,  # of weights, data order and noise
-    'model': {},  # keyword arguments of the family's build
-    'stages': {},  # {name: run directory} of earlier stages
-    'data': {
-        'source': 'digits',  # digits | shapes | gaussians:1 | folder:PATH | pairs:PATH | a TFDS name; see data/
-        'other': '',  # a second source, whose pictures come unpaired as the feature 'other'
-        'size': 8,  # pixels, height = width
-        'channels': 1,  # 1 or 3
-        'features': ('image',),  # what a batch holds, e.g. ('image', 'label'), ('image', 'edges')
-        'classes': 0,  # number of classes where the source cannot say (a folder, a TFDS set)
-        'batch': 128,  # examples of one update, over all devices
-        'keep_classes': (),  # classes that training is restricted to; the test split keeps all, for finding the others
-        'box': (),  # (top, left, height, width) cut out before anything else
-        'crop': 'center',  # center | random: the square that is resized to size x size | resized: see crop_area
-        'crop_area': (0.08, 1.0),  # of the image, and
-        'crop_aspect': (0.75, 4 / 3),  # width / height, of random rectangles that are resized to size x size
-        'crop_rate': 1.0,  # fraction of the training images with a random crop; the others have the central square
-        'jitter': 0,  # pixels by which training images are enlarged before size x size are cut out anywhere
-        'pad': 0,  # pixels that training images are padded with before size x size are cut out anywhere
-        'shift': 0.0,  # fraction of the side by which training images are moved up or down, left or right, at most
-        'fill': 'reflect',  # reflect | edge: what pad and shift show beyond the border
-        'flip': False,  # mirror half of the training images left to right
-        'low_resolution': 0,  # side in pixels of the feature 'low_resolution', means of squares of the image
-        'dir': '',  # where prepared sets lie; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
-        'test_fraction': 0.2,  # fraction of a source without a test split that is held out
-        'max_corrupt': 0.01,  # fraction of unreadable files of a folder that is put up with
-        'max_pixels': 2**26,  # of one image; larger ones are unreadable, or end the run where a data set has them
-        'threads': 4,  # of the loader
-        'cache_mb': 512,  # sets that decode to less are decoded once and kept in memory
-    },
-    'optim': {
-        'name': 'adam',  # adam | adamax | adamw | radam | rmsprop | sgd
-        'lr': 2e-4,
-        'schedule': 'constant',  # constant | linear | cosine | half_linear | step | exponential | rsqrt; see optim.py
-        'warmup': 0,  # updates of linear rise
-        'plateau': 0.0,  # linear, cosine: fraction of the updates after warm-up before the fall
-        'floor': 0.0,  # linear, cosine, exponential, rsqrt: fraction of lr that is left
-        'boundaries': (),  # step: updates at which lr is multiplied by decay_rate
-        'decay_rate': 1.0,  # step, and exponential: in decay_every updates
-        'decay_every': 1,  # exponential; rsqrt: updates before the fall
-        'b1': 0.9,
-        'b2': 0.999,
-        'eps': 1e-8,
-        'weight_decay': 0.0,  # adamw
-        'weight_decay_schedule': 'constant',  # constant | cosine, to weight_decay_end at the last update
-        'weight_decay_end': 0.0,
-        'no_decay': (),  # weights that weight_decay and l2 leave out: ('bias', 'scale'), patterns for words of a path
-        'l2': 0.0,  # l2 * weights is added to the clipped gradient; torch's Adam calls it weight_decay
-        'clip': 0.0,  # global gradient norm, 0: off
-        'normalise': False,  # each array's gradient is divided by its norm
-        'accumulate': 1,  # parts of a batch, one gradient
-        'ema': 0.9999,  # decay of the weights' moving average
-        'ema_warmup': False,  # min(ema, (1 + n) / (10 + n)) at update n
-        'ema_halflife': 0.0,  # of the moving average in images, in place of ema; 0: ema
-        'ema_rampup': 0.0,  # and at most this fraction of the images so far; 0: no ramp-up
-        'ema_std': (),  # widths of two more averages, (0.05, 0.1), for --weights=STD; with train.keep_every
-        'networks': {},  # {network: fields above that differ for it}
-    },
-    'train': {
-        'steps': 1000,  # updates
-        'updates_per_call': 1,  # updates in one XLA program; every interval is a multiple of it
-        'dtype': 'float32',  # of computation: float32 | bfloat16
-        'remat': False,  # trade time for memory
-        'log_every': 50,
-        'save_every': 500,
-        'keep': 2,  # newest checkpoints kept
-        'keep_every': 0,  # and every checkpoint at a multiple of this, 0: none
-        'sample_every': 500,  # 0: only at the end
-        'samples': 64,  # pictures of a grid
-        'evaluate_every': 0,  # 0: never; figures of config.evaluate into the logs
-        'evaluate_samples': 2000,  # drawn for them
-    },
-    'mesh': {
-        'fsdp': 1,  # devices that share one copy of the weights
-    },
-    'sample': {
-        'batch': 256,  # samples drawn at once
-    },
-    'evaluate': {
-        'batch': 256,  # examples measured at once
-        'examples': 0,  # of the test split, for the family's own figures; 0: all
-        'samples': 50_000,  # drawn, for the figures of sets of pictures
-        'features': 'none',  # the network that those are measured with: inception | run:PATH | none
-        'inception': '',  # file with the weights of the former
-        'split': 'train',  # what samples are held against: train, as in most papers, or test
-    },
-}
-
+# {section: {field: default}}, of the sections that all families share.
+DEFAULTS = options.complete(Config, {}, '')
 # What every config's variant `tiny` begins with: a run of seconds, for tests. The variant's own fields come on top.
 TINY: dict[str, Any] = {
     'data': {'size': 8, 'batch': 8},
@@ -138,67 +51,6 @@ TINY: dict[str, Any] = {
     'evaluate': {'batch': 8, 'examples': 8, 'features': 'none'},
 }
 
-# Values of these fields are names; anything else is refused here, not deep in a compile.
-CHOICES = {
-    'data.channels': (1, 3),
-    'data.crop': ('center', 'random', 'resized'),
-    'data.fill': ('reflect', 'edge'),
-    'optim.name': ('adam', 'adamax', 'adamw', 'radam', 'rmsprop', 'sgd'),
-    'optim.schedule': ('constant', 'linear', 'cosine', 'half_linear', 'step', 'exponential', 'rsqrt'),
-    'optim.weight_decay_schedule': ('constant', 'cosine'),
-    'train.dtype': ('float32', 'bfloat16'),
-    'evaluate.split': ('train', 'test'),
-}
-# Intervals in which numbers lie, with [ ] where an end belongs to them and ( ) where it does not. Those of `optim` hold
-# for `optim.networks.NAME` too. NaN and infinity lie in none, nor in any other field.
-RANGES = {
-    'seed': '[0, 2147483647]',
-    'data.size': '[1, 65536]',
-    'data.classes': '[0, inf)',
-    'data.batch': '[1, inf)',
-    'data.crop_rate': '(0, 1]',
-    'data.jitter': '[0, inf)',
-    'data.pad': '[0, inf)',
-    'data.shift': '[0, 0.5)',
-    'data.low_resolution': '[0, inf)',
-    'data.test_fraction': '(0, 1)',
-    'data.max_corrupt': '[0, 1]',
-    'data.threads': '[1, 1024]',
-    'data.max_pixels': '[1, inf)',
-    'data.cache_mb': '[0, inf)',
-    'optim.lr': '(0, inf)',
-    'optim.warmup': '[0, inf)',
-    'optim.plateau': '[0, 1)',
-    'optim.floor': '[0, 1]',
-    'optim.decay_rate': '(0, 1]',
-    'optim.decay_every': '[1, inf)',
-    'optim.b1': '[0, 1)',
-    'optim.b2': '[0, 1)',
-    'optim.eps': '[0, inf)',
-    'optim.weight_decay': '[0, inf)',
-    'optim.weight_decay_end': '[0, inf)',
-    'optim.l2': '[0, inf)',
-    'optim.clip': '[0, inf)',
-    'optim.accumulate': '[1, inf)',
-    'optim.ema': '[0, 1)',
-    'optim.ema_halflife': '[0, inf)',
-    'optim.ema_rampup': '[0, inf)',
-    'train.steps': '[1, inf)',
-    'train.updates_per_call': '[1, inf)',
-    'train.log_every': '[1, inf)',
-    'train.save_every': '[1, inf)',
-    'train.keep': '[1, inf)',
-    'train.keep_every': '[0, inf)',
-    'train.sample_every': '[0, inf)',
-    'train.samples': '[1, inf)',
-    'train.evaluate_every': '[0, inf)',
-    'train.evaluate_samples': '[1, inf)',
-    'mesh.fsdp': '[1, inf)',
-    'sample.batch': '[1, inf)',
-    'evaluate.batch': '[1, inf)',
-    'evaluate.examples': '[0, inf)',
-    'evaluate.samples': '[1, inf)',
-}
 MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
@@ -218,7 +70,6 @@ PATHS = {
     'evaluate.features': ('run:',),
     'evaluate.inception': ('',),
 }
-NAME = re.compile(r'[A-Za-z_]\w*')  # of a stage
 # Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for
 # config.model: {'game': 'adversarial', 'width': 'network.width'}. What no table can say, its function
 # `former(model) -> model` does, of the section as it was saved.
@@ -249,43 +100,6 @@ def builder(family: str) -> Callable:
     return module(family).build
 
 
-def merge(path: str, defaults: dict, given: dict) -> dict:
-    """Defaults with the given values put in, each of them known and of the right type."""
-    merged = dict(defaults)
-    for key, value in given.items():
-        where = f'{path}.{key}' if path else key
-        if not isinstance(key, str) or key not in defaults:
-            known = near(key, defaults) if defaults else '; this section has none'
-            raise UserError(f'config.{" ".join(where.split())[:200]}: no such field{known}')
-        default = defaults[key]
-        if where in ('stages', 'optim.networks') and not isinstance(value, dict):
-            raise UserError(f'config.{where} is a section: write config.{where}.NAME = ...; it is {shown(value)}')
-        if where in ('stages', 'optim.networks'):
-            for name in value:
-                if not (isinstance(name, str) and NAME.fullmatch(name)):
-                    raise UserError(f'config.{where}: a name is made of letters, digits and _; it is {shown(name)}')
-        if where == 'stages':
-            merged[key] = {name: coerce(f'{where}.{name}', run, '') for name, run in value.items()}
-            for name, run in merged[key].items():
-                if not run:
-                    raise UserError(f'config.stages.{name} must be the directory of a run; it is empty')
-        elif where == 'optim.networks':
-            shared = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'ema_halflife', 'ema_rampup', 'networks')
-            own = {k: v for k, v in DEFAULTS['optim'].items() if k not in shared}
-            for name, fields in value.items():
-                if not isinstance(fields, dict):
-                    raise UserError(f'config.{where}.{name} is a section with fields: {", ".join(own)}')
-            checked = {name: merge(f'{where}.{name}', own, fields) for name, fields in value.items()}
-            merged[key] = {name: {k: checked[name][k] for k in fields} for name, fields in value.items()}
-        elif isinstance(default, dict):
-            if not isinstance(value, dict):
-                raise UserError(f'config.{where} is a section with fields: {", ".join(default)}')
-            merged[key] = merge(where, default, value)
-        else:
-            merged[key] = coerce(where, value, default)
-    return merged
-
-
 def deep_update(base: dict, over: dict) -> dict:
     """Base with `over` put in, dicts merged level by level."""
     out = dict(base)
@@ -312,7 +126,7 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
     Args:
       variant: what followed the colon in `--config=FILE:VARIANT`; several are joined by commas.
       variants: {name: sections} put over the others when the variant is named; under those of 'tiny' lies TINY.
-      **sections: as DEFAULTS.
+      **sections: those of sections.Config.
 
     Raises:
       UserError: an unknown field, a wrong type, a value out of range.
@@ -340,7 +154,7 @@ def complete(sections: dict) -> ConfigDict:
     if not isinstance(model, dict):
         raise UserError(f'config.model is a section with fields: {", ".join(options.fields(build))}')
     refuse_former_names(sections, family)
-    resolved = merge('', DEFAULTS, {k: v for k, v in sections.items() if k != 'model'})
+    resolved = options.complete(Config, {**sections, 'model': {}}, '')
     resolved['model'] = options.complete(build, model, 'model')
     check(resolved)
     return ConfigDict(with_absolute_paths(resolved))
@@ -496,20 +310,8 @@ def nested(path: str, value) -> dict:
     return value
 
 
-def check_fields(resolved: dict) -> None:
-    """Raises UserError for a value that is not among the CHOICES of its field, or not in its RANGES."""
-    for table, check_one in ((CHOICES, check_choice), (RANGES, check_range)):
-        for field, allowed in table.items():
-            check_one(field, get(resolved, field), allowed)
-            section, _, last = field.partition('.')
-            for name, own in resolved['optim']['networks'].items() if section == 'optim' else ():
-                if last in own:
-                    check_one(f'optim.networks.{name}.{last}', own[last], allowed)
-
-
 def check(resolved: dict) -> None:
     """Raises UserError for values that cannot work whatever the family."""
-    check_fields(resolved)
     train, data, optim = resolved['train'], resolved['data'], resolved['optim']
     for where, fields in [
         ('optim', optim),
@@ -527,58 +329,35 @@ def check(resolved: dict) -> None:
         raise UserError(
             f'config.data.batch = {data["batch"]} must be a multiple of config.optim.accumulate = {optim["accumulate"]}'
         )
-    if 'image' not in data['features']:
-        raise UserError("config.data.features must hold 'image'")
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")
     if data['size'] % (data['low_resolution'] or 1):
         raise UserError(
             f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}'
         )
-    if not all(type(std) in (int, float) and 0 < std < 0.288 for std in optim['ema_std']):
-        raise UserError(
-            f'config.optim.ema_std: widths must be more than 0 and less than 0.288; they are {optim["ema_std"]}'
-        )
     for field, prefixes in PATHS.items():
         if (value := get(resolved, field)) and value in prefixes:
             raise UserError(f'config.{field} = {value!r} must name a directory, {value}PATH')
-    features = resolved['evaluate']['features']
-    if features not in ('none', 'inception') and not features.startswith('run:'):
-        raise UserError(f"config.evaluate.features must be 'inception', 'run:PATH' or 'none'; it is {features!r}")
-    if train['evaluate_every'] and features == 'none':
+    if train['evaluate_every'] and resolved['evaluate']['features'] == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
-    box = data['box']
-    if box and not (len(box) == 4 and all(type(x) is int for x in box) and min(box) >= 0 and min(box[2:]) >= 1):
-        raise UserError(f'config.data.box must be (top, left, height, width) in pixels; it is {shown(box)}')
-    if not all(type(label) is int and label >= 0 for label in data['keep_classes']):
-        raise UserError(f'config.data.keep_classes must be numbers of classes; it is {shown(data["keep_classes"])}')
 
 
 def check_recipe(where: str, fields: dict) -> None:
     """Raises UserError for fields of an optimiser that cannot work, or that the others leave without an effect."""
 
-    def refuse(field: str, wanted: str) -> None:
-        raise UserError(f'config.{where}.{field} {wanted}; it is {fields[field]!r}')
-
-    if not all(type(b) is int and b > 0 for b in fields['boundaries']):
-        refuse('boundaries', 'must be numbers of updates, (60_000, 80_000)')
     if fields['schedule'] == 'step' and not fields['boundaries']:
-        refuse('boundaries', "must name an update where config.optim.schedule is 'step'")
-    if not all(isinstance(pattern, str) for pattern in fields['no_decay']):
-        refuse('no_decay', "must be patterns, ('bias', 'scale')")
+        raise UserError(
+            f"config.{where}.boundaries must name an update where config.optim.schedule is 'step'; it is ()"
+        )
     if fields['weight_decay'] and fields['name'] != 'adamw':
-        refuse('weight_decay', f'is read by adamw and not by {fields["name"]}, whose penalty is l2')
+        raise UserError(
+            f'config.{where}.weight_decay is read by adamw and not by {fields["name"]}, whose penalty is l2; it is '
+            f'{fields["weight_decay"]}'
+        )
 
 
 def check_augmentation(data: dict) -> None:
     """Raises UserError for augmentation that cannot work."""
-    for field, most in (('crop_area', 1.0), ('crop_aspect', float('inf'))):
-        values = data[field]
-        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
-            raise UserError(
-                f'config.data.{field} must be (least, most), above 0'
-                f'{" and at most 1" if most == 1 else ""}; it is {values!r}'
-            )
     if not data['pad'] < data['size']:
         raise UserError(f'config.data.pad must be from 0 to below config.data.size; it is {data["pad"]}')
     if data['crop'] == 'resized' and data['jitter']:

@@ -136,6 +136,33 @@ class Fields:
     function: Callable
 
 
+@dataclasses.dataclass(frozen=True)
+class PartialFields:
+    """A section of sections by names of a person's choice, each with those of the fields of `function` that differ.
+
+    Attributes:
+      omit: fields that it has not.
+    """
+
+    function: Callable
+    omit: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, Field]:
+        """{name: field} that each section may have."""
+        return {k: f for k, f in fields(self.function).items() if k not in self.omit}
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedTexts:
+    """A section of texts by names of a person's choice, none of them empty.
+
+    Attributes:
+      meaning: of each text, 'the directory of a run'.
+    """
+
+    meaning: str
+
+
 class Field(NamedTuple):
     """One option of a section."""
 
@@ -144,7 +171,7 @@ class Field(NamedTuple):
     default: Any
     constraints: tuple = ()
     meaning: str = ''
-    section: Component | Named | Fields | None = None
+    section: Component | Named | Fields | PartialFields | NamedTexts | None = None
 
 
 @functools.cache
@@ -158,8 +185,7 @@ def fields(target: Callable | None) -> dict[str, Field]:
     bound = target.keywords if isinstance(target, functools.partial) else {}
     function = inspect.unwrap(target.func if isinstance(target, functools.partial) else target)
     if dataclasses.is_dataclass(function):
-        defaults = {f.name: f.default for f in dataclasses.fields(function) if f.name not in ('parent', 'name')}
-        defaults = {k: v for k, v in defaults.items() if v is not dataclasses.MISSING}
+        defaults = dataclass_defaults(function)
         hints = {k: v for c in reversed(function.__mro__) for k, v in inspect.get_annotations(c).items()}
     else:
         parameters = inspect.signature(function).parameters.values()
@@ -173,10 +199,23 @@ def fields(target: Callable | None) -> dict[str, Field]:
         hint = evaluated(hint, function) if isinstance(hint, str) else hint
         kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         notes = [Range(note) if isinstance(note, str) else note for note in notes]
-        section = next((n for n in notes if isinstance(n, Component | Named | Fields)), None)
+        section = next(
+            (n for n in notes if isinstance(n, Component | Named | Fields | PartialFields | NamedTexts)), None
+        )
         rules = tuple(n for n in notes if n is not section)
         out[name] = Field(name, kind, default, rules, meanings.get(name, ''), section)
     return out
+
+
+def dataclass_defaults(function) -> dict[str, Any]:
+    """{attribute: default} of those that have one; `parent` and `name` of a network are flax's own."""
+    attributes = {f.name: f for f in dataclasses.fields(function)}
+    if 'parent' in attributes:
+        attributes = {k: f for k, f in attributes.items() if k not in ('parent', 'name')}
+    defaults = {
+        k: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for k, f in attributes.items()
+    }
+    return {k: v for k, v in defaults.items() if v is not dataclasses.MISSING}
 
 
 def evaluated(hint: str, function) -> Any:
@@ -228,11 +267,33 @@ def complete(target: Callable | None, given: dict, path: str) -> dict[str, Any]:
 
 def completed(known: dict[str, Field], given: dict, path: str) -> dict[str, Any]:
     """`complete`, of these fields."""
+    check_known(known, given, path)
+    return {name: value_of(field, given.get(name, field.default), join(path, name)) for name, field in known.items()}
+
+
+def join(path: str, name: str) -> str:
+    """'section.name', or the name alone at the root of the config, whose path is ''."""
+    return f'{path}.{name}' if path else name
+
+
+def check_known(known: dict[str, Field], given: dict, path: str) -> None:
+    """Raises UserError where a given field is none of these."""
     for key in given:
         if not isinstance(key, str) or key not in known:
             hint = near(key, known) if known else '; this section has none'
-            raise UserError(f'config.{" ".join(f"{path}.{key}".split())[:200]}: no such field{hint}')
-    return {name: value_of(field, given.get(name, field.default), f'{path}.{name}') for name, field in known.items()}
+            raise UserError(f'config.{" ".join(join(path, str(key)).split())[:200]}: no such field{hint}')
+
+
+NAME = re.compile(r'[A-Za-z_]\w*')
+
+
+def check_names(value, path: str) -> None:
+    """Raises UserError where a value is no section by names of a person's choice."""
+    if not isinstance(value, dict):
+        raise UserError(f'config.{path} is a section: write config.{path}.NAME = ...; it is {shown(value)}')
+    for name in value:
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise UserError(f'config.{path}: a name is made of letters, digits and _; it is {shown(name)}')
 
 
 def value_of(field: Field, value, path: str):
@@ -241,12 +302,17 @@ def value_of(field: Field, value, path: str):
     if isinstance(section, Component):
         return component_section(section, field.default, value, path)
     if isinstance(section, Named):
-        if not isinstance(value, dict):
-            raise UserError(f'config.{path} is a section: write config.{path}.NAME = ...; it is {shown(value)}')
+        check_names(value, path)
         return {
             name: component_section(section.component, section.usual.get(name, ''), own, f'{path}.{name}')
             for name, own in value.items()
         }
+    if isinstance(section, PartialFields):
+        check_names(value, path)
+        return {name: partial_section(section, own, f'{path}.{name}') for name, own in value.items()}
+    if isinstance(section, NamedTexts):
+        check_names(value, path)
+        return {name: named_text(section, text, f'{path}.{name}') for name, text in value.items()}
     if isinstance(section, Fields):
         return complete(section.function, as_section(value, '', path, fields(section.function)), path)
     if isinstance(field.default, dict):  # a table of defaults
@@ -257,6 +323,22 @@ def value_of(field: Field, value, path: str):
         for rule in field.constraints:
             rule.check(path, value)
     return value
+
+
+def partial_section(section: PartialFields, value, path: str) -> dict[str, Any]:
+    """The checked values of the fields that are given, and no others."""
+    known = section.fields()
+    given = as_section(value, '', path, known)
+    check_known(known, given, path)
+    return {name: value_of(known[name], own, f'{path}.{name}') for name, own in given.items()}
+
+
+def named_text(section: NamedTexts, value, path: str) -> str:
+    """The checked text."""
+    text = coerce(path, value, '')
+    if not text:
+        raise UserError(f'config.{path} must be {section.meaning}; it is empty')
+    return text
 
 
 def as_section(value, key: str, path: str, known) -> dict:
@@ -320,7 +402,7 @@ def updated_component(component: Component, default: Section, before, over):
         return over
     old = base.get(key, usual.get(key))
     new = more.get(key, old)
-    if new not in component.table or old not in component.table:
+    if not all(isinstance(name, str) and name in component.table for name in (old, new)):
         return {**base, **more}
     known = component.fields(new)
     if new != old:
@@ -360,13 +442,22 @@ def described(known: dict[str, Field], values: dict, path: str) -> list[Describe
     """`describe`, of these fields."""
     out = []
     for name, field in known.items():
-        where, section, value = f'{path}.{name}', field.section, values[name]
+        where, section, value = join(path, name), field.section, values[name]
         if isinstance(section, Component):
             out += described_component(section, field.default, value, where, field.meaning)
         elif isinstance(section, Named):
             out.append(Described(where, 'sections', '{}', f'NAME: {", ".join(section.component.table)}', field.meaning))
             for key, own in value.items():
-                out += described_component(section.component, section.usual.get(key, ''), own, f'{where}.{key}', '')
+                out += described_component(
+                    section.component, section.usual.get(key, ''), own, f'{where}.{key}', field.meaning
+                )
+        elif isinstance(section, PartialFields):
+            out.append(Described(where, 'sections', '{}', f'NAME: fields {", ".join(section.fields())}', field.meaning))
+            for key, own in value.items():
+                out += described({k: f for k, f in section.fields().items() if k in own}, own, f'{where}.{key}')
+        elif isinstance(section, NamedTexts):
+            out.append(Described(where, 'texts', '{}', f'NAME: {section.meaning}', field.meaning))
+            out += [Described(f'{where}.{key}', 'str', '', '', section.meaning) for key in value]
         elif isinstance(section, Fields):
             out += describe(section.function, value, where)
         elif isinstance(field.default, dict):

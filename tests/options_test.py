@@ -3,6 +3,7 @@
 # ruff: noqa: B006
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Annotated
@@ -12,7 +13,7 @@ import pytest
 
 from jaxgen import options
 from jaxgen.errors import UserError
-from jaxgen.options import Component, Fields, Named, OneOf, Rule, Section
+from jaxgen.options import Component, Fields, Named, NamedTexts, OneOf, PartialFields, Rule, Section
 
 
 def steps(x, *, steps: Annotated[int, '[0, inf)'] = 0, clip: bool = True):
@@ -64,6 +65,8 @@ def build(
     sampler: Annotated[Section, Component(SAMPLERS, steps)] = {'name': 'ddim', 'steps': 7},
     conditions: Annotated[Section, Named(Component(SAMPLERS, key='kind'), {'label': 'ddim'})] = {},
     inner: Annotated[Section, Fields(steps)] = {},
+    some: Annotated[dict, PartialFields(steps, omit=('clip',))] = {},
+    runs: Annotated[dict, NamedTexts('a directory')] = {},
 ):
     """Args:
     norm: of the layers.
@@ -85,6 +88,8 @@ def test_defaults_are_those_of_the_named_components():
         'sampler': {'name': 'ddim', 'steps': 7, 'clip': True, 'eta': 0.0},
         'conditions': {},
         'inner': {'steps': 0, 'clip': True},
+        'some': {},
+        'runs': {},
     }
 
 
@@ -119,10 +124,40 @@ def test_another_component_has_its_own_fields():
         (dict(network={'name': 'none', 'width': 2}), 'this section has none'),
         (dict(conditions={'mask': {}}), 'config.model.conditions.mask.kind is missing'),
         (dict(inner={'clip': 1}), 'config.model.inner.clip must be bool'),
+        (dict(conditions={'a b': 'ddim'}), 'config.model.conditions: a name is made of letters'),
+        (dict(some={'a': {'steps': -1}}), 'config.model.some.a.steps must be 0 or more; it is -1'),
+        (dict(some={'a': {'clip': True}}), 'config.model.some.a.clip: no such field'),
+        (dict(some={'a': 3}), 'config.model.some.a is a section with fields: steps'),
+        (dict(some=3), 'config.model.some is a section: write config.model.some.NAME = ...'),
+        (dict(runs={'a.b': 'x'}), 'config.model.runs: a name is made of letters'),
+        (dict(runs={'a': ''}), 'config.model.runs.a must be a directory; it is empty'),
+        (dict(runs={'a': 3}), 'config.model.runs.a must be str'),
     ],
 )
 def test_mistakes_are_one_line(given, message):
     assert message in refused(**given) and '\n' not in refused(**given)
+
+
+def test_partial_sections_have_what_is_given_alone():
+    given = {'some': {'a': {'steps': 2}, 'b': {}}, 'runs': {'first': 'x'}}
+    full = options.complete(build, given, 'model')
+    assert full['some'] == given['some'] and full['runs'] == given['runs']
+
+
+def test_attributes_of_dataclasses_are_fields():
+    """But for a network's `parent` and `name`, which flax adds; a path '' is the config itself."""
+
+    @dataclasses.dataclass
+    class Section:
+        name: Annotated[str, OneOf('a', 'b')] = 'a'
+        table: dict = dataclasses.field(default_factory=dict)
+
+    assert list(options.fields(Section)) == ['name', 'table']
+    assert list(options.fields(Net)) == ['width', 'sizes', 'kernels', 'classes']
+    with pytest.raises(UserError, match=r'^config\.name must be one of'):
+        options.complete(Section, {'name': 'c'}, '')
+    with pytest.raises(UserError, match=r'^config\.nam: no such field; did you mean name'):
+        options.complete(Section, {'nam': 'c'}, '')
 
 
 def test_checked_completes_what_the_function_gets():
@@ -157,7 +192,8 @@ def test_updates_of_sections():
 
 
 def test_description_has_every_field_with_its_meaning():
-    full = options.complete(build, {'network': 'deep'}, 'model')
+    given = {'network': 'deep', 'some': {'a': {'steps': 2}}, 'runs': {'first': 'x'}}
+    full = options.complete(build, given, 'model')
     lines = {d.path: d for d in options.describe(build, full, 'model')}
     assert lines['model.norm'] == ('model.norm', 'str', 'batch', "one of 'batch', 'layer'", 'of the layers.')
     assert lines['model.sampler.steps'].meaning == 'levels that are visited, 0: all.'
@@ -169,3 +205,6 @@ def test_description_has_every_field_with_its_meaning():
     assert lines['model.network.depth'].allowed == 'in [1, 9]'
     assert lines['model.rate'].type == 'number or None'
     assert 'model.sampler.churn' not in lines
+    assert lines['model.some.a.steps'].meaning == 'levels that are visited, 0: all.'
+    assert lines['model.some'].allowed == 'NAME: fields steps' and 'model.some.a.clip' not in lines
+    assert lines['model.runs.first'] == ('model.runs.first', 'str', '', '', 'a directory')

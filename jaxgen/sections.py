@@ -1,0 +1,269 @@
+"""The sections of a config that all families share: every field with its type, default, allowed values and meaning.
+
+`config.model` is the keyword signature of the family's `build` in the same way (see options.py). What several fields
+must be together is checked in config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from jaxgen.options import Fields, NamedTexts, OneOf, PartialFields, Rule
+
+
+def is_box(box: tuple) -> bool:
+    return not box or (
+        len(box) == 4 and all(type(x) is int for x in box) and min(box) >= 0 and min(box[2:]) >= 1
+    )  # fmt: skip
+
+
+def is_interval(values: tuple, most: float = float('inf')) -> bool:
+    """Whether these are (least, most) of positive numbers."""
+    return len(values) == 2 and 0 < values[0] <= values[1] <= most
+
+
+def is_features(name: str) -> bool:
+    return name in ('none', 'inception') or name.startswith('run:')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images, and what is done to them before they are trained on.
+
+    Attributes:
+      source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH or a TFDS name, see jaxgen/data.
+      other: a second source, whose images come unpaired as the feature 'other'.
+      size: height and width in pixels.
+      channels: of an image.
+      features: arrays of a batch, ('image', 'label'), ('image', 'edges').
+      classes: number of classes where the source does not tell it (a folder, a TFDS set).
+      batch: examples of one update, over all devices.
+      keep_classes: classes that training is restricted to; the test split keeps all, for detecting the others.
+      box: (top, left, height, width) in pixels, cut out before anything else.
+      crop: the square that is resized to size x size; 'resized' is a random rectangle, see crop_area.
+      crop_area: least and most area of random rectangles, as a fraction of the image's.
+      crop_aspect: least and most width / height of random rectangles.
+      crop_rate: fraction of the training images with a random crop; the others have the central square.
+      jitter: pixels by which training images are enlarged before size x size are cut out anywhere.
+      pad: pixels that training images are padded with before size x size are cut out anywhere.
+      shift: fraction of the side by which training images are moved up or down, left or right, at most.
+      fill: pixels beyond the border, of pad and shift.
+      flip: mirror half of the training images left to right.
+      low_resolution: side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
+      dir: directory of prepared sets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      test_fraction: fraction held out of a source without a test split.
+      max_corrupt: largest fraction of unreadable files in a folder that is trained on all the same.
+      max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
+      threads: of the loader.
+      cache_mb: megabytes; sets that decode to less are decoded once and kept in memory.
+    """
+
+    source: str = 'digits'
+    other: str = ''
+    size: Annotated[int, '[1, 65536]'] = 8
+    channels: Annotated[int, OneOf(1, 3)] = 1
+    features: Annotated[tuple[str, ...], Rule(lambda x: 'image' in x, "names of features, 'image' among them")] = (
+        'image',
+    )
+    classes: Annotated[int, '[0, inf)'] = 0
+    batch: Annotated[int, '[1, inf)'] = 128
+    keep_classes: Annotated[
+        tuple[int, ...], Rule(lambda x: all(type(c) is int and c >= 0 for c in x), 'numbers of classes')
+    ] = ()
+    box: Annotated[tuple[int, ...], Rule(is_box, '(top, left, height, width) in pixels')] = ()
+    crop: Annotated[str, OneOf('center', 'random', 'resized')] = 'center'
+    crop_area: Annotated[
+        tuple[float, ...], Rule(lambda x: is_interval(x, 1), '(least, most), above 0 and at most 1')
+    ] = (0.08, 1.0)
+    crop_aspect: Annotated[tuple[float, ...], Rule(is_interval, '(least, most), above 0')] = (0.75, 4 / 3)
+    crop_rate: Annotated[float, '(0, 1]'] = 1.0
+    jitter: Annotated[int, '[0, inf)'] = 0
+    pad: Annotated[int, '[0, inf)'] = 0
+    shift: Annotated[float, '[0, 0.5)'] = 0.0
+    fill: Annotated[str, OneOf('reflect', 'edge')] = 'reflect'
+    flip: bool = False
+    low_resolution: Annotated[int, '[0, inf)'] = 0
+    dir: str = ''
+    test_fraction: Annotated[float, '(0, 1)'] = 0.2
+    max_corrupt: Annotated[float, '[0, 1]'] = 0.01
+    max_pixels: Annotated[int, '[1, inf)'] = 2**26
+    threads: Annotated[int, '[1, 1024]'] = 4
+    cache_mb: Annotated[int, '[0, inf)'] = 512
+
+
+# Fields of `optim` that are of the whole update, not of one network's optimiser.
+OF_ALL_NETWORKS = ('accumulate', 'ema', 'ema_warmup', 'ema_std', 'ema_halflife', 'ema_rampup', 'networks')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimiser, its schedules, and the moving average of the weights; see optim.py.
+
+    Attributes:
+      name: of the optimiser.
+      lr: learning rate, after warm-up.
+      schedule: factor of the learning rate by update, see optim.learning_rate.
+      warmup: updates in which the learning rate rises linearly.
+      plateau: fraction of the updates after warm-up before the rate falls (linear, cosine).
+      floor: fraction of lr that is left at the end (linear, cosine, exponential, rsqrt).
+      boundaries: updates at which lr is multiplied by decay_rate (step).
+      decay_rate: factor at each boundary (step), or in every decay_every updates (exponential).
+      decay_every: updates of one decay_rate (exponential), or before the rate falls (rsqrt).
+      b1: decay of the gradient's moving average; of sgd its momentum.
+      b2: decay of the squared gradient's moving average.
+      eps: added to the root of that average.
+      weight_decay: of adamw, times the learning rate.
+      weight_decay_schedule: cosine goes to weight_decay_end at the last update.
+      weight_decay_end: weight decay at the last update (cosine).
+      no_decay: weights without weight_decay and l2, ('bias', 'scale'), by patterns for words of their paths.
+      l2: l2 * weights is added to the clipped gradient; torch's Adam calls it weight_decay.
+      clip: largest global norm of the gradient; 0 is off.
+      normalise: each array's gradient is divided by its norm.
+      accumulate: equal parts that a batch is cut into, one after another, for one gradient.
+      ema: decay of the weights' moving average.
+      ema_warmup: the decay at update n is at most (1 + n) / (10 + n).
+      ema_halflife: half-life of the moving average in images, in place of ema; 0 is ema.
+      ema_rampup: the half-life is at most this fraction of the images so far; 0 is no ramp-up.
+      ema_std: widths of two more averages, (0.05, 0.1), for --weights=STD; with train.keep_every.
+      networks: the fields that differ for one network.
+    """
+
+    name: Annotated[str, OneOf('adam', 'adamax', 'adamw', 'radam', 'rmsprop', 'sgd')] = 'adam'
+    lr: Annotated[float, '(0, inf)'] = 2e-4
+    schedule: Annotated[str, OneOf('constant', 'linear', 'cosine', 'half_linear', 'step', 'exponential', 'rsqrt')] = (
+        'constant'
+    )
+    warmup: Annotated[int, '[0, inf)'] = 0
+    plateau: Annotated[float, '[0, 1)'] = 0.0
+    floor: Annotated[float, '[0, 1]'] = 0.0
+    boundaries: Annotated[
+        tuple[int, ...],
+        Rule(lambda x: all(type(b) is int and b > 0 for b in x), 'numbers of updates, (60_000, 80_000)'),
+    ] = ()
+    decay_rate: Annotated[float, '(0, 1]'] = 1.0
+    decay_every: Annotated[int, '[1, inf)'] = 1
+    b1: Annotated[float, '[0, 1)'] = 0.9
+    b2: Annotated[float, '[0, 1)'] = 0.999
+    eps: Annotated[float, '[0, inf)'] = 1e-8
+    weight_decay: Annotated[float, '[0, inf)'] = 0.0
+    weight_decay_schedule: Annotated[str, OneOf('constant', 'cosine')] = 'constant'
+    weight_decay_end: Annotated[float, '[0, inf)'] = 0.0
+    no_decay: Annotated[
+        tuple[str, ...], Rule(lambda x: all(isinstance(p, str) for p in x), "patterns, ('bias', 'scale')")
+    ] = ()
+    l2: Annotated[float, '[0, inf)'] = 0.0
+    clip: Annotated[float, '[0, inf)'] = 0.0
+    normalise: bool = False
+    accumulate: Annotated[int, '[1, inf)'] = 1
+    ema: Annotated[float, '[0, 1)'] = 0.9999
+    ema_warmup: bool = False
+    ema_halflife: Annotated[float, '[0, inf)'] = 0.0
+    ema_rampup: Annotated[float, '[0, inf)'] = 0.0
+    ema_std: Annotated[
+        tuple[float, ...],
+        Rule(
+            lambda x: all(type(std) in (int, float) and 0 < std < 0.288 for std in x),
+            'widths of more than 0 and less than 0.288',
+        ),
+    ] = ()
+    networks: Annotated[dict[str, Any], PartialFields(Optim, omit=OF_ALL_NETWORKS)] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop: how long, how exact, and what is written when.
+
+    Attributes:
+      steps: updates.
+      updates_per_call: updates in one XLA program; every interval is a multiple of it.
+      dtype: of computation; weights are float32.
+      remat: recompute activations in the backward pass, which takes time and saves memory.
+      log_every: updates between two lines of metrics.
+      save_every: updates between two checkpoints.
+      keep: newest checkpoints that are kept.
+      keep_every: and every checkpoint at a multiple of this; 0 is none.
+      sample_every: updates between two grids of samples; 0 is only at the end.
+      samples: images of a grid.
+      evaluate_every: updates between two evaluations of samples, by config.evaluate.features; 0 is never.
+      evaluate_samples: samples that are drawn for these.
+    """
+
+    steps: Annotated[int, '[1, inf)'] = 1000
+    updates_per_call: Annotated[int, '[1, inf)'] = 1
+    dtype: Annotated[str, OneOf('float32', 'bfloat16')] = 'float32'
+    remat: bool = False
+    log_every: Annotated[int, '[1, inf)'] = 50
+    save_every: Annotated[int, '[1, inf)'] = 500
+    keep: Annotated[int, '[1, inf)'] = 2
+    keep_every: Annotated[int, '[0, inf)'] = 0
+    sample_every: Annotated[int, '[0, inf)'] = 500
+    samples: Annotated[int, '[1, inf)'] = 64
+    evaluate_every: Annotated[int, '[0, inf)'] = 0
+    evaluate_samples: Annotated[int, '[1, inf)'] = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The layout of the devices.
+
+    Attributes:
+      fsdp: devices that share one copy of the weights; the batch is cut over all devices.
+    """
+
+    fsdp: Annotated[int, '[1, inf)'] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Sampling.
+
+    Attributes:
+      batch: samples drawn at once.
+    """
+
+    batch: Annotated[int, '[1, inf)'] = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluation on the test split and of samples.
+
+    Attributes:
+      batch: examples measured at once.
+      examples: of the test split, for the family's own metrics; 0 is all.
+      samples: drawn for metrics of samples.
+      features: the feature network of these metrics.
+      inception: file with the published weights, for 'inception'.
+      split: images that samples are compared with; most papers take train.
+    """
+
+    batch: Annotated[int, '[1, inf)'] = 256
+    examples: Annotated[int, '[0, inf)'] = 0
+    samples: Annotated[int, '[1, inf)'] = 50_000
+    features: Annotated[str, Rule(is_features, "'inception', 'run:PATH' or 'none'")] = 'none'
+    inception: str = ''
+    split: Annotated[str, OneOf('train', 'test')] = 'train'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole config.
+
+    Attributes:
+      family: module in jaxgen/families.
+      seed: of weights, order of the data, and noise.
+      model: keyword arguments of the family's build.
+      stages: run directories of earlier stages by their names.
+    """
+
+    family: str = ''
+    seed: Annotated[int, '[0, 2147483647]'] = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    stages: Annotated[dict[str, str], NamedTexts('the directory of a run')] = field(default_factory=dict)
+    data: Annotated[dict[str, Any], Fields(Data)] = field(default_factory=dict)
+    optim: Annotated[dict[str, Any], Fields(Optim)] = field(default_factory=dict)
+    train: Annotated[dict[str, Any], Fields(Train)] = field(default_factory=dict)
+    mesh: Annotated[dict[str, Any], Fields(Mesh)] = field(default_factory=dict)
+    sample: Annotated[dict[str, Any], Fields(Sample)] = field(default_factory=dict)
+    evaluate: Annotated[dict[str, Any], Fields(Evaluate)] = field(default_factory=dict)
