@@ -21,7 +21,8 @@ import tables
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import evaluate, log, run
+from jaxgen import log, run
+from jaxgen.evaluation import cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # {system: {sampler's name in the table: (fields of config.model, evaluations -> levels)}}; an entry is left out where
@@ -67,7 +68,7 @@ def measure(workdir: str, fields: dict, evaluator, n: int, batch: int) -> dict:
     sections = {'model': fields, 'sample': {'batch': batch}}
     r = run.load(workdir, config=configs.make(**configs.deep_update(config.to_dict(), sections)))
     figures = r.compare(evaluator, n)
-    evaluate.forget(r)
+    cache.clear(workdir)
     began = time.perf_counter()
     r.sample(batch, seed=1)
     return {'figures': figures, 'images_per_second': batch / (time.perf_counter() - began)}

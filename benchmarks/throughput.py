@@ -32,6 +32,7 @@ import numpy as np
 import jaxgen
 from jaxgen import config as configs
 from jaxgen import data, run, sample, sharding
+from jaxgen.evaluation.bound import BoundModel
 from jaxgen.train import make_call
 
 
@@ -80,10 +81,9 @@ def jax_sample(assembled, state):
     """An action that draws one batch and waits for it."""
     config = assembled.config
     n = config.sample.batch
-    batch = sample.batches(assembled, config, n, {})
-    return lambda: list(
-        sample.draw(assembled.family, state, assembled.frozen, assembled.mesh, lambda _: batch, n, n, 0)
-    )
+    batch = sample.conditions(assembled, config, n, {})
+    model = BoundModel(assembled.family, state, assembled.frozen, assembled.mesh)
+    return lambda: list(sample.draw(model, lambda _: batch, n, n, 0))
 
 
 def torch_unet(config, image):

@@ -34,7 +34,8 @@ import tables
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import data, describe, evaluate, log, run, sample
+from jaxgen import data, describe, log, run, sample
+from jaxgen.evaluation import cache, samples
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -62,13 +63,12 @@ def training_seconds(workdir: str) -> float:
 
 def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[str, float]:
     """Median over turns; in every turn each run draws one batch, so that a busy machine is busy for all."""
-    wanted = {name: sample.batches(r.assembled, r.config, batch, {}) for name, r in runs.items()}
+    wanted = {name: sample.conditions(r.assembled, r.config, batch, {}) for name, r in runs.items()}
 
     def draw(name: str, seed: int) -> float:
         r = runs[name]
         began = time.perf_counter()
-        a = r.assembled
-        sample.draw_batch(a.family, r.state, a.frozen, a.mesh, wanted[name], batch, seed)
+        sample.draw_batch(r.model, wanted[name], batch, seed)
         return time.perf_counter() - began
 
     for name in runs:
@@ -94,11 +94,11 @@ def find_runs(folder: str, like, only: Sequence[str] = ()) -> dict[str, run.Run]
     return found
 
 
-def held_out(evaluator: evaluate.Evaluator, section: dict) -> dict:
+def held_out(evaluator: samples.Evaluator, section: dict) -> dict:
     """Figures of the test split's pictures, as if a model had made them."""
     source = data.dataset({**section, 'features': ('image',)}, 'test')
     images = source.take(np.arange(len(source)))['image']
-    return evaluator.figures([evaluator.extract(images, len(images))], len(images))
+    return evaluator.compare_images(images, 'held-out images')
 
 
 def row(run_name: str, metrics: dict, network: str, more: dict | None = None) -> dict:
@@ -179,7 +179,7 @@ def main() -> None:
             'step': r.step,
         }
         rows.append(row(name, r.compare(evaluator, arguments.n), network, more))
-        evaluate.forget(r)
+        cache.clear(r.workdir)
     text = tables.trilemma(rows)
     print(text)
     record = {

@@ -132,15 +132,15 @@ class Writer:
         for name, value in {**means, **clock}.items():
             self.board.add_scalar(name, value, step)
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
-        """A line of its own for what was measured at a step."""
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """A line of its own for the metrics of samples at a step."""
         self.file.write(json.dumps({'step': step, 'examples': step * self.images_per_step, **values}) + '\n')
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def has_figures(self, step: int) -> bool:
-        """Whether `figures` has written for this step."""
+    def has_metrics(self, step: int) -> bool:
+        """Whether `metrics` has written for this step."""
         with open(self.path, encoding='utf-8') as file:
             records = filter(None, map(as_record, file))
             return any(record['step'] == step and 'seconds' not in record for record in records)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import sys
 
-import jaxgen
 from jaxgen import interrupt, options
 
 if __name__ == '__main__':
@@ -38,16 +37,16 @@ import contextlib
 import json
 import math
 import os
-import re
 
 import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, evaluate, explore, hosts, log, outputs, sharding
+from jaxgen import checkpoint, data, describe, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
+from jaxgen.evaluation import cache, explore, record
 
 MODES = ('train', 'sample', 'evaluate', 'explore', 'describe')
 
@@ -117,7 +116,6 @@ READS = {
     'describe': ('config',),
 }
 PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
-DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that samples depend on
 
 
 def check_flags(values: flags.FlagValues) -> None:
@@ -142,28 +140,6 @@ def check_flags(values: flags.FlagValues) -> None:
         raise UserError(f'--mode={mode} needs {need}')
 
 
-def check_system(values: flags.FlagValues, saved) -> None:
-    """Raises UserError where --config is of another system than the run in --workdir, whose own config is read."""
-    given = configs.load(values.config)
-    if given.family != saved.family or set(given.model) != set(saved.model):
-        raise UserError(
-            f'--config={values.config} is of another system than the run in {values.workdir} (a {saved.family}), whose '
-            'own config is read: leave --config out'
-        )
-    different = [d for d in configs.differences(saved, given) if d.startswith(('model.', 'data.size', 'stages.'))]
-    if different:
-        raise UserError(
-            f'--config={values.config} is not what the run in {values.workdir} was trained with, and the own config of '
-            f'a run is read ({"; ".join(different)[:300]}): leave --config out'
-        )
-
-
-def changes(run) -> dict:
-    """{field: value} of what samples depend on, where it is another than in the run's own config."""
-    different = configs.changed(runs.saved_config(run.workdir), run.config)
-    return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
-
-
 def given_condition(text: str) -> tuple[str, str]:
     name, equals, value = text.partition('=')
     if not name or not equals:
@@ -175,7 +151,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
     """Samples as PNG files, a grid of them, an .npz and a film, into WORKDIR/samples/NAME; NAME says the settings."""
     numbers = {**({'n': n} if n else {}), **({'film': frames} if frames else {})}
     n = n or 64
-    name = outputs.name(run, changes(run), seed, condition, **numbers)
+    name = outputs.name(run, run.changes(), seed, condition, **numbers)
     out, first = out or os.path.join(run.workdir, 'samples', name), jax.process_index() == 0
     outputs.written(out, 'samples.npz')  # its mistakes come before anything is computed
     film = run.film(min(n, 8), frames, seed, condition) if frames else None
@@ -201,7 +177,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
 
 
 def evaluate_mode(run, seed: int) -> None:
-    """The family's own figures, and those of its samples, into WORKDIR/evaluation.json.
+    """The family's own metrics, and those of its samples, into WORKDIR/evaluation.json.
 
     That file is the newest; those of all settings lie beside each other in WORKDIR/results.
     """
@@ -210,74 +186,45 @@ def evaluate_mode(run, seed: int) -> None:
     if config.features != 'none' and family.sample is not None:
         evaluator = runs.make_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
         evaluator.check(config.samples)
-    record = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
+    about = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
     if config.examples:
-        record['examples'] = config.examples
+        about['examples'] = config.examples
     metrics = run.evaluate() | run.modes(config.samples, seed)
     if evaluator is not None:
         metrics |= run.compare(evaluator, config.samples, seed)
-        record |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
-    save_evaluation(run.workdir, {**record, **({'config': changes(run)} if changes(run) else {})}, metrics)
-    evaluate.forget(run)
+        about |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
+    record.save(run.workdir, {**about, **({'config': run.changes()} if run.changes() else {})}, metrics)
+    cache.clear(run.workdir)
 
 
 def explore_mode(run, n: int, seed: int, out: str) -> None:
     """Sheets of a run's latent space and of its samples' neighbours, into WORKDIR/explore/NAME."""
-    name = outputs.name(run, changes(run), seed, **({'n': n} if n else {}))
+    name = outputs.name(run, run.changes(), seed, **({'n': n} if n else {}))
     n, out = n or 8, out or os.path.join(run.workdir, 'explore', name)
     first = jax.process_index() == 0
     with outputs.directory(out, 'explore.json') if first else contextlib.nullcontext('') as folder:
-        found = explore.explore(run, n, seed, folder)
+        metrics = explore.explore(run, n, seed, folder)
         if not first:
             return
-        record = {'step': run.step, 'weights': run.weights, 'seed': seed, **found}
-        log.save_json(os.path.join(folder, 'explore.json'), record)
-    for name, figure in found.items():
-        print(f'{name}: {figure["value"]:.4g}, n = {figure["n"]}')
+        about = {'step': run.step, 'weights': run.weights, 'seed': seed}
+        log.save_json(os.path.join(folder, 'explore.json'), {**about, **metrics})
+    for name, metric in metrics.items():
+        print(f'{name}: {metric["value"]:.4g}, n = {metric["n"]}')
     log.say(f'written to {out}')
 
 
 def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
-    """The figures of a folder of pictures against the data set of a config."""
+    """The metrics of a folder of images against the data set of a config."""
     if config.evaluate.features == 'none':
-        raise UserError('--images needs --features=inception or --features=run:PATH: the network to measure with')
+        raise UserError('--images needs --features=inception or --features=run:PATH: the network to evaluate with')
     out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
     log.check_writable(out, '--out')
     mesh = sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     evaluator = runs.make_evaluator(config, mesh, unnamed)
-    pictures = data.FolderImages(folder, evaluator.image)
-    evaluator.check(len(pictures))
-
-    def pieces():
-        size = evaluator.batch(len(pictures))
-        with log.bar(len(pictures), folder, jax.process_index() != 0) as bar:
-            for start in range(0, len(pictures), size):
-                images = pictures[start : start + size]
-                yield evaluator.extract(images, len(pictures))
-                bar.update(len(images))
-
-    metrics = evaluator.figures(pieces(), len(pictures))
-    record = {'images': {'folder': os.path.abspath(folder), 'n': len(pictures)}, **evaluator.about()}
-    save_evaluation(out, record, metrics)
-
-
-def save_evaluation(folder: str, record: dict, metrics: dict[str, dict]) -> None:
-    """Writes evaluation.json, and results/NAME.json by what was measured, and prints the figures."""
-    if jax.process_index() != 0:
-        return
-    for name, m in metrics.items():
-        spread = next((f' +- {m[key]:.4g} ({key})' for key in ('stderr', 'std') if key in m), '')
-        against = f' against {m["n_reference"]}' if 'n_reference' in m else ''
-        best = f'; latent {m["latent"]} knows {m["known"]:.4g}' if 'latent' in m else ''
-        print(f'{name}: {m["value"]:.6g}{spread}, n = {m["n"]}{against}{best}')
-    device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-    versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
-    whole = {**record, 'metrics': metrics, 'versions': versions, 'device': device}
-    about = [f'step{record["step"]}', record['weights']] if 'step' in record else ['images']
-    name = '_'.join([*about, outputs.digest(record)])
-    for path in (os.path.join('results', f'{name}.json'), 'evaluation.json'):
-        log.save_json(os.path.join(folder, path), whole)
-    log.say(f'written to {os.path.join(folder, "evaluation.json")} and results/{name}.json')
+    images = data.FolderImages(folder, evaluator.image)
+    evaluator.check(len(images))
+    metrics = evaluator.compare_images(images, folder)
+    record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
 
 
 def main(argv: list[str]) -> None:
@@ -316,7 +263,7 @@ def main(argv: list[str]) -> None:
         return
     saved = runs.saved_config(workdir)
     if values.config and values.workdir:
-        check_system(values, saved)
+        runs.check_system(workdir, saved, values.config)
     config = configs.override(saved, overrides)
     if values.images:
         config, _, unnamed = runs.read(workdir, config, named)

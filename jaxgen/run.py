@@ -7,6 +7,7 @@ import functools
 import math
 import operator
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, files, log, optim, options, origin, sample, sharding
+from jaxgen import data, files, log, optim, options, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
 from jaxgen.contract import Context, Family, State
 from jaxgen.errors import RunError, UserError
-from jaxgen.metrics import features, scores
+from jaxgen.evaluation import cache, conditional, held_out, samples
+from jaxgen.evaluation.bound import BoundModel
+from jaxgen.metrics import features
 
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
+DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that samples depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,15 +186,19 @@ class Run:
     workdir: str
     config: ConfigDict
     assembled: Assembled
-    state: State  # without params and opt where they were not asked for
+    state: State  # without params and opt where they were not loaded
     weights: str  # 'ema', 'params' or the width of an average: what `state.ema` holds
 
     @property
     def step(self) -> int:
         return int(self.state.step)
 
+    @property
+    def model(self) -> BoundModel:
+        return BoundModel(self.assembled.family, self.state, self.assembled.frozen, self.assembled.mesh)
+
     def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
-        """Draws n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
+        """n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
 
         condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
         """
@@ -199,78 +207,72 @@ class Run:
 
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
-        a, seed = self.assembled, check_integer('seed', seed, 0)
-        give = sample.condition_provider(a, self.config, condition or {})
-        return sample.draw(a.family, self.state, a.frozen, a.mesh, give, n, self.config.sample.batch, seed)
+        seed = check_integer('seed', seed, 0)
+        provide = sample.condition_provider(self.assembled, self.config, condition or {})
+        return sample.draw(self.model, provide, n, self.config.sample.batch, seed)
 
     def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
-        """The steps that led to the first n images of `sample`; see sample.film."""
-        a, seed = self.assembled, check_integer('seed', seed, 0)
-        n, frames = check_integer('n', n, 1), check_integer('frames', frames, 1)
-        batch = sample.batches(a, self.config, n, condition or {})
-        return sample.film(a.family, self.state, a.frozen, a.mesh, batch, seed, frames)
+        """Trajectories of the first n images of `sample`; see sample.film."""
+        seed, n = check_integer('seed', seed, 0), check_integer('n', n, 1)
+        frames = check_integer('frames', frames, 1)
+        batch = sample.conditions(self.assembled, self.config, n, condition or {})
+        return sample.film(self.model, batch, seed, frames)
 
     def evaluate(self) -> dict[str, dict]:
-        """The family's own figures on the test split, {name: {'value', 'stderr', 'n'}}: means over its first
-        config.evaluate.examples examples (0: all). Where training was restricted to some classes, also how well each
-        finds the others; where the data have factors, also how far the codes keep them apart."""
-        a, c, state = self.assembled, self.config, self.state
-        if state.params is None:  # adversarial families have figures of the critic, which sampling needs not
-            checkpoints = Checkpoints(self.workdir)
-            saved, _ = checkpoints.restore(a.abstract, a.mesh, ('params',))
-            checkpoints.close()
-            if int(saved.step) != self.step:
-                raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
-            state = state.replace(params=saved.params)
+        """The family's own metrics of the test split, {name: {'value', 'stderr', 'n'}}: means over its first
+        config.evaluate.examples examples (0: all). Where training was restricted to some classes, also each metric as
+        an anomaly score for the others; where the data have factors, also the disentanglement of the latents."""
+        a, c, model = self.assembled, self.config, self.model
+        if self.state.params is None:  # adversarial families have metrics of the critic, which sampling does not need
+            model = model._replace(state=self.state.replace(params=self.saved_params()))
         source = a.dataset('test')
         n = min(c.evaluate.examples or len(source), len(source))
-        odd = ~np.isin(data.labels(c.data, 'test')[:n], c.data.keep_classes) if c.data.keep_classes else None
-
-        def over(function, what: str, *more) -> dict[str, dict]:
-            with log.bar(n, what, jax.process_index() != 0) as bar:
-                return function(
-                    a.family, state, a.frozen, a.mesh, source, n, c.evaluate.batch, c.seed,
-                    lambda done: bar.update(done - bar.n), *more,
-                )  # fmt: skip
-
-        results = over(evaluate.measure, 'test split', odd)
+        kept = c.data.keep_classes
+        anomalous = ~np.isin(data.labels(c.data, 'test')[:n], kept) if kept else None
+        results = held_out.evaluate(model, source, n, c.evaluate.batch, c.seed, anomalous)
         if 'factors' in a.spec.features and a.family.encode is not None and not a.family.latents.grids:
-            results |= over(evaluate.codes_and_factors, 'codes')
+            results |= held_out.evaluate_disentanglement(model, source, n, c.evaluate.batch, c.seed)
         return results
+
+    def saved_params(self) -> dict[str, Any]:
+        """`params` of the newest checkpoint.
+
+        Raises:
+          UserError: it is of another step than this run.
+        """
+        checkpoints = Checkpoints(self.workdir)
+        saved, _ = checkpoints.restore(self.assembled.abstract, self.assembled.mesh, ('params',))
+        checkpoints.close()
+        if int(saved.step) != self.step:
+            raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
+        return saved.params
 
     def modes(self, n: int, seed: int = 0) -> dict[str, dict]:
-        """Where the data are a known mixture of Gaussians, what n samples cover of it: see scores.modes_covered. Else
-        {}."""
+        """The data's own metrics of n samples, like mode coverage, where their distribution is known, see
+        data.sample_metrics; else {}."""
         n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
-        mixture = data.modes(self.config.data)
-        if mixture is None or self.assembled.family.sample is None:
-            return {}
-        shares, means, stds = mixture
-        points = self.sample(n, seed).reshape(n, -1)[:, : means.shape[1]] / 127.5 - 1
-        good, covered, kl = scores.modes_covered(points, shares, means, stds)
-        spread = {'stderr': float(np.sqrt(good * (1 - good) / n))} if n > 1 else {}
-        found = {'good_samples': {'value': good, **spread, 'n': n}}
-        return found | {'modes': {'value': covered, 'n': n, 'of': len(means)}, 'mode_kl': {'value': kl, 'n': n}}
+        metrics = data.sample_metrics(self.config.data)
+        return metrics(self.sample(n, seed)) if metrics and self.assembled.family.sample else {}
 
-    def compare(self, evaluator: evaluate.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
-        """Figures of n samples against a data set; see evaluate.figures. Where they were asked to show something that
-        the evaluator's network names, also how many do, 'asked/...'; see evaluate.hits."""
+    def compare(self, evaluator: samples.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
+        """Metrics of n samples against a data set, see samples.compare. Where samples are conditioned on attributes
+        that the evaluator's network predicts, also the conditional accuracy, see conditional.Attributes."""
         n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
-        origin.check_named(self.assembled.unnamed, 'data.source', 'data.other')
-        found: dict[str, list] = {}
+        a, c, model = self.assembled, self.config.to_dict(), self.model
+        origin.check_named(a.unnamed, 'data.source', 'data.other')
+        batch = model.batch_size(c['sample']['batch'], n)
+        weights = features.digest((self.state.ema, self.state.extra, a.frozen))
+        decides = [c[name] for name in ('family', 'model', 'data', 'stages')] + [c['train']['dtype'], weights]
+        folder = cache.path(self.workdir, [*decides, evaluator.features.digest, seed, batch])
+        provide = sample.condition_provider(a, self.config, {})
+        attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
+        pieces = samples.sample_outputs(model, provide, evaluator, attributes, n, batch, seed, folder)
+        return samples.compare_samples(evaluator, pieces, n)
 
-        def outputs(pieces):
-            for piece in pieces:
-                for name in [name for name in piece if name.startswith('asked/')]:
-                    found.setdefault(name, []).append(piece.pop(name))
-                yield piece
-
-        with log.bar(n, 'samples', jax.process_index() != 0) as bar:
-            pieces = evaluate.sample_features(self, evaluator, n, seed, lambda done: bar.update(done - bar.n))
-            results = evaluator.figures(outputs(pieces), n)
-        for name, parts in found.items():
-            results[f'{name}/{evaluator.features.name}'] = evaluate.average(np.concatenate(parts).astype(np.float64))
-        return results
+    def changes(self) -> dict[str, Any]:
+        """{field: value} of what samples depend on, where it is another than in the run's own config."""
+        different = configs.changed(saved_config(self.workdir), self.config)
+        return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
 
 
 def check_integer(name: str, value, least: int) -> int:
@@ -288,14 +290,14 @@ def check_integer(name: str, value, least: int) -> int:
     return number
 
 
-def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> evaluate.Evaluator:
+def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> samples.Evaluator:
     """The network of config.evaluate.features, and the data set of config.data.
 
     Args:
       unnamed: paths that only a stranger's run names; see origin.py.
 
     Raises:
-      UserError: there is no such network, or it does not read such pictures.
+      UserError: there is no such network, or it does not read such images.
     """
     origin.check_named(unnamed or {}, 'data.source', 'data.other', 'evaluate.features')
     if config.evaluate.features == 'inception':
@@ -310,11 +312,11 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
             command = f' (python -m jaxgen.main --config={file})' if file else ''
             raise UserError(
                 f'config.evaluate.features = {which!r}: no run in {path}; train it first{command}, or --features=none '
-                'for the figures that need no other network'
+                'for the metrics that need no other network'
             )
         network = features.of_run(load(path, mesh=mesh))
-    evaluator = evaluate.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)
-    network.shapes(evaluator.image)  # whether it reads such pictures
+    evaluator = samples.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)
+    network.shapes(evaluator.image)  # whether it reads such images
     return evaluator
 
 
@@ -384,6 +386,23 @@ def read(workdir: str, config: ConfigDict | dict | None = None, named: set[str] 
     if spec is None:  # the data must say
         origin.check_named(unnamed, 'data.source', 'data.other')
     return config, spec, unnamed
+
+
+def check_system(workdir: str, saved: ConfigDict, path: str) -> None:
+    """Raises UserError where the config file `path` is of another system than the run in `workdir`, whose own config is
+    read."""
+    given = configs.load(path)
+    if given.family != saved.family or set(given.model) != set(saved.model):
+        raise UserError(
+            f'--config={path} is of another system than the run in {workdir} (a {saved.family}), whose own config is '
+            'read: leave --config out'
+        )
+    different = [d for d in configs.differences(saved, given) if d.startswith(('model.', 'data.size', 'stages.'))]
+    if different:
+        raise UserError(
+            f'--config={path} is not what the run in {workdir} was trained with, and the own config of a run is read '
+            f'({"; ".join(different)[:300]}): leave --config out'
+        )
 
 
 def check_use(workdir: str, saved: ConfigDict, config: ConfigDict, free: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from jaxgen import config as configs
 from jaxgen import data, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
+from jaxgen.evaluation.bound import BoundModel
 from jaxgen.run import (
     Assembled,
     assemble,
@@ -204,13 +205,17 @@ class Training:
     def grid_path(self) -> str:
         return os.path.join(self.workdir, 'samples', f'step_{self.step:07d}.png')
 
+    def draw(self, n: int):
+        """n samples, from the same noise each time."""
+        model = BoundModel(self.a.family, self.state, self.frozen, self.a.mesh)
+        provide = sample.condition_provider(self.a, self.config, {})
+        return sample.draw(model, provide, n, self.config.sample.batch, 0)
+
     def grid(self) -> None:
-        """Draws samples, from the same noise each time."""
+        """Draws samples and writes their grid."""
         if self.a.family.sample is None:
             return
-        n = self.config.train.samples
-        give, size = sample.condition_provider(self.a, self.config, {}), self.config.sample.batch
-        images = list(sample.draw(self.a.family, self.state, self.frozen, self.a.mesh, give, n, size, 0))
+        images = list(self.draw(self.config.train.samples))
         if self.writer:
             sheet = log.grid(np.concatenate(images))
             log.save_png(self.grid_path(), sheet)
@@ -218,25 +223,26 @@ class Training:
             self.writer.pause()
 
     def evaluate(self) -> None:
-        """Draws samples, the same each time, and writes the figures that they get."""
-        n, family = self.config.train.evaluate_samples, self.a.family
-        give = sample.condition_provider(self.a, self.config, {})
-        images = sample.draw(family, self.state, self.frozen, self.a.mesh, give, n, self.config.sample.batch, 0)
-        found = self.evaluator.figures((self.evaluator.extract(piece, n) for piece in images), n)
+        """Draws samples and writes their metrics."""
+        n = self.config.train.evaluate_samples
+        metrics = self.evaluator.compare((self.evaluator.extract(piece, n) for piece in self.draw(n)), n)
         if self.writer:
-            self.writer.figures(self.step, {name: figure['value'] for name, figure in found.items()})
+            self.writer.metrics(self.step, {name: metric['value'] for name, metric in metrics.items()})
             self.writer.pause()
 
     def report(self, again: bool = False) -> None:
-        """What is due at this step: a grid, figures. `again`: only what is not there, stopped while it was made."""
+        """The grid and the metrics that are due at this step.
+
+        again: only those that are not there, since the training was stopped while they were made.
+        """
         train, end = self.config.train, self.step >= self.config.train.steps
 
-        def wanted(every: int, there: Callable[[], bool]) -> bool:  # all hosts say the same
+        def is_due(every: int, there: Callable[[], bool]) -> bool:  # all hosts say the same
             return (self.due(every) or end) and not (again and sharding.any_host(self.first and there()))
 
-        if wanted(train.sample_every, lambda: os.path.exists(self.grid_path())):
+        if is_due(train.sample_every, lambda: os.path.exists(self.grid_path())):
             self.grid()
-        if self.evaluator and wanted(train.evaluate_every, lambda: self.writer.has_figures(self.step)):
+        if self.evaluator and is_due(train.evaluate_every, lambda: self.writer.has_metrics(self.step)):
             self.evaluate()
 
     def due(self, every: int) -> bool:

@@ -260,7 +260,7 @@ def test_traces_at_tiny_size(name):
         return
     if family.sample is not None:
         wanted = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.batches(assembled, config, 4, {}).items()
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.conditions(assembled, config, 4, {}).items()
         }
         images = jax.eval_shape(family.sample, state, frozen, wanted, key)
         assert images.shape == (4, *batch['image'].shape[1:]) and images.dtype == jnp.float32
@@ -308,7 +308,7 @@ def test_updates_sample_and_evaluate(distinct, tmp_path):
         assert after < 0.9 * before, f'{figure} does not fall'
 
     if family.sample is not None:
-        wanted = {k: jnp.asarray(v) for k, v in sample.batches(assembled, config, 4, {}).items()}
+        wanted = {k: jnp.asarray(v) for k, v in sample.conditions(assembled, config, 4, {}).items()}
         wanted = sample.to_inside(wanted)
         draw = jax.jit(family.sample)
         images = draw(state, frozen, wanted, jax.random.key(1))

@@ -20,7 +20,8 @@ from jax.extend.core import Literal
 from support import assemble
 
 from jaxgen import config as configs
-from jaxgen import contract, evaluate, randomness, sample, sharding
+from jaxgen import contract, randomness, sample, sharding
+from jaxgen.evaluation import held_out
 from jaxgen.families import diffusion
 from jaxgen.optim import make_optim
 from jaxgen.train import make_call
@@ -153,7 +154,7 @@ def record(config) -> Recorder:
     if family.sample is not None:
         given = {k: batch[k] for k in family.conditions} | numbers
         recorder.program('sample', lambda *x: sample.program(family)(*x), state, frozen, given, seed)
-    recorder.program('evaluate', lambda *x: evaluate.program(family)(*x), state, frozen, batch | numbers, seed)
+    recorder.program('evaluate', lambda *x: held_out.program(family)(*x), state, frozen, batch | numbers, seed)
     return recorder
 
 

@@ -1,4 +1,4 @@
-"""Where things are: networks in networks/, and every module of the package in the API reference."""
+"""Where things are: networks in networks/, every module in the API reference, no data set named in evaluation/."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 
 import pytest
 from support import ROOT
+
+from jaxgen.data.sources import OWN
 
 FILES = [os.path.relpath(f, ROOT) for f in glob.glob(os.path.join(ROOT, 'jaxgen', '**', '*.py'), recursive=True)]
 
@@ -60,6 +62,50 @@ def test_api_reference_names_every_module():
     assert len(documented) == len(set(documented))
     modules = {file.removesuffix('.py').replace(os.sep, '.').removesuffix('.__init__') for file in FILES}
     assert not set(documented) - modules, 'the reference names modules that are not there'
-    packages = ('augmentation', 'families', 'networks', 'diffusion', 'losses', 'metrics', 'data')
+    packages = ('augmentation', 'families', 'networks', 'diffusion', 'losses', 'metrics', 'evaluation', 'data')
     missing = {m for m in modules if m.count('.') == 2 and m.split('.')[1] in packages} - set(documented)
     assert not missing, 'the reference lacks modules'
+
+
+def data_sets(source: str) -> set[str]:
+    """Data sets that a module's text names: modules of jaxgen.data that define one, and strings that are a source."""
+    tree, names = ast.parse(source), {'builders', 'sources', 'folder', 'shapes'}
+    own = {name.partition(':')[0] for name in OWN} | {'folder', 'pairs', 'mnist', 'cifar10', 'celeb_a', 'imagenet2012'}
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body and is_docstring(node.body[0])
+    }
+    named = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('jaxgen.data'):
+            named |= names & {*(node.module or '').split('.'), *(a.name for a in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            named |= own & {node.value.partition(':')[0]}
+    return named
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+@pytest.mark.parametrize(
+    'source, expected',
+    [
+        ('from jaxgen.data import shapes', {'shapes'}),
+        ('from jaxgen.data.builders import gaussians', {'builders'}),
+        ("if section['source'] == 'gaussians:2': pass", {'gaussians'}),
+        ("def f(x):\n  '''shapes'''\n  return x == 'shapes:outlined'", {'shapes'}),
+        ("'''digits'''\nfrom jaxgen.data.loader import OTHER", set()),
+    ],
+)
+def test_data_sets_of(source, expected):
+    assert data_sets(source) == expected
+
+
+def test_evaluation_knows_no_data_set_by_name():
+    """What is known of a source beside its examples is data.ground_truth."""
+    for file in FILES:
+        if file.startswith((os.path.join('jaxgen', 'evaluation'), os.path.join('jaxgen', 'metrics'))):
+            with open(os.path.join(ROOT, file), encoding='utf-8') as source:
+                assert not data_sets(source.read()), file

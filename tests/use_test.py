@@ -17,10 +17,12 @@ from PIL import Image
 from support import ROOT, assert_same, devices, mistake, path, saved_state
 
 from jaxgen import config as configs
-from jaxgen import evaluate, origin, outputs, run, sample
 from jaxgen import main as command
+from jaxgen import origin, outputs, run, sample
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
+from jaxgen.evaluation import held_out
+from jaxgen.evaluation.bound import BoundModel
 from jaxgen.main import run_main
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
@@ -448,17 +450,17 @@ def test_a_film_ends_with_the_last_step():
     """Step k of the sampler is an image of the value k / 8; frames are evenly spaced and one frame is the end."""
     steps = jnp.linspace(0, 1, 9)[:, None, None, None, None] * jnp.ones((9, 2, 4, 4, 1))
     family = types.SimpleNamespace(trajectory=lambda *_: {'x': steps})
-    mesh = jax.make_mesh((1, 1), ('data', 'fsdp'))
+    model = BoundModel(family, {}, {}, jax.make_mesh((1, 1), ('data', 'fsdp')))
     for frames, wanted in ((1, [8]), (2, [0, 8]), (3, [0, 4, 8]), (9, range(9)), (50, range(9))):
-        film = sample.film(family, {}, {}, mesh, {'index': np.arange(2)}, 0, frames)
+        film = sample.film(model, {'index': np.arange(2)}, 0, frames)
         grey = np.round((np.array([*wanted]) / 8 + 1) * 127.5)
         assert film.shape == (2, 1, len(grey), 4, 4, 1)
         np.testing.assert_allclose(film[0, 0, :, 0, 0, 0], grey, atol=1)
 
 
 def test_one_value_has_no_standard_error():
-    assert evaluate.average(np.array([3.0])) == {'value': 3.0, 'n': 1}
-    several = evaluate.average(np.array([1.0, 3.0, 5.0]))
+    assert held_out.mean(np.array([3.0])) == {'value': 3.0, 'n': 1}
+    several = held_out.mean(np.array([1.0, 3.0, 5.0]))
     assert several == {'value': 3.0, 'stderr': pytest.approx(2 / np.sqrt(3)), 'n': 3}
 
 

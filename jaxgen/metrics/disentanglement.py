@@ -37,7 +37,7 @@ def check(latents, factors) -> tuple[np.ndarray, np.ndarray]:
     return latents, factors
 
 
-def known(latents, factors, bins: int = BINS) -> np.ndarray:
+def normalised_information(latents, factors, bins: int = BINS) -> np.ndarray:
     """How much each latent knows of each factor: their mutual information in shares of the factor's entropy, [k, d]
     from 0 to 1; nan for a factor that is the same in all examples. Arguments as below.
     """
@@ -70,7 +70,7 @@ def mutual_information_gap(latents, factors, bins: int = BINS) -> tuple[float, n
       UserError: a code of one number, or no factor that differs.
       RunError: a latent is not finite.
     """
-    ordered = np.sort(known(latents, factors, bins), 1)
+    ordered = np.sort(normalised_information(latents, factors, bins), 1)
     gaps = ordered[:, -1] - ordered[:, -2]
     if np.isnan(gaps).all():
         raise UserError('no factor differs between these examples: there is nothing to tell apart')

@@ -33,8 +33,9 @@ class Features(NamedTuple):
     image: tuple[int, int, int] | None  # H, W, C that it reads; None: any size, grey or colour
     apply: Callable  # (variables, uint8 [n, H, W, C]) -> {'features': [n, d], 'logits': [n, c], 'spatial': [n, s]}
     variables: Any
-    reads: tuple[str, ...] = ()  # features of the data, beside 'image', that `hits` compares with what a picture shows
-    hits: Callable | None = None  # (variables, {'image': uint8 [n, H, W, C], ...}) -> {'accuracy': [n], ...}, its own
+    attributes: tuple[str, ...] = ()  # features of the data that a classifier predicts
+    # (variables, {'image': uint8 [n, H, W, C], attributes}) -> {'accuracy': [n], ...}: whether predictions are right
+    correct: Callable | None = None
 
     def shapes(self, image: tuple[int, int, int]) -> dict[str, int]:
         """{output: its dimensions} for pictures of shape `image`; 'logits' and 'spatial' only where there are any.
@@ -84,19 +85,19 @@ def of_run(run) -> Features:
             out['logits'] = family.classify(state, frozen, batch, rng)
         return {name: x.reshape(len(x), -1).astype(jnp.float32) for name, x in out.items()}
 
-    def hits(variables, batch):
+    def correct(variables, batch):
         state, frozen = variables
         batch = {**batch, 'image': data.to_float(batch['image'])}
-        found = family.evaluate(state, frozen, batch, jax.random.key(0))
-        return {name: x for name, x in found.items() if name.split('/')[0] == 'accuracy'}
+        metrics = family.evaluate(state, frozen, batch, jax.random.key(0))
+        return {name: x for name, x in metrics.items() if name.split('/')[0] == 'accuracy'}
 
-    reads = tuple(name for name in run.config.data.features if name != 'image')
-    judges = family.sample is None and family.classify is not None and reads  # it is there to say what pictures show
+    attributes = tuple(name for name in run.config.data.features if name != 'image')
+    classifier = family.sample is None and family.classify is not None and attributes
     weights = (run.state.ema, run.state.extra)
     name = os.path.basename(os.path.abspath(run.workdir))
     variables = (run.state, run.assembled.frozen)
     image = tuple(run.assembled.spec.features['image'].shape)
-    return Features(name, digest(weights), image, apply, variables, *((reads, hits) if judges else ()))
+    return Features(name, digest(weights), image, apply, variables, *((attributes, correct) if classifier else ()))
 
 
 def of_inception(path: str, cache: str, mesh) -> Features:

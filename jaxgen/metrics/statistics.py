@@ -57,7 +57,7 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
         for name, x in piece.items():
             good = np.isfinite(x).all(1)
             if not good.all():
-                raise RunError(f'{name} of picture {start + int(np.argmin(good))} are not finite: stopped')
+                raise RunError(f'{name} of image {start + int(np.argmin(good))} are not finite: stopped')
             if name != 'logits':
                 own = Moments.of(x)
                 moments[name] = merge(moments[name], own) if name in moments else own
@@ -68,7 +68,7 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
         if 'logits' in piece:
             found = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
             counts = counts + found if len(counts) else found
-    assert start == n, f'{start} pictures, not {n}'
+    assert start == n, f'{start} images, not {n}'
     return Statistics(moments['features'], kept['features'], counts, kept.get('logits'), moments.get('spatial'))
 
 

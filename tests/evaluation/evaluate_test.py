@@ -18,8 +18,9 @@ from support import ROOT, devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import evaluate, log, run, sample
+from jaxgen import log, run, sample
 from jaxgen.errors import RunError
+from jaxgen.evaluation import cache, samples
 from jaxgen.main import run_main
 from jaxgen.metrics import statistics
 from jaxgen.train import train
@@ -194,7 +195,7 @@ def test_statistics_do_not_depend_on_the_pieces():
     assert one.counts.sum() == 50 and sorted(map(tuple, one.features)) == sorted(map(tuple, whole['features']))
     np.testing.assert_allclose(one.moments.scatter, many.moments.scatter, rtol=1e-12, atol=1e-12)
     whole['features'][31, 2] = np.nan
-    with pytest.raises(RunError, match='features of picture 31 are not finite'):
+    with pytest.raises(RunError, match='features of image 31 are not finite'):
         statistics.gather([{name: x[i : i + 7] for name, x in whole.items()} for i in range(0, 50, 7)], 50)
 
 
@@ -305,7 +306,7 @@ def picture_folder(folder, n: int = 30, size: int = 8):
 def test_mistakes_of_evaluation(copy, classifier, tmp_path, capfd, no_compile):
     (copy / 'evaluation.json').write_text('precious')
     base = ['--mode=evaluate', f'--workdir={copy}']
-    assert '8 pictures are too few' in mistake(capfd, *base, '--n=8')
+    assert '8 images are too few' in mistake(capfd, *base, '--n=8')
     assert 'no run in' in mistake(capfd, *base, '--features=run:nowhere')
     assert "must be 'inception'" in mistake(capfd, *base, '--features=clip')
     assert '--inception=' in mistake(capfd, *base, '--features=inception')
@@ -319,7 +320,7 @@ def test_mistakes_of_evaluation(copy, classifier, tmp_path, capfd, no_compile):
     judge = f'--features=run:{classifier}'
     stderr = mistake(capfd, '--mode=evaluate', other, '--config.data.source=digits', f'--images={good}', judge)
     assert 'judge reads pictures of 8 x 8 x 1' in stderr
-    assert '1 pictures are too few' in mistake(capfd, *base, f'--images={one}')
+    assert '1 images are too few' in mistake(capfd, *base, f'--images={one}')
     assert '--mode=evaluate' in mistake(capfd, f'--config={path("ddpm_digits")}', f'--images={good}')
     assert 'needs --features' in mistake(capfd, *base, f'--images={good}', '--features=none')
     assert 'does not exist' in mistake(capfd, *base, f'--images={tmp_path}/nowhere')
@@ -375,7 +376,7 @@ def evaluator(tmp_path_factory):
 
 
 def judged(evaluator, images) -> dict[str, float]:
-    found = evaluator.figures([evaluator.extract(images, len(images))], len(images))
+    found = evaluator.compare([evaluator.extract(images, len(images))], len(images))
     return {name.partition('/')[0]: figure['value'] for name, figure in found.items()}
 
 
@@ -409,10 +410,10 @@ def test_authenticity_only_where_all_training_pictures_are_kept(monkeypatch, cap
     features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     pieces = [{'features': features}]
     copies = statistics.gather(iter(pieces), 60)
-    assert evaluate.figures(copies, copies, 'judge', True)['authenticity/judge']['value'] == 0
+    assert samples.compare(copies, copies, 'judge', True)['authenticity/judge']['value'] == 0
     monkeypatch.setattr(statistics, 'KEPT', 40)
     some = statistics.gather(iter(pieces), 60)
-    found = evaluate.figures(copies, some, 'judge', True)
+    found = samples.compare(copies, some, 'judge', True)
     assert 'authenticity/judge' not in found and '40 of the 60' in capfd.readouterr().err
     assert found['coverage/judge']['n_reference'] == found['kid/judge']['n_reference'] == 40, 'what was used is said'
     assert found['frechet/judge']['n_reference'] == 60
@@ -421,15 +422,15 @@ def test_authenticity_only_where_all_training_pictures_are_kept(monkeypatch, cap
 def test_a_piece_with_any_byte_changed_is_whole_or_none(tmp_path):
     """A changed byte makes zipfile ask for a password, miss a method of compression, or lose an entry."""
     file, whole = tmp_path / 'piece.npz', {'features': np.arange(6.0).reshape(2, 3), 'logits': np.ones((2, 1))}
-    log.save_npz(str(file), {**whole, evaluate.NAMES: np.array(list(whole))})
+    log.save_npz(str(file), {**whole, cache.NAMES: np.array(list(whole))})
     content, found = file.read_bytes(), []
     for i in range(len(content)):
         file.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
-        found.append(evaluate.read_piece(str(file), 2))
+        found.append(cache.read(str(file), 2))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             statistics.read(str(file), 'another')
     for piece in filter(None, found):
         assert piece.keys() == whole.keys() and all(np.array_equal(piece[name], x) for name, x in whole.items())
     assert found.count(None) > len(found) / 3
     file.write_bytes(content)
-    assert evaluate.read_piece(str(file), 2).keys() == whole.keys() and evaluate.read_piece(str(file), 3) is None
+    assert cache.read(str(file), 2).keys() == whole.keys() and cache.read(str(file), 3) is None

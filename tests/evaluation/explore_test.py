@@ -11,7 +11,8 @@ from contract_test import tiny
 from PIL import Image
 from support import mistake
 
-from jaxgen import explore, run
+from jaxgen import run
+from jaxgen.evaluation import explore
 from jaxgen.main import run_main
 from jaxgen.train import train
 
@@ -136,7 +137,7 @@ def test_finds_copies(tmp_path):
     class Copying:
         def __init__(self, split):
             self.config, self.assembled, self.split = trained.config, trained.assembled, split
-            self.state = trained.state
+            self.model = trained.model
 
         def sample(self, n, seed):
             return sources[self.split].take(np.arange(100, 100 + n))['image']

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import assemble, path
+from support import path
 
 from jaxgen import config as configs
-from jaxgen import evaluate, randomness, sample, sharding
+from jaxgen import randomness
 from jaxgen.contract import Context
 from jaxgen.data import captions, shapes
 from jaxgen.errors import UserError
 from jaxgen.families import attngan
 from jaxgen.losses.matching import matching_loss, sentence_similarity, word_similarity
-from jaxgen.metrics.features import Features
 from jaxgen.networks import attngan as networks
 from jaxgen.networks.layers import upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
@@ -351,75 +349,3 @@ def test_says_what_is_wrong(model, said):
 def test_a_batch_of_one_has_nothing_to_compare():
     with pytest.raises(UserError, match=r'config.data.batch'):
         jax.eval_shape(build().init, jax.random.key(0), batch(1), {})
-
-
-# --- captions on the command line, and whether samples show what they say
-
-
-@functools.cache
-def assembled():
-    config = configs.load(path('attngan_shapes'))
-    return assemble(config), config
-
-
-def test_a_caption_is_a_condition():
-    text = 'A small red heart, on a white background'
-    found = sample.batches(*assembled(), 3, {'caption': text})
-    assert found['caption'].shape == (3, 64) and shapes.decode_caption(found['caption'][2]) == text
-
-
-def test_classes_that_training_did_not_see_are_not_asked_for():
-    config = configs.load(path('conditional_gan_digits'))
-    config.data.keep_classes = (7, 2, 4)
-    given = sample.batches(assemble(config), config, 5, {})
-    assert given['label'].tolist() == [2, 4, 7, 2, 4]
-    with pytest.raises(UserError, match=r'one of those that training saw, \[2, 4, 7\]'):
-        sample.batches(assemble(config), config, 5, {'label': 3})
-
-
-@pytest.mark.parametrize('text, said', [
-    ('', 'has none'), ('!?', 'has none'), ('a ' * 40, '80 bytes'), ('a ' * 11, '11 words are more than the 8'),
-    ('a small red hart', "'hart'; did you mean heart"), ('a qqqqqq', "'qqqqqq'; they have a, an, background, beige"),
-])  # fmt: skip
-def test_captions_that_cannot_be_read(text, said, no_compile):
-    with pytest.raises(UserError, match=said) as error:
-        sample.batches(*assembled(), 1, {'caption': text})
-    assert '\n' not in str(error.value)
-
-
-def test_whether_samples_show_what_was_asked():
-    """A judge that reads the factors off the first pixels; two samples of three show all that their captions say."""
-
-    def read(variables, batch):
-        right = batch['image'][:, 0, :7, 0] == batch['factors']
-        return {'accuracy': right.mean(-1), **{f'accuracy/{i}': right[:, i].astype(jnp.float32) for i in range(7)}}
-
-    network = Features('judge', '', None, None, None, ('factors',), read)
-    a, config = assembled()
-    section = config.data.to_dict()
-    judge = evaluate.Evaluator(network, section, 'train', sharding.make_mesh(1, jax.devices()[:1]), 2)
-    run = types.SimpleNamespace(assembled=a, config=config)
-    given = sample.batches(a, config, 3, {})
-    wanted, texts = evaluate.asked(run, judge)(given), given['caption']
-    assert [shapes.caption(f) for f in wanted['factors']] == [shapes.decode_caption(t) for t in texts]
-    images = np.zeros((3, 8, 8, 3), np.uint8)
-    images[:, 0, :7, 0] = wanted['factors']
-    images[0, 0, 0, 0] += 1  # another shape
-    images[1, 0, 3:6, 0] += 1  # elsewhere and turned, of which no caption tells
-    found = evaluate.hits(judge, images, wanted, True, 3)
-    assert {name: x.tolist() for name, x in found.items()} == {
-        'asked/accuracy/0': [0, 1, 1], 'asked/accuracy/1': [1, 1, 1], 'asked/accuracy/2': [1, 1, 1],
-        'asked/accuracy/6': [1, 1, 1], 'asked/caption': [0, 1, 1],
-    }  # fmt: skip
-    all_factors = evaluate.hits(judge, images, wanted, False, 3)
-    np.testing.assert_allclose(all_factors['asked/accuracy'], [6 / 7, 4 / 7, 1], rtol=1e-6)
-    nothing = types.SimpleNamespace(
-        assembled=types.SimpleNamespace(family=a.family._replace(conditions=())), config=config
-    )
-    assert evaluate.asked(nothing, judge) is None
-    # Of pictures that were another source's nothing is known, but that both styles of the scenes share the test scenes.
-    for other, known in (('digits', False), ('shapes:centred', False), ('shapes:outlined', True)):
-        turning = types.SimpleNamespace(family=a.family._replace(conditions=('other',)))
-        run = types.SimpleNamespace(assembled=turning, config=configs.load(path('attngan_shapes')))
-        run.config.data.other = other
-        assert (evaluate.asked(run, judge) is not None) == known

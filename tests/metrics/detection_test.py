@@ -11,10 +11,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from jaxgen import config as configs
-from jaxgen import data, evaluate, run, sharding
+from jaxgen import data, run, sharding
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Family, State
 from jaxgen.errors import RunError, UserError
+from jaxgen.evaluation import held_out
 from jaxgen.metrics.detection import roc_auc
 
 SECTION = {**DEFAULTS['data'], 'batch': 8}
@@ -140,7 +141,7 @@ def test_a_run_says_how_well_each_figure_finds_the_other_classes(capfd):
 def test_means_are_what_they_were():
     r = toy(())
     source = data.dataset(r.config.data, 'test')
-    found = evaluate.measure(r.assembled.family, r.state, {}, r.assembled.mesh, source, 50, 16, 0, lambda done: None)
+    found = held_out.evaluate(r.model, source, 50, 16, 0)
     values = source.take(np.arange(50))['image'].astype(np.float64).mean((1, 2, 3)) / 127.5 - 1
     np.testing.assert_allclose(found['brightness']['value'], values.mean(), rtol=1e-5)
     np.testing.assert_allclose(found['brightness']['stderr'], values.std(ddof=1) / np.sqrt(50), rtol=1e-4)

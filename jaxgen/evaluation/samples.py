@@ -1,0 +1,227 @@
+"""Metrics of samples, or of any images, against a data set, in the features of a network.
+
+A network with the data set that samples are compared with is an `Evaluator`; what it needs of either side are
+`Statistics` (jaxgen/metrics/statistics.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen import data, log, sample, sharding
+from jaxgen.errors import UserError
+from jaxgen.evaluation import cache, conditional
+from jaxgen.evaluation.bound import BoundModel
+from jaxgen.evaluation.held_out import mean
+from jaxgen.metrics import features as networks
+from jaxgen.metrics import neighbours, scores
+from jaxgen.metrics.moments import frechet
+from jaxgen.metrics.statistics import Statistics, cached, gather
+
+KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
+ENOUGH = 10  # images per dimension: with fewer, the Frechet distance is mostly bias
+
+
+def distances(fake: Statistics, real: Statistics) -> dict[str, dict]:
+    """Distances between two sets: 'frechet', 'kid', and 'sfid' where the network has spatial features."""
+    n, n_reference = fake.moments.n, real.moments.n
+    metrics = {'frechet': {'value': frechet(fake.moments, real.moments), 'n': n, 'n_reference': n_reference}}
+    if fake.spatial is not None:
+        metrics['sfid'] = {'value': frechet(fake.spatial, real.spatial), 'n': n, 'n_reference': n_reference}
+    subset = min(KID_SUBSET, len(fake.features), len(real.features))
+    value, std = scores.kernel_distance(fake.features, real.features, size=subset)
+    metrics['kid'] = {'value': value, 'std': std, 'n': len(fake.features), 'n_reference': len(real.features)}
+    metrics['kid']['subset'] = subset
+    return metrics
+
+
+def fidelity_and_diversity(fake: Statistics, real: Statistics, training: bool) -> dict[str, dict]:
+    """Fractions by nearest neighbours: 'precision', 'recall', 'density', 'coverage', and 'authenticity' where the data
+    set is that of training and all of its features are kept: a copy of an image without them would pass as new."""
+    m = min(len(fake.features), len(real.features))  # both sets of one size
+    fractions = neighbours.neighbourhood(real.features[:m], fake.features[:m])
+    authenticity = fractions.pop('authenticity')
+    metrics = {name: {'value': value, 'n': m, 'n_reference': m} for name, value in fractions.items()}
+    if training and len(real.features) < real.moments.n:
+        log.say(
+            f'no authenticity: features of {len(real.features)} of the {real.moments.n} training images are kept, and '
+            'copies of the others would pass'
+        )
+    elif training:
+        if m < len(real.features):  # a copy is recognised only where its original is
+            authenticity = neighbours.neighbourhood(real.features, fake.features)['authenticity']
+        metrics['authenticity'] = {'value': authenticity, 'n': m, 'n_reference': len(real.features)}
+    return metrics
+
+
+def compare(fake: Statistics, real: Statistics, name: str, training: bool) -> dict[str, dict]:
+    """{metric/NAME: {'value', 'n', 'n_reference', ...}} of images against a data set.
+
+    frechet            distance of two Gaussians (FID, where the network is Inception)
+    sfid               the same of spatial features (Nash et al. 2021)
+    kid                squared maximum mean discrepancy, mean over subsets
+    inception_score    of the images alone
+    precision, recall  fraction of each set inside the other's neighbourhoods of 3; sets of one size
+    density, coverage  the same with neighbourhoods of 5, robust to outliers
+    authenticity       fraction of images that are not copies of training images
+    modes, class_kl    classes with a sample; divergence of the class distribution from that of the data, nats
+
+    Args:
+      name: the network's.
+      training: the data set is what the model was trained on; authenticity is of nothing else.
+    """
+    metrics = distances(fake, real)
+    if fake.logits is not None:
+        value, std = scores.inception_score(fake.logits)
+        metrics['inception_score'] = {'value': value, 'std': std, 'n': len(fake.logits)}
+    metrics |= fidelity_and_diversity(fake, real, training)
+    if fake.logits is not None:
+        modes, kl = scores.class_balance(fake.logits, real.counts)
+        metrics['modes'] = {'value': modes, 'n': len(fake.logits), 'of': len(real.counts)}
+        metrics['class_kl'] = {'value': kl, 'n': len(fake.logits), 'n_reference': int(real.counts.sum())}
+    return {f'{metric}/{name}': entry for metric, entry in metrics.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """A network, and the data set that images are compared with in its features."""
+
+    features: networks.Features
+    section: dict  # the config's section `data`: the set, and how its images are preprocessed
+    split: str
+    mesh: Any
+    size: int  # images in one batch of the network
+
+    @functools.cached_property
+    def source(self):
+        return data.dataset({**self.section, 'features': ('image',)}, self.split)
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        return (self.section['size'], self.section['size'], self.section['channels'])
+
+    @property
+    def cache(self) -> str:
+        return os.path.join(data.root(self.section), 'statistics')
+
+    def check(self, n: int) -> None:
+        """Raises UserError where n images, or the data set, are too few to be evaluated; warns where they are few."""
+        outputs = self.features.shapes(self.image)
+        widest = max(outputs['features'], outputs.get('spatial', 0))
+        for count, what in ((n, 'images'), (len(self.source), f'images in the split {self.split!r}')):
+            if count <= widest:
+                raise UserError(
+                    f'{count} {what} are too few: the Frechet distance of {widest} features ({self.features.name}) '
+                    f'needs more than {widest} images on either side'
+                )
+        if n < ENOUGH * outputs['features']:
+            log.say(
+                f'{n} images are few for {outputs["features"]} features: their Frechet distance is biased upwards, '
+                'so compare it with others of as many images only'
+            )
+
+    def batch(self, n: int) -> int:
+        """Images in one batch, of n in all."""
+        return sharding.round_up(self.mesh, min(self.size, n))
+
+    def extract(self, images: np.ndarray, n: int) -> dict[str, np.ndarray]:
+        """Outputs of the network for uint8 images [b, H, W, C], some of a set of n, in batches of one shape."""
+        size = self.batch(n)
+        cuts = range(0, len(images), size)
+        parts = [networks.extract(self.features, self.mesh, images[i : i + size], size) for i in cuts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def pieces(self, take: Callable[[int, int], np.ndarray], n: int, title: str) -> Iterator[dict]:
+        """`extract` of n images, batch by batch, with a progress bar; `take(start, stop)` gives them."""
+        size = self.batch(n)
+        with log.bar(n, title, jax.process_index() != 0) as bar:
+            for start in range(0, n, size):
+                stop = min(start + size, n)
+                yield self.extract(take(start, stop), n)
+                bar.update(stop - start)
+
+    @functools.cached_property
+    def reference(self) -> Statistics:
+        """Statistics of the data set, from the cache if they are there."""
+        n, name = len(self.source), self.section['source']
+
+        def make() -> Statistics:
+            title = f'{self.split} split of {name}'
+            return gather(self.pieces(lambda i, j: self.source.take(np.arange(i, j))['image'], n, title), n)
+
+        key = f'{self.source.identity} n={n} {self.features.digest}'
+        title = f'{name.partition(":")[0].replace("/", "_")}-{self.split}-{self.features.name}'
+        return cached(self.cache, title, key, make)
+
+    def compare(self, pieces: Iterable[dict], n: int) -> dict[str, dict]:
+        """Metrics of n images, of whose `extract` these are the pieces; see `compare`."""
+        real = self.reference  # before the pieces are made: it has a progress bar of its own
+        return compare(gather(pieces, n), real, self.features.name, self.split == 'train')
+
+    def compare_images(self, images, title: str) -> dict[str, dict]:
+        """Metrics of images, uint8 [n, H, W, C] or any sequence of such slices."""
+        return self.compare(self.pieces(lambda i, j: images[i:j], len(images), title), len(images))
+
+    def about(self) -> dict:
+        """What evaluation.json says of the network and the data set."""
+        outputs = self.features.shapes(self.image)
+        return {
+            'features': {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs},
+            'reference': {'source': self.section['source'], 'split': self.split, 'n': len(self.source)},
+        }
+
+
+def sample_outputs(
+    model: BoundModel,
+    provide: Callable[[np.ndarray], dict[str, np.ndarray]],
+    evaluator: Evaluator,
+    attributes: conditional.Attributes | None,
+    n: int,
+    batch: int,
+    seed: int,
+    folder: str,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Outputs of the evaluator's network for n samples, piece by piece, and beside them, in entries that begin with
+    'conditional_accuracy', whether each shows the attributes that it is conditioned on.
+
+    Args:
+      provide: of the samples' conditions, by their numbers; see sample.condition_provider.
+      batch: samples at a time.
+      folder: that keeps the pieces; see cache.path.
+    """
+    size = model.batch_size(batch, n)
+
+    def make(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        conditions = provide(numbers)
+        images = sample.draw_batch(model, conditions, size, seed)
+        correct = attributes.correct(images, conditions, evaluator.batch(n)) if attributes else {}
+        return evaluator.extract(images, n) | correct
+
+    with log.bar(n, 'samples', jax.process_index() != 0) as bar:
+        for start in range(0, n, size):
+            numbers = np.arange(start, min(start + size, n))
+            yield cache.piece(folder, start, len(numbers), functools.partial(make, numbers))
+            bar.update(len(numbers))
+
+
+def compare_samples(evaluator: Evaluator, pieces: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, dict]:
+    """Metrics of n samples by the pieces of `sample_outputs`; conditional accuracies with their standard errors."""
+    correct: dict[str, list] = {}
+
+    def outputs() -> Iterator[dict[str, np.ndarray]]:
+        for piece in pieces:
+            for name in [name for name in piece if name.startswith(conditional.PREFIX)]:
+                correct.setdefault(name, []).append(piece.pop(name))
+            yield piece
+
+    metrics = evaluator.compare(outputs(), n)
+    for name, parts in correct.items():
+        metrics[f'{name}/{evaluator.features.name}'] = mean(np.concatenate(parts).astype(np.float64))
+    return metrics
