@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard events, picture grids, a progress bar."""
+"""What a run writes for people: metrics.jsonl, TensorBoard events, grids of images, a progress bar."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def say(message: str) -> None:
 
 
 def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
-    """A progress bar of pictures, on stderr."""
+    """A progress bar over images, on stderr."""
     return tqdm(total=total, desc=what or None, unit='image', dynamic_ncols=True, file=sys.stderr, disable=quiet)
 
 
 def summary_writer(directory: str, **options):
     """TensorBoard's events in `directory`."""
-    # tensorboardX imports torch where there is one, which takes seconds, for pictures of networks that we do not draw.
+    # tensorboardX imports torch where there is one, which takes seconds, to draw graphs of networks: not used here.
     torch = sys.modules.get('torch')
     sys.modules['torch'] = torch  # None hides it
     try:
@@ -189,7 +189,8 @@ def cut_back(path: str, step: int) -> None:
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """Pictures [n, H, W, C] uint8 as one picture, row by row, with gaps; small ones are enlarged to 48 pixels."""
+    """A sheet, uint8 [H, W, C], of images uint8 [n, h, w, C], row by row, with gaps; small ones are enlarged to 48
+    pixels."""
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

@@ -3,11 +3,11 @@
 Modes:
   train     train the config's run, or go on with it from its newest checkpoint (the default)
   sample    draw images from a trained run: PNG files, a grid and an .npz
-  evaluate  measure a trained run: its own figures on the test split, and its samples against the
-            data, with the network named by --features; or a folder of pictures, --images=FOLDER,
-            against the data of --config: evaluation.json
-  explore   look into a trained run: reconstructions, interpolations, traversals and maps of its latent space,
-            its samples beside the training pictures nearest to them: PNG files
+  evaluate  metrics of a trained run: its family's own on the test split, and those of its samples against the
+            data, in the features of the network that --features names; or of a folder of images,
+            --images=FOLDER, against the data of --config: evaluation.json
+  explore   sheets of a trained run: reconstructions, interpolations, traversals and maps of its latent space,
+            its samples beside their nearest training images: PNG files
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
 
 `sample`, `evaluate` and `explore` read the run's own saved config, so `--workdir` is enough. Any field is
@@ -20,8 +20,8 @@ Outputs, of other settings beside each other:
             --images: runs/images_FOLDER/, or --out
 In --out a later call replaces what an earlier one wrote there, and nothing else.
 
-Exit codes: 0 done; 1 a fault stopped the run; 2 a mistake in what was asked for; 75 told to
-stop, saved, the same command goes on.
+Exit codes: 0 done; 1 a fault stopped the run; 2 a mistake in the command or its config; 75 stopped by a
+signal and saved, the same command goes on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def define_flags() -> flags.FlagValues:
     string(
         'out',
         '',
-        'sample, explore: where the pictures go; default WORKDIR/samples/..., WORKDIR/explore',
+        'sample, explore: where the images go; default WORKDIR/samples/..., WORKDIR/explore',
         flag_values=values,
     )
     string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
@@ -72,12 +72,12 @@ def define_flags() -> flags.FlagValues:
     )
     integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
-    string('features', '', 'evaluate: inception | run:PATH | none, the network to measure with', flag_values=values)
+    string('features', '', 'evaluate: inception | run:PATH | none, the network to evaluate with', flag_values=values)
     string('inception', '', 'evaluate: file with the weights of Inception', flag_values=values)
     string(
         'images',
         '',
-        'evaluate: a folder of pictures instead of a run, against the data of --config',
+        'evaluate: a folder of images instead of a run, against the data of --config',
         flag_values=values,
     )
     flags.DEFINE_multi_string(
@@ -237,12 +237,12 @@ def main(argv: list[str]) -> None:
     mode = values.mode
     for name in PATHS:
         setattr(values, name, os.path.expanduser(getattr(values, name)))
-    given = {
+    fields = {
         'features': values.features,
         'inception': values.inception,
         'samples': values.n if mode == 'evaluate' else 0,
     }
-    overrides += [f'--config.evaluate.{name}={value}' for name, value in given.items() if value]
+    overrides += [f'--config.evaluate.{name}={value}' for name, value in fields.items() if value]
     workdir = values.workdir or os.path.join('runs', configs.name(values.config))
     if values.multihost:
         hosts.start()

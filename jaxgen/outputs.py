@@ -51,25 +51,25 @@ def written(folder: str, index: str) -> list[str]:
     Raises:
       UserError: there are files of these names, and nothing says that they are jaxgen's.
     """
-    pattern, found, foreign = WRITTEN[index], [], ''
+    pattern, files, foreign = WRITTEN[index], [], ''
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         if entry.name == 'images' and index == 'samples.npz':
             if entry.is_symlink() or not entry.is_dir():
                 foreign = entry.name
                 continue
             inside = [f'images/{one}' for one in os.listdir(entry.path)]
-            found += [one for one in inside if pattern.fullmatch(one)]
+            files += [one for one in inside if pattern.fullmatch(one)]
             foreign = next((one for one in inside if not pattern.fullmatch(one)), foreign)
         elif pattern.fullmatch(entry.name):
-            found.append(entry.name)
-    if found and index not in found:
-        foreign = foreign or found[0]
+            files.append(entry.name)
+    if files and index not in files:
+        foreign = foreign or files[0]
     if foreign:
         raise UserError(
             f'--out={folder}: {foreign} there was not written by jaxgen, and would be mixed with what is: name another '
             'directory'
         )
-    return found
+    return files
 
 
 @contextlib.contextmanager
@@ -88,10 +88,10 @@ def directory(folder: str, index: str) -> Iterator[str]:
             if one != index:
                 os.remove(os.path.join(folder, one))
         os.replace(os.path.join(new, index), os.path.join(folder, index))  # first: it says whose the others are
-        for place, _, files in os.walk(new):
-            to = os.path.join(folder, os.path.relpath(place, new))
+        for subfolder, _, files in os.walk(new):
+            to = os.path.join(folder, os.path.relpath(subfolder, new))
             os.makedirs(to, exist_ok=True)
             for one in files:
-                os.replace(os.path.join(place, one), os.path.join(to, one))
+                os.replace(os.path.join(subfolder, one), os.path.join(to, one))
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run: the family that a config makes, and the weights that a run directory holds."""
+"""A run: the family that a config makes, with the weights in a run directory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Assembled:
 
     @functools.cached_property
     def stage_digests(self) -> dict[str, str]:
-        """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was learned on them fits no others."""
+        """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was trained on them fits no others."""
         return {name: features.digest((state.ema, state.extra)) for name, (state, _) in self.frozen.items()}
 
 
@@ -89,16 +89,16 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: tuple[s
     moved: fields 'stages.NAME' that name another directory than then; without a digest these are refused.
     """
     saved = about.get('stages', {})
-    for name, found in assembled.stage_digests.items() if saved or moved else ():
+    for name, digest in assembled.stage_digests.items() if saved or moved else ():
         path = assembled.config.stages[name]
         if name not in saved and f'stages.{name}' in moved:
             raise UserError(
-                f'config.stages.{name} = {path}: {workdir} does not say which weights it learned on, so only the '
+                f'config.stages.{name} = {path}: {workdir} does not say which weights it was trained on, so only the '
                 'directory that it names will do'
             )
-        if saved.get(name, found) != found:
+        if saved.get(name, digest) != digest:
             raise UserError(
-                f'config.stages.{name}: the weights in {path} are not those that {workdir} learned on: put these '
+                f'config.stages.{name}: the weights in {path} are not those that {workdir} was trained on: put these '
                 'back, or train it anew in another --workdir'
             )
 
@@ -152,7 +152,7 @@ def assemble(
 
     Args:
       stage: (run directory, mesh) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes will do.
-      spec: of the data, where the run knows it; None: ask the data.
+      spec: of the data, where the run holds it; None: that of the data.
 
     Raises:
       UserError: values that do not fit each other, before anything is compiled.
@@ -357,8 +357,8 @@ def saved_spec(workdir: str) -> data.Spec | None:
 def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: set[str]):
     """(config, unnamed): the config that a run is used with, and paths in it that are not to be read; see `load`.
 
-    A stage lies where the person says, or else in RUN/stages/NAME, or else where training found it. Where prepared data
-    lie is a question of the machine, so a stranger's run does not say it.
+    A stage lies where the person says, or else in RUN/stages/NAME, or else where it lay in training. Where prepared
+    data lie is a question of the machine, so a stranger's run does not say it.
     """
     if isinstance(config, dict):
         named, config = configs.flat(config).keys(), configs.complete(configs.deep_update(saved.to_dict(), config))
@@ -458,10 +458,10 @@ def load(
         )
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
     checkpoints = Checkpoints(workdir)
-    found = checkpoints.restore(assembled.abstract, assembled.mesh, items)
-    if found is None:
+    restored = checkpoints.restore(assembled.abstract, assembled.mesh, items)
+    if restored is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
-    state, about = found
+    state, about = restored
     check_stages(about, assembled, workdir, configs.moved(saved, config))
     check_moved_data(about, config, workdir, configs.moved(saved, config))
     names = [name for name in state.ema if '@' not in name]
@@ -518,7 +518,7 @@ def averaged_afterwards(
         )
     saved = [s for s in checkpoints.steps() if s <= step and not checkpoints.trouble(s)]
     pairs = [(s, width) for s in saved for width in stds]
-    shares = optim.post_hoc(*map(np.array, zip(*pairs, strict=True)), step, std)
+    weights = optim.post_hoc(*map(np.array, zip(*pairs, strict=True)), step, std)
     total = None
     for s in saved:
         try:
@@ -530,8 +530,8 @@ def averaged_afterwards(
             raise RunError(
                 f'checkpoint of step {s} cannot be read ({text}): move it out of {checkpoints.folder}'
             ) from e
-        for (at, width), share in zip(pairs, shares, strict=True):
+        for (at, width), weight in zip(pairs, weights, strict=True):
             if at == s:
-                part = {name: jax.tree.map(lambda x, c=share: c * x, state.ema[f'{name}@{width}']) for name in names}
+                part = {name: jax.tree.map(lambda x, c=weight: c * x, state.ema[f'{name}@{width}']) for name in names}
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
     return total

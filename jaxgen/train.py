@@ -30,7 +30,7 @@ from jaxgen.run import (
     say_if_initial,
 )
 
-# With several hosts, calls between two agreements on whether one of them has been told to stop.
+# With several hosts, calls between two agreements on whether one of them has a signal to stop.
 CALLS_PER_AGREEMENT = 10
 PROFILED_CALLS = (10, 15)  # first and last call under --profile, after compiling
 
@@ -75,7 +75,7 @@ def check_resume(workdir: str, config, free: tuple[str, ...]) -> list[str]:
     return configs.moved(saved_config(workdir), config)
 
 
-def make_call(assembled: Assembled, places, updates: int, seed: int):
+def make_call(assembled: Assembled, shardings, updates: int, seed: int):
     """The jitted program of `updates` updates: (state, frozen, batches [updates, ...]) -> (state, logs [updates])."""
 
     def call(state, frozen, batches):
@@ -91,7 +91,7 @@ def make_call(assembled: Assembled, places, updates: int, seed: int):
         state, logs = one(state, jax.tree.map(lambda x: x[0], batches))
         return state, jax.tree.map(lambda x: x[None], logs)
 
-    return sharding.jit(call, donate_argnums=0, out_shardings=(places, sharding.replicated(assembled.mesh)))
+    return sharding.jit(call, donate_argnums=0, out_shardings=(shardings, sharding.replicated(assembled.mesh)))
 
 
 @jax.jit
@@ -112,13 +112,13 @@ class Training:
         self.k = config.train.updates_per_call
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
         moved = check_resume(workdir, config, a.family.free) if self.checkpoints.steps() else []
-        found = self.checkpoints.restore(a.abstract, a.mesh)
+        restored = self.checkpoints.restore(a.abstract, a.mesh)
         identity = data.dataset(config.data, 'train').identity
         self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
-        self.places = sharding.over_weights(a.mesh, a.abstract)
-        if found:
-            self.state, about = found
+        self.shardings = sharding.over_weights(a.mesh, a.abstract)
+        if restored:
+            self.state, about = restored
             check_stages(about, a, workdir, moved)
             check_moved_data(about, config, workdir, moved)
             if about.get('data', self.about['data']) != self.about['data']:
@@ -152,7 +152,7 @@ class Training:
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         first = functools.partial(init_state, self.a.family)
-        init = sharding.jit(first, out_shardings=self.places, compiler_options=once)
+        init = sharding.jit(first, out_shardings=self.shardings, compiler_options=once)
         return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
 
     def not_finite(self, what: str) -> RunError:
@@ -250,7 +250,7 @@ class Training:
 
     def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
         train = self.config.train
-        call = make_call(self.a, self.places, self.k, self.config.seed)
+        call = make_call(self.a, self.shardings, self.k, self.config.seed)
         stream, calls = self.batches(self.step), 0
         closing.enter_context(contextlib.closing(stream))
 

@@ -1,10 +1,10 @@
-"""Networks that judge pictures: from uint8 images to the features that distances are measured in.
+"""Evaluation networks: from uint8 images to the features that distances are measured in.
 
     features = of_run(jaxgen.load('runs/classifier_digits'))
     extract(features, mesh, images, size=256)['features']  # float32 [n, d]
 
-A distance between two sets of pictures means nothing without the network it was measured in, so
-every figure carries the network's name, and the SHA-256 of its weights is recorded with it.
+A distance between two sets of images means nothing without the network it was measured in, so every metric carries
+the network's name, and the SHA-256 of its weights is recorded with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxgen.networks.inception import Inception
 class Features(NamedTuple):
     """A network with its weights."""
 
-    name: str  # stands in the name of every figure
+    name: str  # stands in the name of every metric
     digest: str  # SHA-256 of what the weights are
     image: tuple[int, int, int] | None  # H, W, C that it reads; None: any size, grey or colour
     apply: Callable  # (variables, uint8 [n, H, W, C]) -> {'features': [n, d], 'logits': [n, c], 'spatial': [n, s]}
@@ -38,21 +38,21 @@ class Features(NamedTuple):
     correct: Callable | None = None
 
     def shapes(self, image: tuple[int, int, int]) -> dict[str, int]:
-        """{output: its dimensions} for pictures of shape `image`; 'logits' and 'spatial' only where there are any.
+        """{output: its dimensions} for images of shape `image`; 'logits' and 'spatial' only where there are any.
 
         Raises:
-          UserError: it does not read such pictures.
+          UserError: it does not read such images.
         """
         if self.image not in (None, image):
             raise UserError(
-                f'{self.name} reads pictures of {shown(self.image)}, and these are {shown(image)}: '
-                'name features that were trained on such pictures'
+                f'{self.name} reads images of {displayed(self.image)}, and these are {displayed(image)}: '
+                'name features that were trained on such images'
             )
         like = jax.ShapeDtypeStruct((1, *image), np.uint8)
         return {name: out.shape[1] for name, out in jax.eval_shape(self.apply, self.variables, like).items()}
 
 
-def shown(image: tuple[int, int, int]) -> str:
+def displayed(image: tuple[int, int, int]) -> str:
     """'32 x 32 x 3'."""
     return ' x '.join(map(str, image))
 
@@ -68,7 +68,7 @@ def digest(tree) -> str:
 
 
 def of_run(run) -> Features:
-    """The features of a run (run.Run): what its family's `encode` gives, flat, and the logits of its `classify`.
+    """The features of a run (run.Run): the output of its family's `encode`, flat, and the logits of its `classify`.
 
     Raises:
       UserError: its family encodes nothing.
@@ -113,14 +113,15 @@ def of_inception(path: str, cache: str, mesh) -> Features:
 
 
 @functools.cache
-def program(apply: Callable):
+def program(apply: Callable) -> Callable:
+    """The function jitted, once."""
     return sharding.jit(apply)
 
 
 def extract(features: Features, mesh, images: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    """Outputs of the network for uint8 images [n, H, W, C] with n <= size, spread over the mesh; float32 [n, ...].
+    """Outputs of the network for uint8 images [n, H, W, C] with n <= size, sharded over the mesh; float32 [n, ...].
 
-    size: what the batch is filled up to, a multiple of the number of devices: one size, one compile.
+    size: what the batch is padded to, a multiple of the number of devices: one size, one compile.
     """
     placed, real = sharding.put_padded(mesh, {'images': images}, size)
     outputs = program(features.apply)(features.variables, placed['images'])

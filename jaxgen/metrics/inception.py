@@ -1,6 +1,6 @@
-"""The published weights of the Inception network whose features FID compares: read, converted once, told from others.
+"""The published weights of the Inception network whose features FID compares: read, converted once, recognised.
 
-The network is jaxgen/networks/inception.py. Other weights give other figures, which are not FID.
+The network is jaxgen/networks/inception.py. Other weights give other distances, which are not FID.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load(path: str, cache: str) -> tuple[str, dict]:
         person's own ones are known.
 
     Returns:
-      (name, variables): `variables` are numpy arrays for `Inception().apply`; `name`, for the names of figures, is
+      (name, variables): `variables` are numpy arrays for `Inception().apply`; `name`, for the names of metrics, is
       'inception' for the published weights, otherwise it has 8 digits of the file's SHA-256.
 
     Raises:
@@ -69,29 +69,29 @@ def load(path: str, cache: str) -> tuple[str, dict]:
     """
     advice = f'download {PUBLISHED["url"]} (SHA-256 {PUBLISHED["sha256"]}) and give it as --inception=PATH'
     if not path:
-        raise UserError(f'these figures need the weights of the Inception network: {advice}')
+        raise UserError(f'these metrics need the weights of the Inception network: {advice}')
     try:
         with open(path, 'rb') as file:
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as e:
         raise UserError(f'the Inception weights {path} cannot be read ({e.strerror}): {advice}') from e
     kept = os.path.join(cache, f'inception-{sha256}.safetensors')
-    found = read_converted(path)
-    if found is None and os.path.isfile(kept):
-        found = read_converted(kept)
-        if found is None:
+    converted = read_converted(path)
+    if converted is None and os.path.isfile(kept):
+        converted = read_converted(kept)
+        if converted is None:
             log.say(f'WARNING: {kept} is damaged and is made again')
-        elif found[0] != sha256:  # not kept by this person
-            found = None
-    if found is None:
-        found = sha256, convert(path)
-        keep(kept, *found)
-    source, variables = found
+        elif converted[0] != sha256:  # not kept by this person
+            converted = None
+    if converted is None:
+        converted = sha256, convert(path)
+        keep(kept, *converted)
+    source, variables = converted
     if source == PUBLISHED['sha256']:
         return 'inception', unflatten_dict(variables, sep='/')
     log.say(
         f'WARNING: {path} (SHA-256 {source}) is not the published weights of the Inception network: '
-        f'figures made with it are not FID and compare only among themselves'
+        f'metrics of its features are not FID and compare only among themselves'
     )
     return f'inception_{source[:8]}', unflatten_dict(variables, sep='/')
 
@@ -154,14 +154,14 @@ def convert(path: str) -> dict[str, np.ndarray]:
       UserError: it cannot be read, or holds other names or shapes.
     """
     tensors = {name: a for name, a in read(path).items() if not name.endswith('.num_batches_tracked')}
-    wanted = {torch_name(path): [shape[axis] for axis in TO_TORCH[len(shape)]] for path, shape in shapes().items()}
-    found = {name: list(a.shape) for name, a in tensors.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            other = ": this is torchvision's network, another one" if found.get('fc.weight') == [1000, 2048] else ''
+    expected = {torch_name(path): [shape[axis] for axis in TO_TORCH[len(shape)]] for path, shape in shapes().items()}
+    actual = {name: list(a.shape) for name, a in tensors.items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            other = ": this is torchvision's network, another one" if actual.get('fc.weight') == [1000, 2048] else ''
             raise UserError(
-                f'{path} is not the weights of the Inception network of FID: {name} is {found.get(name, "absent")} '
-                f'there and {wanted.get(name, "absent")} in the network{other}; the weights are at {PUBLISHED["url"]}'
+                f'{path} is not the weights of the Inception network of FID: {name} is {actual.get(name, "absent")} '
+                f'there and {expected.get(name, "absent")} in the network{other}; the weights are at {PUBLISHED["url"]}'
             )
 
     def layout(a):

@@ -27,7 +27,7 @@ def finite(x, what: str = 'features') -> np.ndarray:
 
 
 class Moments(NamedTuple):
-    """What a Frechet distance needs to know of n features with d dimensions."""
+    """Sufficient statistics, for a Frechet distance, of n features with d dimensions."""
 
     n: int
     mean: np.ndarray  # float64 [d]
@@ -35,11 +35,12 @@ class Moments(NamedTuple):
 
     @staticmethod
     def empty(d: int) -> Moments:
+        """The moments of no features."""
         return Moments(0, np.zeros(d), np.zeros((d, d)))
 
     @staticmethod
     def of(x) -> Moments:
-        """Of features [n, d] of any float dtype, in float64.
+        """The moments of features [n, d] of any float dtype, in float64.
 
         Raises:
           RunError: a feature is not finite.

@@ -1,7 +1,7 @@
 """Fidelity, diversity and copying, by nearest neighbours in feature space.
 
-Around each sample lies a ball that reaches to its k-th nearest neighbour in its own set; itself is
-left out by its number, so duplicates are neighbours at distance 0. Balls are closed; in the published
+Around each sample lies a ball whose radius is the distance to its k-th nearest neighbour in its own set; itself is
+left out by its index, so duplicates are neighbours at distance 0. Balls are closed; in the published
 code of density and coverage they are open, which differs where distances are exactly equal.
 
 Distances are taken in float32 as |x|^2 + |y|^2 - 2 x . y, after centring. What is smaller than the
@@ -28,7 +28,7 @@ CHUNK = 1024
 
 
 def squared_distances(x: Array, y: Array) -> Array:
-    """[n, d], [m, d] -> [n, m]."""
+    """Squared Euclidean distances of x [n, d] and y [m, d]: [n, m]."""
     squares = jnp.square(x).sum(1)[:, None] + jnp.square(y).sum(1)
     distances = squares - 2 * jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     noise = 2 * jnp.finfo(jnp.float32).eps * math.sqrt(x.shape[1]) * squares
@@ -36,7 +36,7 @@ def squared_distances(x: Array, y: Array) -> Array:
 
 
 def chunks(x: Array) -> tuple[Array, Array]:
-    """[n, ...] -> rows [chunks, rows, ...], zeros at the end, and their numbers, [chunks, rows]."""
+    """The rows of x [n, ...], cut into [chunks, rows, ...] with zeros at the end, and their indices [chunks, rows]."""
     n = -(-len(x) // CHUNK)
     rows = -(-len(x) // n)
     x = jnp.pad(x, [(0, n * rows - len(x))] + [(0, 0)] * (x.ndim - 1))
@@ -48,8 +48,8 @@ def radii(x: Array, ks: tuple[int, ...]) -> Array:
     """Squared distance from each x [n, d] to its k-th nearest other one, for each k: [n, len(ks)]."""
 
     def some(part):
-        rows, number = part
-        distances = jnp.where(number[:, None] == jnp.arange(len(x)), jnp.inf, squared_distances(rows, x))
+        rows, index = part
+        distances = jnp.where(index[:, None] == jnp.arange(len(x)), jnp.inf, squared_distances(rows, x))
         nearest = -jax.lax.top_k(-distances, max(ks))[0]
         return nearest[:, jnp.array(ks) - 1]
 
@@ -57,8 +57,9 @@ def radii(x: Array, ks: tuple[int, ...]) -> Array:
 
 
 @jax.jit
-def meet(real: Array, fake: Array, real_radii: Array, fake_radii: Array) -> dict[str, Array]:
-    """What the distances between real [n, d] and fake [m, d] say, per sample of one of the two.
+def each_sample(real: Array, fake: Array, real_radii: Array, fake_radii: Array) -> dict[str, Array]:
+    """The terms of the means of `neighbourhood`: of 'precision', 'density' and 'authenticity' one for each of fake
+    [m, d], of 'recall' and 'coverage' one for each of real [n, d].
 
     Args:
       real_radii: squared, [n, 3]: to the nearest one, for precision, for density.
@@ -68,32 +69,32 @@ def meet(real: Array, fake: Array, real_radii: Array, fake_radii: Array) -> dict
 
     def step(carry, part):
         recalled, nearest_fake = carry
-        (rows, number), (radius, _) = part
+        (rows, index), (radius, _) = part
         distances = squared_distances(rows, real)
-        distances = jnp.where((number < len(fake))[:, None], distances, jnp.inf)
+        distances = jnp.where((index < len(fake))[:, None], distances, jnp.inf)
         recalled |= (distances <= radius[:, None]).any(0)
         nearest_fake = jnp.minimum(nearest_fake, distances.min(0))
-        found = {
+        terms = {
             'precision': (distances <= precision_radii).any(1),
             'density': (distances <= density_radii).sum(1),
             'authenticity': distances.min(1) > nearest_radii[distances.argmin(1)],
         }
-        return (recalled, nearest_fake), found
+        return (recalled, nearest_fake), terms
 
     start = (jnp.zeros(len(real), bool), jnp.full(len(real), jnp.inf))
-    (recalled, nearest_fake), found = jax.lax.scan(step, start, (chunks(fake), chunks(fake_radii)))
-    found = {name: values.reshape(-1)[: len(fake)] for name, values in found.items()}
-    return {**found, 'recall': recalled, 'coverage': nearest_fake <= density_radii}
+    (recalled, nearest_fake), terms = jax.lax.scan(step, start, (chunks(fake), chunks(fake_radii)))
+    terms = {name: values.reshape(-1)[: len(fake)] for name, values in terms.items()}
+    return {**terms, 'recall': recalled, 'coverage': nearest_fake <= density_radii}
 
 
 def neighbourhood(real, fake, k_precision: int = 3, k_density: int = 5) -> dict[str, float]:
-    """Five shares that tell kinds of failure apart.
+    """Five fractions, one for each kind of failure.
 
     Args:
       real: features of data, [n, d]. For 'authenticity' it must be all the data that were trained on:
-        a copy of a sample that is not among them passes.
+        a copy of an image that is not among them passes.
       fake: features of samples, [m, d].
-      k_precision, k_density: neighbours that a ball reaches to; the second for density and coverage.
+      k_precision, k_density: which neighbour is the radius of a ball; the second for density and coverage.
 
     Returns:
       'precision': of fakes, in a real sample's ball; 'recall': of real ones, in a fake's ball
@@ -120,6 +121,6 @@ def neighbourhood(real, fake, k_precision: int = 3, k_density: int = 5) -> dict[
         np.subtract(x, mean, dtype=np.result_type(x, np.float32), casting='same_kind').astype(np.float32)
         for x in (real, fake)
     )
-    found = meet(real, fake, radii(real, (1, k_precision, k_density)), radii(fake, (k_precision,))[:, 0])
-    shares = {name: float(np.mean(values, dtype=np.float64)) for name, values in jax.device_get(found).items()}
-    return {**shares, 'density': shares['density'] / k_density}
+    terms = each_sample(real, fake, radii(real, (1, k_precision, k_density)), radii(fake, (k_precision,))[:, 0])
+    means = {name: float(np.mean(values, dtype=np.float64)) for name, values in jax.device_get(terms).items()}
+    return {**means, 'density': means['density'] / k_density}

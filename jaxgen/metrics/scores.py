@@ -9,7 +9,7 @@ from jaxgen.metrics.moments import finite
 
 
 def log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
-    """Keeps the axis, with length 1."""
+    """log sum exp x over an axis, which is kept with length 1."""
     top = x.max(axis, keepdims=True)
     return top + np.log(np.exp(x - top).sum(axis, keepdims=True))
 
@@ -18,7 +18,7 @@ def inception_score(logits, splits: int = 10) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016, section 4): exp E KL(p(y | x) || p(y)), between 1 and c.
 
     Args:
-      logits: of a classifier, [n, c]. They are split in the order given, part i from row
+      logits: of a classifier, [n, c]. They are split in their order, part i from row
         i n // splits on, and p(y) is the mean over a part.
 
     Returns:
@@ -46,7 +46,7 @@ def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 2020
 
     Squared maximum mean discrepancy of the kernel (x . y / d + 1)^3, estimated without bias (so it may
     be below 0) on random subsets, each drawn without replacement. Subsets are drawn as torch-fidelity
-    draws them: the same features give the same figure.
+    draws them: the same features give the same distance.
 
     Args:
       x, y: features, [n, d] and [m, d].
@@ -68,39 +68,39 @@ def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 2020
         return k * k * k
 
     rng = np.random.RandomState(seed)
-    found = []
+    estimates = []
     for _ in range(subsets):
         a, b = (s[rng.choice(len(s), size, replace=False)].astype(np.float64) for s in (x, y))
         within = [(k.sum() - np.trace(k)) / (size * (size - 1)) for k in (kernel(a, a), kernel(b, b))]
-        found.append(sum(within) - 2 * kernel(a, b).mean())
-    return float(np.mean(found)), float(np.std(found))
+        estimates.append(sum(within) - 2 * kernel(a, b).mean())
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def modes_covered(points, shares, means, stds, within: float = 3.0) -> tuple[float, int, float]:
+def modes_covered(points, weights, means, stds, within: float = 3.0) -> tuple[float, int, float]:
     """How much of a mixture of Gaussians a sampler covers (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
 
     A point is good if it is within 3 standard deviations of a mean; that mode is then covered.
 
     Args:
       points: [n, d].
-      shares, means, stds: of the mixture, [k], [k, d] and [k].
+      weights, means, stds: of the mixture, [k], [k, d] and [k].
 
     Returns:
-      Share of good points (of d = 2 dimensions the mixture's own has 0.989 of them), number of modes covered, and
-      KL(good points' shares of modes || the mixture's) in nats, infinite where no point is good.
+      Fraction of good points (0.989 of draws from the mixture where d = 2), number of modes covered, and
+      KL(distribution of good points over modes || weights) in nats, infinite where no point is good.
     """
     points, means = finite(points, 'points').astype(np.float64), np.asarray(means, np.float64)
     distance = np.sqrt(np.square(points[:, None] - means).sum(-1)) / np.asarray(stds)  # [n, k]
     good = distance.min(1) <= within
     counts = np.bincount(distance.argmin(1)[good], minlength=len(means))
-    hit = counts > 0
-    share = counts[hit] / max(counts.sum(), 1)
-    kl = float((share * np.log(share / np.asarray(shares)[hit])).sum()) if hit.any() else np.inf
-    return float(good.mean()), int(hit.sum()), kl
+    covered = counts > 0
+    p = counts[covered] / max(counts.sum(), 1)
+    kl = float((p * np.log(p / np.asarray(weights)[covered])).sum()) if covered.any() else np.inf
+    return float(good.mean()), int(covered.sum()), kl
 
 
 def class_balance(logits, counts) -> tuple[int, float]:
-    """Which classes a sampler reaches, and how evenly (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
+    """How many classes samples cover, and how evenly (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
 
     Every sample counts as the class of its largest logit.
 
@@ -110,7 +110,7 @@ def class_balance(logits, counts) -> tuple[int, float]:
         none of them is of counts as one: a sample of it must cost something, but not infinity.
 
     Returns:
-      Number of classes with a sample, and KL(samples' shares || data's shares) in nats.
+      Number of classes with a sample, and KL(class distribution of the samples || that of the data) in nats.
 
     Raises:
       RunError: a logit is not finite.
@@ -118,6 +118,6 @@ def class_balance(logits, counts) -> tuple[int, float]:
     logits = finite(logits, 'logits')
     samples = np.bincount(logits.argmax(1), minlength=logits.shape[1])
     data = np.maximum(np.asarray(counts, np.float64), 1)
-    hit = samples > 0
-    share = samples[hit] / samples.sum()
-    return int(hit.sum()), float((share * np.log(share / (data / data.sum())[hit])).sum())
+    covered = samples > 0
+    p = samples[covered] / samples.sum()
+    return int(covered.sum()), float((p * np.log(p / (data / data.sum())[covered])).sum())

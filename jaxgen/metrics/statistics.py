@@ -1,11 +1,11 @@
-"""What is kept of a set of pictures once a network has looked at them, and the cache of those of data sets.
+"""Statistics of the features of a set of images, and the cache of those of data sets.
 
-    statistics = gather(pieces, n)  # pieces: what features.extract gave, one after another
+    statistics = gather(pieces, n)  # pieces: outputs of features.extract, one after another
     statistics = cached(folder, title, key, lambda: gather(pieces, n))
 
-Moments are of all pictures, in float64. Features themselves, which nearest neighbours and kernels
-need, are kept of KEPT pictures at most, in a random order that is always the same: any first m
-of them are a fair sample, however the pictures were sorted.
+Moments are of all images, in float64. Features themselves, which nearest neighbours and kernels need, are kept of KEPT
+images at most, in a random order that is always the same: any first m of them are a fair sample, however the images
+were sorted.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ FORMAT = 1  # of the cache; another number, and old files are not looked at
 
 
 class Statistics(NamedTuple):
-    moments: Moments  # of the features of all pictures
+    """What the metrics of jaxgen/evaluation/samples.py read of a set of images."""
+
+    moments: Moments  # of the features of all images
     features: np.ndarray  # float32 [m, d], m <= KEPT
-    counts: np.ndarray  # int64 [c]: how many of all pictures the network puts into each class; [0] without classes
+    counts: np.ndarray  # int64 [c]: how many of all images the network puts into each class; [0] without classes
     logits: np.ndarray | None = None  # float32 [m, c]; None without classes, and for a data set from the cache
     spatial: Moments | None = None  # of sFID's features, where the network has them
 
 
 def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
-    """The statistics of n pictures.
+    """The statistics of n images.
 
     Args:
       pieces: {'features': [b, d], 'logits': [b, c], 'spatial': [b, s]}, the last two where there are any,
-        n pictures in all.
+        n images in all.
 
     Raises:
       RunError: a feature is not finite.
@@ -66,8 +68,8 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
                 into[rows[rows >= 0]] = x[rows >= 0]
         start += len(rows)
         if 'logits' in piece:
-            found = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
-            counts = counts + found if len(counts) else found
+            own = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
+            counts = counts + own if len(counts) else own
     assert start == n, f'{start} images, not {n}'
     return Statistics(moments['features'], kept['features'], counts, kept.get('logits'), moments.get('spatial'))
 
@@ -75,8 +77,8 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
 def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) -> Statistics:
     """The statistics that `key` stands for, from `folder`, or made and put there.
 
-    Safe with several processes: a file appears whole or not at all, and all of them make the same. One that
-    is damaged is put aside with a word and made anew.
+    Safe with several processes: a file appears whole or not at all, and all of them make the same. One that is damaged
+    is put aside with a warning and made anew.
 
     Args:
       title: what the file's name begins with, for people.
@@ -84,27 +86,28 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
     """
     key = f'{FORMAT} {key}'
     path = os.path.join(folder, f'{title}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz')
-    found = None
+    statistics = None
     if os.path.isfile(path):
         try:
-            found = read(path, key)
+            statistics = read(path, key)
         except (OSError, ValueError, KeyError, TypeError) as e:
             log.say(f'WARNING: {path} is damaged ({" ".join(str(e).split())}): put aside and computed again')
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.rename(path, f'{path}.damaged-{uuid.uuid4().hex[:8]}')
-    if sharding.any_host(found is None):
-        found = make()._replace(logits=None)
+    if sharding.any_host(statistics is None):
+        statistics = make()._replace(logits=None)
         if jax.process_index() == 0:
             try:
                 if os.path.islink(folder):  # it may have come with a run, and lead anywhere
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                write(path, key, found)
+                write(path, key, statistics)
             except OSError as e:  # a set may lie where nothing can be written
                 log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
-    return found
+    return statistics
 
 
 def write(path: str, key: str, made: Statistics) -> None:
+    """Writes a file of the cache."""
     arrays = {'key': np.array(key), 'features': made.features, 'counts': made.counts}
     for name, moments in (('moments', made.moments), ('spatial', made.spatial)):
         if moments is not None:
@@ -113,8 +116,12 @@ def write(path: str, key: str, made: Statistics) -> None:
 
 
 def read(path: str, key: str) -> Statistics:
-    """Raises ValueError, KeyError, TypeError or OSError for a damaged file."""
-    # The zip's checksums are looked at in reading.
+    """The statistics in a file of the cache.
+
+    Raises:
+      ValueError, KeyError, TypeError, OSError: it is damaged.
+    """
+    # Reading checks the checksums of the zip.
     file = log.load_npz(path)
     if str(file['key']) != key:
         raise ValueError('it is of something else')

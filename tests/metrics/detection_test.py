@@ -1,4 +1,4 @@
-"""Finding odd examples: the area under the ROC curve, training on some classes, and the figures of a run."""
+"""Anomaly detection: the area under the ROC curve, training on some classes, and the metrics of a run."""
 
 from __future__ import annotations
 
@@ -24,39 +24,38 @@ KEPT = (1, 7)
 
 def cases():
     rng = np.random.default_rng(0)
-    odd = rng.random(40) < 0.3
-    yield rng.normal(size=40), odd
-    yield rng.integers(0, 4, 40), odd  # ties
-    yield np.zeros(40), odd
-    yield odd.astype(float), odd
-    yield -odd.astype(float), odd
-    yield rng.normal(size=40) + 2 * odd, odd
+    anomalous = rng.random(40) < 0.3
+    yield rng.normal(size=40), anomalous
+    yield rng.integers(0, 4, 40), anomalous  # ties
+    yield np.zeros(40), anomalous
+    yield anomalous.astype(float), anomalous
+    yield -anomalous.astype(float), anomalous
+    yield rng.normal(size=40) + 2 * anomalous, anomalous
 
 
-@pytest.mark.parametrize(('scores', 'odd'), list(cases()))
-def test_area_is_the_share_of_pairs_in_order(scores, odd):
-    pairs = np.array([[(a > b) + 0.5 * (a == b) for b in scores[~odd]] for a in scores[odd]])
-    area, stderr = roc_auc(scores, odd)
+@pytest.mark.parametrize(('scores', 'anomalous'), list(cases()))
+def test_area_is_the_fraction_of_pairs_in_order(scores, anomalous):
+    pairs = np.array([[(a > b) + 0.5 * (a == b) for b in scores[~anomalous]] for a in scores[anomalous]])
+    area, stderr = roc_auc(scores, anomalous)
     np.testing.assert_allclose(area, pairs.mean(), atol=1e-12)
-    np.testing.assert_allclose(area, roc_auc_score(odd, scores), atol=1e-12)
-    by_odd, by_usual = pairs.mean(1), pairs.mean(0)
-    expected = np.sqrt(by_odd.var(ddof=1) / len(by_odd) + by_usual.var(ddof=1) / len(by_usual))
+    np.testing.assert_allclose(area, roc_auc_score(anomalous, scores), atol=1e-12)
+    by_anomalous, by_normal = pairs.mean(1), pairs.mean(0)
+    expected = np.sqrt(by_anomalous.var(ddof=1) / len(by_anomalous) + by_normal.var(ddof=1) / len(by_normal))
     np.testing.assert_allclose(stderr, expected, atol=1e-12)
 
 
-def test_standard_error_is_the_spread_over_sets():
+def test_standard_error_is_the_standard_deviation_over_sets():
     rng = np.random.default_rng(1)
-    odd = np.arange(90) < 30
-    found = [roc_auc(rng.normal(size=90) + odd, odd) for _ in range(2000)]
-    areas, stderrs = np.array(found).T
+    anomalous = np.arange(90) < 30
+    areas, stderrs = np.array([roc_auc(rng.normal(size=90) + anomalous, anomalous) for _ in range(2000)]).T
     np.testing.assert_allclose(areas.mean(), 0.7602, atol=0.005)  # of N(1, 1) over N(0, 1)
     np.testing.assert_allclose(stderrs.mean(), areas.std(), rtol=0.05)
 
 
 def test_refuses_what_has_no_curve():
-    for odd in ([True, True], [False, False]):
+    for anomalous in ([True, True], [False, False]):
         with pytest.raises(UserError, match='two kinds'):
-            roc_auc([1.0, 2.0], odd)
+            roc_auc([1.0, 2.0], anomalous)
     with pytest.raises(RunError, match='sample 1'):
         roc_auc([1.0, np.nan], [True, False])
     area, stderr = roc_auc([1.0, 2.0, 3.0], [False, False, True])
@@ -69,22 +68,22 @@ def test_refuses_what_has_no_curve():
 def take(n: int, **fields) -> list[dict]:
     start = fields.pop('start', 0)
     section = {**SECTION, 'features': ('image', 'label'), **fields}
-    with contextlib.closing(data.batches(section, seed=0, start=start)) as found:
-        return list(itertools.islice(found, n))
+    with contextlib.closing(data.batches(section, seed=0, start=start)) as batches:
+        return list(itertools.islice(batches, n))
 
 
 def test_training_meets_the_kept_classes_only_and_the_test_split_has_all():
     whole = data.dataset({**SECTION, 'features': ('image', 'label')}, 'train')
     part = data.dataset({**SECTION, 'keep_classes': KEPT}, 'train')  # the label need not be in the batch
     everything = whole.take(np.arange(len(whole)))
-    wanted = np.isin(everything['label'], KEPT)
-    assert len(part) == wanted.sum() < len(whole)
-    np.testing.assert_array_equal(part.take(np.arange(len(part)))['image'], everything['image'][wanted])
+    kept = np.isin(everything['label'], KEPT)
+    assert len(part) == kept.sum() < len(whole)
+    np.testing.assert_array_equal(part.take(np.arange(len(part)))['image'], everything['image'][kept])
     np.testing.assert_array_equal(data.labels(SECTION, 'train'), everything['label'])
     assert {len(data.dataset({**SECTION, 'keep_classes': k}, 'test')) for k in ((), KEPT)} == {359}
-    seen = np.concatenate([b['label'] for b in take(60, keep_classes=KEPT)])
-    assert set(seen) == set(KEPT)
-    first = seen[: len(part)]  # an epoch: each example once
+    labels = np.concatenate([b['label'] for b in take(60, keep_classes=KEPT)])
+    assert set(labels) == set(KEPT)
+    first = labels[: len(part)]  # an epoch: each example once
     assert [(first == k).sum() for k in KEPT] == [(everything['label'] == k).sum() for k in KEPT]
 
 
@@ -108,7 +107,7 @@ def test_says_which_classes_there_are():
     assert configs.differences_that_matter(old, new), 'a run must not go on with other data'
 
 
-# --- the figures of a run
+# --- the metrics of a run
 
 
 def bright(state, frozen, batch, rng):
@@ -116,32 +115,32 @@ def bright(state, frozen, batch, rng):
 
 
 def toy(keep: tuple, **fields) -> run.Run:
-    """A run whose figures are how bright a picture is, without weights."""
+    """A run whose metric is how bright an image is, without weights."""
     config = configs.make(family='vae', data={'keep_classes': keep}, evaluate={'batch': 100, **fields})
     family = Family(None, None, None, bright)
     assembled = run.Assembled(config, family, {}, data.spec(config.data), sharding.make_mesh(1))
     return run.Run('', config, assembled, State(jnp.int32(0), {}, {}, {}), 'ema')
 
 
-def test_a_run_says_how_well_each_figure_finds_the_other_classes(capfd):
-    found = toy(KEPT).evaluate()
+def test_each_metric_of_a_run_is_an_anomaly_score_for_the_other_classes(capfd):
+    metrics = toy(KEPT).evaluate()
     test = data.dataset({**SECTION, 'features': ('image', 'label')}, 'test').take(np.arange(359))
-    odd = ~np.isin(test['label'], KEPT)
-    expected = roc_auc_score(odd, test['image'].mean((1, 2, 3)))
-    entry = found['auc/brightness']
+    anomalous = ~np.isin(test['label'], KEPT)
+    expected = roc_auc_score(anomalous, test['image'].mean((1, 2, 3)))
+    entry = metrics['auc/brightness']
     np.testing.assert_allclose(entry['value'], expected, atol=1e-3)  # but for float32's ties
-    assert entry['n'] == odd.sum() and entry['n_reference'] == (~odd).sum() and 0 < entry['stderr'] < 0.1
-    assert found['auc/nothing']['value'] == 0.5
-    assert found['brightness']['n'] == 359, 'means are over the whole split, as ever'
+    assert entry['n'] == anomalous.sum() and entry['n_reference'] == (~anomalous).sum() and 0 < entry['stderr'] < 0.1
+    assert metrics['auc/nothing']['value'] == 0.5
+    assert metrics['brightness']['n'] == 359, 'means are over the whole split'
     assert not [name for name in toy(()).evaluate() if name.startswith('auc')]
     assert not [name for name in toy(tuple(range(10))).evaluate() if name.startswith('auc')]
     assert 'one kind' in capfd.readouterr().err
 
 
-def test_means_are_what_they_were():
+def test_means_and_standard_errors():
     r = toy(())
     source = data.dataset(r.config.data, 'test')
-    found = held_out.evaluate(r.model, source, 50, 16, 0)
+    metrics = held_out.evaluate(r.model, source, 50, 16, 0)
     values = source.take(np.arange(50))['image'].astype(np.float64).mean((1, 2, 3)) / 127.5 - 1
-    np.testing.assert_allclose(found['brightness']['value'], values.mean(), rtol=1e-5)
-    np.testing.assert_allclose(found['brightness']['stderr'], values.std(ddof=1) / np.sqrt(50), rtol=1e-4)
+    np.testing.assert_allclose(metrics['brightness']['value'], values.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics['brightness']['stderr'], values.std(ddof=1) / np.sqrt(50), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Disentanglement: figures of codes worked out by hand, against slow oracles, and through a run's evaluation."""
+"""Disentanglement: metrics of latents worked out by hand, against slow oracles, and through a run's evaluation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sklearn.metrics import mutual_info_score
 
 from jaxgen import config as configs
 from jaxgen import data, run, sharding
-from jaxgen.contract import Family, State
+from jaxgen.contract import Family, Latents, State
 from jaxgen.errors import RunError, UserError
-from jaxgen.metrics.disentanglement import beta_vae_score, in_bins, mutual_information, mutual_information_gap
+from jaxgen.metrics.disentanglement import beta_vae_score, binned, mutual_information, mutual_information_gap
 
 GRID = np.array(list(itertools.product(range(4), range(4), range(4))) * 4)  # every scene of three factors, four times
 
 
 def test_bins_are_even_parts_of_the_range():
     z = np.array([[0.0, 5.0], [0.1, 5.0], [0.25, 5.0], [0.74, 5.0], [1.0, 5.0]])
-    np.testing.assert_array_equal(in_bins(z, 4).T, [[0, 0, 1, 2, 3], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(binned(z, 4).T, [[0, 0, 1, 2, 3], [0, 0, 0, 0, 0]])
 
 
 def test_mutual_information_against_a_sum_over_cells():
@@ -42,29 +42,29 @@ def test_mutual_information_against_a_sum_over_cells():
 def test_gap_by_hand():
     one_each, gaps = mutual_information_gap(GRID.astype(float), GRID)
     np.testing.assert_allclose([one_each, *gaps], 1)
-    # Every factor twice: the second best latent knows as much.
+    # Every factor twice: the second best latent has the same information.
     np.testing.assert_allclose(mutual_information_gap(np.tile(GRID, 2), GRID)[0], 0, atol=1e-12)
-    # Half of a factor: z_0 says which half of the 4 values, ln 2 of ln 4, and nothing else knows of it.
+    # Half of a factor: z_0 is which half of the 4 values, ln 2 of ln 4, and no other latent depends on it.
     half = np.stack([GRID[:, 0] // 2, GRID[:, 1]], 1)
     value, gaps = mutual_information_gap(half, GRID)
     np.testing.assert_allclose(gaps, [0.5, 1, 0], atol=1e-12)
     np.testing.assert_allclose(value, 0.5)
-    # z_0 knows all, z_1 the half: a gap of one half again.
+    # z_0 determines the factor, z_1 half of it: a gap of one half again.
     np.testing.assert_allclose(mutual_information_gap(np.stack([GRID[:, 0], GRID[:, 0] // 2], 1), GRID)[1][0], 0.5)
     # One latent may hold two factors: the gap does not mind.
     both = np.stack([GRID[:, 0] + 4 * GRID[:, 1], 0 * GRID[:, 0]], 1)
     np.testing.assert_allclose(mutual_information_gap(both, GRID)[1], [1, 1, 0], atol=1e-12)
 
 
-def test_turned_codes_lose_the_gap():
-    """A rotation keeps all that a code knows, and no axis is a factor any more."""
+def test_rotated_latents_lose_the_gap():
+    """A rotation keeps all information, and no axis is a factor any more."""
     rng = np.random.default_rng(0)
     factors = rng.integers(0, 10, (4000, 2))
     straight = factors + rng.uniform(-0.3, 0.3, (4000, 2))
-    turned = straight @ np.array([[1, -1], [1, 1]]) / math.sqrt(2)
+    rotated = straight @ np.array([[1, -1], [1, 1]]) / math.sqrt(2)
     assert mutual_information_gap(straight, factors)[0] > 0.85
-    assert abs(mutual_information_gap(turned, factors)[0]) < 0.03
-    assert beta_vae_score(straight, factors)[0] > 0.99 > 0.7 > beta_vae_score(turned, factors)[0]
+    assert abs(mutual_information_gap(rotated, factors)[0]) < 0.03
+    assert beta_vae_score(straight, factors)[0] > 0.99 > 0.7 > beta_vae_score(rotated, factors)[0]
 
 
 def test_gap_against_a_slow_oracle():
@@ -73,42 +73,42 @@ def test_gap_against_a_slow_oracle():
     latents = factors @ rng.normal(size=(3, 5)) + 0.3 * rng.normal(size=(500, 5))
     gaps = []
     for k in range(3):
-        known = []
+        information = []
         for j in range(5):
             edges = np.linspace(latents[:, j].min(), latents[:, j].max(), 21)
-            known.append(mutual_info_score(np.digitize(latents[:, j], edges[1:-1]), factors[:, k]))
-        best, second = sorted(known)[:-3:-1]
+            information.append(mutual_info_score(np.digitize(latents[:, j], edges[1:-1]), factors[:, k]))
+        best, second = sorted(information)[:-3:-1]
         gaps.append((best - second) / mutual_info_score(factors[:, k], factors[:, k]))
-    value, found = mutual_information_gap(latents, factors)
-    np.testing.assert_allclose(found, gaps, atol=1e-12)
+    value, each = mutual_information_gap(latents, factors)
+    np.testing.assert_allclose(each, gaps, atol=1e-12)
     np.testing.assert_allclose(value, np.mean(gaps))
 
 
-def test_score_of_codes_that_know_all_and_nothing():
+def test_score_of_latents_with_all_information_and_none():
     rng = np.random.default_rng(0)
     factors = rng.integers(0, 8, (2000, 4))
     accuracy, stderr = beta_vae_score(factors + 0.1 * rng.normal(size=(2000, 4)), factors)
     assert accuracy > 0.99 and stderr < 0.002
     accuracy, stderr = beta_vae_score(rng.normal(size=(2000, 4)), factors)
     assert abs(accuracy - 0.25) < 0.04 and 0.004 < stderr < 0.01
-    # A factor that never changes is not asked about: three are left.
+    # A factor that never changes is not a class of the classifier: three are left.
     factors[:, 2] = 5
     assert abs(beta_vae_score(rng.normal(size=(2000, 4)), factors)[0] - 1 / 3) < 0.04
 
 
 def test_score_compares_pairs_that_share_the_factor():
-    """With one pair a vote, the code's difference is 0 just where the factor is shared: a code that is the first
-    factor alone then says whether it was that one, up to chance hits of the other."""
+    """With one pair a vote, the latents' difference is 0 just where the factor is shared: a latent that is the first
+    factor alone then determines whether it was that one, but where the other is equal by chance."""
     rng = np.random.default_rng(0)
     factors = np.stack([rng.integers(0, 50, 3000), rng.integers(0, 2, 3000)], 1)
     latents = np.stack([factors[:, 0] > 24, rng.random(3000)], 1).astype(float)
     # Shared: always 0. Else 0 in half of the pairs, and 64 of these are never all 0.
     assert beta_vae_score(latents, factors)[0] > 0.99
-    # By one pair: 3 of 4 at best (right where the code differs, and half of the rest is of each kind: 2 of 3).
+    # By one pair: 3 of 4 at best (right where the latent differs, and half of the rest is of each kind: 2 of 3).
     assert 0.7 < beta_vae_score(latents, factors, pairs=1)[0] < 0.8
 
 
-def test_says_what_cannot_be_measured():
+def test_degenerate_latents_and_factors_are_refused():
     with pytest.raises(UserError, match='two numbers'):
         mutual_information_gap(np.zeros((64, 1)), GRID[:64])
     with pytest.raises(UserError, match='two numbers'):
@@ -124,19 +124,19 @@ def test_says_what_cannot_be_measured():
 
 
 class Scenes:
-    """A data set whose pictures are their factors."""
+    """A data set whose images are their factors."""
 
     def __len__(self):
         return len(GRID)
 
     def take(self, index):
-        pictures = np.zeros((len(index), 2, 2, 1), np.uint8)
-        pictures[:, 0, :, 0], pictures[:, 1, 0, 0] = 60 * GRID[index, :2], 60 * GRID[index, 2]
-        return {'image': pictures, 'factors': GRID[index].astype(np.int32)}
+        images = np.zeros((len(index), 2, 2, 1), np.uint8)
+        images[:, 0, :, 0], images[:, 1, 0, 0] = 60 * GRID[index, :2], 60 * GRID[index, 2]
+        return {'image': images, 'factors': GRID[index].astype(np.int32)}
 
 
-def figures(monkeypatch, encode, **family) -> dict:
-    """Those of a run whose family encodes by `encode`."""
+def evaluated(monkeypatch, encode, **family) -> dict:
+    """Metrics of a run whose family encodes by `encode`."""
     config = configs.make(
         family='vae',
         data={'source': 'shapes', 'channels': 3, 'features': ('image', 'factors')},
@@ -148,21 +148,21 @@ def figures(monkeypatch, encode, **family) -> dict:
     return run.Run('', config, assembled, State(jnp.int32(0), {}, {}, {}), 'ema').evaluate()
 
 
-def test_any_family_that_encodes_is_measured(monkeypatch):
+def test_any_family_that_encodes_is_evaluated(monkeypatch):
     def straight(state, frozen, batch, rng):
-        assert set(batch) == {'image'}, 'a code is of the picture alone'
+        assert set(batch) == {'image'}, 'latents are of the image alone'
         return batch['image'].reshape(len(batch['image']), -1)
 
-    def turned(state, frozen, batch, rng):
+    def rotated(state, frozen, batch, rng):
         return straight(state, frozen, batch, rng)[:, :3] @ jnp.array([[1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
 
-    found = figures(monkeypatch, straight)
-    assert {'mig', 'mig/0', 'mig/1', 'mig/2', 'beta_vae_score', 'nothing'} == set(found)
-    np.testing.assert_allclose([found['mig']['value'], found['mig/2']['value']], 1, atol=1e-6)
-    assert [found[f'mig/{i}']['latent'] for i in range(3)] == [0, 1, 2]
-    np.testing.assert_allclose([found[f'mig/{i}']['known'] for i in range(3)], 1, atol=1e-6)
-    assert found['mig']['n'] == len(GRID) and found['beta_vae_score']['value'] > 0.99
-    assert figures(monkeypatch, turned)['mig']['value'] < 0.5
-    maps = figures(monkeypatch, lambda state, frozen, batch, rng: batch['image'])
-    codes = figures(monkeypatch, straight, codes=((2, 2),), vocabulary=3)
-    assert set(maps) == set(codes) == set(figures(monkeypatch, None)) == {'nothing'}
+    metrics = evaluated(monkeypatch, straight)
+    assert {'mig', 'mig/0', 'mig/1', 'mig/2', 'beta_vae_score', 'nothing'} == set(metrics)
+    np.testing.assert_allclose([metrics['mig']['value'], metrics['mig/2']['value']], 1, atol=1e-6)
+    assert [metrics[f'mig/{i}']['latent'] for i in range(3)] == [0, 1, 2]
+    np.testing.assert_allclose([metrics[f'mig/{i}']['known'] for i in range(3)], 1, atol=1e-6)
+    assert metrics['mig']['n'] == len(GRID) and metrics['beta_vae_score']['value'] > 0.99
+    assert evaluated(monkeypatch, rotated)['mig']['value'] < 0.5
+    maps = evaluated(monkeypatch, lambda state, frozen, batch, rng: batch['image'])
+    codes = evaluated(monkeypatch, straight, latents=Latents(grids=((2, 2),), vocabulary=3))
+    assert set(maps) == set(codes) == set(evaluated(monkeypatch, None)) == {'nothing'}

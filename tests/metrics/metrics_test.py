@@ -47,10 +47,10 @@ def test_frechet_of_commuting_gaussians():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0.01, 3, size=(2, 12))
     m, k = rng.normal(size=(2, 12))
-    want = ((m - k) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert frechet(gaussian(m, np.diag(a)), gaussian(k, np.diag(b))) == pytest.approx(want, rel=1e-12)
+    expected = ((m - k) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert frechet(gaussian(m, np.diag(a)), gaussian(k, np.diag(b))) == pytest.approx(expected, rel=1e-12)
     q = np.linalg.qr(rng.normal(size=(12, 12)))[0]
-    assert frechet(gaussian(m, q * a @ q.T), gaussian(k, q * b @ q.T)) == pytest.approx(want, rel=1e-12)
+    assert frechet(gaussian(m, q * a @ q.T), gaussian(k, q * b @ q.T)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_of_general_gaussians_against_high_precision():
@@ -61,20 +61,20 @@ def test_frechet_of_general_gaussians_against_high_precision():
     with mpmath.workdps(40):
         eigenvalues = mpmath.eig(mpmath.matrix(s.tolist()) * mpmath.matrix(t.tolist()), right=False)
         cross = float(sum(mpmath.sqrt(mpmath.re(e)) for e in eigenvalues))
-    want = (m**2).sum() + np.trace(s) + np.trace(t) - 2 * cross
+    expected = (m**2).sum() + np.trace(s) + np.trace(t) - 2 * cross
     got = frechet(gaussian(m, s), gaussian(np.zeros(6), t))
-    assert got == pytest.approx(want, rel=1e-12)
+    assert got == pytest.approx(expected, rel=1e-12)
     assert frechet(gaussian(np.zeros(6), t), gaussian(m, s)) == pytest.approx(got, rel=1e-12), 'symmetric'
 
 
 def test_frechet_of_samples_nears_that_of_their_gaussians():
     rng = np.random.default_rng(2)
     s, t, m = random_covariance(rng, 4), random_covariance(rng, 4), rng.normal(size=4)
-    want = frechet(gaussian(m, s), gaussian(np.zeros(4), t))
+    expected = frechet(gaussian(m, s), gaussian(np.zeros(4), t))
     errors = []
     for n in (1_000, 100_000):
         x, y = rng.multivariate_normal(m, s, n), rng.multivariate_normal(np.zeros(4), t, n)
-        errors.append(abs(frechet(Moments.of(x), Moments.of(y)) / want - 1))
+        errors.append(abs(frechet(Moments.of(x), Moments.of(y)) / expected - 1))
     assert errors[1] < 0.01 and errors[1] < errors[0]
 
 
@@ -87,8 +87,8 @@ def test_frechet_of_dependent_and_dead_features(n, m, d, rank):
     u, v = ((a - a.mean(0)) / np.sqrt(len(a) - 1) for a in (x, y))
     # Without a covariance, hence without its rounding: tr (S T)^1/2 is the sum of singular values of u v^T.
     cross = np.linalg.svd(u @ v.T, compute_uv=False).sum()
-    want = np.square(x.mean(0) - y.mean(0)).sum() + (u**2).sum() + (v**2).sum() - 2 * cross
-    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(want, rel=1e-11)
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + (u**2).sum() + (v**2).sum() - 2 * cross
+    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-11)
     assert 0 <= frechet(Moments.of(x), Moments.of(x)) <= 1e-11 * (u**2).sum()
     shift = frechet(Moments.of(x), Moments.of(x + 0.5))
     assert shift == pytest.approx(0.25 * d, rel=1e-9), 'a shift alone'
@@ -105,13 +105,13 @@ def test_streamed_moments_are_those_of_the_whole(dtype, monkeypatch):
         got, start = merge(got, Moments.of(x[start : start + size])), start + size
     exact = x.astype('longdouble')  # np.cov in float64 has rounding of its own
     exact = exact - exact.mean(0)
-    want = (exact.T @ exact / 1499).astype('float64')
+    expected = (exact.T @ exact / 1499).astype('float64')
     for moments in (got, Moments.of(x)):
         assert moments.n == 1500
         np.testing.assert_allclose(moments.mean, x.astype('float64').mean(0), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(moments.covariance(), want, rtol=1e-12, atol=1e-12 * want.max())
+        np.testing.assert_allclose(moments.covariance(), expected, rtol=1e-12, atol=1e-12 * expected.max())
         theirs = np.cov(x, rowvar=False, dtype='float64')
-        np.testing.assert_allclose(moments.covariance(), theirs, rtol=1e-12, atol=1e-12 * want.max())
+        np.testing.assert_allclose(moments.covariance(), theirs, rtol=1e-12, atol=1e-12 * expected.max())
     same = merge(merge(Moments.empty(20), got), Moments.empty(20))
     np.testing.assert_array_equal(same.scatter, got.scatter)
     assert merge(Moments.empty(3), Moments.empty(3)).n == 0
@@ -138,33 +138,33 @@ def test_kernel_distance_against_loops():
 
     pairs = [(i, j) for i in range(7) for j in range(7)]
     within = sum(kernel(s[i], s[j]) for s in (x, y) for i, j in pairs if i != j) / 42
-    want = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 49
-    assert kernel_distance(x, y, subsets=2, size=7) == pytest.approx((want, 0)), 'a subset of all is the set'
+    expected = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 49
+    assert kernel_distance(x, y, subsets=2, size=7) == pytest.approx((expected, 0)), 'a subset of all is the set'
 
 
-def test_kernel_distance_tells_apart_and_has_no_bias():
+def test_kernel_distance_grows_with_the_shift_and_has_no_bias():
     x, y = two_sets(6, 300, 300, 8)
-    near, spread = kernel_distance(x[:150], x[150:], subsets=50, size=50)
-    assert abs(near) < 4 * spread / np.sqrt(6), 'about 0, where a biased estimate is above'
+    near, std = kernel_distance(x[:150], x[150:], subsets=50, size=50)
+    assert abs(near) < 4 * std / np.sqrt(6), 'about 0, where a biased estimate is above'
     assert kernel_distance(x, y, subsets=50, size=50)[0] > abs(near)
     assert kernel_distance(x, y, 5, 50) != kernel_distance(x, y, 5, 50, seed=0)
 
 
 def test_modes_covered():
-    shares, means, stds = np.array([0.5, 0.25, 0.25]), np.array([[0.0, 0], [4, 0], [0, 4]]), np.array([1.0, 0.5, 1])
+    weights, means, stds = np.array([0.5, 0.25, 0.25]), np.array([[0.0, 0], [4, 0], [0, 4]]), np.array([1.0, 0.5, 1])
     points = np.array([[0, 2.9], [-3.1, 0], [1.4, 0], [2.6, 0], [0, 1.1], [4, 1.6], [9, 9], [3, 0]])
     # Of the first: 0 (between it and the third: the nearer in deviations), 2, 3; of the second 7; of the third 4.
-    good, covered, kl = modes_covered(points, shares, means, stds)
+    good, covered, kl = modes_covered(points, weights, means, stds)
     distance = np.sqrt(((points[:, None] - means) ** 2).sum(-1)) / stds
     which = [int(d.argmin()) for d in distance if d.min() <= 3]
     assert good == len(which) / 8 == 5 / 8 and covered == len(set(which)) == 3
-    share = np.bincount(which) / len(which)
-    assert kl == pytest.approx((share * np.log(share / shares)).sum()) and kl > 0
-    assert modes_covered(np.full((3, 2), 99.0), shares, means, stds) == (0, 0, np.inf)
-    assert modes_covered(points[2:4], shares, means, stds)[1:] == (1, pytest.approx(np.log(2)))
+    p = np.bincount(which) / len(which)
+    assert kl == pytest.approx((p * np.log(p / weights)).sum()) and kl > 0
+    assert modes_covered(np.full((3, 2), 99.0), weights, means, stds) == (0, 0, np.inf)
+    assert modes_covered(points[2:4], weights, means, stds)[1:] == (1, pytest.approx(np.log(2)))
     rng = np.random.default_rng(0)
-    own = means[rng.choice(3, 20_000, p=shares)]
-    good, covered, kl = modes_covered(own + rng.normal(size=own.shape) * 0.01, shares, means, stds)
+    own = means[rng.choice(3, 20_000, p=weights)]
+    good, covered, kl = modes_covered(own + rng.normal(size=own.shape) * 0.01, weights, means, stds)
     assert good == 1 and covered == 3 and kl < 1e-3
 
 
@@ -172,8 +172,8 @@ def test_class_balance():
     hot = np.eye(4)
     modes, kl = class_balance(hot[[0, 0, 0, 1]], [10, 10, 20, 0])
     data = np.array([10, 10, 20, 1]) / 41
-    want = 0.75 * np.log(0.75 / data[0]) + 0.25 * np.log(0.25 / data[1])
-    assert modes == 2 and kl == pytest.approx(want)
+    expected = 0.75 * np.log(0.75 / data[0]) + 0.25 * np.log(0.25 / data[1])
+    assert modes == 2 and kl == pytest.approx(expected)
     assert class_balance(hot[[0, 1, 2, 2]], [5, 5, 10, 0])[0] == 3
     modes, kl = class_balance(hot[[0, 1, 2, 2, 3]], [25, 25, 50, 25])
     assert modes == 4 and kl == pytest.approx(0, abs=1e-15), 'as in the data'
@@ -187,27 +187,27 @@ SIZES = [(300, 200, 16), (120, 150, 64), (260, 300, 128)]
 def test_frechet_is_that_of_torch_fidelity(n, m, d):
     fid = reference('fid')
     x, y = two_sets(7, n, m, d)
-    want = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(in_torch(s)) for s in (x, y)), False)
-    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(want['frechet_inception_distance'], rel=1e-6)
+    expected = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(in_torch(s)) for s in (x, y)), False)
+    assert frechet(Moments.of(x), Moments.of(y)) == pytest.approx(expected['frechet_inception_distance'], rel=1e-6)
 
 
 @pytest.mark.parametrize('n, c', [(100, 10), (107, 5), (1003, 40)])
 def test_inception_score_is_that_of_torch_fidelity(n, c):
     isc = reference('isc')
     logits = np.random.default_rng(8).normal(size=(n, c)).astype('float32') * 3
-    want = isc.isc_features_to_metric(in_torch(logits), 10, shuffle=False)
-    want = want['inception_score_mean'], want['inception_score_std']
-    assert inception_score(logits) == pytest.approx(want, rel=1e-6)
+    expected = isc.isc_features_to_metric(in_torch(logits), 10, shuffle=False)
+    expected = expected['inception_score_mean'], expected['inception_score_std']
+    assert inception_score(logits) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('n, m, d', SIZES)
 def test_kernel_distance_is_that_of_torch_fidelity(n, m, d):
     kid = reference('kid')
     x, y = two_sets(9, n, m, d)
-    given = {'kid_subsets': 7, 'kid_subset_size': 100, 'verbose': False}
-    want = kid.kid_features_to_metric(in_torch(x), in_torch(y), **given)
-    want = want['kernel_inception_distance_mean'], want['kernel_inception_distance_std']
-    assert kernel_distance(x, y, subsets=7, size=100) == pytest.approx(want, rel=1e-6)
+    options = {'kid_subsets': 7, 'kid_subset_size': 100, 'verbose': False}
+    expected = kid.kid_features_to_metric(in_torch(x), in_torch(y), **options)
+    expected = expected['kernel_inception_distance_mean'], expected['kernel_inception_distance_std']
+    assert kernel_distance(x, y, subsets=7, size=100) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('n, m, d', SIZES)
@@ -216,11 +216,11 @@ def test_precision_and_recall_are_those_of_torch_fidelity(n, m, d):
     x, y = two_sets(10, n, m, d)
     y[: m // 3] *= 2
     for real, fake in ((x, y), (y, x)):
-        want = prc.prc_features_to_metric(in_torch(fake), in_torch(real), save_cpu_ram=False, verbose=False)
+        expected = prc.prc_features_to_metric(in_torch(fake), in_torch(real), save_cpu_ram=False, verbose=False)
         got = neighbourhood(real, fake)
         assert 0.1 < min(got['precision'], got['recall']) < 0.9, 'a test of something'
-        assert got['precision'] == pytest.approx(want['precision'], abs=1e-6)
-        assert got['recall'] == pytest.approx(want['recall'], abs=1e-6)
+        assert got['precision'] == pytest.approx(expected['precision'], abs=1e-6)
+        assert got['recall'] == pytest.approx(expected['recall'], abs=1e-6)
 
 
 def slow_neighbourhood(real, fake, k_precision, k_density):
@@ -250,16 +250,16 @@ def slow_neighbourhood(real, fake, k_precision, k_density):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(neighbours, 'CHUNK', 16)
-    for f in (neighbours.radii, neighbours.meet):
+    for f in (neighbours.radii, neighbours.each_sample):
         f.clear_cache()  # CHUNK is no argument
 
 
 @pytest.mark.parametrize('n, m, ks', [(16, 33, (3, 5)), (15, 32, (2, 1)), (50, 17, (3, 5)), (6, 48, (3, 5))])
 def test_neighbours_against_loops(n, m, ks, small_chunks):
     real, fake = two_sets(11, n, m, 6)
-    want = slow_neighbourhood(real, fake, *ks)
-    assert neighbourhood(real, fake, *ks) == pytest.approx(want)
-    assert neighbourhood(real + 1e5, fake + 1e5, *ks) == pytest.approx(want), 'an offset costs nothing'
+    expected = slow_neighbourhood(real, fake, *ks)
+    assert neighbourhood(real, fake, *ks) == pytest.approx(expected)
+    assert neighbourhood(real + 1e5, fake + 1e5, *ks) == pytest.approx(expected), 'an offset costs nothing'
 
 
 def test_neighbours_among_duplicates_and_ties(small_chunks):
@@ -292,14 +292,14 @@ def test_neighbours_around_a_whole_chunk():
         np.square(a[:, None].astype('float64') - b).sum(-1) for a, b in ((real, real), (fake, fake), (fake, real))
     )
     rr, ff = np.sort(rr, 1), np.sort(ff, 1)  # column 0 is the sample itself
-    want = {
+    expected = {
         'precision': (fr <= rr[:, 3]).any(1).mean(),
         'recall': (fr <= ff[:, 3:4]).any(0).mean(),
         'density': (fr <= rr[:, 5]).sum() / (5 * m),
         'coverage': (fr.min(0) <= rr[:, 5]).mean(),
         'authenticity': (fr.min(1) > rr[fr.argmin(1), 1]).mean(),
     }
-    assert neighbourhood(real, fake) == pytest.approx(want, abs=1e-12)
+    assert neighbourhood(real, fake) == pytest.approx(expected, abs=1e-12)
 
 
 def test_broken_samplers():
@@ -318,7 +318,7 @@ def test_broken_samplers():
     assert collapsed['precision'] > 0.7
     assert collapsed['recall'] < 0.2 and collapsed['coverage'] < 0.2, 'one mode of eight'
 
-    point = neighbourhood(data, np.repeat(data[:1], 50, 0))  # one picture of the data, always
+    point = neighbourhood(data, np.repeat(data[:1], 50, 0))  # one image of the data, always
     assert point['precision'] == 1 and point['recall'] == 1 / 400 and point['authenticity'] == 0
 
     copies = neighbourhood(data, rng.permutation(np.concatenate([data, data])))
@@ -335,7 +335,7 @@ def test_broken_samplers():
     assert 5 * good < half < one
 
 
-def test_what_cannot_be_measured_is_said():
+def test_degenerate_features_are_refused():
     x = np.zeros((20, 3), 'float32')
     bad = x.copy()
     bad[[17, 19], 1] = np.nan, np.inf
