@@ -1,4 +1,4 @@
-"""The picture of a generator of one number: histograms of the data and of its samples, one above the other.
+"""A plot of a generator of one number: histograms of the data and of its samples, one above the other.
 
     python benchmarks/histograms.py --run=runs/js_generator_gaussians
 
@@ -21,7 +21,7 @@ CELLS = 64  # of the 256 grey levels
 
 
 def histogram(levels: np.ndarray) -> np.ndarray:
-    """Shares [CELLS] of grey levels."""
+    """Relative frequencies [CELLS] of grey levels."""
     return np.histogram(levels, CELLS, (0, 256))[0] / levels.size
 
 
@@ -40,15 +40,14 @@ def main() -> None:
     test = data.dataset(run.config.data, 'test')
     training = data.dataset(run.config.data, 'train')
     n = len(test)
-    found = {
+    histograms = {
         'data': histogram(test.take(np.arange(n))['image']),
         'samples': histogram(run.sample(n=n)),
         'training': histogram(training.take(np.arange(n))['image']),
     }
     for name in ('samples', 'training'):
-        print(
-            f'Jensen-Shannon divergence of {n} {name} from the test split: {divergence(found["data"], found[name]):.4f}'
-        )
+        value = divergence(histograms['data'], histograms[name])
+        print(f'Jensen-Shannon divergence of {n} {name} from the test split: {value:.4f}')
 
     import matplotlib
 
@@ -58,8 +57,8 @@ def main() -> None:
     centres = (np.arange(CELLS) + 0.5) * 2 / CELLS - 1
     figure, rows = plt.subplots(2, 1, sharex=True, sharey=True, figsize=(4.1, 4.1))
     for row, name, colour in zip(rows, ('data', 'samples'), ('0.35', 'tab:blue'), strict=True):
-        row.bar(centres, found[name], 2 / CELLS, color=colour)
-        row.set_ylabel(f'share of {name}')
+        row.bar(centres, histograms[name], 2 / CELLS, color=colour)
+        row.set_ylabel(f'fraction of {name}')
     rows[1].set_xlabel('x')
     figure.tight_layout()
     name = os.path.basename(os.path.abspath(options.run))

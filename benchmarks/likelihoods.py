@@ -50,8 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     like = run.saved_config(os.path.join(arguments.runs, f'classifier_{arguments.dataset}'))
     rows = []
-    found = find_runs(arguments.runs, like)
-    for name, r in list(found.items()):
+    candidates = find_runs(arguments.runs, like)
+    for name, r in list(candidates.items()):
         traced = jax.eval_shape(
             r.assembled.family.evaluate, r.state, r.assembled.frozen,
             {k: jax.ShapeDtypeStruct((1, *v.shape), 'float32' if k == 'image' else v.dtype)
@@ -59,16 +59,16 @@ def main() -> None:
             jax.eval_shape(lambda: jax.random.key(0)),
         )  # fmt: skip
         if 'bits_per_dim' not in traced:
-            del found[name]
+            del candidates[name]
             continue
         r.config.evaluate.examples = arguments.examples
-        figure = r.evaluate()['bits_per_dim']
+        metric = r.evaluate()['bits_per_dim']
         more = {'parameters': describe.count(r.assembled.abstract.params), 'kind': kind(r)}
-        rows.append({'name': name, **figure, **more, 'training_seconds': training_seconds(r.workdir)})
-        log.say(f'{name}: {figure["value"]:.3f} +- {figure["stderr"]:.3f} bits/dim')
+        rows.append({'name': name, **metric, **more, 'training_seconds': training_seconds(r.workdir)})
+        log.say(f'{name}: {metric["value"]:.3f} +- {metric["stderr"]:.3f} bits/dim')
     if not rows:
         parser.error(f'no run in {arguments.runs} has a likelihood of {arguments.dataset}')
-    speeds = images_per_second(found, arguments.batch, arguments.turns)
+    speeds = images_per_second(candidates, arguments.batch, arguments.turns)
     for row in rows:
         row['images_per_second'] = speeds[row['name']]
     rows.sort(key=lambda row: row['value'])

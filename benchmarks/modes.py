@@ -2,8 +2,8 @@
 
     python benchmarks/modes.py --runs=runs/gan_gaussians,runs/gan_gaussians_minimax
 
-Prints a table of modes covered, the share of samples within three standard deviations of one, and the divergence of
-the modes' shares; writes docs/images/modes_gaussians.png (pip install -e '.[bench]').
+Prints a table of modes covered, the fraction of samples within three standard deviations of one, and the divergence of
+their distribution over modes; writes docs/images/modes_gaussians.png (pip install -e '.[bench]').
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     test = data.dataset(runs[0].config.data, 'test')
     points = {'held-out data': test.take(np.arange(min(options.n, len(test))))['image']}
     points |= {os.path.basename(os.path.abspath(run.workdir)): run.sample(options.n) for run in runs}
-    print('| points | modes covered, of 25 | share of good ones | KL of the modes, nats |\n|---|---|---|---|')
+    print('| points | modes covered, of 25 | fraction of good ones | KL of the modes, nats |\n|---|---|---|---|')
     for name, images in points.items():
         points[name] = images.reshape(len(images), -1)[:, :2] / 127.5 - 1
         good, covered, kl = scores.modes_covered(points[name], *mixture)

@@ -44,7 +44,7 @@ def main() -> None:
         record = json.load(file)
     different = 0
     for row in record['models']:
-        # A variant's own commas: iddpm_cifar10:imagenet64,conditional is asked for as iddpm_cifar10.
+        # A variant's own commas: iddpm_cifar10:imagenet64,conditional is named iddpm_cifar10 here.
         if not arguments.only or {name(row), row['config']} & set(arguments.only.split(',')):
             networks = count(row)
             same = networks == row['parameters']

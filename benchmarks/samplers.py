@@ -5,7 +5,7 @@
 Takes the runs in `runs/` of diffusion models of the data set (train them first by their configs), draws samples of each
 by its samplers with 1 to 1000 evaluations of the network, and measures Fréchet distance and recall by the features of
 the data set's classifier, against the training split. Runs with a likelihood have bits per dimension of the test split
-beside them. Prints a table, and writes benchmarks/results/samplers_<dataset>.json and the picture
+beside them. Prints a table, and writes benchmarks/results/samplers_<dataset>.json and the plot
 docs/images/samplers_<dataset>.png (pip install -e '.[bench]').
 """
 
@@ -51,7 +51,7 @@ MOST = {'consistency': 8}
 
 
 def points(dataset: str, evaluations: tuple[int, ...], many: bool):
-    """(run's name, sampler, evaluations, fields of config.model) of all that is to be measured."""
+    """(run's name, sampler, evaluations, fields of config.model) of all points of the table."""
     for system, samplers in SAMPLERS.items():
         for name, (fields, levels) in samplers.items():
             for count in (*evaluations, *(MANY.get((system, name), ()) if many else ())):
@@ -63,15 +63,15 @@ def points(dataset: str, evaluations: tuple[int, ...], many: bool):
 
 
 def measure(workdir: str, fields: dict, evaluator, n: int, batch: int) -> dict:
-    """Figures of n samples, and seconds of one batch once the program is compiled."""
+    """Metrics of n samples, and images per second once the program is compiled."""
     config = run.saved_config(workdir)
     sections = {'model': fields, 'sample': {'batch': batch}}
     r = run.load(workdir, config=configs.make(**configs.deep_update(config.to_dict(), sections)))
-    figures = r.compare(evaluator, n)
+    metrics = r.compare(evaluator, n)
     cache.clear(workdir)
     began = time.perf_counter()
     r.sample(batch, seed=1)
-    return {'figures': figures, 'images_per_second': batch / (time.perf_counter() - began)}
+    return {'metrics': metrics, 'images_per_second': batch / (time.perf_counter() - began)}
 
 
 def draw(rows: list[dict], network: str, title: str, path: str) -> None:
@@ -85,7 +85,7 @@ def draw(rows: list[dict], network: str, title: str, path: str) -> None:
     for key in dict.fromkeys((r['run'], r['sampler']) for r in rows):
         own = [r for r in rows if (r['run'], r['sampler']) == key]
         x = [r['evaluations'] for r in own]
-        y = [r['figures'][f'frechet/{network}']['value'] for r in own]
+        y = [r['metrics'][f'frechet/{network}']['value'] for r in own]
         axes.plot(x, y, marker='o', markersize=3, linewidth=1.2, label=', '.join(key))
     axes.set(xscale='log', yscale='log', xlabel='network evaluations per sample', title=title)
     axes.set(ylabel=f'Fréchet distance, {network}')
@@ -107,9 +107,9 @@ def main() -> None:
     like.evaluate.features = f'run:{os.path.join(arguments.runs, network)}'
 
     evaluations = tuple(n for n in EVALUATIONS if n <= arguments.most)
-    wanted = [p for p in points(arguments.dataset, evaluations, True) if p[2] <= arguments.most]
-    there = {name for name, *_ in wanted if os.path.isdir(os.path.join(arguments.runs, name, 'checkpoints'))}
-    for name in sorted({name for name, *_ in wanted} - there):
+    selected = [p for p in points(arguments.dataset, evaluations, True) if p[2] <= arguments.most]
+    there = {name for name, *_ in selected if os.path.isdir(os.path.join(arguments.runs, name, 'checkpoints'))}
+    for name in sorted({name for name, *_ in selected} - there):
         log.say(f'{name} is left out: no run in {arguments.runs}')
     if not there:
         parser.error(f'no run of a diffusion model of {arguments.dataset} in {arguments.runs}: train one first')
@@ -118,24 +118,24 @@ def main() -> None:
     evaluator.check(arguments.n)
 
     rows = []
-    for name, sampler, count, fields in wanted:
+    for name, sampler, count, fields in selected:
         if name in there:
             workdir = os.path.join(arguments.runs, name)
-            found = measure(workdir, fields, evaluator, arguments.n, arguments.batch)
-            rows.append({'run': name, 'sampler': sampler, 'evaluations': count, **found})
-            value = found['figures'][f'frechet/{network}']['value']
-            log.say(f'{name}, {sampler}, {count}: {value:.3f}, {found["images_per_second"]:.1f} images/s')
+            point = measure(workdir, fields, evaluator, arguments.n, arguments.batch)
+            rows.append({'run': name, 'sampler': sampler, 'evaluations': count, **point})
+            value = point['metrics'][f'frechet/{network}']['value']
+            log.say(f'{name}, {sampler}, {count}: {value:.3f}, {point["images_per_second"]:.1f} images/s')
     bits = {}
     for name in sorted(there):
         workdir = os.path.join(arguments.runs, name)
         config = run.saved_config(workdir)
         config.evaluate.examples = arguments.examples
-        figures = run.load(workdir, config=config).evaluate()
-        if 'bits_per_dim' in figures:
-            bits[name] = figures['bits_per_dim']
+        metrics = run.load(workdir, config=config).evaluate()
+        if 'bits_per_dim' in metrics:
+            bits[name] = metrics['bits_per_dim']
     print(tables.samplers(rows, network))
-    for name, figure in bits.items():
-        print(f'{name}: {figure["value"]:.3f} +- {figure["stderr"]:.3f} bits/dim')
+    for name, metric in bits.items():
+        print(f'{name}: {metric["value"]:.3f} +- {metric["stderr"]:.3f} bits/dim')
     here = os.path.join(ROOT, 'benchmarks')
     record = {
         'command': ' '.join(['python', *sys.argv]),

@@ -53,7 +53,7 @@ def trilemma(rows: list[dict]) -> str:
     heads = ['run', *(f'{title} {arrows[more]}' for _, title, _, more in COLUMNS)]
     table = []
     for r in rows:
-        metrics = r['figures']
+        metrics = r['metrics']
         cells = [f'{metrics[m]["value"]:.{d}f}' if m in metrics else '' for m, _, d, _ in COLUMNS]
         if 'images_per_second' in r:
             cells += [f'{r["images_per_second"]:,.0f}', f'{r["parameters"]:,}', f'{r["training_seconds"]:,.0f} s']
@@ -72,7 +72,7 @@ def samplers(rows: list[dict], network: str) -> str:
     counts = sorted({column(r) for r in rows})
     table = {(r['run'], r['sampler']): dict.fromkeys(counts, '') for r in rows}
     for r in rows:
-        frechet, recall = (r['figures'][f'{metric}/{network}']['value'] for metric in ('frechet', 'recall'))
+        frechet, recall = (r['metrics'][f'{metric}/{network}']['value'] for metric in ('frechet', 'recall'))
         table[r['run'], r['sampler']][column(r)] = f'{frechet:.2f} ({recall:.2f})'
     heads = ['run, sampler', *map(str, counts)]
     return markdown(heads, [[', '.join(key), *cells.values()] for key, cells in table.items()])

@@ -6,7 +6,7 @@
 
 Stages that a config stands on need no run: speed does not depend on what they learned.
 `--vs=torch` (ddpm only) builds the same U-Net with diffusers on torch, checks that it has as many
-parameters, and runs both in turns, so that a drift of the machine's speed hits both; the ratio is
+parameters, and runs both in turns, so that a drift of the machine's speed changes both; the ratio is
 jaxgen's speed over torch's, the median over the turns. For training a turn is one update (Adam and
 moving average on both sides); for sampling one network evaluation of ancestral sampling. On a GPU torch
 has TensorFloat-32 as JAX has it, cuDNN's search for the fastest convolution, and autocast where
@@ -56,7 +56,7 @@ def timed(action) -> float:
 def jax_train(assembled):
     """An action that makes one update and waits for it."""
     config = assembled.config
-    places = sharding.over_weights(assembled.mesh, assembled.abstract)
+    shardings = sharding.over_weights(assembled.mesh, assembled.abstract)
     shape, rng = assembled.spec.features, np.random.default_rng(0)
     one = {
         k: rng.integers(0, 256 if v.shape else max(assembled.spec.classes, 1), (config.data.batch, *v.shape)).astype(
@@ -65,9 +65,9 @@ def jax_train(assembled):
         for k, v in shape.items()
     }
     batch = sharding.put_batch(assembled.mesh, one)
-    init = jax.jit(lambda key, b: run.init_state(assembled.family, key, b, assembled.frozen), out_shardings=places)
+    init = jax.jit(lambda key, b: run.init_state(assembled.family, key, b, assembled.frozen), out_shardings=shardings)
     holder = [init(jax.random.key(0), batch)]
-    call = make_call(assembled, places, 1, 0)
+    call = make_call(assembled, shardings, 1, 0)
     stacked = jax.tree.map(lambda x: x[None], batch)
 
     def action():
@@ -129,8 +129,8 @@ def torch_actions(config, image, what: str):
         t = torch.randint(0, 1000, (n,))
         noise, a = torch.randn_like(x), steps[t].view(-1, 1, 1, 1)
         with half:
-            found = net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample.float()
-        loss = torch.nn.functional.mse_loss(found, noise)
+            estimate = net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample.float()
+        loss = torch.nn.functional.mse_loss(estimate, noise)
         optimiser.zero_grad()
         loss.backward()
         if config.optim.clip:
@@ -183,10 +183,10 @@ def measure(config, what: str, turns: int, vs: str) -> dict:
         for name, (act, c) in actions.items():
             seconds[name].append(timed(act) / c)
     unit = 'update' if what == 'train' else 'network evaluation'
-    for name, found in seconds.items():
-        middle = statistics.median(found)
+    for name, times in seconds.items():
+        middle = statistics.median(times)
         result[name] = {
-            f'seconds_per_{unit.replace(" ", "_")}': {'min': min(found), 'median': middle, 'max': max(found)},
+            f'seconds_per_{unit.replace(" ", "_")}': {'min': min(times), 'median': middle, 'max': max(times)},
             'images_per_second': images / (middle * (calls if what == 'sample' else 1)),
         }
     if vs:

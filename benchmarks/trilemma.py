@@ -2,12 +2,12 @@
 
     python benchmarks/trilemma.py --dataset=digits
 
-Trains what is missing of `configs/*_<dataset>.py`, the classifier that measures first, then measures
+Trains what is missing of `configs/*_<dataset>.py`, the classifier whose features are compared first, then evaluates
 every run: its samples against the training split, the speed of sampling of all systems in turns in one
 process at one batch size, parameters of what sampling needs, and the time that training took. Beside
-them stand the held-out pictures, measured as if a model had made them: no model can be told from the
-data that is better than they are. Prints the table, and writes benchmarks/results/trilemma_<dataset>.json
-and the picture docs/images/trilemma_<dataset>.png (pip install -e '.[bench]').
+them stand the held-out images, evaluated as if a model had made them: no model can be closer to the
+data than they are. Prints the table, and writes benchmarks/results/trilemma_<dataset>.json
+and the plot docs/images/trilemma_<dataset>.png (pip install -e '.[bench]').
 
     python benchmarks/trilemma.py --dataset=digits --only=gan_digits,dcgan_digits,vae_digits --name=gans
 
@@ -63,12 +63,12 @@ def training_seconds(workdir: str) -> float:
 
 def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[str, float]:
     """Median over turns; in every turn each run draws one batch, so that a busy machine is busy for all."""
-    wanted = {name: sample.conditions(r.assembled, r.config, batch, {}) for name, r in runs.items()}
+    conditions = {name: sample.conditions(r.assembled, r.config, batch, {}) for name, r in runs.items()}
 
     def draw(name: str, seed: int) -> float:
         r = runs[name]
         began = time.perf_counter()
-        sample.draw_batch(r.model, wanted[name], batch, seed)
+        sample.draw_batch(r.model, conditions[name], batch, seed)
         return time.perf_counter() - began
 
     for name in runs:
@@ -81,8 +81,8 @@ def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[
 
 
 def find_runs(folder: str, like, only: Sequence[str] = ()) -> dict[str, run.Run]:
-    """Finished runs in `folder`, all or those named, that draw pictures of the data set of the config `like`."""
-    found = {}
+    """Finished runs in `folder`, all or those named, that draw images of the data set of the config `like`."""
+    runs = {}
     for path in sorted(glob.glob(os.path.join(folder, '*', 'config.json'))):
         workdir = os.path.dirname(path)
         if only and os.path.basename(workdir) not in only:
@@ -90,12 +90,12 @@ def find_runs(folder: str, like, only: Sequence[str] = ()) -> dict[str, run.Run]
         config = run.saved_config(workdir)
         same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box', 'keep_classes'))
         if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
-            found[os.path.basename(workdir)] = run.load(workdir, all_weights=True)
-    return found
+            runs[os.path.basename(workdir)] = run.load(workdir, all_weights=True)
+    return runs
 
 
 def held_out(evaluator: samples.Evaluator, section: dict) -> dict:
-    """Figures of the test split's pictures, as if a model had made them."""
+    """Metrics of the test split's images, as if a model had made them."""
     source = data.dataset({**section, 'features': ('image',)}, 'test')
     images = source.take(np.arange(len(source)))['image']
     return evaluator.compare_images(images, 'held-out images')
@@ -103,8 +103,8 @@ def held_out(evaluator: samples.Evaluator, section: dict) -> dict:
 
 def row(run_name: str, metrics: dict, network: str, more: dict | None = None) -> dict:
     named = {name: f'{name}/{network}' for name, *_ in tables.COLUMNS}
-    figures = {name: metrics[key] for name, key in named.items() if key in metrics}
-    return {'name': run_name, 'figures': figures, **(more or {})}
+    chosen = {name: metrics[key] for name, key in named.items() if key in metrics}
+    return {'name': run_name, 'metrics': chosen, **(more or {})}
 
 
 def draw(rows: list[dict], network: str, title: str, path: str) -> None:
@@ -119,19 +119,19 @@ def draw(rows: list[dict], network: str, title: str, path: str) -> None:
     models = sorted((r for r in rows if r is not real), key=lambda r: r['images_per_second'])
     colours = plt.get_cmap('tab20').colors
     for i, r in enumerate(models):
-        x, y = r['images_per_second'], r['figures']['frechet']['value']
-        recall, colour = r['figures']['recall']['value'], colours[i % len(colours)]
+        x, y = r['images_per_second'], r['metrics']['frechet']['value']
+        recall, colour = r['metrics']['recall']['value'], colours[i % len(colours)]
         axes.scatter(x, y, s=20 + 400 * recall, color=colour, alpha=0.6, linewidths=0)
-        # The name stands beside the picture: systems of one kind lie too near each other.
+        # The name stands beside the plot: systems of one kind lie too near each other.
         axes.scatter([], [], s=40, color=colour, alpha=0.6, linewidths=0, label=f'{r["name"]}, recall {recall:.2f}')
     figure.legend(loc='outside right upper', fontsize=7, title='slow to fast', title_fontsize=7)
-    floor = real['figures']['frechet']['value']
+    floor = real['metrics']['frechet']['value']
     axes.axhline(floor, color='0.5', linestyle='--', linewidth=1)
-    axes.text(0.01, floor, 'held-out pictures', transform=axes.get_yaxis_transform(), va='bottom', fontsize=8)
+    axes.text(0.01, floor, 'held-out images', transform=axes.get_yaxis_transform(), va='bottom', fontsize=8)
     axes.set(xscale='log', yscale='log', xlabel='samples per second (faster is right)')
     axes.set(ylabel=f'Fréchet distance, {network} (better is up)', title=title)
     speeds = [r['images_per_second'] for r in models]
-    values = [floor, *(r['figures']['frechet']['value'] for r in models)]
+    values = [floor, *(r['metrics']['frechet']['value'] for r in models)]
     axes.set_xlim(min(speeds) / 4, max(speeds) * 4)
     axes.set_ylim(max(values) * 2, min(values) / 2)  # upside down
     figure.savefig(path, dpi=110)
@@ -150,7 +150,7 @@ def main() -> None:
     paths = sorted(glob.glob(os.path.join(ROOT, 'configs', f'*_{arguments.dataset}.py')))
     if not paths:
         parser.error(f'no config is named *_{arguments.dataset}.py')
-    paths.sort(key=lambda path: configs.load(path).family != 'classifier')  # the others are measured with it
+    paths.sort(key=lambda path: configs.load(path).family != 'classifier')  # the others are evaluated with it
     only = [name for name in arguments.only.split(',') if name]
     if only:
         paths[1:] = [path for path in paths[1:] if configs.name(path) in only]
@@ -162,7 +162,7 @@ def main() -> None:
     like = configs.load(paths[0])
     network = configs.name(paths[0])
     if like.family != 'classifier':
-        parser.error(f'no config of a classifier is named *_{arguments.dataset}.py: the runs are measured with it')
+        parser.error(f'no config of a classifier is named *_{arguments.dataset}.py: the runs are evaluated with it')
     runs = find_runs(arguments.runs, like, only)
     if absent := sorted({*only} - {*runs}):
         parser.error(f'no finished run that draws {arguments.dataset} is named {", ".join(absent)}')

@@ -36,11 +36,11 @@ def test_tables_are_those_of_the_results(path):
 
 def test_every_result_is_in_a_table():
     text = '\n'.join(map(read, PAGES))
-    asked = {name for _, _, names, _ in tables.TABLE.findall(text) for name in names.split()}
+    named = {name for _, _, names, _ in tables.TABLE.findall(text) for name in names.split()}
     pages = {s['page'] for s in tables.result('systems')['systems']}
     names = {os.path.basename(p)[: -len('.json')] for p in glob.glob(os.path.join(tables.RESULTS, '*.json'))}
-    assert pages <= asked | {'modes'}
-    assert names - {'systems', 'published'} <= asked
+    assert pages <= named | {'modes'}
+    assert names - {'systems', 'published'} <= named
     assert {kind for _, kind, _, _ in tables.TABLE.findall(text)} >= {'systems', 'modes', 'published'}
 
 
@@ -85,7 +85,7 @@ def test_tables_of_rows_made_by_hand():
         '| b | 1.50 ± 0.25 | bound | 5 | 2 s | 3 |',
         '| a | 2.00 ± 0.12 | exact | 1,234 | 61 s | 1,001 |',
     ]
-    point = {'figures': {'frechet/net': {'value': 1.0}, 'recall/net': {'value': 0.5}}}
+    point = {'metrics': {'frechet/net': {'value': 1.0}, 'recall/net': {'value': 0.5}}}
     # Heun's 3 evaluations stand in column 4, and 1 in its own.
     rows = [{'run': 'r', 'sampler': 'Heun', 'evaluations': n, **point} for n in (1, 3)]
     rows.append({'run': 'r', 'sampler': 'Euler', 'evaluations': 2, **point})

@@ -69,7 +69,7 @@ def copy(vae, tmp_path):
     return shutil.copytree(vae, tmp_path / 'copy')
 
 
-def pictures(folder, shade: int = 0) -> None:
+def make_images(folder, shade: int = 0) -> None:
     for number, name in enumerate(('cat', 'dog', 'fox')):
         os.makedirs(folder / name)
         for i in range(6):
@@ -78,11 +78,11 @@ def pictures(folder, shade: int = 0) -> None:
 
 @pytest.fixture(scope='module')
 def labelled_once(tmp_path_factory):
-    place = tmp_path_factory.mktemp('labelled')
-    pictures(place / 'pictures')
-    train(GAN, f'--workdir={place}/run', f'--config.data.source=folder:{place}/pictures',
-          f'--config.data.dir={place}/prepared')  # fmt: skip
-    return place
+    root = tmp_path_factory.mktemp('labelled')
+    make_images(root / 'images')
+    train(GAN, f'--workdir={root}/run', f'--config.data.source=folder:{root}/images',
+          f'--config.data.dir={root}/prepared')  # fmt: skip
+    return root
 
 
 @pytest.fixture
@@ -90,11 +90,11 @@ def labelled(labelled_once, tmp_path):
     """A run of three classes, 'run', beside a 'moved' copy of its folder and 'others', of other images. The folder that
     it was trained on is away."""
     shutil.copytree(labelled_once / 'run', tmp_path / 'run')
-    shutil.copytree(labelled_once / 'pictures', tmp_path / 'moved')
-    pictures(tmp_path / 'others', shade=3)
-    os.rename(labelled_once / 'pictures', labelled_once / 'away')
+    shutil.copytree(labelled_once / 'images', tmp_path / 'moved')
+    make_images(tmp_path / 'others', shade=3)
+    os.rename(labelled_once / 'images', labelled_once / 'away')
     yield tmp_path
-    os.rename(labelled_once / 'away', labelled_once / 'pictures')
+    os.rename(labelled_once / 'away', labelled_once / 'images')
 
 
 # --- what may be changed
@@ -206,7 +206,7 @@ def test_classes_by_name_without_the_folder(labelled, capfd):
         mistake(capfd, *base, f'--condition={text}')
     # Evaluation needs the images, and says so.
     said = mistake(capfd, '--mode=evaluate', f'--workdir={workdir}')
-    assert 'pictures' in said
+    assert 'images' in said
 
 
 def test_a_folder_that_has_moved(labelled, capfd):
@@ -229,16 +229,16 @@ def test_a_folder_that_has_moved(labelled, capfd):
 # --- whose paths are followed
 
 
-def strangers(place) -> None:
+def strangers(workdir) -> None:
     """Makes a run one that somebody else trained."""
-    signed = json.loads((place / origin.NAME).read_text())
-    (place / origin.NAME).write_text(json.dumps({'paths': '0' * len(signed['paths'])}))
+    signed = json.loads((workdir / origin.NAME).read_text())
+    (workdir / origin.NAME).write_text(json.dumps({'paths': '0' * len(signed['paths'])}))
 
 
 @pytest.mark.parametrize('by', ['none', 'another', 'key', 'json', 'changed'])
 def test_paths_of_a_stranger_are_not_followed(by, labelled, labelled_once, capfd, watched, monkeypatch):
     workdir = labelled / 'run'
-    os.rename(labelled_once / 'away', labelled_once / 'pictures')
+    os.rename(labelled_once / 'away', labelled_once / 'images')
     try:
         if by == 'none':
             os.remove(workdir / origin.NAME)
@@ -260,9 +260,9 @@ def test_paths_of_a_stranger_are_not_followed(by, labelled, labelled_once, capfd
         there = [p for p in watched if p.startswith((str(labelled_once), str(labelled / 'network')))]
         assert not there
     finally:
-        os.rename(labelled_once / 'pictures', labelled_once / 'away')
+        os.rename(labelled_once / 'images', labelled_once / 'away')
     # Named by the person, it is: though here it leads to nothing.
-    same = f'--config.data.source=folder:{labelled_once}/pictures'
+    same = f'--config.data.source=folder:{labelled_once}/images'
     assert 'config.data.source names' not in mistake(capfd, '--mode=evaluate', f'--workdir={workdir}', same)
 
 
@@ -271,11 +271,11 @@ def test_own_paths_are(labelled, labelled_once):
     assert origin.is_own(str(labelled / 'run'), config)
     assert origin.unnamed(str(labelled / 'run'), config, config, set()) == {}
     strangers(labelled / 'run')
-    found = origin.unnamed(str(labelled / 'run'), config, config, set())
-    assert found == {'data.source': f'{labelled_once}/pictures', 'data.dir': f'{labelled_once}/prepared'}
+    unnamed = origin.unnamed(str(labelled / 'run'), config, config, set())
+    assert unnamed == {'data.source': f'{labelled_once}/images', 'data.dir': f'{labelled_once}/prepared'}
     # A section names all that is in it; a name that only begins the same does not.
     assert origin.unnamed(str(labelled / 'run'), config, config, {'data'}) == {}
-    assert origin.unnamed(str(labelled / 'run'), config, config, {'dat', 'data.s'}) == found
+    assert origin.unnamed(str(labelled / 'run'), config, config, {'dat', 'data.s'}) == unnamed
 
 
 def test_what_lies_outside(tmp_path):
@@ -448,12 +448,12 @@ def test_captions_that_are_no_text():
 
 def test_a_film_ends_with_the_last_step():
     """Step k of the sampler is an image of the value k / 8; frames are evenly spaced and one frame is the end."""
-    steps = jnp.linspace(0, 1, 9)[:, None, None, None, None] * jnp.ones((9, 2, 4, 4, 1))
-    family = types.SimpleNamespace(trajectory=lambda *_: {'x': steps})
+    states = jnp.linspace(0, 1, 9)[:, None, None, None, None] * jnp.ones((9, 2, 4, 4, 1))
+    family = types.SimpleNamespace(trajectory=lambda *_: {'x': states})
     model = BoundModel(family, {}, {}, jax.make_mesh((1, 1), ('data', 'fsdp')))
-    for frames, wanted in ((1, [8]), (2, [0, 8]), (3, [0, 4, 8]), (9, range(9)), (50, range(9))):
+    for frames, steps in ((1, [8]), (2, [0, 8]), (3, [0, 4, 8]), (9, range(9)), (50, range(9))):
         film = sample.film(model, {'index': np.arange(2)}, 0, frames)
-        grey = np.round((np.array([*wanted]) / 8 + 1) * 127.5)
+        grey = np.round((np.array([*steps]) / 8 + 1) * 127.5)
         assert film.shape == (2, 1, len(grey), 4, 4, 1)
         np.testing.assert_allclose(film[0, 0, :, 0, 0, 0], grey, atol=1)
 
@@ -466,10 +466,10 @@ def test_one_value_has_no_standard_error():
 
 def test_one_example(vae, copy):
     use('evaluate', copy, '--config.evaluate.examples=1')
-    found = json.loads((copy / 'evaluation.json').read_text())
-    assert found['examples'] == 1
-    for figure in found['metrics'].values():
-        assert figure['n'] == 1 and 'stderr' not in figure and np.isfinite(figure['value'])
+    record = json.loads((copy / 'evaluation.json').read_text())
+    assert record['examples'] == 1
+    for metric in record['metrics'].values():
+        assert metric['n'] == 1 and 'stderr' not in metric and np.isfinite(metric['value'])
     # Another measurement lies beside it.
     use('evaluate', copy, '--config.evaluate.examples=2')
     assert len(os.listdir(copy / 'results')) == 2
@@ -482,15 +482,15 @@ def test_one_example(vae, copy):
 @pytest.fixture(scope='module')
 def staged(tmp_path_factory):
     """A prior, 'prior', on codes of the run 'first', named by a path relative to their directory."""
-    place = tmp_path_factory.mktemp('staged')
-    train(f'--config={path("vqvae_digits")}', f'--workdir={place}/first')
+    root = tmp_path_factory.mktemp('staged')
+    train(f'--config={path("vqvae_digits")}', f'--workdir={root}/first')
     before = os.getcwd()
-    os.chdir(place)
+    os.chdir(root)
     try:
         train(f'--config={path("vqvae_digits_prior")}', '--workdir=prior', '--config.stages.first=first/')
     finally:
         os.chdir(before)
-    return place
+    return root
 
 
 def test_stages_from_anywhere_and_moved(staged, tmp_path, capfd, monkeypatch):
@@ -499,9 +499,9 @@ def test_stages_from_anywhere_and_moved(staged, tmp_path, capfd, monkeypatch):
     assert run.load(f'{staged}/prior/').step == 4
     # Of the same digest it may lie anywhere; with another it is another.
     shutil.copytree(staged / 'first', tmp_path / 'moved')
-    for place in (f'{tmp_path}/moved', f'{tmp_path}/moved/', 'moved'):
+    for folder in (f'{tmp_path}/moved', f'{tmp_path}/moved/', 'moved'):
         assert (
-            run.load(str(staged / 'prior'), config={'stages': {'first': place}}).config.stages.first
+            run.load(str(staged / 'prior'), config={'stages': {'first': folder}}).config.stages.first
             == f'{tmp_path}/moved'
         )
     train(f'--config={path("vqvae_digits")}', f'--workdir={tmp_path}/moved', '--config.train.steps=6')
@@ -526,17 +526,17 @@ def test_a_stage_of_itself(staged, tmp_path, capfd, no_compile):
     prior, first = (shutil.copytree(staged / name, tmp_path / name) for name in ('prior', 'first'))
     base = f'--config={path("vqvae_digits_prior")}'
     os.symlink(prior, tmp_path / 'link')
-    for place in (prior, f'{prior}/', tmp_path / 'link'):
+    for folder in (prior, f'{prior}/', tmp_path / 'link'):
         for args in (['--mode=sample'], [base]):
             assert 'is a stage of itself' in mistake(
-                capfd, *args, f'--workdir={prior}', f'--config.stages.first={place}'
+                capfd, *args, f'--workdir={prior}', f'--config.stages.first={folder}'
             )
     # By way of another: the first stage has the prior for a stage.
     config = json.loads((prior / 'config.json').read_text())
-    for place, stage in ((prior, first), (first, prior)):
+    for folder, stage in ((prior, first), (first, prior)):
         config['stages'] = {'first': str(stage)}
-        (place / 'config.json').write_text(json.dumps(config))
-        origin.sign(str(place), configs.complete(config))
+        (folder / 'config.json').write_text(json.dumps(config))
+        origin.sign(str(folder), configs.complete(config))
     for args in (['--mode=sample'], [base, f'--config.stages.first={first}']):
         assert 'is a stage of itself' in mistake(capfd, *args, f'--workdir={prior}')
 

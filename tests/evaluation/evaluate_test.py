@@ -33,14 +33,14 @@ SAMPLES = 20
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
     """A run whose features are good enough to count with: 8 of them."""
-    workdir = str(tmp_path_factory.mktemp('runs') / 'judge')
+    workdir = str(tmp_path_factory.mktemp('runs') / 'net')
     train(configs.load(path('classifier_digits')), workdir)
     return workdir
 
 
 @pytest.fixture(scope='module')
 def trained(classifier, tmp_path_factory):
-    """A run of a family that draws, with its own data directory, evaluated by `classifier` unless told otherwise."""
+    """A run that draws samples, with a data directory of its own, evaluated in the features of `classifier`."""
     workdir = str(tmp_path_factory.mktemp('runs') / 'model')
     config = configs.load(path('vae_digits'))
     config.data.dir = str(tmp_path_factory.mktemp('data'))
@@ -74,29 +74,33 @@ def caches(workdir) -> list[str]:
     return sorted(glob.glob(os.path.join(run.saved_config(str(workdir)).data.dir, 'statistics', '*')))
 
 
-def test_evaluate_says_what_it_measured_and_how(trained, capfd):
+def test_evaluation_records_its_metrics_and_settings(trained, capfd):
+    # What an earlier version left is replaced.
+    piece = os.path.join(trained, 'evaluation', '0123456789abcdef', '00000000.npz')
+    log.save_npz(piece, {'asked/accuracy': np.ones(8), cache.NAMES: np.array(['asked/accuracy'])})
+    log.save_json(os.path.join(trained, 'evaluation.json'), {'metrics': {'asked/accuracy/net': {'value': 1, 'n': 8}}})
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={trained}', '--seed=3']) == 0
     record = evaluation(trained)
-    found = record['metrics']
+    values = record['metrics']
     expected = 'frechet kid precision recall density coverage authenticity inception_score modes class_kl'
-    assert {f'{name}/judge' for name in expected.split()} < set(found), 'the name of the network is part of the figure'
-    assert not [name for name in found if 'fid' in name.lower().split('/')]
-    assert all(np.isfinite(m['value']) and m['n'] > 0 for m in found.values())
-    assert found['frechet/judge']['n'] == SAMPLES and found['frechet/judge']['n_reference'] == 1438
-    assert found['nll_elbo']['n'] == 8
+    assert {f'{name}/net' for name in expected.split()} < set(values), 'the name of the network is part of the metric'
+    assert not [name for name in values if {'fid', 'asked'} & {*name.lower().split('/')}]
+    assert all(np.isfinite(m['value']) and m['n'] > 0 for m in values.values())
+    assert values['frechet/net']['n'] == SAMPLES and values['frechet/net']['n_reference'] == 1438
+    assert values['nll_elbo']['n'] == 8
     assert record['weights'] == 'ema' and record['step'] == 4 and record['samples'] == {'n': SAMPLES, 'seed': 3}
-    assert record['features']['name'] == 'judge' and len(record['features']['sha256']) == 64
+    assert record['features']['name'] == 'net' and len(record['features']['sha256']) == 64
     assert record['reference'] == {'source': 'digits', 'split': 'train', 'n': 1438} and record['versions']['jax']
     assert 'few for 8 features' in capfd.readouterr().err
     assert not os.path.exists(os.path.join(trained, 'evaluation')), 'pieces are left behind'
-    # Again: the same figures, and the data set's statistics come from the cache.
-    (cache,) = caches(trained)
-    before = os.stat(cache).st_mtime_ns
+    # Again: the same metrics, and the data set's statistics come from the cache.
+    (kept,) = caches(trained)
+    before = os.stat(kept).st_mtime_ns
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={trained}', '--seed=3']) == 0
-    assert evaluation(trained)['metrics'] == found and os.stat(cache).st_mtime_ns == before
+    assert evaluation(trained)['metrics'] == values and os.stat(kept).st_mtime_ns == before
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={trained}', '--seed=4', '--n=30']) == 0
-    other = evaluation(trained)['metrics']['frechet/judge']
-    assert other['n'] == 30 and other['value'] != found['frechet/judge']['value']
+    other = evaluation(trained)['metrics']['frechet/net']
+    assert other['n'] == 30 and other['value'] != values['frechet/net']['value']
 
 
 def test_another_split_or_network_has_a_cache_of_its_own(trained):
@@ -104,10 +108,10 @@ def test_another_split_or_network_has_a_cache_of_its_own(trained):
     before = set(caches(trained))
     args = ['jaxgen', '--mode=evaluate', f'--workdir={trained}']
     assert run_main([*args, '--config.evaluate.split=test']) == 0
-    assert 'authenticity/judge' not in evaluation(trained)['metrics'], 'nobody trains on the test split'
+    assert 'authenticity/net' not in evaluation(trained)['metrics'], 'nobody trains on the test split'
     assert evaluation(trained)['reference']['n'] == 359
     assert run_main([*args, f'--features=run:{trained}']) == 0
-    assert 'frechet/model' in evaluation(trained)['metrics'], 'any family that encodes gives features'
+    assert 'frechet/model' in evaluation(trained)['metrics'], 'any family that encodes has features'
     assert len(set(caches(trained)) - before) == 2
     assert run_main([*args, '--features=none']) == 0
     assert not [name for name in evaluation(trained)['metrics'] if '/' in name]
@@ -149,25 +153,25 @@ def test_devices_do_not_matter(copy):
     eight = evaluation(copy)
     assert eight['device'].startswith('8 x')
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={copy}']) == 0
-    for name, figure in evaluation(copy)['metrics'].items():
-        np.testing.assert_allclose(figure['value'], eight['metrics'][name]['value'], rtol=2e-3, atol=1e-5, err_msg=name)
+    for name, metric in evaluation(copy)['metrics'].items():
+        np.testing.assert_allclose(metric['value'], eight['metrics'][name]['value'], rtol=2e-3, atol=1e-5, err_msg=name)
 
 
-def test_a_folder_of_samples_gets_the_figures_of_the_run(copy, classifier, tmp_path):
+def test_a_folder_of_samples_has_the_metrics_of_the_run(copy, classifier, tmp_path):
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={copy}']) == 0
     own = evaluation(copy)['metrics']
     assert run_main(['jaxgen', '--mode=sample', f'--workdir={copy}', f'--n={SAMPLES}', f'--out={tmp_path}/drawn']) == 0
     folder, out = f'--images={tmp_path}/drawn/images', tmp_path / 'measured'
     args = ['jaxgen', '--mode=evaluate', folder, f'--out={out}', f'--workdir={copy}']
     assert run_main(args) == 0
-    found = evaluation(out)
-    assert found['images']['n'] == SAMPLES
-    assert found['metrics'] == {name: figure for name, figure in own.items() if '/' in name}
+    record = evaluation(out)
+    assert record['images']['n'] == SAMPLES
+    assert record['metrics'] == {name: metric for name, metric in own.items() if '/' in name}
     # Against the data of a config that nobody has trained.
     args = ['jaxgen', '--mode=evaluate', folder, f'--out={out}', f'--config={path("ddpm_digits", "")}']
     assert run_main([*args, f'--features=run:{classifier}']) == 0
-    value = evaluation(out)['metrics']['frechet/judge']['value']
-    np.testing.assert_allclose(value, own['frechet/judge']['value'], rtol=1e-4)  # other batches, other rounding
+    value = evaluation(out)['metrics']['frechet/net']['value']
+    np.testing.assert_allclose(value, own['frechet/net']['value'], rtol=1e-4)  # other batches, other rounding
 
 
 # --- the cache
@@ -272,7 +276,7 @@ def test_two_processes_write_one_cache(tmp_path):
 # --- while training
 
 
-def test_figures_in_the_logs_and_a_stopped_run(classifier, tmp_path):
+def test_metrics_in_the_logs_and_a_stopped_run(classifier, tmp_path):
     config = configs.load(path('vae_digits')).to_dict()
     fields = {'steps': 4, 'save_every': 2, 'log_every': 1, 'evaluate_every': 2, 'evaluate_samples': SAMPLES}
     more = {'train': fields, 'evaluate': {'features': f'run:{classifier}'}}
@@ -280,11 +284,11 @@ def test_figures_in_the_logs_and_a_stopped_run(classifier, tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     train(config, str(whole))
     lines = rounded(metrics(whole))
-    assert [line['step'] for line in lines if 'frechet/judge' in line] == [2, 4]
+    assert [line['step'] for line in lines if 'frechet/net' in line] == [2, 4]
     assert [line['step'] for line in lines] == [1, 2, 2, 3, 4, 4]
     config.train.steps = 2
     train(config, str(parts))
-    # As a kill leaves it after the checkpoint and before the figures of its step.
+    # As a kill leaves it after the checkpoint and before the metrics of its step.
     text = (parts / 'metrics.jsonl').read_text().splitlines(keepends=True)
     (parts / 'metrics.jsonl').write_text(''.join(text[:-1]))
     config.train.steps = 4
@@ -295,7 +299,7 @@ def test_figures_in_the_logs_and_a_stopped_run(classifier, tmp_path):
 # --- mistakes: one line, nothing overwritten
 
 
-def picture_folder(folder, n: int = 30, size: int = 8):
+def image_folder(folder, n: int = 30, size: int = 8):
     os.makedirs(folder)
     rng = np.random.default_rng(0)
     for i in range(n):
@@ -315,11 +319,11 @@ def test_mistakes_of_evaluation(copy, classifier, tmp_path, capfd, no_compile):
     assert 'weights.pth' in stderr
     assert 'split' in mistake(capfd, *base, '--config.evaluate.split=validation')
     other = f'--config={path("vae_mnist", "")}'
-    one = picture_folder(tmp_path / 'one', 1)
-    good = picture_folder(tmp_path / 'good')
-    judge = f'--features=run:{classifier}'
-    stderr = mistake(capfd, '--mode=evaluate', other, '--config.data.source=digits', f'--images={good}', judge)
-    assert 'judge reads pictures of 8 x 8 x 1' in stderr
+    one = image_folder(tmp_path / 'one', 1)
+    good = image_folder(tmp_path / 'good')
+    features = f'--features=run:{classifier}'
+    stderr = mistake(capfd, '--mode=evaluate', other, '--config.data.source=digits', f'--images={good}', features)
+    assert 'net reads images of 8 x 8 x 1' in stderr
     assert '1 images are too few' in mistake(capfd, *base, f'--images={one}')
     assert '--mode=evaluate' in mistake(capfd, f'--config={path("ddpm_digits")}', f'--images={good}')
     assert 'needs --features' in mistake(capfd, *base, f'--images={good}', '--features=none')
@@ -332,9 +336,9 @@ def test_mistakes_of_evaluation(copy, classifier, tmp_path, capfd, no_compile):
     assert (copy / 'evaluation.json').read_text() == 'precious'
 
 
-def test_pictures_that_are_damaged_inside(copy, tmp_path, capfd):
+def test_images_that_are_damaged_inside(copy, tmp_path, capfd):
     """What the header does not show: rows that are missing, pixels that are not numbers."""
-    folder = picture_folder(tmp_path / 'pictures')
+    folder = image_folder(tmp_path / 'damaged')
     args = ['--mode=evaluate', f'--workdir={copy}', f'--images={folder}', f'--out={tmp_path}/out']
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(folder / 'nan.tiff')
     assert run_main(['jaxgen', *args]) == 2
@@ -357,7 +361,7 @@ def test_samples_that_are_not_numbers(copy, monkeypatch):
         dataclasses.replace(loaded, state=broken).compare(evaluator, SAMPLES)
 
 
-# --- samplers that are broken, each caught by the figure that is there for it
+# --- samplers that are broken, each caught by the metric that is there for it
 
 
 @pytest.fixture(scope='module')
@@ -375,62 +379,63 @@ def evaluator(tmp_path_factory):
     return run.make_evaluator(config, jaxgen.load(workdir).assembled.mesh)
 
 
-def judged(evaluator, images) -> dict[str, float]:
-    found = evaluator.compare([evaluator.extract(images, len(images))], len(images))
-    return {name.partition('/')[0]: figure['value'] for name, figure in found.items()}
+def values(evaluator, images) -> dict[str, float]:
+    """Metrics of images uint8 [n, H, W, C] by their names."""
+    compared = evaluator.compare([evaluator.extract(images, len(images))], len(images))
+    return {name.partition('/')[0]: metric['value'] for name, metric in compared.items()}
 
 
 def test_broken_samplers_are_caught(evaluator):
     from jaxgen import data
 
     config = configs.load(path('classifier_digits', ''))
-    known, held_out = (data.dataset(config.data, split) for split in ('train', 'test'))
-    known, held_out = (source.take(np.arange(len(source))) for source in (known, held_out))
+    training, held_out = (data.dataset(config.data, split) for split in ('train', 'test'))
+    training, held_out = (source.take(np.arange(len(source))) for source in (training, held_out))
     rng = np.random.default_rng(0)
-    real = judged(evaluator, held_out['image'])
+    real = values(evaluator, held_out['image'])
     assert real['precision'] > 0.5 and real['recall'] > 0.5 and real['authenticity'] > 0.3 and real['modes'] == 10
 
     pixels = held_out['image'].reshape(-1, 64)
-    shuffled = judged(evaluator, rng.permuted(pixels, axis=1).reshape(held_out['image'].shape))
+    shuffled = values(evaluator, rng.permuted(pixels, axis=1).reshape(held_out['image'].shape))
     assert shuffled['frechet'] > 20 * real['frechet'] and shuffled['kid'] > 20 * abs(real['kid'])
     assert shuffled['precision'] < 0.2 < real['precision'] / 2
 
-    one_mode = judged(evaluator, known['image'][known['label'] == 3])
+    one_mode = values(evaluator, training['image'][training['label'] == 3])
     assert one_mode['precision'] > 0.9 and one_mode['modes'] <= 2 and one_mode['class_kl'] > 1.5
     assert one_mode['recall'] < 0.3 and one_mode['coverage'] < 0.3, 'precision alone does not see it'
     assert one_mode['inception_score'] < 2 < 5 < real['inception_score']
 
-    memorised = judged(evaluator, known['image'])
+    memorised = values(evaluator, training['image'])
     assert memorised['frechet'] < 1e-6 and memorised['precision'] == memorised['coverage'] == 1
-    assert memorised['authenticity'] == 0, 'what every other figure takes for perfect'
+    assert memorised['authenticity'] == 0, 'what every other metric takes for perfect'
 
 
-def test_authenticity_only_where_all_training_pictures_are_kept(monkeypatch, capfd):
-    """A copy of a picture whose features are not kept would pass as new."""
+def test_authenticity_only_where_all_training_images_are_kept(monkeypatch, capfd):
+    """A copy of an image whose features are not kept would pass as new."""
     features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     pieces = [{'features': features}]
     copies = statistics.gather(iter(pieces), 60)
-    assert samples.compare(copies, copies, 'judge', True)['authenticity/judge']['value'] == 0
+    assert samples.compare(copies, copies, 'net', True)['authenticity/net']['value'] == 0
     monkeypatch.setattr(statistics, 'KEPT', 40)
     some = statistics.gather(iter(pieces), 60)
-    found = samples.compare(copies, some, 'judge', True)
-    assert 'authenticity/judge' not in found and '40 of the 60' in capfd.readouterr().err
-    assert found['coverage/judge']['n_reference'] == found['kid/judge']['n_reference'] == 40, 'what was used is said'
-    assert found['frechet/judge']['n_reference'] == 60
+    compared = samples.compare(copies, some, 'net', True)
+    assert 'authenticity/net' not in compared and '40 of the 60' in capfd.readouterr().err
+    assert compared['coverage/net']['n_reference'] == compared['kid/net']['n_reference'] == 40
+    assert compared['frechet/net']['n_reference'] == 60
 
 
 def test_a_piece_with_any_byte_changed_is_whole_or_none(tmp_path):
     """A changed byte makes zipfile ask for a password, miss a method of compression, or lose an entry."""
     file, whole = tmp_path / 'piece.npz', {'features': np.arange(6.0).reshape(2, 3), 'logits': np.ones((2, 1))}
     log.save_npz(str(file), {**whole, cache.NAMES: np.array(list(whole))})
-    content, found = file.read_bytes(), []
+    content, pieces = file.read_bytes(), []
     for i in range(len(content)):
         file.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
-        found.append(cache.read(str(file), 2))
+        pieces.append(cache.read(str(file), 2))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             statistics.read(str(file), 'another')
-    for piece in filter(None, found):
+    for piece in filter(None, pieces):
         assert piece.keys() == whole.keys() and all(np.array_equal(piece[name], x) for name, x in whole.items())
-    assert found.count(None) > len(found) / 3
+    assert pieces.count(None) > len(pieces) / 3
     file.write_bytes(content)
     assert cache.read(str(file), 2).keys() == whole.keys() and cache.read(str(file), 3) is None

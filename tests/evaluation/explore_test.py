@@ -1,4 +1,4 @@
-"""Looking into a run: the ways between latents, directions, neighbours, and the mode from end to end."""
+"""Explore: interpolation of latents, directions, neighbours, and the mode from end to end."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from jaxgen.train import train
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 
-def test_ways_between_two_points():
+def test_interpolations_of_two_points():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3, 4, 5))
-    share = np.linspace(0, 1, 7)
+    t = np.linspace(0, 1, 7)
     for between in (explore.linear, explore.spherical):
-        way = between(a, b, share)
-        assert way.shape == (3, 7, 4, 5)
-        np.testing.assert_allclose(way[:, 0], a, atol=1e-12)
-        np.testing.assert_allclose(way[:, -1], b, atol=1e-12)
-    np.testing.assert_allclose(explore.linear(a, b, share)[:, 3], (a + b) / 2)
+        points = between(a, b, t)
+        assert points.shape == (3, 7, 4, 5)
+        np.testing.assert_allclose(points[:, 0], a, atol=1e-12)
+        np.testing.assert_allclose(points[:, -1], b, atol=1e-12)
+    np.testing.assert_allclose(explore.linear(a, b, t)[:, 3], (a + b) / 2)
     # Equal angles on the circle between two orthogonal vectors of one length.
     x, y = np.array([[3.0, 0.0]]), np.array([[0.0, 3.0]])
-    angles = share * np.pi / 2
+    angles = t * np.pi / 2
     np.testing.assert_allclose(
-        explore.spherical(x, y, share)[0], 3 * np.stack([np.cos(angles), np.sin(angles)], -1), atol=1e-12
+        explore.spherical(x, y, t)[0], 3 * np.stack([np.cos(angles), np.sin(angles)], -1), atol=1e-12
     )
     # Parallel ones have a line between them, opposite ones too: no number is lost.
-    np.testing.assert_allclose(explore.spherical(x, 2 * x, share), explore.linear(x, 2 * x, share))
-    assert np.isfinite(explore.spherical(x, -x, share)).all()
+    np.testing.assert_allclose(explore.spherical(x, 2 * x, t), explore.linear(x, 2 * x, t))
+    assert np.isfinite(explore.spherical(x, -x, t)).all()
 
 
 def test_directions_of_vectors_are_axes_and_of_maps_principal_components():
     rng = np.random.default_rng(0)
-    spread = np.array([0.5, 3.0, 1.0])
-    axes, widths = explore.directions(rng.normal(size=(2000, 3)) * spread)
+    scale = np.array([0.5, 3.0, 1.0])
+    axes, std = explore.directions(rng.normal(size=(2000, 3)) * scale)
     np.testing.assert_array_equal(axes, np.eye(3)[[1, 2, 0]])
-    np.testing.assert_allclose(widths, spread[[1, 2, 0]], rtol=0.1)
+    np.testing.assert_allclose(std, scale[[1, 2, 0]], rtol=0.1)
     hidden = rng.normal(size=8)
     hidden /= np.linalg.norm(hidden)
     maps = (2 * rng.normal(size=(500, 1)) * hidden + 0.1 * rng.normal(size=(500, 8))).reshape(500, 2, 2, 2)
-    axes, widths = explore.directions(maps)
+    axes, std = explore.directions(maps)
     assert axes.shape[1:] == (2, 2, 2)
     np.testing.assert_allclose(abs((axes[0].ravel() * hidden).sum()), 1, atol=1e-3)
-    np.testing.assert_allclose(widths[0], 2, rtol=0.1)
+    np.testing.assert_allclose(std[0], 2, rtol=0.1)
 
 
 class Examples:
@@ -78,21 +78,21 @@ def test_nearest_equals_a_search_one_by_one():
     np.testing.assert_array_equal(distance[:2, 0], 0)
 
 
-def test_a_map_keeps_groups_apart_and_shows_their_colours():
+def test_a_map_separates_groups_and_frames_them_in_colours():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     z = rng.normal(size=(60, 5)) + 20 * labels[:, None]
     for method in ('pca', 'tsne'):
-        places = explore.flat_map(z, method, 0)
-        assert places.shape == (60, 2)
-        centres = np.stack([places[labels == i].mean(0) for i in (0, 1)])
-        nearer = np.square(places[:, None] - centres).sum(-1).argmin(1)
+        points = explore.flat_map(z, method, 0)
+        assert points.shape == (60, 2)
+        centres = np.stack([points[labels == i].mean(0) for i in (0, 1)])
+        nearer = np.square(points[:, None] - centres).sum(-1).argmin(1)
         np.testing.assert_array_equal(nearer, labels)
     images = np.full((2, 8, 8, 1), 7, np.uint8)
     sheet = explore.scatter(images, np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0, 1]), size=100)
     colours, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
     assert {tuple(c) for c in colours} >= {(255, 255, 255), (7, 7, 7)} and len(colours) == 4
-    # Two frames of 26 pixels, 20 of them the picture.
+    # Two frames of 26 pixels, 20 of them the image.
     assert counts[(colours == 7).all(1)] == 2 * 400 and sorted(counts)[:2] == [276, 276]
 
 
@@ -104,19 +104,19 @@ def test_explores_what_each_family_has(tmp_path, capfd):
         'conditional_gan_digits': {'interpolation_linear', 'interpolation_spherical', 'neighbours'},
         'classifier_digits': {'map_pca', 'map_tsne'},
     }  # fmt: skip
-    for name, wanted in sheets.items():
+    for name, expected in sheets.items():
         workdir = str(tmp_path / name)
         train(tiny(name), workdir)
         assert run_main(['jaxgen', '--mode=explore', f'--workdir={workdir}', '--n=3', '--seed=1']) == 0
         out = os.path.join(workdir, 'explore', 'step4_ema_seed1_n3')
-        assert {f[:-4] for f in os.listdir(out) if f.endswith('.png')} == wanted, name
+        assert {f[:-4] for f in os.listdir(out) if f.endswith('.png')} == expected, name
         with open(os.path.join(out, 'explore.json'), encoding='utf-8') as file:
             record = json.load(file)
-        assert record['step'] == 4 and (record['copies']['n'] == 6) if 'neighbours' in wanted else True
+        assert record['step'] == 4 and (record['copies']['n'] == 6) if 'neighbours' in expected else True
     row = Image.open(tmp_path / 'vae_digits' / 'explore' / 'step4_ema_seed1_n3' / 'interpolation_linear.png')
     cell = 48 + 3
     assert row.size == (explore.FRAMES * cell + 3, 3 * cell + 3)
-    # Ends of a way are what is made of the test images themselves.
+    # Ends of an interpolation are reconstructions of the test images.
     whole = np.asarray(row)
     sheet = np.asarray(Image.open(tmp_path / 'vae_digits' / 'explore' / 'step4_ema_seed1_n3' / 'reconstructions.png'))
     np.testing.assert_array_equal(whole[3 : 3 + 48, 3 : 3 + 48], sheet[3 + cell : 3 + cell + 48, 3 : 3 + 48])
@@ -125,8 +125,8 @@ def test_explores_what_each_family_has(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_finds_copies(tmp_path):
-    """A model that gives training pictures back is found out; one that gives others is not."""
+def test_copies_are_recognised(tmp_path):
+    """Training images as samples are copies; test images are not."""
     from jaxgen import data
 
     workdir = str(tmp_path / 'run')
@@ -142,6 +142,6 @@ def test_finds_copies(tmp_path):
         def sample(self, n, seed):
             return sources[self.split].take(np.arange(100, 100 + n))['image']
 
-    found = {split: explore.explore(Copying(split), 2, 0, str(tmp_path / split)) for split in ('train', 'test')}
-    assert found['train']['copies']['value'] == 1 and found['train']['distance_of_samples']['value'] == 0
-    assert found['test']['copies']['value'] == 0
+    metrics = {split: explore.explore(Copying(split), 2, 0, str(tmp_path / split)) for split in ('train', 'test')}
+    assert metrics['train']['copies']['value'] == 1 and metrics['train']['distance_of_samples']['value'] == 0
+    assert metrics['test']['copies']['value'] == 0
