@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
 
     runs = [jaxgen.load(folder) for folder in options.runs.split(',')]
-    mixture = data.ground_truth(runs[0].config.data).mixture
+    mixture = data.modes(runs[0].config.data)
     test = data.dataset(runs[0].config.data, 'test')
     points = {'held-out data': test.take(np.arange(min(options.n, len(test))))['image']}
     points |= {os.path.basename(os.path.abspath(run.workdir)): run.sample(options.n) for run in runs}

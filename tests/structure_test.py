@@ -69,7 +69,7 @@ def test_api_reference_names_every_module():
 
 def data_sets(source: str) -> set[str]:
     """Data sets that a module's text names: modules of jaxgen.data that define one, and strings that are a source."""
-    tree, names = ast.parse(source), {'builders', 'sources', 'folder', 'shapes'}
+    tree, names = ast.parse(source), {'builders', 'sources', 'folder', 'gaussians', 'shapes'}
     own = {name.partition(':')[0] for name in OWN} | {'folder', 'pairs', 'mnist', 'cifar10', 'celeb_a', 'imagenet2012'}
     docstrings = {
         id(node.body[0].value)
@@ -104,7 +104,7 @@ def test_data_sets_of(source, expected):
 
 
 def test_evaluation_knows_no_data_set_by_name():
-    """What is known of a source beside its examples is data.ground_truth."""
+    """What is known of a source beside its examples, its Spec, data.sample_metrics and data.same_test_scenes say."""
     for file in FILES:
         if file.startswith((os.path.join('jaxgen', 'evaluation'), os.path.join('jaxgen', 'metrics'))):
             with open(os.path.join(ROOT, file), encoding='utf-8') as source:

@@ -99,8 +99,9 @@ def test_attributes_are_requested_where_they_are_known(monkeypatch):
     assert requested(of_label, section) is None, 'a class does not determine the factors'
     assert requested(a.family, {**section, 'source': 'digits', 'size': 8, 'channels': 1}) is None, 'it has none'
     assert requested(a.family, section) is not None
-    monkeypatch.setattr(data, 'ground_truth', lambda section: data.GroundTruth())
-    assert requested(a.family, section) is None, 'nobody knows which factors its captions name'
+    spec = data.spec({**section, 'features': ('image', 'factors')})
+    monkeypatch.setattr(data, 'spec', lambda section: spec._replace(captioned=()))
+    assert requested(a.family, section) is None, 'which factors its captions state is unknown'
 
 
 @pytest.mark.parametrize(
