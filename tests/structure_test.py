@@ -93,7 +93,7 @@ def is_docstring(node: ast.stmt) -> bool:
     'source, expected',
     [
         ('from jaxgen.data import shapes', {'shapes'}),
-        ('from jaxgen.data.builders import gaussians', {'builders'}),
+        ('from jaxgen.data.builders import png', {'builders'}),
         ("if section['source'] == 'gaussians:2': pass", {'gaussians'}),
         ("def f(x):\n  '''shapes'''\n  return x == 'shapes:outlined'", {'shapes'}),
         ("'''digits'''\nfrom jaxgen.data.loader import OTHER", set()),
