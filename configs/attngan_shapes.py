@@ -4,9 +4,9 @@ in the middle of the picture; `:anywhere` has them anywhere, which captions do n
     python -m jaxgen.main --config=configs/attngan_shapes.py
 
 `--mode=sample --condition=caption='a large red circle on a white background'` paints one caption; `--film=2` shows both
-stages. `--mode=evaluate` says what samples show of their captions, as `classifier_shapes` sees it: asked/accuracy/0 is
-the share of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, asked/caption that of samples of which all
-four are right. Captions here are few and exact: their condition is not drawn (kl = 0).
+stages. `--mode=evaluate` gives the conditional accuracy by `classifier_shapes`: conditional_accuracy/0 is the fraction
+of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, conditional_accuracy/caption that of samples of which
+all four are right. Captions here are few and exact: their condition is not drawn (kl = 0).
 
 Time: 27.8 minutes on 2 CPU cores; `:anywhere` 15.2
 Paper: none
