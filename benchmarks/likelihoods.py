@@ -19,7 +19,7 @@ import tables
 from trilemma import ROOT, find_runs, images_per_second, training_seconds
 
 import jaxgen
-from jaxgen import describe, log, run
+from jaxgen import describe, files, log, run
 
 # What each family's number is; a diffusion model in continuous time has an estimate by its ODE.
 BOUND, EXACT, ODE = 'bound', 'exact', 'by the ODE'
@@ -82,7 +82,7 @@ def main() -> None:
         'cores': len(os.sched_getaffinity(0)),
         'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
     }
-    log.save_json(os.path.join(ROOT, 'benchmarks', 'results', f'likelihoods_{arguments.dataset}.json'), record)
+    files.save_json(os.path.join(ROOT, 'benchmarks', 'results', f'likelihoods_{arguments.dataset}.json'), record)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ import os
 import sys
 
 from jaxgen import config as configs
-from jaxgen import describe, log, run
+from jaxgen import describe, files, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATH = os.path.join(ROOT, 'benchmarks', 'results', 'published.json')
@@ -52,7 +52,7 @@ def main() -> None:
             print(f'{name(row)}: {networks}' + ('' if same else f', stored: {row["parameters"]}'), flush=True)
             row['parameters'] = networks
             if not arguments.check:
-                log.save_json(PATH, record)
+                files.save_json(PATH, record)
     sys.exit(1 if different and arguments.check else 0)
 
 

@@ -21,7 +21,7 @@ import tables
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import log, run
+from jaxgen import files, log, run
 from jaxgen.evaluation import cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -148,7 +148,7 @@ def main() -> None:
         'cores': len(os.sched_getaffinity(0)),
         'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
     }
-    log.save_json(os.path.join(here, 'results', f'samplers_{arguments.dataset}.json'), record)
+    files.save_json(os.path.join(here, 'results', f'samplers_{arguments.dataset}.json'), record)
     title = f'Quality by network evaluations: {arguments.dataset}'
     draw(rows, network, title, os.path.join(ROOT, 'docs', 'images', f'samplers_{arguments.dataset}.png'))
 

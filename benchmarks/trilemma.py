@@ -34,7 +34,7 @@ import tables
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import data, describe, log, run, sample
+from jaxgen import data, describe, files, run, sample
 from jaxgen.evaluation import cache, samples
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -193,7 +193,7 @@ def main() -> None:
         'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
     }
     here = os.path.join(ROOT, 'benchmarks')
-    log.save_json(os.path.join(here, 'results', f'{arguments.name}_{arguments.dataset}.json'), record)
+    files.save_json(os.path.join(here, 'results', f'{arguments.name}_{arguments.dataset}.json'), record)
     title = f'Quality, diversity, speed: {arguments.dataset}'
     draw(rows, network, title, os.path.join(ROOT, 'docs', 'images', f'{arguments.name}_{arguments.dataset}.png'))
 

@@ -245,7 +245,9 @@ class Checkpoints:
                         raise OSError(f'of {n} arrays of {item!r} {there} can be read back; {"; ".join(complaints)}')
                 for line in dict.fromkeys(complaints):
                     log.say(f'WARNING: the checkpoint of step {step} is saved, with a warning: {line}')
-                log.save_json(os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step))))
+                files.save_json(
+                    os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step)))
+                )
                 self.forget_digests()
         except BaseException as e:
             self.fault = self.failed(step, e)

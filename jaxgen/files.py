@@ -1,11 +1,20 @@
-"""Files of a run directory. A run may come from somebody else: it is data, and nothing outside it is read or written
-through what lies in it."""
+"""Files, PNG, JSON and NPZ, written whole or not at all.
+
+A run may come from somebody else: it is data, and nothing outside of its directory is read or written through what lies
+in it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import math
 import os
 import uuid
+
+import numpy as np
+from PIL import Image
 
 from jaxgen.errors import UserError
 
@@ -42,3 +51,73 @@ def replacing(path: str):
     finally:
         if os.path.exists(new):
             os.remove(new)
+
+
+def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """A sheet, uint8 [H, W, C], of images uint8 [n, h, w, C], row by row, with gaps; small ones are enlarged to 48
+    pixels."""
+    n, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = max(1, math.ceil(48 / max(height, width)))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    height, width, gap = height * scale, width * scale, max(2, scale // 2)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 96, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: str, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, C] with C = 1 or 3, whole or not at all."""
+    with replacing(path) as file:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
+
+
+def save_json(path: str, value) -> None:
+    """Writes JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + '\n').encode())
+
+
+def save_npz(path: str, arrays: dict[str, np.ndarray], compressed: bool = False) -> None:
+    """Writes arrays, whole or not at all."""
+    with replacing(path) as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def load_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays in a file of `save_npz`. Never runs what a file holds.
+
+    Raises:
+      ValueError: it is damaged.
+      OSError: it cannot be read.
+    """
+    try:
+        with open(path, 'rb') as stored, np.load(stored, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except OSError:
+        raise
+    except Exception as e:  # a changed byte makes zipfile raise nearly anything: another method, a password
+        raise ValueError(' '.join(str(e).split())) from e
+
+
+def check_writable(folder: str, what: str) -> None:
+    """Raises UserError where no file can be made in a folder, which need not be there yet.
+
+    what: the option that names it.
+    """
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        if not os.path.isdir(there):
+            raise NotADirectoryError(
+                errno.ENOTDIR, 'it is a file' if there == os.path.abspath(folder) else 'not a directory'
+            )
+        probe = os.path.join(there, f'.{uuid.uuid4().hex}.new')
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f'{what}={folder} cannot be written to: {there}: {e.strerror}') from e

@@ -42,7 +42,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, hosts, log, outputs, sharding
+from jaxgen import checkpoint, data, describe, files, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -162,17 +162,17 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
             for piece in pieces:
                 for image in piece:
                     if first:
-                        log.save_png(os.path.join(folder, 'images', f'{len(images):05d}.png'), image)
+                        files.save_png(os.path.join(folder, 'images', f'{len(images):05d}.png'), image)
                     images.append(image)
                 bar.update(len(piece))
         if not first:
             return
         images = np.stack(images)
-        log.save_png(os.path.join(folder, 'grid.png'), log.grid(images[:256]))
+        files.save_png(os.path.join(folder, 'grid.png'), files.grid(images[:256]))
         if film is not None:
             rows = film.reshape(-1, *film.shape[3:])
-            log.save_png(os.path.join(folder, 'film.png'), log.grid(rows, film.shape[2]))
-        log.save_npz(os.path.join(folder, 'samples.npz'), {'images': images}, compressed=True)
+            files.save_png(os.path.join(folder, 'film.png'), files.grid(rows, film.shape[2]))
+        files.save_npz(os.path.join(folder, 'samples.npz'), {'images': images}, compressed=True)
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
 
@@ -207,7 +207,7 @@ def explore_mode(run, n: int, seed: int, out: str) -> None:
         if not first:
             return
         about = {'step': run.step, 'weights': run.weights, 'seed': seed}
-        log.save_json(os.path.join(folder, 'explore.json'), {**about, **metrics})
+        files.save_json(os.path.join(folder, 'explore.json'), {**about, **metrics})
     for name, metric in metrics.items():
         print(f'{name}: {metric["value"]:.4g}, n = {metric["n"]}')
     log.say(f'written to {out}')
@@ -218,7 +218,7 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     if config.evaluate.features == 'none':
         raise UserError('--images needs --features=inception or --features=run:PATH: the network to evaluate with')
     out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
-    log.check_writable(out, '--out')
+    files.check_writable(out, '--out')
     mesh = sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     evaluator = runs.make_evaluator(config, mesh, unnamed)
     images = data.FolderImages(folder, evaluator.image)
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> None:
         return
     condition = dict(given_condition(text) for text in values.condition)
     if jax.process_index() == 0:
-        log.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
+        files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate', named=named)
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)

@@ -18,7 +18,7 @@ import stat
 import uuid
 
 from jaxgen import config as configs
-from jaxgen import log
+from jaxgen import files
 from jaxgen.errors import UserError
 
 NAME = 'origin.json'
@@ -57,7 +57,7 @@ def sign(workdir: str, config) -> None:
     """Says in the run's directory that its paths were named by this person."""
     key = secret(create=True)
     if key:
-        log.save_json(os.path.join(workdir, NAME), {'paths': signature(config, key)})
+        files.save_json(os.path.join(workdir, NAME), {'paths': signature(config, key)})
 
 
 def is_own(workdir: str, config) -> bool:
@@ -126,7 +126,7 @@ def check_layout(workdir: str, everything: bool = False) -> None:
         if not os.path.lexists(top):
             continue
         check(top)
-        for folder, folders, files in os.walk(top):
-            for one in (*folders, *files):
+        for folder, folders, names in os.walk(top):
+            for one in (*folders, *names):
                 with contextlib.suppress(FileNotFoundError):  # a training beside us removes what it no longer needs
                     check(os.path.join(folder, one))

@@ -51,25 +51,25 @@ def written(folder: str, index: str) -> list[str]:
     Raises:
       UserError: there are files of these names, and nothing says that they are jaxgen's.
     """
-    pattern, files, foreign = WRITTEN[index], [], ''
+    pattern, ours, foreign = WRITTEN[index], [], ''
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         if entry.name == 'images' and index == 'samples.npz':
             if entry.is_symlink() or not entry.is_dir():
                 foreign = entry.name
                 continue
             inside = [f'images/{one}' for one in os.listdir(entry.path)]
-            files += [one for one in inside if pattern.fullmatch(one)]
+            ours += [one for one in inside if pattern.fullmatch(one)]
             foreign = next((one for one in inside if not pattern.fullmatch(one)), foreign)
         elif pattern.fullmatch(entry.name):
-            files.append(entry.name)
-    if files and index not in files:
-        foreign = foreign or files[0]
+            ours.append(entry.name)
+    if ours and index not in ours:
+        foreign = foreign or ours[0]
     if foreign:
         raise UserError(
             f'--out={folder}: {foreign} there was not written by jaxgen, and would be mixed with what is: name another '
             'directory'
         )
-    return files
+    return ours
 
 
 @contextlib.contextmanager

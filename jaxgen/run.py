@@ -337,8 +337,8 @@ def save_config(workdir: str, config: ConfigDict, spec: data.Spec) -> None:
     """Writes what a run must know to be used without its data and from any directory: config.json, with absolute paths;
     data.json, what one example holds; origin.json, see origin.py."""
     config = configs.complete(config.to_dict())
-    log.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
-    log.save_json(os.path.join(workdir, 'data.json'), data.spec_to_json(spec))
+    files.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
+    files.save_json(os.path.join(workdir, 'data.json'), data.spec_to_json(spec))
     origin.sign(workdir, config)
 
 

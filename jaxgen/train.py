@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as configs
-from jaxgen import data, hosts, interrupt, log, origin, randomness, sample, sharding
+from jaxgen import data, files, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
@@ -217,8 +217,8 @@ class Training:
             return
         images = list(self.draw(self.config.train.samples))
         if self.writer:
-            sheet = log.grid(np.concatenate(images))
-            log.save_png(self.grid_path(), sheet)
+            sheet = files.grid(np.concatenate(images))
+            files.save_png(self.grid_path(), sheet)
             self.writer.image(self.step, 'samples', sheet)
             self.writer.pause()
 

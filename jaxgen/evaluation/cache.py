@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxgen import log, sharding
+from jaxgen import files, sharding
 
 FOLDER = 'evaluation'  # in a run's directory
 NAMES = 'names'  # entry of a piece's file: the names of the others
@@ -40,14 +40,14 @@ def piece(folder: str, start: int, n: int, make: Callable[[], dict[str, np.ndarr
         return kept
     made = make()
     if jax.process_index() == 0:
-        log.save_npz(file, {**made, NAMES: np.array(list(made))})
+        files.save_npz(file, {**made, NAMES: np.array(list(made))})
     return made
 
 
 def read(file: str, n: int) -> dict[str, np.ndarray] | None:
     """A piece of n samples; None if it is of another number, damaged or not there."""
     try:
-        arrays = log.load_npz(file)
+        arrays = files.load_npz(file)
     except (OSError, ValueError):
         return None
     names = arrays.pop(NAMES, np.array(''))  # one may be lost with the directory of the file

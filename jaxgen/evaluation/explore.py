@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen import data, log, origin, randomness, sample, sharding
+from jaxgen import data, files, log, origin, randomness, sample, sharding
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
 
@@ -180,7 +180,7 @@ def interpolations(
     sheets = {}
     for name, between in (('linear', linear), ('spherical', spherical)):
         z = einops.rearrange(between(ends[::2], ends[1::2], t), 'row frame ... -> (row frame) ...')
-        sheets[f'interpolation_{name}'] = log.grid(space.decode(z, repeated), FRAMES)
+        sheets[f'interpolation_{name}'] = files.grid(space.decode(z, repeated), FRAMES)
     return sheets
 
 
@@ -192,7 +192,7 @@ def traversals(space: LatentSpace, z: np.ndarray) -> np.ndarray:
     along = ((z[:1] - z.mean(0)) * axes).reshape(len(axes), -1).sum(1)
     moves = steps * std[:, None] - along[:, None]  # [k, FRAMES]
     moved = z[0] + moves.reshape(*moves.shape, *[1] * (z.ndim - 1)) * axes[:, None]
-    return log.grid(space.decode(moved.reshape(-1, *z.shape[1:])), FRAMES)
+    return files.grid(space.decode(moved.reshape(-1, *z.shape[1:])), FRAMES)
 
 
 Write = Callable[[str, np.ndarray], None]  # (name, sheet uint8 [H, W, C])
@@ -210,7 +210,7 @@ def explore_encoder(space: LatentSpace, test, n: int, seed: int, write: Write) -
         outputs = space.decode(jax.tree.map(lambda a: a[: len(inputs)], z))
         columns = max(1, min(len(inputs), n))
         rows = [a[i : i + columns] for i in range(0, len(inputs), columns) for a in (inputs, outputs)]
-        write('reconstructions', log.grid(np.concatenate(rows), columns))
+        write('reconstructions', files.grid(np.concatenate(rows), columns))
         error = np.sqrt(np.square((outputs.astype(float) - inputs) / 127.5).mean())
         metrics['reconstruction_error'] = {'value': float(error), 'n': len(inputs)}
     if not family.latents.grids:
@@ -240,7 +240,7 @@ def explore_samples(samples: np.ndarray, train, test, write: Write) -> dict[str,
     held_out = test.take(np.arange(min(len(samples), len(test))))['image']
     distance, indices = nearest(samples, train, k)
     rows = [[s, *train.take(those)['image']] for s, those in zip(samples, indices, strict=True)]
-    write('neighbours', log.grid(np.stack([image for row in rows for image in row]), k + 1))
+    write('neighbours', files.grid(np.stack([image for row in rows for image in row]), k + 1))
     expected = nearest(held_out, train, 1)[0]
     # A copy is nearer to a training image than any held-out image is.
     copies = distance[:, 0] < COPY * expected.min()
@@ -271,7 +271,7 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
 
     def write(name: str, sheet: np.ndarray) -> None:
         if jax.process_index() == 0:
-            log.save_png(os.path.join(out, f'{name}.png'), sheet)
+            files.save_png(os.path.join(out, f'{name}.png'), sheet)
             log.say(f'written to {os.path.join(out, name)}.png')
 
     if family.encode is not None:

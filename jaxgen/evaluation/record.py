@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import jaxgen
-from jaxgen import log, outputs
+from jaxgen import files, log, outputs
 
 
 def line(name: str, metric: dict) -> str:
@@ -35,5 +35,5 @@ def save(folder: str, record: dict, metrics: dict[str, dict]) -> None:
     kind = [f'step{record["step"]}', record['weights']] if 'step' in record else ['images']
     name = '_'.join([*kind, outputs.digest(record)])
     for path in (os.path.join('results', f'{name}.json'), 'evaluation.json'):
-        log.save_json(os.path.join(folder, path), whole)
+        files.save_json(os.path.join(folder, path), whole)
     log.say(f'written to {os.path.join(folder, "evaluation.json")} and results/{name}.json')

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxgen import log, sharding
+from jaxgen import files, log, sharding
 from jaxgen.errors import RunError
 from jaxgen.metrics.moments import Moments, merge
 
@@ -112,7 +112,7 @@ def write(path: str, key: str, made: Statistics) -> None:
     for name, moments in (('moments', made.moments), ('spatial', made.spatial)):
         if moments is not None:
             arrays |= {f'{name}_{field}': np.asarray(value) for field, value in moments._asdict().items()}
-    log.save_npz(path, arrays)
+    files.save_npz(path, arrays)
 
 
 def read(path: str, key: str) -> Statistics:
@@ -122,7 +122,7 @@ def read(path: str, key: str) -> Statistics:
       ValueError, KeyError, TypeError, OSError: it is damaged.
     """
     # Reading checks the checksums of the zip.
-    file = log.load_npz(path)
+    file = files.load_npz(path)
     if str(file['key']) != key:
         raise ValueError('it is of something else')
 

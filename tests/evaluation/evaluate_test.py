@@ -18,7 +18,7 @@ from support import ROOT, devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import log, run, sample
+from jaxgen import files, run, sample
 from jaxgen.errors import RunError
 from jaxgen.evaluation import cache, samples
 from jaxgen.main import run_main
@@ -77,8 +77,8 @@ def caches(workdir) -> list[str]:
 def test_evaluation_records_its_metrics_and_settings(trained, capfd):
     # What an earlier version left is replaced.
     piece = os.path.join(trained, 'evaluation', '0123456789abcdef', '00000000.npz')
-    log.save_npz(piece, {'asked/accuracy': np.ones(8), cache.NAMES: np.array(['asked/accuracy'])})
-    log.save_json(os.path.join(trained, 'evaluation.json'), {'metrics': {'asked/accuracy/net': {'value': 1, 'n': 8}}})
+    files.save_npz(piece, {'asked/accuracy': np.ones(8), cache.NAMES: np.array(['asked/accuracy'])})
+    files.save_json(os.path.join(trained, 'evaluation.json'), {'metrics': {'asked/accuracy/net': {'value': 1, 'n': 8}}})
     assert run_main(['jaxgen', '--mode=evaluate', f'--workdir={trained}', '--seed=3']) == 0
     record = evaluation(trained)
     values = record['metrics']
@@ -427,7 +427,7 @@ def test_authenticity_only_where_all_training_images_are_kept(monkeypatch, capfd
 def test_a_piece_with_any_byte_changed_is_whole_or_none(tmp_path):
     """A changed byte makes zipfile ask for a password, miss a method of compression, or lose an entry."""
     file, whole = tmp_path / 'piece.npz', {'features': np.arange(6.0).reshape(2, 3), 'logits': np.ones((2, 1))}
-    log.save_npz(str(file), {**whole, cache.NAMES: np.array(list(whole))})
+    files.save_npz(str(file), {**whole, cache.NAMES: np.array(list(whole))})
     content, pieces = file.read_bytes(), []
     for i in range(len(content)):
         file.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
