@@ -355,7 +355,7 @@ def test_out_holds_the_samples_of_one_call_and_what_was_there(vae, tmp_path, cap
     assert sorted(os.listdir(out / 'images')) == ['00000.png', '00001.png']
     assert (out / 'notes.txt').read_text() == 'mine'
     capfd.readouterr()
-    # Pictures of the person's own among the samples are neither removed nor mixed with them.
+    # Images of the person's own among the samples are neither removed nor mixed with them.
     (out / 'images' / 'holiday.png').write_text('mine')
     assert 'holiday.png there was not written by jaxgen' in mistake(
         capfd, '--mode=sample', f'--workdir={vae}', f'--out={out}', '--n=1'

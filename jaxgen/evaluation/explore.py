@@ -265,7 +265,7 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
     family = model.family
     if family.encode is None and family.decode is None and family.sample is None:
         raise UserError(f'a {config.family} encodes nothing and draws nothing: there is nothing to explore')
-    origin.check_named(run.assembled.unnamed, 'data.source', 'data.other')  # before the source is asked for labels
+    origin.check_named(run.assembled.unnamed, 'data.source', 'data.other')  # before `labelled` reads its spec
     test = run.assembled.dataset('test', features=labelled(config.data.to_dict())['features'])
     space, metrics = LatentSpace(model, config.evaluate.batch, seed), {}
 

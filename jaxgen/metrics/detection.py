@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 
 from jaxgen.errors import UserError
@@ -33,6 +34,7 @@ def roc_auc(scores, anomalous) -> tuple[float, float]:
       RunError: a score is not finite.
     """
     scores, anomalous = finite(np.asarray(scores)[:, None], 'scores')[:, 0], np.asarray(anomalous, bool)
+    chex.assert_equal_shape((scores, anomalous))
     m, n = int(anomalous.sum()), int((~anomalous).sum())
     if not m or not n:
         raise UserError(f'an ROC curve is of two kinds of examples; these are {m} anomalous and {n} normal ones')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 
 from jaxgen.errors import UserError
@@ -34,6 +35,8 @@ def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 def check(latents, factors) -> tuple[np.ndarray, np.ndarray]:
     """The two as arrays; raises UserError where latents are no vectors of two numbers or more."""
     latents, factors = finite(latents, 'latents').astype(np.float64), np.asarray(factors)
+    chex.assert_rank(factors, 2)
+    chex.assert_equal_shape_prefix((latents, factors), 1)
     if latents.ndim != 2 or latents.shape[1] < 2:
         raise UserError(f'disentanglement is of latents of two numbers or more; these are {latents.shape[1:]}')
     return latents, factors
@@ -83,7 +86,7 @@ def beta_vae_score(
     latents, factors, votes: int = 5000, held_out: int = 5000, pairs: int = 64, seed: int = 0
 ) -> tuple[float, float]:
     """The disentanglement score of Higgins et al. 2017 (beta-VAE, appendix A.4): whether a linear classifier predicts
-    which factor pairs of examples share, by the mean of |difference of their latents| over `pairs` of them.
+    which factor is equal in pairs of examples, by the mean of |difference of their latents| over `pairs` of them.
 
     The pairs are drawn from these examples: any one, and another with the same value of the factor. The latents are
     the means of q(z | x). Numbers are those of Locatello et al. 2019.

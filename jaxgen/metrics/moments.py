@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import chex
 import numpy as np
 
 from jaxgen.errors import RunError, UserError
@@ -63,6 +64,7 @@ class Moments(NamedTuple):
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of both sets together, exact to rounding whatever the sizes and means (Chan et al. 1979)."""
+    chex.assert_equal_shape((a.mean, b.mean))  # one number would broadcast
     n = a.n + b.n
     if n == 0:
         return a
@@ -91,6 +93,7 @@ def frechet(a: Moments, b: Moments) -> float:
     Raises:
       UserError: fewer than two samples on a side.
     """
+    chex.assert_equal_shape((a.mean, b.mean))
     first, second = a.covariance(), b.covariance()
     cross = np.linalg.svd(root(first).T @ root(second), compute_uv=False).sum()
     distance = np.square(a.mean - b.mean).sum() + np.trace(first) + np.trace(second) - 2 * cross

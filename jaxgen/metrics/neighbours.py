@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,7 @@ def neighbourhood(real, fake, k_precision: int = 3, k_density: int = 5) -> dict[
       RunError: a feature is not finite.
     """
     real, fake = finite(real, 'real features'), finite(fake, 'fake features')
+    chex.assert_equal(real.shape[1], fake.shape[1])
     k = max(k_precision, k_density)
     if min(len(real), len(fake)) <= k:
         raise UserError(

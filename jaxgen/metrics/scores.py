@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import numpy as np
 
 from jaxgen.errors import UserError
@@ -89,13 +90,16 @@ def modes_covered(points, weights, means, stds, within: float = 3.0) -> tuple[fl
       Fraction of good points (0.989 of draws from the mixture where d = 2), number of modes covered, and
       KL(distribution of good points over modes || weights) in nats, infinite where no point is good.
     """
-    points, means = finite(points, 'points').astype(np.float64), np.asarray(means, np.float64)
-    distance = np.sqrt(np.square(points[:, None] - means).sum(-1)) / np.asarray(stds)  # [n, k]
+    points = finite(points, 'points').astype(np.float64)
+    weights, means, stds = (np.asarray(x, np.float64) for x in (weights, means, stds))
+    chex.assert_shape((weights, stds), (len(means),))
+    chex.assert_shape(points, (None, means.shape[1]))
+    distance = np.sqrt(np.square(points[:, None] - means).sum(-1)) / stds  # [n, k]
     good = distance.min(1) <= within
     counts = np.bincount(distance.argmin(1)[good], minlength=len(means))
     covered = counts > 0
     p = counts[covered] / max(counts.sum(), 1)
-    kl = float((p * np.log(p / np.asarray(weights)[covered])).sum()) if covered.any() else np.inf
+    kl = float((p * np.log(p / weights[covered])).sum()) if covered.any() else np.inf
     return float(good.mean()), int(covered.sum()), kl
 
 
@@ -115,9 +119,10 @@ def class_balance(logits, counts) -> tuple[int, float]:
     Raises:
       RunError: a logit is not finite.
     """
-    logits = finite(logits, 'logits')
+    logits, counts = finite(logits, 'logits'), np.asarray(counts, np.float64)
+    chex.assert_shape(counts, (logits.shape[1],))
     samples = np.bincount(logits.argmax(1), minlength=logits.shape[1])
-    data = np.maximum(np.asarray(counts, np.float64), 1)
+    data = np.maximum(counts, 1)
     covered = samples > 0
     p = samples[covered] / samples.sum()
     return int(covered.sum()), float((p * np.log(p / (data / data.sum())[covered])).sum())
