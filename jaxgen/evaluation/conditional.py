@@ -61,7 +61,7 @@ def requested(family, section: dict, features: networks.Features, mesh) -> Attri
     if not names or not conditions:
         return None
     if 'label' in conditions:
-        of_label = Attributes(features, mesh, lambda given: {'label': given['label']})
+        of_label = Attributes(features, mesh, lambda batch: {'label': batch['label']})
         return of_label if names == ('label',) else None
     # Of an image that is translated from another source the attributes are unknown, unless both have the same scenes.
     if OTHER in conditions and not data.same_test_scenes(section):
@@ -76,8 +76,8 @@ def requested(family, section: dict, features: networks.Features, mesh) -> Attri
         return None
     source = data.dataset(section, 'test')
 
-    def of_example(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        examples = source.take_cyclic(given['index'])
+    def of_example(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        examples = source.take_cyclic(batch['index'])
         return {name: examples[name] for name in names}
 
     return Attributes(features, mesh, of_example, captioned)
