@@ -1,28 +1,23 @@
-"""Evaluation by command: samples and folders against data sets, caches, faults, and samplers that are broken."""
+"""Evaluation by command: samples and folders against data sets, caches and faults."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
-import pickle
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, devices, main, metrics, mistake, path
+from support import devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
 from jaxgen import files, run, sample
 from jaxgen.errors import RunError
-from jaxgen.evaluation import cache, samples
+from jaxgen.evaluation import cache
 from jaxgen.main import run_main
-from jaxgen.metrics import statistics
 from jaxgen.train import train
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
@@ -174,105 +169,6 @@ def test_a_folder_of_samples_has_the_metrics_of_the_run(copy, classifier, tmp_pa
     np.testing.assert_allclose(value, own['frechet/net']['value'], rtol=1e-4)  # other batches, other rounding
 
 
-# --- the cache
-
-
-def some_statistics(seed: int = 0):
-    rng = np.random.default_rng(seed)
-    piece = {name: rng.normal(size=(50, d)).astype(np.float32) for name, d in
-             (('features', 5), ('logits', 3), ('spatial', 4))}  # fmt: skip
-    return statistics.gather([piece], 50)
-
-
-def assert_same_statistics(a, b):
-    for x, y in zip(jax.tree.leaves(a._replace(logits=None)), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-def test_statistics_do_not_depend_on_the_pieces():
-    rng = np.random.default_rng(0)
-    whole = {'features': rng.normal(size=(50, 5)).astype(np.float32), 'logits': rng.normal(size=(50, 3))}
-    parts = [{name: x[i : i + 7] for name, x in whole.items()} for i in range(0, 50, 7)]
-    one, many = statistics.gather([whole], 50), statistics.gather(parts, 50)
-    np.testing.assert_array_equal(one.features, many.features)
-    np.testing.assert_array_equal(one.counts, many.counts)
-    assert one.counts.sum() == 50 and sorted(map(tuple, one.features)) == sorted(map(tuple, whole['features']))
-    np.testing.assert_allclose(one.moments.scatter, many.moments.scatter, rtol=1e-12, atol=1e-12)
-    whole['features'][31, 2] = np.nan
-    with pytest.raises(RunError, match='features of image 31 are not finite'):
-        statistics.gather([{name: x[i : i + 7] for name, x in whole.items()} for i in range(0, 50, 7)], 50)
-
-
-def test_only_a_fair_part_of_many_features_is_kept(monkeypatch):
-    monkeypatch.setattr(statistics, 'KEPT', 100)
-    x = np.arange(1000, dtype=np.float32)[:, None]  # sorted, as a folder by its classes is
-    kept = statistics.gather([{'features': x[i : i + 64]} for i in range(0, 1000, 64)], 1000)
-    assert kept.features.shape == (100, 1) and kept.moments.n == 1000 and kept.moments.mean == x.mean()
-    assert abs(kept.features[:50].mean() - 499.5) < 100, 'the first ones are no fair sample'
-
-
-def test_statistics_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, capfd):
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(statistics, 'write', full)
-    made = statistics.Statistics(*[None] * len(statistics.Statistics._fields))
-    assert statistics.cached(str(tmp_path), 'title', 'key', lambda: made) == made
-    assert 'No space left' in capfd.readouterr().err
-
-
-@pytest.mark.parametrize('damage', ['truncate', 'flip', 'empty', 'other'])
-def test_damaged_cache_is_put_aside_and_made_again(damage, tmp_path, capfd):
-    made = []
-
-    def make():
-        made.append(1)
-        return some_statistics()
-
-    def get(key='key'):
-        return statistics.cached(str(tmp_path), 'title', key, make)
-
-    assert_same_statistics(get(), get())
-    assert len(made) == 1
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    if damage == 'truncate':
-        file.write_bytes(whole[: len(whole) // 2])
-    elif damage == 'flip':
-        at = whole.index(some_statistics().features.tobytes()) + 100
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    elif damage == 'empty':
-        file.write_bytes(b'')
-    else:
-        np.savez(file, key=np.array('of another set'))
-    assert_same_statistics(some_statistics(), get())
-    assert len(made) == 2 and 'is damaged' in capfd.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 2, 'the damaged one is kept aside'
-    assert_same_statistics(some_statistics(), get())
-    get('another key')
-    assert len(made) == 3
-
-
-def test_two_processes_write_one_cache(tmp_path):
-    code = (
-        'import pickle, sys; from jaxgen.metrics import statistics; made = pickle.load(sys.stdin.buffer)\n'
-        'for i in range(60): statistics.write(sys.argv[1], "key", made)'
-    )
-    file = str(tmp_path / 'cache' / 'one.npz')
-    command = [sys.executable, '-c', code, file]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE) for _ in range(2)]
-    for process in processes:
-        process.stdin.write(pickle.dumps(some_statistics()))
-        process.stdin.close()
-    reads = 0
-    while any(process.poll() is None for process in processes):
-        if os.path.exists(file):
-            assert_same_statistics(some_statistics(), statistics.read(file, 'key'))
-            reads += 1
-    assert all(process.returncode == 0 for process in processes)
-    assert reads and os.listdir(tmp_path / 'cache') == ['one.npz']
-
-
 # --- while training
 
 
@@ -359,83 +255,3 @@ def test_samples_that_are_not_numbers(copy, monkeypatch):
     evaluator = run.make_evaluator(loaded.config, loaded.assembled.mesh)
     with pytest.raises(RunError, match='sample 0 is not finite'):
         dataclasses.replace(loaded, state=broken).compare(evaluator, SAMPLES)
-
-
-# --- samplers that are broken, each caught by the metric that is there for it
-
-
-@pytest.fixture(scope='module')
-def evaluator(tmp_path_factory):
-    """With a classifier that has learned the digits."""
-    workdir = str(tmp_path_factory.mktemp('runs') / 'digits')
-    sections = {
-        'model': {'width': 16, 'features': 16},
-        'train': {'steps': 300, 'updates_per_call': 50, 'log_every': 50, 'save_every': 300},
-        'optim': {'schedule': 'constant'},
-    }
-    config = configs.make(**configs.deep_update(configs.load(path('classifier_digits', '')).to_dict(), sections))
-    train(config, workdir)
-    config.evaluate.features = f'run:{workdir}'
-    return run.make_evaluator(config, jaxgen.load(workdir).assembled.mesh)
-
-
-def values(evaluator, images) -> dict[str, float]:
-    """Metrics of images uint8 [n, H, W, C] by their names."""
-    compared = evaluator.compare([evaluator.extract(images, len(images))], len(images))
-    return {name.partition('/')[0]: metric['value'] for name, metric in compared.items()}
-
-
-def test_broken_samplers_are_caught(evaluator):
-    from jaxgen import data
-
-    config = configs.load(path('classifier_digits', ''))
-    training, held_out = (data.dataset(config.data, split) for split in ('train', 'test'))
-    training, held_out = (source.take(np.arange(len(source))) for source in (training, held_out))
-    rng = np.random.default_rng(0)
-    real = values(evaluator, held_out['image'])
-    assert real['precision'] > 0.5 and real['recall'] > 0.5 and real['authenticity'] > 0.3 and real['modes'] == 10
-
-    pixels = held_out['image'].reshape(-1, 64)
-    shuffled = values(evaluator, rng.permuted(pixels, axis=1).reshape(held_out['image'].shape))
-    assert shuffled['frechet'] > 20 * real['frechet'] and shuffled['kid'] > 20 * abs(real['kid'])
-    assert shuffled['precision'] < 0.2 < real['precision'] / 2
-
-    one_mode = values(evaluator, training['image'][training['label'] == 3])
-    assert one_mode['precision'] > 0.9 and one_mode['modes'] <= 2 and one_mode['class_kl'] > 1.5
-    assert one_mode['recall'] < 0.3 and one_mode['coverage'] < 0.3, 'precision alone does not see it'
-    assert one_mode['inception_score'] < 2 < 5 < real['inception_score']
-
-    memorised = values(evaluator, training['image'])
-    assert memorised['frechet'] < 1e-6 and memorised['precision'] == memorised['coverage'] == 1
-    assert memorised['authenticity'] == 0, 'what every other metric takes for perfect'
-
-
-def test_authenticity_only_where_all_training_images_are_kept(monkeypatch, capfd):
-    """A copy of an image whose features are not kept would pass as new."""
-    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-    pieces = [{'features': features}]
-    copies = statistics.gather(iter(pieces), 60)
-    assert samples.compare(copies, copies, 'net', True)['authenticity/net']['value'] == 0
-    monkeypatch.setattr(statistics, 'KEPT', 40)
-    some = statistics.gather(iter(pieces), 60)
-    compared = samples.compare(copies, some, 'net', True)
-    assert 'authenticity/net' not in compared and '40 of the 60' in capfd.readouterr().err
-    assert compared['coverage/net']['n_reference'] == compared['kid/net']['n_reference'] == 40
-    assert compared['frechet/net']['n_reference'] == 60
-
-
-def test_a_piece_with_any_byte_changed_is_whole_or_none(tmp_path):
-    """A changed byte makes zipfile ask for a password, miss a method of compression, or lose an entry."""
-    file, whole = tmp_path / 'piece.npz', {'features': np.arange(6.0).reshape(2, 3), 'logits': np.ones((2, 1))}
-    files.save_npz(str(file), {**whole, cache.NAMES: np.array(list(whole))})
-    content, pieces = file.read_bytes(), []
-    for i in range(len(content)):
-        file.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
-        pieces.append(cache.read(str(file), 2))
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            statistics.read(str(file), 'another')
-    for piece in filter(None, pieces):
-        assert piece.keys() == whole.keys() and all(np.array_equal(piece[name], x) for name, x in whole.items())
-    assert pieces.count(None) > len(pieces) / 3
-    file.write_bytes(content)
-    assert cache.read(str(file), 2).keys() == whole.keys() and cache.read(str(file), 3) is None

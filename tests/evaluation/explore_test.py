@@ -16,8 +16,6 @@ from jaxgen.evaluation import explore
 from jaxgen.main import run_main
 from jaxgen.train import train
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
-
 
 def test_interpolations_of_two_points():
     rng = np.random.default_rng(0)
@@ -78,6 +76,7 @@ def test_nearest_equals_a_search_one_by_one():
     np.testing.assert_array_equal(distance[:2, 0], 0)
 
 
+@pytest.mark.slow  # t-SNE
 def test_a_map_separates_groups_and_frames_them_in_colours():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
@@ -96,7 +95,7 @@ def test_a_map_separates_groups_and_frames_them_in_colours():
     assert counts[(colours == 7).all(1)] == 2 * 400 and sorted(counts)[:2] == [276, 276]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # trains
 def test_explores_what_each_family_has(tmp_path, capfd):
     sheets = {
         'vae_digits': {'reconstructions', 'interpolation_linear', 'interpolation_spherical', 'traversals', 'map_pca',
@@ -124,7 +123,7 @@ def test_explores_what_each_family_has(tmp_path, capfd):
     assert 'no run in' in mistake(capfd, '--mode=explore', f'--workdir={tmp_path / "none"}')
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # trains
 def test_copies_are_recognised(tmp_path):
     """Training images as samples are copies; test images are not."""
     from jaxgen import data
