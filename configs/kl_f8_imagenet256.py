@@ -5,8 +5,8 @@ r"""KL-f8, the autoencoder of Stable Diffusion: 256x256 pixels to 32x32x4 latent
 
 The variant `lpips` is the published loss. Its weights are for a person to fetch: torchvision's VGG-16
 (https://download.pytorch.org/models/vgg16-397923af.pth) and LPIPS's own, version 0.1
-(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
-are compared by their pixels and by the discriminator.
+(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant the
+loss has differences of pixels and the discriminator alone.
 
 The released model was trained on OpenImages, with the losses below. Latent diffusion multiplies the latents by 0.18215,
 one over their standard deviation: that is the later stage's business.

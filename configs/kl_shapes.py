@@ -1,14 +1,14 @@
 """A KL autoencoder of the drawn scenes (jaxgen/data/shapes.py): 32x32 pixels to 8x8x4 latents.
 
-    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # for the perceptual distance
     python -m jaxgen.main --config=configs/kl_shapes.py
 
-The first stage of a latent diffusion. Its samples are no pictures: they show what a prior has to do.
+The first stage of a latent diffusion. Its samples are no scenes: latents need a prior.
 
 Time: 11.4 minutes on one CPU core
 Paper: none
 Ours: squared error 0.0025 and absolute error 0.025, of pixels in [-1, 1]; 1,114 nats. With absolute differences in
-place of squares (`pixels`) figures still had two colours for all eight after 1,500 updates.
+place of squares (`pixels`) objects still had two colours for all eight after 1,500 updates.
 """
 
 from jaxgen.config import make

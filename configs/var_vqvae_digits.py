@@ -1,14 +1,14 @@
 """VAR's first stage on scikit-learn's 8x8 handwritten digits: codes out of 64 on grids of 1, 2x2, 3x3 and 4x4.
 
-    python -m jaxgen.main --config=configs/classifier_digits.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/classifier_digits.py    # for the perceptual distance
     python -m jaxgen.main --config=configs/var_vqvae_digits.py
 
-The first of two stages: its samples are codes drawn each on its own, no digits.
+The first of two stages: its samples are of independent codes, no digits.
 
 Time: 7.4 minutes on one CPU core with much other work on it, 2.4 minutes of CPU time
 Paper: none
 Ours: of held-out digits, from their codes: mean absolute error 0.084, squared error 0.021, pixels in [-1, 1]; 5.4 bits
-per code, all 64 codes in use; codes drawn each on its own give Fréchet distance 3.47 (classifier_digits, 500 samples)
+per code, all 64 codes in use; samples of independent codes have Fréchet distance 3.47 (classifier_digits, 500 samples)
 """
 
 from jaxgen.config import make

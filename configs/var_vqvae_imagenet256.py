@@ -3,11 +3,11 @@ r"""VAR's first stage on ImageNet: 256x256 pixels to codes out of 4096 on ten gr
     python -m jaxgen.main --config=configs/var_vqvae_imagenet256.py:lpips \
         --config.model.lpips="('vgg16-397923af.pth', 'vgg.pth')"
 
-The variant `lpips` is the published kind of loss, by weights that `configs/vqgan_imagenet256.py` says how to fetch;
+The variant `lpips` is the published kind of loss, by weights that are fetched as in `configs/vqgan_imagenet256.py`;
 `px512` is for 512x512 pixels: `:px512,lpips`. The network is the published one, and it was trained on OpenImages with
 settings that were not published.
 
-Differs: for that reason the settings are those of VQGAN's release (no mirroring), but for the weights of the codebook's
+Differs: for that reason the settings are those of VQGAN's release (no mirroring), but for the weights of the codebook
 loss; and the data are ImageNet's.
 
 Time: not measured

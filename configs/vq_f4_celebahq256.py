@@ -5,11 +5,11 @@ r"""VQ-f4, the first stage of latent diffusion's CelebA-HQ model: 256x256 pixels
 
 The variant `lpips` is the published loss. Its weights are for a person to fetch: torchvision's VGG-16
 (https://download.pytorch.org/models/vgg16-397923af.pth) and LPIPS's own, version 0.1
-(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
-are compared by their pixels and by the discriminator.
+(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant the
+loss has differences of pixels and the discriminator alone.
 
-55.3 million weights. The released model was trained on OpenImages, with the losses below. Latent diffusion models what
-the encoder puts out, before it is quantised: `interface` = 'latents'.
+55.3 million weights. The released model was trained on OpenImages, with the losses below. Latent diffusion models the
+encoder's outputs before they are quantised: `interface` = 'latents'.
 
 Differs: the data, which need no crop; the release's loader of OpenImages is not in it, so mirroring is not known.
 

@@ -1,9 +1,9 @@
-"""VQGAN of scikit-learn's 8x8 handwritten digits: 4x4 codes out of 64, by a classifier's eyes and a discriminator's.
+"""VQGAN of scikit-learn's 8x8 handwritten digits: 4x4 codes out of 64, by perceptual and adversarial losses.
 
-    python -m jaxgen.main --config=configs/classifier_digits.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/classifier_digits.py    # for the perceptual distance
     python -m jaxgen.main --config=configs/vqgan_digits.py
 
-The first of two stages: its samples are codes drawn each on its own, no digits.
+The first of two stages: its samples are of independent codes, no digits.
 
 Time: 2 minutes on one CPU core
 Paper: none

@@ -5,10 +5,10 @@ r"""VQGAN on ImageNet: 256x256 pixels to 16x16 codes out of 1024, 72.1 million w
 
 The variant `lpips` is the published loss. Its weights are for a person to fetch: torchvision's VGG-16
 (https://download.pytorch.org/models/vgg16-397923af.pth) and LPIPS's own, version 0.1
-(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant pictures
-are compared by their pixels and by the discriminator. `k16384` is the larger codebook: `:k16384,lpips`.
+(https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant the
+loss has differences of pixels and the discriminator alone. `k16384` is the larger codebook: `:k16384,lpips`.
 
-The codebook's loss counts by a quarter and the commitment in full, as in the released code; see families/vqgan.py.
+The codebook loss counts by a quarter and the commitment in full, as in the released code; see families/vqgan.py.
 
 Differs: images are resized by bicubic interpolation, there bilinear; the number of updates and of GPUs (8, of 12 images
 each) is not in the release.

@@ -1,9 +1,9 @@
 """VQGAN of the drawn scenes (jaxgen/data/shapes.py): 32x32 pixels to 8x8 codes out of 256.
 
-    python -m jaxgen.main --config=configs/classifier_shapes.py    # sees how alike two pictures are
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # for the perceptual distance
     python -m jaxgen.main --config=configs/vqgan_shapes.py
 
-The first of two stages: its samples are codes drawn each on its own, no scenes. The discriminator comes in halfway.
+The first of two stages: its samples are of independent codes, no scenes. The discriminator comes in halfway.
 
 Time: 6.6 minutes on one CPU core
 Paper: none

@@ -4,8 +4,8 @@
 
 Time: 9.1 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: of a held-out digit 0.011 squared error (pixels in [-1, 1]), 5.8 bits per code; codes drawn each on its own give
-Fréchet distance 5.12 (classifier_digits, 500 samples; held-out digits have 0.19): they need a prior
+Ours: of a held-out digit 0.011 squared error (pixels in [-1, 1]), 5.8 bits per code; samples of independent
+codes have Fréchet distance 5.12 (classifier_digits, 500 samples; held-out digits have 0.19): they need a prior
 """
 
 from jaxgen.config import make

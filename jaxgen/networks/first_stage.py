@@ -1,4 +1,4 @@
-"""Encoder and decoder between images and the small maps that later stages model.
+"""Encoder and decoder between images and the latents that later stages model.
 
 One pair serves VQGAN (Esser et al. 2021, arXiv 2012.09841, table 7) and the autoencoders of latent diffusion, KL-f8 of
 Stable Diffusion among them (Rombach et al. 2022, arXiv 2112.10752, appendix G): DDPM's U-Net without its skips and
@@ -44,13 +44,14 @@ class ResBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """What encoder and decoder share.
+    """The parts that encoder and decoder share.
 
     Attributes:
       channels: at full size.
-      multipliers: channels of each level over `channels`; every level but the last halves the height and width.
+      multipliers: channels of each resolution level over `channels`; every level but the last halves the height and
+        width.
       blocks: residual blocks per level of the encoder; the decoder has one more.
-      height: of the images that it is trained on; 0: of those that it gets.
+      height: of the images that it is trained on; 0: of its input.
       attention: heights in pixels, of maps in training, at which every residual block is followed by attention. The
         middle, at the smallest size, always has it.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
@@ -100,7 +101,7 @@ class Stack(nn.Module):
         return self.block(x, x.shape[-1], 'middle_1')
 
     def end(self, x: Array) -> Array:
-        """What the last convolution sees."""
+        """The input of the last convolution."""
         return nn.silu(self.norm()(dtype=self.dtype, name='norm')(x))
 
 
@@ -126,7 +127,7 @@ class Decoder(Stack):
     """Latents [n, h, w, c] to images [n, h f, w f, image_channels], not clipped.
 
     Returns:
-      The images, float32, and what the last convolution saw, [n, h f, w f, channels of the first level].
+      The images, float32, and the input of the last convolution, [n, h f, w f, channels of the first level].
     """
 
     image_channels: int = 3
@@ -146,5 +147,5 @@ class Decoder(Stack):
 
 
 def last_layer(image_channels: int, dtype: Any, name: str | None = None) -> nn.Module:
-    """The decoder's last convolution, by whose gradients the adversarial loss is weighted."""
+    """The decoder's last convolution; the ratio of gradients by its kernel weights the adversarial loss."""
     return Conv(image_channels, init=INIT, dtype=dtype, name=name)

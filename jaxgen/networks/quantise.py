@@ -1,21 +1,22 @@
 """Vector quantisers: the nearest code of a codebook, how gradients pass it, and how the codebook learns.
 
-A codebook is float32 [K, D]. A latent z [..., D] becomes the number of the nearest code, int32 [...] (van den Oord
-et al. 2017, arXiv 1711.00937, eq. 1), and the decoder gets that code. A codebook learns in one of two ways:
+A codebook is float32 [K, D]. A latent z [..., D] becomes the index of the nearest code, int32 [...] (van den Oord
+et al. 2017, arXiv 1711.00937, eq. 1), and the decoder's input is that code. A codebook learns in one of two ways:
 
-- by the loss: it is a network among `State.params`, and `losses` draws codes to latents (eq. 3, second term);
-- by moving averages (appendix A.1): a dict in `State.extra` holds for each code how many latents an update gave it
-  and their sum; the code is the quotient. No gradient reaches it. `ema_start` makes the dict, `ema_codebook` reads
-  it, and both training and evaluation read this one.
+- by the loss: it is a network among `State.params`, and `losses` moves codes towards latents (eq. 3, second term);
+- by moving averages (appendix A.1): a dict in `State.extra` has for each code the number of latents that an update
+  assigned to it and their sum; the code is the quotient. It has no gradient. `ema_start` makes the dict, `ema_codebook`
+  reads it, in training and in evaluation.
 
 An update whose loss is taken over parts of the batch must still count the whole batch once: `statistics` of the parts
-add up, and `ema_absorb` takes the total. All are pure functions; none asks the host for anything.
+add up, and `ema_absorb` takes the total. All are pure functions without callbacks to the host.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +27,7 @@ EPS = 1e-5  # of the Laplace smoothing of counts
 
 
 def nearest(z: Array, codebook: Array) -> Array:
-    """Number of the nearest code by Euclidean distance, int32 [...]; of equally near ones the first.
+    """Index of the nearest code by Euclidean distance, int32 [...]; of equally near ones the first.
 
     Distances are float32 whatever the dtype of z.
 
@@ -34,6 +35,7 @@ def nearest(z: Array, codebook: Array) -> Array:
       z: [..., D].
       codebook: [K, D].
     """
+    chex.assert_shape(codebook, (None, z.shape[-1]))
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
     # |z - e|^2 without |z|^2, which all codes share: [..., K] numbers, never [..., K, D]. Products at full precision:
     # the short floats of GPUs and TPUs would pick the wrong one of two near codes.
@@ -48,15 +50,17 @@ def embed(codes: Array, codebook: Array) -> Array:
 
 def straight_through(z: Array, quantised: Array) -> Array:
     """Exactly `quantised` forwards; backwards the gradient goes to z as it is, none to `quantised`. Both [..., D]."""
+    chex.assert_equal_shape([z, quantised])
     return jax.lax.stop_gradient(quantised) + (z - jax.lax.stop_gradient(z))
 
 
 def losses(z: Array, quantised: Array) -> tuple[Array, Array]:
     """(codebook loss, commitment), scalars: squared distance of z [..., D] to its codes, mean over all numbers.
 
-    Both have one value. The first moves codes to latents, the second latents to codes; the whole loss takes the first
+    Both have one value. The first moves codes to latents, the second latents to codes; the loss (eq. 3) has the first
     plus 0.25 times the second, or with moving averages the second alone.
     """
+    chex.assert_equal_shape([z, quantised])
     z, quantised = z.astype(jnp.float32), quantised.astype(jnp.float32)
     codebook = jnp.square(jax.lax.stop_gradient(z) - quantised).mean()
     commitment = jnp.square(z - jax.lax.stop_gradient(quantised)).mean()
@@ -69,29 +73,31 @@ def start(rng: Array, size: int, features: int) -> Array:
 
 
 def statistics(z: Array, codes: Array, size: int) -> dict[str, Array]:
-    """What one batch gives each code: 'count' [K], how many latents, and 'sum' [K, D] of them. They add up over parts.
+    """'count' [K] of the latents that a batch assigns to each code, and their 'sum' [K, D]. They add up over parts.
 
     Args:
       z: [..., D]; no gradient goes through it.
       codes: int [...].
       size: K.
     """
+    chex.assert_equal_shape_prefix([z, codes], codes.ndim)
     z = jax.lax.stop_gradient(z).astype(jnp.float32).reshape(-1, z.shape[-1])
     # A product and not a scatter: GPUs add up a scatter in an order that changes from run to run.
-    hits = jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32)
-    return {'count': hits.sum(0), 'sum': jnp.einsum('nk,nd->kd', hits, z, precision=jax.lax.Precision.HIGHEST)}
+    assigned = jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32)  # [n, K]
+    total = jnp.einsum('nk,nd->kd', assigned, z, precision=jax.lax.Precision.HIGHEST)
+    return {'count': assigned.sum(0), 'sum': total}
 
 
 def ema_start(codebook: Array, debiased: bool = False) -> dict[str, Array]:
-    """Averages whose codebook is the one given, [K, D]: each code has been met once.
+    """Averages whose codebook is the one given, [K, D]: as if each code had one latent.
 
     Args:
-      debiased: the first update forgets the start, and averages weigh all updates so far by their share, as in
-        Sonnet. A code that no latent ever came to is then 0.
+      debiased: the first update forgets the start, and the averages' weights of all updates so far sum to 1, as in
+        Sonnet. A code without a latent so far is then 0.
 
-    Without it a code that no latent comes to stays where it is as long as its count is far above EPS, and goes to 0
-    with it: count and sum decay alike, and the smoothing of counts is what remains, as in the published code. `restart`
-    brings such codes back.
+    Without it a code without latents stays where it is as long as its count is far above EPS, and goes to 0 with it:
+    count and sum decay alike, and the smoothing of counts is what remains, as in the published code. `restart` brings
+    such codes back.
     """
     # A copy: State is donated, and one buffer must not be donated twice.
     state = {'count': jnp.ones(len(codebook)), 'sum': jnp.array(codebook, jnp.float32)}
@@ -99,7 +105,7 @@ def ema_start(codebook: Array, debiased: bool = False) -> dict[str, Array]:
 
 
 def ema_scale(state: dict[str, Array]) -> Array:
-    """What the averages of `state` must be divided by: 1, or with debiasing 1 - decay^updates (1 before the first)."""
+    """Divisor of the averages in `state`: 1, or with debiasing 1 - decay^updates (1 before the first)."""
     weight = state.get('weight', jnp.ones(()))
     return jnp.where(weight > 0, weight, 1.0)
 
@@ -111,17 +117,17 @@ def smoothed(count: Array, eps: Array | float = EPS) -> Array:
 
 
 def ema_codebook(state: dict[str, Array]) -> Array:
-    """The codebook [K, D] that averages stand for."""
-    # Numerator and denominator have one scale; it is left in what smooths them only.
+    """The codebook [K, D]: sums over smoothed counts."""
+    # Numerator and denominator have one scale; only the smoothing needs it.
     return state['sum'] / smoothed(state['count'], EPS * ema_scale(state))[:, None]
 
 
-def ema_absorb(state: dict[str, Array], found: dict[str, Array], decay: float) -> dict[str, Array]:
-    """Averages after an update whose whole batch gave `found` (see `statistics`)."""
+def ema_absorb(state: dict[str, Array], batch: dict[str, Array], decay: float) -> dict[str, Array]:
+    """Averages after an update with these `statistics` of its whole batch."""
     keep = jnp.float32(decay)
     if 'weight' in state:
         keep = jnp.where(state['weight'] > 0, keep, 0.0)
-    new = {name: keep * state[name] + (1 - decay) * found[name] for name in ('count', 'sum')}
+    new = {name: keep * state[name] + (1 - decay) * batch[name] for name in ('count', 'sum')}
     return {**new, 'weight': decay * state['weight'] + 1 - decay} if 'weight' in state else new
 
 
@@ -135,15 +141,15 @@ def restart(
 ) -> tuple[Array, Array, Array]:
     """Replaces dead codes by latents of the batch (Dhariwal et al. 2020, arXiv 2005.00341, section 3.1).
 
-    Each dead code gets a latent drawn at random, all of them different ones if z has as many. It starts anew with the
-    count of one latent per update, or `threshold` if that is more.
+    Each dead code becomes a latent drawn at random, all of them different ones if z has as many. Its count is then one
+    latent per update, or `threshold` if that is more.
 
     Args:
       codebook: [K, D].
-      count: [K], average number of latents that an update gives each code.
-      z: [..., D], latents of a batch, the same on all devices or spread over them.
+      count: [K], average number of latents per update of each code.
+      z: [..., D], latents of a batch, the same on all devices or sharded over them.
       threshold: codes with a smaller count are dead.
-      scale: what counts are divided by before they are compared, see `ema_scale`.
+      scale: divisor of counts before they are compared, see `ema_scale`.
 
     Returns:
       Codebook, count, and bool [K], which codes were replaced.
@@ -155,11 +161,19 @@ def restart(
     return codebook, jnp.where(dead, max(1.0, threshold) * scale, count), dead
 
 
-def with_restarted(state: Any, name: str, codebook: Array, dead: Array) -> Any:
-    """The State with the learned codebook `name` of the network 'codebook' replaced, as `restart` gives it.
+def restart_learned(
+    state: Any, name: str, count: Array, z: Array, rng: Array, threshold: float
+) -> tuple[Any, Array, Array]:
+    """`restart` for the codebook `name` of the network 'codebook': the State, count and which codes were replaced."""
+    codebook, count, dead = restart(state.params['codebook'][name], count, z, rng, threshold)
+    return with_restarted(state, name, codebook, dead), count, dead
 
-    The replaced codes take their new values in all averages of the weights too: an average of a code that is given up
-    is worth nothing.
+
+def with_restarted(state: Any, name: str, codebook: Array, dead: Array) -> Any:
+    """The State with the codebook `name` of the network 'codebook' replaced, where codes in `dead` [K] are new.
+
+    These have their new values in all averages of the weights too: an average with a code that was given up is
+    worthless.
     """
     params = {**state.params, 'codebook': {**state.params['codebook'], name: codebook}}
     ema = {
@@ -175,22 +189,23 @@ def ema_restart(state: dict[str, Array], z: Array, rng: Array, threshold: float)
     """`restart` for a codebook of moving averages."""
     scale = ema_scale(state)
     codebook, count, dead = restart(ema_codebook(state), state['count'], z, rng, threshold, scale)
-    # The sum that makes the new code what it shall be; sums of the living stay as they are.
+    # Sums whose quotients are the new codes; those of other codes stay as they are.
     total = codebook * smoothed(count, EPS * scale)[:, None]
     return {**state, 'count': count, 'sum': jnp.where(dead[:, None], total, state['sum'])}
 
 
-def perplexity_of_counts(count: Array) -> Array:
-    """exp of the entropy of the shares that counts [K] stand for: how many codes are in use, as it were, 1 to K."""
-    share = count / jnp.maximum(count.sum(), 1e-20)
-    return jnp.exp(jax.scipy.special.entr(share).sum())
+def probabilities(count: Array) -> Array:
+    """Frequencies of codes with these counts [K], none 0, their sum 1."""
+    count = smoothed(count)
+    return count / count.sum()
 
 
-def perplexity(codes: Array, size: int) -> Array:
-    """The same of codes int [...] out of `size`: 1 if all are one code, `size` if all are met equally often."""
-    return perplexity_of_counts(jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32).sum(0))
+def perplexity(count: Array) -> Array:
+    """exp of the entropy of codes with these counts [K]: the effective number of codes in use, 1 to K."""
+    probability = count / jnp.maximum(count.sum(), 1e-20)
+    return jnp.exp(jax.scipy.special.entr(probability).sum())
 
 
-def usage(codes: Array, size: int) -> Array:
-    """Share of the `size` codes that are met among codes int [...], 0 to 1."""
-    return (jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32).sum(0) > 0).mean()
+def usage(count: Array) -> Array:
+    """Fraction of codes whose count, of [K], is not 0."""
+    return (count > 0).mean()

@@ -1,4 +1,4 @@
-"""VQGAN and KL autoencoder: updates against plain gradients, the two players, codes, and the family's options."""
+"""VQGAN and KL autoencoder: updates against plain gradients, both adversarial losses, codes, options."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ SMALL = dict(
 )
 RATE = 1e-2
 KINDS = {
-    # The commitment counts in full and the codebook's loss by a quarter: the released code's way.
+    # The commitment counts in full and the codebook loss by a quarter, as in the released code.
     'vq': dict(regulariser='vq', codebook_weight=0.25, beta=4.0, discriminator_start=1),
     'kl': dict(
-        regulariser='kl', kl_weight=0.1, learn_scale=True, pixels='l2', game='non_saturating', discriminator_norm='none'
+        regulariser='kl',
+        kl_weight=0.1,
+        learn_scale=True,
+        pixels='l2',
+        adversarial_loss='non_saturating',
+        discriminator_norm='none',
     ),
 }
 
@@ -61,10 +66,10 @@ def start(kind: str):
     f, _ = family(kind)
     state = jax.jit(f.init)(jax.random.key(0), images(), {})
     params = dict(state.params)
-    # What a discriminator says at first hardly depends on the image, and the weight would be clipped.
+    # A new discriminator's values hardly depend on the image, and the weight would be clipped.
     params['discriminator'] = jax.tree.map(lambda a: 10 * a if a.ndim > 1 else a, params['discriminator'])
     state = state.replace(params=params)
-    if kind == 'vq':  # codes among the latents, so that more than one of them is met
+    if kind == 'vq':  # codes among the latents, so that more than one of them is used
         z = latents(state.params, images()['image'])
         book = z.reshape(-1, 3)[:: z[..., 0].size // 7][:7] * 1.1
         codebook = {'codebook': {'embedding': book}}
@@ -82,13 +87,13 @@ def latents(params, x):
     return networks(3)[0].apply({'params': params['encoder']}, x)
 
 
-def judge(params, x, norm):
+def discriminate(params, x, norm):
     weights = {'params': params['discriminator']}
     return PatchGAN(3, 1, norm).apply(weights, x, train=True, mutable=['batch_stats'])[0]
 
 
 def parts(kind: str, params, x, rng):
-    """(nll, regulariser, the generator's side of the game, images), as plainly as can be."""
+    """(nll, regulariser, the generator's adversarial loss, images), as plainly as can be."""
     encoder, decoder = networks(3 if kind == 'vq' else 6)
     h = encoder.apply({'params': params['encoder']}, x)
     if kind == 'vq':
@@ -100,27 +105,27 @@ def parts(kind: str, params, x, rng):
         regular = 0.25 * to_latents + to_codes
         y, _ = decoder.apply({'params': params['decoder']}, h + jax.lax.stop_gradient(vectors - h))
         nll = jnp.abs(x - y).mean()
-        return nll, regular, -judge(params, y, 'batch').mean(), y
+        return nll, regular, -discriminate(params, y, 'batch').mean(), y
     mean, log_var = h[..., :3], jnp.clip(h[..., 3:], -30, 20)
     y, _ = decoder.apply(
         {'params': params['decoder']}, mean + jnp.exp(log_var / 2) * jax.random.normal(rng, mean.shape)
     )
     log_scale = params['scale']['log_scale']
     nll = (jnp.square(x - y) / jnp.exp(log_scale) + log_scale).sum((1, 2, 3)).mean()
-    deceit = -jnp.log(jax.nn.sigmoid(judge(params, y, 'none'))).mean()
-    return nll, 0.1 * normal_kl(mean, log_var).mean(), deceit, y
+    adversarial = -jnp.log(jax.nn.sigmoid(discriminate(params, y, 'none'))).mean()
+    return nll, 0.1 * normal_kl(mean, log_var).mean(), adversarial, y
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_gradients(kind: str, params, x, rng):
-    """Adaptive weight and the gradients of the generator's loss by all weights, with and without the game."""
+    """Adaptive weight, and gradients by all weights without and with the adversarial loss."""
 
     by_part = jax.jacrev(lambda params: jnp.stack(parts(kind, params, x, rng)[:3]))(params)
-    nll, regular, deceit = (jax.tree.map(lambda g, i=i: g[i], by_part) for i in range(3))
-    a, b = (jnp.linalg.norm(g['decoder']['last']['kernel'].ravel()) for g in (nll, deceit))
+    nll, regular, adversarial_gradient = (jax.tree.map(lambda g, i=i: g[i], by_part) for i in range(3))
+    a, b = (jnp.linalg.norm(g['decoder']['last']['kernel'].ravel()) for g in (nll, adversarial_gradient))
     weight = jnp.clip(a / (b + 1e-4), 0, 1e4)
     alone = jax.tree.map(jnp.add, nll, regular)
-    return weight, alone, jax.tree.map(lambda u, v: u + 0.8 * weight * v, alone, deceit)
+    return weight, alone, jax.tree.map(lambda u, v: u + 0.8 * weight * v, alone, adversarial_gradient)
 
 
 def assert_step(before, after, gradient):
@@ -147,9 +152,9 @@ def test_updates_are_plain_gradient_steps(kind):
     for name in names:
         assert_step(before.params[name], after.params[name], gradient[name])
     far = optax.tree.norm(jax.tree.map(jnp.subtract, gradient['decoder'], alone['decoder']))
-    assert far > 0.1 * optax.tree.norm(alone['decoder']), 'the game is no small part of it'
+    assert far > 0.1 * optax.tree.norm(alone['decoder']), 'the adversarial loss is no small part of it'
 
-    # The discriminator's step comes after: it sees the new decoder's images.
+    # The discriminator's step comes after: its inputs are the new decoder's images.
     norm, loss = {'vq': ('batch', adversarial.hinge_discriminator), 'kl': ('none', adversarial.vanilla_discriminator)}[
         kind
     ]
@@ -158,13 +163,13 @@ def test_updates_are_plain_gradient_steps(kind):
     def plain(weights):
         params = after.params | {'discriminator': weights}
         y = parts(kind, params, x['image'], discriminator_rng)[3]
-        return loss(judge(params, x['image'], norm), judge(params, jax.lax.stop_gradient(y), norm))
+        return loss(discriminate(params, x['image'], norm), discriminate(params, jax.lax.stop_gradient(y), norm))
 
     old = before.params['discriminator']
     assert_step(old, after.params['discriminator'], jax.grad(plain)(old))
 
 
-def test_nobody_plays_before_the_start():
+def test_no_adversarial_loss_before_its_start():
     (_, update), before, x = family('vq'), start('vq'), images(seed=1)
     after, _ = update(before, {}, x, jax.random.key(5))
     jax.tree.map(np.testing.assert_array_equal, after.params['discriminator'], before.params['discriminator'])
@@ -175,18 +180,18 @@ def test_nobody_plays_before_the_start():
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), later.params, after.params)['discriminator']))
 
 
-def test_slope_is_taken_once_and_right():
+def test_gradient_is_computed_once_and_right():
     def f(y):
         return jnp.sin(y).sum() * 3, {'half': y.sum() / 2}
 
     def outer(x):
-        value, aux, slope = vqgan.with_slope(f, x**2)
-        return value * 2 + slope.sum() * 100, (value, aux, slope)  # the slope is a constant
+        value, aux, of_y = vqgan.with_gradient(f, x**2)
+        return value * 2 + of_y.sum() * 100, (value, aux, of_y)  # the gradient is a constant
 
     x = jnp.array([0.3, -1.2])
-    gradient, (value, aux, slope) = jax.grad(outer, has_aux=True)(x)
+    gradient, (value, aux, of_y) = jax.grad(outer, has_aux=True)(x)
     np.testing.assert_allclose(value, 3 * np.sin(x**2).sum(), rtol=1e-6)
-    np.testing.assert_allclose(slope, 3 * np.cos(x**2), rtol=1e-5)
+    np.testing.assert_allclose(of_y, 3 * np.cos(x**2), rtol=1e-5)
     np.testing.assert_allclose(gradient, 2 * 3 * np.cos(x**2) * 2 * x, rtol=1e-5)
     np.testing.assert_allclose(aux['half'], (x**2).sum() / 2)
 
@@ -197,12 +202,12 @@ def test_adaptive_weight():
     assert adversarial.adaptive_weight(a, {'w': jnp.zeros(2)}) == 1e4, 'clipped'
 
 
-def test_games():
+def test_adversarial_losses():
     real, fake = jnp.array([2.0, 0.5, -1.0]), jnp.array([[-3.0], [0.25]])
     np.testing.assert_allclose(adversarial.hinge_discriminator(real, fake), (0 + 0.5 + 2) / 3 + (0 + 1.25) / 2)
     sigmoid = lambda a: 1 / (1 + np.exp(-np.float64(a)))  # noqa: E731
-    wanted = -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()
-    np.testing.assert_allclose(adversarial.vanilla_discriminator(real, fake), wanted, rtol=1e-5)
+    expected = -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()
+    np.testing.assert_allclose(adversarial.vanilla_discriminator(real, fake), expected, rtol=1e-5)
     np.testing.assert_allclose(adversarial.non_saturating_generator(fake), -np.log(sigmoid(fake)).mean(), rtol=1e-5)
     assert np.isfinite(adversarial.vanilla_discriminator(jnp.array([-1e4]), jnp.array([1e4])))
 
@@ -225,32 +230,32 @@ def test_encode_decode_evaluate_and_sample_agree(kind):
     state = state.replace(ema={name: state.params[name] for name in state.ema})
     z = jax.jit(f.encode)(state, {}, x, jax.random.key(0))
     decode = jax.jit(f.decode)
-    y = decode(state, {}, z, jax.random.key(0))
+    y = decode(state, {}, {}, z, jax.random.key(0))
     assert np.abs(y).max() <= 1
-    figures = jax.jit(f.evaluate)(state, {}, x | {'index': jnp.arange(4)}, jax.random.key(0))
-    np.testing.assert_allclose(figures['squared_error'], jnp.square(y - x['image']).mean((1, 2, 3)), rtol=1e-4)
-    np.testing.assert_allclose(figures['absolute_error'], jnp.abs(y - x['image']).mean((1, 2, 3)), rtol=1e-4)
-    assert {'discriminator_real', 'discriminator_fake'} < set(figures)
+    metrics = jax.jit(f.evaluate)(state, {}, x | {'index': jnp.arange(4)}, jax.random.key(0))
+    np.testing.assert_allclose(metrics['squared_error'], jnp.square(y - x['image']).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(metrics['absolute_error'], jnp.abs(y - x['image']).mean((1, 2, 3)), rtol=1e-4)
+    assert {'discriminator_real', 'discriminator_fake'} < set(metrics)
     if kind == 'kl':
         assert f.latents.shape == z.shape[1:] == (4, 4, 3) and not f.latents.grids
         encoder, _ = networks(6)
         h = encoder.apply({'params': state.ema['encoder']}, x['image'])
         np.testing.assert_allclose(z, h[..., :3], atol=1e-5)
-        np.testing.assert_allclose(figures['kl'], normal_kl(h[..., :3], h[..., 3:]), rtol=1e-4)
+        np.testing.assert_allclose(metrics['kl'], normal_kl(h[..., :3], h[..., 3:]), rtol=1e-4)
         return
     assert f.latents.grids == ((4, 4),) and f.latents.vocabulary == 7 and not f.latents.shape
     (codes,) = z
     assert codes.shape == (4, 4, 4) and codes.dtype == jnp.int32 and len(np.unique(codes)) > 2
-    # Where training met one code alone, samples are made of it alone.
+    # Where training used one code alone, samples are made of it alone.
     count = jnp.zeros(7).at[3].set(64.0)
     only = jax.jit(f.sample)(
         state.replace(extra={**state.extra, 'count': count}), {}, {'index': jnp.arange(2)}, jax.random.key(0)
     )
-    np.testing.assert_allclose(only, decode(state, {}, (jnp.full((2, 4, 4), 3),), jax.random.key(0)), atol=1e-5)
+    np.testing.assert_allclose(only, decode(state, {}, {}, (jnp.full((2, 4, 4), 3),), jax.random.key(0)), atol=1e-5)
 
 
 def test_larger_grids_of_codes_make_larger_images():
-    """As a transformer over a larger grid wants it: the codes' own vectors, and attention where training had it."""
+    """As a transformer over a larger grid needs it: the codes' own vectors, and attention where training had it."""
     f = build(**KINDS['vq'], attention=(8,))
     state = jax.eval_shape(f.init, jax.random.key(0), images(), {})
     assert any('attention' in name and 'up0' in name for name in state.ema['decoder'])
@@ -263,7 +268,7 @@ def test_larger_grids_of_codes_make_larger_images():
 
 
 def test_statistics_of_latents():
-    """State.extra has the mean and the square of what the decoder got, and samples are drawn by them."""
+    """State.extra has the mean and the square of the decoder's inputs, and samples are drawn by them."""
     (f, update), before, x = family('kl'), start('kl'), images(seed=3)
     key = jax.random.key(4)
     after, _ = update(before, {}, x, key)
@@ -276,8 +281,8 @@ def test_statistics_of_latents():
     assert np.abs(both[0] - both[1]).max() > 0
     still = after.replace(extra={**after.extra, 'latents': {'mean': jnp.arange(3.0), 'square': jnp.arange(3.0) ** 2}})
     drawn = jax.jit(f.sample)(still, {}, {'index': jnp.arange(2)}, key)
-    wanted = f.decode(still, {}, {}, jnp.broadcast_to(jnp.arange(3.0), (2, 4, 4, 3)), key)
-    np.testing.assert_allclose(drawn, wanted, atol=1e-5)
+    expected = f.decode(still, {}, {}, jnp.broadcast_to(jnp.arange(3.0), (2, 4, 4, 3)), key)
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -291,14 +296,14 @@ def test_kl_weight_is_beside_sums_over_an_image():
     h = np.asarray(networks(6)[0].apply({'params': params['encoder']}, x['image']), np.float64)
     mean, log_var = h[..., :3], h[..., 3:]
     kl = 0.5 * (mean**2 + np.exp(log_var) - 1 - log_var).sum((1, 2, 3)).mean()
-    wanted = x['image'][0].size * logs['reconstruction'] + 0.25 * kl
-    assert 0.25 * kl > 1e-4 * wanted
-    np.testing.assert_allclose(logs['loss'], wanted, rtol=1e-5)
+    expected = x['image'][0].size * logs['reconstruction'] + 0.25 * kl
+    assert 0.25 * kl > 1e-4 * expected
+    np.testing.assert_allclose(logs['loss'], expected, rtol=1e-5)
 
 
 @functools.cache
-def without_the_game(accumulate: int):
-    """Without norms of a batch's part, that is. Codes that are not met start anew."""
+def without_adversarial_loss(accumulate: int):
+    """Without norms of a batch's part, that is. Codes without latents are replaced."""
     f = build(sgd(accumulate), **{**KINDS['vq'], 'adversarial': 0.0, 'restart': 0.5})
     state = start('vq')
     params, opt = ({k: v for k, v in tree.items() if k != 'discriminator'} for tree in (state.params, state.opt))
@@ -310,21 +315,21 @@ def test_parts_of_a_batch_count_as_the_batch():
     """With accumulation: same step, same counts."""
     results = []
     for accumulate in (1, 2):
-        update, before = without_the_game(accumulate)
+        update, before = without_adversarial_loss(accumulate)
         after, logs = update(before, {}, images(), jax.random.key(0))
         results.append((after.params, after.extra, logs['perplexity'], logs['usage'], logs['reconstruction']))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    met = quantise.nearest(latents(before.params, images()['image']), before.params['codebook']['embedding'])
-    count = np.bincount(np.asarray(met).ravel(), minlength=7)
-    # One that was not met starts anew as if it had been met once.
+    codes = quantise.nearest(latents(before.params, images()['image']), before.params['codebook']['embedding'])
+    count = np.bincount(np.asarray(codes).ravel(), minlength=7)
+    # A code without latents is replaced, as if it had had one.
     np.testing.assert_allclose(results[0][1]['count'], np.maximum(count, 1), atol=1e-4)
     np.testing.assert_allclose(results[0][3], (count > 0).mean(), rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_dead_codes_start_anew():
-    update, state = without_the_game(1)
+def test_dead_codes_are_replaced():
+    update, state = without_adversarial_loss(1)
     far = jnp.full((7, 3), 1e3).at[2].set(jnp.array([0.5, -0.5, 0.2]))  # all latents are nearest to code 2
     state = state.replace(params=state.params | {'codebook': {'embedding': far}})
     state, logs = update(state, {}, images(), jax.random.key(0))
@@ -349,12 +354,12 @@ def test_perceptual_distance_is_part_of_the_loss():
     np.testing.assert_allclose(logs['reconstruction'], logs['absolute_error'] + 2 * logs['perceptual'], rtol=1e-5)
     np.testing.assert_allclose(logs['loss'], 192 * logs['reconstruction'] + 1e-6 * logs['kl'], rtol=1e-5)
     assert logs['perceptual'] > 0
-    figures = jax.jit(f.evaluate)(after, frozen, {'image': x, 'index': jnp.arange(2)}, jax.random.key(0))
-    assert figures['perceptual'].shape == (2,) and (figures['perceptual'] > 0).all()
+    metrics = jax.jit(f.evaluate)(after, frozen, {'image': x, 'index': jnp.arange(2)}, jax.random.key(0))
+    assert metrics['perceptual'].shape == (2,) and (metrics['perceptual'] > 0).all()
 
 
-def test_says_what_cannot_work(tmp_path):
-    for model, said in [
+def test_mistakes(tmp_path):
+    for model, message in [
         (dict(regulariser='none'), 'regulariser'),
         (dict(interface='none'), 'interface'),
         (dict(latent=0), 'latent'),
@@ -363,13 +368,13 @@ def test_says_what_cannot_work(tmp_path):
         (dict(multipliers=(1, 1, 1, 1, 1)), 'multiple of 16'),
         (dict(kl_weight=-1.0), 'kl_weight'),
         (dict(regulariser='vq', learn_scale=True), 'learn_scale'),
-        (dict(game='none'), 'game'),
+        (dict(adversarial_loss='none'), 'adversarial_loss'),
         (dict(pixels='huber'), 'pixels'),
         (dict(discriminator_layers=3), 'discriminator_layers'),
         (dict(discriminator_norm='layer'), 'discriminator_norm'),
         (dict(perceptual=1.0), 'stages.perceptual'),
         (dict(perceptual=1.0, lpips=(str(tmp_path / 'none.pth'),)), '16 x 16'),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             build(**model)
     build(discriminator_layers=3, adversarial=0.0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.stats import entropy
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
@@ -147,51 +148,52 @@ def test_two_levels_are_torchs():
 def test_published_sizes(model, counts):
     f = vqvae.build(Context((32, 32, 3), 0, sgd()), **model)
     state = jax.eval_shape(f.init, KEY, images(1, (32, 32, 3)), {})
-    found = {k: sum(math.prod(a.shape) for a in jax.tree.leaves(v)) for k, v in state.params.items()}
-    assert found == counts
+    sizes = {k: sum(math.prod(a.shape) for a in jax.tree.leaves(v)) for k, v in state.params.items()}
+    assert sizes == counts
     levels = model.get('levels', 1)
     assert f.latents.grids == (((8, 8),) if levels == 1 else ((4, 4), (8, 8)))
     assert f.latents.vocabulary == 512 and not f.latents.shape
-    if 'codebook' not in found:
+    if 'codebook' not in sizes:
         assert sum(math.prod(s['sum'].shape) for s in state.extra.values()) == 32_768 * levels
 
 
 @pytest.fixture(scope='module')
 def two():
-    """A family of two levels, its state before and after an update, and what update logged."""
+    """A family of two levels, its state before and after an update, and the logs of that."""
     f, batch = family(levels=2), images()
     before = jax.jit(f.init)(KEY, batch, {})
     return f, batch, before, *f.update(before, {}, batch, KEY)
 
 
-def test_an_update_counts_what_its_encoder_found(two):
+def test_an_update_counts_the_codes_of_its_batch(two):
     f, batch, before, state, logs = two
     codes = f.encode(before, {}, batch, KEY)  # ema and params are the same at the start
     for i, code in enumerate(codes):
         name = f'level{i}'
-        met = np.bincount(np.ravel(code), minlength=6)
-        np.testing.assert_allclose(state.extra[name]['count'], 0.99 + 0.01 * met, rtol=1e-5)
-        assert logs[f'perplexity/{name}'] == pytest.approx(float(quantise.perplexity(code, 6)), rel=1e-5)
-        assert logs[f'usage/{name}'] == pytest.approx((met > 0).mean())
+        count = np.bincount(np.ravel(code), minlength=6)
+        np.testing.assert_allclose(state.extra[name]['count'], 0.99 + 0.01 * count, rtol=1e-5)
+        assert logs[f'perplexity/{name}'] == pytest.approx(np.exp(entropy(count / count.sum())), rel=1e-5)
+        assert logs[f'usage/{name}'] == pytest.approx((count > 0).mean())
     assert all(v.shape == () for v in logs.values())
 
 
-def test_encode_decode_and_figures_agree(two):
+def test_encode_decode_and_evaluate_agree(two):
     f, batch, _, state, _ = two
     codes = f.encode(state, {}, batch, KEY)
     assert [c.shape[1:] for c in codes] == list(f.latents.grids) == [(2, 2), (4, 4)]
-    figures = f.evaluate(state, {}, {**batch, 'index': jnp.arange(8)}, KEY)
-    shown = f.decode(state, {}, {}, codes, KEY)
-    np.testing.assert_allclose(figures['squared_error'], jnp.square(shown - batch['image']).mean((1, 2, 3)), rtol=1e-5)
+    metrics = f.evaluate(state, {}, {**batch, 'index': jnp.arange(8)}, KEY)
+    decoded = f.decode(state, {}, {}, codes, KEY)
+    squared_error = jnp.square(decoded - batch['image']).mean((1, 2, 3))
+    np.testing.assert_allclose(metrics['squared_error'], squared_error, rtol=1e-5)
     bits = 0.0
     for i, code in enumerate(codes):
         count = np.asarray(state.extra[f'level{i}']['count'])
         bits += -np.log2((count / count.sum())[np.asarray(code)]).sum((1, 2))
-    np.testing.assert_allclose(figures['bits_per_code'], bits / 20, rtol=1e-4)
+    np.testing.assert_allclose(metrics['bits_per_code'], bits / 20, rtol=1e-4)
 
 
-def test_fine_codes_are_told_the_coarse_ones(two):
-    """With another coarse codebook the fine latents of the same picture are others, and the decoder sees both."""
+def test_fine_codes_are_conditioned_on_coarse_ones(two):
+    """With another coarse codebook the fine latents of the same image are others, and the decoder depends on both."""
     f, batch, _, state, _ = two
     moved = {**state.extra['level0'], 'sum': state.extra['level0']['sum'] + 3.0}
     other = state.replace(extra={**state.extra, 'level0': moved})
@@ -203,24 +205,24 @@ def test_fine_codes_are_told_the_coarse_ones(two):
     assert np.abs(plain - f.decode(state, {}, {}, (top, (bottom + 1) % 6), KEY)).max() > 1e-3
 
 
-def test_samples_meet_codes_as_often_as_training_did(two):
+def test_samples_have_the_frequencies_of_codes_in_training(two):
     f, _, _, state, _ = two
-    share = np.array([0.5, 0.25, 0.25, 0, 0, 0])
-    extra = {k: {**s, 'count': jnp.asarray(share * 100)} for k, s in state.extra.items()}
-    seen = {}
+    probability = np.array([0.5, 0.25, 0.25, 0, 0, 0])
+    extra = {k: {**s, 'count': jnp.asarray(probability * 100)} for k, s in state.extra.items()}
+    drawn = {}
 
     def spy(codes, codebook, embed=quantise.embed):
-        seen.setdefault('codes', []).append(np.asarray(codes))
+        drawn.setdefault('codes', []).append(np.asarray(codes))
         return embed(codes, codebook)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantise, 'embed', spy)
         f.sample(state.replace(extra=extra), {}, {'index': jnp.arange(300)}, KEY)
-    top, bottom = seen['codes']
+    top, bottom = drawn['codes']
     assert top.shape == (300, 2, 2) and bottom.shape == (300, 4, 4)
     for codes in (top, bottom):
-        met = np.bincount(codes.ravel(), minlength=6) / codes.size
-        np.testing.assert_allclose(met, share, atol=0.05)
+        frequency = np.bincount(codes.ravel(), minlength=6) / codes.size
+        np.testing.assert_allclose(frequency, probability, atol=0.05)
     assert (top[0] != top[1]).any() and not np.array_equal(top, bottom[:, :2, :2])
 
 
@@ -238,12 +240,12 @@ def test_parts_of_a_batch_give_the_same_update(codebook):
 
 
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
-def test_dead_codes_come_back(codebook):
+def test_dead_codes_are_replaced(codebook):
     f, batch = family(codebook=codebook, restart=0.995), images()
     state = jax.jit(f.init)(KEY, batch, {})
-    met = np.zeros(6, int)
-    np.add.at(met, np.ravel(f.encode(state, {}, batch, KEY)[0]), 1)
-    assert (met == 0).any() and (met > 0).any()
+    used = np.zeros(6, int)
+    np.add.at(used, np.ravel(f.encode(state, {}, batch, KEY)[0]), 1)
+    assert (used == 0).any() and (used > 0).any()
     after, _ = f.update(state, {}, batch, KEY)
     still, _ = family(codebook=codebook).update(state, {}, batch, KEY)
 
@@ -251,16 +253,16 @@ def test_dead_codes_come_back(codebook):
         return s.params['codebook']['level0'] if codebook == 'loss' else quantise.ema_codebook(s.extra['level0'])
 
     count = np.asarray(after.extra['level0']['count'])
-    np.testing.assert_allclose(count[met == 0], 1)
+    np.testing.assert_allclose(count[used == 0], 1)
     encoder = Pyramid(levels=1, latent=3, width=4, blocks=1, hidden=2, halvings=1)
     (z,) = apply(encoder, after.params['encoder'], batch['image'], lambda level, z: z)
     for k in range(6):
-        if met[k]:
+        if used[k]:
             np.testing.assert_allclose(book(after)[k], book(still)[k], rtol=1e-4)
         else:
             assert np.abs(np.reshape(z, (-1, 3)) - book(after)[k]).max(-1).min() < 1e-4
     if codebook == 'loss':
-        dead = met == 0
+        dead = used == 0
         np.testing.assert_array_equal(after.ema['codebook']['level0'][dead], book(after)[dead])
 
 
@@ -300,7 +302,7 @@ def test_the_update_descends_the_papers_loss(codebook):
     dict(levels=0), dict(halvings=0), dict(width=1), dict(vocabulary=1), dict(codebook='kmeans'), dict(decay=1.0),
     dict(codebook='loss', debiased=True), dict(variance=0.0), dict(restart=-1.0), dict(halvings=3), dict(levels=3),
 ])  # fmt: skip
-def test_says_what_is_wrong(model):
+def test_mistakes(model):
     with pytest.raises(UserError, match=r'config\.') as error:
         family((12, 12, 1), **model)
     assert '\n' not in str(error.value)

@@ -29,13 +29,13 @@ def norm(layer) -> dict:
 
 
 def resnet(block) -> dict:
-    found = {
+    weights = {
         'norm1': norm(block.norm1),
         'conv1': conv(block.conv1),
         'norm2': norm(block.norm2),
         'conv2': conv(block.conv2),
     }
-    return found | ({'shortcut': conv(block.conv_shortcut)} if block.conv_shortcut is not None else {})
+    return weights | ({'shortcut': conv(block.conv_shortcut)} if block.conv_shortcut is not None else {})
 
 
 def attention(block) -> dict:
@@ -46,7 +46,7 @@ def attention(block) -> dict:
 
 def from_diffusers(network, one_by_one, side: str, levels: int) -> dict:
     """Weights of one of their halves as ours. side: 'down' | 'up'."""
-    found = {
+    weights = {
         'first': conv(network.conv_in),
         'middle_0': resnet(network.mid_block.resnets[0]),
         'middle_attention': attention(network.mid_block.attentions[0]),
@@ -58,13 +58,13 @@ def from_diffusers(network, one_by_one, side: str, levels: int) -> dict:
     for i, blocks in enumerate(network.down_blocks if side == 'down' else network.up_blocks):
         level = i if side == 'down' else levels - 1 - i
         for j, block in enumerate(blocks.resnets):
-            found[f'{side}{level}_{j}'] = resnet(block)
+            weights[f'{side}{level}_{j}'] = resnet(block)
         for j, block in enumerate(getattr(blocks, 'attentions', None) or ()):
-            found[f'{side}{level}_{j}_attention'] = attention(block)
+            weights[f'{side}{level}_{j}_attention'] = attention(block)
         resampler = blocks.downsamplers if side == 'down' else blocks.upsamplers
         if resampler is not None:
-            found[f'{side}{level}'] = conv(resampler[0].conv)
-    return found
+            weights[f'{side}{level}'] = conv(resampler[0].conv)
+    return weights
 
 
 def randomise(torch, model) -> None:
@@ -125,8 +125,8 @@ def test_equals_diffusers(kind, options, outputs):
     weights = from_diffusers(model.decoder, model.post_quant_conv, 'up', 3)
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), Z)['params']
     assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)
-    paint = jax.jit(decoder.apply)
-    image, h = paint({'params': weights}, Z)
+    decode = jax.jit(decoder.apply)
+    image, h = decode({'params': weights}, Z)
     with torch.no_grad():
         compare(image, model.decoder(model.post_quant_conv(nchw(torch, Z))))
         if kind == 'VQModel':
@@ -139,7 +139,7 @@ def test_equals_diffusers(kind, options, outputs):
             assert len(set(np.asarray(codes).ravel())) > 3
             np.testing.assert_allclose(quantise.embed(codes, book), reference.numpy().transpose(0, 2, 3, 1), atol=1e-6)
             compare(
-                paint({'params': weights}, quantise.embed(codes, book))[0],
+                decode({'params': weights}, quantise.embed(codes, book))[0],
                 model.decode(nchw(torch, np.asarray(z))).sample,
             )
     assert h.shape == (2, 16, 16, 8)

@@ -1,4 +1,4 @@
-"""Vector quantisers against slow ways to say the same."""
+"""Vector quantisers against slow, plain computations."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_each_loss_moves_one_side():
         return quantise.losses(z, quantise.embed(codes, codebook))
 
     to_latents, to_codes = both(z, codebook)
-    wanted = np.square(z - codebook[codes]).mean()
-    np.testing.assert_allclose([to_latents, to_codes], wanted, rtol=1e-6)
+    expected = np.square(z - codebook[codes]).mean()
+    np.testing.assert_allclose([to_latents, to_codes], expected, rtol=1e-6)
     of_z, of_book = jax.grad(lambda *a: both(*a)[0], (0, 1))(z, codebook)
     assert not of_z.any()
     slow = np.zeros((K, D))
@@ -226,13 +226,27 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b
 
 
 def test_perplexity_and_usage():
-    even = jnp.arange(12).reshape(2, 6) % 4
-    assert quantise.perplexity(even, K) == pytest.approx(4, rel=1e-6) and quantise.usage(even, K) == pytest.approx(
-        4 / K
-    )
-    assert quantise.perplexity(jnp.full((3, 3), 2), K) == pytest.approx(1)
-    uneven = jnp.array([0, 0, 0, 1])  # entropy of (3/4, 1/4)
-    assert quantise.perplexity(uneven, K) == pytest.approx(4 / 27**0.25, rel=1e-6)
-    assert quantise.perplexity_of_counts(jnp.zeros(K)) == 1 and np.isfinite(
-        quantise.perplexity_of_counts(jnp.array([1e6, 0]))
-    )
+    even = jnp.array([3, 3, 3, 3] + [0] * (K - 4))
+    assert quantise.perplexity(even) == pytest.approx(4, rel=1e-6) and quantise.usage(even) == pytest.approx(4 / K)
+    assert quantise.perplexity(jnp.array([0, 9, 0])) == pytest.approx(1)
+    uneven = jnp.array([3, 1])  # entropy of (3/4, 1/4)
+    assert quantise.perplexity(uneven) == pytest.approx(4 / 27**0.25, rel=1e-6)
+    assert quantise.perplexity(jnp.zeros(K)) == 1 and np.isfinite(quantise.perplexity(jnp.array([1e6, 0])))
+
+
+def test_probabilities_are_smoothed_frequencies():
+    p = np.asarray(quantise.probabilities(jnp.array([6.0, 2.0, 0.0])))
+    np.testing.assert_allclose(p, [0.75, 0.25, 0], atol=1e-5)
+    assert (p > 0).all() and p.sum() == pytest.approx(1, rel=1e-6)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    z, codebook = jnp.zeros((4, 2, D)), jnp.zeros((K, D))
+    for call in (
+        lambda: quantise.nearest(z, codebook[:, :1]),
+        lambda: quantise.losses(z, z[:, :1]),
+        lambda: quantise.straight_through(z, z[:1]),
+        lambda: quantise.statistics(z, jnp.zeros((4, 3), int), K),
+    ):
+        with pytest.raises(AssertionError):
+            call()
