@@ -2,12 +2,12 @@
 
     python -m jaxgen.main --config=configs/beta_vae_shapes.py
 
-`--mode=evaluate` says how far the code's axes are the factors; `--mode=explore` shows what each axis does. The
+`--mode=evaluate` measures disentanglement of the latents; `--mode=explore` traverses each of them. The
 variant `vae` has beta = 1.
 
 Time: 9.3 minutes on one CPU core with other work on it, 5.5 minutes of CPU time
 Paper: none
-Ours: mutual information gap 0.158, beta-VAE score 0.448; five of ten numbers of the code in use. `vae`: 0.132 and 0.452
+Ours: mutual information gap 0.158, beta-VAE score 0.448; five of ten latents in use. `vae`: 0.132 and 0.452
 """
 
 from jaxgen.config import make

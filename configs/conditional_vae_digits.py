@@ -1,4 +1,4 @@
-"""VAE that is told the class, on scikit-learn's 8x8 handwritten digits.
+"""Class-conditional VAE on scikit-learn's 8x8 handwritten digits.
 
     python -m jaxgen.main --config=configs/conditional_vae_digits.py
 

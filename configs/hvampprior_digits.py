@@ -1,4 +1,4 @@
-"""VAE of two levels of codes with a VampPrior of 100 pseudo-inputs on scikit-learn's 8x8 digits, gated layers.
+"""VAE of two levels of latents with a VampPrior of 100 pseudo-inputs on scikit-learn's 8x8 digits, gated layers.
 
     python -m jaxgen.main --config=configs/hvampprior_digits.py
 

@@ -1,4 +1,4 @@
-"""A VAE that saw the digits 0 to 4 only finds the others: scikit-learn's 8x8 digits.
+"""VAE for anomaly detection: trained on the digits 0 to 4 of scikit-learn's 8x8 digits, it detects the others.
 
     python -m jaxgen.main --config=configs/vae_digits_anomaly.py
 

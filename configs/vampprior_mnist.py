@@ -1,8 +1,8 @@
-"""VAE with a VampPrior on MNIST in fixed black and white (Larochelle & Murray 2011): one level of codes.
+"""VAE with a VampPrior on MNIST in fixed black and white (Larochelle & Murray 2011): one level of latents.
 
     python -m jaxgen.main --config=configs/vampprior_mnist.py
 
-The variant `normal` has the prior N(0, I), the variant `two` a second level of codes; `two,normal` both.
+The variant `normal` has the prior N(0, I), the variant `two` a second level of latents; `two,normal` both.
 
 Differs: the release stops early, after 50 epochs without a better bound of the validation set, and averages no weights;
 the norm that a gradient is divided by is there that of a gated layer's two matrices each, here of both together.

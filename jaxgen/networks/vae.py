@@ -1,7 +1,7 @@
-"""Networks of variational autoencoders: from pictures to normal distributions over codes, and back.
+"""Networks of variational autoencoders: from images to normal distributions of latents, and back.
 
-An encoder gives the mean and the log variance of a diagonal normal. `told` is what it is told beside the picture,
-[n, k] numbers: the class, one-hot, or the code of the level above.
+An encoder returns the mean and the log variance of a diagonal normal. `condition` is another input, [n, k] numbers: the
+class, one-hot, or the latents of the level above.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import repeat
 
 from jaxgen.networks.layers import Conv, Dense, upsample_nearest, variance_scaling
 
@@ -23,9 +25,11 @@ Array = jax.Array
 LOG_VAR = (-6.0, 2.0)
 
 
-def dense(x: Array, features: int, activation: Callable | None, dtype: Any) -> Array:
-    """A layer of the module that calls this: activation(W x), or without one gated, (A x) sigmoid(B x) (Dauphin et al.
-    2017, eq. 1)."""
+def hidden_layer(x: Array, features: int, activation: Callable | None, dtype: Any) -> Array:
+    """activation(W x), or without one a gated layer, (A x) sigmoid(B x) (Dauphin et al. 2017, eq. 1).
+
+    The weights belong to the module that calls this.
+    """
     if activation is not None:
         return activation(Dense(features, dtype=dtype)(x))
     value, gate = jnp.split(Dense(2 * features, init=he_normal(), dtype=dtype)(x), 2, -1)
@@ -38,18 +42,20 @@ def he_normal():
 
 
 def moments(x: Array, latent: int, gated: bool, dtype: Any) -> tuple[Array, Array]:
-    """Mean and log variance, float32 [n, latent] both, by one linear layer of the module that calls this."""
+    """Mean and log variance, float32 [n, latent] both, by one linear layer; its weights belong to the caller."""
     init = he_normal() if gated else variance_scaling()
     mean, log_var = jnp.split(Dense(2 * latent, init=init, dtype=dtype)(x).astype(jnp.float32), 2, -1)
     return mean, jnp.clip(log_var, *LOG_VAR) if gated else log_var
 
 
-def beside(x: Array, told: Array | None) -> Array:
-    """[n, ..., c] and [n, k] -> [n, ..., c + k], the same k numbers everywhere."""
-    if told is None:
+def with_condition(x: Array, condition: Array | None) -> Array:
+    """[n, ..., c] and [n, k] -> [n, ..., c + k], the same k numbers at every position."""
+    if condition is None:
         return x
-    told = told.reshape(len(x), *[1] * (x.ndim - 2), -1)
-    return jnp.concatenate([x, jnp.broadcast_to(told, (*x.shape[:-1], told.shape[-1]))], -1)
+    chex.assert_shape(condition, (len(x), None))
+    if x.ndim == 4:
+        condition = repeat(condition, 'n k -> n h w k', h=x.shape[1], w=x.shape[2])
+    return jnp.concatenate([x, condition], -1)
 
 
 class Down(nn.Module):
@@ -89,9 +95,9 @@ class ConvEncoder(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
+    def __call__(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
         block = nn.remat(Down) if self.remat else Down
-        x = self.activation(Conv(self.width, dtype=self.dtype)(beside(x, told)))
+        x = self.activation(Conv(self.width, dtype=self.dtype)(with_condition(x, condition)))
         for i in range(self.levels):
             x = block(self.width * 2 ** (i + 1), self.activation, self.dtype, name=f'down{i}')(x)
         return moments(x.reshape(len(x), -1), self.latent, False, self.dtype)
@@ -128,10 +134,10 @@ class MlpEncoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, told: Array | None = None) -> tuple[Array, Array]:
-        x = beside(x.reshape(len(x), -1), told)
+    def __call__(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
+        x = with_condition(x.reshape(len(x), -1), condition)
         for features in self.hidden:
-            x = dense(x, features, self.activation, self.dtype)
+            x = hidden_layer(x, features, self.activation, self.dtype)
         return moments(x, self.latent, self.activation is None, self.dtype)
 
 
@@ -146,12 +152,12 @@ class MlpDecoder(nn.Module):
     @nn.compact
     def __call__(self, z: Array) -> Array:
         for features in reversed(self.hidden):
-            z = dense(z, features, self.activation, self.dtype)
-        return pixel_numbers(z, self.image, self.activation is None, self.dtype)
+            z = hidden_layer(z, features, self.activation, self.dtype)
+        return output_layer(z, self.image, self.activation is None, self.dtype)
 
 
-def pixel_numbers(x: Array, image: tuple[int, int, int], gated: bool, dtype: Any) -> Array:
-    """The last layer of a decoder, float32 [n, H, W, C]."""
+def output_layer(x: Array, image: tuple[int, int, int], gated: bool, dtype: Any) -> Array:
+    """The last layer of a decoder, float32 [n, H, W, C]; its weights belong to the caller."""
     init = he_normal() if gated else variance_scaling()
     return Dense(math.prod(image), init=init, dtype=dtype)(x).astype(jnp.float32).reshape(-1, *image)
 
@@ -160,14 +166,14 @@ def joined(a: Array, b: Array, hidden: tuple[int, ...], activation: Callable | N
     """All layers but the last for each of a and b [n, ...] alone, the last one for both."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     for features in hidden[:-1]:
-        a = dense(a, features, activation, dtype)
+        a = hidden_layer(a, features, activation, dtype)
     for features in hidden[:-1]:
-        b = dense(b, features, activation, dtype)
-    return dense(jnp.concatenate([a, b], -1), hidden[-1], activation, dtype)
+        b = hidden_layer(b, features, activation, dtype)
+    return hidden_layer(jnp.concatenate([a, b], -1), hidden[-1], activation, dtype)
 
 
 class JoinedEncoder(nn.Module):
-    """x [n, ...] and the code above it [n, k] -> mean and log_var [n, latent], float32."""
+    """x [n, ...] and the latents of the level above [n, k] -> mean and log_var [n, latent], float32."""
 
     latent: int
     hidden: tuple[int, ...]
@@ -181,7 +187,7 @@ class JoinedEncoder(nn.Module):
 
 
 class JoinedDecoder(nn.Module):
-    """Codes [n, latent + k], of the level below and then of the level above, -> float32 [n, H, W, C]."""
+    """Latents [n, latent + k], of the level below and then of the level above, -> float32 [n, H, W, C]."""
 
     image: tuple[int, int, int]
     latent: int
@@ -192,11 +198,11 @@ class JoinedDecoder(nn.Module):
     @nn.compact
     def __call__(self, z: Array) -> Array:
         x = joined(z[:, : self.latent], z[:, self.latent :], self.hidden[::-1], self.activation, self.dtype)
-        return pixel_numbers(x, self.image, self.activation is None, self.dtype)
+        return output_layer(x, self.image, self.activation is None, self.dtype)
 
 
-class Pixels(nn.Module):
-    """A decoder and the log standard deviation that all pixels share: z -> ([n, H, W, C], scalar)."""
+class PixelDistribution(nn.Module):
+    """A decoder and the log standard deviation of all pixels: z -> ([n, H, W, C], scalar)."""
 
     decoder: nn.Module
     log_scale: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,10 +74,10 @@ def log_weights(log_likelihood, mean, log_var, k: int) -> np.ndarray:
     """[k, 4]"""
     noise = jax.random.normal(jax.random.key(1), (k, *mean.shape))
     inference = vae.infer((mean, log_var), STANDARD)
-    return jax.jit(jax.vmap(lambda noise: vae.weigh(log_likelihood, inference, noise)[0]))(noise)
+    return jax.jit(jax.vmap(lambda noise: vae.importance_weight(log_likelihood, inference, noise)[0]))(noise)
 
 
-def test_bounds_order_and_reach_the_likelihood():
+def test_bounds_order_and_approach_the_likelihood():
     log_likelihood, log_p, mean, covariance = linear_gaussian(orthogonal=False)
     mean, log_var = mean + 0.2, jnp.broadcast_to(jnp.log(1.5 * np.diag(covariance)), (4, 3))  # not quite the posterior
     weights = log_weights(log_likelihood, mean, log_var, 40_000)
@@ -100,7 +101,7 @@ def test_closed_form_kl_is_the_weights_mean():
     mean, log_var = mean + 0.2, jnp.broadcast_to(jnp.log(np.diag(covariance)), (4, 3))
     noise = jax.random.normal(jax.random.key(2), (50_000, *mean.shape))
     inference = vae.infer((mean, log_var), STANDARD)
-    log_w, log_x = jax.jit(jax.vmap(lambda noise: vae.weigh(log_likelihood, inference, noise)))(noise)
+    log_w, log_x = jax.jit(jax.vmap(lambda noise: vae.importance_weight(log_likelihood, inference, noise)))(noise)
     np.testing.assert_allclose(inference.kl, normal_kl(mean, log_var), rtol=1e-5)
     np.testing.assert_allclose(log_w.mean(0), log_x.mean(0) - inference.kl, atol=0.05)
 
@@ -121,20 +122,20 @@ def test_fulfils_the_contract(model):
     assert int(state.step) == 2 and all(np.isfinite(v) for v in logs.values())
     drawn = jax.jit(f.sample)(state, {}, {'index': jnp.arange(3)}, jax.random.key(1))
     assert drawn.shape == (3, 8, 4, 3) and np.isfinite(drawn).all() and np.abs(drawn).max() <= 1
-    figures = jax.jit(f.evaluate)(state, {}, {**batch, 'index': jnp.arange(5)}, jax.random.key(2))
-    assert all(v.shape == (5,) and np.isfinite(v).all() for v in figures.values())
+    metrics = jax.jit(f.evaluate)(state, {}, {**batch, 'index': jnp.arange(5)}, jax.random.key(2))
+    assert all(v.shape == (5,) and np.isfinite(v).all() for v in metrics.values())
     z = jax.jit(f.encode)(state, {}, batch, jax.random.key(3))
     assert z.shape == (5, SMALL['latent'] + model.get('latent2', 0)) == (5, *f.latents.shape)
     again = jax.jit(f.decode)(state, {}, {}, z, jax.random.key(4))
-    np.testing.assert_allclose(((again - batch['image']) ** 2).mean((1, 2, 3)), figures['squared_error'], rtol=1e-4)
-    np.testing.assert_allclose(figures['nll_elbo'], figures['reconstruction'] + figures['kl'], rtol=1e-5)
-    assert figures['nll_iwae'].mean() < figures['nll_elbo'].mean() + 0.1, 'the tighter bound, up to noise'
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-    if 'bits_per_dim' in figures:
-        np.testing.assert_allclose(figures['bits_per_dim'], figures['nll_iwae'] / (96 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(((again - batch['image']) ** 2).mean((1, 2, 3)), metrics['squared_error'], rtol=1e-4)
+    np.testing.assert_allclose(metrics['nll_elbo'], metrics['reconstruction'] + metrics['kl'], rtol=1e-5)
+    assert metrics['nll_iwae'].mean() < metrics['nll_elbo'].mean() + 0.1, 'the tighter bound, up to noise'
+    chex.assert_tree_all_finite(state.params)
+    if 'bits_per_dim' in metrics:
+        np.testing.assert_allclose(metrics['bits_per_dim'], metrics['nll_iwae'] / (96 * math.log(2)), rtol=1e-5)
 
 
-def test_log_scale_is_learned_only_if_asked():
+def test_log_scale_is_learned_where_configured():
     for learn_scale, likelihood in ((True, 'gaussian'), (False, 'gaussian'), (True, 'bernoulli')):
         f = family(likelihood=likelihood, learn_scale=learn_scale, scale=0.5)
         state = begin(f, images())
@@ -154,7 +155,8 @@ def test_beta_scales_the_gradient_of_the_kl():
     zero, one, three = (weights_after(beta) for beta in (0.0, 1.0, 3.0))
     kl = jax.tree.map(lambda a, b: a - b, one, zero)
     assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(kl)) > 1e-3
-    jax.tree.map(lambda got, a, d: np.testing.assert_allclose(got, a + 3 * d, rtol=1e-3, atol=1e-5), three, zero, kl)
+    expected = jax.tree.map(lambda a, d: a + 3 * d, zero, kl)
+    chex.assert_trees_all_close(three, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_binarised_pixels_are_bits_drawn_anew():
@@ -165,15 +167,15 @@ def test_binarised_pixels_are_bits_drawn_anew():
     def loss(f, batch, key):
         return float(updated(f, state, batch, key)[1]['reconstruction'])
 
-    assert loss(plain, black_and_white, 1) == loss(bits, black_and_white, 1), 'black and white stay what they are'
+    assert loss(plain, black_and_white, 1) == loss(bits, black_and_white, 1), 'black and white are bits already'
     assert loss(plain, images(), 1) != loss(bits, images(), 1) != loss(bits, images(), 2)
-    # Decoded by weights of zero every bit costs ln 2; a grey pixel too, so bits cannot be told here, but
-    # the error to the bits can: 1 for a black or white pixel against the mean grey 0.
+    # With weights of zero every bit costs ln 2, and so does a grey pixel; but a bit has the squared error 1, that of a
+    # black or white pixel against the mean grey 0.
     nothing = state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema))
     grey = {'image': jnp.zeros((3, 4, 4, 1)), 'index': jnp.arange(3)}
-    figures = bits.evaluate(nothing, {}, grey, jax.random.key(0))
-    np.testing.assert_allclose(figures['nll_elbo'], 16 * math.log(2), rtol=1e-5)
-    np.testing.assert_allclose(figures['squared_error'], 1, rtol=1e-5)
+    metrics = bits.evaluate(nothing, {}, grey, jax.random.key(0))
+    np.testing.assert_allclose(metrics['nll_elbo'], 16 * math.log(2), rtol=1e-5)
+    np.testing.assert_allclose(metrics['squared_error'], 1, rtol=1e-5)
     np.testing.assert_allclose(plain.evaluate(nothing, {}, grey, jax.random.key(0))['squared_error'], 0, atol=1e-6)
 
 
@@ -186,7 +188,7 @@ def test_a_sample_is_the_decoders_mean():
     np.testing.assert_allclose(drawn, f.decode(state, {}, {}, z, jax.random.key(9)), atol=1e-6)
 
 
-# --- the mixture of posteriors as a prior, and two levels of codes
+# --- the mixture of posteriors as a prior, and two levels of latents
 
 
 GATED = dict(network='gated', hidden=(6, 5), latent=1, prior='vamp', pseudo_inputs=3, pseudo_std=0.3, pseudo_mean=0.5,
@@ -240,7 +242,7 @@ class Oracle:
         return stats.norm.logpdf(x, mean, math.exp(self.w['decoder']['log_scale'])).sum(-1)
 
     def log_prior(self, z):
-        """Of the highest code, by a plain sum over the pseudo-inputs."""
+        """Of the highest level, by a plain sum over the pseudo-inputs."""
         mean, log_var = self.above(self.u)
         return np.log(sum(np.exp(self.log_normal(z, m, v)) for m, v in zip(mean, log_var, strict=True)) / len(self.u))
 
@@ -249,7 +251,7 @@ class Oracle:
         return stats.norm.logpdf(z, mean, np.exp(log_var / 2)).sum(-1)
 
     def log_likelihood(self, x):
-        """log p(x) of one picture, by quadrature over a code of one number or two."""
+        """log p(x) of one image, by quadrature over one latent or two."""
         grid = np.linspace(-14, 14, 701)
         step = grid[1] - grid[0]
         if not self.two:
@@ -272,11 +274,11 @@ def noises(seed: int, n: int, size: int):
 
 
 @pytest.mark.parametrize('latent2', [0, 1])
-def test_figures_are_those_of_the_formulas(latent2):
+def test_metrics_are_those_of_the_formulas(latent2):
     f = family((2, 2, 1), **GATED, latent2=latent2, iwae_samples=1)
     batch = images(5, (2, 2, 1))
     state = begin(f, batch)
-    figures, noise = evaluate(f, state, batch), noises(0, 5, 1 + latent2)
+    metrics, noise = evaluate(f, state, batch), noises(0, 5, 1 + latent2)
     oracle, x = Oracle(state.params, two=bool(latent2)), np.asarray(batch['image'], np.float64).reshape(5, -1)
 
     def draw(mean, log_var, noise):
@@ -291,43 +293,43 @@ def test_figures_are_those_of_the_formulas(latent2):
         kl += oracle.log_normal(z, *q) - oracle.log_normal(z, *oracle.prior_below(z2))
         z = np.concatenate([z, z2], 1)
     reconstruction = -oracle.log_x(x, z)
-    np.testing.assert_allclose(figures['kl'], kl, atol=1e-4)
-    np.testing.assert_allclose(figures['reconstruction'], reconstruction, rtol=1e-4)
-    np.testing.assert_allclose(figures['nll_elbo'], reconstruction + kl, rtol=1e-4)
-    np.testing.assert_allclose(figures['nll_iwae'], figures['nll_elbo'], rtol=1e-4)  # of one sample
-    # The code is the means, level by level.
-    code = oracle.above(x)[0]
-    code = np.concatenate([oracle.below(x, code)[0], code], 1) if latent2 else code
-    np.testing.assert_allclose(f.encode(state, {}, batch, jax.random.key(3)), code, atol=1e-5)
+    np.testing.assert_allclose(metrics['kl'], kl, atol=1e-4)
+    np.testing.assert_allclose(metrics['reconstruction'], reconstruction, rtol=1e-4)
+    np.testing.assert_allclose(metrics['nll_elbo'], reconstruction + kl, rtol=1e-4)
+    np.testing.assert_allclose(metrics['nll_iwae'], metrics['nll_elbo'], rtol=1e-4)  # of one sample
+    # Latents are the means, level by level.
+    mean = oracle.above(x)[0]
+    mean = np.concatenate([oracle.below(x, mean)[0], mean], 1) if latent2 else mean
+    np.testing.assert_allclose(f.encode(state, {}, batch, jax.random.key(3)), mean, atol=1e-5)
 
 
 @pytest.mark.parametrize('latent2', [0, 1])
-def test_bounds_of_a_mixture_prior_order_and_reach_the_likelihood(latent2):
+def test_bounds_of_a_mixture_prior_order_and_approach_the_likelihood(latent2):
     f = {k: family((2, 2, 1), **GATED, latent2=latent2, iwae_samples=k) for k in (6, 4000)}
     one = images(1, (2, 2, 1))
     state = begin(f[6], one)
     exact = -Oracle(state.params, two=bool(latent2)).log_likelihood(np.asarray(one['image']).reshape(1, -1))
     many = evaluate(f[6], state, {'image': jnp.repeat(one['image'], 800, 0)})
     elbo, six = float(many['nll_elbo'].mean()), float(many['nll_iwae'].mean())
-    spread = 4 * float(many['nll_elbo'].std()) / math.sqrt(800)
-    assert elbo > six + spread and six > exact - spread and elbo > exact + spread
-    reached = evaluate(f[4000], state, {'image': jnp.repeat(one['image'], 6, 0)})['nll_iwae']
-    np.testing.assert_allclose(reached, exact, atol=0.05)
+    error = 4 * float(many['nll_elbo'].std()) / math.sqrt(800)
+    assert elbo > six + error and six > exact - error and elbo > exact + error
+    tightest = evaluate(f[4000], state, {'image': jnp.repeat(one['image'], 6, 0)})['nll_iwae']
+    np.testing.assert_allclose(tightest, exact, atol=0.05)
 
 
 def test_posteriors_of_the_data_are_the_best_prior():
     """With the data as pseudo-inputs the prior is the mean posterior: no prior has a smaller KL over the data, and
-    that KL, what a code says of which picture it is of, is not above the log of their number."""
+    that KL, the information of latents about which image it is, is not above the log of their number."""
     batch = images(6)
     kls = {}
     model = dict(network='gated', hidden=(12,), latent=3, likelihood='gaussian', iwae_samples=400)
     for name, more in (('data', dict(prior='vamp')), ('elsewhere', dict(prior='vamp')), ('normal', {})):
         f = family(**{**model, 'pseudo_inputs': 6, 'pseudo_data': True, 'pseudo_std': 0.0, **more})
         state = begin(f, batch if name == 'data' else images(6, seed=1))
-        figures = evaluate(f, state, batch)
-        kls[name] = float(figures['kl'].mean())
+        metrics = evaluate(f, state, batch)
+        kls[name] = float(metrics['kl'].mean())
         np.testing.assert_allclose(
-            figures['reconstruction'].mean(), kls.setdefault('r', figures['reconstruction'].mean())
+            metrics['reconstruction'].mean(), kls.setdefault('r', metrics['reconstruction'].mean())
         )
     assert 0 < kls['data'] < math.log(6) + 0.05
     assert kls['data'] < kls['elsewhere'] - 0.1 and kls['data'] < kls['normal'] - 0.1
@@ -349,13 +351,13 @@ def test_kl_by_draws_is_the_closed_form_of_one_component():
 
 def test_mixture_far_out_is_finite():
     means, log_vars = jnp.array([[0.0], [300.0]]), jnp.array([[-6.0], [2.0]])
-    got = vae.log_mixture(jnp.array([[1e3], [0.0]]), means, log_vars)
-    want = [stats.norm.logpdf(1e3, 300, math.e) - math.log(2), stats.norm.logpdf(0, 0, math.exp(-3)) - math.log(2)]
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    actual = vae.log_mixture(jnp.array([[1e3], [0.0]]), means, log_vars)
+    expected = [stats.norm.logpdf(1e3, 300, math.e) - math.log(2), stats.norm.logpdf(0, 0, math.exp(-3)) - math.log(2)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('latent2', [0, 1])
-def test_samples_start_from_a_component(latent2):
+def test_samples_are_drawn_from_a_component(latent2):
     f = family((2, 2, 1), **GATED, latent2=latent2)
     state = begin(f, images(1, (2, 2, 1)))
     oracle, key, n = Oracle(state.params, two=bool(latent2)), jax.random.key(5), 60
@@ -376,7 +378,7 @@ def test_samples_start_from_a_component(latent2):
     np.testing.assert_allclose(drawn, f.decode(state, {}, {}, jnp.float32(z), key), atol=1e-5)
 
 
-def test_pseudo_inputs_learn_and_start_where_they_are_told():
+def test_pseudo_inputs_learn_and_start_as_configured():
     f = family(**{**GATED, 'pseudo_data': True, 'pseudo_std': 0.0, 'pseudo_inputs': 8})
     state = begin(f, images(6))
     start = np.asarray(state.params['prior']['pseudo_inputs'])
@@ -400,14 +402,12 @@ def test_beta_rises_over_the_warm_up():
     rising = family(beta=2.0, beta_warmup=4, optim=sgd(1.0))
     zero, one = (weights_after(family(beta=beta, optim=sgd(1.0))) for beta in (0.0, 1.0))
     for step, beta in ((0, 0.5), (2, 1.5), (3, 2.0), (50, 2.0)):
-        want = jax.tree.map(lambda a, b, beta=beta: a + beta * (b - a), zero, one)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), weights_after(rising, step), want
-        )
+        expected = jax.tree.map(lambda a, b, beta=beta: a + beta * (b - a), zero, one)
+        chex.assert_trees_all_close(weights_after(rising, step), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_bits_that_are_stored_as_ones():
-    """With white = 1 a picture of 0 and 1 is what one of 0 and 255 is otherwise."""
+    """With white = 1 an image of 0 and 1 is what one of 0 and 255 is otherwise."""
     bits = np.random.default_rng(0).integers(0, 2, (4, 4, 4, 1))
     plain, stored = family(), family(white=1)
     state = begin(plain, images())
@@ -417,7 +417,7 @@ def test_bits_that_are_stored_as_ones():
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
-def test_the_encoder_sees_bits_as_they_are():
+def test_ranges_of_the_encoders_input():
     """'unit' of an encoder's first layer W, b is 'signed' of W / 2, b + W 1 / 2: its pseudo-inputs too."""
     plain, unit = (
         family(encoder_range=r, network='gated', hidden=(9,), prior='vamp', pseudo_inputs=3) for r in ('signed', 'unit')
@@ -437,7 +437,7 @@ def test_the_encoder_sees_bits_as_they_are():
 
 
 def test_perceptrons_of_tanh():
-    """The mean of the code by hand: a layer of tanh and a linear one."""
+    """The latents' mean by hand: a layer of tanh and a linear one."""
     f = family(network='mlp', hidden=(9,), activation='tanh')
     state, batch = begin(f, images()), images()
     w = jax.tree.map(np.asarray, state.ema['encoder'])
@@ -451,8 +451,8 @@ def test_perceptrons_of_tanh():
 # --- classes
 
 
-def test_conditional_samples_show_the_class_asked_for():
-    """Two classes of pictures: a bright square somewhere in the left half, or in the right half."""
+def test_conditional_samples_are_of_the_requested_class():
+    """Two classes of images: a bright square somewhere in the left half, or in the right half."""
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 64)
     image = -np.ones((64, 4, 8, 1), np.float32)
@@ -471,32 +471,32 @@ def test_conditional_samples_show_the_class_asked_for():
         return jax.lax.scan(lambda s, k: f.update(s, {}, batch, k), state, jax.random.split(jax.random.key(1), 300))[0]
 
     state = train(state)
-    asked = jnp.arange(40) % 2
-    drawn = f.sample(state, {}, {'index': jnp.arange(40), 'label': asked}, jax.random.key(2))
+    requested = jnp.arange(40) % 2
+    drawn = f.sample(state, {}, {'index': jnp.arange(40), 'label': requested}, jax.random.key(2))
     right = drawn[:, :, 4:].mean((1, 2, 3)) > drawn[:, :, :4].mean((1, 2, 3))
-    assert (right == asked).mean() > 0.97
+    assert (right == requested).mean() > 0.97
     z = jax.random.normal(jax.random.key(3), (20, *f.latents.shape))
     each = [f.decode(state, {}, {'label': jnp.full(20, y)}, z, None) for y in (0, 1)]
     assert all((x[:, :, 4:].mean() > x[:, :, :4].mean()) == y for y, x in enumerate(each))
-    # The code need not say what the label says: told the wrong class, the bound is far worse.
-    told, misled = (evaluate(f, state, {**batch, 'label': y}) for y in (batch['label'], 1 - batch['label']))
-    assert misled['nll_elbo'].mean() > told['nll_elbo'].mean() + 10
+    # Latents carry nothing that the label does: conditioned on the wrong class, the bound is far worse.
+    right, wrong = (evaluate(f, state, {**batch, 'label': y}) for y in (batch['label'], 1 - batch['label']))
+    assert wrong['nll_elbo'].mean() > right['nll_elbo'].mean() + 10
 
 
 @pytest.mark.parametrize('network', ['mlp', 'gated', 'conv'])
-def test_encoder_and_decoder_are_told_the_class(network):
+def test_encoder_and_decoder_are_conditioned_on_the_class(network):
     f = vae.build(Context((4, 4, 1), 3, sgd(0.01)), **{**SMALL, 'network': network, 'levels': 1, 'width': 4,
                                                         'conditional': True})  # fmt: skip
     batch = {**images(3), 'label': jnp.array([0, 1, 2])}
     state = begin(f, batch)
     for part in ('encoder', 'decoder'):
-        # Nothing of the label's is left in the other part: what changes, changes by this one.
+        # With weights of 0 the other part ignores the label: changes come from this one.
         other = 'decoder' if part == 'encoder' else 'encoder'
         quiet = state.replace(ema={**state.ema, other: jax.tree.map(jnp.zeros_like, state.ema[other])})
         a = evaluate(f, quiet, batch)
         b = evaluate(f, quiet, {**batch, 'label': jnp.array([1, 2, 0])})
-        figure = 'kl' if part == 'encoder' else 'reconstruction'
-        assert np.abs(a[figure] - b[figure]).min() > 1e-6, part
+        metric = 'kl' if part == 'encoder' else 'reconstruction'
+        assert np.abs(a[metric] - b[metric]).min() > 1e-6, part
 
 
 @pytest.mark.parametrize(('model', 'count'), [
@@ -516,7 +516,7 @@ def test_size_of_the_published_mixture_models(model, count):
     dict(hidden=(), latent2=2), dict(conditional=True), dict(beta_warmup=-1), dict(samples=2, beta_warmup=5),
     dict(white=0), dict(hidden=(-5,)), dict(white=1, likelihood='gaussian'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model):
+def test_mistakes(model):
     with pytest.raises(UserError, match=r'config\.') as error:
         family((12, 12, 1), **model)
     assert '\n' not in str(error.value)
