@@ -3,11 +3,11 @@
     python -m jaxgen.main --config=configs/biggan_digits.py
     python -m jaxgen.main --mode=sample --workdir=runs/biggan_digits --condition=label=3
 
-`--config.model.truncation=0.7` draws samples that are nearer to the usual ones, and to each other.
+`--config.model.truncation=0.7` draws samples that are more typical and less diverse.
 
 Time: 4.2 minutes on one CPU core with other work on it
 Paper: none
-Ours: Fréchet distance 0.36 (500 samples), precision 0.82, recall 0.75; 99.4% show the digit asked for
+Ours: Fréchet distance 0.36 (500 samples), precision 0.82, recall 0.75; conditional accuracy 99.4%
 """
 
 from jaxgen.config import make
@@ -19,15 +19,10 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=128),  # 2 steps of 64 images
         model=dict(
-            game='hinge',
-            network='biggan',
+            adversarial='hinge',
+            network=dict(name='biggan', width=16, multipliers=(4, 2, 1), attention=(4,), embedding=16, pooling='sum'),
             conditional='projection',
             latent=24,
-            width=16,
-            multipliers=(4, 2, 1),
-            attention=(4,),
-            embedding=16,
-            pooling='sum',
             discriminator_steps=2,
             spectral=('generator', 'discriminator'),
             orthogonal=1e-4,
@@ -38,7 +33,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(batch=16),
-                model=dict(latent=4, width=4, multipliers=(2, 1), attention=(8,), embedding=3),
+                model=dict(network=dict(width=4, multipliers=(2, 1), attention=(8,), embedding=3), latent=4),
                 optim=dict(lr=4e-4),
             ),
         },

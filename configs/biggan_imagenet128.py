@@ -23,16 +23,18 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='imagenet2012', size=128, channels=3, features=('image', 'label'), batch=4096, flip=True),
         model=dict(
-            game='hinge',
-            network='biggan',
+            adversarial='hinge',
+            network=dict(
+                name='biggan',
+                width=96,
+                multipliers=(16, 16, 8, 4, 2, 1),
+                halvings=5,
+                attention=(64,),
+                embedding=128,
+                pooling='sum',
+            ),
             conditional='projection',
             latent=120,
-            width=96,
-            multipliers=(16, 16, 8, 4, 2, 1),
-            halvings=5,
-            attention=(64,),
-            embedding=128,
-            pooling='sum',
             discriminator_steps=2,
             spectral=('generator', 'discriminator'),
             orthogonal=1e-4,
@@ -42,7 +44,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes', flip=False),
-                model=dict(latent=4, width=4, multipliers=(2, 1), halvings=0, attention=(8,), embedding=3),
+                model=dict(
+                    network=dict(width=4, multipliers=(2, 1), halvings=0, attention=(8,), embedding=3), latent=4
+                ),
                 optim=dict(lr=2e-4),
             ),
         },

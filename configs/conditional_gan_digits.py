@@ -18,7 +18,7 @@ def get_config(variant: str = ''):
         variant,
         family='gan',
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
-        model=dict(network='dcgan', conditional='concat', latent=32, width=32, multipliers=(2, 1)),
+        model=dict(network=dict(name='dcgan', width=32, multipliers=(2, 1)), conditional='concat', latent=32),
         optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
         train=dict(steps=6000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
@@ -26,11 +26,9 @@ def get_config(variant: str = ''):
             'projection': dict(
                 data=dict(batch=160),  # 5 discriminator steps of 32 images
                 model=dict(
-                    game='hinge',
-                    network='resnet',
+                    adversarial='hinge',
+                    network=dict(name='resnet', multipliers=(1, 1, 1), pooling='sum'),
                     conditional='projection',
-                    multipliers=(1, 1, 1),
-                    pooling='sum',
                     discriminator_steps=5,
                     generator_batch=2,
                     spectral=('discriminator',),
@@ -39,6 +37,6 @@ def get_config(variant: str = ''):
                 optim=dict(lr=1e-3, schedule='linear', b1=0.0, b2=0.9),
                 train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
             ),
-            'tiny': dict(model=dict(latent=4, width=4, multipliers=(1,)), optim=dict(lr=2e-4)),
+            'tiny': dict(model=dict(network=dict(width=4, multipliers=(1,)), latent=4), optim=dict(lr=2e-4)),
         },
     )

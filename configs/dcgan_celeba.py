@@ -6,7 +6,7 @@ Differs: the authors' own code is larger (5x5 kernels, 128 channels), has an L2 
 another set; the port trains 5 epochs by default, here are the authors' 25.
 
 Time: not measured
-Paper: no figure for these faces (Radford et al. 2015)
+Paper: no metric for these faces (Radford et al. 2015)
 Ours: not measured
 """
 
@@ -18,12 +18,14 @@ def get_config(variant: str = ''):
         variant,
         family='gan',
         data=dict(source='celeb_a', size=64, channels=3, batch=128),
-        model=dict(network='dcgan', latent=100, width=64, multipliers=(8, 4, 2, 1)),
+        model=dict(network=dict(name='dcgan', width=64, multipliers=(8, 4, 2, 1)), latent=100),
         optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.0),  # the paper averages no weights
         train=dict(steps=32_000, log_every=100, save_every=2000, sample_every=2000),  # 25 epochs
         variants={
             'tiny': dict(
-                data=dict(source='shapes'), model=dict(latent=4, width=4, multipliers=(2, 1)), optim=dict(lr=2e-4)
+                data=dict(source='shapes'),
+                model=dict(network=dict(width=4, multipliers=(2, 1)), latent=4),
+                optim=dict(lr=2e-4),
             ),
         },
     )

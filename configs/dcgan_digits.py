@@ -2,7 +2,7 @@
 
     python -m jaxgen.main --config=configs/dcgan_digits.py
 
-The variant `augmented` shows the discriminator changed pictures only (DiffAugment, Zhao et al. 2020).
+In the variant `augmented` the discriminator's inputs are augmented (DiffAugment, Zhao et al. 2020).
 
 Time: 7.2 minutes on one CPU core with much other work on it
 Paper: none
@@ -17,12 +17,12 @@ def get_config(variant: str = ''):
         variant,
         family='gan',
         data=dict(source='digits', size=8, channels=1, batch=64),
-        model=dict(network='dcgan', latent=32, width=32, multipliers=(2, 1)),
+        model=dict(network=dict(name='dcgan', width=32, multipliers=(2, 1)), latent=32),
         optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
         train=dict(steps=6000, updates_per_call=20, log_every=200, save_every=2000, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'augmented': dict(model=dict(augmentation=('colour', 'translation', 'cutout'))),
-            'tiny': dict(model=dict(latent=4, width=4, multipliers=(1,)), optim=dict(lr=2e-4)),
+            'tiny': dict(model=dict(network=dict(width=4, multipliers=(1,)), latent=4), optim=dict(lr=2e-4)),
         },
     )

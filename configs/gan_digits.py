@@ -18,12 +18,12 @@ def get_config(variant: str = ''):
         variant,
         family='gan',
         data=dict(source='digits', size=8, channels=1, batch=64),
-        model=dict(game='non_saturating', network='mlp', latent=32, hidden=(256, 256)),
+        model=dict(adversarial='non_saturating', network=dict(name='mlp', hidden=(256, 256)), latent=32),
         optim=dict(lr=2e-4, b1=0.5, b2=0.999, ema=0.998, ema_warmup=True),
         train=dict(steps=20_000, updates_per_call=50, log_every=500, save_every=5000, sample_every=5000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'minimax': dict(model=dict(game='minimax')),
-            'tiny': dict(model=dict(latent=4, hidden=(16, 12)), optim=dict(lr=2e-4)),
+            'minimax': dict(model=dict(adversarial='minimax')),
+            'tiny': dict(model=dict(network=dict(hidden=(16, 12)), latent=4), optim=dict(lr=2e-4)),
         },
     )

@@ -16,13 +16,9 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='cifar10', size=32, channels=3, batch=320),  # 5 discriminator steps of 64 images
         model=dict(
-            game='hinge',
-            network='resnet',
+            adversarial='hinge',
+            network=dict(name='resnet', width=256, discriminator_width=128, multipliers=(1, 1, 1, 1), pooling='sum'),
             latent=128,
-            width=256,
-            discriminator_width=128,
-            multipliers=(1, 1, 1, 1),
-            pooling='sum',
             discriminator_steps=5,
             generator_batch=2,
             spectral=('discriminator',),
@@ -33,7 +29,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(latent=4, width=8, discriminator_width=4, multipliers=(1, 1), discriminator_steps=2),
+                model=dict(
+                    network=dict(width=8, discriminator_width=4, multipliers=(1, 1)), latent=4, discriminator_steps=2
+                ),
                 optim=dict(lr=2e-4, schedule='linear'),
             ),
         },

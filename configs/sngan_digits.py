@@ -16,12 +16,9 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='digits', size=8, channels=1, batch=160),  # 5 discriminator steps of 32 images
         model=dict(
-            game='hinge',
-            network='resnet',
+            adversarial='hinge',
+            network=dict(name='resnet', width=32, multipliers=(1, 1, 1), pooling='sum'),
             latent=32,
-            width=32,
-            multipliers=(1, 1, 1),
-            pooling='sum',
             discriminator_steps=5,
             generator_batch=2,
             spectral=('discriminator',),
@@ -32,7 +29,7 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                model=dict(latent=4, width=4, multipliers=(1, 1), discriminator_steps=2),
+                model=dict(network=dict(width=4, multipliers=(1, 1)), latent=4, discriminator_steps=2),
                 optim=dict(lr=1e-3, schedule='linear'),
             ),
         },

@@ -16,11 +16,9 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='digits', size=8, channels=1, batch=160),  # 5 critic steps of 32 images
         model=dict(
-            game='wasserstein',
-            network='dcgan',
+            adversarial='wasserstein',
+            network=dict(name='dcgan', width=32, multipliers=(2, 1)),
             latent=32,
-            width=32,
-            multipliers=(2, 1),
             discriminator_steps=5,
             weight_clip=0.02,
         ),
@@ -28,6 +26,8 @@ def get_config(variant: str = ''):
         train=dict(steps=5000, updates_per_call=10, log_every=200, save_every=1000, sample_every=1000),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(data=dict(batch=10), model=dict(latent=4, width=4, multipliers=(1,)), optim=dict(lr=2e-4)),
+            'tiny': dict(
+                data=dict(batch=10), model=dict(network=dict(width=4, multipliers=(1,)), latent=4), optim=dict(lr=2e-4)
+            ),
         },
     )

@@ -18,11 +18,9 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='cifar10', size=32, channels=3, batch=320),  # 5 critic steps of 64 images
         model=dict(
-            game='wasserstein',
-            network='resnet',
+            adversarial='wasserstein',
+            network=dict(name='resnet', width=128, multipliers=(1, 1, 1, 1)),
             latent=128,
-            width=128,
-            multipliers=(1, 1, 1, 1),
             discriminator_steps=5,
             generator_batch=2,
             penalty=10.0,
@@ -33,7 +31,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes', batch=10),
-                model=dict(latent=8, width=8, multipliers=(1, 1)),
+                model=dict(network=dict(width=8, multipliers=(1, 1)), latent=8),
                 optim=dict(lr=2e-4, schedule='linear'),
             ),
         },

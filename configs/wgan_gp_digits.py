@@ -16,11 +16,9 @@ def get_config(variant: str = ''):
         family='gan',
         data=dict(source='digits', size=8, channels=1, batch=160),  # 5 critic steps of 32 images
         model=dict(
-            game='wasserstein',
-            network='resnet',
+            adversarial='wasserstein',
+            network=dict(name='resnet', width=32, multipliers=(1, 1, 1)),
             latent=32,
-            width=32,
-            multipliers=(1, 1, 1),
             discriminator_steps=5,
             generator_batch=2,
             penalty=10.0,
@@ -30,6 +28,8 @@ def get_config(variant: str = ''):
         train=dict(steps=2400, log_every=100, save_every=800, sample_every=800),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(data=dict(batch=10), model=dict(latent=8, width=8), optim=dict(lr=2e-3, schedule='linear')),
+            'tiny': dict(
+                data=dict(batch=10), model=dict(network=dict(width=8), latent=8), optim=dict(lr=2e-3, schedule='linear')
+            ),
         },
     )

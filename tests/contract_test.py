@@ -116,7 +116,7 @@ VARIANTS = {
     'var_imagenet256:d30': {'transformer': 2_010_020_356},
     'var_imagenet256:d36': {'transformer': 2_353_893_904},
 }
-# The log that must fall on a fixed batch. Adversarial families have none: each player's loss rises
+# The log that must fall on a fixed batch. Adversarial families have none: each network's loss rises
 # as the other learns.
 FALLS = {
     'classifier': 'loss',
@@ -178,7 +178,13 @@ EMBEDDED = [
 
 def last_of_each(names, variant: str = 'tiny') -> dict:
     """{(family, network): name of a config}, the last one of each."""
-    return {(c.family, c.model.get('network')): n for n in names for c in [configs.load(path(n, variant))]}
+    return {(c.family, network_name(c)): n for n in names for c in [configs.load(path(n, variant))]}
+
+
+def network_name(config) -> str | None:
+    """The network that config.model names, itself or as a section."""
+    network = config.model.to_dict().get('network')
+    return network.get('name') if isinstance(network, dict) else network
 
 
 DISTINCT = last_of_each(reversed(EMBEDDED))

@@ -1,4 +1,4 @@
-"""Losses of adversarial training. A critic (or discriminator) is a callable x [n, ...] -> [n].
+"""Adversarial losses and penalties. A critic (or discriminator) is a callable x [n, ...] -> [n].
 
 Losses are scalars to minimise, in float32.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,7 +29,7 @@ def wasserstein_critic(real: Array, fake: Array) -> Array:
 
 
 def wasserstein_generator(fake: Array) -> Array:
-    """What the generator minimises, from the critic values [n] of its samples."""
+    """Generator loss of the Wasserstein distance, from the critic values [n] of samples."""
     return -fake.astype(jnp.float32).mean()
 
 
@@ -59,8 +60,9 @@ def gradient_penalty(critic: Callable, real: Array, fake: Array, rng: Array, one
     Returns:
       float32 [n]; the loss is the mean times the weight (10 in the paper).
     """
-    share = jax.random.uniform(rng, (len(real),) + (1,) * (real.ndim - 1), real.dtype)
-    excess = input_gradient_norm(critic, real + share * (fake - real)) - 1
+    chex.assert_equal_shape([real, fake])
+    fraction = jax.random.uniform(rng, (len(real),) + (1,) * (real.ndim - 1), real.dtype)
+    excess = input_gradient_norm(critic, real + fraction * (fake - real)) - 1
     return jnp.square(jnp.maximum(excess, 0.0) if one_sided else excess)
 
 
@@ -78,13 +80,17 @@ def r1_penalty(critic: Callable, x: Array) -> Array:
     return 0.5 * input_gradient_square(critic, x)
 
 
-def check_penalties(discriminator_norm: bool, **weights: float) -> None:
-    """Raises UserError where a penalty of single images has a weight, by its field of config.model, and the
-    discriminator sees a batch at once, by its normalisation."""
-    if discriminator_norm and any(weights.values()):
+def check_penalties(batch_norm: bool, field: str = 'discriminator_norm', **weights: float) -> None:
+    """Raises UserError where a penalty of single images has a weight and the discriminator has batch normalisation.
+
+    Args:
+      field: of config.model, that switches the normalisation off.
+      weights: of the penalties, by their fields of config.model.
+    """
+    if batch_norm and any(weights.values()):
         raise UserError(
             f'config.model.{" and ".join(weights)} {"are" if len(weights) > 1 else "is"} of single images: set '
-            'config.model.discriminator_norm = False'
+            f'config.model.{field} = False'
         )
 
 
@@ -135,8 +141,8 @@ def non_saturating_generator(fake: Array) -> Array:
 def minimax_generator(fake: Array) -> Array:
     """E log(1 - sigmoid(fake)), minus the second half of `vanilla_discriminator` (Goodfellow et al. 2014, eq. 1).
 
-    Its slope vanishes where the discriminator knows samples well. Against the best discriminator the sum of both
-    players' game is 2 JS(data, samples) - 2 log 2.
+    Its slope vanishes where the discriminator recognises samples. Against the best discriminator the value of eq. 1 is
+    2 JS(data, samples) - 2 log 2.
     """
     return -jax.nn.softplus(fake.astype(jnp.float32)).mean()
 
@@ -156,7 +162,7 @@ def least_squares_generator(fake: Array) -> Array:
     return 0.5 * jnp.square(fake.astype(jnp.float32) - 1).mean()
 
 
-# {game: (what the discriminator minimises, of values of data and of samples; what the generator does, of the latter)}
+# {name: (discriminator loss, of values of data and of samples; generator loss, of values of samples)}
 ADVERSARIAL_LOSSES = {
     'minimax': (vanilla_discriminator, minimax_generator),
     'non_saturating': (vanilla_discriminator, non_saturating_generator),

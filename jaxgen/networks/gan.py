@@ -1,28 +1,35 @@
-"""Generators and discriminators of the plain adversarial families: perceptrons, DCGAN, residual networks, BigGAN.
+"""Generators and discriminators of GANs: perceptrons, DCGAN, residual networks, BigGAN.
 
 A generator maps z [n, latent] and, where there are classes, c [n, classes] (one-hot) to images float32 [n, H, W, C] in
 (-1, 1). A discriminator maps images, and c, to values float32 [n]. Both take `train`: batch normalisation is then by
 this batch, see layers.BatchNorm.
 
-How c is told ('concat': Mirza & Osindero 2014, arXiv 1411.1784; 'projection': Miyato & Koyama 2018, arXiv 1802.05637):
+Conditioning on the class ('concat': Mirza & Osindero 2014, arXiv 1411.1784; 'projection': Miyato & Koyama 2018,
+arXiv 1802.05637):
 
     concat       generator: c beside z; discriminator: c beside the image, a map for each class
     projection   discriminator: psi(h) + <embedding of c, h> with its last features h (the latter's eq. 2);
                  generator: c sets gains and shifts of residual networks' batch normalisation, and is beside z in others
 
-Gains of batch normalisation start at 1; DCGAN's torch port draws them from N(1, 0.02^2).
+`NETWORKS` has the pairs by name. Gains of batch normalisation start at 1; DCGAN's torch port draws them from
+N(1, 0.02^2).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
+from jaxgen.checks import check_size
+from jaxgen.errors import UserError
 from jaxgen.networks.layers import (
     BatchNorm,
     Conv,
@@ -33,14 +40,16 @@ from jaxgen.networks.layers import (
     upsample_nearest,
     variance_scaling,
 )
+from jaxgen.options import Count, OneOf, Rule
 
 Array = jax.Array
 
 
-def beside(x: Array, c: Array | None) -> Array:
+def concat_condition(x: Array, c: Array | None) -> Array:
     """x [n, ..., C] with c [n, d] as more channels, [n, ..., C + d]; x alone where c is None."""
     if c is None:
         return x
+    chex.assert_shape(c, (len(x), None))  # of one example it would be broadcast to all
     c = c.reshape(len(c), *[1] * (x.ndim - 2), -1)
     return jnp.concatenate([x, jnp.broadcast_to(c, (*x.shape[:-1], c.shape[-1])).astype(x.dtype)], -1)
 
@@ -56,6 +65,7 @@ class ProjectionHead(nn.Module):
         h = h.astype(jnp.float32)
         value = Dense(1, bias=self.bias, init=self.kernel_init, name='value')(h)[:, 0]
         if c is not None:
+            chex.assert_shape(c, (len(h), None))
             value = value + (Dense(h.shape[-1], bias=False, init=self.kernel_init, name='embedding')(c) * h).sum(-1)
         return value
 
@@ -72,7 +82,7 @@ class PerceptronGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array, c: Array | None = None, train: bool = False) -> Array:
-        x = beside(z, c)
+        x = concat_condition(z, c)
         for features in self.hidden:
             x = nn.relu(Dense(features, init=variance_scaling(2.0), dtype=self.dtype)(x))
         x = Dense(math.prod(self.image), dtype=self.dtype)(x).astype(jnp.float32)
@@ -89,7 +99,7 @@ class PerceptronDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
         x = x.reshape(len(x), -1)
-        x = x if self.projection else beside(x, c)
+        x = x if self.projection else concat_condition(x, c)
         for features in self.hidden:
             x = nn.leaky_relu(Dense(features, init=variance_scaling(2.0), dtype=self.dtype)(x), 0.2)
         return ProjectionHead(name='verdict')(x, c if self.projection else None)
@@ -117,7 +127,7 @@ class DcganGenerator(nn.Module):
         levels = len(self.multipliers)
         height, columns, channels = self.image[0] >> levels, self.image[1] >> levels, self.image[2]
         features = [self.width * m for m in self.multipliers] + [channels]
-        x = Dense(height * columns * features[0], **common, name='first')(beside(z, c))
+        x = Dense(height * columns * features[0], **common, name='first')(concat_condition(z, c))
         x = x.reshape(-1, height, columns, features[0])
         for i in range(levels):
             x = nn.relu(BatchNorm(train=train, dtype=self.dtype, name=f'norm{i}')(x))
@@ -142,7 +152,7 @@ class DcganDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
         init = nn.initializers.normal(0.02)
-        x = x if self.projection else beside(x, c)
+        x = x if self.projection else concat_condition(x, c)
         for i, m in enumerate(reversed(self.multipliers)):
             common = dict(stride=2, padding=((1, 1), (1, 1)), bias=not self.norm, init=init, dtype=self.dtype)
             x = Conv(self.width * m, 4, **common, name=f'conv{i}')(x)
@@ -222,19 +232,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        n, height, width, features = x.shape
+        features = x.shape[-1]
 
         def project(name, part, pool):
             h = Dense(max(features // part, 1), bias=False, init=self.kernel_init, dtype=self.dtype, name=name)(x)
-            h = max_pool(h) if pool else h
-            return h.reshape(n, -1, h.shape[-1])  # [n, positions, channels]
+            return rearrange(max_pool(h) if pool else h, 'n h w c -> n (h w) c')
 
         query, key, value = project('query', 8, False), project('key', 8, True), project('value', 2, True)
         logits = jnp.einsum('nqc,nkc->nqk', query, key).astype(jnp.float32)
         h = jnp.einsum('nqk,nkc->nqc', jax.nn.softmax(logits).astype(self.dtype), value)
-        h = Dense(features, bias=False, init=self.kernel_init, dtype=self.dtype, name='out')(
-            h.reshape(n, height, width, -1)
-        )
+        h = rearrange(h, 'n (h w) c -> n h w c', h=x.shape[1])
+        h = Dense(features, bias=False, init=self.kernel_init, dtype=self.dtype, name='out')(h)
         gain = self.param('gain', nn.initializers.zeros, ())
         return x + gain.astype(self.dtype) * h
 
@@ -248,8 +256,8 @@ class ResidualGenerator(nn.Module):
       projection: c sets gains and shifts of the blocks' norms; else it is beside z.
       embedding: with projection: dimensions of one embedding of the class that all norms share (BigGAN); 0: each norm
         has its own gains and shifts of every class.
-      skip: z is cut into equal pieces, one for the first map and one for each block, which is told its piece beside
-        the class (BigGAN, appendix B).
+      skip: z is cut into equal pieces, one for the first map and one for each block, which is conditioned on its piece
+        beside the class (BigGAN, appendix B).
       kernel_init: of all kernels, see Block.
     """
 
@@ -270,12 +278,14 @@ class ResidualGenerator(nn.Module):
         levels = len(self.multipliers) - 1
         height, columns, channels = self.image[0] >> levels, self.image[1] >> levels, self.image[2]
         if c is not None and not self.projection:
-            z, c = beside(z, c), None
+            z, c = concat_condition(z, c), None
         if c is not None and self.embedding:
             table = self.param('embedding', nn.initializers.orthogonal(), (c.shape[-1], self.embedding))
             c = c @ table
         pieces = jnp.split(z, levels + 1, -1) if self.skip else [z]
-        told = [piece if c is None else beside(piece, c) for piece in pieces[1:]] if self.skip else [c] * levels
+        conditions = [c] * levels
+        if self.skip:
+            conditions = [piece if c is None else concat_condition(piece, c) for piece in pieces[1:]]
 
         x = Dense(
             height * columns * self.width * self.multipliers[0], init=self.kernel_init, dtype=self.dtype, name='first'
@@ -283,7 +293,7 @@ class ResidualGenerator(nn.Module):
         x = x.reshape(-1, height, columns, self.width * self.multipliers[0])
         for i, m in enumerate(self.multipliers[1:]):
             common = dict(norm=True, train=train, kernel_init=self.kernel_init, dtype=self.dtype)
-            x = block(self.width * m, 'up', **common, name=f'block{i}')(x, told[i])
+            x = block(self.width * m, 'up', **common, name=f'block{i}')(x, conditions[i])
             if x.shape[1] in self.attention:
                 x = Attention(kernel_init=self.kernel_init, dtype=self.dtype, name=f'attention{i}')(x)
         x = nn.relu(BatchNorm(train=train, dtype=self.dtype, name='norm')(x))
@@ -291,7 +301,7 @@ class ResidualGenerator(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """Blocks, the first `halvings` of which halve the size; no batch normalisation: it judges images one by one.
+    """Blocks, the first `halvings` of which halve the size; no batch normalisation: a value is of one image alone.
 
     Attributes:
       multipliers: as the generator has them; its last is the first here.
@@ -312,7 +322,7 @@ class ResidualDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, x: Array, c: Array | None = None, train: bool = False) -> Array:
         block = nn.remat(Block) if self.remat else Block
-        x = x if self.projection else beside(x, c)
+        x = x if self.projection else concat_condition(x, c)
         for i, m in enumerate(reversed(self.multipliers)):
             common = dict(first=i == 0, kernel_init=self.kernel_init, dtype=self.dtype)
             x = block(self.width * m, 'down' if i < self.halvings else '', **common, name=f'block{i}')(x)
@@ -321,3 +331,128 @@ class ResidualDiscriminator(nn.Module):
         x = nn.relu(x).astype(jnp.float32)
         x = x.mean((1, 2)) if self.pooling == 'mean' else x.sum((1, 2))  # [n, width]
         return ProjectionHead(kernel_init=self.kernel_init, name='verdict')(x, c if self.projection else None)
+
+
+# --- pairs
+
+
+class Pair(NamedTuple):
+    """A generator, its discriminator, and what the image's height and width must be multiples of."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    divisor: int = 1
+
+
+def mlp(
+    image: tuple[int, int, int],
+    projection: bool,
+    dtype: Any,
+    remat: bool,
+    *,
+    hidden: Annotated[tuple[int, ...], '[1, inf)'] = (256, 256),
+) -> Pair:
+    """Two perceptrons.
+
+    Args:
+      hidden: units of the generator's layers; the discriminator has them in reverse order.
+    """
+    generator = PerceptronGenerator(image, hidden, dtype=dtype)
+    return Pair(generator, PerceptronDiscriminator(hidden[::-1], projection, dtype=dtype))
+
+
+def dcgan(
+    image: tuple[int, int, int],
+    projection: bool,
+    dtype: Any,
+    remat: bool,
+    *,
+    width: Count = 64,
+    discriminator_width: Annotated[int, '[0, inf)'] = 0,
+    multipliers: Annotated[tuple[int, ...], '[1, inf)', Rule(len, 'one number or more')] = (8, 4, 2, 1),
+    discriminator_norm: bool = True,
+) -> Pair:
+    """DCGAN's convolutions.
+
+    Args:
+      width, multipliers: channels of the generator's maps, from the smallest, are width * multipliers; the
+        discriminator has them in reverse order. The first map is smaller than the image by 2 ** len(multipliers).
+      discriminator_width: in place of width in the discriminator; 0: the same.
+      discriminator_norm: batch normalisation in the discriminator.
+    """
+    divisor = 2 ** len(multipliers)
+    check_size(image, divisor, f'config.model.network.multipliers = {multipliers}')
+    generator = DcganGenerator(image, width, multipliers, dtype=dtype)
+    width = discriminator_width or width
+    discriminator = DcganDiscriminator(width, multipliers, discriminator_norm, projection, dtype=dtype)
+    return Pair(generator, discriminator, divisor)
+
+
+def residual(
+    image: tuple[int, int, int],
+    projection: bool,
+    dtype: Any,
+    remat: bool,
+    *,
+    big: bool = False,
+    width: Count = 64,
+    discriminator_width: Annotated[int, '[0, inf)'] = 0,
+    multipliers: Annotated[tuple[int, ...], '[1, inf)', Rule(lambda m: len(m) > 1, 'two numbers or more')] = (
+        8,
+        4,
+        2,
+        1,
+    ),
+    halvings: Annotated[int, '[0, inf)'] = 0,
+    attention: tuple[int, ...] = (),
+    pooling: Annotated[str, OneOf('mean', 'sum')] = 'mean',
+    embedding: Annotated[int, '[0, inf)'] = 0,
+) -> Pair:
+    """The residual networks of WGAN-GP and SN-GAN; `big`: BigGAN's, these with z in pieces to every block, a shared
+    embedding of the class and orthogonal initialisation.
+
+    Args:
+      width, multipliers: channels of the generator's maps, from the smallest, are width * multipliers; the
+        discriminator has them in reverse order. The first map is smaller than the image by
+        2 ** (len(multipliers) - 1).
+      discriminator_width: in place of width in the discriminator; 0: the same.
+      halvings: times that the discriminator halves the image; 0: one fewer than the generator doubles it.
+      attention: heights of maps that have self-attention.
+      pooling: 'mean' | 'sum', of the discriminator's last map.
+      embedding: dimensions of the shared embedding of the class; 0: the class itself goes to every norm.
+
+    Raises:
+      UserError: sizes that do not fit each other.
+    """
+    doublings = len(multipliers) - 1
+    halvings = halvings or max(doublings - 1, 1)
+    if halvings > len(multipliers):
+        raise UserError(
+            f'config.model.network.multipliers = {multipliers} are too few for halvings = {halvings}: there must be '
+            'as many or more'
+        )
+    divisor = 2 ** max(doublings, halvings)
+    check_size(image, divisor, f'config.model.network.multipliers = {multipliers} and halvings = {halvings}')
+    heights = [image[0] >> i for i in range(doublings)]
+    if any(height not in heights or height % 2 for height in attention):
+        raise UserError(f'config.model.network.attention: heights must be even ones of {heights}; they are {attention}')
+    common = dict(
+        multipliers=multipliers,
+        attention=attention,
+        projection=projection,
+        kernel_init=nn.initializers.orthogonal() if big else None,
+        dtype=dtype,
+        remat=remat,
+    )
+    generator = ResidualGenerator(image, width, embedding=embedding, skip=big, **common)
+    width = discriminator_width or width
+    return Pair(generator, ResidualDiscriminator(width, halvings=halvings, pooling=pooling, **common), divisor)
+
+
+# {name: (image, projection, dtype, remat, *, its own fields) -> Pair}
+NETWORKS = {
+    'mlp': mlp,
+    'dcgan': dcgan,
+    'resnet': functools.partial(residual, big=False, embedding=0),
+    'biggan': functools.partial(residual, big=True),
+}

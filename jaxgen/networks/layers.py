@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.contract import State, running_mean
 from jaxgen.errors import UserError
 from jaxgen.networks.convolution import convolve
 
@@ -292,6 +293,22 @@ def apply_in_training(network: nn.Module, weights: Any, *inputs: Any) -> tuple[A
     it has no batch normalisation."""
     output, new = network.apply({'params': weights}, *inputs, train=True, mutable=['batch_stats'])
     return output, new.get('batch_stats', {})
+
+
+def apply_averaged(network: nn.Module, weights: Any, state: State, statistics: Any, *inputs: Any) -> tuple[Any, Any]:
+    """(output, statistics) of a network with averaged weights in training mode on the inputs of one update; the latter
+    are the running mean `statistics` with the batch statistics of this update in it.
+
+    Samples are normalised by fixed statistics, so that one does not depend on those drawn with it. Statistics gathered
+    in training belong to the trained weights, whose activations are others than those of the averaged ones that sample:
+    so these run once on the inputs of each update (a generator on its latents).
+
+    Args:
+      weights: averages after the update.
+      state: before `advance`, see `contract.running_mean`.
+    """
+    output, new = apply_in_training(network, weights, *inputs)
+    return output, running_mean(state, statistics, new, STATISTICS_DECAY)
 
 
 def instance_norm(x: Array, eps: float = 1e-5) -> Array:

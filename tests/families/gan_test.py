@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen import options
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Aux, Context, gradient_step, new_state, repeat, split_batch, store
 from jaxgen.errors import UserError
@@ -23,18 +24,16 @@ from jaxgen.randomness import example_keys, normal
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 WGAN_GP = dict(
-    game='wasserstein',
-    network='resnet',
+    adversarial='wasserstein',
+    network=dict(name='resnet', width=4, multipliers=(1, 1)),
     latent=6,
-    width=4,
-    multipliers=(1, 1),
     discriminator_steps=3,
     penalty=10.0,
     generator_batch=2,
     dequantise=True,
 )
-DCGAN = dict(network='dcgan', latent=5, width=3, multipliers=(2, 1))
-MLP = dict(network='mlp', latent=3, hidden=(8,))
+DCGAN = dict(network=dict(name='dcgan', width=3, multipliers=(2, 1)), latent=5)
+MLP = dict(network=dict(name='mlp', hidden=(8,)), latent=3)
 
 
 def adam(**fields):
@@ -42,7 +41,7 @@ def adam(**fields):
 
 
 def family(image=(8, 8, 1), optim=None, classes=0, base=WGAN_GP, **model):
-    return gan.build(Context(image, classes, optim or adam()), **{**base, **model})
+    return gan.build(Context(image, classes, optim or adam()), **options.update(gan.build, base, model))
 
 
 def images(n: int, image=(8, 8, 1), classes: int = 0) -> dict:
@@ -60,7 +59,7 @@ def close(a, b, **tolerance) -> None:
 
 def test_published_size_for_larger_images():
     # One level more than published: another block of two 3x3 and one 1x1 convolution, in the generator two norms.
-    f = family((64, 64, 3), width=128, latent=128, multipliers=(1,) * 5)
+    f = family((64, 64, 3), network=dict(width=128, multipliers=(1,) * 5), latent=128)
     state = jax.eval_shape(f.init, jax.random.key(0), images(3, (64, 64, 3)), {})
     sizes = (count(state.params['generator']), count(state.params['discriminator']))
     assert sizes == (1_204_483 + 312_192, 1_053_825 + 311_680)
@@ -135,8 +134,8 @@ class Torch:
         n, _, height, width = x.shape
         query = self.conv(x, w['query']).reshape(n, -1, height * width)
         key, value = (self.F.max_pool2d(self.conv(x, w[name]), 2).flatten(2) for name in ('key', 'value'))
-        shares = self.torch.softmax(self.torch.bmm(query.transpose(1, 2), key), -1)
-        out = self.torch.bmm(value, shares.transpose(1, 2)).reshape(n, -1, height, width)
+        weights = self.torch.softmax(self.torch.bmm(query.transpose(1, 2), key), -1)
+        out = self.torch.bmm(value, weights.transpose(1, 2)).reshape(n, -1, height, width)
         return x + float(w['gain']) * self.conv(out, w['out'])
 
     def generate(self, z, w, base, levels):
@@ -231,10 +230,10 @@ def plain(torch: Torch, x, w):
 
 def test_class_by_concatenation_is_more_channels():
     z, x, c = jnp.ones((2, 3)), jnp.ones((2, 4, 4, 1)), jnp.eye(2)
-    assert networks.beside(z, c).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
-    maps = networks.beside(x, c)
+    assert networks.concat_condition(z, c).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
+    maps = networks.concat_condition(x, c)
     assert maps.shape == (2, 4, 4, 3) and (maps[0, ..., 1] == 1).all() and (maps[0, ..., 2] == 0).all()
-    assert networks.beside(x, None) is x
+    assert networks.concat_condition(x, None) is x
 
 
 # --- spectral normalisation
@@ -311,7 +310,7 @@ def test_orthogonality_by_hand():
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
+def test_vectors_take_one_iteration_with_each_step_of_their_network(accumulate):
     optim = adam(accumulate=accumulate, ema=0.9)
     f = family(optim=optim, base=MLP, spectral=('generator', 'discriminator'), discriminator_steps=3)
     batch = images(12)
@@ -334,8 +333,10 @@ def test_vectors_take_one_iteration_with_each_step_of_their_player(accumulate):
 
 
 def test_what_starts_at_zero_has_no_norm():
-    """SAGAN: residual networks told the class by projection, both players normalised."""
-    f = family(classes=3, conditional='projection', attention=(8,), spectral=('generator', 'discriminator'))
+    """SAGAN: residual networks conditioned by projection, both with spectral normalisation."""
+    f = family(
+        classes=3, conditional='projection', network=dict(attention=(8,)), spectral=('generator', 'discriminator')
+    )
     batch = images(6, classes=3)
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
@@ -491,7 +492,7 @@ def test_update_equals_the_papers_algorithm_written_out():
     close(got.extra['average']['batch_stats'], first['batch_stats'], atol=1e-4)
 
 
-def test_neither_player_touches_the_other():
+def test_neither_step_touches_the_other_network():
     batch = images(6)
     start = jax.jit(family(base=MLP).init)(jax.random.key(0), batch, {})
     for moving, still in (('generator', 'discriminator'), ('discriminator', 'generator')):
@@ -501,17 +502,17 @@ def test_neither_player_touches_the_other():
         close(after.params[still], start.params[still], atol=0)
         changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params[moving], start.params[moving])
         assert min(jax.tree.leaves(changed)) > 1e-3
-        # Each optimiser counts the steps of its own player only.
+        # Each optimiser counts the steps of its own network only.
         counts = {int(leaf) for leaf in jax.tree.leaves(after.opt[moving]) if jnp.issubdtype(leaf.dtype, jnp.integer)}
         assert counts == {3 if moving == 'discriminator' else 1}
 
 
 def test_clipped_weights_are_the_discriminators():
-    f = family(base=MLP, game='wasserstein', weight_clip=0.03, discriminator_steps=2, optim=adam(lr=0.02))
+    f = family(base=MLP, adversarial='wasserstein', weight_clip=0.03, discriminator_steps=2, optim=adam(lr=0.02))
     batch = images(4)
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
-    free = family(base=MLP, game='wasserstein', discriminator_steps=2, optim=adam(lr=0.02))
+    free = family(base=MLP, adversarial='wasserstein', discriminator_steps=2, optim=adam(lr=0.02))
     free = jax.jit(free.update)(free.init(jax.random.key(0), batch, {}), {}, batch, jax.random.key(1))[0]
     sizes = {n: max(float(np.abs(w).max()) for w in jax.tree.leaves(after.params[n])) for n in after.params}
     assert sizes['discriminator'] == pytest.approx(0.03) and sizes['generator'] > 0.1
@@ -522,7 +523,7 @@ def test_clipped_weights_are_the_discriminators():
 
 def test_lazy_penalty_is_the_eager_one_in_the_mean():
     batch = images(4)
-    found = {}
+    penalties = {}
     for every in (1, 3):
         optim = adam(name='sgd', lr=0.0)
         f = family(base=MLP, r1=5.0, r1_every=every, optim=optim)
@@ -530,13 +531,13 @@ def test_lazy_penalty_is_the_eager_one_in_the_mean():
         for i in range(6):
             state, line = update(state, {}, batch, jax.random.key(i))
             logs.append(line)
-        found[every] = np.array([float(line['r1']) for line in logs])
+        penalties[every] = np.array([float(line['r1']) for line in logs])
         losses = np.array([float(line['discriminator_loss']) for line in logs])
         plain = family(base=MLP, optim=optim)
         _, line = jax.jit(plain.update)(plain.init(jax.random.key(0), batch, {}), {}, batch, jax.random.key(0))
-        np.testing.assert_allclose(losses[0] - line['discriminator_loss'], 5 * found[every][0], rtol=1e-3)
-    assert found[1].min() > 0 and (found[3] > 0).tolist() == [True, False, False] * 2
-    np.testing.assert_allclose(found[3].mean(), found[1].mean(), rtol=1e-5)
+        np.testing.assert_allclose(losses[0] - line['discriminator_loss'], 5 * penalties[every][0], rtol=1e-3)
+    assert penalties[1].min() > 0 and (penalties[3] > 0).tolist() == [True, False, False] * 2
+    np.testing.assert_allclose(penalties[3].mean(), penalties[1].mean(), rtol=1e-5)
 
 
 def test_samples_are_normalised_as_a_large_batch_of_them():
@@ -548,9 +549,9 @@ def test_samples_are_normalised_as_a_large_batch_of_them():
     update = jax.jit(f.update)
     for i in range(12):
         state, _ = update(state, {}, batch, jax.random.key(i))
-    wanted = {'index': jnp.arange(2000, dtype=jnp.int32)}
-    drawn = jax.jit(f.sample)(state, {}, wanted, jax.random.key(5))
-    z = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (5,)))(wanted['index'])
+    batch = {'index': jnp.arange(2000, dtype=jnp.int32)}
+    drawn = jax.jit(f.sample)(state, {}, batch, jax.random.key(5))
+    z = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (5,)))(batch['index'])
     generator = networks.DcganGenerator((8, 8, 1), 3, (2, 1))
     by_batch, _ = generator.apply({'params': state.ema['generator']}, z, train=True, mutable=['batch_stats'])
     assert np.abs(drawn - by_batch).mean() < 0.05 < np.abs(drawn).std()
@@ -571,22 +572,22 @@ def test_truncated_samples_have_the_statistics_of_truncated_latents(truncation):
         return generator.apply({'params': state.ema['generator']}, z, c, train=True, mutable=['batch_stats'])
 
     # What training gathered: of all of N(0, I).
-    _, found = normalised_by_itself(jax.random.normal(jax.random.key(1), (3000, 5)))
-    average = {**state.extra['average'], 'batch_stats': found['batch_stats']}
+    _, gathered = normalised_by_itself(jax.random.normal(jax.random.key(1), (3000, 5)))
+    average = {**state.extra['average'], **gathered}
     state = state.replace(extra={**state.extra, 'average': average})
 
-    wanted = {'index': jnp.arange(3000, dtype=jnp.int32), 'label': jnp.arange(3000, dtype=jnp.int32) % 3}
-    drawn = jax.jit(f.sample)(state, {}, wanted, jax.random.key(5))
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(wanted['index'])
+    batch = {'index': jnp.arange(3000, dtype=jnp.int32), 'label': jnp.arange(3000, dtype=jnp.int32) % 3}
+    drawn = jax.jit(f.sample)(state, {}, batch, jax.random.key(5))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(batch['index'])
     z = jax.vmap(lambda key: jax.random.truncated_normal(key, -truncation, truncation, (5,)))(keys)
     matching, _ = normalised_by_itself(z)
-    variables = {'params': state.ema['generator'], **found}
+    variables = {'params': state.ema['generator'], **gathered}
     by_training = generator.apply(variables, z, c)
     error = np.abs(drawn - matching).mean()
     assert error < 0.03 and error < 0.3 * np.abs(by_training - matching).mean()
     np.testing.assert_allclose(drawn.std(), matching.std(), rtol=0.05)
 
-    few = jax.jit(f.sample)(state, {}, {k: v[7:8] for k, v in wanted.items()}, jax.random.key(5))
+    few = jax.jit(f.sample)(state, {}, {k: v[7:8] for k, v in batch.items()}, jax.random.key(5))
     np.testing.assert_allclose(few[0], drawn[7], atol=1e-5)
     other = f.decode(state, {}, {'label': jnp.arange(3)}, z[:3], jax.random.key(0))  # latents of no truncation
     np.testing.assert_allclose(other, by_training[:3], atol=1e-5)
@@ -603,11 +604,11 @@ def test_truncated_samples_are_of_z_within_the_bound():
     np.testing.assert_allclose(got, f.decode(state, {}, {}, z, jax.random.key(0)), atol=1e-6)
 
 
-def test_both_penalties_and_dequantisation_reach_the_loss():
+def test_both_penalties_and_dequantisation_are_in_the_loss():
     batch = images(3)
 
     def logs(**model):
-        f = family(base=MLP, game='wasserstein', penalty=10.0, dequantise=True, **model)
+        f = family(base=MLP, adversarial='wasserstein', penalty=10.0, dequantise=True, **model)
         state = jax.jit(f.init)(jax.random.key(0), batch, {})
         # A critic as good as flat: slopes are far below 1.
         flat = jax.tree.map(lambda w: 1e-3 * w, state.params['discriminator'])
@@ -620,17 +621,17 @@ def test_both_penalties_and_dequantisation_reach_the_loss():
 
 
 @pytest.mark.parametrize('base, conditional', [(MLP, 'concat'), (DCGAN, 'projection')])
-def test_both_players_know_the_class(base, conditional):
+def test_both_networks_are_conditioned_on_the_class(base, conditional):
     f = family(base=base, conditional=conditional, classes=3)
     batch = images(6, classes=3)
     state, _ = jax.jit(f.update)(f.init(jax.random.key(0), batch, {}), {}, batch, jax.random.key(1))
     assert f.conditions == ('label',)
     index = jnp.array([5, 5, 6])
-    wanted = {'index': index, 'label': jnp.array([0, 1, 0])}
-    drawn = f.sample(state, {}, wanted, jax.random.key(2))
+    given = {'index': index, 'label': jnp.array([0, 1, 0])}
+    drawn = f.sample(state, {}, given, jax.random.key(2))
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 and np.abs(drawn[0] - drawn[2]).max() > 1e-4
-    z = normal(example_keys(jax.random.key(2), wanted), f.latents.shape)
-    np.testing.assert_allclose(f.decode(state, {}, wanted, z, None), drawn, atol=1e-6)
+    z = normal(example_keys(jax.random.key(2), given), f.latents.shape)
+    np.testing.assert_allclose(f.decode(state, {}, given, z, None), drawn, atol=1e-6)
     x = {'image': jnp.broadcast_to(batch['image'][:1], (3, 8, 8, 1)), 'label': jnp.arange(3)}
     values = f.evaluate(state, {}, x, jax.random.key(3))['discriminator']
     assert np.ptp(values) > 1e-6, 'the discriminator does not look at the class'
@@ -645,25 +646,30 @@ def test_evaluate_scores_with_the_discriminator():
 
 
 WRONG = [
-    *({name: 0} for name in ('discriminator_steps', 'latent', 'r1_every', 'width')),
-    *({name: -1.0} for name in ('penalty', 'weight_clip', 'r1', 'truncation')),
-    *({name: 'none'} for name in ('game', 'network', 'pooling', 'conditional')),
-    *({name: ('none',)} for name in ('spectral', 'augmentation')),
-    {'multipliers': (1,) * 5},
-    {'multipliers': (1,)},
-    {'attention': (16,)},
-    {'conditional': 'concat'},
-    {'network': 'biggan', 'latent': 7},
-    {'network': 'dcgan', 'multipliers': (1,)},
-    {'halvings': 9},
+    *(({name: 0}, f'{name} must be 1 or more') for name in ('discriminator_steps', 'latent', 'r1_every')),
+    *(({name: -1.0}, f'{name} must be 0 or more') for name in ('penalty', 'weight_clip', 'r1', 'truncation')),
+    *(({name: 'none'}, f'{name} must be one of') for name in ('adversarial', 'conditional')),
+    *(({name: ('none',)}, f'{name} must be one of') for name in ('spectral', 'augmentation')),
+    ({'network': 'none'}, 'network.name must be one of'),
+    ({'network': {'width': 0}}, 'network.width must be 1 or more'),
+    ({'network': {'pooling': 'none'}}, 'network.pooling must be one of'),
+    ({'network': {'multipliers': (1,) * 5}}, 'multiple of 16 for config.model.network.multipliers'),
+    ({'network': {'multipliers': (1,)}}, 'network.multipliers must be two numbers or more'),
+    ({'network': {'attention': (16,)}}, 'network.attention: heights must be even'),
+    ({'network': {'halvings': 9}}, 'too few for halvings = 9'),
+    ({'network': {'hidden': (3,)}}, 'network.hidden: no such field'),
+    ({'network': {'name': 'biggan'}, 'latent': 7}, 'config.model.latent = 7 must be a multiple'),
+    ({'network': {'name': 'dcgan', 'multipliers': (1,)}}, 'set config.model.network.discriminator_norm = False'),
+    ({'network': {'name': 'dcgan', 'multipliers': ()}}, 'network.multipliers must be one number or more'),
+    ({'conditional': 'concat'}, 'config.model.conditional needs labels'),
 ]
 
 
-@pytest.mark.parametrize('model', WRONG, ids=str)
-def test_says_what_is_wrong(model, no_compile):
-    with pytest.raises(UserError, match=r'config\.') as error:
+@pytest.mark.parametrize('model, message', WRONG, ids=[str(model) for model, _ in WRONG])
+def test_mistakes_are_one_line(model, message, no_compile):
+    with pytest.raises(UserError) as error:
         family(**model)
-    assert '\n' not in str(error.value)
+    assert message in str(error.value) and '\n' not in str(error.value)
 
 
 def test_says_that_the_batch_does_not_fit(no_compile):

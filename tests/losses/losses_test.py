@@ -211,18 +211,18 @@ def test_gradient_norm_against_finite_differences():
 
 
 def test_gradient_penalty_points_lie_between_each_pair():
-    # The slope of |x|^2 / 2 at x is |x|: it gives away where each point was taken.
+    # The slope of |x|^2 / 2 at x is |x|, and so each point's position.
     real = jnp.zeros((256, 2, 2, 1))
     fake = jnp.full((256, 2, 2, 1), 5.0)  # at distance 10
 
     def critic(x):
         return 0.5 * (x**2).sum((1, 2, 3))
 
-    share = np.sqrt(adversarial.gradient_penalty(critic, real, fake, jax.random.key(0), True)) + 1  # |x| above 1
-    share = share[share > 1.0] / 10
-    assert len(np.unique(share)) > 200, 'each pair has its own point'
-    assert share.max() <= 1 and share.max() > 0.95
-    assert abs(np.median(share) - 0.55) < 0.1, 'uniform on (0.1, 1) once the shares below 0.1 are left out'
+    fraction = np.sqrt(adversarial.gradient_penalty(critic, real, fake, jax.random.key(0), True)) + 1  # |x| above 1
+    fraction = fraction[fraction > 1.0] / 10
+    assert len(np.unique(fraction)) > 200, 'each pair has its own point'
+    assert fraction.max() <= 1 and fraction.max() > 0.95
+    assert abs(np.median(fraction) - 0.55) < 0.1, 'uniform on (0.1, 1) once the fractions below 0.1 are left out'
 
 
 def test_gradient_penalty_of_a_flat_critic_is_finite():
@@ -252,23 +252,23 @@ def test_games_against_their_formulas():
         'least_squares': (((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2, ((fake - 1) ** 2).mean() / 2),
     }
     assert set(want) == set(adversarial.ADVERSARIAL_LOSSES)
-    for game, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
+    for name, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
             a, b = jnp.asarray(real, dtype), jnp.asarray(fake, dtype)
             got = discriminator_loss(a, b), generator_loss(b)
             assert all(value.dtype == jnp.float32 and value.shape == () for value in got)
-            np.testing.assert_allclose(got, want[game], rtol=tolerance, atol=tolerance, err_msg=game)
+            np.testing.assert_allclose(got, want[name], rtol=tolerance, atol=tolerance, err_msg=name)
         # Of patches it is the mean over all.
-        np.testing.assert_allclose(generator_loss(jnp.asarray(fake).reshape(5, 3, 2)), want[game][1], rtol=1e-5)
+        np.testing.assert_allclose(generator_loss(jnp.asarray(fake).reshape(5, 3, 2)), want[name][1], rtol=1e-5)
 
 
 def test_games_are_finite_with_slopes_at_large_logits():
-    for game, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
+    for name, (discriminator_loss, generator_loss) in adversarial.ADVERSARIAL_LOSSES.items():
         for size in (-100.0, 100.0):
             x = jnp.full(3, size)
             slopes = (*jax.grad(discriminator_loss, (0, 1))(x, x), jax.grad(generator_loss)(x))
-            assert all(np.isfinite(s).all() for s in slopes), game
-    # What the minimax game is known for: a generator that is found out feels nothing, in the other one much.
+            assert all(np.isfinite(s).all() for s in slopes), name
+    # The minimax loss saturates where the discriminator recognises samples; the non-saturating one does not.
     surely_fake = jnp.full(1, -20.0)
     assert abs(float(jax.grad(adversarial.minimax_generator)(surely_fake)[0])) < 1e-6
     assert abs(float(jax.grad(adversarial.non_saturating_generator)(surely_fake)[0]) + 1) < 1e-6
