@@ -2,8 +2,8 @@
 
     python -m jaxgen.main --config=configs/stylegan2_ffhq1024.py --config.data.source=folder:FFHQ
 
-The pictures are for a person to fetch (https://github.com/NVlabs/ffhq-dataset). The paper has no augmentation but
-mirroring, and trains on 25 million pictures. Its truncated samples are of psi = 0.5 or so: --config.model.truncation.
+The images are for a person to fetch (https://github.com/NVlabs/ffhq-dataset). The paper has no augmentation but
+mirroring, and trains on 25 million images. Its truncated samples are of psi = 0.5 or so: --config.model.truncation.
 
 Time: not measured
 Paper: FID 2.84, perceptual path length 145.0, precision 0.689, recall 0.492 (Karras et al. 2020)

@@ -2,14 +2,14 @@
 
     python -m jaxgen.main --config=configs/stylegan2_ffhq256.py:paper256 --config.data.source=folder:FFHQ
 
-Without a variant it is the network of 1024x1024 pixels without its last levels, 30.0 and 28.9 million weights;
-`paper256`, what the paper trains at this size, has half the channels in the levels above 32x32, 24.8 and 24.0 million;
-`auto`, the code's default for one GPU, has a mapping network of two layers besides, 23.2 million. With a few thousand
-pictures of one's own take `auto`, and folder:PATH. The pictures of FFHQ are for a person to fetch
+Without a variant it is the network of 1024x1024 pixels without its last resolution levels, 30.0 and 28.9 million
+weights; `paper256`, what the paper trains at this size, has half the channels in those above 32x32, 24.8 and 24.0
+million; `auto`, the code's default for one GPU, has a mapping network of two layers besides, 23.2 million. With a few
+thousand images of one's own take `auto`, and folder:PATH. The images of FFHQ are for a person to fetch
 (https://github.com/NVlabs/ffhq-dataset).
 
 Time: not measured
-Paper: no figure that we could check
+Paper: no metric that we could check
 Ours: not measured
 """
 

@@ -20,9 +20,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxgen.networks.convolution import convolve
 from jaxgen.networks.layers import normalised, smooth, upsample_smooth
@@ -67,6 +69,7 @@ def modulated(x: Array, kernel: Array, style: Array, *, demodulate: bool = True,
     Returns:
       [n, H, W, O] or [n, 2H, 2W, O].
     """
+    chex.assert_shape(style, (len(x), x.shape[-1]))
     y = x * style[:, None, None, :].astype(x.dtype)
     if up:
         y = convolve(y, kernel.astype(x.dtype), (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2))  # [n, 2H + 1, 2W + 1, O]
@@ -80,7 +83,7 @@ def modulated(x: Array, kernel: Array, style: Array, *, demodulate: bool = True,
 
 
 def minibatch_deviation(x: Array, group: int) -> Array:
-    """How much images of a group differ: their standard deviation, mean over positions and channels, float32 [n].
+    """Standard deviation over the images of a group, mean over positions and channels, float32 [n].
 
     Karras et al. 2018 (arXiv 1710.10196, section 3); groups as in StyleGAN2, here of neighbours in the batch.
 
@@ -90,7 +93,7 @@ def minibatch_deviation(x: Array, group: int) -> Array:
     """
     n = len(x)
     size = max(g for g in range(1, min(group, n) + 1) if n % g == 0)
-    y = x.astype(jnp.float32).reshape(n // size, size, *x.shape[1:])
+    y = rearrange(x.astype(jnp.float32), '(g m) h w c -> g m h w c', m=size)
     deviation = jnp.sqrt(y.var(1) + EPS).mean((1, 2, 3))  # [n / size]
     return jnp.repeat(deviation, size)
 
@@ -136,7 +139,7 @@ class Conv(nn.Module):
         if self.down and self.kernel == 1:
             x = convolve(smooth(x, 1, 2), kernel, (1, 1), 'VALID')
         elif self.down:
-            # The filter looks at as much outside the image as the convolution then wants to see.
+            # The filter is padded by as much as the convolution's receptive field extends beyond the image.
             x = convolve(smooth(x, 1 + self.kernel // 2, 1), kernel, (2, 2), 'VALID')
         else:
             x = convolve(x, kernel, (1, 1), 'SAME')
@@ -158,11 +161,11 @@ class Mapping(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array | None, label: Array | None = None) -> Array:
-        given = [] if z is None else [normalised(z)]
+        inputs = [] if z is None else [normalised(z)]
         if self.classes:
             embedding = Dense(self.width, name='embedding')(jax.nn.one_hot(label, self.classes))
-            given.append(normalised(embedding))
-        w = jnp.concatenate(given, -1)
+            inputs.append(normalised(embedding))
+        w = jnp.concatenate(inputs, -1)
         for i in range(self.layers):
             w = leaky(Dense(self.width, rate=MAPPING_RATE, name=f'layer{i}')(w))
         return w
@@ -270,12 +273,12 @@ class Generator(nn.Module):
     def __call__(self, z: Array, label: Array | None = None) -> Array:
         """Images without noise; for init."""
         w = jnp.repeat(self.map(z, label)[:, None], styles(self.size), 1)
-        return self.paint(w, [jnp.zeros((1, s, s, 1)) for s in noise_sizes(self.size)])
+        return self.synthesise(w, [jnp.zeros((1, s, s, 1)) for s in noise_sizes(self.size)])
 
     def map(self, z: Array, label: Array | None = None) -> Array:
         return self.mapping(z, label)
 
-    def paint(self, w: Array, noise: Sequence[Array]) -> Array:
+    def synthesise(self, w: Array, noise: Sequence[Array]) -> Array:
         return self.synthesis(w, noise)
 
 
@@ -294,13 +297,13 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [n, H, W, C] -> values float32 [n], and the deviations [n] of the groups that they were seen in.
+    """Images [n, H, W, C] -> values float32 [n], and the deviations [n] of their groups.
 
-    With classes it has a mapping network of its own, and the value is the product with what that makes of the class
+    With classes it has a mapping network of its own, and the value is the product with its embedding of the class
     (Miyato & Koyama 2018, arXiv 1802.05637).
 
     Attributes:
-      group: images whose deviation is looked at together, see minibatch_deviation.
+      group: images of the minibatch standard deviation, see minibatch_deviation.
     """
 
     channel_base: int
@@ -313,7 +316,7 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, label: Array | None = None, deviation: Array | None = None) -> tuple[Array, Array]:
-        """deviation: taken in place of those of the groups, [n]; an image's value is then its own affair."""
+        """deviation: taken in place of those of the groups, [n]; an image's value then depends on no other image."""
         block = nn.remat(DiscriminatorBlock) if self.remat else DiscriminatorBlock
         widths = {s: min(self.channel_base // s, self.channel_max) for s in sizes(x.shape[1])}
         x = leaky(Conv(widths[x.shape[1]], 1, dtype=self.dtype, name='first')(x))
@@ -324,8 +327,9 @@ class Discriminator(nn.Module):
         x = x.astype(jnp.float32)
         if deviation is None:
             deviation = minibatch_deviation(x, self.group)
-        beside = jnp.broadcast_to(deviation[:, None, None, None], (*x.shape[:3], 1))
-        x = leaky(Conv(widths[4], name='conv')(jnp.concatenate([x, beside], -1)))
+        chex.assert_shape(deviation, (len(x),))
+        plane = jnp.broadcast_to(deviation[:, None, None, None], (*x.shape[:3], 1))
+        x = leaky(Conv(widths[4], name='conv')(jnp.concatenate([x, plane], -1)))
         x = leaky(Dense(widths[4], name='dense')(x.reshape(len(x), -1)))
         if not self.classes:
             return Dense(1, name='value')(x)[:, 0], deviation
