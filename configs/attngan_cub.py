@@ -2,9 +2,9 @@
 
     python -m jaxgen.main --config=configs/attngan_cub.py
 
-No TFDS set has these birds with their captions; the drawn scenes stand in for them, and the size is what is here to be
-seen. The published image encoder is Inception; this one is smaller. Words share 5,450 numbers by their hashes, where
-each of the published ones has its own.
+No TFDS set has these birds with their captions; the drawn scenes stand in for them, to show the size. The published
+image encoder is Inception; this one is smaller. Words have 5,450 numbers by their hashes, where each of the published
+ones has its own.
 
 Differs: the release trains text and image encoder first, in batches of 48, on images at 299 pixels, and lets their
 learning rate fall by epoch; here they learn beside the generator. Images are enlarged by 19 % and cut out anywhere, as

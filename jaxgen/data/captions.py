@@ -1,4 +1,4 @@
-"""Captions that a person gives: what may stand in them."""
+"""Captions as conditions on the command line: their words, and checks of them."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def check(text: str, room: int, most: int, data) -> np.ndarray:
       UserError: it is empty, too long, or has a word that no training caption has.
     """
     encoded = text.encode(errors='replace')  # bytes of the command line that are no UTF-8
-    found = words(encoded)
-    if not found:
+    read = words(encoded)
+    if not read:
         raise UserError("write --condition=caption='some words'; it has none")
     if len(encoded) > room:
         raise UserError(f'condition caption: {len(encoded)} bytes are more than the {room} that captions have here')
-    if most and len(found) > most:
-        raise UserError(f'condition caption: {len(found)} words are more than the {most} that this model reads')
+    if most and len(read) > most:
+        raise UserError(f'condition caption: {len(read)} words are more than the {most} that this model reads')
     vocabulary = {word.decode() for word in known(data)}
-    for word in (w.decode() for w in found):
+    for word in (w.decode() for w in read):
         if word not in vocabulary:
             close = difflib.get_close_matches(word, vocabulary, n=3, cutoff=0.6)
             some = ', '.join(sorted(vocabulary)[:20]) + (', ...' if len(vocabulary) > 20 else '')

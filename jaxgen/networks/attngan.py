@@ -3,7 +3,7 @@ attention to words.
 
     generator      z, a sentence and words -> images of every stage, each twice as large as that before
     discriminator  an image of one stage -> values with and without its caption
-    image encoder  an image of the last stage -> features of its regions and of all of it, in the space of the text's
+    image encoder  an image of the last stage -> features of its regions and of the whole, in the space of the text's
 
 Kernels start orthogonal, as in the published code; gains of norms start at 1, there by N(1, 0.02^2). Convolutions
 before a norm have no bias.
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxgen.losses.matching import LOW
-from jaxgen.networks.gan import ProjectionHead, beside
+from jaxgen.networks.gan import ProjectionHead, concat_condition
 from jaxgen.networks.layers import BatchNorm, Conv, Dense, GroupNorm, upsample_nearest
 
 Array = jax.Array
@@ -50,7 +52,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two blocks, the second without a gate, beside what came in: [n, H, W, C] to the same."""
+    """Two blocks, the second without a gate, and the identity: [n, H, W, C] to the same."""
 
     train: bool = False
     dtype: Any = jnp.float32
@@ -62,19 +64,20 @@ class Residual(nn.Module):
 
 
 class WordAttention(nn.Module):
-    """What every place of a map [n, H, W, C] finds in words [n, T, d]: their sum with weights that fit it, [n, H, W, C]
-    (section 3.1). Logits are not scaled.
+    """Word context of every position of a map [n, H, W, C]: the sum of words [n, T, d] with the position's attention
+    weights, [n, H, W, C] (section 3.1). Logits are not scaled.
 
-    there: bool [n, T], where there is a word.
+    mask: bool [n, T], true where there is a word.
     """
 
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, words: Array, there: Array) -> Array:
+    def __call__(self, x: Array, words: Array, mask: Array) -> Array:
+        chex.assert_shape(words, (len(x), *mask.shape[1:], None))
         e = Dense(x.shape[-1], bias=False, init=INIT, dtype=self.dtype, name='words')(words)
         logits = jnp.einsum('nhwc,ntc->nhwt', x, e).astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(there[:, None, None], logits, LOW))
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, LOW))
         return jnp.einsum('nhwt,ntc->nhwc', weights.astype(self.dtype), e)
 
 
@@ -91,7 +94,7 @@ class Augmented(nn.Module):
 
 
 class Generator(nn.Module):
-    """z [n, latent], noise [n, condition], sentence [n, d], words [n, T, d], there bool [n, T] -> images float32
+    """z [n, latent], noise [n, condition], sentence [n, d], words [n, T, d], mask bool [n, T] -> images float32
     [n, h, w, channels] in (-1, 1), a tuple from the smallest on, and mean and log variance of the condition.
 
     Attributes:
@@ -101,7 +104,7 @@ class Generator(nn.Module):
       width: channels of the maps that become images; the first map has 2^doublings as many.
       condition: dimensions of the augmented condition.
       blocks: residual blocks of every stage but the first.
-      attention: a stage is told the words, place by place; else the condition, all over.
+      attention: stages are conditioned on the words, position by position; else on the condition, the same everywhere.
     """
 
     image: tuple[int, int, int]
@@ -115,7 +118,7 @@ class Generator(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z, noise, sentence, words, there, train: bool = False):
+    def __call__(self, z, noise, sentence, words, mask, train: bool = False):
         common = dict(train=train, dtype=self.dtype)
         block, residual = (nn.remat(b) if self.remat else b for b in (Block, Residual))
         levels = self.doublings + self.stages - 1
@@ -123,27 +126,31 @@ class Generator(nn.Module):
         mean, log_variance = Augmented(self.condition, name='condition')(sentence)
         c = mean + jnp.exp(0.5 * log_variance) * noise
 
-        def paint(x, i):
+        def to_image(x, i):
             x = Conv(channels, bias=False, init=INIT, dtype=self.dtype, name=f'image{i}')(x)
             return jnp.tanh(x.astype(jnp.float32))
 
         features = self.width * 2**self.doublings
-        x = Dense(2 * height * columns * features, bias=False, init=INIT, dtype=self.dtype, name='first')(beside(c, z))
+        x = Dense(2 * height * columns * features, bias=False, init=INIT, dtype=self.dtype, name='first')(
+            concat_condition(c, z)
+        )
         x = BatchNorm(**common, name='first_norm')(x)
         x = nn.glu(x.reshape(-1, height, columns, 2 * features))
         for i in range(self.doublings):
             x = block(self.width * 2 ** (self.doublings - 1 - i), double=True, **common, name=f'up{i}')(x)
-        images = [paint(x, 0)]
+        images = [to_image(x, 0)]
         for i in range(1, self.stages):
             if self.attention:
-                told = WordAttention(self.dtype, name=f'attention{i}')(x, words, there)
-                x = jnp.concatenate([x, told], -1)
+                context = WordAttention(self.dtype, name=f'attention{i}')(x, words, mask)
+                x = jnp.concatenate([x, context], -1)
             else:
-                x = beside(x, Dense(x.shape[-1], bias=False, init=INIT, dtype=self.dtype, name=f'told{i}')(c))
+                # Named so in saved weights.
+                projected = Dense(x.shape[-1], bias=False, init=INIT, dtype=self.dtype, name=f'told{i}')(c)
+                x = concat_condition(x, projected)
             for j in range(self.blocks):
                 x = residual(**common, name=f'stage{i}_residual{j}')(x)
             x = block(self.width, double=True, **common, name=f'stage{i}_up')(x)
-            images.append(paint(x, i))
+            images.append(to_image(x, i))
         return tuple(images), mean, log_variance
 
 
@@ -156,7 +163,7 @@ class Discriminator(nn.Module):
     Attributes:
       width: channels of the first map; doubled with every halving.
       halvings: of the image.
-      first: halvings of the smallest stage's: what they leave as channels, all stages judge by.
+      first: halvings of the smallest stage's, whose last channels all stages are narrowed to.
       norm: batch normalisation after all convolutions but the first.
     """
 
@@ -184,16 +191,16 @@ class Discriminator(nn.Module):
         values = ProjectionHead(kernel_init=INIT, name='value')(x.reshape(n, -1))
         joint = Conv(features, **rest, name='joint')
         norm = normed('joint_norm')
-        verdict = ProjectionHead(kernel_init=INIT, name='told_value')
-        told = [verdict(nn.leaky_relu(norm(joint(beside(x, s))), 0.2).reshape(n, -1)) for s in sentences]
-        return values, told
+        head = ProjectionHead(kernel_init=INIT, name='told_value')  # named so in saved weights
+        conditional = [head(nn.leaky_relu(norm(joint(concat_condition(x, s))), 0.2).reshape(n, -1)) for s in sentences]
+        return values, conditional
 
 
 class ImageEncoder(nn.Module):
     """Images [n, H, W, C] -> features of regions [n, r, features] and of the whole [n, features], float32.
 
     The published one is Inception; this is a plain network that halves the image, without statistics of the batch.
-    Regions are the places of its last map but one.
+    Regions are the positions of its last map but one.
 
     Attributes:
       width: channels of the first map, doubled with every halving, up to 8 times as many.
@@ -213,6 +220,6 @@ class ImageEncoder(nn.Module):
             padding = ((1, 1), (1, 1))
             x = Conv(features, stride=1 + (i > 0), padding=padding, dtype=self.dtype, name=f'conv{i}')(x)
             x = nn.silu(GroupNorm(dtype=self.dtype, name=f'norm{i}')(x))
-        regions = regions.reshape(len(x), -1, regions.shape[-1]).astype(jnp.float32)
+        regions = rearrange(regions, 'n h w c -> n (h w) c').astype(jnp.float32)
         whole = x.reshape(len(x), -1).astype(jnp.float32)
         return Dense(self.features, name='regions')(regions), Dense(self.features, name='whole')(whole)

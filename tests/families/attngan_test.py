@@ -25,7 +25,7 @@ from jaxgen.optim import make_optim
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 N, T, D = 3, 5, 4  # examples, words, features
-THERE = np.arange(T) < np.array([[T], [3], [1]])
+MASK = np.arange(T) < np.array([[T], [3], [1]])
 
 
 def randomised(tree, seed: int = 1):
@@ -53,24 +53,24 @@ def number(word: bytes, numbers: int) -> int:
 
 def test_words_have_numbers():
     texts = ('a Small red heart', ' a_b,  c3; Über-große (x)', '', 'one two three four five six seven', 'x' * 64)
-    found = word_numbers(encoded(*texts), 6, 1000)
-    for row, text in zip(found, texts, strict=True):
+    rows = word_numbers(encoded(*texts), 6, 1000)
+    for row, text in zip(rows, texts, strict=True):
         expected = [number(w, 1000) for w in captions.words(text.encode())][:6]
         assert row.tolist() == expected + [0] * (6 - len(expected))
     assert captions.words(texts[1].encode()) == [b'a_b', b'c3', 'Über'.encode(), 'große'.encode(), b'x']
 
 
-def test_words_of_the_scenes_share_no_number():
+def test_words_of_the_scenes_do_not_collide():
     numbers = configs.load(path('attngan_shapes', '')).model.words
     words = {*shapes.SHAPES, *shapes.COLOURS, *shapes.SIZES, *shapes.BACKGROUNDS, 'a', 'an', 'on', 'background'}
-    found = word_numbers(encoded(*sorted(words)), 1, numbers)
-    assert len(set(found[:, 0].tolist())) == len(words)
+    hashed = word_numbers(encoded(*sorted(words)), 1, numbers)
+    assert len(set(hashed[:, 0].tolist())) == len(words)
 
 
 def test_text_encoder_equals_torch():
     torch = pytest.importorskip('torch')
     network = TextEncoder(20, 6, D)
-    words = jnp.asarray(np.where(THERE, np.arange(N * T).reshape(N, T) + 1, 0))
+    words = jnp.asarray(np.where(MASK, np.arange(N * T).reshape(N, T) + 1, 0))
     params = randomised(jax.eval_shape(network.init, jax.random.key(0), words))['params']
     lstm = torch.nn.LSTM(6, D // 2, bidirectional=True, batch_first=True)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_text_encoder_equals_torch():
             for kind, value in weights.items():
                 getattr(lstm, f'{kind}_l0{suffix}').copy_(torch.tensor(np.asarray(value)))
         x = torch.tensor(np.asarray(params['embedding'])[words])
-        packed = torch.nn.utils.rnn.pack_padded_sequence(x, THERE.sum(1), batch_first=True)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, MASK.sum(1), batch_first=True)
         states, (last, _) = lstm(packed)
         states = torch.nn.utils.rnn.pad_packed_sequence(states, batch_first=True)[0]
     of_words, sentence = network.apply({'params': params}, words)
@@ -126,7 +126,7 @@ def test_generator_equals_torch(attention):
     torch = pytest.importorskip('torch')
     network = networks.Generator((16, 8, 1), 2, 2, 4, D, 1, attention)
     z, noise, sentence, words = normal(N, 6), normal(N, D, seed=1), normal(N, D, seed=2), normal(N, T, D, seed=3)
-    arguments = (z, noise, sentence, words, THERE)
+    arguments = (z, noise, sentence, words, MASK)
     params = randomised(jax.eval_shape(functools.partial(network.init, train=True), jax.random.key(0), *arguments))
     (images, mean, log_variance), _ = network.apply(
         {'params': params['params']}, *arguments, train=True, mutable=['batch_stats']
@@ -140,23 +140,23 @@ def test_generator_equals_torch(attention):
     x = torch.nn.functional.glu(x.reshape(N, 2, 1, 32).permute(0, 3, 1, 2), 1)
     for i in range(2):
         x = t[f'up{i}'].block(x, double=True)
-    painted = [torch.tanh(t['image0'].conv(x, padding=1))]
+    reference_images = [torch.tanh(t['image0'].conv(x, padding=1))]
     if attention:
         e = t['attention1']['words'].linear(torch.tensor(words))
-        told = torch.zeros_like(x)
-        for n in range(N):  # every pixel by itself, over the words that are there
+        context = torch.zeros_like(x)
+        for n in range(N):  # every pixel by itself, over the words that there are
             for i in range(x.shape[2]):
                 for j in range(x.shape[3]):
-                    there = e[n][torch.tensor(THERE[n])]
-                    told[n, :, i, j] = torch.softmax(there @ x[n, :, i, j], 0) @ there
+                    present = e[n][torch.tensor(MASK[n])]
+                    context[n, :, i, j] = torch.softmax(present @ x[n, :, i, j], 0) @ present
     else:
-        told = t['told1'].linear(c)[:, :, None, None].expand(-1, -1, *x.shape[2:])
-    x = torch.cat([x, told], 1)
+        context = t['told1'].linear(c)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+    x = torch.cat([x, context], 1)
     r = t['stage1_residual0']
     x = x + r['block2'].block(r['block1'].block(x), gated=False)
-    painted.append(torch.tanh(t['image1'].conv(t['stage1_up'].block(x, double=True), padding=1)))
+    reference_images.append(torch.tanh(t['image1'].conv(t['stage1_up'].block(x, double=True), padding=1)))
     assert [image.shape for image in images] == [(N, 8, 4, 1), (N, 16, 8, 1)]
-    for image, reference in zip(images, painted, strict=True):
+    for image, reference in zip(images, reference_images, strict=True):
         np.testing.assert_allclose(image, reference.permute(0, 2, 3, 1), atol=2e-5)
 
 
@@ -166,7 +166,7 @@ def test_discriminator_equals_torch(norm):
     network = networks.Discriminator(4, 3, 2, norm)
     x, sentences = normal(N, 16, 16, 3), [normal(N, D), normal(N, D, seed=1)]
     params = randomised(jax.eval_shape(network.init, jax.random.key(0), x, sentences))['params']
-    (alone, told), _ = network.apply({'params': params}, x, sentences, mutable=['batch_stats'])
+    (alone, conditional), _ = network.apply({'params': params}, x, sentences, mutable=['batch_stats'])
     t, F = Torch(params), torch.nn.functional
 
     def normed(x, name):
@@ -184,27 +184,27 @@ def test_discriminator_equals_torch(norm):
         return t[name]['value'].linear(h.permute(0, 2, 3, 1).reshape(N, -1))[:, 0]
 
     np.testing.assert_allclose(alone, value(h, 'value'), rtol=1e-3, atol=1e-4)
-    for found, s in zip(told, sentences, strict=True):
+    for got, s in zip(conditional, sentences, strict=True):
         joint = torch.cat([h, torch.tensor(s)[:, :, None, None].expand(-1, -1, 2, 2)], 1)
         joint = F.leaky_relu(normed(t['joint'].conv(joint, padding=1), 'joint_norm'), 0.2)
-        np.testing.assert_allclose(found, value(joint, 'told_value'), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(got, value(joint, 'told_value'), rtol=1e-3, atol=1e-4)
 
 
 # --- losses
 
 
 def test_word_similarity_is_that_of_the_paper():
-    regions, words, (attend, gather) = normal(2, 7, D), normal(N, T, D, seed=1), (3.0, 2.0)
+    regions, words, (gamma1, gamma2) = normal(2, 7, D), normal(N, T, D, seed=1), (3.0, 2.0)
     expected = np.zeros((2, N))
     for n in range(2):
         for m in range(N):
-            e, v = words[m][THERE[m]].astype(np.float64), regions[n].astype(np.float64)
+            e, v = words[m][MASK[m]].astype(np.float64), regions[n].astype(np.float64)
             s = np.exp(e @ v.T)
-            alpha = np.exp(attend * s / s.sum(0))
+            alpha = np.exp(gamma1 * s / s.sum(0))
             c = alpha / alpha.sum(1, keepdims=True) @ v
             cosines = (c * e).sum(1) / np.linalg.norm(c, axis=1) / np.linalg.norm(e, axis=1)
-            expected[n, m] = np.log(np.exp(gather * cosines).sum())
-    np.testing.assert_allclose(word_similarity(regions, words, THERE, attend, gather), expected, rtol=1e-4)
+            expected[n, m] = np.log(np.exp(gamma2 * cosines).sum())
+    np.testing.assert_allclose(word_similarity(regions, words, MASK, gamma1, gamma2), expected, rtol=1e-4)
 
 
 def test_matching_loss_is_cross_entropy_both_ways():
@@ -217,7 +217,7 @@ def test_matching_loss_is_cross_entropy_both_ways():
     right = torch.arange(N)
     expected = sum(torch.nn.functional.cross_entropy(x, right) for x in (logits, logits.T))
     np.testing.assert_allclose(matching_loss(similarity, np.eye(N, dtype=bool), same), expected, rtol=1e-4)
-    # Two pictures among three captions, the last two of which are theirs.
+    # Two images among three captions, the last two of which are theirs.
     own = np.eye(N, dtype=bool)[1:]
     logits = torch.tensor(10 * similarity[1:])
     expected = torch.nn.functional.cross_entropy(logits, right[1:]) + torch.nn.functional.cross_entropy(
@@ -257,8 +257,8 @@ def updated(swap: bool = True):
 
 def features(weights, numbers):
     """Of words and of the sentence, with a mean square of 1 where there is a word."""
-    found = TextEncoder(50, 3, 4).apply({'params': weights}, numbers)
-    return tuple(x / np.maximum(np.sqrt(np.square(x).mean(-1, keepdims=True)), 1e-9) for x in found)
+    pair = TextEncoder(50, 3, 4).apply({'params': weights}, numbers)
+    return tuple(x / np.maximum(np.sqrt(np.square(x).mean(-1, keepdims=True)), 1e-9) for x in pair)
 
 
 @pytest.mark.parametrize('swap', [True, False])
@@ -271,38 +271,38 @@ def test_the_losses_of_an_update(swap):
     words, sentence = text(numbers)
     order = np.asarray(jax.random.uniform(wrong_rng, numbers.shape))
     changed = np.array(numbers)
-    for i in range(n):  # at one of the places where the caption before has another word, that word
+    for i in range(n):  # at one of the positions where the caption before has another word, that word
         own, other = numbers[i], numbers[i - 1]
-        places = [k for k in range(8) if own[k] != other[k] and min(own[k], other[k]) > 0]
-        place = max(places, key=lambda k, i=i: order[i, k], default=0)
-        changed[i, place] = other[place]
+        positions = [k for k in range(8) if own[k] != other[k] and min(own[k], other[k]) > 0]
+        position = max(positions, key=lambda k, i=i: order[i, k], default=0)
+        changed[i, position] = other[position]
     changed = changed if swap else np.roll(numbers, 1, 0)
-    # Of 50 numbers, two words share one.
+    # Of 50 numbers, two words have the same one.
     assert (changed != numbers).sum(1).tolist() == ([0, 1, 1, 1] if swap else [0, 6, 8, 4])
     _, other = text(jnp.asarray(changed))
     z, noise = jax.random.normal(z_rng, (n, 3)), jax.random.normal(noise_rng, (n, 3))
     generator = networks.Generator((8, 8, 3), 2, 1, 2, 3, 1)
     apply = jax.jit(functools.partial(generator.apply, train=True, mutable=['batch_stats']))
-    (made, *_), _ = apply({'params': p['generator']}, z, noise, sentence, words, numbers > 0)
+    (samples, *_), _ = apply({'params': p['generator']}, z, noise, sentence, words, numbers > 0)
     real = {4: b['image'].reshape(n, 4, 2, 4, 2, 3).mean((2, 4)), 8: b['image']}
     for i, (side, x) in enumerate(real.items()):
-        judge = jax.jit(networks.Discriminator(2, 1 + i, 1, False).apply)
+        discriminate = jax.jit(networks.Discriminator(2, 1 + i, 1, False).apply)
         variables = {'params': p[f'discriminator{side}']}
 
-        def f(x, judge=judge, variables=variables):
-            alone, (told,) = judge(variables, x, [sentence])
-            return alone, told
+        def f(x, discriminate=discriminate, variables=variables):
+            alone, (conditional,) = discriminate(variables, x, [sentence])
+            return alone, conditional
 
-        _, (wrong,) = judge(variables, x, [other])
+        _, (wrong,) = discriminate(variables, x, [other])
         a, bad = (lambda v: -jax.nn.log_sigmoid(v).mean(), lambda v: -jax.nn.log_sigmoid(-v).sum() / n)
-        expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(made[i]))) + bad(wrong[1:])) / 3  # the first is right
+        expected = sum(map(a, f(x))) / 2 + (sum(map(bad, f(samples[i]))) + bad(wrong[1:])) / 3  # the first is right
         slope = jax.grad(lambda x, f=f: sum(v.sum() for v in f(x)))(x)
         expected += 0.5 * 0.5 * jnp.square(slope).sum((1, 2, 3)).mean()
         np.testing.assert_allclose(logs[f'discriminator{side}_loss'], expected, rtol=1e-4)
     assert float(logs['generator_loss']) == pytest.approx(
-        float(logs['deceit'] + logs['kl'] + 5 * logs['mismatch']), rel=1e-4
+        float(logs['adversarial'] + logs['kl'] + 5 * logs['damsm']), rel=1e-4
     )
-    # The mismatch of the data: each picture has its caption among all four and, with swap, four wrong ones.
+    # DAMSM of the data: each image has its caption among all four and, with swap, four wrong ones.
     regions, whole = networks.ImageEncoder(4, 2, 4).apply({'params': p['encoder']}, b['image'])
     text = functools.partial(features, p['text'])
     all_numbers = np.concatenate([numbers, changed])[: 8 if swap else 4]
@@ -316,7 +316,7 @@ def test_the_losses_of_an_update(swap):
     np.testing.assert_allclose(logs['matching_loss'], expected, rtol=1e-4)
 
 
-def test_samples_end_the_stages_and_evaluate_looks_at_them():
+def test_samples_are_the_last_stage_and_evaluate_matches_them():
     f, _, state, _ = updated()
     b, key = batch(), jax.random.key(1)
     x, stages = jax.jit(f.sample)(state, {}, b, key), jax.jit(f.trajectory)(state, {}, b, key)['stages']
@@ -328,19 +328,19 @@ def test_samples_end_the_stages_and_evaluate_looks_at_them():
     z = randomness.normal(randomness.example_keys(jax.random.split(key)[0], b), f.latents.shape)
     for family, same in ((f, False), (build(kl=0.0), True)):  # with kl = 0 the condition is not drawn
         decode, other = jax.jit(family.decode), jax.random.key(2)
-        shown = decode(state, {}, z, key, b)
-        assert (np.abs(shown - decode(state, {}, z, other, b)).max() < 1e-6) == same
-        assert (np.abs(shown - x).max() < 1e-5) != same
-    figures = f.evaluate(state, {}, b, key)
+        decoded = decode(state, {}, b, z, key)
+        assert (np.abs(decoded - decode(state, {}, b, z, other)).max() < 1e-6) == same
+        assert (np.abs(decoded - x).max() < 1e-5) != same
+    metrics = f.evaluate(state, {}, b, key)
     again = f.evaluate(state, {}, {**b, 'image': x}, key)
-    np.testing.assert_allclose(again['match/image'], figures['match/sample'], atol=1e-5)
+    np.testing.assert_allclose(again['match/image'], metrics['match/sample'], atol=1e-5)
 
 
 @pytest.mark.parametrize('model, said', [
     (dict(doublings=3), 'multiple of 16'), (dict(stages=0), 'stages'), (dict(features=3), 'even'),
     (dict(matching=-1.0), 'matching'), (dict(dropout=1.0), 'dropout'), (dict(discriminator_norm=True), 'r1'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model, said):
+def test_mistakes_are_one_line(model, said, no_compile):
     with pytest.raises(UserError, match=said) as error:
         build(**model)
     assert 'config.' in str(error.value) and '\n' not in str(error.value)
