@@ -1,8 +1,8 @@
-"""InfoGAN on scikit-learn's 8x8 handwritten digits: one category of ten, and two numbers.
+"""InfoGAN on scikit-learn's 8x8 handwritten digits: one category of ten, and two continuous codes.
 
     python -m jaxgen.main --config=configs/infogan_digits.py
 
-`--mode=explore` shows what each code does, categories first.
+`--mode=explore` shows traversals of each code, categories first.
 
 Time: 1.7 minutes on a CPU core with other work beside it
 Paper: none

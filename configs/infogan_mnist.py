@@ -1,8 +1,8 @@
-"""InfoGAN on MNIST: one category of ten values and two numbers.
+"""InfoGAN on MNIST: one category of ten values and two continuous codes.
 
     python -m jaxgen.main --config=configs/infogan_mnist.py
 
-`--mode=explore` shows what each code does (traversals.png).
+`--mode=explore` shows traversals of each code (traversals.png).
 
 Differs: weights are averaged for sampling, in the release they are not.
 

@@ -2,14 +2,14 @@
 
     python -m jaxgen.main --config=configs/infogan_shapes.py
 
-`--mode=evaluate` says which code came to stand for which factor; `--mode=explore` shows what each code does.
+`--mode=evaluate` measures which factor each code came to stand for; `--mode=explore` shows traversals of each code.
 
-With two categories, and a generator twice as fast as the discriminator, all samples of a pair became one picture.
+With two categories, and a generator twice as fast as the discriminator, all samples of a pair became one image.
 
 Time: 17.2 minutes on a CPU core with other work beside it
 Paper: none
 Ours: Fréchet distance 20.3, precision 0.94, recall 0.47; mutual information gap 0.303 (of the background 0.81, of
-places 0.58 and 0.60), beta-VAE score 0.731
+positions 0.58 and 0.60), beta-VAE score 0.731
 """
 
 from jaxgen.config import make

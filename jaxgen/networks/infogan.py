@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxgen.networks.layers import BatchNorm, Conv, ConvTranspose, Dense
 
@@ -38,7 +39,7 @@ class Generator(nn.Module):
         features = [self.width * 2**i for i in reversed(range(self.levels))] + [channels]
         x = normed(Dense(self.hidden, init=init, dtype=self.dtype, name='dense0')(z), 'norm0')
         x = Dense(height * columns * features[0], init=init, dtype=self.dtype, name='dense1')(x)
-        x = normed(x, 'norm1').reshape(-1, height, columns, features[0])
+        x = rearrange(normed(x, 'norm1'), 'n (h w c) -> n h w c', h=height, w=columns)
         for i in range(self.levels):
             x = normed(x, f'up_norm{i}') if i else x
             x = ConvTranspose(features[i + 1], init=init, dtype=self.dtype, name=f'up{i}')(x)
@@ -46,13 +47,20 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images [n, H, W, C] to values float32 [n] and features [n, hidden], which the recogniser has too."""
+    """Images [n, H, W, C] to values float32 [n] and features [n, hidden], which the recogniser has too.
+
+    Attributes:
+      width: channels of the first map; they double with each of `levels` halvings of the image.
+      hidden: units of the linear layer.
+      norm: batch normalisation.
+      slope: of the leaky ReLUs.
+    """
 
     width: int = 64
     levels: int = 2
     hidden: int = 1024
-    norm: bool = True  # batch normalisation
-    slope: float = 0.1  # of the leaky ReLUs
+    norm: bool = True
+    slope: float = 0.1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -72,7 +80,7 @@ class Discriminator(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Features [n, hidden] to what describes Q(c | x), float32 [n, outputs]."""
+    """Features [n, hidden] to the parameters of Q(c | x), float32 [n, outputs]."""
 
     outputs: int
     hidden: int = 128

@@ -1,4 +1,4 @@
-"""InfoGAN: networks against torch, the bound by hand, whose weights each step changes, codes that come back."""
+"""InfoGAN: networks against torch, the bound by hand, whose weights each step changes, codes decoded."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_networks_equal_torch():
 
 
 def test_information_is_the_bound():
-    """evaluate's figure from the pieces: codes drawn, Q's normals and categories by scipy."""
+    """evaluate's 'information' from the pieces: codes drawn, Q's normals and categories by scipy."""
     from scipy import special, stats
 
     f = family()
@@ -111,7 +111,7 @@ def test_information_is_the_bound():
 
 
 def test_unit_deviations_and_slopes():
-    """Q's normals of deviation 1: log Q + H by scipy. And a leaky ReLU's slope reaches the networks."""
+    """Q's normals of deviation 1: log Q + H by scipy. And the networks have the leaky ReLUs' slope."""
     from scipy import stats
 
     f = family(categories=(), continuous=2, unit_deviation=True)
@@ -133,7 +133,7 @@ def test_unit_deviations_and_slopes():
 
 
 @pytest.mark.parametrize('moving', ['generator', 'discriminator'])
-def test_neither_player_touches_the_other(moving):
+def test_neither_step_touches_the_other_network(moving):
     still = {'generator': ('discriminator', 'recogniser'), 'discriminator': ('generator',)}[moving]
     f = family(dict.fromkeys(still, 0.0))
     state, batch = started(f)
@@ -156,10 +156,10 @@ def test_penalty_of_a_discriminator_without_normalisation():
     assert float(logs['r1']) == pytest.approx(float(0.5 * jnp.square(slope).sum((1, 2, 3)).mean()), rel=1e-4)
 
 
-def test_codes_come_back_as_the_categories_and_numbers_that_they_are():
+def test_codes_are_categories_and_continuous():
     f = family()
     state, batch = started(f)
-    # Larger than at the start: the statistics there are not those of any batch, and pictures are as good as grey.
+    # Larger than at the start: the statistics there are not those of any batch, and samples are as good as grey.
     state = state.replace(ema=jax.tree.map(lambda w: 20 * w, state.ema))
     assert f.latents.shape == (4,)
     codes = f.encode(state, {}, batch, jax.random.key(1))
@@ -178,7 +178,7 @@ def test_codes_come_back_as_the_categories_and_numbers_that_they_are():
 
 
 @pytest.mark.parametrize('codes', [dict(categories=()), dict(continuous=0)], ids=str)
-def test_one_kind_of_code_will_do(codes):
+def test_one_kind_of_code_is_enough(codes):
     f = family(**codes)
     state, batch = jax.eval_shape(lambda: started(f))
     after, logs = jax.eval_shape(f.update, state, {}, batch, jax.eval_shape(lambda: jax.random.key(0)))
@@ -194,7 +194,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize('model', WRONG, ids=str)
-def test_says_what_is_wrong(model, no_compile):
+def test_mistakes_are_one_line(model, no_compile):
     with pytest.raises(UserError, match=r'config\.') as error:
         family(**model)
     assert '\n' not in str(error.value)
