@@ -1,9 +1,9 @@
-"""Adaptive discriminator augmentation (Karras et al. 2020, arXiv 2006.06676): changes of what a discriminator sees.
+"""Adaptive discriminator augmentation (Karras et al. 2020, arXiv 2006.06676): random changes of its inputs.
 
 Data and samples alike go through random changes before the discriminator, each change with probability p, each image
-with its own; gradients reach the generator through them. As long as p is well below 1 the changes do not leak into the
-samples: of all distributions of pictures only the data's looks like the data after them. p follows how well the
-discriminator knows the data by heart, r_t = E sign D(data), towards r_t = 0.6 (section 3.1).
+with its own; the generator's gradients flow back through them. As long as p is well below 1 the changes do not leak
+into the samples: of all distributions of images only the data's equals the augmented data after them. p follows how
+much the discriminator overfits, r_t = E sign D(data), towards r_t = 0.6 (section 3.1).
 
 Changes, with the paper's strengths (appendix B):
 
@@ -88,7 +88,7 @@ def geometric(x: Array, p: Array | float, u: Array, g: Array) -> Array:
     move = jnp.where(coin[:, 2:], MOVE_STD * g[:, 2:] * jnp.array([height, width]), 0)
     before, after = jnp.where(turned, math.pi * (2 * u[:, 5:] - 1), 0).T
 
-    # y = rotate(after) diag(stretch, 1 / stretch) rotate(before) scale x + move; wanted is x, the place to look at.
+    # y = rotate(after) diag(stretch, 1 / stretch) rotate(before) scale x + move, solved for x, the position to read.
     shrink = jnp.stack([1 / stretch, stretch], -1)[:, :, None] * rotation(-after)
     back = jnp.matmul(rotation(-before), shrink, precision='highest') / scale[:, None, None]
     offset = -jnp.matmul(back, move[:, :, None], precision='highest')[..., 0]
@@ -141,7 +141,7 @@ def augment(x: Array, rng: Array, p: Array | float, changes: tuple[str, ...]) ->
 
 
 def adapted(p: Array, signs: Array, images: int, *, target: float, images_to_one: int) -> Array:
-    """p after `images` of the data were seen with these signs on average: one step up or down, within 0 and 1.
+    """p after `images` of the data had these signs on average: one step up or down, within 0 and 1.
 
     Args:
       signs: r_t, mean of sign D(data) since the last step.

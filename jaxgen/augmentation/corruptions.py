@@ -1,6 +1,6 @@
-"""What spoils a picture, so that a model can learn to put it right.
+"""Degradations of images, for models that learn to undo them: low resolution, greyscale, blur, masks.
 
-All are functions of images float32 [n, H, W, C] in [-1, 1], and of a key for each where there is chance in it.
+All are functions of images float32 [n, H, W, C] in [-1, 1], and of a key for each image where they are random.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce, repeat
 
 Array = jax.Array
 
@@ -18,9 +19,8 @@ LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
 def low_resolution(x: Array, factor: int) -> Array:
     """[n, H, W, C] with every square of factor x factor pixels as its mean, at full size."""
-    n, height, width, channels = x.shape
-    squares = x.reshape(n, height // factor, factor, width // factor, factor, channels)
-    return jnp.broadcast_to(squares.mean((2, 4), keepdims=True), squares.shape).reshape(x.shape)
+    small = reduce(x, 'n (h a) (w b) c -> n h w c', 'mean', a=factor, b=factor)
+    return repeat(small, 'n h w c -> n (h a) (w b) c', a=factor, b=factor)
 
 
 def grey(x: Array) -> Array:
@@ -31,15 +31,15 @@ def grey(x: Array) -> Array:
 def blurred(x: Array, deviation: float) -> Array:
     """[n, H, W, C] under a Gaussian of this standard deviation in pixels, cut off at three of them.
 
-    Beyond the border the picture goes on as its last row or column; a deviation of 0 changes nothing.
+    Beyond the border the image goes on as its last row or column; a deviation of 0 changes nothing.
     """
-    reach = math.ceil(3 * deviation)
-    if not reach:
+    radius = math.ceil(3 * deviation)
+    if not radius:
         return x
-    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / deviation))
+    weights = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / deviation))
     weights /= weights.sum()
     for axis in (1, 2):
-        y = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(4)], mode='edge')
+        y = jnp.pad(x, [(radius, radius) if i == axis else (0, 0) for i in range(4)], mode='edge')
         x = sum(float(w) * jax.lax.slice_in_dim(y, i, i + x.shape[axis], 1, axis) for i, w in enumerate(weights))
     return x
 
@@ -51,22 +51,22 @@ def holes(keys: Array, size: tuple[int, int], hole: int) -> Array:
         inside = []
         for axis, length in enumerate(size):
             first = jax.random.randint(jax.random.fold_in(key, axis), (), 0, length - hole + 1)
-            place = jnp.arange(length)
-            inside.append((place >= first) & (place < first + hole))
+            position = jnp.arange(length)
+            inside.append((position >= first) & (position < first + hole))
         return (inside[0][:, None] & inside[1][None])[..., None]
 
     return jax.vmap(one)(keys)
 
 
 STROKES, VERTICES = 3, 12  # at most, of a mask and of a stroke
-TURN, TURN_RANGE = 2 * math.pi / 5, 2 * math.pi / 15  # mean of a stroke's angles, and how far they range about it
+TURN, TURN_RANGE = 2 * math.pi / 5, 2 * math.pi / 15  # mean of a stroke's angles, and their range about it
 
 
 def strokes(keys: Array, size: tuple[int, int], widths: tuple[float, float]) -> Array:
     """bool [n, H, W, 1], True under the strokes of a brush that goes to and fro: a free-form mask for each key.
 
     Yu et al. 2018 (arXiv 1806.03589), section 3.4 and algorithm 1, with the settings of the authors' code: 1 to 3
-    strokes of 4 to 11 straight pieces from a place anywhere; each piece turns back, by the mean angle and less or more
+    strokes of 4 to 11 straight pieces from a random position; each piece turns back, by the mean angle and less or more
     than a third of it; its length has mean a and deviation a / 2, between 0 and 2 a, with a an eighth of the diagonal.
 
     Args:
@@ -80,9 +80,9 @@ def strokes(keys: Array, size: tuple[int, int], widths: tuple[float, float]) -> 
     def distance(a: Array, b: Array) -> Array:
         """Of all pixels to the line from a to b, [H, W]."""
         along = b - a
-        share = ((rows - a[0]) * along[0] + (columns - a[1]) * along[1]) / jnp.maximum((along**2).sum(), 1e-6)
-        share = jnp.clip(share, 0, 1)
-        return jnp.hypot(rows - a[0] - share * along[0], columns - a[1] - share * along[1])
+        t = ((rows - a[0]) * along[0] + (columns - a[1]) * along[1]) / jnp.maximum((along**2).sum(), 1e-6)
+        t = jnp.clip(t, 0, 1)  # of the nearest point, 0 at a and 1 at b
+        return jnp.hypot(rows - a[0] - t * along[0], columns - a[1] - t * along[1])
 
     def stroke(key: Array) -> Array:
         names = ('pieces', 'start', 'angle', 'less', 'more', 'length', 'width')

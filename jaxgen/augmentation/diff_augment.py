@@ -1,8 +1,8 @@
-"""Differentiable augmentation of what a discriminator sees (Zhao et al. 2020, arXiv 2006.10738).
+"""DiffAugment: differentiable augmentation of the discriminator's inputs (Zhao et al. 2020, arXiv 2006.10738).
 
-With few pictures a discriminator learns them by heart. Where data and samples both go through random changes first, it
-has to tell two kinds of changed pictures apart, and gradients reach the generator through the changes. The generator
-then learns the pictures as they are, if the change can be undone in distribution. Each picture has its own change.
+With few images a discriminator memorises them. Where data and samples both go through random changes first, it has to
+discriminate augmented images, and the generator's gradients flow back through the changes. The generator then learns
+the images as they are, if the change can be undone in distribution. Each image has its own change.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def translation(x: Array, rng: Array) -> Array:
         size = x.shape[axis]
         most = int(size * SHIFT + 0.5)
         shift = jax.random.randint(key, (len(x), 1, 1), -most, most + 1)
-        place = jnp.arange(size)
-        moves = (place[None, None, :] == place[None, :, None] - shift).astype(x.dtype)  # [n, to, from]
+        position = jnp.arange(size)
+        moves = (position[None, None, :] == position[None, :, None] - shift).astype(x.dtype)  # [n, to, from]
         form = 'nts,nswc->ntwc' if axis == 1 else 'nts,nhsc->nhtc'
         x = jnp.einsum(form, moves, x, precision='highest')
     return x
@@ -46,8 +46,8 @@ def cutout(x: Array, rng: Array) -> Array:
         size = x.shape[axis]
         length = int(size * HOLE + 0.5)
         middle = jax.random.randint(key, (len(x), 1), 0, size + 1 - length % 2)
-        place = jnp.arange(size) - middle + length // 2  # within the hole, if from 0 to length - 1
-        within = (place >= 0) & (place < length)  # [n, size]
+        position = jnp.arange(size) - middle + length // 2  # within the hole, if from 0 to length - 1
+        within = (position >= 0) & (position < length)  # [n, size]
         hole &= within[:, :, None, None] if axis == 1 else within[:, None, :, None]
     return jnp.where(hole, 0, x)
 

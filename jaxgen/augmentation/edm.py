@@ -1,8 +1,8 @@
 """Augmentation that does not leak into samples (Karras et al. 2022, arXiv 2206.00364, appendix F.2).
 
-Training images are mirrored, turned, stretched and moved at random, as StyleGAN2-ADA does it for its discriminator
-(Karras et al. 2020, arXiv 2006.06676, appendix B), and the network is told how. In sampling it is told that nothing
-was done. Colours stay as they are.
+Training images are mirrored, rotated, stretched and moved at random, as StyleGAN2-ADA does it for its discriminator
+(Karras et al. 2020, arXiv 2006.06676, appendix B), and the network is conditioned on the parameters of the change. In
+sampling these are 0: no change. Colours stay as they are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jaxgen.augmentation.warp import rotation, warp
 
 Array = jax.Array
 
-LABELS = 9  # numbers that tell what was done to an image; all 0: nothing
+LABELS = 9  # parameters of an image's change, a condition of the network; all 0: no change
 # Standard deviations: of the logarithm to base 2 of the scale and of the stretch; of the move, in sides of the image.
 SCALE, STRETCH, MOVE = 0.2, 0.2, 0.125
-TURNED = 0.5  # share of the stretches that are along any direction, not along an axis
+TURNED = 0.5  # fraction of the stretches that are along any direction, not along an axis
 
 
 def augment(rng: Array, x: Array, p: float) -> tuple[Array, Array]:
@@ -31,9 +31,9 @@ def augment(rng: Array, x: Array, p: float) -> tuple[Array, Array]:
     n, height, width, _ = x.shape
     keys = iter(jax.random.split(rng, 13))
 
-    def chosen(value, share=p):
+    def chosen(value, probability=p):
         """The value [n], or 0 where the change is not made."""
-        return jnp.where(jax.random.bernoulli(next(keys), share, (n,)), value, 0.0)
+        return jnp.where(jax.random.bernoulli(next(keys), probability, (n,)), value, 0.0)
 
     def normal():
         return jax.random.normal(next(keys), (n,))
@@ -57,8 +57,8 @@ def augment(rng: Array, x: Array, p: float) -> tuple[Array, Array]:
 
     x = jnp.where(across[:, None, None, None] > 0, x[:, :, ::-1], x)
     x = jnp.where(down[:, None, None, None] > 0, x[:, ::-1], x)
-    # Places in the result to places in the image. (As published, the labels do not tell a stretch along a direction
-    # from one across it: both are changes of the same data.)
+    # Positions in the result to positions in the image. (As published, the labels do not separate a stretch along a
+    # direction from one across it: both are changes of the same data.)
     shrink = 2 ** jnp.stack([STRETCH * stretch, -STRETCH * stretch], -1)[:, :, None]  # of rows, of columns
     matrix = jnp.einsum(
         *('nij,njk,nkl->nil', rotation(turn), rotation(-along), shrink * rotation(along)), precision='highest'

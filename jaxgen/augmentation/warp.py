@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 Array = jax.Array
 
 # Low-pass filter of the least asymmetric orthogonal wavelet with six vanishing moments, "sym6" (Daubechies 1992, table
-# 6.3). Its sum is sqrt(2), and moves by even numbers of places are orthogonal to it: enlarging an image and making it
+# 6.3). Its sum is sqrt(2), and shifts by even numbers of taps are orthogonal to it: enlarging an image and making it
 # smaller again by the same filter gives the image.
 FILTER = (
     *(0.015404109327027, 0.003490712084217, -0.117990111148191, -0.048311742585633, 0.491055941926747),
@@ -31,20 +33,21 @@ def rotation(angle: Array) -> Array:
 
 
 def warp(x: Array, matrix: Array, offset: Array) -> Array:
-    """Images that have at place y what x has at matrix y + offset, without aliasing.
+    """Images that at position y have the value of x at matrix y + offset, without aliasing.
 
     Args:
       x: float32 [n, H, W, C], H and W at least 2. Outside of it lies x mirrored, over and over.
-      matrix, offset: [n, 2, 2] and [n, 2], of places (row, column) in pixels from the image's middle.
+      matrix, offset: [n, 2, 2] and [n, 2], of positions (row, column) in pixels from the image's middle.
     """
+    chex.assert_shape([matrix, offset[..., None]], [(len(x), 2, 2), (len(x), 2, 1)])
     fine = doubled(doubled(mirrored_period(mirrored_period(x, 1), 2), 1), 2)
     sides = x.shape[1:3]
-    # Places that the last filter wants: from CENTRE half pixels before the first one on.
-    reach = [(np.arange(2 * side - 2 + len(FILTER)) - CENTRE) / 2 - (side - 1) / 2 for side in sides]
-    places = jnp.stack(jnp.meshgrid(*map(jnp.float32, reach), indexing='ij'), -1)  # [h, w, 2]
-    found = jnp.einsum('nij,hwj->nhwi', matrix, places, precision='highest') + offset[:, None, None]
-    found = 2 * (found + (jnp.array(sides) - 1) / 2)  # in half pixels from the first one
-    y = bilinear(fine, found)
+    # Positions that the last filter reads: from CENTRE half pixels before the first one on.
+    axes = [(np.arange(2 * side - 2 + len(FILTER)) - CENTRE) / 2 - (side - 1) / 2 for side in sides]
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.float32, axes), indexing='ij'), -1)  # [h, w, 2]
+    source = jnp.einsum('nij,hwj->nhwi', matrix, grid, precision='highest') + offset[:, None, None]
+    source = 2 * (source + (jnp.array(sides) - 1) / 2)  # in half pixels from the first one
+    y = bilinear(fine, source)
     return halved(halved(y, 1), 2)
 
 
@@ -71,23 +74,24 @@ def doubled(x: Array, axis: int) -> Array:
 
 def halved(x: Array, axis: int) -> Array:
     """Every other value along an axis: y_i = sqrt(1/2) sum_t FILTER_t x_{2i + t}, (size - 12) / 2 + 1 long."""
-    reach = x.shape[axis] - len(FILTER) + 1
-    return sum(math.sqrt(0.5) * tap * jax.lax.slice_in_dim(x, t, t + reach, 2, axis) for t, tap in enumerate(FILTER))
+    extent = x.shape[axis] - len(FILTER) + 1
+    return sum(math.sqrt(0.5) * tap * jax.lax.slice_in_dim(x, t, t + extent, 2, axis) for t, tap in enumerate(FILTER))
 
 
-def bilinear(x: Array, places: Array) -> Array:
-    """Periodic images [n, H, W, C] read at places [n, h, w, 2] (row, column): [n, h, w, C]."""
+def bilinear(x: Array, positions: Array) -> Array:
+    """Periodic images [n, H, W, C] read at positions [n, h, w, 2] (row, column): [n, h, w, C]."""
+    chex.assert_shape(positions, (len(x), None, None, 2))
     n, height, width, channels = x.shape
-    flat = x.reshape(n, height * width, channels)
-    corner = jnp.floor(places)
-    share = places - corner
+    flat = rearrange(x, 'n h w c -> n (h w) c')
+    corner = jnp.floor(positions)
+    fraction = positions - corner
     row, column = (corner[..., i].astype(jnp.int32) for i in (0, 1))
 
     def at(down, right):
         number = (row + down) % height * width + (column + right) % width
         return jnp.take_along_axis(flat, number.reshape(n, -1, 1), 1).reshape(*number.shape, channels)
 
-    down, right = share[..., :1], share[..., 1:]
+    down, right = fraction[..., :1], fraction[..., 1:]
     upper = (1 - right) * at(0, 0) + right * at(0, 1)
     lower = (1 - right) * at(1, 0) + right * at(1, 1)
     return (1 - down) * upper + down * lower

@@ -37,7 +37,7 @@ def test_nothing_happens_at_probability_zero_bit_for_bit(channels):
 
 
 def at(x: np.ndarray, row: int, column: int) -> np.ndarray:
-    """x [H, W, C] at any place, mirrored at its edges over and over."""
+    """x [H, W, C] at any position, mirrored at its edges over and over."""
 
     def inside(i, size):
         i = i % (2 * size - 2)
@@ -57,20 +57,22 @@ def test_moves_by_whole_pixels_are_mirrored_at_the_edges(height, width):
         np.testing.assert_array_equal(got, want)
 
 
-def test_blits_are_the_eight_turns_with_moves_and_the_right_shares():
+def test_blits_are_the_eight_turns_with_moves_and_the_right_frequencies():
     x = images(1)[0]
     turned = [np.rot90(m, k) for m in (x, x[:, ::-1]) for k in range(4)]
     moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    wanted = np.array([[[[at(t, i - d, j - r) for j in range(8)] for i in range(8)] for d, r in moves] for t in turned])
+    expected = np.array(
+        [[[[at(t, i - d, j - r) for j in range(8)] for i in range(8)] for d, r in moves] for t in turned]
+    )
     n = 4000
     draw = jax.jit(lambda p: ada.augment(jnp.broadcast_to(x, (n, *x.shape)), jax.random.key(0), p, ('blit',)))
     for p in (1.0, 0.4):
         y = np.asarray(draw(p))
-        same = (y[:, None, None, 2:4] == wanted[None, :, :, 2:4]).all((3, 4, 5))  # [n, 8, 9]
-        assert (same.reshape(n, -1).sum(1) == 1).all(), 'every picture is one of the 72'
-        share = same.any(2).mean(0)
-        np.testing.assert_allclose(share[:4].sum(), 1 - p / 2, atol=0.03)  # not mirrored
-        np.testing.assert_allclose(share[0] + share[4], 1 - p + p / 4, atol=0.03)  # not turned
+        same = (y[:, None, None, 2:4] == expected[None, :, :, 2:4]).all((3, 4, 5))  # [n, 8, 9]
+        assert (same.reshape(n, -1).sum(1) == 1).all(), 'every image is one of the 72'
+        fraction = same.any(2).mean(0)
+        np.testing.assert_allclose(fraction[:4].sum(), 1 - p / 2, atol=0.03)  # not mirrored
+        np.testing.assert_allclose(fraction[0] + fraction[4], 1 - p + p / 4, atol=0.03)  # not turned
         # u / 8 of the side is less than half a pixel in half of all draws.
         np.testing.assert_allclose(same.any(1).mean(0)[4], 1 - p + p / 4, atol=0.03)
 
@@ -78,11 +80,11 @@ def test_blits_are_the_eight_turns_with_moves_and_the_right_shares():
 def slow_warp(x: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """One image [H, W, C], by the definition: zeros between pixels, filter, bilinear, filter."""
     height, width, channels = x.shape
-    reach = 60
-    fine = np.zeros((2 * reach, 2 * reach, channels))  # half pixel (m, k) lies at [m + reach, k + reach]
-    for i in range(-reach // 2, reach // 2):
-        for j in range(-reach // 2, reach // 2):
-            fine[2 * i + reach, 2 * j + reach] = at(x, i, j)
+    radius = 60
+    fine = np.zeros((2 * radius, 2 * radius, channels))  # half pixel (m, k) lies at [m + radius, k + radius]
+    for i in range(-radius // 2, radius // 2):
+        for j in range(-radius // 2, radius // 2):
+            fine[2 * i + radius, 2 * j + radius] = at(x, i, j)
     for axis in (0, 1):  # y_m = sqrt(2) sum_i h_{m - i + 5} x_i
         wide = np.moveaxis(fine, axis, 0)
         out = sum(math.sqrt(2) * tap * np.roll(wide, t - 5, 0) for t, tap in enumerate(H))
@@ -90,8 +92,8 @@ def slow_warp(x: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarr
 
     def read(m, k):
         middle = np.array([height - 1, width - 1]) / 2
-        place = 2 * (matrix @ (np.array([m, k]) / 2 - middle) + offset + middle) + reach
-        (i, j), (down, right) = np.floor(place).astype(int), place - np.floor(place)
+        position = 2 * (matrix @ (np.array([m, k]) / 2 - middle) + offset + middle) + radius
+        (i, j), (down, right) = np.floor(position).astype(int), position - np.floor(position)
         upper = (1 - right) * fine[i, j] + right * fine[i, j + 1]
         return (1 - down) * upper + down * ((1 - right) * fine[i + 1, j] + right * fine[i + 1, j + 1])
 
@@ -121,7 +123,7 @@ def test_warps_that_move_pixels_onto_pixels_move_them():
     for one, move, got in zip(x, moves, warp(x, matrix, jnp.float32(moves)), strict=True):
         want = [[at(one, i + move[0], j + move[1]) for j in range(8)] for i in range(8)]
         np.testing.assert_allclose(got, want, atol=1e-5)
-    # Turned by a quarter, a smooth picture is turned; the filter is not quite symmetric.
+    # Turned by a quarter, a smooth image is turned; the filter is not quite symmetric.
     i, j = np.mgrid[:32, :32]
     smooth = (np.sin(i / 4) * np.cos(j / 5 + 1)).astype('float32')
     got = warp(smooth[None, :, :, None], warping.rotation(jnp.full(1, math.pi / 2)), jnp.zeros((1, 2)))[0, ..., 0]
@@ -132,28 +134,28 @@ def test_warps_that_move_pixels_onto_pixels_move_them():
 
 def test_geometric_changes_have_the_papers_strengths(monkeypatch):
     n = 20_000
-    found = {}
+    transforms = {}
 
     def keep(x, matrix, offset):
-        found.update(matrix=np.asarray(matrix), offset=np.asarray(offset))
+        transforms.update(matrix=np.asarray(matrix), offset=np.asarray(offset))
         return x
 
     monkeypatch.setattr(ada, 'warp', keep)
     x = jnp.zeros((n, 16, 8, 1))
     ada.augment(x, jax.random.key(0), 1.0, ('geometric',))
-    back = np.linalg.inv(found['matrix'])  # [n, 2, 2], of places in x to places in y
+    back = np.linalg.inv(transforms['matrix'])  # [n, 2, 2], of positions in x to positions in y
     sizes = np.linalg.svd(back, compute_uv=False)
     np.testing.assert_allclose(np.log2(sizes).mean(1).std(), 0.2, rtol=0.03)  # scale
     np.testing.assert_allclose(np.sqrt(np.square(np.log2(sizes[:, 0] / sizes[:, 1]) / 2).mean()), 0.2, rtol=0.03)
-    move = -np.einsum('nij,nj->ni', back, found['offset'])
+    move = -np.einsum('nij,nj->ni', back, transforms['offset'])
     np.testing.assert_allclose(move.std(0), [2.0, 1.0], rtol=0.03)
     assert (np.linalg.det(back) > 0).all()
     angle = np.arctan2(back[:, 1, 0] - back[:, 0, 1], back[:, 0, 0] + back[:, 1, 1])
     assert np.abs(np.exp(1j * angle).mean()) < 0.03
     ada.augment(x, jax.random.key(1), 0.3, ('geometric',))
-    still = np.abs(found['matrix'] - np.eye(2)).max((1, 2)) < 1e-6
+    still = np.abs(transforms['matrix'] - np.eye(2)).max((1, 2)) < 1e-6
     np.testing.assert_allclose(still.mean(), 0.7**3, atol=0.02)  # not scaled, not turned, not stretched
-    np.testing.assert_allclose((np.abs(found['offset']).max(1) == 0).mean(), 0.7, atol=0.02)
+    np.testing.assert_allclose((np.abs(transforms['offset']).max(1) == 0).mean(), 0.7, atol=0.02)
 
 
 def test_colours_are_the_products_of_matrices():

@@ -1,4 +1,4 @@
-"""What each corruption does to a picture."""
+"""Each corruption against a slow oracle."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ X = np.random.default_rng(0).uniform(-1, 1, (4, 8, 4, 3)).astype(np.float32)
 def test_low_resolution_is_means_of_squares():
     x = np.asarray(X)
     small = np.stack([[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4, 6)])  # [4, 2, n, C]
-    wanted = np.kron(small.transpose(2, 3, 0, 1), np.ones((2, 2))).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(corruptions.low_resolution(x, 2), wanted, rtol=1e-4, atol=1e-6)
+    expected = np.kron(small.transpose(2, 3, 0, 1), np.ones((2, 2))).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(corruptions.low_resolution(x, 2), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_grey_is_luma():
@@ -29,16 +29,16 @@ def test_grey_is_luma():
 
 
 def test_holes_are_squares_anywhere_alike():
-    found = np.asarray(jax.jit(lambda keys: corruptions.holes(keys, (5, 4), 3))(jax.random.split(KEY, 2000)))
-    assert found.shape == (2000, 5, 4, 1) and found.dtype == bool
+    masks = np.asarray(jax.jit(lambda keys: corruptions.holes(keys, (5, 4), 3))(jax.random.split(KEY, 2000)))
+    assert masks.shape == (2000, 5, 4, 1) and masks.dtype == bool
     places = set()
-    for hole in found[..., 0]:
+    for hole in masks[..., 0]:
         rows, columns = np.flatnonzero(hole.any(1)), np.flatnonzero(hole.any(0))
         assert hole.sum() == 9 and len(rows) == len(columns) == 3 and np.ptp(rows) == np.ptp(columns) == 2
         places.add((rows[0], columns[0]))
     assert places == {(i, j) for i in range(3) for j in range(2)}
-    share = found.mean(0)[..., 0]
-    np.testing.assert_allclose(share, np.outer([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], [1 / 2, 1, 1, 1 / 2]), atol=0.05)
+    frequency = masks.mean(0)[..., 0]
+    np.testing.assert_allclose(frequency, np.outer([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3], [1 / 2, 1, 1, 1 / 2]), atol=0.05)
 
 
 def test_blur_is_a_gaussian():
@@ -46,8 +46,8 @@ def test_blur_is_a_gaussian():
     point[0, 10, 10] = 1
     spread = np.asarray(corruptions.blurred(point, 1.7))
     y, x = np.mgrid[-10:11, -10:11]
-    wanted = np.exp(-(y**2 + x**2) / (2 * 1.7**2)) * (np.maximum(abs(y), abs(x)) <= 6)
-    np.testing.assert_allclose(spread[0, ..., 0], wanted / wanted.sum(), atol=1e-6)
+    expected = np.exp(-(y**2 + x**2) / (2 * 1.7**2)) * (np.maximum(abs(y), abs(x)) <= 6)
+    np.testing.assert_allclose(spread[0, ..., 0], expected / expected.sum(), atol=1e-6)
     np.testing.assert_allclose(corruptions.blurred(np.full((1, 5, 3, 1), 0.7), 2.0), 0.7, rtol=1e-5)
     np.testing.assert_array_equal(corruptions.blurred(X, 0.0), X)
     edge = np.zeros((1, 4, 9, 1), np.float32)
@@ -82,27 +82,27 @@ def stroke(rng, height, width, widths) -> np.ndarray:
 
 
 def test_strokes_are_those_of_the_paper():
-    """The share that is covered, where, and how long its border is, against a slow oracle."""
+    """The fraction that is covered, where, and how long its border is, against a slow oracle."""
     size, widths, n = (24, 16), (2.0, 5.0), 1000
-    found = np.asarray(draw(jax.random.split(KEY, n), size, widths))
-    assert found.shape == (n, 24, 16, 1) and found.dtype == bool
-    found, rng, wanted = found[..., 0], np.random.default_rng(0), []
+    drawn = np.asarray(draw(jax.random.split(KEY, n), size, widths))
+    assert drawn.shape == (n, 24, 16, 1) and drawn.dtype == bool
+    drawn, rng, expected = drawn[..., 0], np.random.default_rng(0), []
     for _ in range(200):
         mask = np.any([stroke(rng, *size, widths) for _ in range(rng.integers(1, 4))], 0)
         mask = mask[:, ::-1] if rng.random() < 0.5 else mask
-        wanted.append(mask[::-1] if rng.random() < 0.5 else mask)
+        expected.append(mask[::-1] if rng.random() < 0.5 else mask)
 
-    def figures(masks):
+    def statistics(masks):
         masks = np.asarray(masks)
         border = (masks[:, 1:] != masks[:, :-1]).sum((1, 2)) + (masks[:, :, 1:] != masks[:, :, :-1]).sum((1, 2))
         rows = masks.mean(2) @ np.abs(np.arange(24) - 11.5)
         return np.stack([masks.mean((1, 2)), border, rows], 1)
 
-    a, b = figures(found), figures(wanted)
+    a, b = statistics(drawn), statistics(expected)
     error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
     assert (np.abs(a.mean(0) - b.mean(0)) < 4 * error).all(), (a.mean(0), b.mean(0), error)
     np.testing.assert_allclose(a.std(0), b.std(0), rtol=0.2)
-    np.testing.assert_allclose(found.mean(0), found.mean(0)[::-1, ::-1], atol=0.05)  # no side is favoured
+    np.testing.assert_allclose(drawn.mean(0), drawn.mean(0)[::-1, ::-1], atol=0.05)  # no side is favoured
 
 
 def test_a_mask_is_a_function_of_its_key():

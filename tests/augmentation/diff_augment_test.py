@@ -1,4 +1,4 @@
-"""What a discriminator sees of changed pictures, against loops."""
+"""DiffAugment against loops."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxgen.augmentation import diff_augment
 KINDS = tuple(diff_augment.AUGMENTATIONS)
 
 
-def pictures(n: int = 40, shape=(8, 16, 3)):
+def images(n: int = 40, shape=(8, 16, 3)):
     return jax.random.uniform(jax.random.key(0), (n, *shape), minval=0.2, maxval=1.0)  # 0 is what moves in
 
 
 def moved(x: np.ndarray, down: int, right: int) -> np.ndarray:
-    """One picture moved by whole pixels; 0 moves in."""
+    """One image moved by whole pixels; 0 moves in."""
     out = np.zeros_like(x)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -27,22 +27,22 @@ def moved(x: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def test_translation_is_by_whole_pixels_up_to_an_eighth():
-    x = pictures()
-    got, found = np.asarray(jax.jit(diff_augment.translation)(x, jax.random.key(1))), set()
+    x = images()
+    got, moves = np.asarray(jax.jit(diff_augment.translation)(x, jax.random.key(1))), set()
     for before, after in zip(np.asarray(x), got, strict=True):
-        hits = [
+        matches = [
             (down, right)
             for down in range(-2, 3)
             for right in range(-3, 4)
             if np.array_equal(moved(before, down, right), after)
         ]
-        assert len(hits) == 1
-        found.add(hits[0])
-    assert {down for down, _ in found} == {-1, 0, 1} and {right for _, right in found} == {-2, -1, 0, 1, 2}
+        assert len(matches) == 1
+        moves.add(matches[0])
+    assert {down for down, _ in moves} == {-1, 0, 1} and {right for _, right in moves} == {-2, -1, 0, 1, 2}
 
 
 def test_cutout_is_one_hole_of_half_the_side():
-    x = np.asarray(pictures())
+    x = np.asarray(images())
     got, sizes = np.asarray(jax.jit(diff_augment.cutout)(x, jax.random.key(1))), set()
     for before, after in zip(x, got, strict=True):
         hole = (after == 0).all(-1)
@@ -55,7 +55,7 @@ def test_cutout_is_one_hole_of_half_the_side():
 
 
 def test_colour_is_light_saturation_and_contrast_of_each_picture():
-    x = pictures()
+    x = images()
     got = np.asarray(jax.jit(diff_augment.colour)(x, jax.random.key(1)))
     light, saturation, contrast = np.asarray(jax.random.uniform(jax.random.key(1), (3, len(x))))
     for i, before in enumerate(np.asarray(x, np.float64)):
@@ -68,7 +68,7 @@ def test_colour_is_light_saturation_and_contrast_of_each_picture():
 
 @pytest.mark.parametrize('kinds', [(), *((kind,) for kind in KINDS), KINDS], ids=str)
 def test_gradients_reach_the_picture_and_no_other(kinds):
-    x = pictures(3, (8, 8, 1))
+    x = images(3, (8, 8, 1))
 
     def of_second(x):
         return diff_augment.augment(x, jax.random.key(2), kinds)[1].sum()

@@ -1,4 +1,4 @@
-"""Augmentation that does not leak: the warp of a picture that is known everywhere, and what the network is told."""
+"""Augmentation that does not leak: the warp of a function known everywhere, and the network's labels."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxgen.families import diffusion
 H, W = 24, 32
 
 
-def picture(x, y):
+def analytic(x, y):
     """Smooth, and symmetric in nothing; x to the right and y down, in pixels from the middle."""
     return np.cos(0.25 * x + 0.3) + np.sin(0.2 * y + 0.1 * x) + 0.02 * x
 
 
 X, Y = np.meshgrid(np.arange(W) - (W - 1) / 2, np.arange(H) - (H - 1) / 2)
-IMAGE = np.repeat(picture(X, Y)[None, ..., None], 2, -1).astype(np.float32)
+IMAGE = np.repeat(analytic(X, Y)[None, ..., None], 2, -1).astype(np.float32)
 INNER = np.s_[5:-5, 8:-8]
 
 
@@ -32,9 +32,9 @@ def rotation(angle):
 
 
 def looked_up(matrix, move):
-    """The picture at matrix (q - move) for every pixel's place q."""
+    """The image at matrix (q - move) for every pixel's position q."""
     x, y = np.einsum('ij,jhw->ihw', matrix, np.stack([X - move[0], Y - move[1]]))
-    return picture(x, y), (np.abs(x) < W / 2 - 1) & (np.abs(y) < H / 2 - 1)
+    return analytic(x, y), (np.abs(x) < W / 2 - 1) & (np.abs(y) < H / 2 - 1)
 
 
 def test_nothing_done_is_the_same_image_and_whole_pixels_are_exact():
@@ -50,11 +50,11 @@ def test_warp_looks_up(matrix):
     move = np.array([1.7, -0.6])
     # `looked_up` has x first, `warp` rows first.
     rows_first, offset = matrix[::-1, ::-1].copy(), -(matrix @ move)[::-1]
-    found = warp(IMAGE, jnp.asarray(rows_first, jnp.float32)[None], jnp.asarray(offset, jnp.float32)[None])
-    wanted, inside = looked_up(matrix, move)
-    error = np.abs(found[0, ..., 1] - wanted)
+    warped = warp(IMAGE, jnp.asarray(rows_first, jnp.float32)[None], jnp.asarray(offset, jnp.float32)[None])
+    expected, inside = looked_up(matrix, move)
+    error = np.abs(warped[0, ..., 1] - expected)
     assert error[inside].max() < 0.05 and inside.mean() > 0.6
-    assert np.isfinite(found).all() and np.abs(found).max() < 3.5  # mirrors, not holes, lie outside
+    assert np.isfinite(warped).all() and np.abs(warped).max() < 3.5  # mirrors, not holes, lie outside
 
 
 def test_labels_tell_what_was_done():
@@ -69,8 +69,8 @@ def test_labels_tell_what_was_done():
             ratio = 2 ** (0.2 * stretch)
             matrix = matrix @ rotation(-along) @ np.diag([1 / ratio, ratio]) @ rotation(along)
             matrix = np.diag([1 - 2 * across, 1 - 2 * down]) @ matrix
-            wanted, inside = looked_up(matrix, 0.125 * np.array(moves) * [W, H])
-            errors.append(np.abs(image[..., 0] - wanted)[inside].max() if inside.any() else 0)
+            expected, inside = looked_up(matrix, 0.125 * np.array(moves) * [W, H])
+            errors.append(np.abs(image[..., 0] - expected)[inside].max() if inside.any() else 0)
         assert min(errors) < 0.08
 
 
