@@ -1,7 +1,7 @@
 """InfoGAN: a GAN with interpretable codes (Chen et al. 2016, arXiv 1606.03657).
 
 The generator draws from noise z and from codes c: categories, each of its values as likely, and continuous codes,
-uniform on [-1, 1]. Beside the adversarial loss a recognition network Q(c | x) infers the codes of samples, and both
+uniform on [-1, 1]. A recognition network Q(c | x) infers the codes of samples, and beside the adversarial loss both
 generator and discriminator raise the bound on the mutual information between codes and samples (eq. 5 and 6)
 
     L_I = E_c,z log Q(c | G(z, c)) + H(c) <= I(c; G(z, c)),

@@ -254,8 +254,8 @@ class ResidualGenerator(nn.Module):
       width, multipliers: channels are width * multipliers, first those of the first map, then those after each block.
       attention: heights of maps that get Attention.
       projection: c sets gains and shifts of the blocks' norms; else it is beside z.
-      embedding: with projection: dimensions of one embedding of the class that all norms share (BigGAN); 0: each norm
-        has its own gains and shifts of every class.
+      embedding: with projection: dimensions of one embedding of the class for all norms (BigGAN); 0: each norm has its
+        own gains and shifts of every class.
       skip: z is cut into equal pieces, one for the first map and one for each block, which is conditioned on its piece
         beside the class (BigGAN, appendix B).
       kernel_init: of all kernels, see Block.

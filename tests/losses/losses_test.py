@@ -203,9 +203,9 @@ def test_gradient_norm_against_finite_differences():
 
     for i in range(3):
         point, square = np.asarray(x[i], 'float64'), 0.0
-        for place in np.ndindex(point.shape):
+        for index in np.ndindex(point.shape):
             step = np.zeros_like(point)
-            step[place] = 1e-5
+            step[index] = 1e-5
             square += ((slow(point + step) - slow(point - step)) / 2e-5) ** 2
         np.testing.assert_allclose(got[i], math.sqrt(square), rtol=1e-4)
 
