@@ -205,6 +205,7 @@ def generator_loss(networks: Networks, matching: Matching, weight: float, kl: fl
 
 
 def init(networks: Networks, optim: Optim, rng, batch, frozen):
+    """The state before the first update: all networks, and averages of those that sampling needs."""
     caption, x = batch['caption'][:1], batch['image'][:1]
     if caption.ndim != 2 or caption.dtype != jnp.uint8:
         raise UserError(
@@ -236,6 +237,7 @@ class Steps(NamedTuple):
 
 
 def update(networks: Networks, optim: Optim, steps: Steps, matching: Matching, state, frozen, batch, rng):
+    """One update: a step of the encoders, one of all discriminators, one of the generator, and its statistics."""
     encoders_rng, wrong_rng, z_rng, noise_rng, discriminator_rng, generator_rng = jax.random.split(rng, 6)
     n, numbers = len(batch['image']), networks.numbers(batch)
     wrong = shard_batch(matching.wrong(numbers, wrong_rng))
@@ -273,14 +275,17 @@ def generate(networks: Networks, state, batch, rng, z: Array | None = None) -> t
 
 
 def sample(networks: Networks, state, frozen, batch, rng):
+    """Images [n, H, W, C] of the last stage for the captions of a batch."""
     return generate(networks, state, batch, rng)[-1]
 
 
 def decode(networks: Networks, state, frozen, batch, latents, rng):
+    """Images [n, H, W, C] of the last stage for captions and latents [n, latent]."""
     return generate(networks, state, batch, rng, latents)[-1]
 
 
 def trajectory(networks: Networks, state, frozen, batch, rng):
+    """{'stages': images [stages, n, H, W, C]}, the small ones enlarged."""
     images = list(generate(networks, state, batch, rng))
     for i, x in enumerate(images):
         for _ in range(len(images) - 1 - i):
@@ -290,6 +295,7 @@ def trajectory(networks: Networks, state, frozen, batch, rng):
 
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
+    """Cosines [n] of images' and captions' features: {'match/image': of data, 'match/sample': of samples}."""
     sentence = networks.encode(state.ema['text'], networks.numbers(batch)).sentence
 
     def match(x):

@@ -35,6 +35,7 @@ steps.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import flax.linen as nn
@@ -174,6 +175,7 @@ def network_step(loss, optim: Optim, name: str, times: int = 1):
 
 
 def init(networks: Networks, optim: Optim, spectral: tuple[str, ...], discriminator_steps: int, rng, batch, frozen):
+    """The state before the first update: both networks, and of the generator an average."""
     generator_rng, discriminator_rng, *vector_rngs = jax.random.split(rng, 4)
     parts = discriminator_steps * optim.accumulate
     check_parts(len(batch['image']), parts, 'config.model.discriminator_steps (by config.optim.accumulate)')
@@ -201,18 +203,25 @@ def init(networks: Networks, optim: Optim, spectral: tuple[str, ...], discrimina
     return new_state(params, optim, extra, ema=('generator',))
 
 
-def update(
-    networks: Networks, optim: Optim, discriminator_step, generator_step, batch_ratio, state, frozen, batch, rng
-):
-    """batch_ratio: images of the batch -> latents of the generator's step."""
+class Steps(NamedTuple):
+    """The optimiser's steps of an update."""
+
+    discriminator: Callable  # all of them
+    generator: Callable
+    parts: int  # of the batch, one for each step of the discriminator
+    generator_batch: int  # latents of the generator's step for each image of such a part
+
+
+def update(networks: Networks, optim: Optim, steps: Steps, state, frozen, batch, rng):
+    """One update, see above: the steps of D, the step of G, and the statistics of the average."""
     discriminator_rng, z_rng, generator_rng = jax.random.split(rng, 3)
     batch = {name: batch[name] for name in (('image', 'label') if networks.classes else ('image',))}
-    n = batch_ratio(len(batch['image']))
+    n = len(batch['image']) // steps.parts * steps.generator_batch
     latents = {'z': shard_batch(jax.random.normal(z_rng, (n, networks.latent)))}
     if networks.classes:
         latents['label'] = shard_batch(jnp.resize(batch['label'], n))
-    state, discriminator_aux = discriminator_step(state, frozen, batch, discriminator_rng)
-    state, generator_aux = generator_step(state, frozen, latents, generator_rng)
+    state, discriminator_aux = steps.discriminator(state, frozen, batch, discriminator_rng)
+    state, generator_aux = steps.generator(state, frozen, latents, generator_rng)
     after, average = advance(state, optim), state.extra['average']
     weights, vectors = normalise(after.ema['generator'], average['vectors'])
     c = networks.condition(latents)
@@ -256,6 +265,7 @@ def generate(networks: Networks, state, z: Array, c: Array | None, statistics=No
 
 
 def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
+    """Images [n, H, W, C] of the latents drawn for the samples of a batch."""
     z = draw_latents(example_keys(rng, batch), networks.latent, truncation)
     # Those of training are of N(0, I), and with truncation the generator's activations have other ones.
     gather = truncation and state.extra['average']['batch_stats']
@@ -264,10 +274,12 @@ def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
 
 
 def decode(networks: Networks, state, frozen, batch, latents, rng):
+    """Images [n, H, W, C] of latents [n, latent], not truncated."""
     return generate(networks, state, latents, networks.condition(batch))
 
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
+    """{'discriminator': value [n] of each image}."""
     own = state.extra['discriminator']
     weights, _ = normalise(state.params['discriminator'], own['vectors'])
     variables = {'params': weights, 'batch_stats': own['batch_stats']}
@@ -345,19 +357,19 @@ def build(
     networks = Networks(pair.generator, pair.discriminator, latent, context.classes if conditional else 0)
     objective = Objective(adversarial, penalty, one_sided, r1, r1_every, orthogonal, augmentation, dequantise)
     optim = clipped(context.optim, weight_clip) if weight_clip else context.optim
-    losses = (functools.partial(loss, networks, objective) for loss in (discriminator_loss, generator_loss))
-    discriminator_step = network_step(next(losses), optim, 'discriminator', discriminator_steps)
-    generator_step = network_step(next(losses), optim, 'generator')
-
-    def generator_size(n: int) -> int:
-        return n // discriminator_steps * generator_batch
-
+    partial = functools.partial
+    steps = Steps(
+        network_step(partial(discriminator_loss, networks, objective), optim, 'discriminator', discriminator_steps),
+        network_step(partial(generator_loss, networks, objective), optim, 'generator'),
+        parts=discriminator_steps,
+        generator_batch=generator_batch,
+    )
     return Family(
-        functools.partial(init, networks, optim, spectral, discriminator_steps),
-        functools.partial(update, networks, optim, discriminator_step, generator_step, generator_size),
-        functools.partial(sample, networks, truncation),
-        functools.partial(evaluate, networks),
-        decode=functools.partial(decode, networks),
+        partial(init, networks, optim, spectral, discriminator_steps),
+        partial(update, networks, optim, steps),
+        partial(sample, networks, truncation),
+        partial(evaluate, networks),
+        decode=partial(decode, networks),
         conditions=('label',) if conditional else (),
         divisor=pair.divisor,
         free=('truncation',),

@@ -152,6 +152,7 @@ def generator_loss(networks: Networks, weights: tuple[float, float], params, sta
 
 
 def init(networks: Networks, optim: Optim, rng, batch, frozen):
+    """The state before the first update: all networks, and their averages."""
     inputs = {
         'generator': jnp.zeros((1, networks.codes.size)),
         'discriminator': batch['image'][:1],
@@ -167,6 +168,7 @@ def init(networks: Networks, optim: Optim, rng, batch, frozen):
 
 
 def update(networks: Networks, optim: Optim, discriminator_step, generator_step, state, frozen, batch, rng):
+    """One update: a step of discriminator and recogniser, one of the generator, and the statistics of the averages."""
     discriminator_rng, z_rng, generator_rng = jax.random.split(rng, 3)
     x = batch['image']
     z = networks.codes.draw(z_rng, len(x))
@@ -185,12 +187,14 @@ def update(networks: Networks, optim: Optim, discriminator_step, generator_step,
 
 
 def encode(networks: Networks, state, frozen, batch, rng):
+    """The codes that are likeliest by Q, [n, len(categories) + continuous]."""
     _, features = networks.fixed(state, 'discriminator', batch['image'])
     logits, mean, _ = networks.posterior(networks.fixed(state, 'recogniser', features))
     return jnp.concatenate([*(a.argmax(-1, keepdims=True).astype(jnp.float32) for a in logits), mean], -1)
 
 
 def decode(networks: Networks, state, frozen, batch, latents, rng):
+    """Images [n, H, W, C] of codes as `encode` returns them, all with the same noise."""
     codes = networks.codes
     chosen, numbers = latents[:, : len(codes.categories)], latents[:, len(codes.categories) :]
     most = jnp.array(codes.categories, jnp.float32) - 1
@@ -201,10 +205,12 @@ def decode(networks: Networks, state, frozen, batch, latents, rng):
 
 
 def sample(networks: Networks, state, frozen, batch, rng):
+    """Images [n, H, W, C] of the noise and codes drawn for the samples of a batch."""
     return networks.fixed(state, 'generator', networks.codes.drawn(batch, rng))
 
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
+    """{'discriminator': value [n] of each image, 'information': log Q + H [n] of a sample's codes, nats}."""
     z = networks.codes.drawn(batch, rng)
     value, _ = networks.fixed(state, 'discriminator', batch['image'])
     _, features = networks.fixed(state, 'discriminator', networks.fixed(state, 'generator', z))

@@ -223,6 +223,7 @@ class Steps(NamedTuple):
 def make_steps(
     networks: Networks, optim: Optim, r1: float, r1_every: int, path: float, path_every: int, path_decay: float
 ) -> Steps:
+    """The steps of an update, each penalty with the optimiser that its network has."""
     partial = functools.partial
     of_generator = counted(optim, path_every) if path else optim
     of_discriminator = counted(optim, r1_every) if r1 else optim
@@ -257,6 +258,7 @@ class Adaptation(NamedTuple):
 
 
 def init(networks: Networks, optim: Optim, path: float, augment_p: float, rng, batch, frozen):
+    """The state before the first update: both networks, and of the generator an average."""
     generator_rng, discriminator_rng = jax.random.split(rng)
     n, parts = len(batch['image']), PATH_BATCH_SHRINK * optim.accumulate
     if path and n % parts:
@@ -276,6 +278,7 @@ def init(networks: Networks, optim: Optim, path: float, augment_p: float, rng, b
 
 
 def update(networks: Networks, optim: Optim, steps: Steps, adaptation: Adaptation, state, frozen, batch, rng):
+    """One update: a step of each network, the lazy penalties, and the probability of the augmentation."""
     latents_rng, generator_rng, path_rng, discriminator_rng, r1_rng = jax.random.split(rng, 5)
     n = len(batch['image'])
     condition = {'label': batch['label']} if networks.conditional else {}
@@ -304,6 +307,7 @@ def update(networks: Networks, optim: Optim, steps: Steps, adaptation: Adaptatio
 
 
 def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
+    """Images [n, H, W, C] at w' = mean + truncation (w - mean), each with noise of its own."""
     weights, mean = state.ema['generator'], state.extra['w']
     keys = jax.vmap(jax.random.split)(example_keys(rng, batch))
     w = networks.map(weights, normal(keys[:, 0], (networks.generator.latent,)), networks.label(batch))
@@ -312,10 +316,12 @@ def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
 
 
 def decode(networks: Networks, state, frozen, batch, latents, rng):
+    """Images [n, H, W, C] of w [n, latent], all with the same noise."""
     return jnp.clip(networks.synthesise(state.ema['generator'], latents, networks.noise(rng, 1)), -1, 1)
 
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
+    """{'discriminator': value [n] of each image}, as of one in a group with the running deviation."""
     deviation = jnp.broadcast_to(state.extra['deviation'], (len(batch['image']),))
     variables = {'params': state.params['discriminator']}
     values, _ = networks.discriminator.apply(variables, batch['image'], networks.label(batch), deviation)
