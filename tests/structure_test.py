@@ -67,6 +67,17 @@ def test_api_reference_names_every_module():
     assert not missing, 'the reference lacks modules'
 
 
+def test_architecture_has_the_tree():
+    """Every line of the tree names a file or folder, and those of jaxgen/ are all of them."""
+    with open(os.path.join(ROOT, 'ARCHITECTURE.md'), encoding='utf-8') as page:
+        tree = page.read().split('```')[1]
+    inside = re.findall(r'^  (\S+)  ', tree, re.M)
+    top = re.findall(r'^(\S+)', tree, re.M)
+    assert top[0] == 'jaxgen/' and all(os.path.isdir(os.path.join(ROOT, name)) for name in top)
+    entries = {file.split(os.sep)[1] + '/' * (file.count(os.sep) > 1) for file in FILES}
+    assert set(inside) == entries - {'__init__.py'} and len(inside) == len(set(inside))
+
+
 def data_sets(source: str) -> set[str]:
     """Data sets that a module's text names: modules of jaxgen.data that define one, and strings that are a source."""
     tree, names = ast.parse(source), {'builders', 'sources', 'folder', 'gaussians', 'shapes'}
