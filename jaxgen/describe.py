@@ -1,4 +1,4 @@
-"""What a config is, without computing it: parameters, bytes, batch and FLOPs of an update.
+"""A description of a config without computing: parameters, bytes, batch and FLOPs of an update.
 
 Everything comes from abstract evaluation: a model of any size is described on a small machine,
 and no data are read.
@@ -17,12 +17,12 @@ from jaxgen import sample
 
 
 def count(tree) -> int:
-    """Numbers in a tree."""
+    """The number of values in a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def size(tree) -> int:
-    """Bytes of a tree."""
+    """The number of bytes of a tree."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard events, grids of images, a progress bar."""
+"""Logs of a run: metrics.jsonl, TensorBoard events, a progress bar, lines on stderr."""
 
 from __future__ import annotations
 
@@ -73,14 +73,17 @@ class Meter:
         self.count, self.sums = (state['count'], dict(state['sums'])) if state else (0, {})
 
     def add(self, logs: dict[str, float]) -> None:
+        """Counts the logs of one update."""
         self.count += 1
         for name, value in logs.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def state(self) -> dict:
+        """The argument of a Meter that goes on from here."""
         return {'count': self.count, 'sums': dict(self.sums)}  # it is saved while the next updates are added
 
     def take(self) -> dict[str, float]:
+        """The means so far; counting begins anew."""
         means = {name: total / self.count for name, total in self.sums.items()}
         self.count, self.sums = 0, {}
         return means
@@ -110,12 +113,14 @@ class Writer:
         self.marked = step
 
     def progress(self, step: int, loss: float | None = None) -> None:
+        """Moves the progress bar."""
         self.bar.update(step - self.bar.n)
         if loss is not None:
             rate = self.bar.format_dict.get('rate') or 0.0
             self.bar.set_postfix_str(f'loss {loss:.4f}, {rate * self.images_per_step:.0f} images/s', refresh=False)
 
     def line(self, step: int, means: dict[str, float]) -> None:
+        """A line of the means of the updates' logs, and the clock."""
         now = time.monotonic()
         clock = {
             'images_per_second': (step - self.marked) * self.images_per_step / max(now - self.mark, 1e-9),
@@ -142,6 +147,7 @@ class Writer:
             return any(record['step'] == step and 'seconds' not in record for record in records)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """An image, uint8 [H, W, C], for TensorBoard."""
         self.board.add_image(name, grid, step, dataformats='HWC')
 
     def pause(self) -> None:

@@ -38,6 +38,7 @@ import json
 import math
 import os
 
+import einops
 import jax
 import numpy as np
 from absl import flags
@@ -52,6 +53,7 @@ MODES = ('train', 'sample', 'evaluate', 'explore', 'describe')
 
 
 def define_flags() -> flags.FlagValues:
+    """The options of the command."""
     values = flags.FlagValues()
     string, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     string('mode', 'train', ' | '.join(MODES), flag_values=values)
@@ -90,7 +92,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """Flags, and the `--config.x=y` overrides apart."""
+    """(flags, overrides): the options, and `--config.x=y` apart."""
     for text in argv[1:]:
         if not options.is_text(text):
             raise UserError(f'cannot use {options.shown(text)}: it has zero bytes or half characters')
@@ -140,7 +142,8 @@ def check_flags(values: flags.FlagValues) -> None:
         raise UserError(f'--mode={mode} needs {need}')
 
 
-def given_condition(text: str) -> tuple[str, str]:
+def parse_condition(text: str) -> tuple[str, str]:
+    """(name, value) of NAME=VALUE."""
     name, equals, value = text.partition('=')
     if not name or not equals:
         raise UserError(f"write --condition=label=NUMBER or --condition=caption='some words'; it is {text!r}")
@@ -170,8 +173,8 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
         images = np.stack(images)
         files.save_png(os.path.join(folder, 'grid.png'), files.grid(images[:256]))
         if film is not None:
-            rows = film.reshape(-1, *film.shape[3:])
-            files.save_png(os.path.join(folder, 'film.png'), files.grid(rows, film.shape[2]))
+            states = einops.rearrange(film, 'n rows frames h w c -> (n rows frames) h w c')
+            files.save_png(os.path.join(folder, 'film.png'), files.grid(states, film.shape[2]))
         files.save_npz(os.path.join(folder, 'samples.npz'), {'images': images}, compressed=True)
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
@@ -193,7 +196,9 @@ def evaluate_mode(run, seed: int) -> None:
     if evaluator is not None:
         metrics |= run.compare(evaluator, config.samples, seed)
         about |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
-    record.save(run.workdir, {**about, **({'config': run.changes()} if run.changes() else {})}, metrics)
+    if changes := run.changes():
+        about['config'] = changes
+    record.save(run.workdir, about, metrics)
     cache.clear(run.workdir)
 
 
@@ -269,7 +274,7 @@ def main(argv: list[str]) -> None:
         config, _, unnamed = runs.read(workdir, config, named)
         images_mode(config, unnamed, values.images, values.out)
         return
-    condition = dict(given_condition(text) for text in values.condition)
+    condition = dict(parse_condition(text) for text in values.condition)
     if jax.process_index() == 0:
         files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate', named=named)
@@ -287,7 +292,7 @@ def printable(message: str) -> str:
 
 
 def device_fault(e: jax.errors.JaxRuntimeError) -> str:
-    """What a device's fault says, and what helps."""
+    """The message of a device's fault, with what helps."""
     text = printable(' '.join(str(e).split()))[:300]
     if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
         return f'the device is out of memory: make config.data.batch, sample.batch or evaluate.batch smaller ({text})'

@@ -32,7 +32,7 @@ DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that sample
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """What a config makes, before any weights of its own."""
+    """A config's family with its earlier stages, its data's spec and its devices; no weights of its own."""
 
     config: ConfigDict
     family: Family
@@ -74,6 +74,7 @@ class Assembled:
 
 
 def init_state(family: Family, rng, batch: dict, frozen) -> State:
+    """The state before the first update, of a training batch of uint8 images."""
     return family.init(rng, sample.to_inside(batch), frozen)
 
 
@@ -334,8 +335,8 @@ def saved_config(workdir: str) -> ConfigDict:
 
 
 def save_config(workdir: str, config: ConfigDict, spec: data.Spec) -> None:
-    """Writes what a run must know to be used without its data and from any directory: config.json, with absolute paths;
-    data.json, what one example holds; origin.json, see origin.py."""
+    """Writes the files by which a run is used without its data, from any directory: config.json, with absolute paths;
+    data.json, the spec of an example; origin.json, see origin.py."""
     config = configs.complete(config.to_dict())
     files.save_json(os.path.join(workdir, 'config.json'), config.to_dict())
     files.save_json(os.path.join(workdir, 'data.json'), data.spec_to_json(spec))
@@ -343,7 +344,7 @@ def save_config(workdir: str, config: ConfigDict, spec: data.Spec) -> None:
 
 
 def saved_spec(workdir: str) -> data.Spec | None:
-    """What one example of the training data holds, as `save_config` wrote it; None: the run does not say.
+    """The spec of the training data, as `save_config` wrote it; None: the run has none.
 
     Raises:
       UserError: the file is damaged.
@@ -383,7 +384,7 @@ def read(workdir: str, config: ConfigDict | dict | None = None, named: set[str] 
     origin.check_layout(workdir, everything=not origin.is_own(workdir, saved))
     config, unnamed = used_config(workdir, saved, config, named)
     spec = saved_spec(workdir)
-    if spec is None:  # the data must say
+    if spec is None:  # the data are read for it
         origin.check_named(unnamed, 'data.source', 'data.other')
     return config, spec, unnamed
 
@@ -479,7 +480,7 @@ def load(
 
 
 def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool) -> None:
-    """Says so where more than a twentieth of the averaged weights are those before the first update."""
+    """Warns where more than a twentieth of the averaged weights are those before the first update."""
     left = optim.initial_fraction(step, batch=config.data.batch, **config.optim.to_dict())
     if left > MOST_INITIAL:
         or_params = '' if statistics else ', or take --weights=params here'

@@ -96,6 +96,7 @@ def make_call(assembled: Assembled, shardings, updates: int, seed: int):
 
 @jax.jit
 def all_finite(state) -> jax.Array:
+    """Whether no weight, statistic or moment in a state is infinite or not a number."""
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
@@ -156,6 +157,7 @@ class Training:
         return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
 
     def not_finite(self, what: str) -> RunError:
+        """The error that stops the training, which names the last good checkpoint."""
         try:
             self.checkpoints.wait()  # the newest may still be on its way to the disk
         except RunError as e:
@@ -184,7 +186,7 @@ class Training:
             self.writer.progress(start + self.k, values.get('loss', next(iter(values.values()))))
 
     def save(self) -> None:
-        """Saves the state as it is, after looking whether it is worth saving."""
+        """Saves the state, unless it is not finite."""
         self.look_at_logs()
         if not all_finite(self.state):
             raise self.not_finite(f'weights or optimiser state are not finite at step {self.step}: not saved')
@@ -192,6 +194,7 @@ class Training:
         self.checkpoints.save(self.state, {'examples': examples, 'meter': self.meter.state(), **self.about})
 
     def save_and_leave(self) -> None:
+        """Saves and ends the process with the exit code of an interruption."""
         self.save()
         self.checkpoints.wait()
         hosts.part()
@@ -203,6 +206,7 @@ class Training:
         return interrupt.on_signal(self.save_and_leave if jax.process_count() == 1 else None)
 
     def grid_path(self) -> str:
+        """The file of the samples of this step."""
         return os.path.join(self.workdir, 'samples', f'step_{self.step:07d}.png')
 
     def draw(self, n: int):
@@ -246,9 +250,11 @@ class Training:
             self.evaluate()
 
     def due(self, every: int) -> bool:
+        """Whether this step is a multiple of an interval; 0: none is."""
         return bool(every) and self.step % every == 0
 
     def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
+        """Updates up to train.steps. What `closing` holds at the end is closed by the caller."""
         train = self.config.train
         call = make_call(self.a, self.shardings, self.k, self.config.seed)
         stream, calls = self.batches(self.step), 0
@@ -257,8 +263,8 @@ class Training:
         if self.step:
             self.report(again=True)
         while self.step < train.steps:
-            hosts = [next(stream) for _ in range(self.k)]
-            stacked = {name: np.stack([h[name] for h in hosts]) for name in hosts[0]}
+            batches = [next(stream) for _ in range(self.k)]
+            stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
             placed = sharding.put_batch(self.a.mesh, stacked, leading=1)
             if profile and calls == PROFILED_CALLS[0]:
                 jax.profiler.start_trace(os.path.join(self.workdir, 'profile'))

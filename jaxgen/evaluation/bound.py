@@ -13,7 +13,7 @@ from jaxgen.contract import Family, Frozen, State
 
 
 class BoundModel(NamedTuple):
-    """What sampling and evaluation need of a model; passed whole."""
+    """A family with its weights, those of its stages, and its devices: what sampling and evaluation need."""
 
     family: Family
     state: State  # `ema` and `extra` suffice for most families

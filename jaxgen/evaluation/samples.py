@@ -170,7 +170,7 @@ class Evaluator:
         return self.compare(self.pieces(lambda i, j: images[i:j], len(images), title), len(images))
 
     def about(self) -> dict:
-        """What evaluation.json says of the network and the data set."""
+        """The entries of evaluation.json on the network and the data set."""
         outputs = self.features.shapes(self.image)
         return {
             'features': {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs},

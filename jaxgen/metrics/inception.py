@@ -125,7 +125,7 @@ def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def seal(key: bytes, source: str, digest: str) -> str:
-    """What only the holder of the key can say of arrays of this digest: that they were made from the file `source`."""
+    """The holder of the key's signature that arrays of this digest were made from the file `source`."""
     return hmac.new(key, f'inception {source} {digest}'.encode(), hashlib.sha256).hexdigest()
 
 

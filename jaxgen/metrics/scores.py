@@ -78,7 +78,7 @@ def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 2020
 
 
 def modes_covered(points, weights, means, stds, within: float = 3.0) -> tuple[float, int, float]:
-    """How much of a mixture of Gaussians a sampler covers (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
+    """Mode coverage of a mixture of Gaussians by samples (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
 
     A point is good if it is within 3 standard deviations of a mean; that mode is then covered.
 
@@ -104,7 +104,7 @@ def modes_covered(points, weights, means, stds, within: float = 3.0) -> tuple[fl
 
 
 def class_balance(logits, counts) -> tuple[int, float]:
-    """How many classes samples cover, and how evenly (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
+    """Coverage of the classes by samples, and its balance (VEEGAN, Srivastava et al. 2017; PacGAN, Lin et al. 2018).
 
     Every sample counts as the class of its largest logit.
 

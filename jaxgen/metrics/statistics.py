@@ -31,7 +31,7 @@ FORMAT = 1  # of the cache; another number, and old files are not looked at
 
 
 class Statistics(NamedTuple):
-    """What the metrics of jaxgen/evaluation/samples.py read of a set of images."""
+    """Statistics of a set of images, from which jaxgen/evaluation/samples.py computes its metrics."""
 
     moments: Moments  # of the features of all images
     features: np.ndarray  # float32 [m, d], m <= KEPT

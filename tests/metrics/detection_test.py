@@ -99,7 +99,7 @@ def test_going_on_is_exact():
     assert (take(1)[0]['label'] != take(1, keep_classes=KEPT)[0]['label']).any()
 
 
-def test_says_which_classes_there_are():
+def test_a_class_that_is_not_there_is_refused():
     for wrong in ((10,), (-1,), (0.5,), ('three',)):
         with pytest.raises(UserError, match='0 to 9'):
             data.spec({**SECTION, 'keep_classes': wrong})
