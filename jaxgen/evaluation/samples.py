@@ -101,14 +101,17 @@ class Evaluator:
 
     @functools.cached_property
     def source(self):
+        """The data set's examples."""
         return data.dataset({**self.section, 'features': ('image',)}, self.split)
 
     @property
     def image(self) -> tuple[int, int, int]:
+        """H, W, C of its images."""
         return (self.section['size'], self.section['size'], self.section['channels'])
 
     @property
-    def cache(self) -> str:
+    def folder(self) -> str:
+        """Where statistics of data sets are kept."""
         return os.path.join(data.root(self.section), 'statistics')
 
     def check(self, n: int) -> None:
@@ -158,7 +161,7 @@ class Evaluator:
 
         key = f'{self.source.identity} n={n} {self.features.digest}'
         title = f'{name.partition(":")[0].replace("/", "_")}-{self.split}-{self.features.name}'
-        return cached(self.cache, title, key, make)
+        return cached(self.folder, title, key, make)
 
     def compare(self, pieces: Iterable[dict], n: int) -> dict[str, dict]:
         """Metrics of n images, of whose `extract` these are the pieces; see `compare`."""
