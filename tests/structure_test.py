@@ -120,3 +120,14 @@ def test_evaluation_knows_no_data_set_by_name():
         if file.startswith((os.path.join('jaxgen', 'evaluation'), os.path.join('jaxgen', 'metrics'))):
             with open(os.path.join(ROOT, file), encoding='utf-8') as source:
                 assert not data_sets(source.read()), file
+
+
+def test_a_bound_model_is_passed_whole():
+    """Nothing in sampling and evaluation takes the weights of a model and its devices apart."""
+    for file in FILES:
+        if file.startswith(os.path.join('jaxgen', 'evaluation')) or file == os.path.join('jaxgen', 'sample.py'):
+            with open(os.path.join(ROOT, file), encoding='utf-8') as source:
+                functions = [n for n in ast.walk(ast.parse(source.read())) if isinstance(n, ast.FunctionDef)]
+            for function in functions:
+                names = {a.arg for a in (*function.args.args, *function.args.kwonlyargs)}
+                assert not {'state', 'frozen', 'mesh'} <= names, f'{file}: {function.name}'
