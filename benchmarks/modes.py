@@ -15,7 +15,6 @@ import numpy as np
 
 import jaxgen
 from jaxgen import data
-from jaxgen.metrics import scores
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -27,14 +26,14 @@ def main() -> None:
     options = parser.parse_args()
 
     runs = [jaxgen.load(folder) for folder in options.runs.split(',')]
-    mixture = data.modes(runs[0].config.data)
+    measure = data.sample_metrics(runs[0].config.data)
     test = data.dataset(runs[0].config.data, 'test')
     points = {'held-out data': test.take(np.arange(min(options.n, len(test))))['image']}
     points |= {os.path.basename(os.path.abspath(run.workdir)): run.sample(options.n) for run in runs}
     print('| points | modes covered, of 25 | fraction of good ones | KL of the modes, nats |\n|---|---|---|---|')
     for name, images in points.items():
         points[name] = images.reshape(len(images), -1)[:, :2] / 127.5 - 1
-        good, covered, kl = scores.modes_covered(points[name], *mixture)
+        good, covered, kl = (metric['value'] for metric in measure(images).values())
         print(f'| {name} | {covered} | {good:.3f} | {kl:.3f} |')
 
     import matplotlib

@@ -25,7 +25,7 @@ source `data.low_resolution` makes a feature of that name, the image at so many 
 
 from jaxgen.data.folder import FolderImages
 from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec, spec_from_json, spec_to_json
-from jaxgen.data.sources import canonical, modes, root, same_test_scenes, sample_metrics
+from jaxgen.data.sources import canonical, root, same_test_scenes, sample_metrics
 from jaxgen.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     'canonical',
     'dataset',
     'labels',
-    'modes',
     'root',
     'same_test_scenes',
     'sample_metrics',

@@ -160,12 +160,6 @@ def same_test_scenes(data) -> bool:
     return bool(own) and own == other
 
 
-def modes(data) -> gaussians.Mixture | None:
-    """The mixture of Gaussians that the source is, in the first d colours of its one pixel; None: something else."""
-    dimensions = GAUSSIANS.get(data['source'])
-    return gaussians.mixture(dimensions) if dimensions else None
-
-
 def folder_source(data, here: str) -> Source:
     scan = functools.cache(lambda: folder.scan(data['source'].partition(':')[2]))
 
