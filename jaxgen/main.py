@@ -9,6 +9,7 @@ Modes:
   explore   sheets of a trained run: reconstructions, interpolations, traversals and maps of its latent space,
             its samples beside their nearest training images: PNG files
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
+  fields    print every field of a config: value, meaning, type, allowed values, default
 
 `sample`, `evaluate` and `explore` read the run's own saved config, so `--workdir` is enough. Any field is
 set by e.g. `--config.optim.lr=1e-3`; of a trained run those that training does not depend on.
@@ -43,13 +44,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxgen import checkpoint, data, describe, files, hosts, log, outputs, sharding
+from jaxgen import checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
 
-MODES = ('train', 'sample', 'evaluate', 'explore', 'describe')
+MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields')
 
 
 def define_flags() -> flags.FlagValues:
@@ -116,7 +117,9 @@ READS = {
     'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'multihost'),
     'explore': (*USING, 'out'),
     'describe': ('config',),
+    'fields': ('config',),
 }
+WITHOUT_RUN = ('train', 'describe', 'fields')  # modes of a config
 PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
 
 
@@ -137,8 +140,8 @@ def check_flags(values: flags.FlagValues) -> None:
     for name in ('n', 'film', 'seed'):
         if values[name].present:
             runs.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
-    if not values.config and (mode in ('train', 'describe') or not values.workdir):
-        need = '--config=FILE' if mode in ('train', 'describe') else '--workdir=DIRECTORY of a run, or --config=FILE'
+    if not values.config and (mode in WITHOUT_RUN or not values.workdir):
+        need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')
 
 
@@ -232,6 +235,14 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
 
 
+def show(text: str) -> None:
+    """Prints a text, as much of it as is read: a pipe into `head` or a pager may close."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is written at exit either
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
     values, overrides = parse(argv)
@@ -242,12 +253,15 @@ def main(argv: list[str]) -> None:
     mode = values.mode
     for name in PATHS:
         setattr(values, name, os.path.expanduser(getattr(values, name)))
-    fields = {
+    if mode == 'fields':
+        show(fields.text(configs.override(configs.load(values.config), overrides)))
+        return
+    measured = {
         'features': values.features,
         'inception': values.inception,
         'samples': values.n if mode == 'evaluate' else 0,
     }
-    overrides += [f'--config.evaluate.{name}={value}' for name, value in fields.items() if value]
+    overrides += [f'--config.evaluate.{name}={value}' for name, value in measured.items() if value]
     workdir = values.workdir or os.path.join('runs', configs.name(values.config))
     if values.multihost:
         hosts.start()

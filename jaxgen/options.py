@@ -446,17 +446,17 @@ def described(known: dict[str, Field], values: dict, path: str) -> list[Describe
         if isinstance(section, Component):
             out += described_component(section, field.default, value, where, field.meaning)
         elif isinstance(section, Named):
-            out.append(Described(where, 'sections', '{}', f'NAME: {", ".join(section.component.table)}', field.meaning))
+            out.append(Described(where, 'sections', {}, f'NAME: {", ".join(section.component.table)}', field.meaning))
             for key, own in value.items():
                 out += described_component(
                     section.component, section.usual.get(key, ''), own, f'{where}.{key}', field.meaning
                 )
         elif isinstance(section, PartialFields):
-            out.append(Described(where, 'sections', '{}', f'NAME: fields {", ".join(section.fields())}', field.meaning))
+            out.append(Described(where, 'sections', {}, f'NAME: fields {", ".join(section.fields())}', field.meaning))
             for key, own in value.items():
                 out += described({k: f for k, f in section.fields().items() if k in own}, own, f'{where}.{key}')
         elif isinstance(section, NamedTexts):
-            out.append(Described(where, 'texts', '{}', f'NAME: {section.meaning}', field.meaning))
+            out.append(Described(where, 'texts', {}, f'NAME: {section.meaning}', field.meaning))
             out += [Described(f'{where}.{key}', 'str', '', '', section.meaning) for key in value]
         elif isinstance(section, Fields):
             out += describe(section.function, value, where)
@@ -471,9 +471,12 @@ def described(known: dict[str, Field], values: dict, path: str) -> list[Describe
 def described_component(component: Component, default: Section, value: dict, path: str, meaning: str):
     """The lines of one component's section."""
     key = component.key
-    usual = default if isinstance(default, str) else default.get(key, '')
-    first = Described(f'{path}.{key}', 'str', usual, 'one of ' + ', '.join(component.table), meaning)
-    return [first, *described(component.fields(value[key]), value, path)]
+    usual = {key: default} if isinstance(default, str) else default
+    first = Described(f'{path}.{key}', 'str', usual.get(key, ''), 'one of ' + ', '.join(component.table), meaning)
+    known = component.fields(value[key])
+    if value[key] == usual.get(key):  # the section's own defaults
+        known = {k: f._replace(default=usual.get(k, f.default)) for k, f in known.items()}
+    return [first, *described(known, value, path)]
 
 
 def type_name(field: Field) -> str:
