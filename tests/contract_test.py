@@ -11,7 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import NAMES, assemble, assert_same, devices, main, metrics, path, saved_state, tiny_stage
+from embedded import DISTINCT, EMBEDDED, FAMILIES, last_of_each
+from support import (
+    NAMES,
+    assemble,
+    assert_same,
+    devices,
+    first_batch,
+    main,
+    metrics,
+    path,
+    saved_state,
+    tiny,
+    tiny_stage,
+)
 
 from jaxgen import config as configs
 from jaxgen import data, describe, run, sample, sharding
@@ -149,46 +162,9 @@ FALLS = {
 }
 
 
-def tiny(name: str, **sections):
-    config = configs.load(path(name))
-    return configs.make(**configs.deep_update(config.to_dict(), sections))
-
-
-def first_batch(config):
-    return sample.to_inside(
-        {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
-    )
-
-
 @pytest.fixture(params=NAMES)
 def name(request):
     return request.param
-
-
-# What holds by the shared machinery and the family, and not by the size of a network, is held against the configs
-# of embedded data, one of each family and network. All others are traced; the formulations of diffusion have tests of
-# their own.
-EMBEDDED = [
-    n
-    for n in NAMES
-    if n not in PUBLISHED
-    and configs.load(path(n, '')).data.source.partition(':')[0] in ('digits', 'shapes', 'gaussians')
-]
-
-
-def last_of_each(names, variant: str = 'tiny') -> dict:
-    """{(family, network): name of a config}, the last one of each."""
-    return {(c.family, network_name(c)): n for n in names for c in [configs.load(path(n, variant))]}
-
-
-def network_name(config) -> str | None:
-    """The network that config.model names, itself or as a section."""
-    network = config.model.to_dict().get('network')
-    return network.get('name') if isinstance(network, dict) else network
-
-
-DISTINCT = last_of_each(reversed(EMBEDDED))
-FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
 
 
 # What the loop does with a state is the same for all of them, so it is held against a few: one with a stage and no more

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract_test import DISTINCT, first_batch, tiny
+from embedded import DISTINCT
 from jax.extend.core import Literal
-from support import assemble
+from support import assemble, first_batch, tiny
 
 from jaxgen import config as configs
 from jaxgen import contract, randomness, sample, sharding

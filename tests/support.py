@@ -12,6 +12,7 @@ import types
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +33,19 @@ def path(name: str, variant: str = 'tiny') -> str:
     return os.path.join(ROOT, 'configs', f'{name}.py') + (f':{variant}' if variant else '')
 
 
+def tiny(name: str, **sections):
+    """The tiny config of a name, with these fields changed."""
+    return configs.make(**configs.deep_update(configs.load(path(name)).to_dict(), sections))
+
+
+def first_batch(config) -> dict:
+    """The first training batch of a config, as families get it."""
+    from jaxgen import data, sample
+
+    batch = next(iter(data.batches(config.data, 'train', seed=0)))
+    return sample.to_inside({k: jnp.asarray(v) for k, v in batch.items()})
+
+
 def tiny_stage(folder: str):
     """The tiny config of the stage that a config names as the run in `folder`."""
     return configs.load(os.path.join(ROOT, configs.named(folder).partition(':')[0]) + ':tiny')
@@ -39,14 +53,11 @@ def tiny_stage(folder: str):
 
 def fresh_stage(folder: str, mesh):
     """A stage of random weights by the tiny config of its name, where none is trained; see run.assemble."""
-    import jax.numpy as jnp
-
-    from jaxgen import data, run, sample
+    from jaxgen import run
 
     config = tiny_stage(folder)
     a = run.assemble(config, mesh, fresh_stage)
-    batch = {k: jnp.asarray(v) for k, v in next(iter(data.batches(config.data, 'train', seed=0))).items()}
-    state = jax.jit(a.family.init)(jax.random.key(7), sample.to_inside(batch), a.frozen)
+    state = jax.jit(a.family.init)(jax.random.key(7), first_batch(config), a.frozen)
     return a.family, state.replace(params=None, opt=None), a.frozen
 
 

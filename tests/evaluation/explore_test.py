@@ -7,9 +7,8 @@ import os
 
 import numpy as np
 import pytest
-from contract_test import tiny
 from PIL import Image
-from support import mistake
+from support import mistake, tiny
 
 from jaxgen import run
 from jaxgen.evaluation import explore

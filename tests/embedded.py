@@ -1,0 +1,37 @@
+"""The configs of embedded data, and one of each family and network among them.
+
+What holds by the shared machinery and the family, and not by the size of a network, is held against the latter. All
+others are traced; the formulations of diffusion have tests of their own.
+"""
+
+from __future__ import annotations
+
+from support import NAMES, path
+
+from jaxgen import config as configs
+
+SOURCES = ('digits', 'shapes', 'gaussians')
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a config trains on data made here, at a small size: a published one may stand on scenes of 256 pixels."""
+    data = configs.load(path(name, '')).data
+    return data.source.partition(':')[0] in SOURCES and data.size <= 64
+
+
+EMBEDDED = [name for name in NAMES if is_embedded(name)]
+
+
+def last_of_each(names, variant: str = 'tiny') -> dict:
+    """{(family, network): name of a config}, the last one of each."""
+    return {(c.family, network_name(c)): n for n in names for c in [configs.load(path(n, variant))]}
+
+
+def network_name(config) -> str | None:
+    """The network that config.model names, itself or as a section."""
+    network = config.model.to_dict().get('network')
+    return network.get('name') if isinstance(network, dict) else network
+
+
+DISTINCT = last_of_each(reversed(EMBEDDED))
+FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
