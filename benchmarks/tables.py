@@ -80,7 +80,7 @@ def samplers(rows: list[dict], network: str) -> str:
 
 def likelihoods(rows: list[dict]) -> str:
     """Bits per dimension with their standard error: a row for each run, the best first."""
-    heads = ['run', 'bits/dim ↓', 'what it is', 'parameters', 'training', 'images/s ↑']
+    heads = ['run', 'bits/dim ↓', 'estimate', 'parameters', 'training', 'images/s ↑']
     table = [
         [
             r['name'],
@@ -97,7 +97,7 @@ def likelihoods(rows: list[dict]) -> str:
 
 def ratios(records: list[dict]) -> str:
     """Speed beside torch: the median of the turns."""
-    heads = ['what', 'jaxgen / torch', 'command']
+    heads = ['measured', 'jaxgen / torch', 'command']
     names = {'train': 'training', 'sample': 'sampling'}
     table = [
         [
@@ -112,7 +112,7 @@ def ratios(records: list[dict]) -> str:
 
 def speeds(records: list[dict]) -> str:
     """Images a second and peak memory."""
-    heads = ['what', 'device', 'images/s', 'memory', 'command']
+    heads = ['measured', 'device', 'images/s', 'memory', 'command']
     what = {'train': 'training', 'data': 'data loader'}
     table = [
         [
