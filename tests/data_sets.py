@@ -32,15 +32,6 @@ def take(config: dict, n: int, **kwargs) -> list[dict]:
         return list(itertools.islice(batches, n))
 
 
-def assert_same_batches(a: list[dict], b: list[dict]) -> None:
-    """Two lists of batches are equal bit for bit."""
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            np.testing.assert_array_equal(x[name], y[name], err_msg=name)
-
-
 def refused(match: str):
     """The block raises a UserError of one line."""
 

@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from data_sets import assert_same_batches, make, refused, take, write_folder
+from data_sets import make, refused, take, write_folder
 from PIL import Image
+from support import assert_same
 
 from jaxgen import config as configs
 from jaxgen import data
@@ -54,8 +55,8 @@ def test_order_is_the_same_from_everywhere(n):
 
 def test_order_is_a_function_of_the_seed(prepared):
     config = make(prepared, features=('image', 'label'), flip=True, batch=64)
-    assert_same_batches(take(config, 3), take(config, 3))
-    assert_same_batches(take(config, 3, seed=2**31), take(config, 3, seed=2**31))
+    assert_same(take(config, 3), take(config, 3))
+    assert_same(take(config, 3, seed=2**31), take(config, 3, seed=2**31))
     orders = {
         np.concatenate([b['label'] for b in take(config, 2, seed=s)]).tobytes() for s in (0, 1, 2, 2**31, 2**64 - 1)
     }
@@ -68,7 +69,7 @@ def test_order_is_a_function_of_the_seed(prepared):
 @pytest.mark.parametrize('fields', [{}, {'crop': 'random'}, {'cache_mb': 0, 'threads': 1}])
 def test_seeking_equals_reading_through(five, fields):
     config = {**five, 'flip': True, **fields}
-    assert_same_batches(take(config, 12)[7:], take(config, 5, start=7))
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
 
 
 def test_seeking_far_is_quick(prepared):
@@ -84,9 +85,7 @@ def test_processes_share_the_batch_of_one(five, fields):
     for count in (2, 4):
         parts = [take(config, 6, start=3, process_index=i, process_count=count) for i in range(count)]
         assert all(len(p[0]['image']) == 12 // count for p in parts)
-        assert_same_batches(
-            whole, [{'image': np.concatenate([x['image'] for x in step])} for step in zip(*parts, strict=True)]
-        )
+        assert_same(whole, [{'image': np.concatenate([x['image'] for x in step])} for step in zip(*parts, strict=True)])
     with refused('must be a multiple of the 5 processes'):
         take(config, 1, process_count=5)
 
@@ -110,7 +109,7 @@ def test_dataset_is_random_access(prepared):
 
 def test_memory_and_disk_give_the_same(prepared):
     config = make(prepared, features=('image', 'label'), flip=True, batch=32)
-    assert_same_batches(take(config, 50), take({**config, 'cache_mb': 0}, 50))
+    assert_same(take(config, 50), take({**config, 'cache_mb': 0}, 50))
     batch = take(config, 1)[0]
     batch['image'][:] = 0  # a batch is its receiver's own
     assert take(config, 1)[0]['image'].any()
@@ -194,7 +193,7 @@ def test_jitter_moves_a_window(five):
     assert {int(x) % 20 for x in first} == set(range(4, 9)), 'columns 0 to 4 of the square, which begins at 4'
     plain = data.dataset(config, 'train')[0]['image']
     np.testing.assert_array_equal(plain, data.dataset({**five, 'size': 8}, 'train')[0]['image'])
-    assert_same_batches(take(config, 12)[7:], take(config, 5, start=7))
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
 
 
 def test_a_window_of_the_whole_image(five):
@@ -218,9 +217,7 @@ def test_pad_and_shift_move_training_images_alone(five):
         np.testing.assert_allclose(left[15 - most : 15] / len(first), expected, atol=0.03)
         examples = data.dataset({**ramp, **fields}, 'train')
         np.testing.assert_array_equal(examples[0]['image'], data.dataset(ramp, 'train')[0]['image'])
-        assert_same_batches(
-            take({**ramp, **fields, 'flip': True}, 12)[7:], take({**ramp, **fields, 'flip': True}, 5, start=7)
-        )
+        assert_same(take({**ramp, **fields, 'flip': True}, 12)[7:], take({**ramp, **fields, 'flip': True}, 5, start=7))
 
 
 def test_rectangles_are_cut_out_of_some_training_images(five):
@@ -229,7 +226,7 @@ def test_rectangles_are_cut_out_of_some_training_images(five):
     assert max(wide) <= 8, 'a rectangle of a quarter is 8 pixels wide; of the square there are 12'
     half = np.concatenate([np.ptp(b['image'], axis=(1, 2, 3)) for b in take({**config, 'crop_rate': 0.5}, 100)])
     assert 0.4 < (half > 8).mean() < 0.6
-    assert_same_batches(take(config, 12)[7:], take(config, 5, start=7))
+    assert_same(take(config, 12)[7:], take(config, 5, start=7))
     np.testing.assert_array_equal(
         data.dataset(config, 'train')[0]['image'], data.dataset({**five, 'size': 6}, 'train')[0]['image']
     )
@@ -288,12 +285,12 @@ def test_others_come_unpaired(five, tmp_path):
     ]
     counts = np.unique(np.array(pairs), axis=0, return_counts=True)[1]
     assert len(counts) == 4 * 2 and counts.min() > 0.7 * counts.mean(), 'all pairs are met alike'
-    assert_same_batches(batches[7:12], take(config, 5, start=7))
+    assert_same(batches[7:12], take(config, 5, start=7))
     parts = [take(config, 6, process_index=i, process_count=2) for i in range(2)]
     joined = [{k: np.concatenate([x[k] for x in step]) for k in step[0]} for step in zip(*parts, strict=True)]
-    assert_same_batches(batches[:6], joined)
+    assert_same(batches[:6], joined)
     alone = take({**config, 'other': '', 'features': ('image',)}, 6)
-    assert_same_batches(alone, [{'image': x['image']} for x in batches[:6]])
+    assert_same(alone, [{'image': x['image']} for x in batches[:6]])
     # In evaluation both stand still.
     test = data.dataset(config, 'test')
     taken = test.take(np.arange(len(test)))
