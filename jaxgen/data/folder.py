@@ -83,7 +83,22 @@ def scan(path: str, links: bool = False) -> Listing:
     if not os.path.isdir(root):
         what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
         raise UserError(f'the folder {root} {what}')
-    files, endings, counts, listed = [], Counter(), Counter(), set()
+    counts: Counter = Counter()  # of what is left out, by reason
+    files = into_splits(image_files(root, links, counts), counts)
+    own = [file for file in files if file.split != 'test']
+    classes = ordered({top(file.inner) for file in own}) if all('/' in file.inner for file in own) else ()
+    if classes:
+        files = of_classes(root, files, classes, counts)
+    return Listing(root, tuple(files), classes, tuple(f'{n} {what}' for what, n in counts.items() if n))
+
+
+def image_files(root: str, links: bool, counts: Counter) -> list[File]:
+    """The files below `root` with the ending of an image, by path; counts what is left out.
+
+    Raises:
+      UserError: there are none.
+    """
+    files, endings, listed = [], Counter(), set()
     for full in all_files(root, counts):
         name = os.path.basename(full)
         if not name.lower().endswith(ENDINGS):
@@ -108,22 +123,21 @@ def scan(path: str, links: bool = False) -> Listing:
     if endings:
         some = ', '.join(f'{n} {ascii(ending)[1:-1]}' for ending, n in endings.most_common(5))
         counts[f'files with other endings ({some}{", ..." if len(endings) > 5 else ""})'] = endings.total()
-    files = into_splits(sorted(files), counts)
+    return sorted(files)
+
+
+def of_classes(root: str, files: list[File], classes: tuple[str, ...], counts: Counter) -> list[File]:
+    """The files without test images of other classes; counts these, classes of one image and folders without any."""
     own = [file for file in files if file.split != 'test']
-    classes = ordered({top(file.inner) for file in own}) if all('/' in file.inner for file in own) else ()
-    if classes and len(own) < len(files):
-        kept = [file for file in files if file.split != 'test' or (top(file.inner) in classes and '/' in file.inner)]
-        counts['test images of no class that training has'] = len(files) - len(kept)
-        files = kept
-    if classes:
-        once = sum(n == 1 for n in Counter(top(file.inner) for file in own).values())
-        if len(own) == len(files):
-            counts['classes of one image, too rare to be in the test split'] = once if once < len(own) else 0
-        prefix = {file.path.split('/', 1)[0] + '/' for file in own if file.split}
-        here = os.path.join(root, *prefix)
-        empty = [name for name in folders(here) if name not in classes]
-        counts[f'folders without images ({", ".join(map(ascii, empty[:3]))})'] = len(empty)
-    return Listing(root, tuple(files), classes, tuple(f'{n} {what}' for what, n in counts.items() if n))
+    kept = [file for file in files if file.split != 'test' or (top(file.inner) in classes and '/' in file.inner)]
+    counts['test images of no class that training has'] = len(files) - len(kept)
+    once = sum(n == 1 for n in Counter(top(file.inner) for file in own).values())
+    if len(own) == len(kept):
+        counts['classes of one image, too rare to be in the test split'] = once if once < len(own) else 0
+    prefix = {file.path.split('/', 1)[0] + '/' for file in own if file.split}
+    empty = [name for name in folders(os.path.join(root, *prefix)) if name not in classes]
+    counts[f'folders without images ({", ".join(map(ascii, empty[:3]))})'] = len(empty)
+    return kept
 
 
 IRREGULAR = 'that are no regular files (pipes, devices)'
