@@ -323,8 +323,8 @@ def build(
     """A generative adversarial network.
 
     Args:
-      adversarial: the adversarial loss, see above.
-      network: 'mlp' | 'dcgan' | 'resnet', of WGAN-GP and SN-GAN | 'biggan'; see networks/gan.py.
+      adversarial: the adversarial loss, by its name in losses/adversarial.py.
+      network: the pair of networks, by its name in networks/gan.py; 'resnet' is that of WGAN-GP and SN-GAN.
       latent: dimensions of z.
       conditional: '', or how the networks are conditioned on the class: 'concat' | 'projection', see networks/gan.py.
       discriminator_steps: of each update.

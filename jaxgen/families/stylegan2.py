@@ -447,8 +447,9 @@ def build(
       group: images of the minibatch standard deviation.
       conditional: both networks are conditioned on the class, `batch['label']`, and so are samples.
       mixing: fraction of training's images with the styles of two latents, the second from a random layer on.
-      r1, r1_every: gamma of R1, 0: none; see above.
-      path, path_every, path_decay: weight of the path length, 0: none; weight of the newest batch in the running mean.
+      r1, r1_every: gamma of R1, 0: none; it is taken in one of so many updates.
+      path, path_every, path_decay: weight of the path length, 0: none; it is taken in one of so many updates; weight of
+        the newest batch in its running mean.
       augmentation: of the discriminator's inputs, of 'blit', 'geometric' and 'colour'; (), none. See
         augmentation/adaptive.py.
       augment_p: their probability at the start, or throughout if augment_target is 0.

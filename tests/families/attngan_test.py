@@ -1,4 +1,4 @@
-"""AttnGAN: words of captions, networks against torch on the same weights, losses against slow ones, its updates."""
+"""AttnGAN: networks against torch on the same weights, the losses of an update written out, its samples."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import path
 
 from jaxgen import config as configs
 from jaxgen import randomness
 from jaxgen.contract import Context
-from jaxgen.data import captions, shapes
+from jaxgen.data import shapes
 from jaxgen.errors import UserError
 from jaxgen.families import attngan
 from jaxgen.losses.matching import matching_loss, sentence_similarity, word_similarity
@@ -22,7 +21,7 @@ from jaxgen.networks.layers import upsample_nearest
 from jaxgen.networks.text import TextEncoder, word_numbers
 from jaxgen.optim import make_optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 N, T, D = 3, 5, 4  # examples, words, features
 MASK = np.arange(T) < np.array([[T], [3], [1]])
@@ -39,55 +38,6 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def encoded(*texts: str) -> np.ndarray:
     return np.stack([shapes.encode_caption(text) for text in texts])
-
-
-# --- words
-
-
-def number(word: bytes, numbers: int) -> int:
-    """The hash in whole numbers, byte by byte."""
-    total = sum(b * 16_777_619 ** (i + 1) for i, b in enumerate(word)) % 2**32
-    total = (total ^ total >> 16) * 0x85EBCA6B % 2**32
-    return 1 + (total ^ total >> 13) % (numbers - 1)
-
-
-def test_words_have_numbers():
-    texts = ('a Small red heart', ' a_b,  c3; Über-große (x)', '', 'one two three four five six seven', 'x' * 64)
-    rows = word_numbers(encoded(*texts), 6, 1000)
-    for row, text in zip(rows, texts, strict=True):
-        expected = [number(w, 1000) for w in captions.words(text.encode())][:6]
-        assert row.tolist() == expected + [0] * (6 - len(expected))
-    assert captions.words(texts[1].encode()) == [b'a_b', b'c3', 'Über'.encode(), 'große'.encode(), b'x']
-
-
-def test_words_of_the_scenes_do_not_collide():
-    numbers = configs.load(path('attngan_shapes', '')).model.words
-    words = {*shapes.SHAPES, *shapes.COLOURS, *shapes.SIZES, *shapes.BACKGROUNDS, 'a', 'an', 'on', 'background'}
-    hashed = word_numbers(encoded(*sorted(words)), 1, numbers)
-    assert len(set(hashed[:, 0].tolist())) == len(words)
-
-
-def test_text_encoder_equals_torch():
-    torch = pytest.importorskip('torch')
-    network = TextEncoder(20, 6, D)
-    words = jnp.asarray(np.where(MASK, np.arange(N * T).reshape(N, T) + 1, 0))
-    params = randomised(jax.eval_shape(network.init, jax.random.key(0), words))['params']
-    lstm = torch.nn.LSTM(6, D // 2, bidirectional=True, batch_first=True)
-    with torch.no_grad():
-        for name, suffix in (('forward', ''), ('backward', '_reverse')):
-            weights = {
-                'weight_ih': params[name]['input']['kernel'].T, 'weight_hh': params[name]['state'].T,
-                'bias_ih': params[name]['bias'], 'bias_hh': jnp.zeros(2 * D),
-            }  # fmt: skip
-            for kind, value in weights.items():
-                getattr(lstm, f'{kind}_l0{suffix}').copy_(torch.tensor(np.asarray(value)))
-        x = torch.tensor(np.asarray(params['embedding'])[words])
-        packed = torch.nn.utils.rnn.pack_padded_sequence(x, MASK.sum(1), batch_first=True)
-        states, (last, _) = lstm(packed)
-        states = torch.nn.utils.rnn.pad_packed_sequence(states, batch_first=True)[0]
-    of_words, sentence = network.apply({'params': params}, words)
-    np.testing.assert_allclose(of_words, states, atol=1e-5)
-    np.testing.assert_allclose(sentence, last.permute(1, 0, 2).reshape(N, D), atol=1e-5)
 
 
 # --- networks
@@ -122,6 +72,7 @@ class Torch:
 
 
 @pytest.mark.parametrize('attention', [True, False])
+@slow
 def test_generator_equals_torch(attention):
     torch = pytest.importorskip('torch')
     network = networks.Generator((16, 8, 1), 2, 2, 4, D, 1, attention)
@@ -161,6 +112,7 @@ def test_generator_equals_torch(attention):
 
 
 @pytest.mark.parametrize('norm', [True, False])
+@slow
 def test_discriminator_equals_torch(norm):
     torch = pytest.importorskip('torch')
     network = networks.Discriminator(4, 3, 2, norm)
@@ -188,44 +140,6 @@ def test_discriminator_equals_torch(norm):
         joint = torch.cat([h, torch.tensor(s)[:, :, None, None].expand(-1, -1, 2, 2)], 1)
         joint = F.leaky_relu(normed(t['joint'].conv(joint, padding=1), 'joint_norm'), 0.2)
         np.testing.assert_allclose(got, value(joint, 'told_value'), rtol=1e-3, atol=1e-4)
-
-
-# --- losses
-
-
-def test_word_similarity_is_that_of_the_paper():
-    regions, words, (gamma1, gamma2) = normal(2, 7, D), normal(N, T, D, seed=1), (3.0, 2.0)
-    expected = np.zeros((2, N))
-    for n in range(2):
-        for m in range(N):
-            e, v = words[m][MASK[m]].astype(np.float64), regions[n].astype(np.float64)
-            s = np.exp(e @ v.T)
-            alpha = np.exp(gamma1 * s / s.sum(0))
-            c = alpha / alpha.sum(1, keepdims=True) @ v
-            cosines = (c * e).sum(1) / np.linalg.norm(c, axis=1) / np.linalg.norm(e, axis=1)
-            expected[n, m] = np.log(np.exp(gamma2 * cosines).sum())
-    np.testing.assert_allclose(word_similarity(regions, words, MASK, gamma1, gamma2), expected, rtol=1e-4)
-
-
-def test_matching_loss_is_cross_entropy_both_ways():
-    torch = pytest.importorskip('torch')
-    similarity = np.asarray(sentence_similarity(normal(N, D), normal(N, D, seed=1)))
-    same = np.eye(N, dtype=bool)
-    same[0, 2] = same[2, 0] = True
-    logits = torch.tensor(10 * similarity)
-    logits[0, 2] = logits[2, 0] = -torch.inf
-    right = torch.arange(N)
-    expected = sum(torch.nn.functional.cross_entropy(x, right) for x in (logits, logits.T))
-    np.testing.assert_allclose(matching_loss(similarity, np.eye(N, dtype=bool), same), expected, rtol=1e-4)
-    # Two images among three captions, the last two of which are theirs.
-    own = np.eye(N, dtype=bool)[1:]
-    logits = torch.tensor(10 * similarity[1:])
-    expected = torch.nn.functional.cross_entropy(logits, right[1:]) + torch.nn.functional.cross_entropy(
-        logits.T[1:], right[:2]
-    )
-    np.testing.assert_allclose(matching_loss(similarity[1:], own, own), expected, rtol=1e-4)
-    parallel = sentence_similarity(jnp.eye(2), jnp.array([[3.0, 0.0], [1.0, 1.0]]))
-    np.testing.assert_allclose(parallel, [[1, 0.5**0.5], [0, 0.5**0.5]], atol=1e-5)
 
 
 # --- the family
@@ -262,6 +176,7 @@ def features(weights, numbers):
 
 
 @pytest.mark.parametrize('swap', [True, False])
+@slow
 def test_the_losses_of_an_update(swap):
     _, state, _, logs = updated(swap)
     b, n, p = batch(), 4, state.params
@@ -316,6 +231,7 @@ def test_the_losses_of_an_update(swap):
     np.testing.assert_allclose(logs['matching_loss'], expected, rtol=1e-4)
 
 
+@slow
 def test_samples_are_the_last_stage_and_evaluate_matches_them():
     f, _, state, _ = updated()
     b, key = batch(), jax.random.key(1)

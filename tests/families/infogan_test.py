@@ -16,7 +16,7 @@ from jaxgen.families import infogan
 from jaxgen.networks.infogan import Discriminator, Generator, Recogniser
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(noise=3, categories=(3, 2), continuous=2, width=3, levels=2, hidden=6, recogniser_hidden=5)
 
@@ -32,6 +32,7 @@ def started(f):
     return jax.jit(f.init)(jax.random.key(0), batch, {}), batch
 
 
+@slow
 def test_networks_equal_torch():
     torch = pytest.importorskip('torch')
     F = torch.nn.functional
@@ -78,6 +79,7 @@ def test_networks_equal_torch():
     np.testing.assert_allclose(value, dense(x, w['value'])[:, 0], atol=1e-3)
 
 
+@slow
 def test_information_is_the_bound():
     """evaluate's 'information' from the pieces: codes drawn, Q's normals and categories by scipy."""
     from scipy import special, stats
@@ -110,6 +112,7 @@ def test_information_is_the_bound():
         np.testing.assert_allclose(got[i], total, rtol=1e-4)
 
 
+@slow
 def test_unit_deviations_and_slopes():
     """Q's normals of deviation 1: log Q + H by scipy. And the networks have the leaky ReLUs' slope."""
     from scipy import stats
@@ -133,6 +136,7 @@ def test_unit_deviations_and_slopes():
 
 
 @pytest.mark.parametrize('moving', ['generator', 'discriminator'])
+@slow
 def test_neither_step_touches_the_other_network(moving):
     still = {'generator': ('discriminator', 'recogniser'), 'discriminator': ('generator',)}[moving]
     f = family(dict.fromkeys(still, 0.0))
@@ -145,6 +149,7 @@ def test_neither_step_touches_the_other_network(moving):
     assert logs['information/categories'] < math.log(6) + 1e-5
 
 
+@slow
 def test_penalty_of_a_discriminator_without_normalisation():
     f = family(discriminator_norm=False, r1=0.5)
     state, batch = started(f)
@@ -156,6 +161,7 @@ def test_penalty_of_a_discriminator_without_normalisation():
     assert float(logs['r1']) == pytest.approx(float(0.5 * jnp.square(slope).sum((1, 2, 3)).mean()), rel=1e-4)
 
 
+@slow
 def test_codes_are_categories_and_continuous():
     f = family()
     state, batch = started(f)
@@ -178,6 +184,7 @@ def test_codes_are_categories_and_continuous():
 
 
 @pytest.mark.parametrize('codes', [dict(categories=()), dict(continuous=0)], ids=str)
+@slow
 def test_one_kind_of_code_is_enough(codes):
     f = family(**codes)
     state, batch = jax.eval_shape(lambda: started(f))

@@ -16,7 +16,7 @@ from jaxgen.families import stylegan2
 from jaxgen.networks import stylegan2 as networks
 from jaxgen.optim import make_optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(latent=6, mapping_layers=2, channel_base=32, channel_max=6, group=2, augmentation=())
 
@@ -156,6 +156,7 @@ class Torch:
 
 @pytest.mark.parametrize('up', [False, True])
 @pytest.mark.parametrize('demodulate', [False, True])
+@slow
 def test_modulated_convolution_is_the_grouped_one(up, demodulate):
     oracle = Torch()
     x, kernel, style = (
@@ -176,6 +177,7 @@ def test_modulated_convolution_is_the_grouped_one(up, demodulate):
     np.testing.assert_allclose(dstyle, torch_style.grad, atol=2e-4)
 
 
+@slow
 def test_networks_equal_torch():
     oracle = Torch()
     g = networks.Generator(16, 3, 5, 2, 4, channel_base=64, channel_max=7)
@@ -231,6 +233,7 @@ def test_minibatch_deviation_is_the_loops(n, group, size):
     np.testing.assert_allclose(networks.minibatch_deviation(jnp.asarray(x), group), want, rtol=1e-4)
 
 
+@slow
 def test_path_lengths_are_those_of_the_jacobian():
     a = jax.random.normal(jax.random.key(0), (3, 4, 2 * 6 * 2))
 
@@ -246,6 +249,7 @@ def test_path_lengths_are_those_of_the_jacobian():
         np.testing.assert_allclose(got[i], jnp.sqrt((product**2).sum(1).mean()), rtol=1e-4)
 
 
+@slow
 def test_mixing_takes_the_second_style_from_a_layer_on():
     n, layers = 6000, 5
     ws = stylegan2.mix(jnp.zeros((n, 2)), jnp.ones((n, 2)), layers, 0.6, jax.random.key(0))
@@ -256,6 +260,7 @@ def test_mixing_takes_the_second_style_from_a_layer_on():
     np.testing.assert_allclose(fractions, [0.4, *[0.15] * 4], atol=0.02)
 
 
+@slow
 def test_lazy_penalties_are_the_eager_ones_in_the_mean():
     """The gradient of k updates is that of a penalty in each: k times as large in one, and none in the others."""
     batch, key = images(), jax.random.key(1)
@@ -295,6 +300,7 @@ def test_schedules_go_by_updates_where_there_are_more_steps():
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(8) / 8), rtol=1e-5)
 
 
+@slow
 def test_update_is_the_algorithm_written_out():
     """Four plain gradient steps, each on one network's loss, and the values kept beside the weights."""
     f = family(r1=0.3, r1_every=1, path=2.0, path_every=1, mixing=0.0, by=optim(accumulate=1))
@@ -369,6 +375,7 @@ def test_update_is_the_algorithm_written_out():
     np.testing.assert_allclose(got.extra['w'], to_w(average, z[:, 0, 0]).mean(0), atol=1e-5)
 
 
+@slow
 def test_augmentation_follows_the_signs_of_the_discriminator():
     model = dict(augmentation=('blit',), augment_every=2, augment_images=160, r1=0.0, path=0.0, augment_p=0.5)
     f, batch = family(**model, by=optim(lr=1e-9)), images()
@@ -386,6 +393,7 @@ def test_augmentation_follows_the_signs_of_the_discriminator():
     assert fixed(start, {}, batch, jax.random.key(0))[0].extra['p'] == 0.5
 
 
+@slow
 def test_samples_are_truncated_and_have_their_own_noise():
     batch, index = images(), {'index': jnp.arange(3, dtype=jnp.int32)}
     state = jax.jit(family().init)(jax.random.key(0), batch, {})
@@ -404,6 +412,7 @@ def test_samples_are_truncated_and_have_their_own_noise():
         np.testing.assert_allclose(got, jnp.clip(want, -1, 1), atol=1e-5)
 
 
+@slow
 def test_projection_reconstructs_an_image_of_its_own():
     f, batch = family(projection_steps=150), images(4)
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
@@ -416,6 +425,7 @@ def test_projection_reconstructs_an_image_of_its_own():
     assert (near < 0.1 * far.mean()).all(), (near, far)  # of one image the middle of W may happen to be near
 
 
+@slow
 def test_white_noise_has_no_autocorrelation_and_stripes_have():
     noise = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
     stripes = jnp.broadcast_to(jnp.sign(jnp.sin(jnp.arange(32) / 4 + 0.1))[:, None, None], (1, 32, 32, 1))
