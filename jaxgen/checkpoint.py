@@ -24,6 +24,7 @@ import stat
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -186,7 +187,7 @@ class Checkpoints:
             cleanup_tmp_directories=self.writes,
         )
         self.closing = contextlib.ExitStack()
-        self.manager = None
+        self.manager: Any = None  # of Orbax; None where there is no folder
         if os.path.isdir(self.folder):
             files.refuse_links(self.folder, *os.listdir(self.folder))
             self.path = self.closing.enter_context(plain_path(self.folder))
@@ -317,7 +318,8 @@ class Checkpoints:
           UserError: the checkpoint is of another model.
           RunError: there are checkpoints and none can be read.
         """
-        steps, damaged = self.steps(), []
+        steps = self.steps()
+        damaged: list[int] = []
         for step in reversed(steps):
             problem, found, fault = self.trouble(step), None, None
             if not problem:

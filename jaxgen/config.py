@@ -373,7 +373,7 @@ def load(path: str) -> ConfigDict:
         there = [f for f in os.listdir(folder) if f.endswith('.py')] if os.path.isdir(folder) else []
         raise UserError(f'no config file {file}{near(os.path.basename(file), there) if there else ""}')
     spec = importlib.util.spec_from_file_location('jaxgen_config', file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f'{file} is not a Python file; a config is a .py file with get_config')
     module = importlib.util.module_from_spec(spec)
     try:

@@ -323,8 +323,8 @@ def running_mean(state: State, old: PyTree, new: PyTree, decay: float) -> PyTree
     At first all count alike: the start values would else linger. `state.step` says how many are in `old`: before
     `advance` the values of init do not count.
     """
-    decay = jnp.minimum(decay, state.step / (state.step + 1))
-    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+    kept = jnp.minimum(decay, state.step / (state.step + 1))
+    return jax.tree.map(lambda a, b: kept * a + (1 - kept) * b, old, new)
 
 
 def split_batch(batch: PyTree, n: int) -> PyTree:

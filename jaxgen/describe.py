@@ -26,6 +26,11 @@ def size(tree) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
+def shape(variable) -> tuple[int, ...]:
+    """The shape of a jaxpr's variable."""
+    return variable.aval.shape
+
+
 def flops(jaxpr: core.Jaxpr) -> int:
     """Multiplications and additions of the matrix products and convolutions of a jaxpr, two per pair.
 
@@ -37,10 +42,10 @@ def flops(jaxpr: core.Jaxpr) -> int:
         name = eqn.primitive.name
         if name == 'dot_general':
             (contract, _), _ = eqn.params['dimension_numbers']
-            k = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-            total += 2 * k * math.prod(eqn.outvars[0].aval.shape)
+            k = math.prod(shape(eqn.invars[0])[d] for d in contract)
+            total += 2 * k * math.prod(shape(eqn.outvars[0]))
         elif name == 'conv_general_dilated':
-            kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+            kernel, out = shape(eqn.invars[1]), shape(eqn.outvars[0])
             features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
             # Taps that fall on zeros put in by dilation are no work; padding's are counted.
             holes = math.prod(eqn.params['lhs_dilation'])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -84,7 +85,8 @@ def save_json(path: str, value) -> None:
 def save_npz(path: str, arrays: dict[str, np.ndarray], compressed: bool = False) -> None:
     """Writes arrays, whole or not at all."""
     with replacing(path) as file:
-        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+        save: Callable = np.savez_compressed if compressed else np.savez
+        save(file, **arrays)
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:

@@ -17,6 +17,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -31,8 +33,8 @@ KEY = 'jaxgen/alive/'
 AGAIN = 'run the same command again on all hosts to go on from the newest checkpoint'
 
 _watch: Watch | None = None
-_keep = []  # what C++ holds pointers to
-_at_end = []  # ways to end the process where its usual end would say more than was said
+_keep: list[Any] = []  # what C++ holds pointers to
+_at_end: list[Callable] = []  # ways to end the process where its usual end would say more than was said
 
 
 def start() -> None:
@@ -48,7 +50,7 @@ def start() -> None:
     with contextlib.suppress(AttributeError):  # versions without one
         jax.config.update('jax_enable_preemption_service', False)
     inside = _inside_jax()
-    given = {}
+    given: dict[str, Any] = {}
     try:
         if 'JAX_NUM_PROCESSES' in os.environ:
             given = {

@@ -34,7 +34,7 @@ def summary_writer(directory: str, **options):
     """TensorBoard's events in `directory`."""
     # tensorboardX imports torch where there is one, which takes seconds, to draw graphs of networks: not used here.
     torch = sys.modules.get('torch')
-    sys.modules['torch'] = torch  # None hides it
+    sys.modules['torch'] = torch  # type: ignore[assignment]  # None hides it
     try:
         from tensorboardX import SummaryWriter, event_file_writer
     finally:
@@ -70,7 +70,8 @@ class Meter:
     resumed run writes the same lines as one that was never stopped."""
 
     def __init__(self, state: dict | None = None):
-        self.count, self.sums = (state['count'], dict(state['sums'])) if state else (0, {})
+        self.count: int = state['count'] if state else 0
+        self.sums: dict[str, float] = dict(state['sums']) if state else {}
 
     def add(self, logs: dict[str, float]) -> None:
         """Counts the logs of one update."""

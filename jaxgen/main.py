@@ -163,7 +163,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
     film = run.film(min(n, 8), frames, seed, condition) if frames else None
     pieces = run.draw(n, seed, condition)
     with outputs.directory(out, 'samples.npz') if first else contextlib.nullcontext('') as folder:
-        images = []
+        images: list[np.ndarray] = []
         with log.bar(n, quiet=not first) as bar:
             for piece in pieces:
                 for image in piece:
@@ -173,12 +173,11 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
                 bar.update(len(piece))
         if not first:
             return
-        images = np.stack(images)
-        files.save_png(os.path.join(folder, 'grid.png'), files.grid(images[:256]))
+        files.save_png(os.path.join(folder, 'grid.png'), files.grid(np.stack(images[:256])))
         if film is not None:
             states = einops.rearrange(film, 'n rows frames h w c -> (n rows frames) h w c')
             files.save_png(os.path.join(folder, 'film.png'), files.grid(states, film.shape[2]))
-        files.save_npz(os.path.join(folder, 'samples.npz'), {'images': images}, compressed=True)
+        files.save_npz(os.path.join(folder, 'samples.npz'), {'images': np.stack(images)}, compressed=True)
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
 
@@ -207,7 +206,7 @@ def evaluate_mode(run, seed: int) -> None:
 
 def explore_mode(run, n: int, seed: int, out: str) -> None:
     """Sheets of a run's latent space and of its samples' neighbours, into WORKDIR/explore/NAME."""
-    name = outputs.name(run, run.changes(), seed, **({'n': n} if n else {}))
+    name = outputs.name(run, run.changes(), seed, None, **({'n': n} if n else {}))
     n, out = n or 8, out or os.path.join(run.workdir, 'explore', name)
     first = jax.process_index() == 0
     with outputs.directory(out, 'explore.json') if first else contextlib.nullcontext('') as folder:

@@ -183,8 +183,8 @@ def fields(target: Callable | None) -> dict[str, Field]:
     if target is None:
         return {}
     bound = target.keywords if isinstance(target, functools.partial) else {}
-    function = inspect.unwrap(target.func if isinstance(target, functools.partial) else target)
-    if dataclasses.is_dataclass(function):
+    function: Any = inspect.unwrap(target.func if isinstance(target, functools.partial) else target)
+    if isinstance(function, type):
         defaults = dataclass_defaults(function)
         hints = {k: v for c in reversed(function.__mro__) for k, v in inspect.get_annotations(c).items()}
     else:
@@ -355,7 +355,7 @@ def component_section(component: Component, default: Section, value, path: str) 
     key = component.key
     own = as_section(value, key, path, [key])
     usual = as_section(default, key, path, [key])
-    name = own.get(key, usual.get(key))
+    name: Any = own.get(key, usual.get(key))
     if not name and not own.get(key):
         raise UserError(f'config.{path}.{key} is missing: one of {", ".join(component.table)}')
     check_choice(f'{path}.{key}', name, tuple(component.table))
@@ -378,7 +378,7 @@ def updated(known: dict[str, Field], base: dict, over: dict) -> dict:
     for name, value in over.items():
         field, before = known.get(name), out.get(name)
         section = field.section if field else None
-        if isinstance(section, Component):
+        if field and isinstance(section, Component):
             out[name] = updated_component(section, field.default, before, value)
         elif isinstance(section, Named) and isinstance(value, dict):
             mine = dict(before or {})
@@ -400,8 +400,8 @@ def updated_component(component: Component, default: Section, before, over):
     base, more, usual = ({key: v} if isinstance(v, str) else v for v in (before or {}, over, default or {}))
     if not isinstance(base, dict) or not isinstance(more, dict):
         return over
-    old = base.get(key, usual.get(key))
-    new = more.get(key, old)
+    old: Any = base.get(key, usual.get(key))
+    new: Any = more.get(key, old)
     if not all(isinstance(name, str) and name in component.table for name in (old, new)):
         return {**base, **more}
     known = component.fields(new)

@@ -16,6 +16,7 @@ import os
 import secrets
 import stat
 import uuid
+from collections.abc import Set
 
 from jaxgen import config as configs
 from jaxgen import files
@@ -78,7 +79,7 @@ def outside(workdir: str, path: str) -> bool:
     return os.path.commonpath([run, os.path.realpath(path)]) != run
 
 
-def unnamed(workdir: str, saved, config, named: set[str]) -> dict[str, str]:
+def unnamed(workdir: str, saved, config, named: Set[str]) -> dict[str, str]:
     """{field: path} of the paths outside of a run that nobody named but the run itself.
 
     Args:

@@ -10,6 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from jaxgen.errors import UserError
 
@@ -35,7 +36,8 @@ def name(run, changed: dict, seed: int, condition: dict[str, str] | None = None,
       changed: {field: value} of the config where it differs from the run's own.
       numbers: those that are not the default.
     """
-    parts, exact = [f'step{run.step}', run.weights, f'seed{seed}'], {'changed': changed} if changed else {}
+    parts = [f'step{run.step}', run.weights, f'seed{seed}']
+    exact: dict[str, Any] = {'changed': changed} if changed else {}
     for key, value in (condition or {}).items():
         short = re.sub('[^a-z0-9]+', '-', value.lower())[:40]
         parts.append(f'{key}{short}')

@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -84,7 +84,7 @@ def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
     return run.assembled.family, run.state, run.assembled.frozen
 
 
-def check_stages(about: dict, assembled: Assembled, workdir: str, moved: tuple[str, ...] = ()) -> None:
+def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequence[str] = ()) -> None:
     """Raises UserError where a stage has other weights than when the checkpoint `about` was saved.
 
     moved: fields 'stages.NAME' that name another directory than then; without a digest these are refused.
@@ -239,11 +239,14 @@ class Run:
         """`params` of the newest checkpoint.
 
         Raises:
-          UserError: it is of another step than this run.
+          UserError: it is of another step than this run, or gone.
         """
         checkpoints = Checkpoints(self.workdir)
-        saved, _ = checkpoints.restore(self.assembled.abstract, self.assembled.mesh, ('params',))
+        restored = checkpoints.restore(self.assembled.abstract, self.assembled.mesh, ('params',))
         checkpoints.close()
+        if restored is None:
+            raise UserError(f'{self.workdir} has no checkpoint any more')
+        saved, _ = restored
         if int(saved.step) != self.step:
             raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
         return saved.params
@@ -355,30 +358,29 @@ def saved_spec(workdir: str) -> data.Spec | None:
     return configs.parse_json(path, data.spec_from_json, 'leave it away where the data are there')
 
 
-def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: set[str]):
+def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: Set[str]):
     """(config, unnamed): the config that a run is used with, and paths in it that are not to be read; see `load`.
 
     A stage lies where the person says, or else in RUN/stages/NAME, or else where it lay in training. Where prepared
     data lie is a question of the machine, so a stranger's run does not say it.
     """
     if isinstance(config, dict):
-        named, config = configs.flat(config).keys(), configs.complete(configs.deep_update(saved.to_dict(), config))
-    elif config is None:
-        config = saved
-    sections = config.to_dict()
-    config = configs.complete(sections)
-    for name, path in config.stages.items():
+        named, sections = configs.flat(config).keys(), configs.deep_update(saved.to_dict(), config)
+    else:
+        sections = (saved if config is None else config).to_dict()
+    used = configs.complete(sections)
+    for name, path in used.stages.items():
         within = os.path.join(workdir, 'stages', name)
         if f'stages.{name}' not in named and path == saved.stages.get(name) and os.path.isdir(within):
-            config.stages[name] = files.absolute(within)
-    unnamed = origin.unnamed(workdir, saved, config, named)
-    origin.check_named(unnamed, *(f'stages.{name}' for name in config.stages))
+            used.stages[name] = files.absolute(within)
+    unnamed = origin.unnamed(workdir, saved, used, named)
+    origin.check_named(unnamed, *(f'stages.{name}' for name in used.stages))
     if unnamed.pop('data.dir', ''):
-        config.data.dir = ''
-    return config, unnamed
+        used.data.dir = ''
+    return used, unnamed
 
 
-def read(workdir: str, config: ConfigDict | dict | None = None, named: set[str] = frozenset()):
+def read(workdir: str, config: ConfigDict | dict | None = None, named: Set[str] = frozenset()):
     """(config, spec, unnamed): what a run is to be used with, no weights; arguments and errors as those of `load`."""
     saved = saved_config(workdir)
     origin.check_layout(workdir, everything=not origin.is_own(workdir, saved))
@@ -423,7 +425,7 @@ def load(
     weights: str = 'ema',
     all_weights: bool = False,
     mesh=None,
-    named: set[str] = frozenset(),
+    named: Set[str] = frozenset(),
 ):
     """The run in `workdir` with the weights of its newest checkpoint, a Run.
 
@@ -446,15 +448,15 @@ def load(
     workdir = os.path.expanduser(workdir)
     check_weights_name(weights)
     saved = saved_config(workdir)
-    config, spec, unnamed = read(workdir, config, named)
-    check_cycle(workdir, config)
+    used, spec, unnamed = read(workdir, config, named)
+    check_cycle(workdir, used)
     if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
-        config.mesh.fsdp = math.gcd(config.mesh.fsdp, jax.device_count())
-    assembled = dataclasses.replace(assemble(config, mesh, spec=spec), unnamed=unnamed)
-    check_use(workdir, saved, config, assembled.family.free)
+        used.mesh.fsdp = math.gcd(used.mesh.fsdp, jax.device_count())
+    assembled = dataclasses.replace(assemble(used, mesh, spec=spec), unnamed=unnamed)
+    check_use(workdir, saved, used, assembled.family.free)
     if weights != 'ema' and assembled.family.statistics:
         raise UserError(
-            f'--weights={weights}: what {config.family} draws with includes statistics of the averaged weights, which '
+            f'--weights={weights}: what {used.family} draws with includes statistics of the averaged weights, which '
             'fit no others: leave --weights out'
         )
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
@@ -463,8 +465,8 @@ def load(
     if restored is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, about = restored
-    check_stages(about, assembled, workdir, configs.moved(saved, config))
-    check_moved_data(about, config, workdir, configs.moved(saved, config))
+    check_stages(about, assembled, workdir, configs.moved(saved, used))
+    check_moved_data(about, used, workdir, configs.moved(saved, used))
     names = [name for name in state.ema if '@' not in name]
     if weights == 'params':
         ema = {name: state.params[name] for name in names}
@@ -474,9 +476,9 @@ def load(
         ema = averaged_afterwards(checkpoints, assembled, names, int(state.step), float(weights))
     checkpoints.close()
     if weights == 'ema':
-        say_if_initial(workdir, config, int(state.step), assembled.family.statistics)
+        say_if_initial(workdir, used, int(state.step), assembled.family.statistics)
     state = state.replace(ema=ema)
-    return Run(workdir, config, assembled, state, weights)
+    return Run(workdir, used, assembled, state, weights)
 
 
 def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool) -> None:
@@ -519,8 +521,9 @@ def averaged_afterwards(
         )
     saved = [s for s in checkpoints.steps() if s <= step and not checkpoints.trouble(s)]
     pairs = [(s, width) for s in saved for width in stds]
-    weights = optim.post_hoc(*map(np.array, zip(*pairs, strict=True)), step, std)
-    total = None
+    steps, widths = (np.array(column) for column in zip(*pairs, strict=True))
+    weights = optim.post_hoc(steps, widths, step, std)
+    total: Any = None
     for s in saved:
         try:
             state, _ = checkpoints.read(s, assembled.abstract, assembled.mesh, ('ema',))

@@ -96,7 +96,7 @@ def condition_provider(
         if 'label' in family.conditions:
             out['label'] = kept[numbers % len(kept)]
         out |= {name: np.repeat(value[None], len(numbers), 0) for name, value in fixed.items()}
-        examples = source.take_cyclic(numbers) if rest else {}
+        examples = source.take_cyclic(numbers) if source is not None else {}
         return out | {name: examples[name] for name in rest}
 
     return provide

@@ -8,6 +8,7 @@ no family mentions devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def jit(function, **options):
         return plain
     options['compiler_options'] = {'xla_gpu_deterministic_ops': True, **(options.get('compiler_options') or {})}
     settled = jax.jit(function, **options)
-    chosen = []
+    chosen: list[Callable] = []
 
     def call(*args):
         if not chosen:

@@ -226,10 +226,10 @@ class Training:
             self.writer.image(self.step, 'samples', sheet)
             self.writer.pause()
 
-    def evaluate(self) -> None:
+    def evaluate(self, evaluator) -> None:
         """Draws samples and writes their metrics."""
         n = self.config.train.evaluate_samples
-        metrics = self.evaluator.compare((self.evaluator.extract(piece, n) for piece in self.draw(n)), n)
+        metrics = evaluator.compare((evaluator.extract(piece, n) for piece in self.draw(n)), n)
         if self.writer:
             self.writer.metrics(self.step, {name: metric['value'] for name, metric in metrics.items()})
             self.writer.pause()
@@ -246,8 +246,10 @@ class Training:
 
         if is_due(train.sample_every, lambda: os.path.exists(self.grid_path())):
             self.grid()
-        if self.evaluator and is_due(train.evaluate_every, lambda: self.writer.has_metrics(self.step)):
-            self.evaluate()
+        if self.evaluator and is_due(
+            train.evaluate_every, lambda: bool(self.writer and self.writer.has_metrics(self.step))
+        ):
+            self.evaluate(self.evaluator)
 
     def due(self, every: int) -> bool:
         """Whether this step is a multiple of an interval; 0: none is."""

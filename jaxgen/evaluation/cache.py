@@ -36,7 +36,8 @@ def piece(folder: str, start: int, n: int, make: Callable[[], dict[str, np.ndarr
     """
     file = os.path.join(folder, f'{start:08d}.npz')
     kept = read(file, n)
-    if not sharding.any_host(kept is None):
+    missing = sharding.any_host(kept is None)
+    if kept is not None and not missing:
         return kept
     made = make()
     if jax.process_index() == 0:

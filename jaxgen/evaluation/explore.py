@@ -12,6 +12,7 @@ import colorsys
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import jax
@@ -98,7 +99,7 @@ def scatter(images: np.ndarray, points: np.ndarray, labels: np.ndarray | None, s
     for i, (left, top) in enumerate(corner):
         image = Image.fromarray(images[i, ..., 0] if images.shape[-1] == 1 else images[i]).convert('RGB')
         frame = np.full((each, each, 3), colours[int(labels[i])] if labels is not None else 128, np.uint8)
-        frame[3:-3, 3:-3] = image.resize((each - 6, each - 6))
+        frame[3:-3, 3:-3] = np.asarray(image.resize((each - 6, each - 6)))
         sheet[top : top + each, left : left + each] = frame
     return sheet
 
@@ -135,7 +136,7 @@ class LatentSpace:
         """batch: examples at a time."""
         self.model, self.seed = model, seed
         self.size = sharding.round_up(model.mesh, batch)
-        family = model.family
+        family: Any = model.family  # of which a program that is called has the function
 
         def encode(state, frozen, batch, rng):
             return family.encode(state, frozen, sample.to_inside(batch), rng)
@@ -267,7 +268,8 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
         raise UserError(f'a {config.family} encodes nothing and draws nothing: there is nothing to explore')
     origin.check_named(run.assembled.unnamed, 'data.source', 'data.other')  # before `labelled` reads its spec
     test = run.assembled.dataset('test', features=labelled(config.data.to_dict())['features'])
-    space, metrics = LatentSpace(model, config.evaluate.batch, seed), {}
+    space = LatentSpace(model, config.evaluate.batch, seed)
+    metrics: dict[str, dict] = {}
 
     def write(name: str, sheet: np.ndarray) -> None:
         if jax.process_index() == 0:

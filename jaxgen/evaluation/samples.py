@@ -33,7 +33,7 @@ def distances(fake: Statistics, real: Statistics) -> dict[str, dict]:
     """Distances between two sets: 'frechet', 'kid', and 'sfid' where the network has spatial features."""
     n, n_reference = fake.moments.n, real.moments.n
     metrics = {'frechet': {'value': frechet(fake.moments, real.moments), 'n': n, 'n_reference': n_reference}}
-    if fake.spatial is not None:
+    if fake.spatial is not None and real.spatial is not None:
         metrics['sfid'] = {'value': frechet(fake.spatial, real.spatial), 'n': n, 'n_reference': n_reference}
     subset = min(KID_SUBSET, len(fake.features), len(real.features))
     value, std = scores.kernel_distance(fake.features, real.features, size=subset)

@@ -16,7 +16,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,7 +53,9 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
     order = np.random.RandomState(SEED).permutation(n)[:KEPT]
     row = np.full(n, -1)
     row[order] = np.arange(len(order))
-    start, kept, moments, counts = 0, {}, {}, np.zeros(0, np.int64)
+    start, counts = 0, np.zeros(0, np.int64)
+    kept: dict[str, np.ndarray] = {}
+    moments: dict[str, Moments] = {}
     for piece in pieces:
         rows = row[start : start + len(piece['features'])]
         for name, x in piece.items():
@@ -68,8 +70,8 @@ def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
                 into[rows[rows >= 0]] = x[rows >= 0]
         start += len(rows)
         if 'logits' in piece:
-            own = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
-            counts = counts + own if len(counts) else own
+            predicted = np.bincount(piece['logits'].argmax(1), minlength=piece['logits'].shape[1])
+            counts = counts + predicted if len(counts) else predicted
     assert start == n, f'{start} images, not {n}'
     return Statistics(moments['features'], kept['features'], counts, kept.get('logits'), moments.get('spatial'))
 
@@ -86,23 +88,25 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
     """
     key = f'{FORMAT} {key}'
     path = os.path.join(folder, f'{title}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz')
-    statistics = None
+    stored = None
     if os.path.isfile(path):
         try:
-            statistics = read(path, key)
+            stored = read(path, key)
         except (OSError, ValueError, KeyError, TypeError) as e:
             log.say(f'WARNING: {path} is damaged ({" ".join(str(e).split())}): put aside and computed again')
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.rename(path, f'{path}.damaged-{uuid.uuid4().hex[:8]}')
-    if sharding.any_host(statistics is None):
-        statistics = make()._replace(logits=None)
-        if jax.process_index() == 0:
-            try:
-                if os.path.islink(folder):  # it may have come with a run, and lead anywhere
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                write(path, key, statistics)
-            except OSError as e:  # a set may lie where nothing can be written
-                log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
+    missing = sharding.any_host(stored is None)
+    if stored is not None and not missing:
+        return stored
+    statistics = make()._replace(logits=None)
+    if jax.process_index() == 0:
+        try:
+            if os.path.islink(folder):  # it may have come with a run, and lead anywhere
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            write(path, key, statistics)
+        except OSError as e:  # a set may lie where nothing can be written
+            log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
     return statistics
 
 
@@ -127,7 +131,7 @@ def read(path: str, key: str) -> Statistics:
         raise ValueError('it is of something else')
 
     def moments(name: str) -> Moments:
-        values = {field: file[f'{name}_{field}'] for field in Moments._fields}
+        values: dict[str, Any] = {field: file[f'{name}_{field}'] for field in Moments._fields}
         return Moments(**{**values, 'n': int(values['n'])})
 
     spatial = moments('spatial') if 'spatial_n' in file else None
