@@ -18,7 +18,7 @@ The upsamplers, from 64 and from 128 pixels, which see the means of 4x4 pixels o
 Time: not measured
 Paper: FID 10.94 without guidance, 4.59 with classifier guidance (ADM-G); `:size128` 2.97, `:size512` 7.72 with it;
 3.94 and 3.85 (512 pixels) where upsamplers enlarge guided samples
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -9,7 +9,7 @@ Samples with classifier guidance (configs/noisy_classifier_imagenet64.py):
 
 Time: not measured
 Paper: FID 2.07 (with 250 steps)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -14,7 +14,7 @@ Differs: the learning rate falls by update, there by epoch.
 
 Time: not measured
 Paper: pictures; no figure for this set
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -8,7 +8,7 @@ of the steps.
 
 Time: not measured
 Paper: Song et al. 2021 (arXiv 2010.02502), table 1, gives FID by number of steps and eta
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -5,7 +5,7 @@
 Time: 7.2 hours on one H100 in bfloat16 (--config.train.dtype=bfloat16), by the 0.032 s an update that
   benchmarks/throughput.py measured
 Paper: FID 3.17, Inception score 9.46 (Ho et al. 2020, table 1; 50,000 samples against the training set)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

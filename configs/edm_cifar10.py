@@ -12,7 +12,7 @@
 Time: not measured
 Paper: FID 1.97, `:ve` 1.98, `:conditional` 1.79, `:conditional,ve` 1.79, with 35 evaluations; `:ffhq64` 2.39, with
 `ve` 2.53, 79 evaluations; `:imagenet64` 1.36, 511 evaluations
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

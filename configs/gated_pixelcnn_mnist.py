@@ -10,7 +10,7 @@ weights.
 
 Time: not measured
 Paper: none for this size
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -7,7 +7,7 @@ start; after 500 updates neither is 1 % any more. It goes on until it is stopped
 
 Time: not measured
 Paper: 3.35 bits/dim (Kingma & Dhariwal 2018, table 2)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -8,7 +8,7 @@ is stopped.
 
 Time: not measured
 Paper: FID 40.58, Inception score 6.02 (Du & Mordatch 2019, table 1, unconditional, single model)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -7,7 +7,7 @@ Differs: the release holds out 5,000 training images; the numbers of updates her
 
 Time: not measured
 Paper: accuracy 92.9%, FID 38.4, Inception score 8.76 (Grathwohl et al. 2020, table 1)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -17,7 +17,7 @@ whether images were mirrored, are not in it: here they are not.
 
 Time: not measured
 Paper: reconstruction FID 0.90, PSNR 24.19 (Rombach et al. 2022, table 8, and the released code; ImageNet validation)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

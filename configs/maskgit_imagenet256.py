@@ -12,7 +12,7 @@ for all of them.
 
 Time: not measured
 Paper: FID 6.18 (8 steps), with a first stage of its own
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -7,7 +7,7 @@ Differs: the released code dequantises images by uniform noise in training, and 
 
 Time: not measured
 Paper: FID 25.32, Inception Score 8.87
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -5,7 +5,7 @@
 
 Time: not measured
 Paper: FID 2.38, Inception Score 9.83; `:deep` 2.20, 9.89
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

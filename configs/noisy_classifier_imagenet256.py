@@ -7,7 +7,7 @@ Differs: the random crop is of the whole shorter side, the published one up to a
 
 Time: not measured
 Paper: with it ADM's FID goes from 10.94 to 4.59
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -6,7 +6,7 @@ Differs: the random crop is of the whole shorter side, the published one up to a
 
 Time: not measured
 Paper: no figure of its own
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

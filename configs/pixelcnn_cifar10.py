@@ -9,7 +9,7 @@ the averaging of weights.
 
 Time: not measured
 Paper: 3.14 bits/dim (van den Oord et al. 2016, table 4)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

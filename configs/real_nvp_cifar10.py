@@ -7,7 +7,7 @@ nats, at a norm of 100, trains 100 epochs, 78,200 updates, and averages no weigh
 
 Time: not measured
 Paper: 3.49 bits/dim (Dinh et al. 2016, table 1)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -11,7 +11,7 @@ is a velocity alone, where half of the released output is thrown away.
 
 Time: not measured
 Paper: FID 2.06, Inception Score 270.27 (XL/2, guidance 1.5, SDE)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -4,7 +4,7 @@
 
 Time: not measured
 Paper: FID 21.7, Inception score 8.22 (Miyato et al. 2018, table 2; of 5,000 samples)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -13,7 +13,7 @@ not evenly.
 
 Time: not measured
 Paper: FID 13.73, LPIPS 0.452 by latents, 23.84 and 0.388 by references; AFHQ 16.18 and 0.450, 19.78 and 0.432
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

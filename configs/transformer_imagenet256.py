@@ -9,7 +9,7 @@ each of its images, by the release's rule. Images are resized by bicubic interpo
 
 Time: not measured
 Paper: FID 15.98 and 15.78 by different decoding; 5.20 with rejection by a classifier (the release's README)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -10,7 +10,7 @@ is Adagrad with a small weight decay, and its weights start from N(0, 0.01).
 
 Time: not measured
 Paper: none with these layers
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

@@ -10,7 +10,7 @@ the norm that a gradient is divided by is there that of a gated layer's two matr
 Time: not measured
 Paper: 85.57 nats, bound of 5,000 importance samples; 88.56 with N(0, I), 83.19 and 86.05 with two levels
 (Tomczak & Welling 2017, table 1)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

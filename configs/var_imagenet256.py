@@ -11,7 +11,7 @@ bicubic interpolation, there Lanczos; float16 there.
 Time: not measured
 Paper: FID of the released weights, in the release's README: 3.55; d20 2.95, d24 2.33, d30 1.97, d36 at 512x512 2.63
 (guidance 1.5, top_k 900, top_p 0.96). The last version of the paper has 3.30; d20 2.57, d24 2.09, d30 1.92
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import deep_update, make

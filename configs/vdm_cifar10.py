@@ -4,7 +4,7 @@
 
 Time: not measured
 Paper: 2.65 bits/dim (Kingma et al. 2021, table 1); 2.637 of the weights that the authors released
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

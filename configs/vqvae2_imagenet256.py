@@ -9,7 +9,7 @@ Differs: the number of updates is the paper's; the port trains 560 epochs.
 
 Time: not measured
 Paper: FID 31.1 of samples through its priors (as scored by Dhariwal & Nichol 2021, table 5)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

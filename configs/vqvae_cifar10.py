@@ -10,7 +10,7 @@ Differs: the example trains 10,000 updates.
 
 Time: not measured
 Paper: 4.67 bits per dimension, by a network of 256 channels (van den Oord et al. 2017, section 4.1)
-Ours: not measured
+Ours: shape-checked
 """
 
 from jaxgen.config import make

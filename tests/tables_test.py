@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import importlib.util
 import os
@@ -55,6 +56,35 @@ def test_configs_of_the_results_exist(name):
         for command in row.get('commands', ()):
             for config in re.findall(r'--config=(\S+?\.py)', command):
                 assert os.path.isfile(os.path.join(ROOT, config)), command
+
+
+CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'configs', '*.py')))
+STATUSES = {'shape-checked', 'weights-checked', 'trained here'}
+
+
+def docstring(path: str) -> str:
+    return ast.get_docstring(ast.parse(read(path))) or ''
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
+def test_docstrings_of_configs(path):
+    """Command, time, the paper's number and ours, which is a number or a status of published sizes."""
+    text = docstring(path)
+    assert f'python -m jaxgen.main --config=configs/{os.path.basename(path)}' in text
+    entries = dict(re.findall(r'^(Time|Paper|Ours): *(\S.*)$', text, re.M))
+    assert set(entries) == {'Time', 'Paper', 'Ours'}
+    assert entries['Ours'] in STATUSES or re.search(r'\d', entries['Ours'])
+
+
+def test_configs_without_numbers_have_the_status_of_the_table():
+    of_table = {}
+    for row in tables.result('published')['models']:
+        of_table.setdefault(row['config'], set()).add(row['status'])
+    said = {os.path.basename(p).removesuffix('.py'): re.search(r'^Ours: (.*)$', docstring(p), re.M)[1] for p in CONFIGS}
+    assert set().union(*of_table.values()) <= STATUSES
+    assert {k: v for k, v in said.items() if v in STATUSES} == {
+        k: v.pop() if len(v) == 1 else v for k, v in of_table.items() if 'trained here' not in v
+    }
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: os.path.relpath(p, ROOT))
