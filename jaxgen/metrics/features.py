@@ -29,7 +29,7 @@ class Features(NamedTuple):
     """A network with its weights."""
 
     name: str  # stands in the name of every metric
-    digest: str  # SHA-256 of what the weights are
+    digest: str  # SHA-256 of the weights
     image: tuple[int, int, int] | None  # H, W, C that it reads; None: any size, grey or colour
     apply: Callable  # (variables, uint8 [n, H, W, C]) -> {'features': [n, d], 'logits': [n, c], 'spatial': [n, s]}
     variables: Any
