@@ -14,11 +14,15 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxgen import config as configs
+from jaxgen.config import DEFAULTS
+from jaxgen.contract import Array, Context
 from jaxgen.data import builders
 from jaxgen.main import run_main
+from jaxgen.optim import Optim, make_optim
 
 # A tenth of each drawn set is enough for tests, and drawing a whole one takes 25 s.
 builders.SHAPES, builders.POINTS = {'train': 1000, 'test': 200}, {'train': 1000, 'test': 200}
@@ -66,6 +70,27 @@ def assemble(config, mesh=None):
     from jaxgen import run
 
     return run.assemble(config, mesh, fresh_stage)
+
+
+def context(image=(8, 8, 1), classes: int = 0, **changes) -> Context:
+    """What `build` gets where config.optim has its defaults and 10 updates are made."""
+    return Context(image, classes, make_optim(10, **DEFAULTS['optim']))._replace(**changes)
+
+
+def sgd(rate: float = 0.1, accumulate: int = 1, newest: float = 1.0) -> Optim:
+    """Gradient descent for every network; `newest` is the weight of the newest weights in their moving average."""
+    return optimiser(optax.sgd(rate), accumulate, newest)
+
+
+def optimiser(tx: optax.GradientTransformation, accumulate: int = 1, newest: float = 1.0) -> Optim:
+    """The same with another transformation in place of gradient descent."""
+    return Optim(lambda name, times=1: tx, accumulate, lambda step: newest)
+
+
+def quantised_images(n: int, size: int = 8, seed: int = 1) -> Array:
+    """Images [n, size, size, 1] whose pixels are quantised to 256 levels, in [-1, 1]."""
+    levels = np.random.default_rng(seed).integers(0, 256, (n, size, size, 1))
+    return jnp.asarray(levels / 127.5 - 1, jnp.float32)
 
 
 def main(*args: str, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:

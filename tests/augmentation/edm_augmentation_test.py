@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion_family_test import context, images
+from support import context, quantised_images
 
 from jaxgen.augmentation import edm
 from jaxgen.augmentation.warp import warp
@@ -98,7 +98,7 @@ def test_the_network_is_told_in_training_only(monkeypatch):
     assert made[0]['augment'] == edm.LABELS
     state = family.init(jax.random.key(0), {}, {})
     seen.clear()
-    family.update(state, {}, {'image': images(64)}, jax.random.key(1))
+    family.update(state, {}, {'image': quantised_images(64)}, jax.random.key(1))
     ((_, labels),) = seen
     assert labels.shape == (64, edm.LABELS) and (np.abs(labels) > 0).any(0).all()
     seen.clear()
