@@ -3,17 +3,17 @@
     python -m jaxgen.main --config=configs/cyclegan_horse2zebra.py
 
 The data (https://efrosgans.eecs.berkeley.edu/cyclegan/datasets/horse2zebra.zip) unpack to a folder horse2zebra, with
-horses in trainA and zebras in trainB; or name any two folders of your own, pictures of any size:
+horses in trainA and zebras in trainB; or name any two folders of your own, images of any size:
 
     --config.data.source=folder:PATH/paintings --config.data.other=folder:PATH/photographs
 
-Samples are those of `other` turned into such as `source`: horses into zebras. The paper trains 200 epochs of 1,334
-pictures, one at a time. Its learning rate is constant for the first half and falls to 0 in the second.
+Samples are images of `other` translated into the domain of `source`: horses into zebras. The paper trains 200 epochs of
+1,334 images, one at a time. Its learning rate is constant for the first half and falls to 0 in the second.
 
 Differs: the learning rate falls by update, there by epoch.
 
 Time: not measured
-Paper: pictures; no figure for this set
+Paper: images; no metric for this set
 Ours: shape-checked
 """
 

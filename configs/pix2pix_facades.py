@@ -1,11 +1,11 @@
-"""pix2pix as published: photographs of facades out of maps of their parts, 256x256, 57.2 million weights.
+"""pix2pix as published: photographs of facades from maps of their parts, 256x256, 57.2 million weights.
 
     python -m jaxgen.main --config=configs/pix2pix_facades.py --config.data.source=pairs:PATH
 
-Pairs of your own are two sub-folders with files of one name, of any size: PATH/image/NAME.png, what is to be made, and
-PATH/input/NAME.png, what it is made of; more sub-folders are more features, of which `config.model.condition` names
+Pairs of your own are two sub-folders with files of one name, of any size: PATH/image/NAME.png, the target, and
+PATH/input/NAME.png, the input; more sub-folders are more features, of which `config.model.condition` names
 one. The published sets (http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/facades.tar.gz) have both side by side in
-one picture, the photograph to the left. To cut them apart, with ImageMagick:
+one image, the photograph to the left. To cut them apart, with ImageMagick:
 
     mkdir -p facades/image facades/input
     magick mogrify -path facades/image -gravity West -crop 50%x100%+0+0 +repage train/*.jpg
@@ -14,7 +14,7 @@ one picture, the photograph to the left. To cut them apart, with ImageMagick:
 Differs: the learning rate falls by update, there by epoch; batch normalisation of one image is instance normalisation.
 
 Time: not measured
-Paper: pictures; no figure for this set
+Paper: images; no metric for this set
 Ours: shape-checked
 """
 

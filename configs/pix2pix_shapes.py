@@ -1,16 +1,16 @@
-"""pix2pix on the drawn scenes (jaxgen/data/shapes.py), 32x32: pictures out of line drawings, or out of maps.
+"""pix2pix on the drawn scenes (jaxgen/data/shapes.py), 32x32: images from line drawings, or from maps.
 
-    python -m jaxgen.main --config=configs/pix2pix_shapes.py             # out of line drawings: edges
-    python -m jaxgen.main --config=configs/pix2pix_shapes.py:segments    # out of maps of what is where: masks
+    python -m jaxgen.main --config=configs/pix2pix_shapes.py             # from line drawings: edges
+    python -m jaxgen.main --config=configs/pix2pix_shapes.py:segments    # from maps of segments: masks
 
-Colours of lines and maps say which colours the scene has, and are not those. `edges` and `mask` of these data say
-nothing of colours: what is made of them has colours of the generator's own. `--mode=sample --film=3` shows inputs,
-what is made of them, and the scenes that they were made from.
+Colours of lines and maps encode the scene's colours, and are not those. `edges` and `mask` of these data do not: their
+translations have colours of the generator's own. `--mode=sample --film=3` displays inputs, translations and ground
+truth.
 
 Time: 14.6 minutes on one CPU core with other work on it, 5 minutes of CPU time
 Paper: none
-Ours: squared error 0.012, of pixels in [-1, 1]; a classifier reads 99 % of the colours, all backgrounds and 49 % of the
-shapes as they are
+Ours: squared error 0.012, of pixels in [-1, 1]; conditional accuracy, by a classifier, 99 % (colour), 100 %
+(background) and 49 % (shape)
 """
 
 from jaxgen.config import make

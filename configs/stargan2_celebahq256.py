@@ -3,13 +3,13 @@
     python -m jaxgen.main --config=configs/stargan2_celebahq256.py
     python -m jaxgen.main --config=configs/stargan2_celebahq256.py:afhq
 
-Pictures lie in a folder by domain, celeba_hq/train/female and /male, as the authors' archives have them
+Images lie in a folder by domain, celeba_hq/train/female and /male, as the authors' archives have them
 (https://github.com/clovaai/stargan-v2 says where those are); or name a folder of your own, with a sub-folder for each
-domain. FID and LPIPS of the paper are not to be held against ours: its Inception network has other weights.
+domain. FID and LPIPS of the paper cannot be compared with ours: its Inception network has other weights.
 
-Differs: edges are added everywhere, not where a network for faces' landmarks sees them (a picture of
-these places among the data's features can be named as config.model.mask); domains come as often as the data have them,
-not evenly.
+Differs: edges are added everywhere, not where a network for facial landmarks detects them (an image of these
+positions among the data's features can be named as config.model.mask); domains come as often as the data have them, not
+evenly.
 
 Time: not measured
 Paper: FID 13.73, LPIPS 0.452 by latents, 23.84 and 0.388 by references; AFHQ 16.18 and 0.450, 19.78 and 0.432
@@ -52,7 +52,15 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', classes=0),
                 model=dict(
-                    width=4, most=8, halvings=1, blocks=1, skips=(8,), latent=4, style=4, hidden=8, mapping_layers=1
+                    width=4,
+                    max_width=8,
+                    halvings=1,
+                    blocks=1,
+                    skips=(8,),
+                    latent=4,
+                    style=4,
+                    hidden=8,
+                    mapping_layers=1,
                 ),
                 optim=dict(lr=1e-4),
             ),

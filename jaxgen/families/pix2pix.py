@@ -1,29 +1,35 @@
 """pix2pix: image-to-image translation with conditional adversarial networks (Isola et al. 2017, arXiv 1611.07004).
 
-An input c (edges, a map of labels, a spoilt picture) is turned into an image x. The generator G has dropout for its
-only noise z, and the discriminator D judges an image beside its input, patch by patch. They minimise
+An input c (edges, a map of labels, a degraded image) is translated into an image x. The generator G has dropout for its
+only noise z, and the discriminator D, conditioned on c, classifies patches of an image as real or generated. They
+minimise
 
     D: 1/2 (-E log s(D(c, x)) - E log(1 - s(D(c, G(c, z)))))
     G: -E log s(D(c, G(c, z))) + l1 * E |x - G(c, z)|
 
-(eq. 1 to 4; s is the sigmoid). L1 sees to the picture at large, D to what L1 leaves blurred; what the input does not
-say, like a colour, G decides by itself.
+(eq. 1 to 4; s is the sigmoid). L1 is for the coarse structure, D for the detail that L1 leaves blurred; what c leaves
+open, like a colour, G decides by itself.
 
 The input is a feature of the data, whatever its channels; or, with `condition` = 'image', the image itself under a
-blur and noise: recovery of pictures, as Schawinski et al. 2017 (arXiv 1702.00403) do for galaxies.
+blur and noise: recovery of images, as Schawinski et al. 2017 (arXiv 1702.00403) do for galaxies.
 
-The published code normalises by the batch, in sampling too, and its batches are of one image: that is a norm of each
-channel of each image, `norm` = 'instance', here in batches of any size, and a sample depends on nothing but its input
-and its own noise. Such a norm takes from a map what is the same all over it: in pictures of flat colours that is
-nearly all there is, and `norm` = 'group', of several channels at once, leaves it. Dropout stays on in sampling, as
-published. The discriminator normalises by the batch.
+The published code normalises by the batch, in sampling too, and its batches are of one image: that is an instance
+norm, `norm` = 'instance', here in batches of any size, and a sample depends on nothing but its input and its own noise.
+Such a norm removes the mean of every map: in images of flat colours that is nearly all there is, and `norm` = 'group',
+of several channels at once, keeps it. Dropout stays on in sampling, as published. The discriminator normalises by the
+batch.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Annotated, NamedTuple
+
+import chex
 import jax
 import jax.numpy as jnp
 
+from jaxgen import options
 from jaxgen.augmentation.corruptions import blurred
 from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
@@ -32,142 +38,151 @@ from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discrimi
 from jaxgen.networks import patchgan
 from jaxgen.networks.layers import NORMS, apply_in_training
 from jaxgen.networks.pix2pix import UNet
+from jaxgen.options import Count, NonNegative, OneOf, Rate
 from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
 
+class Networks(NamedTuple):
+    """The two networks, as functions of their own weights."""
+
+    generator: UNet
+    discriminator: patchgan.PatchGAN
+
+    def translate(self, weights, c: Array, keys: Array) -> Array:
+        """G(c, z), images [n, H, W, C], with dropout z by keys [n]."""
+        return self.generator.apply({'params': weights}, c, keys)
+
+    def discriminate(self, weights, c: Array, x: Array) -> Array:
+        """D(c, x), logits by patch [n, h, w]; batch norms are by this batch."""
+        chex.assert_equal_shape_prefix([c, x], 3)
+        return apply_in_training(self.discriminator, weights, jnp.concatenate([c, x], -1))[0]
+
+
+def degraded(x: Array, keys: Array, blur: float, noise: float) -> Array:
+    """Images [n, H, W, C] after a Gaussian blur and with Gaussian noise by keys [n], of these standard deviations."""
+    x = blurred(x, blur)
+    return x + noise * normal(jax.vmap(lambda key: stream(key, 'input'))(keys), x.shape[1:]) if noise else x
+
+
+def discriminator_loss(nets: Networks, params, state, frozen, batch, rng):
+    """Half of the adversarial loss of D (eq. 1), on images and on translations of their inputs."""
+    c, x = batch['input'], batch['image']
+    y = nets.translate(params['generator'], c, jax.random.split(rng, len(x)))
+    real, fake = (nets.discriminate(params['discriminator'], c, image) for image in (x, y))
+    value = 0.5 * vanilla_discriminator(real, fake)
+    logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
+    return value, Aux(logs)
+
+
+def generator_loss(nets: Networks, params, state, frozen, batch, rng, *, l1: float):
+    """Adversarial loss of G, and the absolute error with weight `l1` (eq. 4)."""
+    c, x = batch['input'], batch['image']
+    y = nets.translate(params['generator'], c, jax.random.split(rng, len(x)))
+    absolute = jnp.abs(x - y).mean()
+    value = non_saturating_generator(nets.discriminate(params['discriminator'], c, y)) + l1 * absolute
+    return value, Aux({'generator_loss': value, 'absolute_error': absolute})
+
+
+@options.checked
 def build(
     context: Context,
     *,
     condition: str = 'edges',
-    blur: float = 0.0,
-    noise: float = 0.0,
-    width: int = 64,
-    full: int = 0,
-    halvings: int = 8,
-    dropouts: int = 3,
-    dropout: float = 0.5,
-    norm: str = 'instance',
-    l1: float = 100.0,
-    discriminator_channels: int = 64,
-    discriminator_layers: int = 3,
-    discriminator_norm: str = 'batch',
+    blur: NonNegative = 0.0,
+    noise: NonNegative = 0.0,
+    width: Count = 64,
+    full: Annotated[int, '[0, inf)'] = 0,
+    halvings: Count = 8,
+    dropouts: Annotated[int, '[0, inf)'] = 3,
+    dropout: Rate = 0.5,
+    norm: Annotated[str, OneOf(*NORMS)] = 'instance',
+    l1: NonNegative = 100.0,
+    discriminator_channels: Count = 64,
+    discriminator_layers: Count = 3,
+    discriminator_norm: Annotated[str, OneOf(*patchgan.NORMS)] = 'batch',
 ) -> Family:
     """pix2pix.
 
     Args:
-      condition: the feature that is turned into the image; or 'image', where blur and noise spoil it.
+      condition: the feature that is translated into the image; or 'image', degraded by blur and noise.
       blur, noise: standard deviations of the Gaussian that blurs the input, pixels, and of the Gaussian noise that is
         then added to it, of pixels in [-1, 1].
-      width, full, halvings, dropouts, dropout: of the generator, see UNet.
-      norm: 'instance' | 'group', of the generator, see above.
+      width: channels of the generator's first convolution.
+      full: its convolutions at full size, before those that halve the image.
+      halvings: of the image; 8 of 256 x 256 pixels leave one.
+      dropouts: how many of its transposed convolutions after the innermost one have dropout.
+      dropout: rate of it.
+      norm: of the generator: 'instance' | 'group', see above.
       l1: weight of the absolute error.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
-    sample turns inputs of the test split, each with noise and dropout by its own key. evaluate gives per image
-    'squared_error' and 'absolute_error' of the output against the image, means over pixels in [-1, 1], and for
-    recovery 'squared_error/input', that of the spoilt image itself.
+    sample translates inputs of the test split, each with noise and dropout by its own key. evaluate returns for each
+    image 'squared_error' and 'absolute_error' of the translation against the image, means over pixels in [-1, 1], and
+    for recovery 'squared_error/input', that of the degraded image itself.
 
     Raises:
       UserError: a value that cannot work.
     """
-    height, _, channels = context.image
     divisor = 2**halvings
-    if min(width, halvings) < 1 or min(full, dropouts) < 0 or not 0 <= dropout < 1:
-        raise UserError(
-            'config.model: width and halvings must be 1 or more, full and dropouts 0 or more, dropout from 0 to below 1'
-        )
-    if norm not in NORMS:
-        raise UserError(f'config.model.norm must be one of {NORMS}; it is {norm!r}')
-    if min(blur, noise, l1) < 0:
-        raise UserError('config.model: blur, noise and l1 must be 0 or more')
     if condition == 'image' and not blur and not noise:
         raise UserError("config.model.condition = 'image' needs config.model.blur or noise, or there is nothing to do")
     check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     patchgan.check('discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm)
 
-    generator = UNet(channels, width, full, halvings, dropouts, dropout, norm, context.remat, context.dtype)
-    discriminator = patchgan.PatchGAN(
-        discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype
+    nets = Networks(
+        UNet(context.image[2], width, full, halvings, dropouts, dropout, norm, context.remat, context.dtype),
+        patchgan.PatchGAN(discriminator_channels, discriminator_layers, discriminator_norm, dtype=context.dtype),
     )
-
-    def given(batch, keys: Array) -> Array:
-        """The generator's input [n, H, W, C] by keys [n]."""
-        x = blurred(batch[condition], blur)
-        return x + noise * normal(jax.vmap(lambda key: stream(key, 'input'))(keys), x.shape[1:]) if noise else x
-
-    def turn(weights, c: Array, keys: Array) -> Array:
-        return generator.apply({'params': weights}, c, keys)
-
-    def judge(weights, c: Array, x: Array) -> Array:
-        """Logits by patch, normalised by this batch."""
-        pair = jnp.concatenate([c, x], -1)
-        return apply_in_training(discriminator, weights, pair)[0]
-
-    def discriminator_loss(params, state, frozen, batch, rng):
-        c, x = batch['input'], batch['image']
-        y = turn(params['generator'], c, jax.random.split(rng, len(x)))
-        real, fake = judge(params['discriminator'], c, x), judge(params['discriminator'], c, y)
-        value = 0.5 * vanilla_discriminator(real, fake)
-        logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
-        return value, Aux(logs)
-
-    def generator_loss(params, state, frozen, batch, rng):
-        c, x = batch['input'], batch['image']
-        y = turn(params['generator'], c, jax.random.split(rng, len(x)))
-        absolute = jnp.abs(x - y).mean()
-        value = non_saturating_generator(judge(params['discriminator'], c, y)) + l1 * absolute
-        return value, Aux({'generator_loss': value, 'absolute_error': absolute})
-
-    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator')
-    generator_step = gradient_step(generator_loss, context.optim, 'generator')
+    discriminator_step = gradient_step(functools.partial(discriminator_loss, nets), context.optim, 'discriminator')
+    generator_step = gradient_step(functools.partial(generator_loss, nets, l1=l1), context.optim, 'generator')
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng = jax.random.split(rng)
         if batch[condition].shape[:3] != batch['image'].shape[:3] or batch[condition].ndim != 4:
-            raise UserError(f'config.model.condition = {condition!r} is no picture of config.data.size = {height}')
+            raise UserError(
+                f'config.model.condition = {condition!r} is no image of config.data.size = {context.image[0]}'
+            )
         c, x = batch[condition][:1], batch['image'][:1]
         params = {
-            'generator': generator.init(generator_rng, c, jax.random.split(rng, 1))['params'],
-            'discriminator': discriminator.init(discriminator_rng, jnp.concatenate([c, x], -1))['params'],
+            'generator': nets.generator.init(generator_rng, c, jax.random.split(rng, 1))['params'],
+            'discriminator': nets.discriminator.init(discriminator_rng, jnp.concatenate([c, x], -1))['params'],
         }
-        # Only the generator makes pictures; an averaged discriminator would serve nothing.
+        # Only the generator samples; an averaged discriminator would serve nothing.
         return new_state(params, context.optim, ema=('generator',))
 
     def update(state, frozen, batch, rng):
         input_rng, discriminator_rng, generator_rng = jax.random.split(rng, 3)
-        c = given(batch, jax.random.split(input_rng, len(batch['image'])))
+        c = degraded(batch[condition], jax.random.split(input_rng, len(batch['image'])), blur, noise)
         batch = {'input': c, 'image': batch['image']}
         state, discriminator = discriminator_step(state, frozen, batch, discriminator_rng)
         state, generator = generator_step(state, frozen, batch, generator_rng)
         return advance(state, context.optim), discriminator.logs | generator.logs
 
-    def translate(state, batch, rng) -> tuple[Array, Array]:
-        """Inputs and outputs, [n, H, W, C], each by its own key."""
+    def translated(state, batch, rng) -> tuple[Array, Array]:
+        """Inputs and their translations, [n, H, W, C], each by its own key and the averaged weights."""
         keys = example_keys(rng, batch)
-        c = given(batch, keys)
-        return c, turn(state.ema['generator'], c, keys)
+        c = degraded(batch[condition], keys, blur, noise)
+        return c, nets.translate(state.ema['generator'], c, keys)
 
     def sample(state, frozen, batch, rng):
-        return translate(state, batch, rng)[1]
+        return translated(state, batch, rng)[1]
 
     def trajectory(state, frozen, batch, rng):
-        """{'image': [3, n, H, W, C]}: the input, what is made of it, and the truth."""
-        c, y = translate(state, batch, rng)
-        shown = c if c.shape == y.shape else jnp.broadcast_to(c.mean(-1, keepdims=True), y.shape)
-        return {'image': jnp.stack([shown, y, batch['image']])}
+        """{'image': [3, n, H, W, C]}: the input, its translation, and the ground truth."""
+        c, y = translated(state, batch, rng)
+        displayed = c if c.shape == y.shape else jnp.broadcast_to(c.mean(-1, keepdims=True), y.shape)
+        return {'image': jnp.stack([displayed, y, batch['image']])}
 
     def evaluate(state, frozen, batch, rng):
         x = batch['image']
-        c, y = translate(state, batch, rng)
-        figures = {
+        c, y = translated(state, batch, rng)
+        metrics = {
             'squared_error': jnp.square(x - y).mean((1, 2, 3)),
             'absolute_error': jnp.abs(x - y).mean((1, 2, 3)),
         }
-        if condition == 'image':
-            figures['squared_error/input'] = jnp.square(x - c).mean((1, 2, 3))
-        return figures
+        return metrics | ({'squared_error/input': jnp.square(x - c).mean((1, 2, 3))} if condition == 'image' else {})
 
-    conditions = tuple(dict.fromkeys((condition, 'image')))  # the image itself is shown as the truth
+    conditions = tuple(dict.fromkeys((condition, 'image')))  # trajectory displays the image itself
     return Family(init, update, sample, evaluate, trajectory=trajectory, conditions=conditions, divisor=divisor)

@@ -1,117 +1,219 @@
-"""StarGAN v2: pictures of many domains turned into one another, in many styles (Choi et al. 2020, arXiv 1912.01865).
+"""StarGAN v2: translation of images between many domains, in many styles (Choi et al. 2020, arXiv 1912.01865).
 
-One generator G turns a picture x of domain y into one of domain t that looks as a style s says. Styles come from noise,
-s = F_t(z) by the mapping network F, or from another picture, s = E_t(reference) by the encoder E: F, E and the
-discriminator D have one output for each domain. With x' = G(x, s) the loss is (eqs. 1 to 5)
+One generator G translates an image x of domain y into domain t, in a style s. Styles come from noise, s = F_t(z) by the
+mapping network F, or from a reference image, s = E_t(reference) by the style encoder E: F, E and the discriminator D
+have one output for each domain. With x' = G(x, s) the objectives are (eqs. 1 to 5)
 
     adversarial   E log s(D_y(x)) + E log(1 - s(D_t(x')))     which D maximises; G minimises -E log s(D_t(x'))
-    style         E |s - E_t(x')|                             what is painted shows the style that was asked for
-    diversity     E |x' - G(x, s2)|                           which G maximises: two styles are two pictures
-    cycle         E |x - G(x', E_y(x))|                       with its own style x comes back: the rest was kept
+    style         E |s - E_t(x')|                             style reconstruction: x' has the style s
+    diversity     E |x' - G(x, s2)|                           diversity sensitive: G maximises it, two styles differ
+    cycle         E |x - G(x', E_y(x))|                       cycle consistency: with its own style x comes back
 
-where s is the sigmoid and D has R1 too. The weight of the diversity, which has no upper bound, falls to 0 over the
+where s() is the sigmoid and D has R1 too. The weight of the diversity, which has no upper bound, falls to 0 over the
 first `diversity_steps` updates.
 
 As in the published code an update has four steps: D on styles from noise, D on those from references, then G, F and E
 on the former and G alone on the latter. Its references are drawn for themselves; here they are the batch in another
-order, and the second one is another picture of the same domain where the batch has one.
+order, and the second one is another image of the same domain where the batch has one.
 
 For faces the published generator has no shortcuts round its norms; edges of the encoder's maps are added to the
-decoder's instead (`high_pass`), at the places where a network that finds faces' landmarks (Wang et al. 2019, arXiv
-1904.07399) sees them. That network is not here: edges are added everywhere, or where the data's `mask` says, on the way
-back too.
+decoder's instead (`high_pass`), at the positions that a network for facial landmarks (Wang et al. 2019, arXiv
+1904.07399) detects. That network is not here: edges are added everywhere, or where the data's `mask` is white, in the
+cycle too.
 
-Domains are the data's labels. In sampling 'label' is the domain that is asked for, and 'domain' that of the picture.
+Domains are the data's labels. In sampling 'label' is the target domain and 'domain' that of the image.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Annotated, NamedTuple
 
+import chex
+import einops
 import jax
 import jax.numpy as jnp
 
+from jaxgen import options
 from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
 from jaxgen.networks.layers import NORMS
+from jaxgen.options import Count, NonNegative, OneOf
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
-GUIDES = ('latent', 'reference')  # where styles come from
+SOURCES = ('latent', 'reference')  # of styles
+FORMER = {'most': 'max_width'}
+
+
+class Networks(NamedTuple):
+    """The four networks, as functions of the weights {network: weights}."""
+
+    generator: networks.Generator
+    mapping: networks.Mapping
+    encoder: networks.StyleEncoder
+    discriminator: networks.Discriminator
+
+    def translate(self, params, x: Array, s: Array, mask: Array | None = None) -> Array:
+        """G(x, s), images [n, H, W, C]; edges are added where `mask` [n, H, W, 1] is 1, or everywhere."""
+        return self.generator.apply({'params': params['generator']}, x, s, mask)
+
+    def mapped(self, params, z: Array, y: Array) -> Array:
+        """F_y(z), styles [n, style] of latents [n, latent]."""
+        return self.mapping.apply({'params': params['mapping']}, z, y)
+
+    def encoded(self, params, x: Array, y: Array) -> Array:
+        """E_y(x), styles [n, style] of images."""
+        return self.encoder.apply({'params': params['encoder']}, x, y)
+
+    def style(self, params, batch: dict, source: str, i: int) -> Array:
+        """Style [n, style] of the target domain, by the first or second of two latents or references."""
+        style = self.mapped if source == 'latent' else self.encoded
+        return style(params, batch[source][:, i], batch['target'])
+
+    def discriminate(self, params, x: Array, y: Array) -> Array:
+        """D_y(x), logits [n]."""
+        return self.discriminator.apply({'params': params['discriminator']}, x, y)
 
 
 def partners(label: Array, rng: Array) -> Array:
-    """For each example of a batch the number of another one with its label, at random; its own where it is alone.
+    """Index int32 [n], for each example of a batch, of another one with its label, at random; its own where there is
+    none.
 
-    label: int32 [n]. Returns int32 [n].
+    label: int32 [n].
     """
     score = jax.random.uniform(rng, (len(label), len(label)))
     score = jnp.where(jnp.eye(len(label), dtype=bool), -1.0, score)
     return jnp.where(label[:, None] == label[None], score, -2.0).argmax(1)
 
 
-def build(
-    context: Context,
-    *,
-    width: int = 64,
-    most: int = 512,
-    halvings: int = 4,
-    blocks: int = 2,
-    norm: str = 'instance',
-    high_pass: float = 0.0,
-    skips: tuple[int, ...] = (),
-    mask: str = '',
-    latent: int = 16,
-    style: int = 64,
-    hidden: int = 512,
-    mapping_layers: int = 4,
-    r1: float = 1.0,
-    style_weight: float = 1.0,
-    diversity: float = 1.0,
-    diversity_steps: int = 100_000,
-    cycle: float = 1.0,
-) -> Family:
-    """StarGAN v2.
+def edge_mask(batch: dict, mask: str) -> Array | None:
+    """Where edges are added, [n, H, W, 1] from 0 to 1, by the feature of this name; None: everywhere."""
+    return (batch[mask] + 1) / 2 if mask else None
 
-    Args:
-      width, most: channels at full size and the most there may be, of generator, encoder and discriminator.
-      halvings, blocks, norm, high_pass, skips: of the generator, see networks/stargan2.py.
-      mask: the feature, a picture of one channel, that is white where edges are added; '': everywhere.
-      latent, style: dimensions of z and of s.
-      hidden, mapping_layers: of F: so many layers for all domains, and as many for each.
-      r1: gamma, the weight of R1.
-      style_weight, diversity, cycle: weights of the losses above.
-      diversity_steps: updates until that of the diversity is 0.
 
-    sample turns pictures of the test split into the domain that is asked for, each in a style from its own noise.
-    trajectory shows a picture in every domain by one z ('latent'), and in the domains and styles ('results') of those
-    that come after it in the batch ('references'). evaluate turns each image into a domain that it is not of and
-    gives 'cycle_error', 'style_error' and 'diversity', the absolute errors and differences of the losses above: means
-    over pixels in [-1, 1], or over the dimensions of s.
+def absolute(x: Array, y: Array) -> Array:
+    """Mean absolute difference of each example, [n]."""
+    chex.assert_equal_shape([x, y])
+    return jnp.abs(x - y).reshape(len(x), -1).mean(1)
 
-    Raises:
-      UserError: a value that cannot work.
+
+def discriminator_loss(nets: Networks, params, state, frozen, batch, rng, *, r1: float):
+    """Adversarial loss of D (eq. 1) on images and on 'translated' ones, and R1 with weight `r1`."""
+    x, y = batch['image'], batch['domain']
+    real, fake = nets.discriminate(params, x, y), nets.discriminate(params, batch['translated'], batch['target'])
+    value = vanilla_discriminator(real, fake)
+    logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
+    if r1:
+        logs['r1'] = r1_penalty(lambda x: nets.discriminate(params, x, y), x).mean()
+        value = value + r1 * logs['r1']
+    return value, Aux(logs)
+
+
+def generator_loss(
+    nets: Networks, params, state, frozen, batch, rng, *, source: str, style_weight: float, diversity: float,
+    diversity_steps: int, cycle: float,
+):  # fmt: skip
+    """Full objective of G, F and E (eq. 5), by styles from latents or from references (`source`)."""
+    x, y, target, mask = batch['image'], batch['domain'], batch['target'], batch.get('mask')
+    s, s2 = (nets.style(params, batch, source, i) for i in range(2))
+    translated = nets.translate(params, x, s, mask)
+    adversarial = non_saturating_generator(nets.discriminate(params, translated, target))  # eq. 1
+    style_error = absolute(nets.encoded(params, translated, target), s).mean()  # eq. 2
+    # No gradient by the second image: the first is to differ from it.
+    other = nets.translate(jax.lax.stop_gradient(params), x, jax.lax.stop_gradient(s2), mask)
+    difference = absolute(translated, other).mean()  # eq. 3
+    cycle_error = absolute(nets.translate(params, translated, nets.encoded(params, x, y), mask), x).mean()  # eq. 4
+    weight = diversity * jnp.maximum(1 - state.step / diversity_steps, 0)
+    value = adversarial + style_weight * style_error - weight * difference + cycle * cycle_error  # eq. 5
+    logs = {'generator_loss': value, 'adversarial': adversarial, 'style_error': style_error}
+    return value, Aux(logs | {'diversity': difference, 'cycle_error': cycle_error})
+
+
+def with_targets(batch: dict, rngs: tuple[Array, Array, Array], latent: int, mask: str) -> dict:
+    """The batch of an update: 'image', 'domain' and 'mask' as they are; target domains by another order of the batch;
+    two latents and two references for each target, 'latent' [n, 2, latent] and 'reference' [n, 2, H, W, C]."""
+    z_rng, order_rng, partner_rng = rngs
+    x, y = batch['image'], batch['domain']
+    order = jax.random.permutation(order_rng, len(x))
+    second = partners(y, partner_rng)[order]
+    return {
+        'image': x,
+        'domain': y,
+        **({'mask': edge_mask(batch, mask)} if mask else {}),
+        'target': y[order],
+        'latent': jax.random.normal(z_rng, (len(x), 2, latent)),
+        'reference': jnp.stack([x[order], x[second]], 1),
+    }
+
+
+def discriminator_batch(nets: Networks, params, batch: dict) -> dict:
+    """Every example twice, 'translated' by the styles from its latent and from its reference, for two steps of D.
+
+    A step takes every second example (`split_batch`): the first one the former, the second one the latter.
     """
+    styles = jnp.stack([nets.style(params, batch, source, 0) for source in SOURCES], 1)  # [n, 2, style]
+    twice = {name: jnp.repeat(a, 2, 0) for name, a in batch.items() if name not in SOURCES}
+    styles = einops.rearrange(styles, 'n sources d -> (n sources) d')
+    return twice | {'translated': nets.translate(params, twice['image'], styles, twice.get('mask'))}
+
+
+def decode(nets: Networks, mask: str, state, frozen, batch, latents, rng):
+    """The images translated into the domains 'label', in the styles of these latents [n, latent]."""
+    s = nets.mapped(state.ema, latents, batch['label'])
+    return jnp.clip(nets.translate(state.ema, batch['image'], s, edge_mask(batch, mask)), -1, 1)
+
+
+def trajectory(nets: Networks, mask: str, latent: int, state, frozen, batch, rng):
+    """Rows [1 + domains, n, H, W, C], the image itself first: in every domain by one z ('latent'), and in the domains
+    and styles ('results') of the images that come after it in the batch ('references')."""
+    x, where = batch['image'], edge_mask(batch, mask)
+    z = normal(example_keys(rng, batch), (latent,))
+    rows = {'latent': [x], 'references': [x], 'results': [x]}
+    for i in range(nets.mapping.domains):
+        s = nets.mapped(state.ema, z, jnp.full(len(x), i))
+        rows['latent'].append(nets.translate(state.ema, x, s, where))
+        reference, its_domain = (jnp.roll(batch[name], -1 - i, 0) for name in ('image', 'domain'))
+        rows['references'].append(reference)
+        s = nets.encoded(state.ema, reference, its_domain)
+        rows['results'].append(nets.translate(state.ema, x, s, where))
+    return {name: jnp.clip(jnp.stack(row), -1, 1) for name, row in rows.items()}
+
+
+def evaluate(nets: Networks, mask: str, latent: int, state, frozen, batch, rng):
+    """Metrics of each image's translation into another domain, drawn by its key: see `build`."""
+    x, y, where = batch['image'], batch['domain'], edge_mask(batch, mask)
+    keys = jax.vmap(jax.random.split)(example_keys(rng, batch))  # [n, 2]
+    z = normal(keys[:, 0], (2, latent))
+    domains = nets.mapping.domains
+    target = (y + jax.vmap(lambda key: jax.random.randint(key, (), 1, domains))(keys[:, 1])) % domains
+    s, s2 = (nets.mapped(state.ema, z[:, i], target) for i in range(2))
+    translated, other = (nets.translate(state.ema, x, style, where) for style in (s, s2))
+    own = nets.encoded(state.ema, x, y)
+    return {
+        'cycle_error': absolute(nets.translate(state.ema, translated, own, where), x),
+        'style_error': absolute(nets.encoded(state.ema, translated, target), s),
+        'diversity': absolute(translated, other),
+    }
+
+
+def check(
+    context: Context, divisor: int, width: int, max_width: int, halvings: int, norm: str, high_pass: float,
+    skips: tuple[int, ...], mask: str,
+) -> None:  # fmt: skip
+    """Raises UserError where fields do not go together, or not with the data."""
     height, columns, _ = context.image
-    divisor = 2 ** max(halvings, networks.halvings(height, columns))
     if context.classes < 2:
         raise UserError(
             "StarGAN v2 needs domains: take a data set of 2 classes or more, with 'label' and 'domain' in "
             'config.data.features'
         )
-    if min(width, halvings, latent, style, hidden, mapping_layers, diversity_steps) < 1 or blocks < 0 or most < width:
-        raise UserError(
-            'config.model: width, halvings, latent, style, hidden, mapping_layers and diversity_steps must be 1 or '
-            'more, blocks 0 or more, most not less than width'
-        )
-    if norm not in NORMS:
-        raise UserError(f'config.model.norm must be one of {NORMS}; it is {norm!r}')
-    if min(high_pass, r1, style_weight, diversity, cycle) < 0:
-        raise UserError('config.model: high_pass, r1, style_weight, diversity and cycle must be 0 or more')
+    if max_width < width:
+        raise UserError(f'config.model.max_width = {max_width} must not be less than config.model.width = {width}')
     check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     if norm == 'instance' and min(height, columns) < 2 << halvings:
         raise UserError(
@@ -126,150 +228,106 @@ def build(
     if mask and not high_pass:
         raise UserError('config.model.mask says where edges are added: it needs config.model.high_pass and skips')
 
-    domains, wide = context.classes, dict(width=width, most=most, remat=context.remat, dtype=context.dtype)
-    generator = networks.Generator(
-        halvings=halvings, blocks=blocks, norm=norm, high_pass=high_pass, skips=skips, **wide
+
+@options.checked
+def build(
+    context: Context,
+    *,
+    width: Count = 64,
+    max_width: Count = 512,
+    halvings: Count = 4,
+    blocks: Annotated[int, '[0, inf)'] = 2,
+    norm: Annotated[str, OneOf(*NORMS)] = 'instance',
+    high_pass: NonNegative = 0.0,
+    skips: tuple[int, ...] = (),
+    mask: str = '',
+    latent: Count = 16,
+    style: Count = 64,
+    hidden: Count = 512,
+    mapping_layers: Count = 4,
+    r1: NonNegative = 1.0,
+    style_weight: NonNegative = 1.0,
+    diversity: NonNegative = 1.0,
+    diversity_steps: Count = 100_000,
+    cycle: NonNegative = 1.0,
+) -> Family:
+    """StarGAN v2.
+
+    Args:
+      width, max_width: channels at full size and their maximum, of generator, encoder and discriminator.
+      halvings: of the image, in the generator's encoder.
+      blocks: of the generator at the smallest size, in its encoder and again in its decoder.
+      norm: of the generator: of each channel or of groups of them, see networks/stargan2.py.
+      high_pass: 0, or the divisor of the edges that are added to the generator's decoder, which then has no shortcuts.
+      skips: heights of the maps whose edges are added.
+      mask: the feature, an image of one channel, that is white where edges are added; '': everywhere.
+      latent, style: dimensions of z and of s.
+      hidden, mapping_layers: units of F's layers; as many layers for all domains as for each.
+      r1: gamma, the weight of R1.
+      style_weight, diversity, cycle: weights of the objectives above.
+      diversity_steps: updates until that of the diversity is 0.
+
+    sample translates images of the test split into the domain 'label', each in a style from its own noise. trajectory
+    displays translations into every domain, see there. evaluate translates each image into another domain and returns
+    'cycle_error', 'style_error' and 'diversity', the absolute errors and differences of the objectives above: means
+    over pixels in [-1, 1], or over the dimensions of s.
+
+    Raises:
+      UserError: a value that cannot work.
+    """
+    divisor = 2 ** max(halvings, networks.halvings(*context.image[:2]))
+    check(context, divisor, width, max_width, halvings, norm, high_pass, skips, mask)
+    sizes = dict(width=width, max_width=max_width, remat=context.remat, dtype=context.dtype)
+    nets = Networks(
+        networks.Generator(halvings=halvings, blocks=blocks, norm=norm, high_pass=high_pass, skips=skips, **sizes),
+        networks.Mapping(context.classes, style, hidden, mapping_layers),
+        networks.StyleEncoder(context.classes, style, **sizes),
+        networks.Discriminator(context.classes, **sizes),
     )
-    mapping = networks.Mapping(domains, style, hidden, mapping_layers)
-    encoder = networks.StyleEncoder(domains, style, **wide)
-    discriminator = networks.Discriminator(domains, **wide)
-
-    def places(batch) -> Array | None:
-        """Where edges are added, [n, H, W, 1] from 0 to 1, or everywhere."""
-        return (batch[mask] + 1) / 2 if mask else None
-
-    def turn(params, x: Array, s: Array, where: Array | None) -> Array:
-        return generator.apply({'params': params['generator']}, x, s, where)
-
-    def judge(params, x: Array, y: Array) -> Array:
-        return discriminator.apply({'params': params['discriminator']}, x, y)
-
-    def drawn(params, z: Array, y: Array) -> Array:
-        """F_y(z)"""
-        return mapping.apply({'params': params['mapping']}, z, y)
-
-    def seen(params, x: Array, y: Array) -> Array:
-        """E_y(x)"""
-        return encoder.apply({'params': params['encoder']}, x, y)
-
-    def asked(params, batch, guide: str, which: int) -> Array:
-        """The first or second style [n, style] that is asked for."""
-        return (drawn if guide == 'latent' else seen)(params, batch[guide][:, which], batch['target'])
-
-    def absolute(x: Array, y: Array) -> Array:
-        """[n]"""
-        return jnp.abs(x - y).reshape(len(x), -1).mean(1)
-
-    def discriminator_loss(params, state, frozen, batch, rng):
-        x, y = batch['image'], batch['domain']
-        real, fake = judge(params, x, y), judge(params, batch['made'], batch['target'])
-        value = vanilla_discriminator(real, fake)
-        logs = {'discriminator_loss': value, 'discriminator_real': real.mean(), 'discriminator_fake': fake.mean()}
-        if r1:
-            logs['r1'] = r1_penalty(lambda x: judge(params, x, y), x).mean()
-            value = value + r1 * logs['r1']
-        return value, Aux(logs)
-
-    def generator_loss(guide, params, state, frozen, batch, rng):
-        x, y, target, where = batch['image'], batch['domain'], batch['target'], places(batch)
-        s, s2 = (asked(params, batch, guide, i) for i in range(2))
-        made = turn(params, x, s, where)
-        deceit = non_saturating_generator(judge(params, made, target))
-        style_error = absolute(seen(params, made, target), s).mean()
-        # The second picture is only what the first is to differ from.
-        other = turn(jax.lax.stop_gradient(params), x, jax.lax.stop_gradient(s2), where)
-        difference = absolute(made, other).mean()
-        cycle_error = absolute(turn(params, made, seen(params, x, y), where), x).mean()
-        weight = diversity * jnp.maximum(1 - state.step / diversity_steps, 0)
-        value = deceit + style_weight * style_error - weight * difference + cycle * cycle_error
-        logs = {'generator_loss': value, 'deceit': deceit, 'style_error': style_error}
-        logs |= {'diversity': difference, 'cycle_error': cycle_error}
-        return value, Aux(logs)
-
-    discriminator_step = gradient_step(discriminator_loss, context.optim, 'discriminator', times=len(GUIDES))
-    # The generator takes a step for each guide too: its rate goes by updates all the same.
-    optim = context.optim._replace(tx=lambda name: context.optim.tx(name, len(GUIDES) if name == 'generator' else 1))
+    discriminator_step = gradient_step(
+        functools.partial(discriminator_loss, nets, r1=r1), context.optim, 'discriminator', times=len(SOURCES)
+    )
+    # The generator takes a step for each source too: its learning rate goes by updates all the same.
+    optim = context.optim._replace(tx=lambda name: context.optim.tx(name, len(SOURCES) if name == 'generator' else 1))
     trained = {'latent': ('generator', 'mapping', 'encoder'), 'reference': ('generator',)}
-    generator_steps = {
-        guide: gradient_step(functools.partial(generator_loss, guide), optim, *trained[guide]) for guide in GUIDES
-    }
+    weights = dict(style_weight=style_weight, diversity=diversity, diversity_steps=diversity_steps, cycle=cycle)
+
+    def generator_step(source: str):
+        loss = functools.partial(generator_loss, nets, source=source, **weights)
+        return gradient_step(loss, optim, *trained[source])
+
+    generator_steps = {source: generator_step(source) for source in SOURCES}
 
     def init(rng, batch, frozen):
         if mask and batch[mask].shape[-1] != 1:
-            raise UserError(f'config.model.mask = {mask!r} must be a picture of one channel')
-        generator_rng, mapping_rng, encoder_rng, discriminator_rng = jax.random.split(rng, 4)
-        x, y = batch['image'][:1], batch['domain'][:1]
-        params = {
-            'generator': generator.init(generator_rng, x, jnp.zeros((1, style)))['params'],
-            'mapping': mapping.init(mapping_rng, jnp.zeros((1, latent)), y)['params'],
-            'encoder': encoder.init(encoder_rng, x, y)['params'],
-            'discriminator': discriminator.init(discriminator_rng, x, y)['params'],
-        }
+            raise UserError(f'config.model.mask = {mask!r} must be an image of one channel')
+        rngs = dict(zip(Networks._fields, jax.random.split(rng, 4), strict=True))
+        x, y, z, s = batch['image'][:1], batch['domain'][:1], jnp.zeros((1, latent)), jnp.zeros((1, style))
+        inputs = {'generator': (x, s), 'mapping': (z, y), 'encoder': (x, y), 'discriminator': (x, y)}
+        params = {name: getattr(nets, name).init(rngs[name], *inputs[name])['params'] for name in inputs}
         return new_state(params, optim, ema=('generator', 'mapping', 'encoder'))
 
     def update(state, frozen, batch, rng):
-        z_rng, order_rng, partner_rng, discriminator_rng, *generator_rngs = jax.random.split(rng, 6)
-        x, y = batch['image'], batch['domain']
-        order = jax.random.permutation(order_rng, len(x))
-        second = partners(y, partner_rng)[order]
-        given = {
-            **{name: batch[name] for name in ('image', 'domain', *((mask,) if mask else ()))},
-            'target': y[order],
-            'latent': jax.random.normal(z_rng, (len(x), 2, latent)),
-            'reference': jnp.stack([x[order], x[second]], 1),
-        }
-        given = shard_batch(given)
-        # A step of D takes every second example of its batch: first those made by latents, then those by references.
-        styles = jnp.stack([asked(state.params, given, guide, 0) for guide in GUIDES], 1)
-        twice = {name: jnp.repeat(a, 2, 0) for name, a in given.items() if name not in GUIDES}
-        made = turn(state.params, twice['image'], styles.reshape(-1, style), places(twice))
-        state, (logs, _) = discriminator_step(state, frozen, twice | {'made': made}, discriminator_rng)
-        for (guide, step), step_rng in zip(generator_steps.items(), generator_rngs, strict=True):
-            state, aux = step(state, frozen, given, step_rng)
-            logs |= {f'{guide}/{name}': v for name, v in aux.logs.items()}
-        return advance(state, optim), logs
-
-    def decode(state, frozen, batch, latents, rng):
-        s = drawn(state.ema, latents, batch['label'])
-        return jnp.clip(turn(state.ema, batch['image'], s, places(batch)), -1, 1)
+        *batch_rngs, discriminator_rng, latent_rng, reference_rng = jax.random.split(rng, 6)
+        batch = shard_batch(with_targets(batch, batch_rngs, latent, mask))
+        twice = discriminator_batch(nets, state.params, batch)
+        state, (logs, _) = discriminator_step(state, frozen, twice, discriminator_rng)
+        for source, step_rng in zip(SOURCES, (latent_rng, reference_rng), strict=True):
+            state, aux = generator_steps[source](state, frozen, batch, step_rng)
+            logs |= {f'{source}/{name}': v for name, v in aux.logs.items()}
+        return advance(state, context.optim), logs
 
     def sample(state, frozen, batch, rng):
-        return decode(state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
+        return decode(nets, mask, state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
 
-    def trajectory(state, frozen, batch, rng):
-        """By row, [1 + domains, n, H, W, C]; the picture itself stands first."""
-        x, z, where = batch['image'], normal(example_keys(rng, batch), (latent,)), places(batch)
-        rows = {'latent': [x], 'references': [x], 'results': [x]}
-        for i in range(domains):
-            s = drawn(state.ema, z, jnp.full(len(x), i))
-            rows['latent'].append(turn(state.ema, x, s, where))
-            reference, its_domain = (jnp.roll(batch[name], -1 - i, 0) for name in ('image', 'domain'))
-            rows['references'].append(reference)
-            rows['results'].append(turn(state.ema, x, seen(state.ema, reference, its_domain), where))
-        return {name: jnp.clip(jnp.stack(row), -1, 1) for name, row in rows.items()}
-
-    def evaluate(state, frozen, batch, rng):
-        x, y, where = batch['image'], batch['domain'], places(batch)
-        keys = jax.vmap(jax.random.split)(example_keys(rng, batch))  # [n, 2]
-        z = normal(keys[:, 0], (2, latent))
-        target = (y + jax.vmap(lambda key: jax.random.randint(key, (), 1, domains))(keys[:, 1])) % domains
-        s, s2 = (drawn(state.ema, z[:, i], target) for i in range(2))
-        made, other = turn(state.ema, x, s, where), turn(state.ema, x, s2, where)
-        return {
-            'cycle_error': absolute(turn(state.ema, made, seen(state.ema, x, y), where), x),
-            'style_error': absolute(seen(state.ema, made, target), s),
-            'diversity': absolute(made, other),
-        }
-
-    conditions = ('label', 'domain', 'image', *((mask,) if mask else ()))
     return Family(
         init,
         update,
         sample,
-        evaluate,
-        decode=decode,
-        trajectory=trajectory,
-        conditions=conditions,
+        functools.partial(evaluate, nets, mask, latent),
+        decode=functools.partial(decode, nets, mask),
+        trajectory=functools.partial(trajectory, nets, mask, latent),
+        conditions=('label', 'domain', 'image', *((mask,) if mask else ())),
         divisor=divisor,
         latents=Latents(shape=(latent,)),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.hourglass import hourglass
 from jaxgen.networks.layers import Conv, ConvTranspose, Norm, instance_norm
 
 Array = jax.Array
@@ -15,13 +17,13 @@ Array = jax.Array
 INIT = nn.initializers.normal(0.02)
 
 
-def mirrored(x: Array, reach: int) -> Array:
-    """[n, H, W, C] with `reach` pixels more at each side, a mirror image about the last row or column."""
-    return jnp.pad(x, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='reflect')
+def reflection_pad(x: Array, pad: int) -> Array:
+    """[n, H, W, C] with `pad` pixels more at each side, mirrored about the last row or column."""
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode='reflect')
 
 
 class Normed(nn.Module):
-    """The norm of a convolution's result: of each channel without weights, or of groups of four or more with them."""
+    """Instance norm without weights, or group norm, of four channels or more, with them: [n, H, W, C] to the same."""
 
     norm: str
     dtype: Any
@@ -43,7 +45,7 @@ class Block(nn.Module):
     def __call__(self, x: Array) -> Array:
         h = x
         for i in (1, 2):
-            h = Conv(x.shape[-1], padding='VALID', init=INIT, dtype=self.dtype, name=f'conv{i}')(mirrored(h, 1))
+            h = Conv(x.shape[-1], padding='VALID', init=INIT, dtype=self.dtype, name=f'conv{i}')(reflection_pad(h, 1))
             h = Normed(self.norm, self.dtype, name=f'norm{i}')(h)
             h = nn.relu(h) if i == 1 else h
         return x + h
@@ -68,21 +70,27 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        chex.assert_rank(x, 4)
         channels, rest = x.shape[-1], dict(init=INIT, dtype=self.dtype)
         block = nn.remat(Block) if self.remat else Block
-        padding = ((1, 1), (1, 1))
 
         def activate(x, name):
             return nn.relu(Normed(self.norm, self.dtype, name=name)(x))
 
-        x = activate(Conv(self.width, 7, padding='VALID', **rest, name='first')(mirrored(x, 3)), 'first_norm')
-        for i in range(1, self.halvings + 1):
-            x = Conv(self.width * 2**i, stride=2, padding=padding, **rest, name=f'down{i}')(x)
-            x = activate(x, f'down_norm{i}')
-        for i in range(self.blocks):
-            x = block(self.norm, self.dtype, name=f'block{i}')(x)
-        for i in range(self.halvings, 0, -1):
-            x = ConvTranspose(self.width * 2 ** (i - 1), 3, **rest, name=f'up{i}')(x)
-            x = activate(x, f'up_norm{i}')
-        x = Conv(channels, 7, padding='VALID', **rest, name='last')(mirrored(x, 3))
+        def down(i, x):
+            x = Conv(self.width * 2 ** (i + 1), stride=2, padding=((1, 1), (1, 1)), **rest, name=f'down{i + 1}')(x)
+            return activate(x, f'down_norm{i + 1}')
+
+        def middle(x):
+            for i in range(self.blocks):
+                x = block(self.norm, self.dtype, name=f'block{i}')(x)
+            return x
+
+        def up(i, x, skip):
+            x = ConvTranspose(self.width * 2**i, 3, **rest, name=f'up{i + 1}')(x)
+            return activate(x, f'up_norm{i + 1}')
+
+        x = activate(Conv(self.width, 7, padding='VALID', **rest, name='first')(reflection_pad(x, 3)), 'first_norm')
+        x = hourglass(x, self.halvings, down, middle, up)
+        x = Conv(channels, 7, padding='VALID', **rest, name='last')(reflection_pad(x, 3))
         return jnp.tanh(x.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""PatchGAN: a discriminator that judges every patch of an image for itself (Isola et al. 2017, arXiv 1611.07004).
+"""PatchGAN: a discriminator that classifies every patch of an image by itself (Isola et al. 2017, arXiv 1611.07004).
 
 Section 3.2 and appendix 6.1.2; used by pix2pix, CycleGAN, VQGAN and latent diffusion.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ NORMS = ('batch', 'instance', 'none')
 
 
 def patches(height: int, layers: int) -> int:
-    """Rows of the map that an image of this height gives; 0 or less: it is too small.
+    """Rows of patches in an image of this height; 0 or less: it is too small.
 
-    Three layers look at patches of 70 x 70 pixels.
+    With three layers patches are of 70 x 70 pixels.
     """
     for _ in range(layers):
         height //= 2
@@ -30,9 +31,9 @@ def patches(height: int, layers: int) -> int:
 
 
 def check(field: str, image: tuple[int, int, int], channels: int, layers: int, norm: str) -> None:
-    """Raises UserError where a discriminator with these attributes cannot judge such images.
+    """Raises UserError where a discriminator with these attributes cannot work on such images.
 
-    field: what stands before the names of the attributes in the config.
+    field: prefix of the attributes' names in the config.
     """
     if norm not in NORMS:
         raise UserError(f'config.model.{field}norm must be one of {NORMS}; it is {norm!r}')
@@ -66,6 +67,7 @@ class PatchGAN(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """train: batch statistics are those of this batch."""
+        chex.assert_rank(x, 4)
 
         def conv(x, features, stride, bias, name):
             init = nn.initializers.normal(0.02)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.hourglass import hourglass
 from jaxgen.networks.layers import Conv, ConvTranspose, Norm
 
 Array = jax.Array
@@ -15,8 +17,9 @@ Array = jax.Array
 INIT = nn.initializers.normal(0.02)
 
 
-def drop(x: Array, keys: Array, rate: float) -> Array:
-    """x [n, ...] with numbers set to 0 at this rate and the others made larger for it, each example by its key."""
+def dropout(x: Array, keys: Array, rate: float) -> Array:
+    """x [n, ...] with numbers set to 0 at this rate and the others divided by 1 - rate, each example by its key."""
+    chex.assert_shape(keys, (len(x),))
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0)
 
@@ -25,8 +28,8 @@ class Down(nn.Module):
     """[n, H, W, C] to [n, H/2, W/2, features]; with `full` H and W stay.
 
     Attributes:
-      first: of an image.
-      norm: the norm behind it, or ''.
+      first: its input is an image, without an activation before it.
+      norm: the norm after it, or ''.
     """
 
     features: int
@@ -57,19 +60,19 @@ class Up(nn.Module):
         conv = Conv if self.full else ConvTranspose
         x = conv(self.features, bias=False, init=INIT, dtype=self.dtype, name='conv')(nn.relu(x))
         x = Norm(self.norm, self.features, dtype=self.dtype, name='norm')(x)
-        return drop(x, keys, self.rate) if self.rate else x
+        return dropout(x, keys, self.rate) if self.rate else x
 
 
 class UNet(nn.Module):
     """Inputs [n, H, W, C] to images float32 [n, H, W, features] in (-1, 1) (appendix 6.1.1).
 
-    Convolutions of kernel 4 and stride 2, and as many transposed ones, each of which sees what its counterpart saw.
-    Norms come after all layers but the first, the innermost convolution and the last.
+    Convolutions of kernel 4 and stride 2, and as many transposed ones, each with a skip connection from the input of
+    its counterpart. Norms come after all layers but the first, the innermost convolution and the last.
 
     Attributes:
       width: channels of the first convolution, ngf in the published code; doubled with every layer up to 8 times.
-      full: convolutions of kernel 3 and stride 1 before these, and after. None as published; but where pictures are
-        small a first convolution that halves them is too coarse.
+      full: convolutions of kernel 3 and stride 1 before these, and after. None as published; but for small images a
+        first convolution that halves them is too coarse.
       halvings: of the image: 8 of 256 x 256 pixels leave one.
       dropouts: how many of the transposed convolutions after the innermost one have dropout.
       rate: of it.
@@ -89,18 +92,23 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, keys: Array) -> Array:
         """keys [n], of the dropout."""
-        down, up = (nn.remat(block) if self.remat else block for block in (Down, Up))
+        chex.assert_rank(x, 4)
+        down_block, up_block = (nn.remat(block) if self.remat else block for block in (Down, Up))
         widths = [self.width * min(2**i, 8) for i in range(self.full + self.halvings)]
-        last, maps = len(widths) - 1, []
-        for i, width in enumerate(widths):
+        last = len(widths) - 1
+
+        def down(i, x):
             norm = self.norm if 0 < i < last else ''
-            x = down(width, i < self.full, i == 0, norm, self.dtype, name=f'down{i}')(x)
-            maps.append(x)
-        for i in range(last, 0, -1):
+            return down_block(widths[i], i < self.full, i == 0, norm, self.dtype, name=f'down{i}')(x)
+
+        def up(i, x, skip):
+            if i == 0:  # to the image, without a skip connection
+                conv = Conv if self.full else ConvTranspose
+                return conv(self.features, init=INIT, dtype=self.dtype, name='last')(nn.relu(x))
             rate = self.rate if 0 < last - i <= self.dropouts else 0.0
-            own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-            x = up(widths[i - 1], i < self.full, self.norm, rate, self.dtype, name=f'up{i}')(x, own)
-            x = jnp.concatenate([maps[i - 1], x], -1)
-        conv = Conv if self.full else ConvTranspose
-        x = conv(self.features, init=INIT, dtype=self.dtype, name='last')(nn.relu(x))
+            own = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+            x = up_block(widths[i - 1], i < self.full, self.norm, rate, self.dtype, name=f'up{i}')(x, own)
+            return jnp.concatenate([skip, x], -1)
+
+        x = hourglass(x, len(widths), down, lambda x: x, up)
         return jnp.tanh(x.astype(jnp.float32))

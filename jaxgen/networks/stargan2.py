@@ -1,16 +1,15 @@
 """StarGAN v2's networks (Choi et al. 2020, arXiv 1912.01865, appendix C).
 
-    generator      image and style [n, d] -> image: an encoder, and a decoder that the style steers at every layer
-    mapping        z [n, latent] -> a style, by the layers of the domain that is asked for
+    generator      image and style [n, d] -> image: an encoder, and a decoder with AdaIN, by the style, in every layer
+    mapping        z [n, latent] -> a style, by the layers of the target domain
     encoder        image -> its style, by the layer of its domain
-    discriminator  image -> value [n], by the output of the domain that it is held against
+    discriminator  image -> logit [n], real or generated, by the output of its domain
 
 Residual blocks are divided by sqrt(2), which keeps their variance. Kernels start as He et al. 2015 have it
 (arXiv 1502.01852), biases at 0.
 
-As published every norm of the generator is of each channel of each image, that before its last layer too: nothing is
-left of what is the same all over a map, and with it go the colours of flat drawings. `norm` = 'group', of several
-channels at once, keeps them.
+As published every norm of the generator is an instance norm, that before its last layer too: it removes the mean of
+every map, and with it the colours of flat drawings. `norm` = 'group', of several channels at once, keeps them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.hourglass import hourglass
 from jaxgen.networks.layers import Conv, Dense, Norm, downsample_mean, upsample_nearest
 
 Array = jax.Array
@@ -39,13 +40,14 @@ def halvings(height: int, columns: int) -> int:
 
 
 def of_domain(x: Array, label: Array) -> Array:
-    """What x [n, domains, ...] holds for the domain label [n] of each example: [n, ...]."""
+    """Entries [n, ...] of x [n, domains, ...] at the domain label [n] of each example."""
+    chex.assert_shape(label, (len(x),))
     own = jnp.arange(x.shape[1]) == label[:, None]
     return jnp.where(own.reshape(*own.shape, *[1] * (x.ndim - 2)), x, 0).sum(1)
 
 
 def edges(x: Array) -> Array:
-    """Nine times each pixel less the sum of the 3 x 3 around it, zeros outside: [n, H, W, C] to the same."""
+    """High-pass filtered maps [n, H, W, C]: nine times each pixel less the sum of the 3 x 3 around it, 0 outside."""
     y = x
     for axis in (1, 2):
         size = x.shape[axis]
@@ -54,8 +56,8 @@ def edges(x: Array) -> Array:
     return 9 * x - y
 
 
-class Adaptive(nn.Module):
-    """Norm of [n, H, W, C] with the gains and shifts that a style [n, d] asks for (Huang & Belongie 2017, arXiv
+class AdaIN(nn.Module):
+    """Adaptive norm of [n, H, W, C], its gains and shifts linear in a style [n, d] (Huang & Belongie 2017, arXiv
     1703.06868)."""
 
     norm: str
@@ -100,11 +102,11 @@ class Down(nn.Module):
 
 
 class Styled(nn.Module):
-    """Block whose norms a style [n, d] steers, [n, H, W, C] to [n, H', W', features]: twice the size where `double`.
+    """Block with AdaIN by a style [n, d], [n, H, W, C] to [n, H', W', features]: twice the size where `double`.
 
     Attributes:
       norm: 'instance' | 'group'.
-      residual: with what came in beside it; without, it passes on nothing that the style has not seen.
+      residual: with a shortcut; without one, all that passes is normalised and scaled by the style.
     """
 
     features: int
@@ -116,10 +118,10 @@ class Styled(nn.Module):
     @nn.compact
     def __call__(self, x: Array, s: Array) -> Array:
         rest = dict(init=HE, dtype=self.dtype)
-        h = leaky(Adaptive(self.norm, self.dtype, name='norm1')(x, s))
+        h = leaky(AdaIN(self.norm, self.dtype, name='norm1')(x, s))
         h = upsample_nearest(h) if self.double else h
         h = Conv(self.features, **rest, name='conv1')(h)
-        h = leaky(Adaptive(self.norm, self.dtype, name='norm2')(h, s))
+        h = leaky(AdaIN(self.norm, self.dtype, name='norm2')(h, s))
         h = Conv(self.features, **rest, name='conv2')(h)
         if not self.residual:
             return h
@@ -133,17 +135,17 @@ class Generator(nn.Module):
     """Images [n, H, W, C] and styles [n, d] to images float32 [n, H, W, C], not bounded.
 
     Attributes:
-      width, most: channels at full size, doubled with every halving up to the latter.
+      width, max_width: channels at full size, doubled with every halving up to the latter.
       halvings: of the image.
       blocks: at the smallest size, in the encoder and again in the decoder.
       norm: 'instance' | 'group', see above.
-      high_pass: 0, or what the encoder's edges are divided by before they are added to the decoder's maps. The decoder
-        has then no other way round its norms: what is published for faces, so that it keeps who they are.
+      high_pass: 0, or the divisor of the encoder's edges that are added to the decoder's maps. The decoder has then no
+        shortcuts: published for faces, whose identity the edges keep.
       skips: heights of the maps whose edges are added.
     """
 
     width: int = 64
-    most: int = 512
+    max_width: int = 512
     halvings: int = 4
     blocks: int = 2
     norm: str = 'instance'
@@ -155,32 +157,39 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(self, x: Array, s: Array, mask: Array | None = None) -> Array:
         """mask: [n, H, W, 1] from 0 to 1, where edges are added; None: everywhere."""
-        down, styled = (nn.remat(block) if self.remat else block for block in (Down, Styled))
-        channels, widths = x.shape[-1], [min(self.width * 2**i, self.most) for i in range(self.halvings + 1)]
-        common, kept = dict(norm=self.norm, dtype=self.dtype), {}
+        chex.assert_rank([x, s], [4, 2])
+        if mask is not None:
+            chex.assert_shape(mask, (*x.shape[:3], 1))
+        down_block, up_block = (nn.remat(block) if self.remat else block for block in (Down, Styled))
+        channels, widths = x.shape[-1], [min(self.width * 2**i, self.max_width) for i in range(self.halvings + 1)]
+        common = dict(norm=self.norm, dtype=self.dtype)
+
+        def down(i, x):
+            return down_block(widths[i + 1], **common, name=f'down{i}')(x)
+
+        def middle(x):
+            for i in range(self.blocks):
+                x = down_block(widths[-1], half=False, **common, name=f'inner{i}')(x)
+            for i in range(self.blocks):
+                x = up_block(widths[-1], False, residual=not self.high_pass, **common, name=f'outer{i}')(x, s)
+            return x
+
+        def up(i, x, skip):
+            x = up_block(widths[i], residual=not self.high_pass, **common, name=f'up{i}')(x, s)
+            if not (self.high_pass and skip.shape[1] in self.skips):
+                return x
+            if mask is not None:
+                small = jax.image.resize(mask, (*skip.shape[:3], 1), 'linear', antialias=False)
+                skip = skip * small.astype(skip.dtype)
+            return x + edges(skip) / self.high_pass
+
         x = Conv(widths[0], init=HE, dtype=self.dtype, name='first')(x)
-        for i in range(self.halvings):
-            if self.high_pass and x.shape[1] in self.skips:
-                kept[i] = x
-            x = down(widths[i + 1], **common, name=f'down{i}')(x)
-        for i in range(self.blocks):
-            x = down(widths[-1], half=False, **common, name=f'inner{i}')(x)
-        common['residual'] = not self.high_pass
-        for i in range(self.blocks):
-            x = styled(widths[-1], double=False, **common, name=f'outer{i}')(x, s)
-        for i in reversed(range(self.halvings)):
-            x = styled(widths[i], **common, name=f'up{i}')(x, s)
-            if i in kept:
-                y = kept[i]
-                if mask is not None:
-                    place = jax.image.resize(mask, (*y.shape[:3], 1), 'linear', antialias=False)
-                    y = y * place.astype(y.dtype)
-                x = x + edges(y) / self.high_pass
+        x = hourglass(x, self.halvings, down, middle, up)
         x = leaky(Norm(self.norm, x.shape[-1], dtype=self.dtype)(x))
         return Dense(channels, init=HE, dtype=self.dtype, name='last')(x).astype(jnp.float32)
 
 
-class Layers(nn.Module):
+class MLP(nn.Module):
     """Linear layers of these sizes with ReLUs between them, [n, d] to [n, sizes[-1]], float32."""
 
     sizes: tuple[int, ...]
@@ -192,8 +201,8 @@ class Layers(nn.Module):
         return x
 
 
-class Heads(nn.Module):
-    """`Layers` of its own for each domain: [n, d] and label [n] to [n, sizes[-1]]. Their weights are stacked."""
+class DomainHeads(nn.Module):
+    """An MLP for each domain: [n, d] and label [n] to [n, sizes[-1]]. Their weights are stacked."""
 
     domains: int
     sizes: tuple[int, ...]
@@ -201,12 +210,12 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(self, x: Array, label: Array) -> Array:
         over = dict(in_axes=None, out_axes=1, axis_size=self.domains)
-        heads = nn.vmap(Layers, variable_axes={'params': 0}, split_rngs={'params': True}, **over)
+        heads = nn.vmap(MLP, variable_axes={'params': 0}, split_rngs={'params': True}, **over)
         return of_domain(heads(self.sizes, name='heads')(x), label)
 
 
 class Mapping(nn.Module):
-    """z [n, latent] and label [n] to styles float32 [n, style]: `layers` for all domains, as many for each."""
+    """z [n, latent] and label [n] to styles float32 [n, style]: `layers` shared by all domains, as many for each."""
 
     domains: int
     style: int = 64
@@ -215,15 +224,15 @@ class Mapping(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array, label: Array) -> Array:
-        h = nn.relu(Layers((self.hidden,) * self.layers, name='shared')(z))
-        return Heads(self.domains, (*(self.hidden,) * (self.layers - 1), self.style), name='own')(h, label)
+        h = nn.relu(MLP((self.hidden,) * self.layers, name='shared')(z))
+        return DomainHeads(self.domains, (*(self.hidden,) * (self.layers - 1), self.style), name='own')(h, label)
 
 
 class Trunk(nn.Module):
-    """Images [n, H, W, C] to features float32 [n, d]: what encoder and discriminator are built on, each its own."""
+    """Images [n, H, W, C] to features float32 [n, d], by the layers that encoder and discriminator have alike."""
 
     width: int = 64
-    most: int = 512
+    max_width: int = 512
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -233,7 +242,7 @@ class Trunk(nn.Module):
         times, width = halvings(*x.shape[1:3]), self.width
         x = Conv(width, init=HE, dtype=self.dtype, name='first')(x)
         for i in range(times):
-            width = min(2 * width, self.most)
+            width = min(2 * width, self.max_width)
             x = down(width, dtype=self.dtype, name=f'down{i}')(x)
         # A convolution whose kernel is the whole map.
         x = leaky(x).reshape(len(x), -1)
@@ -246,26 +255,26 @@ class StyleEncoder(nn.Module):
     domains: int
     style: int = 64
     width: int = 64
-    most: int = 512
+    max_width: int = 512
     remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, label: Array) -> Array:
-        h = Trunk(self.width, self.most, self.remat, self.dtype, name='trunk')(x)
-        return Heads(self.domains, (self.style,), name='own')(h, label)
+        h = Trunk(self.width, self.max_width, self.remat, self.dtype, name='trunk')(x)
+        return DomainHeads(self.domains, (self.style,), name='own')(h, label)
 
 
 class Discriminator(nn.Module):
-    """Images [n, H, W, C], held against the domains label [n], to values float32 [n]."""
+    """Images [n, H, W, C] to logits float32 [n] of being real images of the domains label [n]."""
 
     domains: int
     width: int = 64
-    most: int = 512
+    max_width: int = 512
     remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, label: Array) -> Array:
-        h = Trunk(self.width, self.most, self.remat, self.dtype, name='trunk')(x)
+        h = Trunk(self.width, self.max_width, self.remat, self.dtype, name='trunk')(x)
         return of_domain(Dense(self.domains, init=HE, name='values')(h), label)

@@ -1,4 +1,4 @@
-"""CycleGAN: its generator against torch, the pool against a list, all four players' steps against plain gradients."""
+"""CycleGAN: its generator against torch, the pool against a list, all four networks' steps against plain gradients."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def family(**model):
 
 def batch(n: int = 4, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    pictures = {k: jnp.asarray(rng.uniform(-1, 1, (n, 8, 12, 3)), jnp.float32) for k in ('image', 'other')}
-    return {**pictures, 'index': jnp.arange(n, dtype=jnp.int32)}
+    images = {k: jnp.asarray(rng.uniform(-1, 1, (n, 8, 12, 3)), jnp.float32) for k in ('image', 'other')}
+    return {**images, 'index': jnp.arange(n, dtype=jnp.int32)}
 
 
 @functools.cache
@@ -48,12 +48,12 @@ def start():
 
 
 @jax.jit
-def turn(weights, x):
+def translate(weights, x):
     return Generator(2, 1, 1).apply({'params': weights}, x)
 
 
 @jax.jit
-def judge(weights, x):
+def discriminate(weights, x):
     return PatchGAN(2, 1, 'instance').apply({'params': weights}, x)
 
 
@@ -108,29 +108,29 @@ def test_published_sizes(blocks, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-def test_pool_is_a_list_of_older_pictures():
-    """Every picture that is shown or kept is the one of the slow way, with the same coins and places."""
+def test_pool_is_a_list_of_older_translations():
+    """Every input and every image kept is that of a slow list, with the same coins and indices."""
     size, n, rng, number = 5, 3, jax.random.key(2), 0
-    through = jax.jit(cyclegan.through_pool)
+    query = jax.jit(cyclegan.query_pool)
     pool, filled, slow, swaps = jnp.zeros((size, 1, 1, 1)), jnp.zeros((), jnp.int32), [], 0
     for step in range(40):
         images = jnp.arange(number, number + n, dtype=jnp.float32).reshape(n, 1, 1, 1)
         key = jax.random.fold_in(rng, step)
-        shown, pool, filled = through(pool, filled, images, key)
-        wanted = []
-        for i, own in enumerate(jax.random.split(key, n)):
-            coin, place = jax.random.split(own)
+        inputs, pool, filled = query(pool, filled, images, key)
+        expected = []
+        for k, own in enumerate(jax.random.split(key, n)):
+            coin, index = jax.random.split(own)
             if len(slow) < size:
-                slow.append(number + i)
-                wanted.append(number + i)
+                slow.append(number + k)
+                expected.append(number + k)
             elif jax.random.bernoulli(coin):
-                slot = int(jax.random.randint(place, (), 0, size))
-                wanted.append(slow[slot])
-                slow[slot] = number + i
+                i = int(jax.random.randint(index, (), 0, size))
+                expected.append(slow[i])
+                slow[i] = number + k
                 swaps += 1
             else:
-                wanted.append(number + i)
-        np.testing.assert_array_equal(shown.ravel(), wanted)
+                expected.append(number + k)
+        np.testing.assert_array_equal(inputs.ravel(), expected)
         assert int(filled) == len(slow)
         np.testing.assert_array_equal(pool.ravel()[: len(slow)], slow)
         number += n
@@ -138,58 +138,66 @@ def test_pool_is_a_list_of_older_pictures():
 
 
 @jax.jit
-def losses(params, b, shown):
-    """(the generators' loss, the discriminators' loss of translations `shown`) as the paper has them."""
+def losses(params, b, fake):
+    """(the generators' loss, the discriminators' loss of translations `fake`) as the paper has them."""
     x, y = b['other'], b['image']
-    g, f = (lambda a, w=params[name]: turn(w, a) for name in ('forward', 'backward'))
-    d = {name: lambda a, w=params[f'discriminator_{name}']: judge(w, a) for name in ('image', 'other')}
+    g, f = (lambda a, w=params[name]: translate(w, a) for name in ('forward', 'backward'))
+    d = {name: lambda a, w=params[f'discriminator_{name}']: discriminate(w, a) for name in ('image', 'other')}
     adversarial = jnp.square(d['image'](g(x)) - 1).mean() + jnp.square(d['other'](f(y)) - 1).mean()
     cycle = jnp.abs(f(g(x)) - x).mean() + jnp.abs(g(f(y)) - y).mean()
     same = jnp.abs(g(y) - y).mean() + jnp.abs(f(x) - x).mean()
-    judged = 0.0
+    discriminators = 0.0
     for name in ('image', 'other'):
-        judged += (jnp.square(d[name](b[name]) - 1).mean() + jnp.square(d[name](shown[name])).mean()) / 2
-    return adversarial + 3 * (cycle + 0.5 * same), judged
+        discriminators += (jnp.square(d[name](b[name]) - 1).mean() + jnp.square(d[name](fake[name])).mean()) / 2
+    return adversarial + 3 * (cycle + 0.5 * same), discriminators
 
 
 def test_update_is_a_step_of_all_four():
-    """Of the generators first; the discriminators are shown what was made before that step."""
+    """Of the generators first; the discriminators' inputs are translations from before that step."""
     f, before, b = family(), start(), batch()
     after, logs = f.update(before, {}, b, jax.random.key(3))
 
-    shown = {'image': turn(before.params['forward'], b['other']), 'other': turn(before.params['backward'], b['image'])}
-    made, judged = (jax.grad(lambda params, i=i: losses(params, b, shown)[i])(before.params) for i in (0, 1))
+    fake = {
+        'image': translate(before.params['forward'], b['other']),
+        'other': translate(before.params['backward'], b['image']),
+    }
+    of_generators, of_discriminators = (
+        jax.grad(lambda params, i=i: losses(params, b, fake)[i])(before.params) for i in (0, 1)
+    )
 
     def stepped(gradient, names):
         return {k: jax.tree.map(lambda w, g: w - RATE * g, before.params[k], gradient[k]) for k in names}
 
-    generators = stepped(made, ('forward', 'backward'))
-    judges = stepped(judged, ('discriminator_image', 'discriminator_other'))
-    for a, wanted in zip(*map(jax.tree.leaves, (after.params, generators | judges)), strict=True):
-        np.testing.assert_allclose(a, wanted, rtol=1e-3, atol=1e-5)
+    generators = stepped(of_generators, ('forward', 'backward'))
+    discriminators = stepped(of_discriminators, ('discriminator_image', 'discriminator_other'))
+    for a, expected in zip(*map(jax.tree.leaves, (after.params, generators | discriminators)), strict=True):
+        np.testing.assert_allclose(a, expected, rtol=1e-3, atol=1e-5)
     assert set(after.ema) == {'forward', 'backward'}
-    # The pool was empty: everything is shown and kept.
+    # The pool was empty: everything is an input and kept.
     assert int(after.extra['filled']) == 4
     for name in ('image', 'other'):
-        np.testing.assert_allclose(after.extra[name][:4], shown[name], atol=1e-5)
-    total, wrong = losses(before.params, b, shown)
+        np.testing.assert_allclose(after.extra[name][:4], fake[name], atol=1e-5)
+    total, wrong = losses(before.params, b, fake)
     np.testing.assert_allclose([logs['generator_loss'], logs['discriminator_loss']], [total, wrong], rtol=1e-3)
 
 
-def test_older_pictures_are_shown():
+def test_older_translations_are_inputs():
     """With a full pool the discriminators' loss is that of a mixture of old and new translations."""
     f, b, key = family(), batch(seed=5), jax.random.key(4)
     old = {name: jnp.full((6, 8, 12, 3), 0.3 * i - 0.2) for i, name in enumerate(('image', 'other'))}
     state = start().replace(extra={**old, 'filled': jnp.asarray(6, jnp.int32)})
     after, logs = f.update(state, {}, b, key)
-    made = {'image': turn(state.params['forward'], b['other']), 'other': turn(state.params['backward'], b['image'])}
-    shown = {}
+    newest = {
+        'image': translate(state.params['forward'], b['other']),
+        'other': translate(state.params['backward'], b['image']),
+    }
+    inputs = {}
     for name, own in zip(('image', 'other'), jax.random.split(key, 4)[2:], strict=True):
-        shown[name], pool, _ = cyclegan.through_pool(old[name], jnp.asarray(6), made[name], own)
+        inputs[name], pool, _ = cyclegan.query_pool(old[name], jnp.asarray(6), newest[name], own)
         np.testing.assert_allclose(after.extra[name], pool, atol=1e-5)
-    _, wanted = losses(state.params, b, shown)
-    assert float(logs['discriminator_loss']) == pytest.approx(float(wanted), rel=1e-3)
-    assert abs(float(losses(state.params, b, made)[1] - wanted)) > 1e-4
+    _, expected = losses(state.params, b, inputs)
+    assert float(logs['discriminator_loss']) == pytest.approx(float(expected), rel=1e-3)
+    assert abs(float(losses(state.params, b, newest)[1] - expected)) > 1e-4
     # Without a pool there is none.
     f = build(pool=0)
     state = jax.eval_shape(f.init, jax.random.key(0), b, {})
@@ -197,29 +205,31 @@ def test_older_pictures_are_shown():
     jax.eval_shape(f.update, state, {}, b, key)
 
 
-def test_samples_go_one_way_and_trajectories_both():
+def test_samples_are_of_one_direction_and_trajectories_of_both():
     f, state, b, key = family(), start(), batch(), jax.random.key(0)
     assert f.conditions == ('other', 'image') and f.divisor == 2
     g, back = state.ema['forward'], state.ema['backward']
     y = f.sample(state, {}, b, key)
-    np.testing.assert_allclose(y, turn(g, b['other']), atol=1e-5)
-    ways = f.trajectory(state, {}, b, key)
-    assert list(ways) == ['image', 'other'] or list(ways) == ['other', 'image']
-    np.testing.assert_allclose(ways['other'], [b['other'], y, turn(back, y)], atol=1e-5)
-    x = turn(back, b['image'])
-    np.testing.assert_allclose(ways['image'], [b['image'], x, turn(g, x)], atol=1e-5)
-    figures = f.evaluate(state, {}, b, key)
-    np.testing.assert_allclose(figures['cycle/other'], jnp.abs(turn(back, y) - b['other']).mean((1, 2, 3)), rtol=1e-4)
-    same = jnp.abs(turn(g, b['image']) - b['image']).mean((1, 2, 3))
-    np.testing.assert_allclose(figures['identity/image'], same, rtol=1e-4)
+    np.testing.assert_allclose(y, translate(g, b['other']), atol=1e-5)
+    cycles = f.trajectory(state, {}, b, key)
+    assert list(cycles) == ['image', 'other'] or list(cycles) == ['other', 'image']
+    np.testing.assert_allclose(cycles['other'], [b['other'], y, translate(back, y)], atol=1e-5)
+    x = translate(back, b['image'])
+    np.testing.assert_allclose(cycles['image'], [b['image'], x, translate(g, x)], atol=1e-5)
+    metrics = f.evaluate(state, {}, b, key)
+    np.testing.assert_allclose(
+        metrics['cycle/other'], jnp.abs(translate(back, y) - b['other']).mean((1, 2, 3)), rtol=1e-4
+    )
+    same = jnp.abs(translate(g, b['image']) - b['image']).mean((1, 2, 3))
+    np.testing.assert_allclose(metrics['identity/image'], same, rtol=1e-4)
 
 
-@pytest.mark.parametrize('model, said', [
+@pytest.mark.parametrize('model, message', [
     (dict(halvings=-1), 'halvings'), (dict(halvings=3), 'multiple of 8'), (dict(image=(4, 4, 3), halvings=2), '8 or'),
     (dict(blocks=0), 'blocks'), (dict(norm='layer'), 'norm'), (dict(pool=-1), 'pool'), (dict(cycle=-1.0), 'cycle'),
     (dict(discriminator_layers=3), 'discriminator_layers'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_says_what_is_wrong(model, message):
+    with pytest.raises(UserError, match=message) as error:
         build(**model)
     assert 'config.' in str(error.value) and '\n' not in str(error.value)

@@ -1,4 +1,4 @@
-"""pix2pix: its generator against torch, both players' steps against plain gradients, inputs of both kinds."""
+"""pix2pix: its generator against torch, the steps of both networks against plain gradients, inputs of both kinds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import pix2pix
 from jaxgen.networks.patchgan import PatchGAN
-from jaxgen.networks.pix2pix import UNet, drop
+from jaxgen.networks.pix2pix import UNet, dropout
 from jaxgen.optim import Optim
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
@@ -109,7 +109,7 @@ def test_generator_equals_torch(full, halvings, dropouts, norm):
     masks = {}
     for i in range(max(levels - 1 - dropouts, 1), levels - 1):
         ones = jnp.ones((2, 16 >> max(i - full, 0), 32 >> max(i - full, 0), 2 * min(2 ** (i - 1), 8)))
-        masks[i] = drop(ones, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys), 0.5)
+        masks[i] = dropout(ones, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys), 0.5)
     assert len(masks) == min(dropouts, max(levels - 2, 0))
     y = jax.jit(net.apply)({'params': weights}, x, keys)
     np.testing.assert_allclose(y, oracle(weights, x, full, levels, norm, masks), atol=5e-5)
@@ -117,11 +117,11 @@ def test_generator_equals_torch(full, halvings, dropouts, norm):
 
 def test_dropout_is_each_examples_own():
     keys = jax.random.split(jax.random.key(0), 3)
-    y = np.asarray(jax.jit(drop, static_argnums=2)(jnp.ones((3, 50, 40)), keys, 0.2))
+    y = np.asarray(jax.jit(dropout, static_argnums=2)(jnp.ones((3, 50, 40)), keys, 0.2))
     assert set(np.unique(y)) == {np.float32(0), np.float32(1.25)}
     np.testing.assert_allclose(y.mean((1, 2)), 1, atol=0.06)
     assert (y[0] != y[1]).any()
-    np.testing.assert_array_equal(drop(jnp.ones((1, 50, 40)), keys[2:], 0.2), y[2:])
+    np.testing.assert_array_equal(dropout(jnp.ones((1, 50, 40)), keys[2:], 0.2), y[2:])
 
 
 def parts(params, c, x, key):
@@ -133,11 +133,11 @@ def parts(params, c, x, key):
         weights = {'params': params['discriminator']}
         return jax.nn.sigmoid(PatchGAN(2, 1).apply(weights, pair, train=True, mutable=['batch_stats'])[0])
 
-    judged = 0.5 * (-jnp.log(p(x)).mean() - jnp.log(1 - p(y)).mean())
-    return judged, -jnp.log(p(y)).mean() + 10 * jnp.abs(x - y).mean()
+    discriminator = 0.5 * (-jnp.log(p(x)).mean() - jnp.log(1 - p(y)).mean())
+    return discriminator, -jnp.log(p(y)).mean() + 10 * jnp.abs(x - y).mean()
 
 
-def test_update_is_a_step_of_each_player():
+def test_update_is_a_step_of_each_network():
     """On its own loss and its own weights; the generator's comes second."""
     before, b, key = start(), batch(), jax.random.key(3)
     after, logs = family().update(before, {}, b, key)
@@ -146,20 +146,22 @@ def test_update_is_a_step_of_each_player():
     @jax.jit
     def plain(params, key, which):
         losses = lambda w, name: parts({**params, name: w}, b['edges'], b['image'], key)  # noqa: E731
-        judge = jax.grad(lambda w: losses(w, 'discriminator')[0])(params['discriminator'])
-        make = jax.grad(lambda w: losses(w, 'generator')[1])(params['generator'])
-        return judge, make, losses(params['generator'], 'generator')
+        of_discriminator = jax.grad(lambda w: losses(w, 'discriminator')[0])(params['discriminator'])
+        of_generator = jax.grad(lambda w: losses(w, 'generator')[1])(params['generator'])
+        return of_discriminator, of_generator, losses(params['generator'], 'generator')
 
     def stepped(old, gradient):
         return jax.tree.map(lambda w, g: w - RATE * g, old, gradient)
 
-    judge, _, losses = plain(before.params, discriminator_key, 0)
-    middle = before.params | {'discriminator': stepped(before.params['discriminator'], judge)}
-    _, make, (_, made) = plain(middle, generator_key, 1)
-    wanted = middle | {'generator': stepped(before.params['generator'], make)}
-    for a, b_ in zip(*map(jax.tree.leaves, (after.params, wanted)), strict=True):
+    slope, _, losses = plain(before.params, discriminator_key, 0)
+    middle = before.params | {'discriminator': stepped(before.params['discriminator'], slope)}
+    _, slope, (_, adversarial) = plain(middle, generator_key, 1)
+    expected = middle | {'generator': stepped(before.params['generator'], slope)}
+    for a, b_ in zip(*map(jax.tree.leaves, (after.params, expected)), strict=True):
         np.testing.assert_allclose(a, b_, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose([logs['discriminator_loss'], logs['generator_loss']], [losses[0], made], rtol=1e-4)
+    np.testing.assert_allclose(
+        [logs['discriminator_loss'], logs['generator_loss']], [losses[0], adversarial], rtol=1e-4
+    )
     assert set(after.ema) == {'generator'} and after.extra is None
     average = jax.tree.map(lambda a, b: (a + b) / 2, before.params['generator'], after.params['generator'])
     for a, b_ in zip(*map(jax.tree.leaves, (after.ema['generator'], average)), strict=True):
@@ -176,43 +178,43 @@ def test_samples_are_of_inputs_of_the_data():
     other = f.sample(state, {}, {**b, 'index': b['index'] + 4}, key)
     assert np.abs(y - other).max() > 1e-4, 'dropout stays on'
     unseen = f.sample(state, {}, {**b, 'image': 0 * b['image']}, key)
-    np.testing.assert_array_equal(y, unseen)  # the truth is only shown
-    shown = f.trajectory(state, {}, b, key)['image']
-    np.testing.assert_allclose(shown, [jnp.broadcast_to(b['edges'], y.shape), y, b['image']], atol=1e-5)
-    figures = f.evaluate(state, {}, b, key)
-    assert set(figures) == {'squared_error', 'absolute_error'}
-    np.testing.assert_allclose(figures['squared_error'], jnp.square(y - b['image']).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_array_equal(y, unseen)  # the ground truth is only displayed
+    images = f.trajectory(state, {}, b, key)['image']
+    np.testing.assert_allclose(images, [jnp.broadcast_to(b['edges'], y.shape), y, b['image']], atol=1e-5)
+    metrics = f.evaluate(state, {}, b, key)
+    assert set(metrics) == {'squared_error', 'absolute_error'}
+    np.testing.assert_allclose(metrics['squared_error'], jnp.square(y - b['image']).mean((1, 2, 3)), rtol=1e-4)
 
 
-def test_recovery_spoils_by_each_examples_key():
+def test_recovery_degrades_by_each_examples_key():
     f, b, key = family(condition='image', blur=0.8, noise=0.3, dropout=0.0), batch(), jax.random.key(7)
     assert f.conditions == ('image',)
     state = jax.jit(f.init)(jax.random.key(0), b, {})
     c, y, x = f.trajectory(state, {}, b, key)['image']
     np.testing.assert_array_equal(x, b['image'])
-    keys = jax.random.split(key, 4)  # without dropout they say nothing
+    keys = jax.random.split(key, 4)  # without dropout they change nothing
     noise = (c - blurred(x, 0.8)) / 0.3
     assert abs(float(noise.mean())) < 0.15 and abs(float(noise.std()) - 1) < 0.1
     np.testing.assert_allclose(y, network(rate=0.0).apply({'params': state.ema['generator']}, c, keys), atol=1e-5)
-    turned = f.trajectory(state, {}, {k: v[::-1] for k, v in b.items()}, key)['image']
-    np.testing.assert_allclose(turned[0], c[::-1], atol=1e-5)
-    figures = f.evaluate(state, {}, b, key)
-    np.testing.assert_allclose(figures['squared_error/input'], jnp.square(c - x).mean((1, 2, 3)), rtol=1e-4)
+    reversed_ = f.trajectory(state, {}, {k: v[::-1] for k, v in b.items()}, key)['image']
+    np.testing.assert_allclose(reversed_[0], c[::-1], atol=1e-5)
+    metrics = f.evaluate(state, {}, b, key)
+    np.testing.assert_allclose(metrics['squared_error/input'], jnp.square(c - x).mean((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize('model, said', [
+@pytest.mark.parametrize('model, message', [
     (dict(halvings=0), 'halvings'), (dict(full=-1), 'full'), (dict(norm='layer'), 'norm'),
     (dict(halvings=4), 'multiple of 16'), (dict(dropout=1.0), 'dropout'),
     (dict(blur=-1.0), 'blur'), (dict(l1=-1.0), 'l1'), (dict(condition='image'), 'nothing to do'),
     (dict(discriminator_layers=3), 'discriminator_layers'), (dict(discriminator_norm='layer'), 'discriminator_norm'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_says_what_is_wrong(model, message):
+    with pytest.raises(UserError, match=message) as error:
         build(**model)
     assert 'config.' in str(error.value) and '\n' not in str(error.value)
 
 
-def test_what_is_no_picture_is_no_input():
+def test_what_is_no_image_is_no_input():
     for given in (jnp.zeros(4, jnp.int32), batch()['image'][:, ::2, ::2]):
-        with pytest.raises(UserError, match=r"'seen' is no picture of config\.data\.size"):
-            jax.eval_shape(build(condition='seen').init, jax.random.key(0), batch() | {'seen': given}, {})
+        with pytest.raises(UserError, match=r"'given' is no image of config\.data\.size"):
+            jax.eval_shape(build(condition='given').init, jax.random.key(0), batch() | {'given': given}, {})

@@ -24,7 +24,7 @@ from jaxgen.optim import Optim
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 DOMAINS = 3
-SMALL = dict(width=4, most=6, halvings=1, blocks=0, latent=3, style=2, hidden=5, mapping_layers=1)
+SMALL = dict(width=4, max_width=6, halvings=1, blocks=0, latent=3, style=2, hidden=5, mapping_layers=1)
 SMALL |= dict(r1=0.3, style_weight=0.5, diversity=0.7, diversity_steps=4, cycle=2.0)
 RATES = dict(generator=0.1, mapping=0.2, encoder=0.3, discriminator=0.4)
 
@@ -56,7 +56,7 @@ def start():
 
 
 def applied(name: str, *args):
-    wide = dict(width=4, most=6)
+    wide = dict(width=4, max_width=6)
     net = {
         'generator': networks.Generator(halvings=1, blocks=0, **wide),
         'mapping': networks.Mapping(DOMAINS, 2, 5, 1),
@@ -66,7 +66,7 @@ def applied(name: str, *args):
     return lambda weights, *args: net.apply({'params': weights[name]}, *args)
 
 
-turn, drawn, seen, judge = map(applied, ('generator', 'mapping', 'encoder', 'discriminator'))
+translate, mapped, encoded, discriminate = map(applied, ('generator', 'mapping', 'encoder', 'discriminator'))
 
 
 # --- networks
@@ -95,7 +95,7 @@ class Oracle:
         return self.F.leaky_relu(x, 0.2)
 
     def normed(self, x, w, s=None):
-        """With weights of its own, or those that a style asks for."""
+        """With weights of its own, or with those of a style: AdaIN."""
         if s is None:
             return self.F.instance_norm(x, weight=self.tensor(w['scale']), bias=self.tensor(w['bias']))
         gain, shift = self.linear(s, w['style'])[:, :, None, None].chunk(2, 1)
@@ -124,9 +124,9 @@ class Oracle:
     def generator(self, w, x, s, halvings, blocks, high_pass=0.0, skips=(), mask=None):
         x, s = self.tensor(x).permute(0, 3, 1, 2), self.tensor(s)
         own, styled = ('GroupNorm_0', 'GroupNorm_1'), dict(norms=('norm1', 'norm2'), s=s, residual=not high_pass)
-        x, kept = self.conv(x, w['first']), {}
+        x, maps = self.conv(x, w['first']), {}
         for i in range(halvings):
-            kept[x.shape[2]] = x
+            maps[x.shape[2]] = x
             x = self.block(x, w[f'down{i}'], half=True, norms=own)
         for i in range(blocks):
             x = self.block(x, w[f'inner{i}'], norms=own)
@@ -135,10 +135,10 @@ class Oracle:
         for i in reversed(range(halvings)):
             x = self.block(x, w[f'up{i}'], double=True, **styled)
             if x.shape[2] in skips:
-                place = self.F.interpolate(self.tensor(mask).permute(0, 3, 1, 2), size=x.shape[2:], mode='bilinear')
+                small = self.F.interpolate(self.tensor(mask).permute(0, 3, 1, 2), size=x.shape[2:], mode='bilinear')
                 kernel = -self.torch.ones(x.shape[1], 1, 3, 3)
                 kernel[:, :, 1, 1] = 8
-                x = x + self.F.conv2d(place * kept[x.shape[2]], kernel / high_pass, padding=1, groups=x.shape[1])
+                x = x + self.F.conv2d(small * maps[x.shape[2]], kernel / high_pass, padding=1, groups=x.shape[1])
         x = self.conv(self.leaky(self.normed(x, w['GroupNorm_0'])), w['last'])
         return x.permute(0, 2, 3, 1).numpy()
 
@@ -175,12 +175,12 @@ def test_generator_equals_torch(faces):
     s = rng.normal(size=(2, 3)).astype(np.float32)
     mask = rng.uniform(size=(2, 16, 24, 1)).astype(np.float32)
     more = dict(high_pass=1.5, skips=(8, 16)) if faces else {}
-    net = networks.Generator(width=4, most=6, halvings=2, blocks=1, **more)
+    net = networks.Generator(width=4, max_width=6, halvings=2, blocks=1, **more)
     weights = random_weights(net, x, s)
     assert ('shortcut' in weights['up0']) == (not faces) and 'shortcut' in weights['down0']
     y = jax.jit(net.apply)({'params': weights}, x, s, mask)
-    wanted = oracle.generator(weights, x, s, 2, 1, **more, mask=mask)
-    np.testing.assert_allclose(y, wanted, atol=1e-4 * np.abs(wanted).max())
+    expected = oracle.generator(weights, x, s, 2, 1, **more, mask=mask)
+    np.testing.assert_allclose(y, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_networks_of_vectors_equal_torch():
@@ -191,22 +191,22 @@ def test_networks_of_vectors_equal_torch():
     net = networks.Mapping(DOMAINS, 2, 5, 2)
     w = random_weights(net, z, y)
     h = oracle.linear(oracle.F.relu(oracle.linear(oracle.tensor(z), w['shared']['layer0'])), w['shared']['layer1'])
-    wanted = oracle.heads(w['own'], oracle.F.relu(h), y, 2)
-    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, z, y), wanted, atol=1e-5)
+    expected = oracle.heads(w['own'], oracle.F.relu(h), y, 2)
+    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, z, y), expected, atol=1e-5)
 
-    net = networks.StyleEncoder(DOMAINS, 2, width=4, most=6)
+    net = networks.StyleEncoder(DOMAINS, 2, width=4, max_width=6)
     w = random_weights(net, x, y)
-    wanted = oracle.heads(w['own'], oracle.trunk(w['trunk'], x, 2), y, 1)
-    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, x, y), wanted, rtol=1e-4, atol=1e-4)
+    expected = oracle.heads(w['own'], oracle.trunk(w['trunk'], x, 2), y, 1)
+    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, x, y), expected, rtol=1e-4, atol=1e-4)
 
-    net = networks.Discriminator(DOMAINS, width=4, most=6)
+    net = networks.Discriminator(DOMAINS, width=4, max_width=6)
     w = random_weights(net, x, y)
-    wanted = oracle.linear(oracle.trunk(w['trunk'], x, 2), w['values']).numpy()[np.arange(4), y]
-    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, x, y), wanted, rtol=1e-4, atol=1e-4)
+    expected = oracle.linear(oracle.trunk(w['trunk'], x, 2), w['values']).numpy()[np.arange(4), y]
+    np.testing.assert_allclose(jax.jit(net.apply)({'params': w}, x, y), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_of_groups_leave_plain_colours():
-    """Of a map that is the same all over nothing is left by norms of single channels."""
+    """An instance norm makes a constant map 0, a group norm does not."""
     x = jnp.broadcast_to(jnp.arange(8.0), (1, 4, 4, 8))
     one, groups = (Norm(n, 8, affine=False).apply({}, x) for n in ('instance', 'group'))
     np.testing.assert_allclose(one, 0, atol=1e-6)
@@ -218,37 +218,37 @@ def test_norms_of_groups_leave_plain_colours():
 
 def test_partners_are_of_the_same_domain():
     label = jnp.array([0, 1, 0, 2, 1, 0])
-    drawn = np.stack([stargan2.partners(label, jax.random.key(i)) for i in range(40)])
-    assert (label[drawn] == label).all()
-    assert (drawn[:, 3] == 3).all(), 'nothing else is of its domain'
-    assert set(drawn[:, 0]) == {2, 5} and set(drawn[:, 1]) == {4}
+    index = np.stack([stargan2.partners(label, jax.random.key(i)) for i in range(40)])
+    assert (label[index] == label).all()
+    assert (index[:, 3] == 3).all(), 'nothing else is of its domain'
+    assert set(index[:, 0]) == {2, 5} and set(index[:, 1]) == {4}
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def generators_loss(params, b, step, guide):
+def generators_loss(params, b, step, source):
     """As the paper has it, of the batch of an update."""
     x, y, target = b['image'], b['domain'], b['target']
-    sources = [b[guide][:, i] for i in range(2)]
-    s, s2 = (drawn(params, a, target) if guide == 'latent' else seen(params, a, target) for a in sources)
-    made = turn(params, x, s)
-    other = jax.lax.stop_gradient(turn(params, x, s2))
-    value = -jnp.log(jax.nn.sigmoid(judge(params, made, target))).mean()
-    value += 0.5 * jnp.abs(seen(params, made, target) - s).mean()
+    style = mapped if source == 'latent' else encoded
+    s, s2 = (style(params, b[source][:, i], target) for i in range(2))
+    made = translate(params, x, s)
+    other = jax.lax.stop_gradient(translate(params, x, s2))
+    value = -jnp.log(jax.nn.sigmoid(discriminate(params, made, target))).mean()
+    value += 0.5 * jnp.abs(encoded(params, made, target) - s).mean()
     value -= 0.7 * (1 - step / 4) * jnp.abs(made - other).mean()
-    return value + 2 * jnp.abs(turn(params, made, seen(params, x, y)) - x).mean()
+    return value + 2 * jnp.abs(translate(params, made, encoded(params, x, y)) - x).mean()
 
 
 @jax.jit
 def discriminators_loss(params, b, made):
     x, y = b['image'], b['domain']
-    real, fake = judge(params, x, y), judge(params, made, b['target'])
-    slope = jax.grad(lambda x: judge(params, x, y).sum())(x)
+    real, fake = discriminate(params, x, y), discriminate(params, made, b['target'])
+    slope = jax.grad(lambda x: discriminate(params, x, y).sum())(x)
     value = -(jnp.log(jax.nn.sigmoid(real)) + jnp.log(jax.nn.sigmoid(-fake))).mean()
     return value + 0.3 * 0.5 * jnp.square(slope).sum((1, 2, 3)).mean()
 
 
 def test_update_is_four_steps():
-    """The discriminator's on both kinds of pictures, the generator's on both, and F and E learn from noise only."""
+    """D's on both kinds of translations, G's on both, and F and E learn from styles of noise only."""
     before, b, key = start().replace(step=jnp.asarray(1)), batch(), jax.random.key(3)
     after, logs = family().update(before, {}, b, key)
 
@@ -266,25 +266,25 @@ def test_update_is_four_steps():
         new = {k: jax.tree.map(lambda w, g, k=k: w - RATES[k] * g, params[k], gradient[k]) for k in names}
         return params | new
 
-    for guide, style in (('latent', drawn), ('reference', seen)):
-        made = turn(before.params, b['image'], style(before.params, b[guide][:, 0], b['target']))
+    for source, style in (('latent', mapped), ('reference', encoded)):
+        made = translate(before.params, b['image'], style(before.params, b[source][:, 0], b['target']))
         params = stepped(params, jax.grad(discriminators_loss)(params, b, made), ['discriminator'])
-    for guide, names in (('latent', ['generator', 'mapping', 'encoder']), ('reference', ['generator'])):
-        wanted, slope = jax.value_and_grad(generators_loss)(params, b, 1, guide)
-        assert float(logs[f'{guide}/generator_loss']) == pytest.approx(float(wanted), rel=1e-3)
+    for source, names in (('latent', ['generator', 'mapping', 'encoder']), ('reference', ['generator'])):
+        expected, slope = jax.value_and_grad(generators_loss)(params, b, 1, source)
+        assert float(logs[f'{source}/generator_loss']) == pytest.approx(float(expected), rel=1e-3)
         params = stepped(params, slope, names)
-    for a, wanted in zip(*map(jax.tree.leaves, (after.params, params)), strict=True):
-        np.testing.assert_allclose(a, wanted, rtol=2e-3, atol=2e-5)
+    for a, expected in zip(*map(jax.tree.leaves, (after.params, params)), strict=True):
+        np.testing.assert_allclose(a, expected, rtol=2e-3, atol=2e-5)
     assert set(after.ema) == {'generator', 'mapping', 'encoder'} and after.extra is None
 
 
-def test_samples_are_of_the_domain_that_is_asked_for():
+def test_samples_are_of_the_target_domain():
     f, state, b, key = family(), start(), batch(), jax.random.key(5)
     ema, x, y = state.ema, b['image'], b['domain']
     assert f.conditions == ('label', 'domain', 'image') and f.divisor == 2
     z = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (3,)) for i in range(4)])
     images = f.sample(state, {}, b, key)
-    made = turn(ema, x, drawn(ema, z, b['label']))
+    made = translate(ema, x, mapped(ema, z, b['label']))
     np.testing.assert_allclose(images, jnp.clip(made, -1, 1), atol=1e-5)
     np.testing.assert_array_equal(images, f.decode(state, {}, b, z, None))
     assert np.abs(images - f.sample(state, {}, b | {'label': y}, key)).max() > 1e-3
@@ -293,32 +293,32 @@ def test_samples_are_of_the_domain_that_is_asked_for():
     assert set(rows) == {'latent', 'references', 'results'}
     assert all(row.shape == (1 + DOMAINS, *x.shape) for row in rows.values())
     for i in range(DOMAINS):
-        every = turn(ema, x, drawn(ema, z, jnp.full(4, i)))
+        every = translate(ema, x, mapped(ema, z, jnp.full(4, i)))
         np.testing.assert_allclose(rows['latent'][1 + i], jnp.clip(every, -1, 1), atol=1e-5)
         j = (jnp.arange(4) + 1 + i) % 4
         np.testing.assert_allclose(rows['references'][1 + i], x[j])
-        result = turn(ema, x, seen(ema, x[j], y[j]))
+        result = translate(ema, x, encoded(ema, x[j], y[j]))
         np.testing.assert_allclose(rows['results'][1 + i], jnp.clip(result, -1, 1), atol=1e-5)
 
 
-def test_figures_are_of_other_domains():
+def test_metrics_are_of_other_domains():
     f, state, b, key = family(), start(), batch(), jax.random.key(6)
     ema, x, y = state.ema, b['image'], b['domain']
-    figures = f.evaluate(state, {}, b, key)
+    metrics = f.evaluate(state, {}, b, key)
     keys = [jax.random.split(jax.random.fold_in(key, i)) for i in range(4)]
     z = jnp.stack([jax.random.normal(k[0], (2, 3)) for k in keys])
     target = jnp.stack([(y[i] + jax.random.randint(k[1], (), 1, DOMAINS)) % DOMAINS for i, k in enumerate(keys)])
     assert (target != y).all()
-    s = drawn(ema, z[:, 0], target)
-    made, other = turn(ema, x, s), turn(ema, x, drawn(ema, z[:, 1], target))
-    wanted = {
-        'cycle_error': jnp.abs(turn(ema, made, seen(ema, x, y)) - x).mean((1, 2, 3)),
-        'style_error': jnp.abs(seen(ema, made, target) - s).mean(1),
+    s = mapped(ema, z[:, 0], target)
+    made, other = translate(ema, x, s), translate(ema, x, mapped(ema, z[:, 1], target))
+    expected = {
+        'cycle_error': jnp.abs(translate(ema, made, encoded(ema, x, y)) - x).mean((1, 2, 3)),
+        'style_error': jnp.abs(encoded(ema, made, target) - s).mean(1),
         'diversity': jnp.abs(made - other).mean((1, 2, 3)),
     }
-    assert set(figures) == set(wanted)
-    for name, values in wanted.items():
-        np.testing.assert_allclose(figures[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert set(metrics) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(metrics[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_masks_are_features():
@@ -335,33 +335,33 @@ def test_masks_are_features():
 
 def test_rates_go_by_updates():
     """Generator and discriminator take two steps an update; a schedule ends with the updates all the same."""
-    asked = {}
+    steps = {}
 
     def tx(name, times=1):
-        asked.setdefault(name, set()).add(times)
+        steps.setdefault(name, set()).add(times)
         return optax.sgd(0.1)
 
     f = stargan2.build(Context((4, 4, 3), DOMAINS, Optim(tx, 1, lambda step: 0.5)), **SMALL)
     b = {k: v[:, :, :4] if v.ndim == 4 else v for k, v in batch().items()}
     state = jax.eval_shape(f.init, jax.random.key(0), b, {})
-    asked.clear()
+    steps.clear()
     jax.eval_shape(f.update, state, {}, b, jax.random.key(0))
-    assert asked == {'generator': {2}, 'discriminator': {2}, 'mapping': {1}, 'encoder': {1}}
+    assert steps == {'generator': {2}, 'discriminator': {2}, 'mapping': {1}, 'encoder': {1}}
 
 
-@pytest.mark.parametrize('model, said', [
+@pytest.mark.parametrize('model, message', [
     (dict(classes=0), 'needs domains'), (dict(halvings=3), 'multiple of 8'), (dict(width=0), 'width'),
-    (dict(most=2), 'most'), (dict(norm='batch'), 'norm'), (dict(cycle=-1.0), 'cycle'), (dict(skips=(4,)), 'skips'),
-    (dict(high_pass=1.0), 'skips'), (dict(high_pass=1.0, skips=(2,)), 'skips'), (dict(mask='mask'), 'mask'),
-    (dict(image=(4, 4, 3), halvings=2), '2 pixels of the smallest'),
+    (dict(max_width=2), 'max_width'), (dict(norm='batch'), 'norm'), (dict(cycle=-1.0), 'cycle'),
+    (dict(skips=(4,)), 'skips'), (dict(high_pass=1.0), 'skips'), (dict(high_pass=1.0, skips=(2,)), 'skips'),
+    (dict(mask='mask'), 'mask'), (dict(image=(4, 4, 3), halvings=2), '2 pixels of the smallest'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_says_what_is_wrong(model, message):
+    with pytest.raises(UserError, match=message) as error:
         build(**model)
     assert 'config.' in str(error.value) and '\n' not in str(error.value)
 
 
-def test_the_domain_of_a_picture_is_no_condition():
+def test_the_domain_of_the_source_image_is_no_condition():
     config = configs.load(path('stargan2_digits'))
     with pytest.raises(UserError, match='give label'):
         sample.condition_provider(assemble(config), config, {'domain': 3})

@@ -1,4 +1,4 @@
-"""PatchGAN against torch on the same weights, its published sizes, and what one patch sees."""
+"""PatchGAN against torch on the same weights, its published sizes, and the receptive field of a patch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_equals_torch(norm, layers):
 
 @pytest.mark.parametrize('channels, norm, count', [
     (3, 'batch', 2_765_633),  # VQGAN
-    (6, 'batch', 2_768_705),  # pix2pix, which sees the input too
+    (6, 'batch', 2_768_705),  # pix2pix, whose input is the condition too
     (3, 'instance', 2_764_737),  # CycleGAN
 ])  # fmt: skip
 def test_published_sizes(channels, norm, count):
@@ -73,8 +73,8 @@ def test_a_patch_of_three_layers_is_70_pixels():
     params = jax.tree.map(np.abs, randomised(jax.eval_shape(network.init, jax.random.key(0), x)))  # nothing cancels
     rows, columns = jax.eval_shape(network.apply, params, x).shape[1:]
     slope = jax.jit(jax.grad(lambda x: network.apply(params, x)[0, rows // 2, columns // 2]))(x)
-    seen = np.argwhere(np.abs(slope[0, ..., 0]) > 0)
-    assert (np.ptp(seen, 0) + 1).tolist() == [70, 70]
+    field = np.argwhere(np.abs(slope[0, ..., 0]) > 0)
+    assert (np.ptp(field, 0) + 1).tolist() == [70, 70]
 
 
 def test_says_what_is_too_small():
