@@ -4,21 +4,22 @@ Every convolution's kernel, as a matrix [pixels x channels in, channels out], is
 (Miyato et al. 2018, arXiv 1802.05957): the energy's slope is bounded, and chains that follow it do not run away. The
 second convolution of a block is so only where that value is above 1, for it starts as good as zero.
 
-Normalising is a function of the weights, outside the network: `normalise` once, then as many steps of a chain as are
-wanted. The singular vectors are followed by power iteration, one step for each update; `vectors` keeps them.
+Normalising is a function of the weights, outside the network (networks/spectral.py): `normalise` once, then any number
+of steps of a chain. The singular vectors go on by one power iteration in each update.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from jaxgen.networks import spectral
 from jaxgen.networks.layers import Conv, Dense, downsample_mean
-from jaxgen.networks.spectral import power_iteration
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def convolution(features: int, name: str, std: float = 1.0):
-            # Kernels are normalised, so their size at the start only says how fast they turn.
+            # Kernels are normalised, so their initial size only sets how fast their direction changes.
             init = nn.initializers.normal(std)
             return Conv(features, bias=False, init=init, dtype=self.dtype, name=name)
 
@@ -72,6 +73,7 @@ class ResidualEnergy(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        chex.assert_rank(x, 4)
         block = nn.remat(Block) if self.remat else Block
         x = (x + 1) / 2  # the paper's images are in [0, 1]
         x = Conv(self.width, bias=False, init=nn.initializers.normal(1.0), dtype=self.dtype, name='first')(x)
@@ -83,28 +85,19 @@ class ResidualEnergy(nn.Module):
         return Dense(self.outputs, name='outputs')(x)
 
 
-def kernels(params: dict) -> dict[tuple[str, ...], Array]:
-    """The convolutions' kernels, {path: [h, w, c, o]}."""
-    return {path: leaf for path, leaf in traverse_util.flatten_dict(params).items() if leaf.ndim == 4}
-
-
 def start_vectors(params: dict, steps: int = 10) -> dict:
-    """Vectors for `params`, random ones, after some steps from equal entries."""
-    vectors = {path: jnp.ones(kernel.shape[-1]) for path, kernel in kernels(params).items()}
-    vectors = traverse_util.unflatten_dict(vectors)
-    return jax.lax.fori_loop(0, steps, lambda _, vectors: turn(params, vectors), vectors)
+    """Singular vectors [o] of the convolutions' kernels [h, w, c, o], by their paths, after so many power iterations
+    from equal entries."""
+    kernels = {path: leaf for path, leaf in traverse_util.flatten_dict(params).items() if leaf.ndim == 4}
+    vectors = traverse_util.unflatten_dict({path: jnp.ones(kernel.shape[-1]) for path, kernel in kernels.items()})
+    return jax.lax.fori_loop(0, steps, lambda _, vectors: iterate(params, vectors), vectors)
 
 
-def turn(params: dict, vectors: dict) -> dict:
-    """The vectors, one step nearer to those of `params`."""
-    found, flat = kernels(params), traverse_util.flatten_dict(vectors)
-    return traverse_util.unflatten_dict({path: power_iteration(found[path], u)[1] for path, u in flat.items()})
+def iterate(params: dict, vectors: dict) -> dict:
+    """The singular vectors of `params` after one power iteration from `vectors`."""
+    return spectral.normalise(params, vectors)[1]
 
 
 def normalise(params: dict, vectors: dict) -> dict:
     """Weights with every kernel divided by its largest singular value; a block's second one only if that is above 1."""
-    flat = traverse_util.flatten_dict(params)
-    for path, u in traverse_util.flatten_dict(vectors).items():
-        sigma, _ = power_iteration(flat[path], u)
-        flat[path] = flat[path] / (jnp.maximum(sigma, 1) if 'conv2' in path else sigma)
-    return traverse_util.unflatten_dict(flat)
+    return spectral.normalise(params, vectors, lambda path: 1.0 if 'conv2' in path else 0.0)[0]

@@ -10,6 +10,7 @@ BigGAN's orthogonal regularisation (Brock et al. 2018, arXiv 1809.11096, eq. 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,18 +55,19 @@ def start(rng: Array, weights: PyTree) -> PyTree:
     return unflatten_dict(drawn)
 
 
-def normalise(weights: PyTree, vectors: PyTree) -> tuple[PyTree, PyTree]:
+def normalise(weights: PyTree, vectors: PyTree, least: Callable | None = None) -> tuple[PyTree, PyTree]:
     """The weights with their kernels normalised, and the vectors after one iteration of each.
 
     Gradients go through the singular value and not through the vectors, see `power_iteration`.
 
     Args:
       vectors: what `start` or this function gave; {} leaves the weights as they are.
+      least: (path of a kernel) -> the singular value below which it is divided by this number instead; None: 0.
     """
     normalised, found = flatten_dict(weights), {}
     for path, u in flatten_dict(vectors).items():
         sigma, found[path] = power_iteration(normalised[path], u)
-        normalised[path] = normalised[path] / sigma
+        normalised[path] = normalised[path] / (jnp.maximum(sigma, least(path)) if least and least(path) else sigma)
     return unflatten_dict(normalised), unflatten_dict(found)
 
 

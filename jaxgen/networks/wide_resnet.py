@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        chex.assert_rank(x, 4)
         block = nn.remat(Block) if self.remat else Block
         x = Conv(STEM, init=INIT, dtype=self.dtype, name='first')(x)
         for i, multiplier in enumerate(self.multipliers):

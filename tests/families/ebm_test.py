@@ -60,20 +60,20 @@ def test_chains_against_a_loop(clamp, bounded):
     a = np.linspace(0.5, 2, 6).reshape(2, 3, 1)
     x = np.random.default_rng(0).uniform(-1, 1, (4, 2, 3, 1))
     keys = jax.random.split(jax.random.key(1), 4)
-    found, seen = ebm.langevin(
+    last, images = ebm.langevin(
         lambda x: (jnp.float32(a) * x**2 / 2).sum((1, 2, 3)), jnp.float32(x), keys,
         steps=7, step=0.4, noise=0.2, clamp=clamp, bounded=bounded, trajectory=True,
     )  # fmt: skip
     for k in range(7):
         for i in range(4):
-            down = a * x[i]
+            slope = a * x[i]
             if clamp:
-                down = np.minimum(np.maximum(down, -clamp), clamp)
-            x[i] = x[i] - 0.4 * down + 0.2 * np.asarray(jax.random.normal(jax.random.fold_in(keys[i], k), (2, 3, 1)))
+                slope = np.minimum(np.maximum(slope, -clamp), clamp)
+            x[i] = x[i] - 0.4 * slope + 0.2 * np.asarray(jax.random.normal(jax.random.fold_in(keys[i], k), (2, 3, 1)))
             if bounded:
                 x[i] = np.minimum(np.maximum(x[i], -1), 1)
-        np.testing.assert_allclose(seen[k], x, atol=1e-5)
-    np.testing.assert_array_equal(found, seen[-1])
+        np.testing.assert_allclose(images[k], x, atol=1e-5)
+    np.testing.assert_array_equal(last, images[-1])
 
 
 def test_chains_with_langevins_noise_have_the_right_moments():
@@ -93,17 +93,17 @@ def test_chains_with_langevins_noise_have_the_right_moments():
 
 def test_drawn_chains_are_different_ones_and_some_are_new():
     memory = jnp.arange(1, 201, dtype=jnp.float32)[:, None, None, None] * jnp.ones((1, 2, 2, 1)) * 10
-    new, met = 0, set()
+    new, drawn = 0, set()
     for seed in range(10):
-        places, x = jax.jit(ebm.draw, static_argnums=(2, 3))(memory, jax.random.key(seed), 150, 0.2)
-        assert len(set(places.tolist())) == 150
+        indices, x = jax.jit(ebm.draw_chains, static_argnums=(2, 3))(memory, jax.random.key(seed), 150, 0.2)
+        assert len(set(indices.tolist())) == 150
         fresh = np.abs(x).max((1, 2, 3)) <= 1
-        np.testing.assert_array_equal(x[~fresh], memory[places[~fresh]])
-        new, met = new + fresh.sum(), met | set(places.tolist())
-    assert len(met) == 200 and abs(new / 1500 - 0.2) < 0.04
-    places, x = ebm.draw(memory, jax.random.key(0), 200, 0.0)
-    assert sorted(places.tolist()) == list(range(200)), 'a batch as large as the buffer takes every chain'
-    np.testing.assert_array_equal(x, memory[places])
+        np.testing.assert_array_equal(x[~fresh], memory[indices[~fresh]])
+        new, drawn = new + fresh.sum(), drawn | set(indices.tolist())
+    assert len(drawn) == 200 and abs(new / 1500 - 0.2) < 0.04
+    indices, x = ebm.draw_chains(memory, jax.random.key(0), 200, 0.0)
+    assert sorted(indices.tolist()) == list(range(200)), 'a batch as large as the buffer takes every chain'
+    np.testing.assert_array_equal(x, memory[indices])
 
 
 def test_buffer_against_a_slow_one():
@@ -116,13 +116,13 @@ def test_buffer_against_a_slow_one():
     slope = jax.jit(jax.grad(lambda x, w: -net.apply({'params': w}, x).sum()))
     for seed in range(3):
         draw_rng, chain_rng, _ = jax.random.split(jax.random.key(seed), 3)
-        places, x = ebm.draw(jnp.asarray(slow), draw_rng, 5, 0.3)
+        indices, x = ebm.draw_chains(jnp.asarray(slow), draw_rng, 5, 0.3)
         for k in range(3):
             eps = [jax.random.normal(jax.random.fold_in(jax.random.fold_in(chain_rng, i), k), (4, 4, 1))
                    for i in range(5)]  # fmt: skip
             x = x - 0.5 * slope(x, state.params['energy']) + 0.1 * jnp.stack(eps)
-        for place, image in zip(places, x, strict=True):
-            slow[place] = image
+        for i, image in zip(indices, x, strict=True):
+            slow[i] = image
         state, logs = update(state, {}, batch, jax.random.key(seed))
         np.testing.assert_allclose(state.extra['buffer'], slow, atol=1e-5)
     assert logs['moved'] > 0
@@ -149,8 +149,8 @@ def test_loss_is_that_of_the_papers():
     f, batch = family(classes=3, joint=True, regulariser=0.2, classification=0.7, optim=sgd(1.0)), images()
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
-    places, _ = ebm.draw(state.extra['buffer'], jax.random.split(jax.random.key(1), 3)[0], 6, 0.05)
-    chains = after.extra['buffer'][places]
+    indices, _ = ebm.draw_chains(state.extra['buffer'], jax.random.split(jax.random.key(1), 3)[0], 6, 0.05)
+    chains = after.extra['buffer'][indices]
 
     oracle, weights = torch_wide(state.params['energy'], 1, 1, 3)
     real = oracle(to_torch(batch['image']))
@@ -198,14 +198,14 @@ def ours_like(weight: torch.Tensor, path: tuple[str, ...]) -> np.ndarray:
 
 def theirs(params: dict) -> dict[tuple[str, ...], torch.Tensor]:
     """Our weights as torch lays them out, by path."""
-    found = {}
+    weights = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path, x = tuple(p.key for p in path), torch.tensor(np.asarray(leaf))
         if 'shortcut' in path and x.ndim == 2:
             x = x[None, None]
-        found[path] = (x.permute(3, 2, 0, 1) if x.ndim == 4 else x.mT if x.ndim == 2 else x).contiguous()
-        found[path].requires_grad_()
-    return found
+        weights[path] = (x.permute(3, 2, 0, 1) if x.ndim == 4 else x.mT if x.ndim == 2 else x).contiguous()
+        weights[path].requires_grad_()
+    return weights
 
 
 def torch_wide(params: dict, groups: int, blocks: int, outputs: int):
@@ -299,7 +299,7 @@ def test_singular_values_are_of_float32_on_every_device():
     vectors = energies.start_vectors(params)
     programs = (
         jax.make_jaxpr(energies.normalise)(params, vectors),
-        jax.make_jaxpr(energies.turn)(params, vectors),
+        jax.make_jaxpr(energies.iterate)(params, vectors),
         jax.make_jaxpr(spectral.normalise)(params, vectors),
         jax.make_jaxpr(spectral.orthogonality)(params),
     )
@@ -348,8 +348,8 @@ def test_size_of_the_published_networks():
     def block(c, d):
         return 9 * c * d + 9 * d * d + c + 2 * d + (9 * c * d if c != d else 0)
 
-    wanted = 27 * 128 + 3 * block(128, 128) + block(128, 256) + 2 * block(256, 256) + block(256, 512)
-    assert count(ResidualEnergy(), x) == wanted + 2 * block(512, 512) + 512 + 1
+    expected = 27 * 128 + 3 * block(128, 128) + block(128, 256) + 2 * block(256, 256) + block(256, 512)
+    assert count(ResidualEnergy(), x) == expected + 2 * block(512, 512) + 512 + 1
 
 
 # --- the family
@@ -360,12 +360,12 @@ def test_jem_classifies_by_its_logits():
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     logits = f.classify(state, {}, {'image': batch['image']}, jax.random.key(1))
     assert logits.shape == (6, 3)
-    figures = f.evaluate(state, {}, {**batch, 'index': jnp.arange(6)}, jax.random.key(2))
-    np.testing.assert_allclose(figures['energy'], -jax.nn.logsumexp(logits, -1), rtol=1e-5)
+    metrics = f.evaluate(state, {}, {**batch, 'index': jnp.arange(6)}, jax.random.key(2))
+    np.testing.assert_allclose(metrics['energy'], -jax.nn.logsumexp(logits, -1), rtol=1e-5)
     np.testing.assert_allclose(
-        figures['cross_entropy'], -jax.nn.log_softmax(logits)[jnp.arange(6), batch['label']], rtol=1e-5
+        metrics['cross_entropy'], -jax.nn.log_softmax(logits)[jnp.arange(6), batch['label']], rtol=1e-5
     )
-    np.testing.assert_array_equal(figures['accuracy'], logits.argmax(-1) == batch['label'])
+    np.testing.assert_array_equal(metrics['accuracy'], logits.argmax(-1) == batch['label'])
     assert family().classify is None
 
 
@@ -389,7 +389,7 @@ def test_where_samples_start():
 
 def test_shuffled_pixels_keep_their_values_and_channels():
     x = images(4, (4, 4, 3))['image']
-    y = ebm.shuffled(jax.random.split(jax.random.key(0), 4), x)
+    y = ebm.shuffle_pixels(jax.random.split(jax.random.key(0), 4), x)
     for a, b in zip(np.asarray(x), np.asarray(y), strict=True):
         assert sorted(map(tuple, a.reshape(-1, 3))) == sorted(map(tuple, b.reshape(-1, 3))) and (a != b).any()
 
@@ -417,19 +417,20 @@ def test_energies_tell_digits_from_shuffled_pixels(joint):
     before = evaluate(state, {}, test, jax.random.key(2))
     keys = jax.random.split(jax.random.key(1), 200 if joint else 80)
     state, logs = jax.jit(lambda s, k: jax.lax.scan(one, s, k))(state, keys)
-    figures = evaluate(state, {}, test, jax.random.key(2))
-    n = len(figures['energy'])
-    auc = roc_auc_score([1] * n + [0] * n, -np.concatenate([figures['energy'], figures['energy/shuffled']]))
-    assert auc > 0.9 and figures['below/shuffled'].mean() > 0.9, auc
+    metrics = evaluate(state, {}, test, jax.random.key(2))
+    n = len(metrics['energy'])
+    auc = roc_auc_score([1] * n + [0] * n, -np.concatenate([metrics['energy'], metrics['energy/shuffled']]))
+    assert auc > 0.9 and metrics['below/shuffled'].mean() > 0.9, auc
     assert np.isfinite(logs['energy/largest']).all()
     if joint:
-        assert figures['accuracy'].mean() > 0.35, 'of ten classes'
-        assert figures['cross_entropy'].mean() < before['cross_entropy'].mean() - 0.3
+        assert metrics['accuracy'].mean() > 0.35, 'of ten classes'
+        assert metrics['cross_entropy'].mean() < before['cross_entropy'].mean() - 0.3
 
 
 @pytest.mark.parametrize('model', [
     dict(network='unet'), dict(start='data'), dict(buffer=0), dict(step=0.0), dict(noise=-0.1), dict(fresh=1.5),
-    dict(joint=True), dict(network='residual', multipliers=(1, 2, 2)), dict(multipliers=()),
+    dict(clamp=-1.0), dict(limit=0.0), dict(joint=True), dict(network='residual', multipliers=(1, 2, 2)),
+    dict(multipliers=()),
 ])  # fmt: skip
 def test_says_what_is_wrong(model):
     with pytest.raises(UserError, match=r'config\.') as error:
