@@ -1,4 +1,4 @@
-"""A classifier of scikit-learn's 8x8 handwritten digits, whose features judge models of them.
+"""A classifier of scikit-learn's 8x8 handwritten digits, whose features compare samples with them.
 
     python -m jaxgen.main --config=configs/classifier_digits.py
 

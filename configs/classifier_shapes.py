@@ -2,10 +2,11 @@
 
     python -m jaxgen.main --config=configs/classifier_shapes.py
 
-Its features judge models of these scenes: told the shape only, they might be blind to colour and place.
+Its features compare samples with these scenes: with the shape as its only target, they might be blind to colour and
+position.
 
-A circle looks the same however it is turned, a square at every third of the 12 rotations: over all
-shapes no more than half of the rotations can be right, and no more than 92.9% of all factors.
+A circle looks the same in every rotation, a square in every third of the 12: over all shapes no more than half of the
+rotations can be right, and no more than 92.9% of all factors.
 
 Time: 4.5 minutes on 2 CPU cores with other work on them
 Paper: none

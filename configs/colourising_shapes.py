@@ -1,10 +1,10 @@
-"""An autoencoder that gives grey scenes (jaxgen/data/shapes.py) of 32x32 pixels their colours.
+"""A colourising autoencoder of grey scenes (jaxgen/data/shapes.py) of 32x32 pixels.
 
     python -m jaxgen.main --config=configs/colourising_shapes.py
 
 Time: 3.5 minutes on 2 CPU cores with other work on them
 Paper: none
-Ours: squared error 0.010 of a coloured held-out scene (pixels in [-1, 1]), 0.067 of the grey one (500 scenes)
+Ours: squared error 0.010 of a colourised held-out scene (pixels in [-1, 1]), 0.067 of the grey one (500 scenes)
 """
 
 from jaxgen.config import make

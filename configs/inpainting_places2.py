@@ -2,15 +2,15 @@
 
     python -m jaxgen.main --config=configs/inpainting_places2.py --config.data.source=folder:PATH
 
-Any folder of pictures will do, or a name of TensorFlow Datasets like `places365_small`. Masks of your own are pictures
-too, white where the hole is: `--config.data.source=pairs:PATH --config.data.features="('image', 'mask')"
+Any folder of images will do, or a name of TensorFlow Datasets like `places365_small`. Masks of your own are images too,
+white where the hole is: `--config.data.source=pairs:PATH --config.data.features="('image', 'mask')"
 --config.model.masks=mask` reads PATH/image/NAME.png and PATH/mask/NAME.png.
 
 Differs: the release cuts 256x256 pixels out of images as they are, here these are resized first; it trains until it is
 stopped.
 
 Time: not measured
-Paper: table 1 of Yu et al. 2018 has errors on Places2's validation pictures under squares and free-form masks
+Paper: table 1 of Yu et al. 2018 has errors on Places2's validation images under squares and free-form masks
 Ours: shape-checked
 """
 

@@ -2,13 +2,13 @@
 
     python -m jaxgen.main --config=configs/inpainting_shapes.py
 
-`--mode=sample --film=4` shows what is given, the coarse painting, the fine one, and the truth.
+`--mode=sample --film=4` displays masked images, coarse completions, fine ones, and ground truth.
 
-Contextual attention is left out: at 8x8 places there is hardly a square that knows anything.
+Contextual attention is left out: at 8x8 positions hardly a patch has no unknown pixels.
 
 Time: 15.4 minutes on a CPU core with other work beside it
 Paper: none
-Ours: squared error 0.0125, within holes (a quarter of the picture) 0.051; Fréchet distance of what is completed 8.5
+Ours: squared error 0.0125, within holes (a quarter of the image) 0.051; Fréchet distance of completed images 8.5
 """
 
 from jaxgen.config import make

@@ -1,4 +1,4 @@
-"""A generator fitted to one dimension by the divergence of two histograms: the shortest road from noise to samples.
+"""A generator of one dimension, trained on the divergence of two histograms: the simplest path from noise to samples.
 
 A multilayer perceptron maps z ~ N(0, I) to a number in [-1, 1]. Its samples and the data of a batch are each made a
 histogram of `bins` cells, and the loss is their Jensen-Shannon divergence (Lin 1991),
@@ -6,10 +6,10 @@ histogram of `bins` cells, and the loss is their Jensen-Shannon divergence (Lin 
     JS(p, q) = (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2,  in nats, from 0 to ln 2,
 
 which a GAN's discriminator estimates where histograms cannot be counted (Goodfellow et al. 2014, theorem 1). Counting
-has no gradient, so every number counts for a cell with the share of a logistic kernel around it that lies there; as
-the kernel's scale goes to 0 the counts become whole. Data and samples are smoothed alike, and the divergence is 0 where
-they agree. A narrow kernel tells shapes apart but says nothing across empty cells: a sample between two modes feels
-neither. So the loss is the mean over several scales, `smoothing`.
+has no gradient, so every number counts for a cell with the mass there of a logistic kernel around it; as the kernel's
+scale goes to 0 the counts become whole. Data and samples are smoothed alike, and the divergence is 0 where they agree.
+A narrow kernel resolves shapes but has no gradient across empty cells: a sample between two modes is drawn to neither.
+So the loss is the mean over several scales, `smoothing`.
 
 In d dimensions there are bins^d cells, most of them empty: this is the tutorial's case, and it stops at one.
 With few examples per cell two histograms of one distribution differ: JS of two batches of n is about (bins - 1) / (4 n)
@@ -19,34 +19,40 @@ even then, so batches are large. Where gradients are accumulated each part of a 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from jaxgen import options
 from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.networks.js_generator import Generator
+from jaxgen.options import Count, Rule
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
 
-LEVELS = 256  # of a pixel
+LEVELS = 256  # grey levels of a pixel
 
 
 def soft_histogram(x: Array, bins: int, smoothing: float) -> Array:
-    """Shares [bins] of numbers [n] in [-1, 1] in cells of one width; they sum to 1.
+    """Probabilities [bins] of cells of one width, by numbers [n] in [-1, 1].
 
     Args:
       smoothing: scale of the logistic kernel, in cells. What of it is outside [-1, 1] counts for the outermost cells.
     """
+    chex.assert_rank(x, 1)
     edges = jnp.linspace(-1, 1, bins + 1)[1:-1]
     scale = smoothing * 2 / bins
-    below = jax.nn.sigmoid((edges - x[:, None].astype(jnp.float32)) / scale).mean(0)  # share below each inner edge
+    below = jax.nn.sigmoid((edges - x[:, None].astype(jnp.float32)) / scale).mean(0)  # mass below each inner edge
     return jnp.diff(jnp.concatenate([jnp.zeros(1), below, jnp.ones(1)]))
 
 
 def jensen_shannon(p: Array, q: Array) -> Array:
     """JS of two distributions [..., k], in nats, [...]. Its gradient is finite where entries are 0."""
+    chex.assert_equal_shape([p, q])
     m = (p + q) / 2
 
     def kl(a: Array) -> Array:
@@ -58,22 +64,23 @@ def jensen_shannon(p: Array, q: Array) -> Array:
 
 
 def level_histogram(x: Array) -> Array:
-    """Probabilities [256] of the grey levels by samples [n] in [-1, 1], each level with one sample more than it has, so
-    that none has probability 0."""
+    """Probabilities [256] of the grey levels by samples [n] in [-1, 1] and one more of each level: none is 0."""
+    chex.assert_rank(x, 1)
     level = jnp.clip(jnp.round((x + 1) * 127.5), 0, LEVELS - 1).astype(jnp.int32)
     counts = jnp.zeros(LEVELS).at[level].add(1.0) + 1
     return counts / counts.sum()
 
 
+@options.checked
 def build(
     context: Context,
     *,
-    latent: int = 1,
-    hidden: tuple[int, ...] = (64, 64),
-    bins: int = 64,
-    smoothing: tuple[float, ...] = (0.5, 2.0),
-    generator_batch: int = 4,
-    measured: int = 2**16,
+    latent: Count = 1,
+    hidden: Annotated[tuple[int, ...], '[1, inf)', Rule(len, 'one number or more')] = (64, 64),
+    bins: Annotated[int, '[2, inf)'] = 64,
+    smoothing: Annotated[tuple[float, ...], '(0, inf)', Rule(len, 'one number or more')] = (0.5, 2.0),
+    generator_batch: Count = 4,
+    measured: Count = 2**16,
 ) -> Family:
     """A generator of one number.
 
@@ -83,10 +90,11 @@ def build(
       bins: cells of the histograms.
       smoothing: scales of the kernels, in cells.
       generator_batch: samples of a histogram, as a multiple of the batch of data.
-      measured: samples by which `evaluate` knows the model's distribution.
+      measured: samples from which `evaluate` estimates the model's distribution.
 
-    evaluate gives 'bits_per_dim', -log2 p(x) of the example's grey level, where p is the histogram over the 256 levels
-    of `measured` samples and one more of each level: a true likelihood, of the model that draws from this histogram.
+    evaluate returns 'bits_per_dim', -log2 p(x) of the example's grey level, where p is the histogram over the 256
+    levels of `measured` samples and one more of each level: a true likelihood, of the model that draws from this
+    histogram.
     The logs' 'js' is of one batch and the first scale, in nats.
 
     Raises:
@@ -97,11 +105,6 @@ def build(
             'this generator makes one number: set config.data.source = gaussians:1 or config.data.size and channels to '
             f'1; an image has {math.prod(context.image)} numbers here'
         )
-    if not hidden or min(latent, generator_batch, measured, *hidden) < 1 or bins < 2 or min(smoothing, default=0) <= 0:
-        raise UserError(
-            'config.model: latent, hidden, generator_batch and measured must be 1 or more, bins 2 or more, smoothing '
-            'one number or several, more than 0'
-        )
     generator = Generator(hidden, context.dtype)
 
     def generate(weights, z: Array) -> Array:
@@ -109,11 +112,10 @@ def build(
 
     def loss(params, state, frozen, batch, rng):
         z = shard_batch(jax.random.normal(rng, (generator_batch * len(batch['image']), latent)))
-        drawn = generate(params['generator'], z)
-        real, drawn = batch['image'].reshape(-1), drawn.reshape(-1)
-        at = [jensen_shannon(*(soft_histogram(x, bins, scale) for x in (real, drawn))) for scale in smoothing]
-        value = sum(at) / len(at)
-        return value, Aux({'loss': value, 'js': at[0], 'deviation': drawn.std()})
+        real, fake = batch['image'].reshape(-1), generate(params['generator'], z).reshape(-1)
+        by_scale = [jensen_shannon(*(soft_histogram(x, bins, scale) for x in (real, fake))) for scale in smoothing]
+        value = sum(by_scale) / len(by_scale)
+        return value, Aux({'loss': value, 'js': by_scale[0], 'deviation': fake.std()})
 
     update = make_update(loss, context.optim, 'generator')
 
@@ -128,7 +130,7 @@ def build(
         return decode(state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
 
     def evaluate(state, frozen, batch, rng):
-        # The same samples for every batch: an example's figure depends on no other example.
+        # The same samples for every batch: an example's likelihood depends on no other example.
         x = generate(state.ema['generator'], shard_batch(jax.random.normal(rng, (measured, latent))))
         p = level_histogram(x.reshape(-1))
         level = jnp.round((batch['image'].reshape(-1) + 1) * 127.5).astype(jnp.int32)

@@ -1,10 +1,10 @@
-"""Perceptual distance: how differently a network sees two images (Zhang et al. 2018, arXiv 1801.03924).
+"""Perceptual distance: the distance of two images in a network's feature maps (Zhang et al. 2018, arXiv 1801.03924).
 
 Feature maps of several depths are normalised along their channels, and their squared differences are summed over
 channels, each with its weight, and averaged over positions (eq. 1). The network is one of two:
 
-- LPIPS: VGG-16, with weights of the channels that were fitted to the judgements of people. Both come from files that a
-  person has. As a loss of autoencoders it takes half of the training's memory and time.
+- LPIPS: VGG-16, with weights of the channels that were fitted to human similarity judgements. Both come from files that
+  a person has. As a loss of autoencoders it takes half of the training's memory and time.
 - Any run that encodes, a classifier of the same data above all (`config.stages.perceptual`), every channel with the
   weight 1: what the paper calls the baseline. It needs no file and works for small images.
 """
@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,7 @@ def distance(a: Sequence[Array], b: Sequence[Array], weights: Sequence[Array] | 
     """
     total = 0.0
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        chex.assert_equal_shape([x, y])
         square = jnp.square(normalised(x) - normalised(y))
         square = square.sum(-1) if weights is None else square @ weights[i]
         total = total + square.reshape(len(square), -1).mean(1)
@@ -69,25 +71,25 @@ def distance(a: Sequence[Array], b: Sequence[Array], weights: Sequence[Array] | 
 def of_stage(stage: Family) -> Callable:
     """Distance by the features of an earlier stage: (its (state, frozen), x, y) -> [n].
 
-    Its `encode` is asked for maps of several depths (the batch holds 'maps'); one that does not know how gives its
-    features, and these are compared.
+    With 'maps' in the batch its `encode` returns maps of several depths; one that has none returns its features, and
+    these are compared.
 
     Raises:
-      UserError: its family encodes nothing that could be compared.
+      UserError: its family has no features.
     """
     if stage.encode is None or stage.latents.grids:
         raise UserError('config.stages.perceptual must be a run with features: name one of a classifier')
 
     def maps(weights, images):
-        found = stage.encode(*weights, {'image': images, 'maps': True}, jax.random.key(0))
-        return found if isinstance(found, tuple | list) else (found,)
+        features = stage.encode(*weights, {'image': images, 'maps': True}, jax.random.key(0))
+        return features if isinstance(features, tuple | list) else (features,)
 
     return lambda weights, x, y: distance(maps(weights, x), maps(weights, y))
 
 
 def measure(stages: dict[str, Family], paths: tuple[str, ...], image: tuple[int, int, int]) -> Callable | None:
-    """Distance (frozen, x, y) -> [n] of images [n, H, W, C] by what a config names: the run config.stages.perceptual,
-    or the files config.model.lpips. None: it names neither.
+    """Distance (frozen, x, y) -> [n] of images [n, H, W, C] by the run config.stages.perceptual or by the files
+    config.model.lpips (`paths`). None: the config names neither.
 
     Raises:
       UserError: it names both, or one that cannot be used.
@@ -102,7 +104,7 @@ def measure(stages: dict[str, Family], paths: tuple[str, ...], image: tuple[int,
 
 
 def lpips(weights: dict, x: Array, y: Array) -> Array:
-    """LPIPS of images [n, H, W, 1 or 3] in [-1, 1], float32 [n]. Grey ones are seen as colour.
+    """LPIPS of images [n, H, W, 1 or 3] in [-1, 1], float32 [n]. Grey ones are repeated in all three channels.
 
     weights: as `load` gives them.
     """
@@ -119,7 +121,7 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
 
     Args:
       paths: one or more files that together hold them: .safetensors, or what torch wrote (reading these takes torch),
-        with the names of torchvision's vgg16 and of the `lpips` package. What else is in them is left alone.
+        with the names of torchvision's vgg16 and of the `lpips` package. Other entries are ignored.
       image: H, W, C of the images that are to be compared.
 
     Returns:
@@ -133,17 +135,16 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
             f'LPIPS needs images of {LEAST} x {LEAST} pixels or more: name a run of a classifier as '
             'config.stages.perceptual instead'
         )
-    found, published = {}, set()
+    weights, published = {}, set()
     for path in paths:
         tensors, sha256 = read(path)
         published |= {digits for digits in PUBLISHED.values() if sha256.startswith(digits)}
-        found |= {canonical(name): a for name, a in tensors.items()}
-    wanted = shapes()
-    for name, shape in wanted.items():
-        there = list(found[name].shape) if name in found else 'absent'
-        if there != shape:
+        weights |= {canonical(name): a for name, a in tensors.items()}
+    for name, shape in shapes().items():
+        own = list(weights[name].shape) if name in weights else 'absent'
+        if own != shape:
             raise UserError(
-                f'{", ".join(paths)}: no weights of LPIPS on VGG-16: {name} is {there} there and must be {shape}; '
+                f'{", ".join(paths)}: no weights of LPIPS on VGG-16: {name} is {own} there and must be {shape}; '
                 + ADVICE
             )
     if len(published) < len(PUBLISHED):
@@ -154,10 +155,10 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
 
     vgg, last = {}, len(CHANNELS)
     for path, name in names().items():
-        vgg[path] = layout(found[name])
+        vgg[path] = layout(weights[name])
     return {
         'vgg': unflatten_dict(vgg, sep='/'),
-        'channels': [np.asarray(found[f'lin{i}.weight'], np.float32).reshape(-1) for i in range(last)],
+        'channels': [np.asarray(weights[f'lin{i}.weight'], np.float32).reshape(-1) for i in range(last)],
     }
 
 
@@ -170,16 +171,16 @@ def canonical(name: str) -> str:
 @functools.cache
 def names() -> dict[str, str]:
     """{path among VGG16's params: name in torch}, where ReLUs and pools count as layers too."""
-    found, number = {}, 0
+    table, number = {}, 0
     for i, group in enumerate(CHANNELS):
         for j in range(len(group)):
-            found |= {
+            table |= {
                 f'conv{i}_{j}/kernel': f'features.{number}.weight',
                 f'conv{i}_{j}/bias': f'features.{number}.bias',
             }
             number += 2
         number += 1
-    return found
+    return table
 
 
 @functools.cache
@@ -187,11 +188,11 @@ def shapes() -> dict[str, list[int]]:
     """{name in torch: shape in torch} of all that LPIPS needs."""
     image = jax.ShapeDtypeStruct((1, LEAST, LEAST, 3), jnp.float32)
     ours = flatten_dict(jax.eval_shape(VGG16().init, jax.random.key(0), image)['params'], sep='/')
-    found = {}
+    table = {}
     for path, name in names().items():
         shape = ours[path].shape
-        found[name] = [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)
-    return found | {f'lin{i}.weight': [1, group[-1], 1, 1] for i, group in enumerate(CHANNELS)}
+        table[name] = [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)
+    return table | {f'lin{i}.weight': [1, group[-1], 1, 1] for i, group in enumerate(CHANNELS)}
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], str]:
@@ -208,5 +209,5 @@ def read(path: str) -> tuple[dict[str, np.ndarray], str]:
         raise UserError(f'the weights {path} cannot be read ({e.strerror or e}): {ADVICE}') from e
     except ImportError as e:
         raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
-    except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
+    except Exception as e:  # files without weights fail in many ways, some with advice that would be unsafe
         raise UserError(f'{path} cannot be read as a file of weights ({type(e).__name__}): {ADVICE}') from e

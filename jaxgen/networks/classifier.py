@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,20 +49,21 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False, maps: bool = False) -> tuple[Array, ...]:
         """Args:
-        train: with dropout of the features that the logits see; needs the rng 'dropout'.
-        maps: give the output of every block instead, for perceptual distances; images may be of any size then.
+        train: with dropout of the features before the logits; needs the rng 'dropout'.
+        maps: return the output of every block instead, for perceptual distances; images may be of any size then.
         """
+        chex.assert_rank(x, 4)
         block = nn.remat(Block) if self.remat else Block
         x = Conv(self.width, stride=self.stride, dtype=self.dtype, name='first')(x)
-        seen = []
+        outputs = []
         for i in range(self.levels + 1):
             x = downsample_mean(x) if i else x
             x = block(self.width * 2**i, self.dtype, name=f'block{i}')(x)
-            seen.append(x)
+            outputs.append(x)
         if maps:
-            return tuple(seen)
+            return tuple(outputs)
         x = nn.silu(GroupNorm(dtype=self.dtype, name='norm')(x))
         x = Dense(self.features, dtype=self.dtype, name='features')(x.reshape(len(x), -1))
         features = nn.silu(x.astype(jnp.float32))
-        kept = nn.Dropout(self.dropout, deterministic=not train)(features)
-        return features, Dense(self.outputs, name='logits')(kept)
+        dropped = nn.Dropout(self.dropout, deterministic=not train)(features)
+        return features, Dense(self.outputs, name='logits')(dropped)

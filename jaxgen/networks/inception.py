@@ -1,14 +1,15 @@
 """The Inception network whose features FID compares (Szegedy et al. 2016, arXiv 1512.00567).
 
-FID (Heusel et al. 2017), KID, the Inception Score and sFID are figures of one particular network: the TensorFlow
-graph of 2015-12-05, with its slips, fed through TensorFlow 1's way to resize. Other weights, another resize or an
-average pool that counts the padding give other figures. Modules have the names that the weights have in torch.
+FID (Heusel et al. 2017), KID, the Inception Score and sFID are metrics in the features of one particular network: the
+TensorFlow graph of 2015-12-05, with its slips, on images resized as in TensorFlow 1. Other weights, another resize or
+an average pool that counts the padding give other values. Modules have the names that the weights have in torch.
 """
 
 from __future__ import annotations
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ POOLS = {
 def resize_tf1(images: Array, height: int, width: int) -> Array:
     """Bilinear as TensorFlow 1 did it by default: pixel i of the result is read at i * old size / new size.
 
-    No half-pixel centres and no filter against aliasing, so pictures shift a little and large ones alias.
+    No half-pixel centres and no filter against aliasing, so images shift a little and large ones alias.
 
     Args:
       images: float32 [n, H, W, C].
@@ -104,7 +105,7 @@ class ConvBN(nn.Module):
         kernel, _, stride = self.kernel.partition('/')
         kernel = tuple(int(size) for size in kernel.split('x'))
         padding = 'VALID' if stride else 'SAME'
-        # Where accelerators would take products of fewer bits by default, the figures would show it.
+        # Products of fewer bits, the default of accelerators, would change the metrics.
         options = dict(use_bias=False, precision='highest', name='conv')
         x = nn.Conv(self.features, kernel, int(stride or 1), padding, **options)(x)
         return nn.relu(BatchNorm(train=False, eps=1e-3, name='bn')(x))
@@ -134,6 +135,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
+        chex.assert_shape(images, (None, None, None, 3))
         x = (resize_tf1(images.astype(jnp.float32), 299, 299) - 128) / 128
         x = branch(x, STEM)
         for block, lines in BLOCKS.items():
@@ -142,5 +144,5 @@ class Inception(nn.Module):
                 spatial = x[..., :7].reshape(len(x), -1)
         features = x.mean((1, 2))
         weight = self.param('fc.kernel', nn.initializers.lecun_normal(), (features.shape[-1], CLASSES))
-        self.param('fc.bias', nn.initializers.zeros, (CLASSES,))  # part of the weights, though no figure uses it
+        self.param('fc.bias', nn.initializers.zeros, (CLASSES,))  # part of the weights, though no metric reads it
         return {'features': features, 'logits': jnp.dot(features, weight, precision='highest'), 'spatial': spatial}

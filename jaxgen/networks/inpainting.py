@@ -1,4 +1,4 @@
-"""Networks that fill holes: gated convolutions, contextual attention, and the discriminator of SN-PatchGAN.
+"""Inpainting networks: gated convolutions, contextual attention, and the discriminator of SN-PatchGAN.
 
 Yu et al. 2018, Free-Form Image Inpainting with Gated Convolution (arXiv 1806.03589), sections 3.1 to 3.3; the
 attention is that of Yu et al. 2018, Generative Image Inpainting with Contextual Attention (arXiv 1801.07892, section
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ class GatedConv(nn.Module):
     """Features and gates by one convolution, activation(features) * sigmoid(gates): [n, H, W, C] to
     [n, H', W', features] (eq. 2).
 
-    A mask that is among the channels can so close places that hold nothing, layer by layer.
+    With the mask among the channels the gates can close at positions without known pixels, layer by layer.
     """
 
     features: int
@@ -40,8 +42,8 @@ class GatedConv(nn.Module):
         return self.activation(x) * nn.sigmoid(gate)
 
 
-class Gated(nn.Module):
-    """Gated convolutions one after another.
+class GatedConvs(nn.Module):
+    """A sequence of gated convolutions.
 
     Attributes:
       layers: (features, kernel, stride, dilation) of each.
@@ -62,8 +64,8 @@ class Gated(nn.Module):
         return x
 
 
-class Painter(nn.Module):
-    """Maps [n, h, w, C] to images float32 [n, 4h, 4w, features] in (-1, 1), by two doublings."""
+class Upsampler(nn.Module):
+    """Maps [n, h, w, C] to images float32 [n, 4h, 4w, features] in (-1, 1), doubled twice."""
 
     features: int
     width: int
@@ -73,14 +75,15 @@ class Painter(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         rest, w = dict(remat=self.remat, dtype=self.dtype), self.width
-        x = Gated(((4 * w, 3, 1, 1),) * 2, **rest, name='coarse')(x)
-        x = Gated(((2 * w, 3, 1, 1),) * 2, **rest, name='middle')(upsample_nearest(x))
-        x = Gated(((w, 3, 1, 1), (w // 2, 3, 1, 1)), **rest, name='fine')(upsample_nearest(x))
+        x = GatedConvs(((4 * w, 3, 1, 1),) * 2, **rest, name='coarse')(x)
+        x = GatedConvs(((2 * w, 3, 1, 1),) * 2, **rest, name='middle')(upsample_nearest(x))
+        x = GatedConvs(((w, 3, 1, 1), (w // 2, 3, 1, 1)), **rest, name='fine')(upsample_nearest(x))
         return jnp.tanh(Conv(self.features, dtype=self.dtype, name='last')(x).astype(jnp.float32))
 
 
 def patches(x: Array, kernel: int, stride: int) -> Array:
-    """Squares of pixels, zeros beyond the border: [n, H, W, C] to [n, H / stride, W / stride, kernel^2, C].
+    """Patches of kernel x kernel pixels, zeros beyond the border: [n, H, W, C] to [n, H / stride, W / stride, kernel^2,
+    C].
 
     kernel - stride is even; as many pixels lie beyond each side.
     """
@@ -93,52 +96,57 @@ def patches(x: Array, kernel: int, stride: int) -> Array:
 
 
 def fuse(scores: Array) -> Array:
-    """Scores of places p for places q, [n, P, Q], each with those of the next ones of both and of the ones before:
-    that a neighbour is like q's neighbour speaks for q too."""
+    """Attention propagation: scores of positions p for positions q, [n, P, Q], each the sum of those of (p - 1, q - 1),
+    (p, q) and (p + 1, q + 1)."""
     padded = jnp.pad(scores, ((0, 0), (1, 1), (1, 1)))
     rows, columns = scores.shape[1:]
     return sum(padded[:, i : i + rows, i : i + columns] for i in range(3))
 
 
 def contextual_attention(x: Array, mask: Array, scale: float = 10.0) -> Array:
-    """Every place as a sum of what is known elsewhere, by how alike they are: x [n, H, W, C] to the same.
+    """Every position as a weighted sum of known patches, by their similarity: x [n, H, W, C] to the same.
 
-    Places are compared at half the size, by the cosine of squares of 3 x 3 (of those that are looked at; of those that
-    look, the length counts), and squares of 4 x 4 are put down, four of them one on another.
+    Similarities are those of patches of 3 x 3 at half the size, cosines but for the length of the query. The sums are
+    of patches of 4 x 4, of which four overlap.
 
     Args:
       x: H and W are even.
-      mask: [n, H, W, 1], 1 where nothing is known: squares that hold any of it are not taken.
+      mask: [n, H, W, 1], 1 where nothing is known: patches with any such pixel are not attended to.
       scale: of the scores in the softmax.
     """
-    n, x = len(x), x.astype(jnp.float32)
+    chex.assert_rank(x, 4)
+    chex.assert_shape(mask, (*x.shape[:3], 1))
+    x = x.astype(jnp.float32)
     small, holes = x[:, ::2, ::2], mask.astype(jnp.float32)[:, ::2, ::2]
-    h, w = small.shape[1], small.shape[2]
-    looking = patches(small, 3, 1).reshape(n, h * w, -1)
-    length = jnp.sqrt(jnp.square(looking).sum(-1, keepdims=True) + 1e-12)
-    scores = jnp.einsum('npc,nqc->npq', looking, looking / jnp.maximum(length, 1e-4))
+    h, w = small.shape[1:3]
 
-    def across(scores: Array, rows: int, columns: int) -> Array:
-        """Places counted row by row are counted column by column, on both sides."""
-        return scores.reshape(n, rows, columns, rows, columns).transpose(0, 2, 1, 4, 3).reshape(n, h * w, h * w)
+    def flat(patches: Array) -> Array:
+        return einops.rearrange(patches, 'n h w k c -> n (h w) (k c)')
 
-    scores = across(fuse(across(fuse(scores), h, w)), w, h)
-    known = (patches(holes, 3, 1).max((3, 4)) == 0).reshape(n, 1, h * w)
+    queries = flat(patches(small, 3, 1))
+    length = jnp.sqrt(jnp.square(queries).sum(-1, keepdims=True) + 1e-12)
+    scores = jnp.einsum('npc,nqc->npq', queries, queries / jnp.maximum(length, 1e-4))
+
+    def across(scores: Array, rows: int) -> Array:
+        """Positions in row-major order to column-major order, on both sides."""
+        return einops.rearrange(scores, 'n (i j) (k l) -> n (j i) (l k)', i=rows, k=rows)
+
+    scores = across(fuse(across(fuse(scores), h)), w)
+    known = einops.reduce(patches(holes, 3, 1), 'n h w k c -> n 1 (h w)', 'max') == 0
     attention = nn.softmax(scale * jnp.where(known, scores, 0)) * known
 
     def squares(x: Array) -> Array:
-        return patches(x, 4, 2).reshape(n, h * w, -1)
+        return flat(patches(x, 4, 2))
 
-    put = jnp.einsum('npq,nqc->npc', attention, squares(x))
-    # The transpose of taking squares is putting them down.
-    (out,) = jax.linear_transpose(squares, jax.ShapeDtypeStruct(x.shape, x.dtype))(put)
+    sums = jnp.einsum('npq,nqc->npc', attention, squares(x))
+    # The transpose of cutting patches is the sum of overlapping ones.
+    (out,) = jax.linear_transpose(squares, jax.ShapeDtypeStruct(x.shape, x.dtype))(sums)
     return out / 4
 
 
 class Generator(nn.Module):
-    """Images [n, H, W, C] and where they are unknown, mask [n, H, W, 1] of 0 and 1, to two images float32
-    [n, H, W, C] in (-1, 1): a coarse one, and one that is made from the coarse one within the hole and the given one
-    outside of it.
+    """Images [n, H, W, C] and masks [n, H, W, 1], 1 in holes and else 0, to two images float32 [n, H, W, C] in (-1, 1):
+    a coarse one, and a fine one, whose input is the coarse one within the hole and the image outside of it.
 
     Attributes:
       width: channels of the first convolution after its gates, 24 in the authors' code (48 with the gates).
@@ -154,6 +162,8 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
+        chex.assert_rank(x, 4)
+        chex.assert_shape(mask, (*x.shape[:3], 1))
         w, rest = self.width, dict(remat=self.remat, dtype=self.dtype)
         x = x * (1 - mask)
         wide = tuple((4 * w, 3, 1, d) for d in (1, 1, *self.dilations))
@@ -161,23 +171,23 @@ class Generator(nn.Module):
         def down(middle: int, last: int) -> tuple:
             return (w, 5, 1, 1), (middle, 3, 2, 1), (2 * w, 3, 1, 1), (last, 3, 2, 1)
 
-        seen = jnp.concatenate([x, jnp.ones_like(mask), mask], -1)
-        h = Gated((*down(2 * w, 4 * w), *wide), **rest, name='coarse')(seen)
-        coarse = Painter(x.shape[-1], w, **rest, name='coarse_painter')(h)
+        inputs = jnp.concatenate([x, jnp.ones_like(mask), mask], -1)
+        h = GatedConvs((*down(2 * w, 4 * w), *wide), **rest, name='coarse')(inputs)
+        coarse = Upsampler(x.shape[-1], w, **rest, name='coarse_painter')(h)
 
         pasted = x + coarse * mask
-        h = Gated((*down(w, 2 * w), *wide), **rest, name='fine')(pasted)
+        h = GatedConvs((*down(w, 2 * w), *wide), **rest, name='fine')(pasted)
         if self.attention:
-            looked = Gated((*down(w, 4 * w), *wide[:2]), nn.relu, **rest, name='looking')(pasted)
-            looked = contextual_attention(looked, mask[:, ::4, ::4]).astype(self.dtype)
-            looked = Gated(wide[:2], **rest, name='looked')(looked)
-            h = jnp.concatenate([h, looked], -1)
-        return coarse, Painter(x.shape[-1], w, **rest, name='fine_painter')(h)
+            attended = GatedConvs((*down(w, 4 * w), *wide[:2]), nn.relu, **rest, name='looking')(pasted)
+            attended = contextual_attention(attended, mask[:, ::4, ::4]).astype(self.dtype)
+            attended = GatedConvs(wide[:2], **rest, name='looked')(attended)
+            h = jnp.concatenate([h, attended], -1)
+        return coarse, Upsampler(x.shape[-1], w, **rest, name='fine_painter')(h)
 
 
 class Discriminator(nn.Module):
-    """Images with their masks [n, H, W, C] to float32 [n, h, w, features], each number of which judges a part of them
-    (SN-PatchGAN). Its kernels are normalised from outside, see networks/spectral.py.
+    """Images with their masks [n, H, W, C] to values float32 [n, h, w, features], of parts of them (SN-PatchGAN). Its
+    kernels are normalised from outside, see networks/spectral.py.
 
     Attributes:
       channels: of the first convolution; the second has twice as many and all others four times as many.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxgen.networks.layers import Dense
 
 Array = jax.Array
 
-STEEPNESS = 8.0  # of the first layer's units at the start
+STEEPNESS = 8.0  # initial standard deviation of the first layer's weights
 
 
 class Generator(nn.Module):
@@ -23,8 +24,9 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        # Modes are far apart where the map is steep, and it is steep where many units bend. With biases of 0 all of a
-        # first layer's units would bend at z = 0; these bend all over the normal distribution.
+        chex.assert_rank(z, 2)
+        # Between modes the map is steep, and it is steep where many units are not saturated. With biases of 0 these
+        # positions would all be z = 0; here they are all over the normal distribution.
         bends = self.param('bends', nn.initializers.normal(STEEPNESS), (self.hidden[0],))
         x = Dense(self.hidden[0], bias=False, init=nn.initializers.normal(STEEPNESS), dtype=self.dtype)(z)
         x = jnp.tanh(x + bends.astype(self.dtype))

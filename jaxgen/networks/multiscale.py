@@ -4,8 +4,8 @@ A map z [n, h, w, D] becomes K grids of codes out of one codebook, coarse first.
 
     q_k = nearest(shrunk(r_k)),   e_k = phi_k(enlarged(codebook[q_k])),   r_{k+1} = r_k - e_k
 
-and e_1 + ... + e_K is what a decoder gets: every scale says what those before it left unsaid. Shrinking takes means
-over areas, enlarging is bicubic, and phi(x) = (1 - ratio) x + ratio conv(x) mends what was enlarged.
+and e_1 + ... + e_K is the decoder's input: every scale is the residual of those before it. Shrinking takes means over
+areas, enlarging is bicubic, and phi(x) = (1 - ratio) x + ratio conv(x) restores the enlarged map.
 
 Both resizings are products with matrices, which are worked out beforehand and equal torch's `interpolate`: modes 'area'
 and 'bicubic' (a = -0.75, edges repeated), which `jax.image.resize` has otherwise or not at all.
@@ -13,6 +13,7 @@ and 'bicubic' (a = -0.75, edges repeated), which `jax.image.resize` has otherwis
 
 from __future__ import annotations
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ CUBIC = -0.75  # slope of the cubic kernel at 1
 
 
 def area_weights(size: int, to: int) -> np.ndarray:
-    """float32 [to, size]: each of `to` places is the mean of those of `size` places that it touches."""
+    """float32 [to, size]: each of `to` positions is the mean of those of `size` positions that it overlaps."""
     weights = np.zeros((to, size), np.float32)
     for i in range(to):
         begin, end = i * size // to, -(-(i + 1) * size // to)
@@ -39,7 +40,7 @@ def area_weights(size: int, to: int) -> np.ndarray:
 
 
 def bicubic_weights(size: int, to: int) -> np.ndarray:
-    """float32 [to, size]: cubic convolution (Keys 1981) of the four places around each, half a pixel at the edges."""
+    """float32 [to, size]: cubic convolution (Keys 1981) of the four positions about each, half a pixel at the edges."""
 
     def kernel(x):
         near = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
@@ -47,10 +48,10 @@ def bicubic_weights(size: int, to: int) -> np.ndarray:
         return np.where(x <= 1, near, far)
 
     weights = np.zeros((to, size))
-    place = (np.arange(to) + 0.5) * size / to - 0.5
+    position = (np.arange(to) + 0.5) * size / to - 0.5
     for shift in range(-1, 3):
-        tap = np.floor(place) + shift
-        np.add.at(weights, (np.arange(to), np.clip(tap, 0, size - 1).astype(int)), kernel(np.abs(place - tap)))
+        tap = np.floor(position) + shift
+        np.add.at(weights, (np.arange(to), np.clip(tap, 0, size - 1).astype(int)), kernel(np.abs(position - tap)))
     return weights.astype(np.float32)
 
 
@@ -74,13 +75,13 @@ def enlarged(x: Array, grid: Grid) -> Array:
 
 
 def grids_of(scales: tuple[int, ...], grid: Grid) -> tuple[Grid, ...]:
-    """(rows, columns) of each scale, which is a number of rows; columns are as many as the shape of `grid` asks for."""
+    """(rows, columns) of each scale, a number of rows, in the aspect ratio of `grid`."""
     return tuple((rows, max(1, round(rows * grid[1] / grid[0]))) for rows in scales)
 
 
 def phi_of(scale: int, scales: int, phis: int) -> int:
-    """Which of `phis` convolutions a scale has, of `scales`: they share the way from coarse to fine evenly but, where
-    there are four of them, for the two at the ends (the released code's rule)."""
+    """Index of the convolution, of `phis`, of a scale of `scales`: from coarse to fine, in equal parts but for the
+    first and last of four (the released code's rule)."""
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
     ticks = np.linspace(margin, 1 - margin, phis)
     return int(np.abs(ticks - scale / max(scales - 1, 1)).argmin())
@@ -89,13 +90,13 @@ def phi_of(scale: int, scales: int, phis: int) -> int:
 class MultiScale(nn.Module):
     """Quantises z [n, h, w, features] on several grids, or on one.
 
-    The codebook [K, features] is no weight of this network but handed in. All is float32, whatever computes z.
+    The codebook [K, features] is no weight of this network but an argument. All is float32, whatever computes z.
 
     Attributes:
       grids: coarse ones first; the last one is that of z.
-      features: numbers of a code.
-      phis: convolutions that the scales share; 0: none, and phi is nothing. Published: 4 for 10 scales.
-      ratio: the convolution's share in phi.
+      features: dimensions of a code's vector.
+      phis: convolutions, each of several scales; 0: none, and phi is the identity. Published: 4 for 10 scales.
+      ratio: the convolution's weight in phi.
     """
 
     grids: tuple[Grid, ...]
@@ -107,8 +108,10 @@ class MultiScale(nn.Module):
         self.phi = [Conv(self.features, init=INIT) for _ in range(self.phis)]
 
     def added(self, codes: Array, codebook: Array, scale: int) -> Array:
-        """e_k, float32 [n, h, w, features]: what codes int [n, *grids[scale]] add to the map that is decoded. With one
-        grid alone, codes may be more than in training, and so is the map."""
+        """e_k, float32 [n, h, w, features], the summand of codes int [n, *grids[scale]] in the map that is decoded.
+
+        With one grid alone there may be more codes than in training; the map is larger then.
+        """
         x = quantise.embed(codes, codebook)
         if len(self.grids) > 1:
             x = enlarged(x, self.grids[-1])
@@ -117,22 +120,23 @@ class MultiScale(nn.Module):
         return (1 - self.ratio) * x + self.ratio * self.phi[phi_of(scale, len(self.grids), self.phis)](x)
 
     def __call__(self, z: Array, codebook: Array) -> tuple[list[Array], list[Array], list[Array]]:
-        """For each scale what was looked up, [n, *grid, features], the sum of e_1 to e_k, [n, h, w, features], and the
-        codes, int32 [n, *grid]. Gradients go from the sums to the codebook and to phi, none to z.
+        """For each scale the vectors that were quantised, [n, *grid, features], the sum of e_1 to e_k, [n, h, w,
+        features], and the codes, int32 [n, *grid]. Gradients go from the sums to the codebook and to phi, none to z.
 
         Raises:
-          UserError: z is no map of the size that it was made for.
+          UserError: z is no map of the size that the grids are for.
         """
+        chex.assert_shape(z, (None, None, None, self.features))
         if z.shape[1:3] != self.grids[-1]:
             raise UserError(
                 f'config.data.size: latents are {z.shape[1:3]} here, and the codes are for {self.grids[-1]}'
             )
         rest, total = jax.lax.stop_gradient(z.astype(jnp.float32)), jnp.zeros(())
-        looked_up, sums, codes = [], [], []
+        quantised, sums, codes = [], [], []
         for scale, grid in enumerate(self.grids):
-            looked_up.append(shrunk(rest, grid))
-            codes.append(quantise.nearest(looked_up[-1], codebook))
+            quantised.append(shrunk(rest, grid))
+            codes.append(quantise.nearest(quantised[-1], codebook))
             part = self.added(codes[-1], codebook, scale)
             rest, total = rest - jax.lax.stop_gradient(part), total + part
             sums.append(total)
-        return looked_up, sums, codes
+        return quantised, sums, codes

@@ -2,7 +2,7 @@
 
 Van den Oord et al. 2017 (arXiv 1711.00937, section 4.1): strided 4x4 convolutions, then residual blocks of a 3x3 and a
 1x1 convolution; the decoder is the mirror image with transposed convolutions. Sizes are those of the authors' own
-example in the library Sonnet. VQ-VAE-2 (Razavi et al. 2019, arXiv 1906.00446) puts several of them one on another.
+example in the library Sonnet. VQ-VAE-2 (Razavi et al. 2019, arXiv 1906.00446) stacks several of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ Array = jax.Array
 
 
 class ResidualBlock(nn.Module):
-    """ReLU, 3x3, ReLU, 1x1, added to what came in: [n, h, w, C] to the same.
+    """ReLU, 3x3, ReLU, 1x1, beside a shortcut: [n, h, w, C] to the same.
 
     Attributes:
       hidden: channels between the two convolutions.
@@ -108,13 +109,13 @@ class Decoder(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Encoder of several levels, each told what the coarser ones have found (VQ-VAE-2, algorithm 1).
+    """Encoder of several resolution levels, each conditioned on the coarser ones (VQ-VAE-2, algorithm 1).
 
     The finest level halves the image `halvings` times, each coarser one halves the level below it once more. Going
-    back from coarse to fine, a level's latents see its own encoding and a decoding of the level above.
+    back from coarse to fine, a level's latents are linear in its own encoding and a decoding of the level above.
 
     Attributes:
-      levels: 1 or more.
+      levels: resolution levels, 1 or more.
       latent: channels of the latents of each level.
       width: and the others as of Encoder.
     """
@@ -135,8 +136,9 @@ class Pyramid(nn.Module):
 
         Args:
           x: [n, H, W, C].
-          through: (level counted from the coarsest, its latents) -> what finer levels get to see of them.
+          through: (level counted from the coarsest, its latents) -> these as inputs of finer levels, quantised say.
         """
+        chex.assert_rank(x, 4)
         rest = dict(remat=self.remat, dtype=self.dtype)
         maps = []
         for i in range(self.levels):
@@ -146,20 +148,20 @@ class Pyramid(nn.Module):
             )
             x = encoder(x)
             maps.append(x)
-        found: list[Array] = []
+        latents: list[Array] = []
         for i, h in enumerate(reversed(maps)):
             if i:
-                above = through(i - 1, found[-1])
+                above = through(i - 1, latents[-1])
                 decoder = Decoder(self.latent, self.width, self.blocks, self.hidden, 1, **rest, name=f'decoder{i - 1}')
                 h = jnp.concatenate([decoder(above).astype(h.dtype), h], -1)
-            found.append(Dense(self.latent, dtype=self.dtype, name=f'latent{i}')(h).astype(jnp.float32))
-        return tuple(found)
+            latents.append(Dense(self.latent, dtype=self.dtype, name=f'latent{i}')(h).astype(jnp.float32))
+        return tuple(latents)
 
 
 class PyramidDecoder(nn.Module):
     """Latents [n, h, w, latent] of each level, coarse first, to [n, H, W, features], float32 and not bounded.
 
-    Coarse latents are doubled by transposed convolutions until they meet the next finer ones.
+    Coarse latents are doubled by transposed convolutions and concatenated with the next finer ones.
     """
 
     features: int = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,14 @@ class VGG16(nn.Module):
     """Images float32 [n, H, W, 3] to the map before each halving and at the end, by depth.
 
     Maps are [n, H, W, 64], [n, H/2, W/2, 128], [n, H/4, W/4, 256], [n, H/8, W/8, 512] and [n, H/16, W/16, 512], after
-    their ReLU, float32. H and W are 16 or more. What images are scaled to is up to who uses it.
+    their ReLU, float32. H and W are 16 or more. The scale of images is up to the caller.
     """
 
     channels: tuple[tuple[int, ...], ...] = CHANNELS
 
     @nn.compact
     def __call__(self, x: Array) -> list[Array]:
+        chex.assert_shape(x, (None, None, None, 3))
         maps = []
         for i, group in enumerate(self.channels):
             x = max_pool(x) if i else x

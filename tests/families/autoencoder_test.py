@@ -1,4 +1,4 @@
-"""Autoencoders: what each corruption does to an image, and what is asked of the family with each."""
+"""Autoencoders: each corruption, its loss, restorations and metrics against plain ones."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_without_corruption():
     z = f.encode(state, {}, batch, KEY)
     assert z.shape[1:] == f.latents.shape == (4, 2, 3) and f.conditions == () and f.trajectory is None
     again = f.decode(state, {}, {}, z, KEY)
-    figures = f.evaluate(state, {}, batch, KEY)
-    assert set(figures) == {'squared_error'}
-    np.testing.assert_allclose(figures['squared_error'], jnp.square(again - batch['image']).mean((1, 2, 3)), rtol=1e-4)
+    metrics = f.evaluate(state, {}, batch, KEY)
+    assert set(metrics) == {'squared_error'}
+    np.testing.assert_allclose(metrics['squared_error'], jnp.square(again - batch['image']).mean((1, 2, 3)), rtol=1e-4)
     keys = [jax.random.fold_in(KEY, i) for i in (7, 2)]
     noise = jnp.stack([jax.random.normal(key, f.latents.shape) for key in keys])
     drawn = f.sample(state, {}, {'index': jnp.array([7, 2])}, KEY)
@@ -51,20 +51,20 @@ def test_without_corruption():
         parts.update(state, {}, batch, KEY)[0],
         after,
     )
-    assert logs['loss'] == pytest.approx(float(figures['squared_error'].mean()), rel=1e-3)
+    assert logs['loss'] == pytest.approx(float(metrics['squared_error'].mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize('corruption', ['noise', 'low_resolution', 'grey', 'mask'])
 def test_with_corruption(corruption):
-    """The clean image is the target, the spoilt one all that the network sees; the example's key spoils it."""
+    """The clean image is the target, the corrupted one the only input; the example's key corrupts it."""
     f, batch = family(corruption, hole=2, noise=0.4), images(6)
     assert f.conditions == ('image',)
     state = jax.jit(f.init)(KEY, batch, {})
-    figures = f.evaluate(state, {}, batch, KEY)
+    metrics = f.evaluate(state, {}, batch, KEY)
     x = batch['image']
 
-    def spoilt(keys):
-        """What the network sees, and which image is restored if it answers `out`."""
+    def corrupted(keys):
+        """The network's input, and the restored image by its output `out`."""
         if corruption == 'noise':
             return x + 0.4 * jax.vmap(lambda key: jax.random.normal(key, (8, 4, 3)))(keys), lambda out: out
         if corruption == 'mask':
@@ -73,25 +73,25 @@ def test_with_corruption(corruption):
         simple = corruptions.grey if corruption == 'grey' else lambda x: corruptions.low_resolution(x, 2)
         return simple(x), lambda out: out + simple(x) - simple(out)
 
-    seen, restored_by = spoilt(jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(6)))
-    np.testing.assert_allclose(figures['squared_error/input'], jnp.square(seen - x).mean((1, 2, 3)), rtol=1e-4)
-    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)  # these two spoil nothing
+    inputs, restored_by = corrupted(jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(6)))
+    np.testing.assert_allclose(metrics['squared_error/input'], jnp.square(inputs - x).mean((1, 2, 3)), rtol=1e-4)
+    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': inputs}, KEY), KEY)  # these two corrupt nothing
     assert np.abs(out).max() < 1, 'nothing was clipped'
     restored = np.clip(restored_by(out), -1, 1)
     np.testing.assert_allclose(f.sample(state, {}, batch, KEY), restored, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(f.trajectory)(state, {}, batch, KEY)['image'], [seen, restored], atol=1e-5)
-    np.testing.assert_allclose(figures['squared_error'], np.square(restored - x).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(f.trajectory)(state, {}, batch, KEY)['image'], [inputs, restored], atol=1e-5)
+    np.testing.assert_allclose(metrics['squared_error'], np.square(restored - x).mean((1, 2, 3)), rtol=1e-4)
     moved = f.sample(state, {}, {**batch, 'index': batch['index'] + 1}, KEY)
     assert (np.abs(moved - restored).max() > 1e-3) == (corruption in ('noise', 'mask'))
 
-    seen, restored_by = spoilt(jax.random.split(KEY, 6))
-    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': seen}, KEY), KEY)
+    inputs, restored_by = corrupted(jax.random.split(KEY, 6))
+    out = f.decode(state, {}, {}, f.encode(state, {}, {'image': inputs}, KEY), KEY)
     _, logs = f.update(state, {}, batch, KEY)
     assert logs['loss'] == pytest.approx(float(jnp.square(restored_by(out) - x).mean()), rel=1e-4)
 
 
 def test_what_is_known_stays():
-    """Means of squares and luma of what is restored are those that were given, whatever the decoder says."""
+    """Means of squares and luma of the restored image are those of the input, whatever the decoder's output."""
     x, out = images()['image'], images(seed=1)['image']
     for simple in (corruptions.grey, lambda x: corruptions.low_resolution(x, 2)):
         np.testing.assert_allclose(simple(out + simple(x) - simple(out)), simple(x), atol=1e-5)

@@ -45,8 +45,8 @@ def slow(logits: np.ndarray, label: int, smoothing: float = 0.0) -> float:
     """Cross-entropy of one example, number by number."""
     p = np.exp(np.float64(logits))
     p /= p.sum()
-    wanted = [smoothing / len(p) + (1 - smoothing) * (k == label) for k in range(len(p))]
-    return -sum(w * np.log(q) for w, q in zip(wanted, p, strict=True))
+    target = [smoothing / len(p) + (1 - smoothing) * (k == label) for k in range(len(p))]
+    return -sum(w * np.log(q) for w, q in zip(target, p, strict=True))
 
 
 def logits_of(f, state, data) -> np.ndarray:
@@ -61,13 +61,13 @@ def test_label_head():
     logits = logits_of(f, state, data)
     assert logits.shape == (5, 4)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), logits, atol=1e-5)
-    figures = f.evaluate(state, {}, data, jax.random.key(1))
-    want = [slow(x, k) for x, k in zip(logits, data['label'], strict=True)]
-    np.testing.assert_allclose(figures['cross_entropy'], want, rtol=1e-5, err_msg='measured without smoothing')
-    np.testing.assert_array_equal(figures['accuracy'], logits.argmax(-1) == data['label'])
+    metrics = f.evaluate(state, {}, data, jax.random.key(1))
+    expected = [slow(x, k) for x, k in zip(logits, data['label'], strict=True)]
+    np.testing.assert_allclose(metrics['cross_entropy'], expected, rtol=1e-5, err_msg='measured without smoothing')
+    np.testing.assert_array_equal(metrics['accuracy'], logits.argmax(-1) == data['label'])
     _, logs = f.update(state, {}, data, jax.random.key(2))
-    want = [slow(x, k, 0.3) for x, k in zip(logits, data['label'], strict=True)]
-    np.testing.assert_allclose(logs['loss'], np.mean(want), rtol=1e-5, err_msg='trained with it')
+    expected = [slow(x, k, 0.3) for x, k in zip(logits, data['label'], strict=True)]
+    np.testing.assert_allclose(logs['loss'], np.mean(expected), rtol=1e-5, err_msg='trained with it')
 
 
 def test_heads_of_factors():
@@ -76,13 +76,13 @@ def test_heads_of_factors():
     parts = np.split(logits_of(f, state, data), [3, 5], -1)
     assert [p.shape[-1] for p in parts] == list(COUNTS)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), parts[0], atol=1e-5)
-    figures = f.evaluate(state, {}, data, jax.random.key(1))
-    want = [sum(slow(p[i], data['factors'][i, j]) for j, p in enumerate(parts)) for i in range(5)]
-    np.testing.assert_allclose(figures['cross_entropy'], want, rtol=1e-5)
-    hits = np.stack([p.argmax(-1) for p in parts], -1) == data['factors']
-    np.testing.assert_allclose(figures['accuracy'], hits.mean(-1), rtol=1e-6)
+    metrics = f.evaluate(state, {}, data, jax.random.key(1))
+    expected = [sum(slow(p[i], data['factors'][i, j]) for j, p in enumerate(parts)) for i in range(5)]
+    np.testing.assert_allclose(metrics['cross_entropy'], expected, rtol=1e-5)
+    correct = np.stack([p.argmax(-1) for p in parts], -1) == data['factors']
+    np.testing.assert_allclose(metrics['accuracy'], correct.mean(-1), rtol=1e-6)
     for j in range(3):
-        np.testing.assert_array_equal(figures[f'accuracy/{j}'], hits[:, j])
+        np.testing.assert_array_equal(metrics[f'accuracy/{j}'], correct[:, j])
 
 
 def test_dropout_is_of_training_alone():
@@ -120,7 +120,7 @@ def test_learns_digits():
     state = learn(state, jax.random.key(1))
     assert f.evaluate(state, {}, test, None)['accuracy'].mean() > 0.9
     features = f.encode(state, {}, {'image': test['image']}, None)
-    assert (features.var(0) > 1e-3).all(), 'a feature says nothing'
+    assert (features.var(0) > 1e-3).all(), 'a feature is constant'
 
 
 @pytest.mark.parametrize('model', [

@@ -61,14 +61,14 @@ def oracle(tensors: dict, x: np.ndarray, y: np.ndarray):
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
 
     def units(image):
-        h, found = (image - shift) / scale, []
+        h, maps = (image - shift) / scale, []
         h = h.permute(0, 3, 1, 2)
         for depth, numbers in enumerate(BY_DEPTH):
             h = F.max_pool2d(h, 2) if depth else h
             for number in numbers:
                 h = F.relu(F.conv2d(h, w[f'features.{number}.weight'], w[f'features.{number}.bias'], padding=1))
-            found.append(h / ((h**2).sum(1, keepdim=True) + 1e-20).sqrt())
-        return found
+            maps.append(h / ((h**2).sum(1, keepdim=True) + 1e-20).sqrt())
+        return maps
 
     y = torch.tensor(y, requires_grad=True)
     total = 0
@@ -94,7 +94,7 @@ def test_lpips_equals_torch(files, narrow, capfd):
     np.testing.assert_allclose(its_slope, slope, atol=2e-4 * np.abs(slope).max())
 
 
-def test_grey_is_seen_as_colour(files, narrow):
+def test_grey_is_repeated_as_colour(files, narrow):
     weights = perceptual.load(files[0])
     grey = np.random.default_rng(2).uniform(-1, 1, size=(1, 16, 16, 1)).astype(np.float32)
     f = jax.jit(lambda x, y: perceptual.lpips(weights, x, y))
@@ -119,13 +119,13 @@ def test_files_that_will_not_do(files, narrow, tmp_path):
     safetensors.numpy.save_file(
         {k: np.ascontiguousarray(a) for k, a in swapped.items()}, tmp_path / 'swapped.safetensors'
     )
-    for given, said in [
+    for given, message in [
         ((str(tmp_path / 'none.safetensors'),), 'cannot be read'),
         ((str(text),), 'cannot be read|needs torch'),
         (paths[:1], 'lin0.weight is absent'),
         ((str(tmp_path / 'swapped.safetensors'),), 'features.5.weight is'),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             perceptual.load(given)
     with pytest.raises(UserError, match='16 x 16'):
         perceptual.load(paths, (8, 8, 3))
@@ -154,19 +154,19 @@ def test_distance_by_hand():
     assert np.isfinite(slope).all(), 'where all channels are 0'
 
 
-def test_classifier_sees_at_every_depth():
+def test_classifier_has_maps_of_every_depth():
     stage, state, frozen = fresh_stage('runs/classifier_shapes', None)
     x = jax.random.uniform(jax.random.key(0), (3, 16, 24, 3), minval=-1, maxval=1)  # not the size it was trained at
-    see = jax.jit(lambda x: stage.encode(state, frozen, {'image': x, 'maps': True}, None))
-    maps = see(x)
+    maps_of = jax.jit(lambda x: stage.encode(state, frozen, {'image': x, 'maps': True}, None))
+    maps = maps_of(x)
     assert [m.shape for m in maps] == [(3, 16, 24, 8), (3, 8, 12, 16)]
-    seen = jax.jit(perceptual.of_stage(stage))
+    distance = jax.jit(perceptual.of_stage(stage))
     y = x.at[0, :8].set(0.0).at[2].set(-x[2])
-    found = seen((state, frozen), x, y)
-    np.testing.assert_allclose(found, perceptual.distance(maps, see(y)), rtol=1e-5)
-    assert 0 == found[1] < found[0] and found[2] > 0
+    values = distance((state, frozen), x, y)
+    np.testing.assert_allclose(values, perceptual.distance(maps, maps_of(y)), rtol=1e-5)
+    assert 0 == values[1] < values[0] and values[2] > 0
 
-    # A family that knows nothing of maps is compared by its features.
+    # A family without maps is compared by its features.
     plain = stage._replace(encode=lambda state, frozen, batch, rng: batch['image'].mean((1, 2)))
     np.testing.assert_allclose(
         perceptual.of_stage(plain)((state, frozen), x, y), perceptual.distance([x.mean((1, 2))], [y.mean((1, 2))])
@@ -176,7 +176,7 @@ def test_classifier_sees_at_every_depth():
             perceptual.of_stage(useless)
 
 
-def test_classifier_still_gives_its_features():
+def test_classifier_still_returns_its_features():
     optim = Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
     f = classifier.build(Context((8, 8, 1), 3, optim), width=4, levels=1, features=5)
     batch = {'image': jnp.ones((2, 8, 8, 1)), 'label': jnp.array([0, 2])}

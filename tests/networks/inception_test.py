@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 def weights() -> dict[str, np.ndarray]:
     """Random weights with torch's names and layout."""
     rng = np.random.default_rng(0)
-    found = {}
+    tensors = {}
     for path, shape in inception.shapes().items():
         leaf, fan_in = path.split('/')[-1], np.prod(shape[:-1])
         if leaf in ('kernel', 'fc.kernel'):
@@ -39,8 +39,8 @@ def weights() -> dict[str, np.ndarray]:
             value = rng.uniform(0.5, 1.5, shape)
         else:
             value = rng.normal(scale=0.2, size=shape)
-        found[inception.torch_name(path)] = value.astype(np.float32)
-    return found
+        tensors[inception.torch_name(path)] = value.astype(np.float32)
+    return tensors
 
 
 @pytest.fixture(scope='module')
@@ -80,12 +80,12 @@ def test_equals_torch_fidelity(pth, tmp_path, capsys):
     import torch
 
     network = fidelity.FeatureExtractorInceptionV3('test', ['2048', 'logits_unbiased'], pth)
-    seen = {}
-    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.update(spatial=args[-1]))
+    hooked = {}
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: hooked.update(spatial=args[-1]))
     images = np.random.default_rng(1).integers(0, 256, (2, 320, 37, 3)).astype(np.uint8)  # one side shrinks, one grows
     images[1] = 255 - images[1] // 8
     features, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
-    expected = {'features': features, 'logits': logits, 'spatial': seen['spatial'][:, :7].permute(0, 2, 3, 1)}
+    expected = {'features': features, 'logits': logits, 'spatial': hooked['spatial'][:, :7].permute(0, 2, 3, 1)}
 
     _, variables = inception.load(pth, str(tmp_path))
     got = jax.jit(Inception().apply)(variables, images)
