@@ -67,8 +67,8 @@ class Networks(NamedTuple):
 
 
 def query_pool(pool: Array, filled: Array, images: Array, rng: Array) -> tuple[Array, Array, Array]:
-    """A discriminator's inputs in place of images [n, H, W, C], one after another, and the pool and how much of it is
-    filled afterwards; see above.
+    """A discriminator's inputs in place of images [n, H, W, C], one after another, and the pool and the number of its
+    entries that are filled afterwards; see above.
 
     Args:
       pool: [size, H, W, C].
@@ -171,7 +171,7 @@ def build(
     sample translates images 'other' of the test split into the domain of 'image'. trajectory displays both cycles.
     evaluate returns for each example 'cycle/other' and 'cycle/image', the absolute error of each image translated and
     translated back, and 'identity/image' and 'identity/other', that of an image of the target domain, which should stay
-    as it is: means over pixels in [-1, 1]. How good translations look they do not measure.
+    as it is: means over pixels in [-1, 1]. They do not measure how good translations look.
 
     Raises:
       UserError: a value that cannot work.

@@ -1,12 +1,13 @@
 """Energy-based models: IGEBM (Du & Mordatch 2019, arXiv 1903.08689) and JEM (Grathwohl et al. 2020, arXiv 1912.03263).
 
-A network gives k numbers f(x), and p(x) is proportional to exp(-E(x)) with
+A network maps x to k numbers f(x), and p(x) is proportional to exp(-E(x)) with
 
     E(x) = -log sum_y exp f(x)[y].
 
 With k = 1 that is any energy, IGEBM. With one number for each class (`joint`) it is JEM: f are a classifier's logits,
 p(y | x) their softmax, and what a classifier leaves free, the logits' size, is the image's likelihood. The constant
-that makes p a distribution is not known, so energies of one model compare images, and those of two say nothing.
+that makes p a distribution is not known, so energies compare images under one
+model, not under two.
 
 The gradient of log p(x) by the weights is that of E(samples) - E(data) (maximum likelihood), and samples come from
 chains that go down the energy with noise (stochastic gradient Langevin dynamics),
@@ -180,7 +181,7 @@ def loss(
 
 
 def continue_chains(model: Model, chain: Callable, weights, x: Array, rng: Array, parts: int) -> Array:
-    """Where chains [n, H, W, C] of the energy with these weights end, from x, noise by their index.
+    """Last images [n, H, W, C] of chains of the energy with these weights, from x; noise is by their index.
 
     Args:
       chain: (energy, x, keys) -> (images, ...), `langevin` with its parameters.
@@ -197,7 +198,7 @@ def continue_chains(model: Model, chain: Callable, weights, x: Array, rng: Array
 
 
 def run_sampler(model: Model, chain: Callable, start: str, state: State, batch: dict, rng: Array):
-    """What `chain` returns from noise or entries of the buffer (`start`), by the averaged weights; see `langevin`."""
+    """Result of `chain` from noise or entries of the buffer (`start`), with the averaged weights; see `langevin`."""
     start_rng, chain_rng = jax.random.split(rng)
     keys, buffer = example_keys(start_rng, batch), state.extra['buffer']
     x = uniform_noise(keys, buffer.shape[1:]) if start == 'noise' else entries(buffer, keys)

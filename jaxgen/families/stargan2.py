@@ -92,7 +92,7 @@ def partners(label: Array, rng: Array) -> Array:
 
 
 def edge_mask(batch: dict, mask: str) -> Array | None:
-    """Where edges are added, [n, H, W, 1] from 0 to 1, by the feature of this name; None: everywhere."""
+    """Weights [n, H, W, 1] from 0 to 1 of the added edges, by the feature of this name; None: 1 everywhere."""
     return (batch[mask] + 1) / 2 if mask else None
 
 
@@ -226,7 +226,7 @@ def check(
             f'config.model.skips must be sizes of {sizes} where config.model.high_pass is not 0; they are {skips}'
         )
     if mask and not high_pass:
-        raise UserError('config.model.mask says where edges are added: it needs config.model.high_pass and skips')
+        raise UserError('config.model.mask is of the added edges: it needs config.model.high_pass and skips')
 
 
 @options.checked

@@ -57,7 +57,7 @@ def distance(a: Sequence[Array], b: Sequence[Array], weights: Sequence[Array] | 
 
     Args:
       a, b: feature maps [n, h, w, c] or features [n, c] by depth, c the same at each depth in both.
-      weights: [c] by depth; None: all 1, and each depth gives 0 to 4 (0 to 2 for maps without negative values).
+      weights: [c] by depth; None: all 1, and each depth adds 0 to 4 (0 to 2 for maps without negative values).
     """
     total = 0.0
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -106,7 +106,7 @@ def measure(stages: dict[str, Family], paths: tuple[str, ...], image: tuple[int,
 def lpips(weights: dict, x: Array, y: Array) -> Array:
     """LPIPS of images [n, H, W, 1 or 3] in [-1, 1], float32 [n]. Grey ones are repeated in all three channels.
 
-    weights: as `load` gives them.
+    weights: see `load`.
     """
 
     def maps(images):

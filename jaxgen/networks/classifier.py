@@ -1,4 +1,4 @@
-"""A residual convolutional classifier (He et al. 2016, arXiv 1603.05027, pre-activation) whose last map gives features.
+"""A residual convolutional classifier (He et al. 2016, arXiv 1603.05027, pre-activation) with features of its last map.
 
 The nonlinearity is smooth, and there are no statistics of the batch; see jaxgen/families/classifier.py for why.
 """

@@ -1,6 +1,6 @@
 """The multi-scale residual quantiser of VAR (Tian et al. 2024, arXiv 2404.02905, algorithms 1 and 2).
 
-A map z [n, h, w, D] becomes K grids of codes out of one codebook, coarse first. With r_1 = z, grid k gives
+A map z [n, h, w, D] becomes K grids of codes out of one codebook, coarse first. With r_1 = z, grid k has
 
     q_k = nearest(shrunk(r_k)),   e_k = phi_k(enlarged(codebook[q_k])),   r_{k+1} = r_k - e_k
 

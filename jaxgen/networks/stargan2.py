@@ -35,7 +35,7 @@ def leaky(x: Array) -> Array:
 
 
 def halvings(height: int, columns: int) -> int:
-    """How often encoder and discriminator halve an image: 4 pixels of its shorter side are left, or up to 7."""
+    """Halvings of an image by encoder and discriminator: 4 pixels of its shorter side are left, or up to 7."""
     return max(min(height, columns).bit_length() - 3, 0)
 
 

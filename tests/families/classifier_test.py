@@ -14,7 +14,7 @@ from jaxgen.errors import UserError
 from jaxgen.families import classifier
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(width=4, levels=1, features=6)
 COUNTS = (3, 2, 5)
@@ -41,7 +41,7 @@ def batch(n: int = 5, image=(8, 8, 1), seed: int = 0) -> dict:
     }
 
 
-def slow(logits: np.ndarray, label: int, smoothing: float = 0.0) -> float:
+def slow_entropy(logits: np.ndarray, label: int, smoothing: float = 0.0) -> float:
     """Cross-entropy of one example, number by number."""
     p = np.exp(np.float64(logits))
     p /= p.sum()
@@ -55,6 +55,7 @@ def logits_of(f, state, data) -> np.ndarray:
     return np.asarray(f.encode(state, {}, {'image': data['image']}, None) @ last['kernel'] + last['bias'])
 
 
+@slow
 def test_label_head():
     f, data = family(dropout=0.0, smoothing=0.3), batch()
     state = jax.jit(f.init)(jax.random.key(0), data, {})
@@ -62,14 +63,15 @@ def test_label_head():
     assert logits.shape == (5, 4)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), logits, atol=1e-5)
     metrics = f.evaluate(state, {}, data, jax.random.key(1))
-    expected = [slow(x, k) for x, k in zip(logits, data['label'], strict=True)]
+    expected = [slow_entropy(x, k) for x, k in zip(logits, data['label'], strict=True)]
     np.testing.assert_allclose(metrics['cross_entropy'], expected, rtol=1e-5, err_msg='measured without smoothing')
     np.testing.assert_array_equal(metrics['accuracy'], logits.argmax(-1) == data['label'])
     _, logs = f.update(state, {}, data, jax.random.key(2))
-    expected = [slow(x, k, 0.3) for x, k in zip(logits, data['label'], strict=True)]
+    expected = [slow_entropy(x, k, 0.3) for x, k in zip(logits, data['label'], strict=True)]
     np.testing.assert_allclose(logs['loss'], np.mean(expected), rtol=1e-5, err_msg='trained with it')
 
 
+@slow
 def test_heads_of_factors():
     f, data = family(target='factors', counts=COUNTS, classes=0), batch()
     state = jax.jit(f.init)(jax.random.key(0), data, {})
@@ -77,7 +79,7 @@ def test_heads_of_factors():
     assert [p.shape[-1] for p in parts] == list(COUNTS)
     np.testing.assert_allclose(f.classify(state, {}, {'image': data['image']}, None), parts[0], atol=1e-5)
     metrics = f.evaluate(state, {}, data, jax.random.key(1))
-    expected = [sum(slow(p[i], data['factors'][i, j]) for j, p in enumerate(parts)) for i in range(5)]
+    expected = [sum(slow_entropy(p[i], data['factors'][i, j]) for j, p in enumerate(parts)) for i in range(5)]
     np.testing.assert_allclose(metrics['cross_entropy'], expected, rtol=1e-5)
     correct = np.stack([p.argmax(-1) for p in parts], -1) == data['factors']
     np.testing.assert_allclose(metrics['accuracy'], correct.mean(-1), rtol=1e-6)
@@ -85,6 +87,7 @@ def test_heads_of_factors():
         np.testing.assert_array_equal(metrics[f'accuracy/{j}'], correct[:, j])
 
 
+@slow
 def test_dropout_is_of_training_alone():
     f, data = family(dropout=0.5), batch()
     state = jax.jit(f.init)(jax.random.key(0), data, {})
@@ -95,6 +98,7 @@ def test_dropout_is_of_training_alone():
     assert again[0].shape == (5, 6) and again[0].dtype == jnp.float32
 
 
+@slow
 def test_an_example_stands_alone():
     f, data = family(stride=2), batch()
     state = jax.jit(f.init)(jax.random.key(0), data, {})
@@ -102,6 +106,7 @@ def test_an_example_stands_alone():
     np.testing.assert_allclose(f.encode(state, {}, data, None)[2:3], alone, atol=1e-5)
 
 
+@slow
 def test_learns_digits():
     digits = load_digits()
     data = {'image': jnp.float32(digits.images[..., None] / 8 - 1), 'label': jnp.int32(digits.target)}

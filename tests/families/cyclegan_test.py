@@ -17,7 +17,7 @@ from jaxgen.networks.cyclegan import Generator
 from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(width=2, halvings=1, blocks=1, cycle=3.0, identity=0.5, pool=6)
 SMALL |= dict(discriminator_channels=2, discriminator_layers=1)
@@ -108,6 +108,7 @@ def test_published_sizes(blocks, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
+@slow
 def test_pool_is_a_list_of_older_translations():
     """Every input and every image kept is that of a slow list, with the same coins and indices."""
     size, n, rng, number = 5, 3, jax.random.key(2), 0
@@ -152,6 +153,7 @@ def losses(params, b, fake):
     return adversarial + 3 * (cycle + 0.5 * same), discriminators
 
 
+@slow
 def test_update_is_a_step_of_all_four():
     """Of the generators first; the discriminators' inputs are translations from before that step."""
     f, before, b = family(), start(), batch()
@@ -181,6 +183,7 @@ def test_update_is_a_step_of_all_four():
     np.testing.assert_allclose([logs['generator_loss'], logs['discriminator_loss']], [total, wrong], rtol=1e-3)
 
 
+@slow
 def test_older_translations_are_inputs():
     """With a full pool the discriminators' loss is that of a mixture of old and new translations."""
     f, b, key = family(), batch(seed=5), jax.random.key(4)
@@ -205,6 +208,7 @@ def test_older_translations_are_inputs():
     jax.eval_shape(f.update, state, {}, b, key)
 
 
+@slow
 def test_samples_are_of_one_direction_and_trajectories_of_both():
     f, state, b, key = family(), start(), batch(), jax.random.key(0)
     assert f.conditions == ('other', 'image') and f.divisor == 2

@@ -21,7 +21,7 @@ from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 try:
     import torch
@@ -91,6 +91,7 @@ def test_chains_with_langevins_noise_have_the_right_moments():
 # --- the buffer
 
 
+@slow
 def test_drawn_chains_are_different_ones_and_some_are_new():
     memory = jnp.arange(1, 201, dtype=jnp.float32)[:, None, None, None] * jnp.ones((1, 2, 2, 1)) * 10
     new, drawn = 0, set()
@@ -106,6 +107,7 @@ def test_drawn_chains_are_different_ones_and_some_are_new():
     np.testing.assert_array_equal(x, memory[indices])
 
 
+@slow
 def test_buffer_against_a_slow_one():
     """Three updates: the drawn entries are replaced by where their chains went, and no other is touched."""
     f, batch = family(fresh=0.3), images(5)
@@ -128,6 +130,7 @@ def test_buffer_against_a_slow_one():
     assert logs['moved'] > 0
 
 
+@slow
 def test_accumulation_changes_nothing():
     batch, states = images(6), []
     state = jax.jit(family(classes=3, joint=True).init)(jax.random.key(0), batch, {})
@@ -143,6 +146,7 @@ def test_accumulation_changes_nothing():
 # --- the loss
 
 
+@slow
 @needs_torch
 def test_loss_is_that_of_the_papers():
     """The update's gradient against torch's autograd of logsumexp, on the chains that it ran."""
@@ -165,6 +169,7 @@ def test_loss_is_that_of_the_papers():
         np.testing.assert_allclose(ours, ours_like(weight.grad, path), atol=2e-5, err_msg='/'.join(path))
 
 
+@slow
 def test_energies_that_explode_stop_the_training():
     batch = images()
     for limit, stops in ((1e4, False), (1e-3, True)):
@@ -241,6 +246,7 @@ def randomised(params: dict, seed: int = 0) -> dict:
     return jax.tree.map(one, params)
 
 
+@slow
 @needs_torch
 def test_wide_network_is_torchs():
     net, x = WideResNet(6, (1, 2, 3), 2, 5), images(3, (8, 8, 3))['image']
@@ -251,6 +257,7 @@ def test_wide_network_is_torchs():
     )  # fmt: skip
 
 
+@slow
 @needs_torch
 def test_residual_network_is_torchs():
     """With kernels normalised by exact singular values in torch, by many power steps here."""
@@ -278,6 +285,7 @@ def test_residual_network_is_torchs():
     np.testing.assert_allclose(ours, e.detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
+@slow
 def test_gradient_of_a_normalised_kernel_is_that_of_the_exact_one():
     kernel = jnp.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 5)))
     weight = jnp.float32(np.random.default_rng(1).normal(size=(3, 3, 4, 5)))
@@ -321,6 +329,7 @@ def test_kernels_next_to_nothing_have_their_singular_value():
         np.testing.assert_allclose(want, 1, rtol=1e-4)
 
 
+@slow
 def test_vectors_follow_the_weights():
     """In the state there are vectors of the weights and of their averages, and both are near the exact ones."""
     f, batch = family(network='residual', width=6, step=40.0, clamp=0.005), images(image=(4, 4, 1))
@@ -355,6 +364,7 @@ def test_size_of_the_published_networks():
 # --- the family
 
 
+@slow
 def test_jem_classifies_by_its_logits():
     f, batch = family(classes=3, joint=True), images()
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
@@ -369,6 +379,7 @@ def test_jem_classifies_by_its_logits():
     assert family().classify is None
 
 
+@slow
 def test_where_samples_start():
     batch = images()
     for start in ('noise', 'buffer'):
@@ -394,6 +405,7 @@ def test_shuffled_pixels_keep_their_values_and_channels():
         assert sorted(map(tuple, a.reshape(-1, 3))) == sorted(map(tuple, b.reshape(-1, 3))) and (a != b).any()
 
 
+@slow
 @pytest.mark.parametrize('joint', [False, True])
 def test_energies_tell_digits_from_shuffled_pixels(joint):
     """A few updates on real digits: the area under the ROC curve, held-out digits against their shuffled pixels."""

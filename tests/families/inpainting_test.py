@@ -18,7 +18,7 @@ from jaxgen.networks import inpainting as networks
 from jaxgen.networks import spectral
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(width=2, dilations=(2,), attention=True, brush=(1.0, 3.0), hole=3, l1=3.0)
 SMALL |= dict(discriminator_channels=2, discriminator_layers=2)
@@ -161,6 +161,7 @@ def oracle(weights: dict, x: np.ndarray, mask: np.ndarray, dilations) -> tuple[n
     return coarse.permute(0, 2, 3, 1).numpy(), fine.permute(0, 2, 3, 1).numpy()
 
 
+@slow
 def test_generator_equals_torch():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
@@ -203,6 +204,7 @@ def test_sizes_of_the_authors_code():
 # --- the family
 
 
+@slow
 @pytest.mark.parametrize('kind', ['strokes', 'square'])
 def test_masks_are_each_images_own(kind):
     f, b, key = family(masks=kind, attention=False), batch(), jax.random.key(2)
@@ -214,6 +216,7 @@ def test_masks_are_each_images_own(kind):
     assert (np.abs(y - x) > 1e-3)[np.broadcast_to(mask, x.shape)].mean() > 0.9
 
 
+@slow
 def test_masks_of_the_data():
     f, b, key = family(masks='mask', attention=False), batch(), jax.random.key(2)
     b |= {'mask': jnp.where(jnp.arange(8)[None, :, None, None] < jnp.array([2, 4, 6])[:, None, None, None], 0.7, -0.7)}
@@ -228,6 +231,7 @@ def test_masks_of_the_data():
         jax.eval_shape(f.init, jax.random.key(0), b | {'mask': b['mask'][:, ::2, ::2]}, {})
 
 
+@slow
 def test_update_is_a_step_of_each_network():
     """On its own loss and its own weights, the discriminator's first; its kernels are normalised in both."""
     f, before, b, key = family(), start(), batch(), jax.random.key(3)
@@ -284,6 +288,7 @@ def test_update_is_a_step_of_each_network():
     assert set(after.ema) == {'generator'}
 
 
+@slow
 def test_metrics_are_of_completed_images():
     f, state, b, key = family(), start(), batch(), jax.random.key(5)
     y, metrics = f.sample(state, {}, b, key), f.evaluate(state, {}, b, key)
@@ -295,6 +300,7 @@ def test_metrics_are_of_completed_images():
     np.testing.assert_allclose(metrics['hole'], mask.mean((1, 2, 3)), rtol=1e-5)
 
 
+@slow
 def test_spectral_vectors_are_of_the_discriminator():
     state = start()
     assert set(state.extra) == set(state.params['discriminator']) == {'conv0', 'conv1'}

@@ -19,7 +19,7 @@ from jaxgen.families import js_generator
 from jaxgen.families.js_generator import jensen_shannon, level_histogram, soft_histogram
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 
 def family(image=(1, 1, 1), **model):
@@ -78,6 +78,7 @@ def test_level_histogram_is_a_distribution_of_levels():
     assert {int(i): int(counts[i]) for i in np.nonzero(counts)[0]} == {0: 2, 1: 1, 128: 1, 255: 1}
 
 
+@slow
 def test_loss_is_the_mean_over_scales_of_exact_divergences():
     f = family(smoothing=(0.3, 2.0), generator_batch=3, latent=2)
     batch = {'image': jax.random.uniform(jax.random.key(0), (64, 1, 1, 1), minval=-1, maxval=1)}
@@ -97,6 +98,7 @@ def test_loss_is_the_mean_over_scales_of_exact_divergences():
     np.testing.assert_allclose(logs['loss'], (at(0.3) + at(2.0)) / 2, rtol=1e-4)
 
 
+@slow
 def test_bits_are_those_of_the_samples():
     """A generator of zero weights makes 0 always: level 128 has all its samples, and the others one each."""
     f = family(measured=1000)
@@ -107,6 +109,7 @@ def test_bits_are_those_of_the_samples():
     np.testing.assert_allclose(bits, [math.log2(1256), math.log2(1256), -math.log2(1001 / 1256)], atol=1e-5)
 
 
+@slow
 def test_learns_two_modes():
     """Half of the data around -0.5, half around 0.5: the samples' histogram comes near, and bits with it."""
     f = family(hidden=(32, 32), generator_batch=2)

@@ -18,7 +18,7 @@ from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.networks.pix2pix import UNet, dropout
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 SMALL = dict(width=2, halvings=3, dropouts=1, l1=10.0, discriminator_channels=2, discriminator_layers=1)
 RATE = 0.1
@@ -97,6 +97,7 @@ def oracle(weights: dict, x: np.ndarray, full: int, levels: int, norm: str, mask
     return torch.tanh((flat if full else up)(F.relu(h), weights['last'])).permute(0, 2, 3, 1).numpy()
 
 
+@slow
 @pytest.mark.parametrize(
     'full, halvings, dropouts, norm', [(0, 4, 1, 'instance'), (2, 2, 3, 'group'), (0, 1, 3, 'group')]
 )
@@ -137,6 +138,7 @@ def parts(params, c, x, key):
     return discriminator, -jnp.log(p(y)).mean() + 10 * jnp.abs(x - y).mean()
 
 
+@slow
 def test_update_is_a_step_of_each_network():
     """On its own loss and its own weights; the generator's comes second."""
     before, b, key = start(), batch(), jax.random.key(3)
@@ -168,6 +170,7 @@ def test_update_is_a_step_of_each_network():
         np.testing.assert_allclose(a, b_, rtol=1e-4, atol=1e-6)
 
 
+@slow
 def test_samples_are_of_inputs_of_the_data():
     f, state, b = family(), start(), batch()
     assert f.conditions == ('edges', 'image') and f.divisor == 8
@@ -186,6 +189,7 @@ def test_samples_are_of_inputs_of_the_data():
     np.testing.assert_allclose(metrics['squared_error'], jnp.square(y - b['image']).mean((1, 2, 3)), rtol=1e-4)
 
 
+@slow
 def test_recovery_degrades_by_each_examples_key():
     f, b, key = family(condition='image', blur=0.8, noise=0.3, dropout=0.0), batch(), jax.random.key(7)
     assert f.conditions == ('image',)

@@ -21,7 +21,7 @@ from jaxgen.networks import stargan2 as networks
 from jaxgen.networks.layers import Norm
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks or trains
 
 DOMAINS = 3
 SMALL = dict(width=4, max_width=6, halvings=1, blocks=0, latent=3, style=2, hidden=5, mapping_layers=1)
@@ -247,6 +247,7 @@ def discriminators_loss(params, b, made):
     return value + 0.3 * 0.5 * jnp.square(slope).sum((1, 2, 3)).mean()
 
 
+@slow
 def test_update_is_four_steps():
     """D's on both kinds of translations, G's on both, and F and E learn from styles of noise only."""
     before, b, key = start().replace(step=jnp.asarray(1)), batch(), jax.random.key(3)
@@ -278,6 +279,7 @@ def test_update_is_four_steps():
     assert set(after.ema) == {'generator', 'mapping', 'encoder'} and after.extra is None
 
 
+@slow
 def test_samples_are_of_the_target_domain():
     f, state, b, key = family(), start(), batch(), jax.random.key(5)
     ema, x, y = state.ema, b['image'], b['domain']
@@ -301,6 +303,7 @@ def test_samples_are_of_the_target_domain():
         np.testing.assert_allclose(rows['results'][1 + i], jnp.clip(result, -1, 1), atol=1e-5)
 
 
+@slow
 def test_metrics_are_of_other_domains():
     f, state, b, key = family(), start(), batch(), jax.random.key(6)
     ema, x, y = state.ema, b['image'], b['domain']
@@ -321,6 +324,7 @@ def test_metrics_are_of_other_domains():
         np.testing.assert_allclose(metrics[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@slow
 def test_masks_are_features():
     f = build((4, 4, 3), mask='mask', high_pass=1.0, skips=(4,))
     assert f.conditions == ('label', 'domain', 'image', 'mask')
@@ -333,6 +337,7 @@ def test_masks_are_features():
         jax.eval_shape(f.init, key, b | {'mask': b['image']}, {})
 
 
+@slow
 def test_rates_go_by_updates():
     """Generator and discriminator take two steps an update; a schedule ends with the updates all the same."""
     steps = {}
@@ -361,6 +366,7 @@ def test_says_what_is_wrong(model, message):
     assert 'config.' in str(error.value) and '\n' not in str(error.value)
 
 
+@slow
 def test_the_domain_of_the_source_image_is_no_condition():
     config = configs.load(path('stargan2_digits'))
     with pytest.raises(UserError, match='give label'):
