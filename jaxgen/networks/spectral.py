@@ -62,13 +62,13 @@ def normalise(weights: PyTree, vectors: PyTree, least: Callable | None = None) -
 
     Args:
       vectors: what `start` or this function gave; {} leaves the weights as they are.
-      least: (path of a kernel) -> the singular value below which it is divided by this number instead; None: 0.
+      least: (path of a kernel) -> lower bound of its divisor, the singular value; None: 0 for all.
     """
-    normalised, found = flatten_dict(weights), {}
+    normalised, iterated = flatten_dict(weights), {}
     for path, u in flatten_dict(vectors).items():
-        sigma, found[path] = power_iteration(normalised[path], u)
+        sigma, iterated[path] = power_iteration(normalised[path], u)
         normalised[path] = normalised[path] / (jnp.maximum(sigma, least(path)) if least and least(path) else sigma)
-    return unflatten_dict(normalised), unflatten_dict(found)
+    return unflatten_dict(normalised), unflatten_dict(iterated)
 
 
 def orthogonality(weights: PyTree) -> Array:
