@@ -369,5 +369,5 @@ def test_says_what_is_wrong(model, message):
 @slow
 def test_the_domain_of_the_source_image_is_no_condition():
     config = configs.load(path('stargan2_digits'))
-    with pytest.raises(UserError, match='give label'):
+    with pytest.raises(UserError, match='set label'):
         sample.condition_provider(assemble(config), config, {'domain': 3})
