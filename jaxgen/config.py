@@ -60,7 +60,7 @@ FREE_ON_RESUME = re.compile(
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
 FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)')
-# These name places. They may be renamed where the digest of what lies there is the one that training saw.
+# These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other)')
 # Prefixes of the values of these fields that are paths; '': the whole value is one.
 PATHS = {
@@ -161,7 +161,7 @@ def complete(sections: dict) -> ConfigDict:
 
 
 def path_of(field: str, value: str) -> str:
-    """The path that the value of a field names, '' where it names none: 'folder:/pictures' -> '/pictures'."""
+    """The path that the value of a field names, '' where it names none: 'folder:/images' -> '/images'."""
     prefixes = ('',) if field.startswith('stages.') else PATHS.get(field, ())
     return next((value.removeprefix(p) for p in prefixes if value.startswith(p)), '')
 
@@ -383,8 +383,8 @@ def load(path: str) -> ConfigDict:
         config = module.get_config(variant)
     except (UserError, KeyboardInterrupt):
         raise
-    except BaseException as e:  # a person's file can fail in any way: one line, with the place
-        raise UserError(f'{place_in(file, e)}: {one_line(e)}') from e
+    except BaseException as e:  # a person's file can fail in any way: one line, with its position
+        raise UserError(f'{position_in(file, e)}: {one_line(e)}') from e
     if not isinstance(config, ConfigDict):
         raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {shown(config)}')
     return complete(config.to_dict())
@@ -396,7 +396,7 @@ def split_variant(path: str) -> tuple[str, str]:
     return (file + '.py', variant) if ending else (path, '') if path.endswith('.py') else path.partition(':')[::2]
 
 
-def place_in(file: str, e: BaseException) -> str:
+def position_in(file: str, e: BaseException) -> str:
     """'FILE:LINE' of the last line of `file` that led to an exception, or 'FILE'."""
     if isinstance(e, SyntaxError) and e.filename == file:
         return f'{file}:{e.lineno}'
@@ -502,8 +502,8 @@ def differences_that_matter(
 def moved(old: ConfigDict, new: ConfigDict) -> list[str]:
     """The fields, 'data.source', 'stages.first', ..., whose folder or run is another than it was."""
 
-    def place(key: str, value) -> str:
+    def path(key: str, value) -> str:
         return path_of(key, value) if isinstance(value, str) else ''
 
     different = changed(old, new).items()
-    return [k for k, values in different if MOVABLE.fullmatch(k) and all(place(k, value) for value in values)]
+    return [k for k, values in different if MOVABLE.fullmatch(k) and all(path(k, value) for value in values)]

@@ -73,17 +73,17 @@ def OneOf(*allowed) -> Choice:
 
 
 class Rule(NamedTuple):
-    """Values of which `holds(value)` is true; `wanted` says which these are, after 'must be'."""
+    """Values of which `holds(value)` is true; `requirement` says which these are, after 'must be'."""
 
     holds: Callable[[Any], bool]
-    wanted: str
+    requirement: str
 
     def check(self, field: str, value) -> None:
         if not self.holds(value):
-            raise UserError(f'config.{field} must be {self.wanted}; it is {shown(value)}')
+            raise UserError(f'config.{field} must be {self.requirement}; it is {shown(value)}')
 
     def __str__(self) -> str:
-        return self.wanted
+        return self.requirement
 
 
 Count = Annotated[int, Range('[1, inf)')]

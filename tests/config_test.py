@@ -224,7 +224,7 @@ def test_sections_and_fields_of_other_shapes(text, says, base):
 # --- paths
 
 
-def test_one_place_is_written_in_one_way(base, tmp_path, monkeypatch):
+def test_one_path_is_written_in_one_way(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path))
     spellings = (
@@ -243,11 +243,11 @@ def test_one_place_is_written_in_one_way(base, tmp_path, monkeypatch):
             f'data.dir={text}',
         ]
         config = configs.override(base, [f'--config.{field}' for field in fields])
-        place = f'{tmp_path}/runs/first'
-        assert config.stages.first == config.data.dir == place
-        assert config.data.source == f'folder:{place}' and config.evaluate.features == f'run:{place}'
+        first = f'{tmp_path}/runs/first'
+        assert config.stages.first == config.data.dir == first
+        assert config.data.source == f'folder:{first}' and config.evaluate.features == f'run:{first}'
         assert configs.paths(config) == {
-            'stages.first': place, 'data.source': place, 'evaluate.features': place, 'data.dir': place,
+            'stages.first': first, 'data.source': first, 'evaluate.features': first, 'data.dir': first,
         }  # fmt: skip
     # Names of data sets are no paths.
     assert configs.override(base, ['--config.data.source=cifar10']).data.source == 'cifar10'

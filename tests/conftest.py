@@ -51,4 +51,4 @@ def no_compile():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield
     jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled, 'compiled before the mistake was told'
+    assert not compiled, 'compiled before the mistake was reported'

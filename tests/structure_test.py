@@ -17,20 +17,20 @@ FILES = [os.path.relpath(f, ROOT) for f in glob.glob(os.path.join(ROOT, 'jaxgen'
 
 def networks(source: str) -> set[str]:
     """Names of the classes in a module's text that derive from nn.Module, by whatever name, or from one of these."""
-    tree, found = ast.parse(source), {'Module'}
+    tree, known = ast.parse(source), {'Module'}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            found |= {a.asname for a in node.names if a.name == 'Module' and a.asname}
+            known |= {a.asname for a in node.names if a.name == 'Module' and a.asname}
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     while True:
-        more = {c.name for c in classes for b in c.bases if ast.unparse(b).rpartition('.')[2] in found} - found
+        more = {c.name for c in classes for b in c.bases if ast.unparse(b).rpartition('.')[2] in known} - known
         if not more:
-            return {c.name for c in classes} & found
-        found |= more
+            return {c.name for c in classes} & known
+        known |= more
 
 
 @pytest.mark.parametrize(
-    'source, wanted',
+    'source, expected',
     [
         ('class A(nn.Module): pass', {'A'}),
         ('class A(Module): pass', {'A'}),
@@ -40,8 +40,8 @@ def networks(source: str) -> set[str]:
         ('class A(NamedTuple):\n  module: nn.Module', set()),
     ],
 )
-def test_networks_of(source, wanted):
-    assert networks(source) == wanted
+def test_networks_of(source, expected):
+    assert networks(source) == expected
 
 
 def test_networks_are_in_networks():

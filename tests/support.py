@@ -117,8 +117,8 @@ def metrics(workdir) -> list[dict]:
 def assert_same(a, b) -> None:
     """Two trees are equal bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (place, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(place))
+    for (keys, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(keys))
 
 
 def saved_state(workdir, step: int | None = None):
