@@ -404,6 +404,20 @@ def test_former_names_in_files_and_on_the_command_line(renamed, base, tmp_path):
         configs.make(family='vae', data=dict(test_share=0.5))
 
 
+with open(os.path.join(os.path.dirname(__file__), 'former_configs.json'), encoding='utf-8') as file:
+    FORMER = json.load(file)  # {name: family and model as runs of this config saved them before 0.2.0}
+
+
+@pytest.mark.parametrize('name', FORMER)
+def test_runs_saved_before_are_those_of_the_same_config(name, tmp_path):
+    """An entry goes when its config is changed on purpose."""
+    assert saved(tmp_path, **FORMER[name]).model == configs.load(path(name, '')).model
+
+
+def test_former_configs_have_every_family():
+    assert {section['family'] for section in FORMER.values()} == set(configs.families())
+
+
 @pytest.mark.parametrize('family', configs.families())
 def test_tables_of_former_names(family):
     """No former name is a present one, but that of a component; each present name is a field of some component."""
