@@ -1,4 +1,4 @@
-"""Glow on scikit-learn's 8x8 handwritten digits, the last noise by class.
+"""Glow on scikit-learn's 8x8 handwritten digits, its last prior conditioned on the class.
 
     python -m jaxgen.main --config=configs/glow_digits.py
     python -m jaxgen.main --mode=sample --workdir=runs/glow_digits --config.model.temperature=0.8

@@ -74,7 +74,7 @@ Array = jax.Array
 Moments = tuple[Array, Array]  # mean and log variance of diagonal normals, [n, latent] both
 
 ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu, 'tanh': jnp.tanh}
-# log p(x | z), [n], of the decoder's numbers [n, H, W, C], the log standard deviation and x.
+# log p(x | z), [n], of the decoder's output [n, H, W, C], the log standard deviation and x.
 LIKELIHOODS = {
     'bernoulli': lambda logits, log_scale, x: likelihoods.bernoulli(logits, x),
     'gaussian': likelihoods.gaussian,
@@ -183,13 +183,13 @@ class Pixels(NamedTuple):
     def encoder_input(self, target: Array) -> Array:
         return target if self.encoder_range == 'unit' else self.signed(target)
 
-    def log_prob(self, numbers: Array, log_scale: Array, target: Array) -> Array:
-        """log p(x | z), [n], nats, by the decoder's numbers [n, H, W, C]."""
-        return LIKELIHOODS[self.likelihood](numbers, log_scale, target)
+    def log_prob(self, output: Array, log_scale: Array, target: Array) -> Array:
+        """log p(x | z), [n], nats, by the decoder's output [n, H, W, C]."""
+        return LIKELIHOODS[self.likelihood](output, log_scale, target)
 
-    def mean_image(self, numbers: Array) -> Array:
+    def mean_image(self, output: Array) -> Array:
         """The mean of p(x | z), in [-1, 1]."""
-        return 2 * jax.nn.sigmoid(numbers) - 1 if self.likelihood == 'bernoulli' else jnp.clip(numbers, -1, 1)
+        return 2 * jax.nn.sigmoid(output) - 1 if self.likelihood == 'bernoulli' else jnp.clip(output, -1, 1)
 
 
 # --- the model
@@ -208,12 +208,12 @@ class Model(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers of all latents."""
+        """Dimensions of all latents."""
         return self.latent + self.latent2
 
     @property
     def top_size(self) -> int:
-        """Numbers of the highest level's latents."""
+        """Dimensions of the highest level's latents."""
         return self.latent2 or self.latent
 
     def apply(self, params, name: str, *inputs):
@@ -243,7 +243,7 @@ class Model(NamedTuple):
         )
 
     def decode(self, params, z: Array, condition: Array | None) -> tuple[Array, Array]:
-        """The decoder's numbers [n, H, W, C], and the log standard deviation."""
+        """The decoder's output [n, H, W, C], and the log standard deviation."""
         return self.apply(params, 'decoder', z if condition is None else jnp.concatenate([z, condition], 1))
 
     def log_likelihood(self, params, target: Array, condition: Array | None) -> Callable:
@@ -316,7 +316,7 @@ def sample(model: Model, state: State, frozen, batch, rng) -> Array:
 
 
 def evaluate(model: Model, iwae_samples: int, state: State, frozen, batch, rng) -> dict[str, Array]:
-    """Metrics per image [n], in nats (see the module's docstring for what of).
+    """Metrics per image [n], in nats (of bits, grey levels or densities, see the module's docstring).
 
     'nll_elbo' and 'nll_iwae', upper bounds on -log p(x), the second with iwae_samples; 'kl'; 'reconstruction' =
     E_q -log p(x | z); 'squared_error', of the image decoded from q's mean, mean over pixels in [-1, 1]; 'bits_per_dim'
@@ -325,7 +325,7 @@ def evaluate(model: Model, iwae_samples: int, state: State, frozen, batch, rng) 
     pixel_rng, z_rng = jax.random.split(rng)
     x, condition = model.pixels.target(batch['image'], example_keys(pixel_rng, batch)), model.condition(batch)
     inference, log_p = model.infer(state.ema, x, condition), model.log_likelihood(state.ema, x, condition)
-    # One sample after another: [k, n] numbers are kept, never k batches of images.
+    # One sample after another: [k, n] weights are kept, never k batches of images.
     keys = jax.vmap(jax.random.split, (0, None), 1)(example_keys(z_rng, batch), iwae_samples)  # [k, n]
     log_w, log_x = jax.lax.map(lambda keys: importance_weight(log_p, inference, normal(keys, (model.size,))), keys)
     kl = (log_x - log_w).mean(0) if inference.kl is None else inference.kl

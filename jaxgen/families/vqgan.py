@@ -2,22 +2,22 @@
 
 Esser et al. 2021, Taming Transformers for High-Resolution Image Synthesis (arXiv 2012.09841): `regulariser` = 'vq', a
 map of codes out of one codebook. Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models
-(arXiv 2112.10752), section 3.1 and appendix G: 'kl', a map of numbers with a very small weight of the KL divergence to
-N(0, I); and VQ-f4, which is 'vq' with a large codebook of few numbers. Tian et al. 2024, Visual Autoregressive Modeling
-(arXiv 2404.02905), section 3.2: 'vq' with `scales`, codes on grids of several sizes whose vectors add up to the map
-(networks/multiscale.py). One network, one loss:
+(arXiv 2112.10752), section 3.1 and appendix G: 'kl', a map of real numbers with a very small weight of the KL
+divergence to N(0, I); and VQ-f4, which is 'vq' with a large codebook of few dimensions. Tian et al. 2024, Visual
+Autoregressive Modeling (arXiv 2404.02905), section 3.2: 'vq' with `scales`, codes on grids of several sizes whose
+vectors add up to the map (networks/multiscale.py). One network, one loss:
 
     nll + regulariser + adversarial * weight * L_G,  weight = |d nll / d w| / (|d L_G / d w| + 1e-4)
 
 with L_G the generator's adversarial loss against a discriminator, and w the kernel of the decoder's last layer (VQGAN's
-eq. 7). The differences of pixels and of a network's features make one number of each image, the reconstruction error
+eq. 7). The differences of pixels and of a network's features make one value of each image, the reconstruction error
 d = mean |x - y| + perceptual * distance(x, y), see `jaxgen/losses/perceptual.py`; or of squares (`pixels` = 'l2', as
 later VQGANs have it). The negative log-likelihood and the regulariser are:
 
 - 'vq': nll = d, and the regulariser is codebook_weight * (codebook loss + beta * commitment). The released code of
   VQGAN has the two the other way round: beta = 0.25 weights the codebook loss, the commitment counts in full. That is
   codebook_weight = 0.25 and beta = 4 here.
-- 'kl': nll = D (d / s + log s), with D numbers in an image and s = 1: sums over the image, as the KL term is a sum over
+- 'kl': nll = D (d / s + log s), with D values in an image and s = 1: sums over the image, as the KL term is a sum over
   its latents, and kl_weight = 1e-6 is meant beside sums. s can be learned (`learn_scale`); in the released code it is a
   parameter that no optimiser has.
 
@@ -52,7 +52,7 @@ from jaxgen.networks import patchgan, quantise
 from jaxgen.networks.first_stage import Decoder, Encoder, last_layer
 from jaxgen.networks.layers import STATISTICS_DECAY, apply_in_training, check_groups
 from jaxgen.networks.multiscale import MultiScale, grids_of
-from jaxgen.options import Count, NonNegative, OneOf, Rule
+from jaxgen.options import Count, NonNegative, OneOf, Positive, Rule
 from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
@@ -72,7 +72,7 @@ class Networks(NamedTuple):
     quantiser: MultiScale  # of 'vq'
     discriminator: patchgan.PatchGAN
     grids: tuple[tuple[int, int], ...]  # (rows, columns) of each grid of codes, coarse first; the last: of the latents
-    latent: int  # numbers at each position of the latents
+    latent: int  # channels of the latents
     vocabulary: int  # codes of the codebook; 0: 'kl'
     scales: bool  # several grids of codes, whose vectors are convolved ('phi') before they add up
 
@@ -86,7 +86,7 @@ class Terms(NamedTuple):
     """The terms of both losses and their weights; those that are not explained here are arguments of `build`."""
 
     regularise: Callable  # (params, x, rng) -> Regularised
-    nll_size: int  # numbers of an image, for nll as a sum over them; 0: d itself
+    nll_size: int  # values of an image, for nll as a sum over them; 0: d itself
     learn_scale: bool
     pixels: str
     distance: Callable | None  # (frozen, x, y) -> [n], the perceptual distance
@@ -468,18 +468,33 @@ def check(regulariser: str, learn_scale: bool, scales: tuple[int, ...], rows: in
         )
 
 
+def perceptual_distance(context: Context, lpips: tuple[str, ...], weight: float) -> Callable | None:
+    """(frozen, x, y) -> [n], by the run or the files that the config names.
+
+    Raises:
+      UserError: the distance has a weight, and the config names neither; see losses/perceptual.py for others.
+    """
+    distance = perception.measure(context.stages, lpips, context.image)
+    if weight and distance is None:
+        raise UserError(
+            'config.model.perceptual needs a network that compares features: name a run of a classifier as '
+            'config.stages.perceptual, give weights as config.model.lpips, or set it to 0'
+        )
+    return distance
+
+
 @options.checked
 def build(
     context: Context,
     *,
     regulariser: Annotated[str, OneOf('vq', 'kl')] = 'kl',
     channels: Count = 128,
-    multipliers: Annotated[tuple[int, ...], '[1, inf)', Rule(bool, 'one number or more')] = (1, 2, 4, 4),
+    multipliers: Annotated[tuple[int, ...], '[1, inf)', Rule(bool, 'a tuple of one number or more')] = (1, 2, 4, 4),
     blocks: Count = 2,
     attention: tuple[int, ...] = (),
-    groups: int = 32,
-    group_size: int = 4,
-    eps: float = 1e-6,
+    groups: Count = 32,
+    group_size: Annotated[int, '[0, inf)'] = 4,
+    eps: Positive = 1e-6,
     latent: Count = 4,
     latent_kernel: Count = 1,
     kl_weight: NonNegative = 1e-6,
@@ -497,28 +512,34 @@ def build(
     adversarial: NonNegative = 0.5,
     adversarial_loss: Annotated[str, OneOf(*ADVERSARIAL_LOSSES)] = 'hinge',
     discriminator_start: Annotated[int, '[0, inf)'] = 0,
-    discriminator_channels: int = 64,
-    discriminator_layers: int = 3,
-    discriminator_norm: str = 'batch',
+    discriminator_channels: Count = 64,
+    discriminator_layers: Count = 3,
+    discriminator_norm: Annotated[str, OneOf(*patchgan.NORMS)] = 'batch',
 ) -> Family:
     """VQGAN or KL autoencoder.
 
     Args:
-      regulariser: of the latents: 'vq' or 'kl', see above.
-      channels, multipliers, blocks, attention, groups, group_size, eps: of encoder and decoder, see
-        networks/first_stage.py. The latents are smaller than the image by 2 ** (number of multipliers - 1).
-      latent: numbers at each position of the latents, or of one code.
+      regulariser: 'vq', codes of a codebook, or 'kl', a posterior near N(0, I).
+      channels: of encoder and decoder at full size.
+      multipliers: channels of each resolution level over `channels`; every level but the last halves the image.
+      blocks: residual blocks per level of the encoder; the decoder has one more.
+      attention: heights in pixels of the maps at which blocks are followed by attention; the middle has it always.
+      groups, group_size, eps: of group norms, see networks/layers.py; published is group_size 0.
+      latent: channels of the latents, or dimensions of a code.
       latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's.
-      kl_weight, learn_scale: of 'kl', see above.
+      kl_weight: of 'kl': weight of the KL term, in nats per image.
       first_log_var: of 'kl': log variance of the posterior before the first update, about. At the published 0 the noise
         is louder than the latents at first, and a short training learns to do without them: colours are the last thing
         to come. -6 lets them through from the start.
-      vocabulary, beta, codebook_weight: of 'vq', see above.
+      learn_scale: of 'kl': learn the scale s of the likelihood.
+      vocabulary: of 'vq': codes of the codebook.
       scales: of 'vq': rows of each grid of codes, coarse first, the last as many as the latents have; (): one grid.
+      beta: of 'vq': weight of the commitment beside the codebook loss.
+      codebook_weight: of 'vq': weight of both.
       restart: of 'vq': codes that have fewer latents per update, on average, are replaced by latents of the batch; 0,
         as published: never.
       interface: of 'vq': 'codes' or 'latents', what `encode` returns for later stages and `decode` takes. 'latents' are
-        the encoder's numbers before they are quantised, and `decode` quantises them: so latent diffusion uses VQ-f4.
+        the encoder's output before it is quantised, and `decode` quantises them: so latent diffusion uses VQ-f4.
       pixels: mean of absolute ('l1') or of squared ('l2') differences. The former is content with a median: small
         objects on plain backgrounds come late with it, and their colours last.
       perceptual: weight of the perceptual distance; 0: none. It needs one of two:
@@ -527,7 +548,7 @@ def build(
       adversarial: weight of the adversarial loss; 0: there is no discriminator.
       adversarial_loss: see losses/adversarial.py.
       discriminator_start: update from which on the discriminator learns and its loss counts.
-      discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
+      discriminator_channels, discriminator_layers, discriminator_norm: of PatchGAN, see networks/patchgan.py.
 
     State.extra has 'latents' for 'kl': running mean and square of the latents by channel; a later stage divides by
     their standard deviation. For what is logged and measured see `generator_loss`, `codebook_logs` and `evaluate`.
@@ -543,12 +564,6 @@ def build(
     if adversarial:
         patchgan.check(
             'discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm
-        )
-    distance = perception.measure(context.stages, lpips, context.image)
-    if perceptual and distance is None:
-        raise UserError(
-            'config.model.perceptual needs a network that compares features: name a run of a classifier as '
-            'config.stages.perceptual, give weights as config.model.lpips, or set it to 0'
         )
 
     grid = (height // divisor, width // divisor)
@@ -576,7 +591,7 @@ def build(
         nll_size=0 if quantised else math.prod(context.image),
         learn_scale=learn_scale,
         pixels=pixels,
-        distance=distance,
+        distance=perceptual_distance(context, lpips, perceptual),
         perceptual=perceptual,
         adversarial=adversarial,
         discriminator_loss=ADVERSARIAL_LOSSES[adversarial_loss][0],

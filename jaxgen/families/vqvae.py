@@ -2,7 +2,7 @@
 
 Van den Oord et al. 2017, Neural Discrete Representation Learning (arXiv 1711.00937); Razavi et al. 2019, Generating
 Diverse High-Fidelity Images with VQ-VAE-2 (arXiv 1906.00446), whose codes lie on several grids, the fine ones
-conditioned on the coarse ones. The loss is (eq. 3, all norms as means over pixels or numbers)
+conditioned on the coarse ones. The loss is (eq. 3, all norms as means over pixels or dimensions)
 
     |x - decode(codes)|^2 / variance + [codebook loss] + commitment |z - codes|^2
 
@@ -155,7 +155,8 @@ def evaluate(networks: Networks, state: State, frozen, batch, rng) -> dict[str, 
     """Metrics per image [n].
 
     'squared_error' of the reconstruction, mean over pixels in [-1, 1]; 'commitment', the squared distance of latents to
-    codes, mean over numbers and levels; 'bits_per_code', -log2 of the codes' frequencies in training, mean over codes.
+    codes, mean over dimensions and levels; 'bits_per_code', -log2 of the frequencies of codes in training, mean over
+    codes.
     """
     latents, vectors, codes = networks.encode(state.ema, state.extra, batch['image'])
     distances = [jnp.square(z - v).mean((1, 2, 3)) for z, v in zip(latents, vectors, strict=True)]
@@ -217,7 +218,7 @@ def build(
       width, blocks, hidden: channels of encoders and decoders, residual blocks, channels inside these.
       halvings: how often the finest grid of codes halves the image.
       vocabulary: codes of each level's codebook.
-      latent: numbers of one code.
+      latent: dimensions of a code.
       codebook: learned by moving averages ('ema'), or by the loss ('loss') as one more network, `codebook`.
       decay: of the averages, per update; with 'loss' of the counts alone.
       debiased: averages forget where codes began, see quantise.ema_start; with 'ema'.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,10 +23,12 @@ def normal_kl(
     Returns:
       float32 [n], nats, summed over all axes but the first; 0 only where the two are equal.
     """
+    chex.assert_equal_shape([mean, log_var])
     mean, log_var, prior_mean, prior_log_var = (
         jnp.asarray(a, jnp.float32) for a in (mean, log_var, prior_mean, prior_log_var)
     )
     log_ratio = log_var - prior_log_var
-    distance = jnp.square(mean - prior_mean) * jnp.exp(jnp.minimum(-prior_log_var, 80))  # 0 times infinity is no number
+    # Bounded, for 0 times infinity is not a number.
+    distance = jnp.square(mean - prior_mean) * jnp.exp(jnp.minimum(-prior_log_var, 80))
     kl = 0.5 * (distance + jnp.expm1(log_ratio) - log_ratio)  # expm1: exact for nearly equal variances
     return kl.reshape(len(kl), -1).sum(-1)

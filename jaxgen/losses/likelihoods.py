@@ -1,12 +1,14 @@
 """Log-likelihoods of pixels, per example, and the cross-entropy of classes and codes, in nats.
 
-Every log-likelihood is float32 [n]: the sum over all axes but the first. All are computed in float32 whatever comes in.
+Every log-likelihood is float32 [n]: the sum over all axes but the first. All are computed in float32 whatever the dtype
+of their inputs.
 """
 
 from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,13 +17,13 @@ Array = jax.Array
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-# Of 1 / scale: squares of distances up to 1e6 over it are finite in float32, and e^-30 = 9e-14 is far below the
-# distance of neighbouring float32 numbers between pixels' values.
+# Upper bound on -log scale: squares of distances up to 1e6 over e^-30 are finite in float32, and e^-30 = 9e-14 is far
+# below the distance of neighbouring float32 numbers between pixels' values.
 LARGEST_EXPONENT = 30.0
-LARGEST_DRAWN = 80.0  # log scale of a logistic that is drawn from: times the noise it is finite
+LARGEST_DRAWN = 80.0  # log scale of a logistic in sampling: times the noise it is finite
 
 
-def per_example(x: Array) -> Array:
+def sum_per_example(x: Array) -> Array:
     """[n, ...] -> [n], the sum over all axes but the first."""
     return x.reshape(len(x), -1).sum(-1)
 
@@ -30,13 +32,13 @@ def bernoulli(logits: Array, x: Array) -> Array:
     """log p(x) of independent bits with P(1) = sigmoid(logits).
 
     Args:
-      logits: [n, ...], any real numbers; never turned into probabilities, so that large ones
-        lose nothing.
-      x: [n, ...] in {0, 1}. For x between 0 and 1 this is minus the cross-entropy, which is a
-        common training loss but not the log of a normalised density.
+      logits: [n, ...], any real numbers; probabilities are never computed, so that large ones keep their precision.
+      x: [n, ...] in {0, 1}. For x between 0 and 1 this is minus the cross-entropy, which is a common training loss but
+        not the log of a normalised density.
     """
+    chex.assert_equal_shape([logits, x])
     logits, x = logits.astype(jnp.float32), x.astype(jnp.float32)
-    return per_example(x * jax.nn.log_sigmoid(logits) + (1 - x) * jax.nn.log_sigmoid(-logits))
+    return sum_per_example(x * jax.nn.log_sigmoid(logits) + (1 - x) * jax.nn.log_sigmoid(-logits))
 
 
 def gaussian(mean: Array, log_scale: Array, x: Array) -> Array:
@@ -48,14 +50,14 @@ def gaussian(mean: Array, log_scale: Array, x: Array) -> Array:
     """
     mean, log_scale, x = (jnp.asarray(a, jnp.float32) for a in (mean, log_scale, x))
     inverse = jnp.exp(jnp.minimum(-log_scale, LARGEST_EXPONENT))
-    return per_example(-0.5 * jnp.square((x - mean) * inverse) - log_scale - HALF_LOG_2PI)
+    return sum_per_example(-0.5 * jnp.square((x - mean) * inverse) - log_scale - HALF_LOG_2PI)
 
 
 def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 256) -> Array:
     """log P(x) of pixels with `levels` values, as the normal's mass in each pixel's bin.
 
-    The first and the last bin reach to -inf and +inf, so that the probabilities of all levels
-    sum to 1 (Ho et al. 2020, eq. 13). Over pixels and ln 2 this is minus bits per dimension.
+    The first and the last bin extend to -inf and +inf, so that the probabilities of all quantisation levels sum to 1
+    (Ho et al. 2020, eq. 13). Divided by the number of pixels and ln 2 this is minus bits per dimension.
 
     Args:
       mean: [n, ...].
@@ -78,31 +80,29 @@ def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 
     # log(exp(above) - exp(below)); the inner where keeps the gradient of the unused branch finite.
     gap = jnp.where(open_below, -1.0, jnp.minimum(below - above, -1e-7))
     log_p = above + jnp.where(open_below, 0.0, jnp.log(-jnp.expm1(gap)))
-    # A bin that is narrow beside the deviation is a difference of nearly equal numbers: there it is the density at its
-    # middle times its width (whose log is exact), and the next term of the series in the width.
+    # The mass of a bin that is narrow beside the standard deviation is a difference of nearly equal numbers. Taken
+    # instead: the density at its middle times its width (whose log is exact), and the series' next term in the width.
     narrow = (width < 0.1) & (jnp.abs(centre) * width < 0.1) & ~first & ~last
     w, z = jnp.where(narrow, width, 0), jnp.where(narrow, centre, 0)
     series = (
         math.log(2 * half) - log_scale - HALF_LOG_2PI - jnp.square(z) / 2 + (jnp.square(z) - 1) * jnp.square(w) / 24
     )
-    return per_example(jnp.where(narrow, series, log_p))
+    return sum_per_example(jnp.where(narrow, series, log_p))
 
 
 def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
-    """-log p(label), each by itself.
+    """-log p(label) of each label, float32 [...].
 
     Args:
       logits: [..., k].
-      label: integers [...] from 0 to k - 1; others give NaN.
+      label: integers [...] from 0 to k - 1; NaN for others.
       smoothing: s: the label has probability 1 - s + s / k and all others s / k (Szegedy et al. 2016, arXiv 1512.00567,
         section 7).
-
-    Returns:
-      float32 [...]
     """
+    chex.assert_shape(label, logits.shape[:-1])
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     k = log_p.shape[-1]
-    # A sum and no look-up, whose gradient adds up in an order that changes on GPUs (see sharding.collides).
+    # A sum instead of indexing, whose gradient is a scatter in an order that changes on GPUs (see sharding.collides).
     right = jnp.where(jnp.arange(k) == label[..., None], log_p, 0).sum(-1)
     right = jnp.where((label >= 0) & (label < k), right, jnp.nan)
     return -(1 - smoothing) * right - smoothing * log_p.mean(-1) if smoothing else -right
@@ -115,22 +115,22 @@ def categorical(logits: Array, values: Array) -> Array:
       logits: [n, ..., k].
       values: integers [n, ...] from 0 to k - 1.
     """
-    return -per_example(cross_entropy(logits, values))
+    return -sum_per_example(cross_entropy(logits, values))
 
 
-SMALLEST_LOG_SCALE = -7.0  # of a logistic in a mixture, a tenth of a grey level
+SMALLEST_LOG_SCALE = -7.0  # of a logistic in a mixture: a tenth of a quantisation level
 
 
 def logistic_mixture_size(channels: int, mixtures: int) -> int:
-    """Numbers per pixel that a mixture of logistics needs: 10 for each of `mixtures` with 3 channels, 3 with 1."""
+    """Parameters per pixel of a mixture of logistics: 10 for each of `mixtures` with 3 channels, 3 with 1."""
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 def logistic_mixture(parameters: Array, channels: int) -> tuple[Array, Array, Array, Array]:
-    """The parameters of a mixture of m logistics in each pixel, from what a network puts out.
+    """The parameters of a mixture of m logistics in each pixel, from a network's outputs.
 
     First come the m logits, then for each channel m means, m log scales and, with three channels, m coefficients
-    by which a mean moves with the channels before: green by red, blue by red, blue by green.
+    by which a mean depends on the channels before: green on red, blue on red, blue on green.
 
     Args:
       parameters: [..., logistic_mixture_size(channels, m)], channels 1 or 3.
@@ -157,13 +157,14 @@ def discretised_logistic_mixture(parameters: Array, x: Array, levels: int = 256)
     """log P(x) of pixels with `levels` values, each pixel a mixture of logistics with the mass in each value's bin
     (Salimans et al. 2017, arXiv 1701.05517, section 2.1 and 2.2).
 
-    A pixel's channels share the choice of the component. The first and the last bin reach to -inf and +inf: the
+    One component is chosen for all channels of a pixel. The first and the last bin extend to -inf and +inf: the
     probabilities of all values sum to 1.
 
     Args:
       parameters: [n, ..., logistic_mixture_size(C, mixtures)].
       x: [n, ..., C] in [-1, 1], at the levels -1, -1 + 2 / (levels - 1), ..., 1; C is 1 or 3.
     """
+    chex.assert_equal_shape_prefix([parameters, x], x.ndim - 1)
     x = x.astype(jnp.float32)
     channels, half = x.shape[-1], 1 / (levels - 1)
     logits, means, log_scales, coefficients = logistic_mixture(parameters, channels)
@@ -172,7 +173,7 @@ def discretised_logistic_mixture(parameters: Array, x: Array, levels: int = 256)
     centred = x[..., None] - moved
     lower, upper = (centred - half) * inverse, (centred + half) * inverse
     first, last = (x < -1 + half)[..., None], (x > 1 - half)[..., None]
-    # sigmoid(b) - sigmoid(a) = e^b (1 - e^(a - b)) / ((1 + e^a) (1 + e^b)): no digits are lost, however far out.
+    # sigmoid(b) - sigmoid(a) = e^b (1 - e^(a - b)) / ((1 + e^a) (1 + e^b)): exact in both tails.
     width = 2 * half * inverse
     narrow = width < 1e-2
     log_difference = jnp.where(
@@ -182,24 +183,24 @@ def discretised_logistic_mixture(parameters: Array, x: Array, levels: int = 256)
     )
     inside = log_difference + jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower)
     log_p = jnp.where(first, jax.nn.log_sigmoid(upper), jnp.where(last, jax.nn.log_sigmoid(-lower), inside))
-    return per_example(jax.nn.logsumexp(log_p.sum(-2) + jax.nn.log_softmax(logits), -1))
+    return sum_per_example(jax.nn.logsumexp(log_p.sum(-2) + jax.nn.log_softmax(logits), -1))
 
 
 def draw_logistic_mixture(
     keys: Array, parameters: Array, channels: int, levels: int = 256, temperature: float = 1.0
 ) -> Array:
-    """Draws from `discretised_logistic_mixture`: one pixel for each key, int32 [n, channels] from 0 to levels - 1.
+    """Samples of `discretised_logistic_mixture`: one pixel for each key, int32 [n, channels] from 0 to levels - 1.
 
     Args:
       keys: [n].
       parameters: [n, logistic_mixture_size(channels, mixtures)].
-      temperature: 1: as it is; less: the likelier component, and narrower ones.
+      temperature: 1: the mixture itself; less: components of high probability, and narrower ones.
     """
     logits, means, log_scales, coefficients = logistic_mixture(parameters, channels)
 
     def noise(key):
-        which, where = jax.random.split(key)
-        return jax.random.gumbel(which, logits.shape[1:]), jax.random.logistic(where, (channels,))
+        component_key, value_key = jax.random.split(key)
+        return jax.random.gumbel(component_key, logits.shape[1:]), jax.random.logistic(value_key, (channels,))
 
     gumbel, logistic = jax.vmap(noise)(keys)
     chosen = (logits + temperature * gumbel).argmax(-1)

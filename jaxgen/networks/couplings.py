@@ -1,11 +1,12 @@
-"""What normalising flows are made of: invertible maps of images with the logarithm of their determinant.
+"""Layers of normalising flows: invertible maps of images with the logarithm of their determinant.
 
-A layer maps [n, H, W, C] to the same shape and gives log |det dy/dx| per example, float32 [n], in nats; with `inverse`
-it maps back, and gives minus that. The flow itself is computed in float32 whatever the dtype, which is that of the
-networks inside the couplings: an inverse cannot be better than the numbers that it is made from.
+A layer maps [n, H, W, C] to the same shape and returns log |det dy/dx| per example too, float32 [n], in nats; with
+`inverse` it maps back, and returns minus that. The flow itself is computed in float32 whatever the dtype, which is that
+of the networks inside the couplings: an inverse cannot be better than its input.
 
-Pixels: a level k in 0 .. 255 becomes y = (k + u) / 256 with u uniform in [0, 1). By Jensen the density of y bounds the
-probability of the level (Theis et al. 2015, arXiv 1511.01844, section 3.1): log P(k) >= E log p(y) - log 256.
+Pixels: a quantisation level k in 0 .. 255 becomes y = (k + u) / 256 with u uniform in [0, 1). By Jensen the density of
+y bounds the probability of the level: log P(k) >= E log p(y) - log 256 (Theis et al. 2015, arXiv 1511.01844, section
+3.1).
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
+from jaxgen.losses.likelihoods import sum_per_example
 from jaxgen.networks.layers import Conv
 
 Array = jax.Array
 
-LEVELS = 256
+LEVELS = 256  # of quantisation
 
 
 def to_unit(x: Array, noise: Array | float = 0.5) -> Array:
@@ -36,42 +40,51 @@ def to_image(y: Array) -> Array:
 
 
 def bits_per_dim(log_p: Array, size: int) -> Array:
-    """log p(y) in nats of `size` numbers in the units of `to_unit`, to bits per number at 256 levels."""
+    """Bits per dimension at 256 levels, from log p(y) in nats of `size` values in the units of `to_unit`."""
     return (math.log(LEVELS) - log_p / size) / math.log(2)
+
+
+def mean_bits_per_dim(log_p: Callable, keys: Array, image: tuple[int, int, int], draws: int) -> Array:
+    """Bits per dimension [n], the mean over `draws` noises between levels for each image.
+
+    Args:
+      log_p: noise [n, *image] in [0, 1) -> log p(y) [n], nats.
+      keys: of the images, [n].
+    """
+
+    def draw(keys: Array) -> Array:
+        noise = jax.vmap(lambda key: jax.random.uniform(key, image))(keys)
+        return bits_per_dim(log_p(noise), math.prod(image))
+
+    return jax.lax.map(draw, jax.vmap(jax.random.split, (0, None), 1)(keys, draws)).mean(0)  # of [draws, n]
 
 
 def squeeze(x: Array) -> Array:
     """[n, H, W, C] to [n, H/2, W/2, 4C]: channel 4c + 2i + j is channel c at row i and column j of its 2x2 square."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // 2, 2, w // 2, 2, c)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, h // 2, w // 2, 4 * c)
+    return rearrange(x, 'n (h i) (w j) c -> n h w (c i j)', i=2, j=2)
 
 
 def unsqueeze(x: Array) -> Array:
     """The inverse of `squeeze`."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h, w, c // 4, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, 2 * h, 2 * w, c // 4)
+    return rearrange(x, 'n h w (c i j) -> n (h i) (w j) c', i=2, j=2)
 
 
-# Where the four pixels of a 2x2 square (in rows) go: first the one diagonal, then the other.
+# Order of the four pixels of a 2x2 square (in rows): first the one diagonal, then the other.
 DIAGONALS = (0, 3, 1, 2)
 
 
 def squeeze_diagonals(x: Array) -> Array:
     """[n, H, W, C] to [n, H/2, W/2, 4C]: the C channels of each square's top left, then bottom right, top right,
     bottom left pixel. So either half of the channels is one colour of a checkerboard."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, h // 2, w // 2, 4, c)[:, :, :, jnp.array(DIAGONALS)].reshape(n, h // 2, w // 2, 4 * c)
+    squares = rearrange(x, 'n (h i) (w j) c -> n h w (i j) c', i=2, j=2)
+    return rearrange(squares[:, :, :, jnp.array(DIAGONALS)], 'n h w k c -> n h w (k c)')
 
 
 def unsqueeze_diagonals(x: Array) -> Array:
     """The inverse of `squeeze_diagonals`."""
-    n, h, w, c = x.shape
     back = jnp.array([DIAGONALS.index(i) for i in range(4)])
-    x = x.reshape(n, h, w, 4, c // 4)[:, :, :, back].reshape(n, h, w, 2, 2, c // 4)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, c // 4)
+    squares = rearrange(x, 'n h w (k c) -> n h w k c', k=4)[:, :, :, back]
+    return rearrange(squares, 'n h w (i j) c -> n (h i) (w j) c', i=2, j=2)
 
 
 def checkerboard(height: int, width: int, first: int) -> Array:
@@ -79,26 +92,22 @@ def checkerboard(height: int, width: int, first: int) -> Array:
     return ((jnp.arange(height)[:, None] + jnp.arange(width) + first) % 2).astype(jnp.float32)[None, :, :, None]
 
 
-def total(x: Array) -> Array:
-    """[n, ...] to [n], the sum over all axes but the first."""
-    return x.reshape(len(x), -1).sum(-1)
-
-
 def affine(x: Array, shift: Array, log_scale: Array, inverse: bool = False) -> tuple[Array, Array]:
     """(x + shift) e^log_scale and the log-determinant [n], or their inverse. All [n, H, W, C].
 
     Real NVP's paper writes x e^s + t, its authors' code has this, as Glow: the same maps by another t.
     """
+    chex.assert_equal_shape([x, log_scale])  # the determinant is a sum over all of x
     if inverse:
-        return x * jnp.exp(-log_scale) - shift, -total(log_scale)
-    return (x + shift) * jnp.exp(log_scale), total(log_scale)
+        return x * jnp.exp(-log_scale) - shift, -sum_per_example(log_scale)
+    return (x + shift) * jnp.exp(log_scale), sum_per_example(log_scale)
 
 
 class ActNorm(nn.Module):
     """(x + b) e^(factor logs), per channel of [n, ..., C] (Glow, section 3.1).
 
-    b and logs are set from the data that `init` sees, the whole batch over all devices: its mean becomes 0 and its
-    standard deviation 1, per channel.
+    b and logs start from the batch that `init` is called with, over all devices: its mean becomes 0 and its standard
+    deviation 1, per channel.
 
     Attributes:
       factor: 3 makes the scales learn three times as fast, as in Glow's code.
@@ -123,7 +132,7 @@ class InvertibleConv(nn.Module):
 
     Attributes:
       lu: the matrix is P L (U + diag s) with a permutation P and the signs of s held fixed, in the collection 'fixed'
-        (eq. 10): the determinant costs C instead of C^3. Otherwise it is a matrix with no form.
+        (eq. 10): the determinant costs C instead of C^3. Otherwise it is any matrix.
     """
 
     lu: bool = False
@@ -133,7 +142,7 @@ class InvertibleConv(nn.Module):
         c = x.shape[-1]
         rotation = nn.initializers.orthogonal()
         if self.lu:
-            p = lower = upper = jnp.eye(c)  # afterwards nothing of these but the shapes is read
+            p = lower = upper = jnp.eye(c)  # after init only their shapes are used
             if self.is_initializing():
                 p, lower, upper = jax.scipy.linalg.lu(rotation(self.make_rng('params'), (c, c)))
             diagonal = jnp.diag(upper)
@@ -142,7 +151,7 @@ class InvertibleConv(nn.Module):
             logs = self.param('logs', lambda _, d: jnp.log(jnp.abs(d)), diagonal)
             lower = self.param('lower', lambda _, m: jnp.tril(m, -1), lower)
             upper = self.param('upper', lambda _, m: jnp.triu(m, 1), upper)
-            # Only the halves that mean something are read, so what is outside them stays 0.
+            # Only one triangle of each is used, so the other one stays 0.
             lower = jnp.tril(lower, -1) + jnp.eye(c)
             upper = jnp.triu(upper, 1) + jnp.diag(sign * jnp.exp(logs))
             log_det = logs.sum()
@@ -155,15 +164,15 @@ class InvertibleConv(nn.Module):
             matrix = self.param('kernel', rotation, (c, c))
             log_det = jnp.linalg.slogdet(matrix)[1]
             matrix = jnp.linalg.inv(matrix) if inverse else matrix
-        # In full precision on every device: what is rounded here does not come back.
+        # In full precision on every device: rounding here is lost for the inverse.
         y = jnp.matmul(x, matrix, precision='highest')
         log_det = jnp.full(len(x), math.prod(x.shape[1:-1]) * log_det)
         return y, -log_det if inverse else log_det
 
 
 def EdgeConv(features: int, kernel: int, *, edge: bool, init: Callable, dtype: Any, name: str) -> Callable:
-    """Convolution without bias, zeros around the image, and, with `edge`, one more channel that is 1 in that border: so
-    the network sees where the image ends. Glow's code calls it edge_bias."""
+    """Convolution without bias, zeros around the image, and, with `edge`, one more channel that is 1 in that border, so
+    that the network knows where the image ends. Glow's code calls it edge_bias."""
     if not edge or kernel == 1:
         return Conv(features, kernel, bias=False, init=init, dtype=dtype, name=name)
     conv = Conv(features, kernel, padding='VALID', bias=False, init=init, dtype=dtype, name=name)
@@ -197,7 +206,7 @@ class WeightNormConv(nn.Module):
     """Convolution with kernel g v / |v|, v [k, k, C, features] and one g per feature (Salimans & Kingma 2016).
 
     Attributes:
-      scale: of g at the start; 0 for a layer that starts at 0 and learns all the same.
+      scale: of g at the start; 0: the layer starts at 0, and learns.
     """
 
     features: int
@@ -222,11 +231,11 @@ class WeightNormConv(nn.Module):
 class FlowBatchNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) per channel as a layer of a flow (Real NVP, section 3.7), without weights.
 
-    With `train` mean and variance are those of the batch, over all devices, and are left in the collection
-    'batch_stats', as networks.layers.BatchNorm leaves them; otherwise they are taken from there. Only then is it a map
-    of one example, and its log-determinant one of a density.
+    With `train` mean and variance are those of the batch, over all devices, and are stored in the collection
+    'batch_stats', as in networks.layers.BatchNorm; otherwise they are read from there. Only then is it a map of single
+    examples, and its log-determinant one of a density.
 
-    x: [n, H, W, C]. mask: [1, H, W, 1], 1 where the layer works; 0 leaves x as it is. None: everywhere.
+    x: [n, H, W, C]. mask: [1, H, W, 1], 1 where x is normalised, 0 where it is left alone. None: 1 everywhere.
     """
 
     eps: float = 1e-4

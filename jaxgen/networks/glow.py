@@ -1,4 +1,4 @@
-"""The network of Glow (Kingma & Dhariwal 2018, arXiv 1807.03039): levels of steps, and the priors of their latents.
+"""The network of Glow (Kingma & Dhariwal 2018, arXiv 1807.03039): resolution levels of steps, priors of their latents.
 
 A step is actnorm, an invertible 1x1 convolution and a coupling; see jaxgen/families/glow.py.
 """
@@ -59,7 +59,7 @@ class Top(nn.Module):
     """Mean and log standard deviation of the last z, [n, h, w, C] each; n is 1 without labels.
 
     Args:
-      label: int32 [n], or None for what all classes have in common.
+      label: int32 [n], or None for the part that all classes have in common.
     """
 
     shape: tuple[int, int, int]
@@ -72,7 +72,7 @@ class Top(nn.Module):
         h, w, c = self.shape
         out = jnp.zeros((1, h, w, 2 * c))
         if self.learn:
-            # A convolution of zeros, as in the authors' code: of its kernel only the part that sees the edge learns.
+            # A convolution of zeros, as in the authors' code: of its kernel only the weights of the border learn.
             out = ZeroConv(2 * c, self.edge, name='conv')(out)
         if label is not None and self.classes:
             zeros = nn.initializers.zeros
@@ -84,7 +84,7 @@ class Top(nn.Module):
 class Flow(nn.Module):
     """y [n, H, W, C] around 0 to latents [n, H W C], standard normal by the model, and log p(y) [n], nats.
 
-    With `inverse` it takes latents, and gives images and None. Latents are those of the finest level first.
+    With `inverse` it takes latents and returns images and None. Latents are those of the finest level first.
     """
 
     image: tuple[int, int, int]
@@ -110,7 +110,7 @@ class Flow(nn.Module):
         return scanned(self.width, self.coupling, self.mixing, self.edge, inverse, self.dtype, name=f'steps{i}')
 
     def prior(self, i: int, x: Array) -> tuple[Array, Array]:
-        """Mean and log deviation of the z that level i gives away, from the half x that it keeps."""
+        """Mean and log standard deviation of the z that level i factors out, conditioned on the other half x."""
         h = ZeroConv(2 * x.shape[-1], self.edge, self.dtype, name=f'prior{i}')(x)
         return h[..., 0::2], h[..., 1::2]
 

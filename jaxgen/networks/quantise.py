@@ -37,7 +37,7 @@ def nearest(z: Array, codebook: Array) -> Array:
     """
     chex.assert_shape(codebook, (None, z.shape[-1]))
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
-    # |z - e|^2 without |z|^2, which all codes share: [..., K] numbers, never [..., K, D]. Products at full precision:
+    # |z - e|^2 without |z|^2, which all codes share: an array [..., K], never [..., K, D]. Products at full precision:
     # the short floats of GPUs and TPUs would pick the wrong one of two near codes.
     products = jnp.einsum('...d,kd->...k', z, codebook, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmin(jnp.square(codebook).sum(-1) - 2 * products, -1).astype(jnp.int32)
@@ -55,7 +55,7 @@ def straight_through(z: Array, quantised: Array) -> Array:
 
 
 def losses(z: Array, quantised: Array) -> tuple[Array, Array]:
-    """(codebook loss, commitment), scalars: squared distance of z [..., D] to its codes, mean over all numbers.
+    """(codebook loss, commitment), scalars: squared distance of z [..., D] to its codes, mean over all dimensions.
 
     Both have one value. The first moves codes to latents, the second latents to codes; the loss (eq. 3) has the first
     plus 0.25 times the second, or with moving averages the second alone.

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """[n, H, W, C] -> shift and what log-scales are made of, float32 [n, H, W, C] each, 0 at the start."""
+    """[n, H, W, C] -> log-scale (before its tanh) and shift, float32 [n, H, W, C] each, 0 at the start."""
 
     width: int
     blocks: int
@@ -67,9 +67,9 @@ class ResNet(nn.Module):
 
 
 class Coupling(nn.Module):
-    """Affine coupling and, with `norm`, batch norm of what it changed; made to be scanned.
+    """Affine coupling and, with `norm`, batch norm of the part that it changed; made to be scanned.
 
-    Maps (x [n, H, W, C], log-determinant [n]) to the same. Couplings take turns by `first`, 0 or 1: the number at the
+    Maps (x [n, H, W, C], log-determinant [n]) to the same. Couplings alternate by `first`, 0 or 1: the number at the
     top left of a checkerboard, where 1 is left alone; or the half of the channels that is changed.
 
     Attributes:
@@ -90,10 +90,10 @@ class Coupling(nn.Module):
         board = self.mask == 'checkerboard'
         if board:
             kept = checkerboard(*x.shape[1:3], first)
-            changed, seen, part = 1 - kept, x * kept, x
+            changed, condition, part = 1 - kept, x * kept, x
         else:
-            changed, (part, seen) = None, swapped(*jnp.split(x, 2, -1), first)
-        log_scale, shift = ResNet(self.width, self.blocks, board, self.dtype, name='net')(seen, self.train)
+            changed, (part, condition) = None, swapped(*jnp.split(x, 2, -1), first)
+        log_scale, shift = ResNet(self.width, self.blocks, board, self.dtype, name='net')(condition, self.train)
         rescale = self.param('rescale', nn.initializers.ones, (part.shape[-1],))
         log_scale = rescale * jnp.tanh(log_scale)
         if board:
@@ -109,7 +109,7 @@ class Coupling(nn.Module):
         for layer in reversed(layers) if self.inverse else layers:
             part, more = layer(part)
             log_det += more
-        return (part if board else jnp.concatenate(swapped(part, seen, first), -1), log_det), None
+        return (part if board else jnp.concatenate(swapped(part, condition, first), -1), log_det), None
 
 
 def swapped(a: Array, b: Array, swap: Array) -> tuple[Array, Array]:
@@ -175,7 +175,7 @@ class Flow(nn.Module):
 
 
 def latent_shapes(image: tuple[int, int, int], scales: int) -> list[tuple[int, int, int]]:
-    """Shapes [h, w, c] of the noise of each scale, the finest first."""
+    """Shapes [h, w, c] of the latents of each scale, the finest first."""
     h, w, c = image
     return [(h >> i + 1, w >> i + 1, c << i + 1) for i in range(scales - 1)] + [
         (h >> scales - 1, w >> scales - 1, c << scales - 1)

@@ -1,7 +1,7 @@
 """Networks of variational autoencoders: from images to normal distributions of latents, and back.
 
-An encoder returns the mean and the log variance of a diagonal normal. `condition` is another input, [n, k] numbers: the
-class, one-hot, or the latents of the level above.
+An encoder returns the mean and the log variance of a diagonal normal. `condition` is another input, [n, k]: the class,
+one-hot, or the latents of the level above.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def moments(x: Array, latent: int, gated: bool, dtype: Any) -> tuple[Array, Arra
 
 
 def with_condition(x: Array, condition: Array | None) -> Array:
-    """[n, ..., c] and [n, k] -> [n, ..., c + k], the same k numbers at every position."""
+    """[n, ..., c] and [n, k] -> [n, ..., c + k], the condition at every position."""
     if condition is None:
         return x
     chex.assert_shape(condition, (len(x), None))

@@ -14,12 +14,11 @@ import pytest
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import glow, real_nvp
+from jaxgen.losses.likelihoods import sum_per_example
 from jaxgen.networks import couplings
 from jaxgen.networks import glow as glow_network
 from jaxgen.networks import real_nvp as real_nvp_network
 from jaxgen.optim import Optim
-
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 try:
     import torch
@@ -133,6 +132,11 @@ def test_pixels_and_bits():
     np.testing.assert_allclose(real_nvp.from_logit(logits, 0.9)[:, 0], y, atol=1e-6)
 
 
+def test_scales_of_weight_normalisation():
+    tree = {'conv1': {'scale': 1, 'bias': 2}, 'norm1': {'scale': 3}, 'blocks': {'skip': {'scale': 4}}}
+    assert [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if real_nvp.is_scale(path)] == [4, 1]
+
+
 # --- layers, one by one -----------------------------------------------------------------------------------------------
 
 
@@ -185,6 +189,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', LAYERS)
 def test_inverse_and_determinant_of_a_layer(name):
     init, apply = LAYERS[name]
@@ -201,6 +206,7 @@ def test_inverse_and_determinant_of_a_layer(name):
     np.testing.assert_allclose(log_det, jacobian_log_det(lambda v: apply(variables, v)[0], x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_couplings_leave_their_part_alone():
     x = jax.random.normal(jax.random.key(3), (3, 2, 2, 4))
     for mask, first, kept in (
@@ -215,6 +221,7 @@ def test_couplings_leave_their_part_alone():
         np.testing.assert_array_equal(np.asarray(y == x), np.broadcast_to(kept, x.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lu', [False, True])
 def test_mixing_starts_as_a_rotation(lu):
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 6))
@@ -231,6 +238,7 @@ def test_mixing_starts_as_a_rotation(lu):
 # --- whole flows ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(coupling='additive', mixing='lu', edge=False, image=(4, 8, 3)), dict(classes=3),
 ])  # fmt: skip
@@ -250,8 +258,9 @@ def test_glow_inverse_and_determinant(model):
             np.testing.assert_allclose(log_p[i], (log_normal(z)[i] + log_det)[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_glow_inverse_is_exact_for_numbers_of_any_size():
-    """Forwards nothing is cut, so backwards nothing is."""
+    """Forwards nothing is clipped, so backwards nothing is."""
     steps = [glow_network.Step(4, 'additive', 'matrix', False, inverse, jnp.float32) for inverse in (False, True)]
     x = jax.random.normal(jax.random.key(3), (2, *IMAGE))
     x = jnp.concatenate([x, x[::-1]], -1)
@@ -261,7 +270,8 @@ def test_glow_inverse_is_exact_for_numbers_of_any_size():
     np.testing.assert_allclose(again / 1e8, x, atol=1e-4)
 
 
-def test_draws_that_outgrow_float32_are_pictures():
+@pytest.mark.slow
+def test_draws_that_overflow_float32_are_images():
     f = glow.build(Context((4, 4, 1), 0, optim()), width=4, depth=2, levels=2)
     batch = {'image': jnp.linspace(-1, 1, 64).reshape(4, 4, 4, 1)}
     state = f.init(jax.random.key(0), batch, {})
@@ -272,6 +282,7 @@ def test_draws_that_outgrow_float32_are_pictures():
     assert np.isfinite(images).all() and np.abs(images).max() <= 1
 
 
+@pytest.mark.slow
 def test_real_nvp_inverse_and_determinant():
     net, image = real_nvp_flow(blocks=1), IMAGE
     x = jax.random.normal(jax.random.key(3), (2, *image))
@@ -291,6 +302,7 @@ def grid(low: float, high: float, n: int) -> tuple[np.ndarray, float]:
     return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2).astype(np.float32), ((high - low) / n) ** 2
 
 
+@pytest.mark.slow
 def test_density_integrates_to_one():
     net = real_nvp_flow((1, 2, 1), scales=1, blocks=1)
     variables = initial(net, jnp.zeros((1, 1, 2, 1)), by=0.3)
@@ -299,7 +311,7 @@ def test_density_integrates_to_one():
     def density(y):  # of pixels in (0, 1) and what the logit leaves outside
         x, slope = real_nvp.to_logit(y.reshape(-1, 1, 2, 1), 0.9)
         z, log_det = net.apply(variables, x)
-        return jnp.exp(couplings.total(-0.5 * z**2) - math.log(2 * math.pi) + log_det + slope)
+        return jnp.exp(sum_per_example(-0.5 * z**2) - math.log(2 * math.pi) + log_det + slope)
 
     points, area = grid(-1 / 18, 19 / 18, 250)
     p = np.asarray(density(points))
@@ -322,13 +334,13 @@ def test_density_integrates_to_one():
         for step in steps:
             x, more = apply(step, x)
             log_p += more
-        return jnp.exp(log_p + couplings.total(-0.5 * x**2) - math.log(2 * math.pi))
+        return jnp.exp(log_p + sum_per_example(-0.5 * x**2) - math.log(2 * math.pi))
 
     drawn = jax.random.normal(jax.random.key(1), (2000, 1, 1, 2))
     for step in reversed(steps):
         drawn = apply(step, drawn, inverse=True)[0]
-    reach = float(np.abs(drawn).max()) * 1.3
-    points, area = grid(-reach, reach, 400)
+    extent = float(np.abs(drawn).max()) * 1.3
+    points, area = grid(-extent, extent, 400)
     np.testing.assert_allclose(np.asarray(of_steps(points)).sum() * area, 1, atol=2e-3)
 
 
@@ -403,15 +415,16 @@ class TorchGlow:
         return torch.cat(zs, 1), log_p
 
 
+@pytest.mark.slow
 @needs_torch
 def test_glow_is_that_of_torch():
     net, x = glow_flow((8, 4, 3), depth=3), 0.3 * jax.random.normal(jax.random.key(3), (3, 8, 4, 3))
     variables = initial(net, x)
     z, log_p = jax.jit(net.apply)(variables, x)
     oracle = TorchGlow(variables['params'], 3, 2)
-    wanted, wanted_p = oracle(torch.tensor(np.asarray(x), dtype=torch.float64).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(z, wanted, atol=1e-4)
-    np.testing.assert_allclose(log_p, wanted_p, rtol=1e-5)
+    expected, expected_p = oracle(torch.tensor(np.asarray(x), dtype=torch.float64).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(z, expected, atol=1e-4)
+    np.testing.assert_allclose(log_p, expected_p, rtol=1e-5)
 
 
 class TorchRealNVP:
@@ -441,14 +454,14 @@ class TorchRealNVP:
         return self.conv(p['conv_out'], torch.relu(self.norm(p['norm_out'], s['norm_out'], out))).chunk(2, 1)
 
     def coupling(self, name, j, x, kept, factor):
-        """kept: bool like x. The network sees the kept numbers alone: as zeros elsewhere, or as their own channels."""
+        """kept: bool like x. The network's input are the kept numbers: zeros elsewhere, or channels of their own."""
         p, s = (jax.tree.map(lambda a: a[j], t[name]) for t in (self.p, self.s))
         if factor == 2:
-            seen, part = x * kept, x
+            condition, part = x * kept, x
         else:
             half = x.shape[1] // 2
-            seen, part = (x[:, half:], x[:, :half]) if kept[0, -1, 0, 0] else (x[:, :half], x[:, half:])
-        scale, shift = self.net(p['net'], s['net'], seen, factor)
+            condition, part = (x[:, half:], x[:, :half]) if kept[0, -1, 0, 0] else (x[:, :half], x[:, half:])
+        scale, shift = self.net(p['net'], s['net'], condition, factor)
         scale = torch.tanh(scale) * column(p['rescale'])
         new = (part + shift) * scale.exp()
         moved = (~kept).expand_as(x)[:, : part.shape[1]] if factor == 2 else torch.ones_like(part, dtype=torch.bool)
@@ -461,7 +474,7 @@ class TorchRealNVP:
         log_det = torch.where(moved, slope, 0).sum((1, 2, 3))
         part = torch.where(moved, new, part)
         if factor == 1:
-            part = torch.cat([part, seen] if kept[0, -1, 0, 0] else [seen, part], 1)
+            part = torch.cat([part, condition] if kept[0, -1, 0, 0] else [condition, part], 1)
         return part, log_det
 
     def __call__(self, x):
@@ -488,6 +501,7 @@ class TorchRealNVP:
         return torch.cat([z.permute(0, 2, 3, 1).flatten(1) for z in (*zs, x)], 1), log_det
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize('train', [False, True])
 def test_real_nvp_is_that_of_torch(train):
@@ -496,14 +510,15 @@ def test_real_nvp_is_that_of_torch(train):
     apply = jax.jit(lambda v, x: net.apply(v, x, train, mutable=['batch_stats'])[0])
     z, log_det = apply(variables, x)
     oracle = TorchRealNVP(variables, 2, train)
-    wanted, wanted_det = oracle(torch.tensor(np.asarray(x), dtype=torch.float64).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(z, wanted, atol=2e-4)
-    np.testing.assert_allclose(log_det, wanted_det, rtol=1e-4, atol=1e-4)
+    expected, expected_det = oracle(torch.tensor(np.asarray(x), dtype=torch.float64).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(z, expected, atol=2e-4)
+    np.testing.assert_allclose(log_det, expected_det, rtol=1e-4, atol=1e-4)
 
 
 # --- families ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_actnorms_start_with_mean_zero_and_variance_one():
     batch, rng = images(64), jax.random.key(5)
     params = jax.jit(small_glow().init)(rng, batch, {}).params['flow']
@@ -524,6 +539,7 @@ def test_actnorms_start_with_mean_zero_and_variance_one():
         x = couplings.squeeze(jnp.split(x, 2, -1)[0]) if level == 0 else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('build, model', [
     (small_glow, dict()), (small_glow, dict(mixing='lu', classes=3, conditional=True)),
     (functools.partial(small_real_nvp, scales=1), dict()),
@@ -548,12 +564,13 @@ def test_fulfils_the_contract(build, model):
     assert drawn.shape == (6, *IMAGE) and np.abs(drawn).max() <= 1
     if not model:
         np.testing.assert_allclose(drawn, f.decode(state, {}, {}, 0.5 * noise, jax.random.key(9)), atol=1e-5)
-    # Means of several draws spread less, about the same value.
+    # Means of several draws have less variance, about the same value.
     bits = [build(**model, draws=k).evaluate(state, {}, batch, jax.random.key(2))['bits_per_dim'] for k in (1, 16)]
     assert bits[0].shape == (6,) and not np.array_equal(*bits)
     np.testing.assert_allclose(bits[0].mean(), bits[1].mean(), atol=0.3)
 
 
+@pytest.mark.slow
 def test_bits_are_those_of_the_density():
     """evaluate against the net itself, by hand, and a training loss whose statistics are the same."""
     batch, key = images(), jax.random.key(2)
@@ -564,17 +581,18 @@ def test_bits_are_those_of_the_density():
     f = small_glow()
     state = f.init(jax.random.key(0), batch, {})
     _, log_p = glow_flow().apply({'params': state.ema['flow']}, y - 0.5)
-    wanted = -(log_p / 16 - math.log(256)) / math.log(2)
-    np.testing.assert_allclose(f.evaluate(state, {}, batch, key)['bits_per_dim'], wanted, rtol=1e-4)
+    expected = -(log_p / 16 - math.log(256)) / math.log(2)
+    np.testing.assert_allclose(f.evaluate(state, {}, batch, key)['bits_per_dim'], expected, rtol=1e-4)
     f = small_real_nvp()
     state = f.init(jax.random.key(0), batch, {})
     p = 0.05 + 0.9 * y
     z, log_det = real_nvp_flow().apply({'params': state.ema['flow'], **state.extra}, jnp.log(p / (1 - p)))
     log_p = log_normal(z) + log_det + np.log(0.9 / (p * (1 - p))).reshape(6, -1).sum(-1)
-    wanted = -(log_p / 16 - math.log(256)) / math.log(2)
-    np.testing.assert_allclose(f.evaluate(state, {}, batch, key)['bits_per_dim'], wanted, rtol=1e-4)
+    expected = -(log_p / 16 - math.log(256)) / math.log(2)
+    np.testing.assert_allclose(f.evaluate(state, {}, batch, key)['bits_per_dim'], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_real_nvp_statistics_are_running_means_of_the_averaged_weights():
     f, batch = small_real_nvp(scales=1), images()
     start = f.init(jax.random.key(0), batch, {})
@@ -582,10 +600,11 @@ def test_real_nvp_statistics_are_running_means_of_the_averaged_weights():
     noise = jax.random.uniform(jax.random.split(jax.random.key(1))[1], batch['image'].shape)
     x, _ = real_nvp.to_logit(couplings.to_unit(batch['image'], noise), 0.9)
     _, new = real_nvp_flow(scales=1).apply({'params': state.ema['flow']}, x, True, mutable=['batch_stats'])
-    wanted = jax.tree.map(lambda a, b: (a + b) / 2, start.extra, new)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.extra, wanted)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, start.extra, new)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.extra, expected)
 
 
+@pytest.mark.slow
 def test_penalty_is_of_weight_normalisation_alone_in_nats_of_an_image():
     """H W C log 2 nats of an image are one bit per dimension."""
     batch, key = images(), jax.random.key(1)
@@ -600,6 +619,7 @@ def test_penalty_is_of_weight_normalisation_alone_in_nats_of_an_image():
     np.testing.assert_allclose((logs['loss'] - logs['bits_per_dim']) * per_dim, nats, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch():
     """Of Glow, whose loss is a mean over examples, up to the noise between levels."""
     batch = images(8)
@@ -612,6 +632,7 @@ def test_accumulation_is_the_whole_batch():
     np.testing.assert_allclose(logs['loss'], whole['loss'], atol=0.2)
 
 
+@pytest.mark.slow
 def test_classes_by_bayes_rule():
     batch = images()
     f = small_glow(classes=3, conditional=True)
@@ -629,6 +650,7 @@ def test_classes_by_bayes_rule():
     assert np.abs(a - b).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image, model, count', [
     # One channel fewer in every 3x3 convolution: two in each step, one in each split, one of the top.
     ((32, 32, 3), dict(edge=False), 44_603_604 - 9 * (96 * 512 + 32 * (12 + 24 + 48) + (12 + 24) + 96)),
@@ -649,7 +671,7 @@ def test_size_of_the_published_glow(image, model, count):
     (small_real_nvp, dict(constraint=1.0)), (small_real_nvp, dict(scale_penalty=-1.0)),
     (small_real_nvp, dict(image=(1, 1, 3), scales=1)),
 ])  # fmt: skip
-def test_says_what_is_wrong(build, model):
+def test_mistakes(build, model):
     with pytest.raises(UserError, match=r'config\.') as error:
         build(**model)
     assert '\n' not in str(error.value)

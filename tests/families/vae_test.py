@@ -19,8 +19,6 @@ from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
-
 SMALL = dict(network='mlp', hidden=(12,), latent=3, iwae_samples=4)
 
 
@@ -77,6 +75,7 @@ def log_weights(log_likelihood, mean, log_var, k: int) -> np.ndarray:
     return jax.jit(jax.vmap(lambda noise: vae.importance_weight(log_likelihood, inference, noise)[0]))(noise)
 
 
+@pytest.mark.slow
 def test_bounds_order_and_approach_the_likelihood():
     log_likelihood, log_p, mean, covariance = linear_gaussian(orthogonal=False)
     mean, log_var = mean + 0.2, jnp.broadcast_to(jnp.log(1.5 * np.diag(covariance)), (4, 3))  # not quite the posterior
@@ -88,6 +87,7 @@ def test_bounds_order_and_approach_the_likelihood():
     np.testing.assert_allclose(vae.log_mean_exp(weights), log_p, atol=0.05)
 
 
+@pytest.mark.slow
 def test_bounds_are_tight_at_the_exact_posterior():
     log_likelihood, log_p, mean, covariance = linear_gaussian(orthogonal=True)
     assert np.allclose(covariance, np.diag(np.diag(covariance)))
@@ -96,6 +96,7 @@ def test_bounds_are_tight_at_the_exact_posterior():
     np.testing.assert_allclose(weights, np.broadcast_to(log_p, (8, 4)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_closed_form_kl_is_the_weights_mean():
     log_likelihood, _, mean, covariance = linear_gaussian(orthogonal=False)
     mean, log_var = mean + 0.2, jnp.broadcast_to(jnp.log(np.diag(covariance)), (4, 3))
@@ -106,6 +107,7 @@ def test_closed_form_kl_is_the_weights_mean():
     np.testing.assert_allclose(log_w.mean(0), log_x.mean(0) - inference.kl, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(network='conv', width=4, levels=1),
     dict(network='conv', width=4, levels=2, likelihood='discretised_gaussian', samples=3),
@@ -135,6 +137,7 @@ def test_fulfils_the_contract(model):
         np.testing.assert_allclose(metrics['bits_per_dim'], metrics['nll_iwae'] / (96 * math.log(2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_scale_is_learned_where_configured():
     for learn_scale, likelihood in ((True, 'gaussian'), (False, 'gaussian'), (True, 'bernoulli')):
         f = family(likelihood=likelihood, learn_scale=learn_scale, scale=0.5)
@@ -146,6 +149,7 @@ def test_log_scale_is_learned_where_configured():
             assert abs(start - math.log(0.5)) < 1e-6 and float(after.params['decoder']['log_scale']) != start
 
 
+@pytest.mark.slow
 def test_beta_scales_the_gradient_of_the_kl():
     def weights_after(beta):
         f = family(beta=beta, optim=sgd(1.0))
@@ -159,6 +163,7 @@ def test_beta_scales_the_gradient_of_the_kl():
     chex.assert_trees_all_close(three, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_binarised_pixels_are_bits_drawn_anew():
     plain, bits = family(), family(binarise=True)
     state = begin(plain, images())
@@ -179,6 +184,7 @@ def test_binarised_pixels_are_bits_drawn_anew():
     np.testing.assert_allclose(plain.evaluate(nothing, {}, grey, jax.random.key(0))['squared_error'], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_decoders_mean():
     f = family(likelihood='gaussian')
     state = begin(f, images())
@@ -186,6 +192,23 @@ def test_a_sample_is_the_decoders_mean():
     z = jnp.stack([jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (SMALL['latent'],)) for i in (7, 3)])
     drawn = f.sample(state, {}, batch, jax.random.key(5))
     np.testing.assert_allclose(drawn, f.decode(state, {}, {}, z, jax.random.key(9)), atol=1e-6)
+
+
+def test_pixels():
+    """Ranges of targets, encoder inputs and mean images, by hand."""
+    x, keys = jnp.array([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1), jax.random.split(jax.random.key(0), 1)
+    grey = vae.Pixels('bernoulli', binarise=False, white=255, encoder_range='signed')
+    target = grey.target(x, keys)
+    np.testing.assert_allclose(target.ravel(), [0, 0.5, 1])
+    np.testing.assert_allclose(grey.encoder_input(target), x)
+    np.testing.assert_allclose(grey._replace(encoder_range='unit').encoder_input(target), target)
+    np.testing.assert_allclose(grey._replace(white=51).target(x, keys).ravel(), [0, 1, 1])  # 127.5 / 51 is clipped
+    bits = grey._replace(binarise=True).target(x, keys).ravel()
+    assert bits[0] == 0 and bits[1] in (0, 1) and bits[2] == 1
+    np.testing.assert_allclose(grey.mean_image(jnp.log(jnp.array([1.0, 3.0]))), [0, 0.5], atol=1e-6)
+    real = vae.Pixels('gaussian', binarise=False, white=255, encoder_range='signed')
+    assert real.target(x, keys) is x and real.encoder_input(x) is x
+    np.testing.assert_allclose(real.mean_image(jnp.array([-2.0, 0.3])), [-1, 0.3])
 
 
 # --- the mixture of posteriors as a prior, and two levels of latents
@@ -273,6 +296,7 @@ def noises(seed: int, n: int, size: int):
     return np.stack([jax.random.normal(jax.random.split(key, 1)[0], (size,)) for key in keys])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('latent2', [0, 1])
 def test_metrics_are_those_of_the_formulas(latent2):
     f = family((2, 2, 1), **GATED, latent2=latent2, iwae_samples=1)
@@ -303,6 +327,7 @@ def test_metrics_are_those_of_the_formulas(latent2):
     np.testing.assert_allclose(f.encode(state, {}, batch, jax.random.key(3)), mean, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('latent2', [0, 1])
 def test_bounds_of_a_mixture_prior_order_and_approach_the_likelihood(latent2):
     f = {k: family((2, 2, 1), **GATED, latent2=latent2, iwae_samples=k) for k in (6, 4000)}
@@ -317,6 +342,7 @@ def test_bounds_of_a_mixture_prior_order_and_approach_the_likelihood(latent2):
     np.testing.assert_allclose(tightest, exact, atol=0.05)
 
 
+@pytest.mark.slow
 def test_posteriors_of_the_data_are_the_best_prior():
     """With the data as pseudo-inputs the prior is the mean posterior: no prior has a smaller KL over the data, and
     that KL, the information of latents about which image it is, is not above the log of their number."""
@@ -335,6 +361,7 @@ def test_posteriors_of_the_data_are_the_best_prior():
     assert kls['data'] < kls['elsewhere'] - 0.1 and kls['data'] < kls['normal'] - 0.1
 
 
+@pytest.mark.slow
 def test_kl_by_draws_is_the_closed_form_of_one_component():
     key = jax.random.split(jax.random.key(3), 4)
     q = jax.random.normal(key[0], (4, 3)), 0.5 * jax.random.normal(key[1], (4, 3))
@@ -356,6 +383,7 @@ def test_mixture_far_out_is_finite():
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('latent2', [0, 1])
 def test_samples_are_drawn_from_a_component(latent2):
     f = family((2, 2, 1), **GATED, latent2=latent2)
@@ -378,6 +406,7 @@ def test_samples_are_drawn_from_a_component(latent2):
     np.testing.assert_allclose(drawn, f.decode(state, {}, {}, jnp.float32(z), key), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pseudo_inputs_learn_and_start_as_configured():
     f = family(**{**GATED, 'pseudo_data': True, 'pseudo_std': 0.0, 'pseudo_inputs': 8})
     state = begin(f, images(6))
@@ -394,6 +423,7 @@ def test_pseudo_inputs_learn_and_start_as_configured():
     np.testing.assert_array_equal(a['kl'], b['kl'])
 
 
+@pytest.mark.slow
 def test_beta_rises_over_the_warm_up():
     def weights_after(f, step=0):
         state = begin(f, images()).replace(step=jnp.int32(step))
@@ -406,6 +436,7 @@ def test_beta_rises_over_the_warm_up():
         chex.assert_trees_all_close(weights_after(rising, step), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bits_that_are_stored_as_ones():
     """With white = 1 an image of 0 and 1 is what one of 0 and 255 is otherwise."""
     bits = np.random.default_rng(0).integers(0, 2, (4, 4, 4, 1))
@@ -417,6 +448,7 @@ def test_bits_that_are_stored_as_ones():
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_ranges_of_the_encoders_input():
     """'unit' of an encoder's first layer W, b is 'signed' of W / 2, b + W 1 / 2: its pseudo-inputs too."""
     plain, unit = (
@@ -436,6 +468,7 @@ def test_ranges_of_the_encoders_input():
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_perceptrons_of_tanh():
     """The latents' mean by hand: a layer of tanh and a linear one."""
     f = family(network='mlp', hidden=(9,), activation='tanh')
@@ -451,6 +484,7 @@ def test_perceptrons_of_tanh():
 # --- classes
 
 
+@pytest.mark.slow
 def test_conditional_samples_are_of_the_requested_class():
     """Two classes of images: a bright square somewhere in the left half, or in the right half."""
     rng = np.random.default_rng(0)
@@ -483,6 +517,7 @@ def test_conditional_samples_are_of_the_requested_class():
     assert wrong['nll_elbo'].mean() > right['nll_elbo'].mean() + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('network', ['mlp', 'gated', 'conv'])
 def test_encoder_and_decoder_are_conditioned_on_the_class(network):
     f = vae.build(Context((4, 4, 1), 3, sgd(0.01)), **{**SMALL, 'network': network, 'levels': 1, 'width': 4,

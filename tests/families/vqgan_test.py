@@ -22,8 +22,6 @@ from jaxgen.networks.multiscale import MultiScale
 from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
-
 SIZES = dict(channels=4, multipliers=(1, 1), blocks=1)
 SMALL = dict(
     **SIZES, latent=3, vocabulary=7, perceptual=0.0, adversarial=0.8, discriminator_channels=3, discriminator_layers=1
@@ -135,7 +133,8 @@ def assert_step(before, after, gradient):
         np.testing.assert_allclose((old - new) / RATE, slope, rtol=2e-3, atol=1e-3 * largest)
 
 
-@pytest.mark.parametrize('kind', ['vq', pytest.param('kl', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['vq', 'kl'])
 def test_updates_are_plain_gradient_steps(kind):
     (_, update), before, x = family(kind), start(kind), images(seed=1)
     before = before.replace(step=jnp.ones((), jnp.int32))
@@ -169,6 +168,7 @@ def test_updates_are_plain_gradient_steps(kind):
     assert_step(old, after.params['discriminator'], jax.grad(plain)(old))
 
 
+@pytest.mark.slow
 def test_no_adversarial_loss_before_its_start():
     (_, update), before, x = family('vq'), start('vq'), images(seed=1)
     after, _ = update(before, {}, x, jax.random.key(5))
@@ -196,6 +196,17 @@ def test_gradient_is_computed_once_and_right():
     np.testing.assert_allclose(aux['half'], (x**2).sum() / 2)
 
 
+def test_metrics_of_code_counts():
+    """Of all grids together, and with scales of each."""
+    networks = vqgan.Networks(*[None] * 5, grids=((1, 1), (2, 2)), latent=3, vocabulary=4, scales=True)
+    logs = vqgan.codebook_logs(networks, jnp.array([[2.0, 0, 0, 0], [2.0, 4, 0, 0]]))
+    expected = {'perplexity': 2, 'usage': 0.5, 'perplexity/scale0': 1, 'usage/scale0': 0.25}
+    expected |= {'perplexity/scale1': 27 ** (1 / 3) / 4 ** (1 / 3), 'usage/scale1': 0.5}  # entropy of (1/3, 2/3)
+    assert logs == pytest.approx(expected, rel=1e-5)
+    one = vqgan.codebook_logs(networks._replace(grids=((2, 2),), scales=False), jnp.array([2.0, 2, 2, 2]))
+    assert one == pytest.approx({'perplexity': 4, 'usage': 1})
+
+
 def test_adaptive_weight():
     a, b = {'w': jnp.array([3.0, 4.0])}, {'w': jnp.array([0.0, 0.5])}
     np.testing.assert_allclose(adversarial.adaptive_weight(a, b), 5 / 0.5001, rtol=1e-5)
@@ -212,6 +223,7 @@ def test_adversarial_losses():
     assert np.isfinite(adversarial.vanilla_discriminator(jnp.array([-1e4]), jnp.array([1e4])))
 
 
+@pytest.mark.slow
 def test_later_stages_may_take_latents_before_they_are_quantised():
     (f, _), state, x = family('vq'), start('vq'), images(seed=2)
     other = build(**KINDS['vq'], interface='latents')
@@ -223,6 +235,7 @@ def test_later_stages_may_take_latents_before_they_are_quantised():
     np.testing.assert_allclose(y, jax.jit(f.decode)(state, {}, {}, codes, jax.random.key(0)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_encode_decode_evaluate_and_sample_agree(kind):
     (f, update), state, x = family(kind), start(kind), images(seed=2)
@@ -254,6 +267,7 @@ def test_encode_decode_evaluate_and_sample_agree(kind):
     np.testing.assert_allclose(only, decode(state, {}, {}, (jnp.full((2, 4, 4), 3),), jax.random.key(0)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_larger_grids_of_codes_make_larger_images():
     """As a transformer over a larger grid needs it: the codes' own vectors, and attention where training had it."""
     f = build(**KINDS['vq'], attention=(8,))
@@ -267,6 +281,7 @@ def test_larger_grids_of_codes_make_larger_images():
     np.testing.assert_array_equal(made, book[codes])
 
 
+@pytest.mark.slow
 def test_statistics_of_latents():
     """State.extra has the mean and the square of the decoder's inputs, and samples are drawn by them."""
     (f, update), before, x = family('kl'), start('kl'), images(seed=3)

@@ -18,8 +18,6 @@ from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
-
 SMALL = dict(width=4, blocks=1, hidden=2, halvings=1, vocabulary=6, latent=3)
 KEY = jax.random.key(0)
 
@@ -99,6 +97,7 @@ def back(x) -> np.ndarray:
     return x.permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.slow
 def test_one_level_is_torchs():
     pytest.importorskip('torch')
     sizes = dict(width=6, blocks=2, hidden=5, halvings=3)
@@ -116,6 +115,7 @@ def test_one_level_is_torchs():
     np.testing.assert_allclose(apply(decoder, params, (z,)), back(slow), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_levels_are_torchs():
     pytest.importorskip('torch')
     sizes = dict(width=4, blocks=1, hidden=3, halvings=2)
@@ -165,6 +165,7 @@ def two():
     return f, batch, before, *f.update(before, {}, batch, KEY)
 
 
+@pytest.mark.slow
 def test_an_update_counts_the_codes_of_its_batch(two):
     f, batch, before, state, logs = two
     codes = f.encode(before, {}, batch, KEY)  # ema and params are the same at the start
@@ -177,6 +178,7 @@ def test_an_update_counts_the_codes_of_its_batch(two):
     assert all(v.shape == () for v in logs.values())
 
 
+@pytest.mark.slow
 def test_encode_decode_and_evaluate_agree(two):
     f, batch, _, state, _ = two
     codes = f.encode(state, {}, batch, KEY)
@@ -192,6 +194,7 @@ def test_encode_decode_and_evaluate_agree(two):
     np.testing.assert_allclose(metrics['bits_per_code'], bits / 20, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fine_codes_are_conditioned_on_coarse_ones(two):
     """With another coarse codebook the fine latents of the same image are others, and the decoder depends on both."""
     f, batch, _, state, _ = two
@@ -205,6 +208,7 @@ def test_fine_codes_are_conditioned_on_coarse_ones(two):
     assert np.abs(plain - f.decode(state, {}, {}, (top, (bottom + 1) % 6), KEY)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_samples_have_the_frequencies_of_codes_in_training(two):
     f, _, _, state, _ = two
     probability = np.array([0.5, 0.25, 0.25, 0, 0, 0])
@@ -226,6 +230,7 @@ def test_samples_have_the_frequencies_of_codes_in_training(two):
     assert (top[0] != top[1]).any() and not np.array_equal(top, bottom[:, :2, :2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
 def test_parts_of_a_batch_give_the_same_update(codebook):
     results = []
@@ -239,6 +244,7 @@ def test_parts_of_a_batch_give_the_same_update(codebook):
     close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
 def test_dead_codes_are_replaced(codebook):
     f, batch = family(codebook=codebook, restart=0.995), images()
@@ -266,6 +272,7 @@ def test_dead_codes_are_replaced(codebook):
         np.testing.assert_array_equal(after.ema['codebook']['level0'][dead], book(after)[dead])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
 def test_the_update_descends_the_papers_loss(codebook):
     """One SGD step against a gradient put together from parts."""

@@ -24,8 +24,8 @@ def test_normal_kl_is_the_integral(mean, log_var, prior_mean, prior_log_var):
     q = stats.norm(mean, math.exp(log_var / 2))
     p = stats.norm(prior_mean, math.exp(prior_log_var / 2))
     integral = np.trapezoid(q.pdf(x) * (q.logpdf(x) - p.logpdf(x)), x)
-    got = normal_kl(jnp.full((1, 1), mean), jnp.full((1, 1), log_var), prior_mean, prior_log_var)
-    np.testing.assert_allclose(got, [integral], rtol=1e-5, atol=1e-6)
+    actual = normal_kl(jnp.full((1, 1), mean), jnp.full((1, 1), log_var), prior_mean, prior_log_var)
+    np.testing.assert_allclose(actual, [integral], rtol=1e-5, atol=1e-6)
 
 
 def test_normal_kl_sums_per_example_and_is_exact_for_near_equals():
@@ -69,29 +69,29 @@ def test_bernoulli_of_all_images_sums_to_one():
 def test_bernoulli_at_large_logits(dtype):
     logits = jnp.array([[100.0], [100.0], [-100.0], [-100.0]], dtype)
     x = jnp.array([[0.0], [1.0], [0.0], [1.0]], dtype)
-    got = likelihoods.bernoulli(logits, x)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, [-100, 0, 0, -100], atol=1e-6)
+    actual = likelihoods.bernoulli(logits, x)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, [-100, 0, 0, -100], atol=1e-6)
     slope = jax.grad(lambda l: likelihoods.bernoulli(l, x).sum())(logits)
     np.testing.assert_allclose(slope.astype(jnp.float32)[:, 0], [-1, 0, 0, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1, 0.7])
-def test_cross_entropy_against_a_slow_one(smoothing):
+def test_cross_entropy_against_numpy(smoothing):
     rng = np.random.default_rng(0)
     logits, labels = 3 * rng.normal(size=(2, 3, 5)), rng.integers(0, 5, (2, 3))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    wanted = smoothing / 5 + (1 - smoothing) * (np.arange(5) == labels[..., None])
-    got = likelihoods.cross_entropy(jnp.float32(logits), jnp.array(labels), smoothing)
-    np.testing.assert_allclose(got, -(wanted * log_p).sum(-1), 1e-5)
+    expected = smoothing / 5 + (1 - smoothing) * (np.arange(5) == labels[..., None])
+    actual = likelihoods.cross_entropy(jnp.float32(logits), jnp.array(labels), smoothing)
+    np.testing.assert_allclose(actual, -(expected * log_p).sum(-1), 1e-5)
     slope = jax.grad(lambda x: likelihoods.cross_entropy(x, jnp.array(labels), smoothing).sum())(jnp.float32(logits))
-    np.testing.assert_allclose(slope, np.exp(log_p) - wanted, atol=1e-6)
+    np.testing.assert_allclose(slope, np.exp(log_p) - expected, atol=1e-6)
 
 
 def test_a_label_out_of_range_is_not_a_number():
     assert likelihoods.cross_entropy(jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([1])) == pytest.approx(math.log(2))
-    found = likelihoods.cross_entropy(jnp.zeros((3, 3)), jnp.array([0, 3, -1]))
-    assert np.isnan(found).tolist() == [False, True, True]
+    actual = likelihoods.cross_entropy(jnp.zeros((3, 3)), jnp.array([0, 3, -1]))
+    assert np.isnan(actual).tolist() == [False, True, True]
 
 
 def test_gaussian_against_scipy():
@@ -104,7 +104,7 @@ def test_gaussian_against_scipy():
 
 @jax.jit
 def every_level(mean, scale):
-    """log P of all levels by the function under test, [256]."""
+    """log P of all quantisation levels by the function under test, [256]."""
     x = jnp.linspace(-1, 1, 256)[:, None]
     return likelihoods.discretised_gaussian(jnp.full((256, 1), mean), jnp.log(scale), x)
 
@@ -131,14 +131,14 @@ def test_discretised_gaussian_against_scipy():
 def test_discretised_gaussian_of_any_width(log_scale):
     """A bin beside a wide normal has the density at its middle times its width."""
     x, mean = 0.0039215, 0.7
-    got = likelihoods.discretised_gaussian(jnp.full((1, 1), mean), float(log_scale), jnp.full((1, 1), x))
+    actual = likelihoods.discretised_gaussian(jnp.full((1, 1), mean), float(log_scale), jnp.full((1, 1), x))
     z = (x - mean) * math.exp(-log_scale)
-    want = math.log(2 / 255) - log_scale - 0.5 * math.log(2 * math.pi) - z * z / 2
-    np.testing.assert_allclose(got, [want], rtol=1e-5)
+    expected = math.log(2 / 255) - log_scale - 0.5 * math.log(2 * math.pi) - z * z / 2
+    np.testing.assert_allclose(actual, [expected], rtol=1e-5)
 
 
 @pytest.mark.parametrize('log_scale', [-300.0, -90.0, 90.0, 300.0])
-def test_likelihoods_of_extreme_scales_are_numbers_with_slopes(log_scale):
+def test_likelihoods_of_extreme_scales_are_finite_with_gradients(log_scale):
     x = jnp.array([[-1.0], [0.0039215], [1.0]])
     for density in (likelihoods.gaussian, likelihoods.discretised_gaussian):
         for mean in (x, x + 0.5, x - 3):
@@ -149,9 +149,9 @@ def test_likelihoods_of_extreme_scales_are_numbers_with_slopes(log_scale):
     np.testing.assert_allclose(at_mean, [-log_scale - 0.5 * math.log(2 * math.pi)], rtol=1e-6)
 
 
-def test_normal_kl_of_equal_means_is_a_number_for_any_prior():
-    want = 0.5 * (math.expm1(0) - 0)
-    np.testing.assert_allclose(normal_kl(jnp.ones((1, 1)), jnp.full((1, 1), -200.0), 1.0, -200.0), [want])
+def test_normal_kl_of_equal_means_is_finite_for_any_prior():
+    expected = 0.5 * (math.expm1(0) - 0)
+    np.testing.assert_allclose(normal_kl(jnp.ones((1, 1)), jnp.full((1, 1), -200.0), 1.0, -200.0), [expected])
 
 
 def test_discretised_gaussian_is_finite_far_out_with_its_gradient():
@@ -166,6 +166,18 @@ def test_discretised_gaussian_is_finite_far_out_with_its_gradient():
         assert np.isfinite(value) and all(np.isfinite(s).all() for s in slopes), log_scale
     towards = jax.grad(total)(mean, -2.0)[:4, 0]
     assert (np.sign(towards) == [-1, -1, 1, 1]).all(), 'the mean is pulled to the pixel from afar'
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    one, many = jnp.zeros((4, 1)), jnp.zeros((4, 3))
+    for call in (
+        lambda: likelihoods.bernoulli(one, many),
+        lambda: likelihoods.cross_entropy(many, jnp.zeros((4, 1), int)),
+        lambda: likelihoods.discretised_logistic_mixture(jnp.zeros((1, 2, 3)), jnp.zeros((4, 2, 1))),
+        lambda: normal_kl(many, one),
+    ):
+        with pytest.raises(AssertionError):
+            call()
 
 
 def test_wasserstein_losses():
@@ -294,7 +306,7 @@ def test_r1_penalty():
 
 
 @pytest.mark.parametrize('log_scale', [-1000.0, -90.0, -40.0, -20.0, 20.0, 90.0])
-def test_likelihoods_of_means_far_from_all_pixels_are_numbers_with_slopes(log_scale):
+def test_likelihoods_of_means_far_from_all_pixels_are_finite_with_gradients(log_scale):
     """At both edges and between them, the mean 10,000 away on either side; a probability is at most 1."""
     x = jnp.array([-1.0, 1 / 255, 253 / 255, 1.0] * 2)[:, None]
     mean = jnp.array([-1e4] * 4 + [1e4] * 4)[:, None]
