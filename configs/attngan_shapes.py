@@ -1,9 +1,9 @@
 """AttnGAN on drawn scenes and their captions (jaxgen/data/shapes.py), in two stages: 16x16, then 32x32. All shapes are
-in the middle of the picture; `:anywhere` has them anywhere, which captions do not tell.
+in the middle of the image; `:anywhere` has them anywhere, which captions do not state.
 
     python -m jaxgen.main --config=configs/attngan_shapes.py
 
-`--mode=sample --condition=caption='a large red circle on a white background'` paints one caption; `--film=2` shows both
+`--mode=sample --condition=caption='a large red circle on a white background'` draws one caption; `--film=2` shows both
 stages. `--mode=evaluate` gives the conditional accuracy by `classifier_shapes`: conditional_accuracy/0 is the fraction
 of right shapes, 1 that of colours, 2 of sizes, 6 of backgrounds, conditional_accuracy/caption that of samples of which
 all four are right. Captions here are few and exact: their condition is not drawn (kl = 0).

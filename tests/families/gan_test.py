@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,6 @@ def images(n: int, image=(8, 8, 1), classes: int = 0) -> dict:
 
 def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def close(a, b, **tolerance) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
 def test_published_size_for_larger_images():
@@ -252,9 +249,9 @@ def test_vectors_take_one_iteration_with_each_step_of_their_network(accumulate):
     after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
     # The generator's step reads its weights before the step, and so does the iteration; its average is made after.
     _, want = spectral.normalise(state.params['generator'], state.extra['generator']['vectors'])
-    close(after.extra['generator']['vectors'], want, atol=1e-5)
+    chex.assert_trees_all_close(after.extra['generator']['vectors'], want, atol=1e-5)
     _, want = spectral.normalise(after.ema['generator'], state.extra['average']['vectors'])
-    close(after.extra['average']['vectors'], want, atol=1e-5)
+    chex.assert_trees_all_close(after.extra['average']['vectors'], want, atol=1e-5)
     # Three steps of the discriminator with a rate of 0: three iterations at one place.
     still = family(optim=adam(name='sgd', lr=0.0), base=MLP, spectral=('discriminator',), discriminator_steps=3)
     state = jax.jit(still.init)(jax.random.key(0), batch, {})
@@ -262,7 +259,7 @@ def test_vectors_take_one_iteration_with_each_step_of_their_network(accumulate):
     want = state.extra['discriminator']['vectors']
     for _ in range(3):
         _, want = spectral.normalise(state.params['discriminator'], want)
-    close(after.extra['discriminator']['vectors'], want, atol=1e-5)
+    chex.assert_trees_all_close(after.extra['discriminator']['vectors'], want, atol=1e-5)
     assert state.extra['generator']['vectors'] == {}
 
 
@@ -275,7 +272,7 @@ def test_what_starts_at_zero_has_no_norm():
     batch = images(6, classes=3)
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
     after, logs = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, logs)))
+    chex.assert_tree_all_finite((after.params, logs))
     gains = after.params['generator']['block0']['norm1_gain']
     assert gains.shape[0] == 3 and np.abs(gains).max() > 0
 
@@ -426,11 +423,11 @@ def test_update_equals_the_papers_algorithm_written_out():
     np.testing.assert_allclose(logs['discriminator_loss'], np.mean(values), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(logs['generator_loss'], value, rtol=1e-3, atol=1e-4)
     for network, want in (('discriminator', weights), ('generator', g)):
-        close(got.params[network], want, atol=2e-5)
+        chex.assert_trees_all_close(got.params[network], want, atol=2e-5)
     average = jax.tree.map(lambda a, b: (a + b) / 2, state.params['generator'], got.params['generator'])
-    close(got.ema['generator'], average, atol=1e-6)
+    chex.assert_trees_all_close(got.ema['generator'], average, atol=1e-6)
     _, first = images_of(got.ema['generator'], z)
-    close(got.extra['average']['batch_stats'], first['batch_stats'], atol=1e-4)
+    chex.assert_trees_all_close(got.extra['average']['batch_stats'], first['batch_stats'], atol=1e-4)
 
 
 @slow
@@ -441,7 +438,7 @@ def test_neither_step_touches_the_other_network():
         f = family(base=MLP, discriminator_steps=3, optim=adam(networks={still: dict(name='sgd', lr=0.0)}))
         state = jax.jit(f.init)(jax.random.key(0), batch, {})
         after, _ = jax.jit(f.update)(state, {}, batch, jax.random.key(1))
-        close(after.params[still], start.params[still], atol=0)
+        chex.assert_trees_all_equal(after.params[still], start.params[still])
         changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params[moving], start.params[moving])
         assert min(jax.tree.leaves(changed)) > 1e-3
         # Each optimiser counts the steps of its own network only.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,7 +286,7 @@ def test_lazy_penalties_are_the_eager_ones_in_the_mean():
         eager = jax.tree.map(jnp.subtract, change(network, 0, **{weight: 1.0, every: 1}), none)
         lazy = [jax.tree.map(jnp.subtract, change(network, step, **{weight: 1.0, every: 3}), none) for step in range(3)]
         assert max(float(jnp.abs(w).max()) for w in jax.tree.leaves(eager)) > 1e-3
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-3, atol=2e-5), lazy[0], eager)
+        chex.assert_trees_all_close(lazy[0], jax.tree.map(lambda b: 3 * b, eager), rtol=1e-3, atol=2e-5)
         assert all((w == 0).all() for w in jax.tree.leaves(lazy[1:]))
 
 
@@ -366,12 +367,12 @@ def test_update_is_the_algorithm_written_out():
 
     discriminator, r1 = step(discriminator, penalty)
     for name, want in (('generator', generator), ('discriminator', discriminator)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got.params[name], want)
+        chex.assert_trees_all_close(got.params[name], want, atol=2e-5)
     expected = {'generator_loss': g_value, 'discriminator_loss': d_value, 'path': path / 2, 'r1': r1 / 0.3}
     for name, value in {**expected, 'path_length': mean, 'signs': signs}.items():
         np.testing.assert_allclose(logs[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
     average = jax.tree.map(lambda a, b: (a + b) / 2, state.params['generator'], generator)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.ema['generator'], average)
+    chex.assert_trees_all_close(got.ema['generator'], average, atol=1e-5)
     np.testing.assert_allclose(got.extra['w'], to_w(average, z[:, 0, 0]).mean(0), atol=1e-5)
 
 
