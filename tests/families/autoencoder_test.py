@@ -5,22 +5,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from support import sgd
 
 from jaxgen.augmentation import corruptions
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import autoencoder
-from jaxgen.optim import Optim
 
 SMALL = dict(width=4, blocks=1, hidden=2, halvings=1, latent=3)
 KEY = jax.random.key(0)
 
 
 def family(corruption='none', image=(8, 4, 3), accumulate=1, **model):
-    optim = Optim(lambda name, times=1: optax.sgd(0.1), accumulate, lambda step: 0.5)
-    f = autoencoder.build(Context(image, 0, optim), corruption=corruption, **{**SMALL, **model})
+    f = autoencoder.build(
+        Context(image, 0, sgd(0.1, accumulate, newest=0.5)), corruption=corruption, **{**SMALL, **model}
+    )
     names = ('init', 'update', 'sample', 'evaluate', 'encode', 'decode')
     return f._replace(**{name: jax.jit(getattr(f, name)) for name in names})
 

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from sklearn.datasets import load_digits
+from support import optimiser
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import classifier
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks or trains
 
@@ -20,12 +20,8 @@ SMALL = dict(width=4, levels=1, features=6)
 COUNTS = (3, 2, 5)
 
 
-def optim(tx=None) -> Optim:
-    return Optim(lambda name, times=1: tx or optax.sgd(0.1), 1, lambda step: 1.0)
-
-
 def family(image=(8, 8, 1), classes=4, tx=None, **model):
-    f = classifier.build(Context(image, classes, optim(tx)), **{**SMALL, **model})
+    f = classifier.build(Context(image, classes, optimiser(tx or optax.sgd(0.1))), **{**SMALL, **model})
     return f._replace(
         **{name: jax.jit(getattr(f, name)) for name in ('init', 'update', 'evaluate', 'encode', 'classify')}
     )

@@ -11,6 +11,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
+from support import optimiser, sgd
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
@@ -19,7 +20,6 @@ from jaxgen.networks import energy as energies
 from jaxgen.networks import spectral
 from jaxgen.networks.energy import ResidualEnergy
 from jaxgen.networks.wide_resnet import WideResNet
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks or trains
 
@@ -35,12 +35,8 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def sgd(rate: float = 0.01, accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), accumulate, lambda step: 1.0)
-
-
 def family(image=(4, 4, 1), classes=0, optim=None, **model):
-    return ebm.build(Context(image, classes, optim or sgd()), **{**SMALL, **model})
+    return ebm.build(Context(image, classes, optim or sgd(0.01)), **{**SMALL, **model})
 
 
 def images(n: int = 6, image=(4, 4, 1), seed: int = 0) -> dict:
@@ -413,7 +409,7 @@ def test_energies_tell_digits_from_shuffled_pixels(joint):
     order = np.random.default_rng(0).permutation(len(digits.images))
     x = jnp.float32(digits.images[order, :, :, None] / 8 - 1)
     label = jnp.int32(digits.target[order])
-    optim = Optim(lambda name, times=1: optax.adam(2e-3), 1, lambda step: 1.0)
+    optim = optimiser(optax.adam(2e-3))
     f = family(
         (8, 8, 1), 10, optim, width=16, multipliers=(1, 2), buffer=200, steps=10, step=2.0, noise=0.02, joint=joint,
         bounded=True, data_noise=0.05,

@@ -8,8 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from support import sgd
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
@@ -31,7 +31,7 @@ IMAGE = (4, 4, 1)
 
 
 def optim(rate: float = 1e-2, accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), accumulate, lambda step: 0.5)
+    return sgd(rate, accumulate, newest=0.5)
 
 
 def compiled(f):

@@ -12,18 +12,18 @@ import optax
 import pytest
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
+from support import optimiser
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import js_generator
 from jaxgen.families.js_generator import jensen_shannon, level_histogram, soft_histogram
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks or trains
 
 
 def family(image=(1, 1, 1), **model):
-    optim = Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 1.0)
+    optim = optimiser(optax.adam(1e-2))
     return js_generator.build(Context(image, 0, optim), **{'hidden': (16,), 'bins': 32, 'measured': 4096, **model})
 
 

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from support import sgd
 
 from jaxgen.augmentation.corruptions import blurred
 from jaxgen.contract import Context
@@ -16,7 +16,6 @@ from jaxgen.errors import UserError
 from jaxgen.families import pix2pix
 from jaxgen.networks.patchgan import PatchGAN
 from jaxgen.networks.pix2pix import UNet, dropout
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks or trains
 
@@ -25,8 +24,7 @@ RATE = 0.1
 
 
 def build(image=(8, 16, 3), accumulate=1, **model):
-    optim = Optim(lambda name, times=1: optax.sgd(RATE), accumulate, lambda step: 0.5)
-    return pix2pix.build(Context(image, 0, optim), **{**SMALL, **model})
+    return pix2pix.build(Context(image, 0, sgd(RATE, accumulate, newest=0.5)), **{**SMALL, **model})
 
 
 @functools.cache

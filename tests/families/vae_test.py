@@ -11,19 +11,15 @@ import numpy as np
 import optax
 import pytest
 from scipy import stats
+from support import optimiser, sgd
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import vae
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
-from jaxgen.optim import Optim
 
 SMALL = dict(network='mlp', hidden=(12,), latent=3, iwae_samples=4)
-
-
-def sgd(rate: float = 1.0) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), 1, lambda step: 1.0)
 
 
 def family(image=(4, 4, 1), optim=None, **model):
@@ -494,7 +490,7 @@ def test_conditional_samples_are_of_the_requested_class():
         left = 4 * label[i] + rng.integers(0, 3)
         image[i, 1:3, left : left + 2] = 1
     batch = {'image': jnp.asarray(image), 'label': jnp.asarray(label, jnp.int32)}
-    optim = Optim(lambda name, times=1: optax.adam(5e-3), 1, lambda step: 1.0)
+    optim = optimiser(optax.adam(5e-3))
     model = dict(SMALL, hidden=(24,), conditional=True)
     f = vae.build(Context((4, 8, 1), 2, optim), **model)
     assert f.encode is None and f.conditions == ('label',)
@@ -539,7 +535,7 @@ def test_encoder_and_decoder_are_conditioned_on_the_class(network):
     (dict(latent2=40, prior='vamp'), 2_823_024),
 ])  # fmt: skip
 def test_size_of_the_published_mixture_models(model, count):
-    f = vae.build(Context((28, 28, 1), 0, sgd()), network='gated', hidden=(300, 300), latent=40, **model)
+    f = vae.build(Context((28, 28, 1), 0, sgd(1.0)), network='gated', hidden=(300, 300), latent=40, **model)
     state = jax.eval_shape(f.init, jax.random.key(0), images(1, (28, 28, 1)), {})
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) == count
 

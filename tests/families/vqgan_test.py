@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import fresh_stage
+from support import fresh_stage, sgd
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
@@ -20,7 +20,6 @@ from jaxgen.networks import quantise
 from jaxgen.networks.first_stage import Decoder, Encoder
 from jaxgen.networks.multiscale import MultiScale
 from jaxgen.networks.patchgan import PatchGAN
-from jaxgen.optim import Optim
 
 SIZES = dict(channels=4, multipliers=(1, 1), blocks=1)
 SMALL = dict(
@@ -41,12 +40,8 @@ KINDS = {
 }
 
 
-def sgd(accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(RATE), accumulate, lambda step: 1.0)
-
-
 def build(optim=None, stages=None, **model):
-    return vqgan.build(Context((8, 8, 1), 0, optim or sgd(), stages or {}), **{**SMALL, **model})
+    return vqgan.build(Context((8, 8, 1), 0, optim or sgd(RATE), stages or {}), **{**SMALL, **model})
 
 
 def images(n: int = 4, seed: int = 0) -> dict:
@@ -303,7 +298,7 @@ def test_statistics_of_latents():
 @pytest.mark.slow
 def test_kl_weight_is_beside_sums_over_an_image():
     """As released: nll is the sum of an image's errors, the KL term the sum over its latents, both in nats."""
-    f, x = build(sgd(1), **{**KINDS['kl'], 'adversarial': 0.0, 'kl_weight': 0.25}), images(seed=3)
+    f, x = build(sgd(RATE), **{**KINDS['kl'], 'adversarial': 0.0, 'kl_weight': 0.25}), images(seed=3)
     before = start('kl')
     params, opt = ({k: v for k, v in tree.items() if k != 'discriminator'} for tree in (before.params, before.opt))
     extra = {'latents': before.extra['latents']}
@@ -319,7 +314,7 @@ def test_kl_weight_is_beside_sums_over_an_image():
 @functools.cache
 def without_adversarial_loss(accumulate: int):
     """Without norms of a batch's part, that is. Codes without latents are replaced."""
-    f = build(sgd(accumulate), **{**KINDS['vq'], 'adversarial': 0.0, 'restart': 0.5})
+    f = build(sgd(RATE, accumulate), **{**KINDS['vq'], 'adversarial': 0.0, 'restart': 0.5})
     state = start('vq')
     params, opt = ({k: v for k, v in tree.items() if k != 'discriminator'} for tree in (state.params, state.opt))
     return jax.jit(f.update), state.replace(params=params, opt=opt, extra={'count': state.extra['count']})
@@ -361,7 +356,7 @@ def test_dead_codes_are_replaced():
 def test_perceptual_distance_is_part_of_the_loss():
     stage, stage_state, stage_frozen = fresh_stage('runs/classifier_shapes', None)
     frozen = {'perceptual': (stage_state, stage_frozen)}
-    context = Context((8, 8, 3), 0, sgd(), {'perceptual': stage})
+    context = Context((8, 8, 3), 0, sgd(RATE), {'perceptual': stage})
     f = vqgan.build(context, **{**SMALL, 'multipliers': (1,), 'perceptual': 2.0, 'adversarial': 0.0})
     x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1, maxval=1)
     state = jax.jit(f.init)(jax.random.key(0), {'image': x}, frozen)

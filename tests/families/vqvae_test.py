@@ -7,27 +7,22 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy.stats import entropy
+from support import sgd
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import vqvae
 from jaxgen.networks import quantise
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
-from jaxgen.optim import Optim
 
 SMALL = dict(width=4, blocks=1, hidden=2, halvings=1, vocabulary=6, latent=3)
 KEY = jax.random.key(0)
 
 
-def sgd(rate: float = 0.01, accumulate: int = 1) -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(rate), accumulate, lambda step: 0.5)
-
-
 def family(image=(8, 8, 1), optim=None, **model):
-    f = vqvae.build(Context(image, 0, optim or sgd()), **{**SMALL, **model})
+    f = vqvae.build(Context(image, 0, optim or sgd(0.01, newest=0.5)), **{**SMALL, **model})
     names = ('init', 'update', 'evaluate', 'encode', 'decode')
     return f._replace(**{name: jax.jit(getattr(f, name)) for name in names})
 
@@ -146,7 +141,7 @@ def test_two_levels_are_torchs():
     (dict(levels=2), dict(encoder=959_232, decoder=1_388_867 - 959_232)),
 ])  # fmt: skip
 def test_published_sizes(model, counts):
-    f = vqvae.build(Context((32, 32, 3), 0, sgd()), **model)
+    f = vqvae.build(Context((32, 32, 3), 0, sgd(0.01, newest=0.5)), **model)
     state = jax.eval_shape(f.init, KEY, images(1, (32, 32, 3)), {})
     sizes = {k: sum(math.prod(a.shape) for a in jax.tree.leaves(v)) for k, v in state.params.items()}
     assert sizes == counts
@@ -235,7 +230,7 @@ def test_samples_have_the_frequencies_of_codes_in_training(two):
 def test_parts_of_a_batch_give_the_same_update(codebook):
     results = []
     for accumulate in (1, 4):
-        f = family(optim=sgd(0.1, accumulate), codebook=codebook, restart=0.9999)
+        f = family(optim=sgd(0.1, accumulate, newest=0.5), codebook=codebook, restart=0.9999)
         state = jax.jit(f.init)(KEY, images(), {})
         for i in range(2):
             state, logs = f.update(state, {}, images(seed=i), jax.random.key(i))
@@ -276,7 +271,7 @@ def test_dead_codes_are_replaced(codebook):
 @pytest.mark.parametrize('codebook', ['ema', 'loss'])
 def test_the_update_descends_the_papers_loss(codebook):
     """One SGD step against a gradient put together from parts."""
-    f, batch = family(codebook=codebook, variance=0.5, commitment=0.3, optim=sgd(1.0)), images()
+    f, batch = family(codebook=codebook, variance=0.5, commitment=0.3, optim=sgd(1.0, newest=0.5)), images()
     state = jax.jit(f.init)(KEY, batch, {})
     after, logs = f.update(state, {}, batch, KEY)
     sizes = dict(width=4, blocks=1, hidden=2, halvings=1)

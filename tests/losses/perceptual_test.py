@@ -5,17 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
-from support import fresh_stage
+from support import fresh_stage, sgd
 
 from jaxgen.contract import Context, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import classifier
 from jaxgen.losses import perceptual
 from jaxgen.networks import vgg
-from jaxgen.optim import Optim
 
 NARROW = ((3, 4), (5, 6), (4, 4, 4), (6, 5, 6), (5, 5, 5))
 BY_DEPTH = [(0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]  # torchvision's numbers of the convolutions
@@ -177,8 +175,7 @@ def test_classifier_has_maps_of_every_depth():
 
 
 def test_classifier_still_returns_its_features():
-    optim = Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
-    f = classifier.build(Context((8, 8, 1), 3, optim), width=4, levels=1, features=5)
+    f = classifier.build(Context((8, 8, 1), 3, sgd()), width=4, levels=1, features=5)
     batch = {'image': jnp.ones((2, 8, 8, 1)), 'label': jnp.array([0, 2])}
     state = jax.eval_shape(f.init, jax.random.key(0), batch, {})
     assert jax.eval_shape(f.encode, state, {}, {'image': batch['image']}, jax.random.key(0)).shape == (2, 5)
