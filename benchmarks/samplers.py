@@ -25,22 +25,22 @@ from jaxgen import files, log, run
 from jaxgen.evaluation import cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# {system: {sampler's name in the table: (fields of config.model, evaluations -> levels)}}; an entry is left out where
-# the levels are no whole number.
+# {system: {sampler's name in the table: (fields of config.model.sampler, evaluations -> levels)}}; an entry is left out
+# where the levels are no whole number.
 ONE, HEUN, TWO = (lambda n: n), (lambda n: (n + 1) / 2), (lambda n: n / 2)
 SAMPLERS = {
     'ddpm': {
-        'ancestral': ({'sampler': 'ancestral'}, ONE),
-        'DDIM': ({'sampler': 'ddim'}, ONE),
-        'DPM-Solver++ 2M': ({'sampler': 'dpm_solver_pp', 'spacing': 'respaced'}, ONE),
-        'UniPC': ({'sampler': 'unipc', 'spacing': 'respaced'}, ONE),
+        'ancestral': ({'name': 'ancestral'}, ONE),
+        'DDIM': ({'name': 'ddim'}, ONE),
+        'DPM-Solver++ 2M': ({'name': 'dpm_solver_pp', 'spacing': 'respaced'}, ONE),
+        'UniPC': ({'name': 'unipc', 'spacing': 'respaced'}, ONE),
     },
-    'score_vp': {'predictor-corrector': ({'sampler': 'predictor_corrector'}, TWO)},
-    'edm': {'Euler': ({'sampler': 'euler'}, ONE), 'Heun': ({'sampler': 'heun'}, HEUN)},
+    'score_vp': {'predictor-corrector': ({'name': 'predictor_corrector'}, TWO)},
+    'edm': {'Euler': ({'name': 'euler'}, ONE), 'Heun': ({'name': 'heun'}, HEUN)},
     'flow': {
-        'Euler': ({'sampler': 'euler'}, ONE),
-        'Heun': ({'sampler': 'heun'}, HEUN),
-        'Euler-Maruyama': ({'sampler': 'euler_maruyama'}, ONE),
+        'Euler': ({'name': 'euler'}, ONE),
+        'Heun': ({'name': 'heun'}, HEUN),
+        'Euler-Maruyama': ({'name': 'euler_maruyama'}, ONE),
     },
     'consistency': {'multistep': ({}, ONE)},
 }
@@ -51,7 +51,7 @@ MOST = {'consistency': 8}
 
 
 def points(dataset: str, evaluations: tuple[int, ...], many: bool):
-    """(run's name, sampler, evaluations, fields of config.model) of all points of the table."""
+    """(run's name, sampler, evaluations, fields of config.model.sampler) of all points of the table."""
     for system, samplers in SAMPLERS.items():
         for name, (fields, levels) in samplers.items():
             for count in (*evaluations, *(MANY.get((system, name), ()) if many else ())):
@@ -59,14 +59,14 @@ def points(dataset: str, evaluations: tuple[int, ...], many: bool):
                     count = count - 1 if count > 2 else 0
                 steps = levels(count)
                 if count and steps == int(steps) and count <= MOST.get(system, count):
-                    yield f'{system}_{dataset}', name, count, {**fields, 'sample_steps': int(steps)}
+                    yield f'{system}_{dataset}', name, count, {**fields, 'steps': int(steps)}
 
 
 def measure(workdir: str, fields: dict, evaluator, n: int, batch: int) -> dict:
     """Metrics of n samples, and images per second once the program is compiled."""
     config = run.saved_config(workdir)
-    sections = {'model': fields, 'sample': {'batch': batch}}
-    r = run.load(workdir, config=configs.make(**configs.deep_update(config.to_dict(), sections)))
+    sections = {'model': {'sampler': fields}, 'sample': {'batch': batch}}
+    r = run.load(workdir, config=configs.complete(configs.update_sections(config.to_dict(), sections)))
     metrics = r.compare(evaluator, n)
     cache.clear(workdir)
     began = time.perf_counter()

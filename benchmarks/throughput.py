@@ -159,13 +159,19 @@ def measure_data(config, seconds: float) -> dict:
     return {'images_per_second': n / (time.perf_counter() - began)}
 
 
+def evaluations(model: dict) -> int:
+    """Network evaluations of a sample by config.model, of samplers with one a step."""
+    sampler, process = (s if isinstance(s, dict) else {} for s in map(model.get, ('sampler', 'process')))
+    return sampler.get('steps') or process.get('timesteps') or model.get('sample_steps') or 1
+
+
 def measure(config, what: str, turns: int, vs: str) -> dict:
     assembled = run.assemble(config, stage=untrained_stage)
     action, state = jax_train(assembled)
     images, calls = config.data.batch, 1
     if what == 'sample':
         action, images = jax_sample(assembled, state), config.sample.batch
-        calls = getattr(config.model, 'sample_steps', 0) or getattr(config.model, 'timesteps', 1)
+        calls = evaluations(config.model.to_dict())
     actions = {'jaxgen': (action, calls)}
     result = {}
     if vs:

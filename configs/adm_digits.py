@@ -21,14 +21,14 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128, features=('image', 'label')),
         model=dict(
-            network='adm',
-            adm=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1),
-            conditional=True,
             process='cosine',
-            variance='learned',
-            sample_steps=100,
-            spacing='respaced',
-            bound_steps=100,
+            network=dict(
+                name='adm', channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1
+            ),
+            training=dict(variance='learned'),
+            conditioning=dict(label=dict()),
+            sampler=dict(steps=100, spacing='respaced'),
+            likelihood=dict(steps=100),
         ),
         optim=dict(name='adamw', lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
@@ -36,15 +36,15 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1,), attention=(), head_channels=4),
-                    timesteps=20,
-                    sample_steps=5,
-                    bound_steps=0,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, multipliers=(1,), attention=(), head_channels=4),
+                    sampler=dict(steps=5),
+                    likelihood=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),
             'guided': dict(
-                model=dict(conditional=False, classifier_scale=4.0),
+                model=dict(conditioning=dict(label=None), guidance=dict(classifier_scale=4.0)),
                 stages={'classifier': 'runs/noisy_classifier_digits'},
             ),
         },

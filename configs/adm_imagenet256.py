@@ -37,8 +37,8 @@ def get_config(variant: str = ''):
             features=('image', 'label'),
         ),
         model=dict(
-            network='adm',
-            adm=dict(
+            network=dict(
+                name='adm',
                 channels=256,
                 group_size=0,
                 multipliers=(1, 1, 2, 2, 4, 4),
@@ -46,10 +46,9 @@ def get_config(variant: str = ''):
                 attention=(32, 16, 8),
                 head_channels=64,
             ),
-            conditional=True,
-            variance='learned',
-            sample_steps=250,
-            spacing='respaced',
+            training=dict(variance='learned'),
+            conditioning=dict(label=dict()),
+            sampler=dict(steps=250, spacing='respaced'),
         ),
         optim=dict(name='adamw', lr=1e-4, ema=0.9999),
         train=dict(
@@ -63,34 +62,36 @@ def get_config(variant: str = ''):
         ),
         sample=dict(batch=16),
         variants={
-            'unconditional': dict(data=dict(features=('image',)), model=dict(conditional=False)),
+            'unconditional': dict(data=dict(features=('image',)), model=dict(conditioning=dict(label=None))),
             'size128': dict(
                 data=dict(size=128),
-                model=dict(adm=dict(multipliers=(1, 1, 2, 3, 4), heads=4, head_channels=0)),
+                model=dict(network=dict(multipliers=(1, 1, 2, 3, 4), heads=4, head_channels=0)),
                 train=dict(steps=4_360_000),
             ),
             # In float32, as published.
             'size512': dict(
                 data=dict(size=512),
-                model=dict(adm=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4))),
+                model=dict(network=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4))),
                 train=dict(steps=1_940_000, dtype='float32'),
             ),
             'upsampler': dict(
                 data=dict(features=('image', 'label', 'low_resolution'), low_resolution=64),
-                model=dict(adm=dict(channels=192, heads=4, head_channels=0), upsampling=True),
+                model=dict(
+                    network=dict(channels=192, heads=4, head_channels=0), conditioning=dict(low_resolution=dict())
+                ),
                 train=dict(steps=500_000),
             ),
             'upsampler512': dict(
                 data=dict(size=512, features=('image', 'label', 'low_resolution'), low_resolution=128),
-                model=dict(adm=dict(channels=192, attention=(32, 16)), upsampling=True),
+                model=dict(network=dict(channels=192, attention=(32, 16)), conditioning=dict(low_resolution=dict())),
                 train=dict(steps=1_050_000),
             ),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
-                    timesteps=20,
-                    sample_steps=5,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
+                    sampler=dict(steps=5),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -28,8 +28,9 @@ def get_config(variant: str = ''):
             features=('image', 'label'),
         ),
         model=dict(
-            network='adm',
-            adm=dict(
+            process='cosine',
+            network=dict(
+                name='adm',
                 channels=192,
                 group_size=0,
                 multipliers=(1, 2, 3, 4),
@@ -38,11 +39,9 @@ def get_config(variant: str = ''):
                 head_channels=64,
                 dropout=0.1,
             ),
-            conditional=True,
-            process='cosine',
-            variance='learned',
-            sample_steps=250,
-            spacing='respaced',
+            training=dict(variance='learned'),
+            conditioning=dict(label=dict()),
+            sampler=dict(steps=250, spacing='respaced'),
         ),
         optim=dict(name='adamw', lr=1e-4, ema=0.9999),
         train=dict(steps=540_000, log_every=100, save_every=5000, sample_every=20_000, dtype='bfloat16'),
@@ -50,9 +49,9 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
-                    timesteps=20,
-                    sample_steps=5,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
+                    sampler=dict(steps=5),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -18,11 +18,8 @@ def get_config(variant: str = ''):
         family='consistency',
         data=dict(source='digits', size=8, channels=1, batch=128),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
-            start_scales=10,
-            end_scales=160,
-            total_steps=900,
+            network=dict(name='ncsnpp', channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+            discretisation=dict(start_scales=10, end_scales=160, total_steps=900),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=900, log_every=50, save_every=300, sample_every=450),
@@ -32,10 +29,8 @@ def get_config(variant: str = ''):
             'distill': dict(
                 stages=dict(teacher='runs/edm_digits'),
                 model=dict(
-                    ncsnpp=dict(dropout=0.0),
-                    discretisation='constant',
-                    end_scales=17,
-                    total_steps=600,
+                    network=dict(dropout=0.0),
+                    discretisation=dict(name='constant', end_scales=17),
                     times='uniform',
                     distance='l2',
                     weighting='none',
@@ -45,11 +40,9 @@ def get_config(variant: str = ''):
             ),
             'tiny': dict(
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1,), attention=()),
-                    start_scales=2,
-                    end_scales=8,
-                    total_steps=4,
-                    sample_steps=2,
+                    network=dict(channels=8, multipliers=(1,), attention=()),
+                    discretisation=dict(name='doubling', start_scales=2, end_scales=8, total_steps=4),
+                    sampler=dict(steps=2),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -33,17 +33,11 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    timesteps=2,
-                    latent=3,
-                    style=4,
-                    mapping_layers=1,
-                    channels=4,
-                    multipliers=(1, 1),
-                    blocks=1,
-                    attention=(),
-                    discriminator_channels=4,
-                    discriminator_multipliers=(1, 1),
-                    discriminator_embedding=4,
+                    process=dict(timesteps=2),
+                    generator=dict(
+                        latent=3, style=4, mapping_layers=1, channels=4, multipliers=(1, 1), blocks=1, attention=()
+                    ),
+                    discriminator=dict(channels=4, multipliers=(1, 1), embedding=4),
                     r1_every=1,
                 ),
                 optim=dict(lr=1e-3, ema=0.9, schedule='cosine'),

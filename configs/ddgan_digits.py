@@ -2,7 +2,7 @@
 
     python -m jaxgen.main --config=configs/ddgan_digits.py
 
-The discriminator dies, both players' losses standing still, where the generator learns as fast as it does, and with the
+The discriminator dies, both losses standing still, where the generator learns as fast as it does, and with the
 paper's noise, in which 8x8 pixels are lost.
 
 Time: 19.4 minutes on a CPU core with other work beside it
@@ -19,18 +19,11 @@ def get_config(variant: str = ''):
         family='ddgan',
         data=dict(source='digits', size=8, channels=1, batch=32),
         model=dict(
-            timesteps=4,
-            beta_max=10.0,  # 8x8 pixels are lost in less noise than the paper's 32x32
-            latent=32,
-            style=64,
-            mapping_layers=2,
-            channels=16,
-            multipliers=(1, 2),
-            blocks=1,
-            attention=(),
-            discriminator_channels=24,
-            discriminator_multipliers=(1, 2, 4),
-            discriminator_embedding=64,
+            process=dict(timesteps=4, beta_max=10.0),  # 8x8 pixels are lost in less noise than the paper's 32x32
+            generator=dict(
+                latent=32, style=64, mapping_layers=2, channels=16, multipliers=(1, 2), blocks=1, attention=()
+            ),
+            discriminator=dict(channels=24, multipliers=(1, 2, 4), embedding=64),
             r1=0.01,
             r1_every=4,
         ),
@@ -48,17 +41,11 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    timesteps=2,
-                    latent=3,
-                    style=4,
-                    mapping_layers=1,
-                    channels=4,
-                    multipliers=(1,),
-                    blocks=1,
-                    attention=(),
-                    discriminator_channels=4,
-                    discriminator_multipliers=(1,),
-                    discriminator_embedding=4,
+                    process=dict(timesteps=2),
+                    generator=dict(
+                        latent=3, style=4, mapping_layers=1, channels=4, multipliers=(1,), blocks=1, attention=()
+                    ),
+                    discriminator=dict(channels=4, multipliers=(1,), embedding=4),
                     r1_every=1,
                 ),
                 optim=dict(lr=1e-3, schedule='cosine'),

@@ -20,7 +20,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='celeb_a', size=64, channels=3, batch=128, flip=True, box=(57, 25, 128, 128)),
         model=dict(
-            unet=dict(channels=128, group_size=0, multipliers=(1, 2, 2, 2, 4), blocks=2, attention=(16,), dropout=0.1)
+            network=dict(
+                channels=128, group_size=0, multipliers=(1, 2, 2, 2, 4), blocks=2, attention=(16,), dropout=0.1
+            )
         ),
         optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000),
@@ -28,9 +30,8 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes', box=()),
                 model=dict(
-                    unet=dict(channels=8, group_size=4, multipliers=(1,), blocks=1, attention=()),
-                    timesteps=20,
-                    beta_end=0.5,
+                    process=dict(timesteps=20, beta_end=0.5),
+                    network=dict(channels=8, group_size=4, multipliers=(1,), blocks=1, attention=()),
                     sampler='ddim',
                 ),
                 optim=dict(warmup=2),

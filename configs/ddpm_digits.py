@@ -24,10 +24,9 @@ def get_config(variant: str = ''):
         data=dict(source='digits', size=8, channels=1, batch=128),
         # With a quarter of the steps the larger variance leaves noise in the pictures.
         model=dict(
-            unet=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
-            variance='fixed_small',
-            sample_steps=250,
-            bound_steps=100,
+            network=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+            sampler=dict(variance='fixed_small', steps=250),
+            likelihood=dict(variance='fixed_small', steps=100),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
@@ -35,30 +34,32 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1,), attention=()),
-                    timesteps=20,
-                    beta_end=0.5,
-                    sample_steps=0,
-                    bound_steps=0,
+                    process=dict(timesteps=20, beta_end=0.5),
+                    network=dict(channels=8, multipliers=(1,), attention=()),
+                    sampler=dict(steps=0),
+                    likelihood=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),
             'conditional': dict(
                 data=dict(features=('image', 'label')),
                 model=dict(
-                    conditional=True,
-                    label_dropout=0.1,
-                    guidance=2.0,
-                    guidance_from=0.2,
-                    guidance_to=10.0,
-                    guidance_rescale=0.5,
+                    conditioning=dict(label=dict(dropout=0.1)),
+                    guidance=dict(scale=2.0, low=0.2, high=10.0, rescale=0.5),
                 ),
             ),
             'v': dict(
-                model=dict(prediction='v', zero_terminal=True, sampler='ddim', sample_steps=50, spacing='trailing')
+                model=dict(
+                    process=dict(zero_terminal=True),
+                    training=dict(prediction='v'),
+                    sampler=dict(name='ddim', steps=50, spacing='trailing'),
+                )
             ),
             'min_snr': dict(
-                model=dict(prediction='v', weighting='min_snr', sampler='ddim', sample_steps=50, spacing='trailing')
+                model=dict(
+                    training=dict(prediction='v', weighting='min_snr'),
+                    sampler=dict(name='ddim', steps=50, spacing='trailing'),
+                )
             ),
         },
     )

@@ -19,11 +19,10 @@ def get_config(variant: str = ''):
         stages=dict(first='runs/kl_shapes'),
         data=dict(source='shapes', size=32, channels=3, batch=64),
         model=dict(
-            unet=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
-            variance='fixed_small',
-            sample_steps=250,
+            network=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
+            sampler=dict(variance='fixed_small', steps=250, clip=False),
+            likelihood=dict(variance='fixed_small'),
             latent_scale=0.5,
-            clip=False,
         ),
         optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.998, ema_warmup=True),
         train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=600, sample_every=1200),
@@ -31,10 +30,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
-                    timesteps=20,
-                    beta_end=0.5,
-                    sample_steps=0,
+                    process=dict(timesteps=20, beta_end=0.5),
+                    network=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    sampler=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),

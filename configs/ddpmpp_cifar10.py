@@ -17,25 +17,23 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='cifar10', size=32, channels=3, batch=128, flip=True),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(channels=128, multipliers=(1, 2, 2, 2), blocks=4, attention=(16,), dropout=0.1),
             process='vp',
-            variance='fixed_small',
-            sampler='predictor_corrector',
-            predictor='euler_maruyama',
-            corrector_steps=0,
-            sample_steps=1000,
-            clip=False,
-            ode_steps=100,
+            network=dict(name='ncsnpp', channels=128, multipliers=(1, 2, 2, 2), blocks=4, attention=(16,), dropout=0.1),
+            sampler=dict(
+                name='predictor_corrector', predictor='euler_maruyama', corrector_steps=0, steps=1000, clip=False
+            ),
+            likelihood=dict(steps=100),
         ),
         optim=dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, ema_warmup=True),
         train=dict(steps=1_300_000, log_every=100, save_every=5000, sample_every=50_000),
         variants={
-            'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),
+            'deep': dict(model=dict(network=dict(blocks=8)), train=dict(steps=950_000)),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=5, ode_steps=3
+                    network=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    sampler=dict(steps=5),
+                    likelihood=dict(steps=3),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -16,15 +16,12 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128, features=('image', 'label')),
         model=dict(
-            network='dit',
-            dit=dict(channels=128, blocks=6, heads=4, patch=2),
-            conditional=True,
-            label_dropout=0.1,
-            variance='learned',
-            sample_steps=100,
-            spacing='respaced',
-            guidance=1.5,
-            bound_steps=100,
+            network=dict(name='dit', channels=128, blocks=6, heads=4, patch=2),
+            training=dict(variance='learned'),
+            conditioning=dict(label=dict(dropout=0.1)),
+            sampler=dict(steps=100, spacing='respaced'),
+            guidance=dict(scale=1.5),
+            likelihood=dict(steps=100),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=1500, log_every=50, save_every=500, sample_every=500),
@@ -32,7 +29,10 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    dit=dict(channels=16, blocks=2, heads=2), timesteps=20, beta_end=0.5, sample_steps=0, bound_steps=0
+                    process=dict(timesteps=20, beta_end=0.5),
+                    network=dict(channels=16, blocks=2, heads=2),
+                    sampler=dict(steps=0),
+                    likelihood=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -30,17 +30,12 @@ def get_config(variant: str = ''):
             crop='center',
         ),
         model=dict(
-            network='dit',
-            dit=dict(channels=1152, blocks=28, heads=16, patch=2),
+            network=dict(name='dit', channels=1152, blocks=28, heads=16, patch=2),
+            training=dict(variance='learned'),
+            conditioning=dict(label=dict(dropout=0.1)),
+            sampler=dict(steps=250, spacing='respaced', clip=False),
+            guidance=dict(scale=1.5, channels=3),
             latent_scale=0.18215,
-            conditional=True,
-            label_dropout=0.1,
-            variance='learned',
-            sample_steps=250,
-            spacing='respaced',
-            guidance=1.5,
-            guidance_channels=3,
-            clip=False,
         ),
         optim=dict(lr=1e-4, ema=0.9999),
         train=dict(
@@ -55,13 +50,19 @@ def get_config(variant: str = ''):
         sample=dict(batch=32),
         variants={
             **{
-                f'{name}{patch}': dict(model=dict(dit=dict(channels=channels, blocks=blocks, heads=heads, patch=patch)))
+                f'{name}{patch}': dict(
+                    model=dict(network=dict(channels=channels, blocks=blocks, heads=heads, patch=patch))
+                )
                 for name, (blocks, channels, heads) in SIZES.items()
                 for patch in (2, 4, 8)
             },
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(dit=dict(channels=16, blocks=2, heads=2, patch=1), timesteps=20, sample_steps=5),
+                model=dict(
+                    process=dict(timesteps=20),
+                    network=dict(channels=16, blocks=2, heads=2, patch=1),
+                    sampler=dict(steps=5),
+                ),
             ),
         },
     )

@@ -24,30 +24,25 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='cifar10', size=32, channels=3, batch=512),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(channels=128, multipliers=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13),
-            augmentation=0.12,
-            process='ve',
-            sigma_min=0.002,
-            sigma_max=80.0,
-            prediction='edm',
-            times='lognormal',
-            variance='fixed_small',
-            sampler='heun',
-            sample_steps=18,
-            spacing='karras',
-            clip=False,
-            ode_steps=100,
+            process=dict(name='ve', sigma_min=0.002, sigma_max=80.0),
+            network=dict(name='ncsnpp', channels=128, multipliers=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13),
+            training=dict(augmentation=0.12, prediction='edm', times='lognormal'),
+            sampler=dict(name='heun', steps=18, spacing='karras', clip=False),
+            likelihood=dict(steps=100),
         ),
         # 10 million images of warm-up. The average's half-life in images, and at most a twentieth of those seen.
         optim=dict(lr=1e-3, warmup=19_531, ema_halflife=500_000.0, ema_rampup=0.05),
         train=dict(steps=390_625, log_every=100, save_every=5000, sample_every=20_000),
         variants={
-            'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditional=True)),
-            've': dict(model=dict(ncsnpp=dict(embedding='fourier', resampling='fir', pyramid='residual'))),
+            'conditional': dict(data=dict(features=('image', 'label')), model=dict(conditioning=dict(label=dict()))),
+            've': dict(model=dict(network=dict(embedding='fourier', resampling='fir', pyramid='residual'))),
             'ffhq64': dict(
                 data=dict(source='folder:images1024x1024', size=64, batch=256),
-                model=dict(ncsnpp=dict(multipliers=(1, 2, 2, 2), dropout=0.05), augmentation=0.15, sample_steps=40),
+                model=dict(
+                    network=dict(multipliers=(1, 2, 2, 2), dropout=0.05),
+                    training=dict(augmentation=0.15),
+                    sampler=dict(steps=40),
+                ),
                 optim=dict(lr=2e-4, warmup=39_063),
                 train=dict(steps=781_250),
             ),
@@ -55,8 +50,8 @@ def get_config(variant: str = ''):
             'imagenet64': dict(
                 data=dict(source='imagenet2012', size=64, batch=4096, features=('image', 'label')),
                 model=dict(
-                    network='adm',
-                    adm=dict(
+                    network=dict(
+                        name='adm',
                         channels=192,
                         group_size=4,
                         multipliers=(1, 2, 3, 4),
@@ -65,13 +60,9 @@ def get_config(variant: str = ''):
                         head_channels=64,
                         dropout=0.1,
                     ),
-                    conditional=True,
-                    augmentation=0.0,
-                    sample_steps=256,
-                    s_churn=40.0,
-                    s_min=0.05,
-                    s_max=50.0,
-                    s_noise=1.003,
+                    training=dict(augmentation=0.0),
+                    conditioning=dict(label=dict()),
+                    sampler=dict(steps=256, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003),
                 ),
                 optim=dict(lr=1e-4, warmup=2441, ema_halflife=50e6),
                 train=dict(steps=610_352, dtype='bfloat16', remat=True),
@@ -79,7 +70,9 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=4, ode_steps=3
+                    network=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -19,17 +19,11 @@ def get_config(variant: str = ''):
         stages=dict(first='runs/kl_shapes'),
         data=dict(source='shapes', size=32, channels=3, batch=64),
         model=dict(
-            unet=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
             process='flow',
-            prediction='flow',
-            times='logit_normal',
-            time_mean=0.0,
-            time_std=1.0,
-            variance='fixed_small',
-            sampler='euler',
-            sample_steps=50,
+            network=dict(channels=32, multipliers=(1, 2), blocks=2, attention=(8, 4), dropout=0.0),
+            training=dict(prediction='flow', times=dict(name='logit_normal', mean=0.0, std=1.0)),
+            sampler=dict(name='euler', steps=50, clip=False),
             latent_scale=0.5,
-            clip=False,
         ),
         optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.998, ema_warmup=True),
         train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=600, sample_every=1200),
@@ -37,7 +31,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=4, ode_steps=3
+                    network=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
                 ),
                 optim=dict(warmup=2),
             ),

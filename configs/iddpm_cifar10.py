@@ -20,8 +20,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='cifar10', size=32, channels=3, batch=128),
         model=dict(
-            network='adm',
-            adm=dict(
+            process=dict(name='cosine', timesteps=4000, rescale_timesteps=True),
+            network=dict(
+                name='adm',
                 channels=128,
                 group_size=0,
                 multipliers=(1, 2, 2, 2),
@@ -32,32 +33,33 @@ def get_config(variant: str = ''):
                 resample_in_blocks=False,
                 dropout=0.3,
             ),
-            process='cosine',
-            timesteps=4000,
-            # Embeds t 1000 / T; the bound counts T / 1000 of a term, 0.001 of it all: defaults of the released code.
-            rescale_timesteps=True,
-            bound_weight=0.001,
-            variance='learned',
+            training=dict(variance=dict(name='learned', bound_weight=0.001)),
         ),
         optim=dict(lr=1e-4, ema=0.9999),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
             'imagenet64': dict(
                 data=dict(source='imagenet2012', size=64),
-                model=dict(adm=dict(multipliers=(1, 2, 3, 4), dropout=0.0)),
+                model=dict(network=dict(multipliers=(1, 2, 3, 4), dropout=0.0)),
                 train=dict(steps=1_500_000),
             ),
             'conditional': dict(
                 data=dict(batch=2048, features=('image', 'label')),
                 # --rescale_timesteps False; --rescale_learned_sigmas False: one term of T, 1 / 4000 of the bound.
-                model=dict(adm=dict(channels=192), conditional=True, rescale_timesteps=False, bound_weight=1 / 4000),
+                model=dict(
+                    process=dict(rescale_timesteps=False),
+                    network=dict(channels=192),
+                    training=dict(variance=dict(name='learned', bound_weight=1 / 4000)),
+                    conditioning=dict(label=dict()),
+                ),
                 optim=dict(lr=3e-4),
                 train=dict(steps=250_000),
             ),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), heads=2), timesteps=20
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), heads=2),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -17,8 +17,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128),
         model=dict(
-            network='adm',
-            adm=dict(
+            process='cosine',
+            network=dict(
+                name='adm',
                 channels=32,
                 multipliers=(1, 2),
                 blocks=1,
@@ -28,11 +29,9 @@ def get_config(variant: str = ''):
                 resample_in_blocks=False,
                 dropout=0.1,
             ),
-            process='cosine',
-            variance='learned',
-            sample_steps=100,
-            spacing='respaced',
-            bound_steps=100,
+            training=dict(variance='learned'),
+            sampler=dict(steps=100, spacing='respaced'),
+            likelihood=dict(steps=100),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=200),
@@ -40,10 +39,10 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    adm=dict(channels=8, multipliers=(1,), attention=(), heads=2),
-                    timesteps=20,
-                    sample_steps=5,
-                    bound_steps=0,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, multipliers=(1,), attention=(), heads=2),
+                    sampler=dict(steps=5),
+                    likelihood=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -19,22 +19,13 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='cifar10', size=32, channels=3, batch=128, flip=True),
         model=dict(
-            network='refinenet',
-            refinenet=dict(channels=128, levels=10),
-            # Twice the paper's 0.01 and 1, which are over images in [0, 1].
-            process='geometric',
-            timesteps=10,
-            sigma_min=0.02,
-            sigma_max=2.0,
-            prediction='score',
-            variance='fixed_small',
-            # The published step of 2e-5 is four times as large over [-1, 1], and twice that again: the authors' code
-            # takes it as the whole factor of the score, the paper's algorithm 1 and this one halve it.
-            sampler='annealed_langevin',
-            langevin_steps=100,
-            langevin_size=1.6e-4,
-            final_denoising=False,  # the algorithm of 2019 ends with x at the first level
-            clip=False,
+            process=dict(name='geometric', timesteps=10, sigma_min=0.02, sigma_max=2.0),
+            network=dict(name='refinenet', channels=128),
+            training=dict(prediction='score'),
+            sampler=dict(
+                name='annealed_langevin', langevin_steps=100, langevin_size=1.6e-4, final_denoising=False, clip=False
+            ),
+            likelihood=dict(variance='fixed_small'),
         ),
         # Without a moving average, which came with NCSNv2.
         optim=dict(lr=1e-3, ema=0.0),
@@ -42,7 +33,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(refinenet=dict(channels=8, stages=2, levels=4), timesteps=4, langevin_steps=2),
+                model=dict(
+                    process=dict(timesteps=4), network=dict(channels=8, stages=2), sampler=dict(langevin_steps=2)
+                ),
                 optim=dict(warmup=2),
             ),
         },

@@ -17,27 +17,20 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128),
         model=dict(
-            network='refinenet',
-            refinenet=dict(channels=16, levels=7),
-            # The published ratio of 0.6 from level to level. The smallest sigma is below the step of 1/8 between the
-            # digits' greys; a score of less noise is larger, and takes the network longer to grow to.
-            process='geometric',
-            timesteps=7,
-            sigma_min=0.1,
-            sigma_max=2.0,
-            prediction='score',
-            variance='fixed_small',
-            sampler='annealed_langevin',
-            langevin_steps=30,
-            langevin_size=0.002,
-            clip=False,
+            process=dict(name='geometric', timesteps=7, sigma_min=0.1, sigma_max=2.0),
+            network=dict(name='refinenet', channels=16),
+            training=dict(prediction='score'),
+            sampler=dict(name='annealed_langevin', langevin_steps=30, langevin_size=0.002, clip=False),
+            likelihood=dict(variance='fixed_small'),
         ),
         optim=dict(lr=3e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=400),
         evaluate=dict(features='run:runs/classifier_digits', samples=500),
         variants={
             'tiny': dict(
-                model=dict(refinenet=dict(channels=8, stages=2, levels=4), timesteps=4, langevin_steps=2),
+                model=dict(
+                    process=dict(timesteps=4), network=dict(channels=8, stages=2), sampler=dict(langevin_steps=2)
+                ),
                 optim=dict(warmup=2),
             ),
         },

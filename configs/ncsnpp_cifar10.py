@@ -17,8 +17,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='cifar10', size=32, channels=3, batch=128, flip=True),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(
+            process=dict(name='ve', sigma_min=0.02, sigma_max=100.0),
+            network=dict(
+                name='ncsnpp',
                 channels=128,
                 multipliers=(1, 2, 2, 2),
                 blocks=4,
@@ -28,26 +29,21 @@ def get_config(variant: str = ''):
                 resampling='fir',
                 pyramid='residual',
             ),
-            # Twice the paper's 0.01 and 50, which are over images in [0, 1].
-            process='ve',
-            sigma_min=0.02,
-            sigma_max=100.0,
-            prediction='score',
-            variance='fixed_small',
-            sampler='predictor_corrector',
-            sample_steps=1000,
-            clip=False,
-            ode_steps=100,
+            training=dict(prediction='score'),
+            sampler=dict(name='predictor_corrector', steps=1000, clip=False),
+            likelihood=dict(steps=100),
         ),
         # The published loss is half of a sum over 3072 numbers, not their mean: clip and eps are scaled like it.
         optim=dict(lr=2e-4, warmup=5000, clip=1 / 1536, eps=1e-8 / 1536, ema=0.999, ema_warmup=True),
         train=dict(steps=1_300_000, log_every=100, save_every=5000, sample_every=50_000),
         variants={
-            'deep': dict(model=dict(ncsnpp=dict(blocks=8)), train=dict(steps=950_000)),
+            'deep': dict(model=dict(network=dict(blocks=8)), train=dict(steps=950_000)),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    ncsnpp=dict(channels=8, multipliers=(1,), blocks=1, attention=()), sample_steps=5, ode_steps=3
+                    network=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
+                    sampler=dict(steps=5),
+                    likelihood=dict(steps=3),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -16,14 +16,17 @@ def get_config(variant: str = ''):
         family='noisy_classifier',
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=128),
         model=dict(
-            adm=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1),
             process='cosine',
+            network=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16, dropout=0.1),
         ),
         optim=dict(name='adamw', lr=1e-3, schedule='cosine', warmup=50, weight_decay=0.05, ema=0.99, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=400, sample_every=0),
         variants={
             'tiny': dict(
-                model=dict(adm=dict(channels=8, multipliers=(1,), attention=(), head_channels=4), timesteps=20),
+                model=dict(
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, multipliers=(1,), attention=(), head_channels=4),
+                ),
                 optim=dict(warmup=2),
             ),
         },

@@ -27,7 +27,7 @@ def get_config(variant: str = ''):
             crop='random',
         ),
         model=dict(
-            adm=dict(
+            network=dict(
                 channels=128,
                 group_size=0,
                 multipliers=(1, 1, 2, 2, 4, 4),
@@ -40,14 +40,14 @@ def get_config(variant: str = ''):
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=0, dtype='bfloat16'),
         variants={
             'size128': dict(
-                data=dict(size=128), model=dict(adm=dict(multipliers=(1, 1, 2, 3, 4))), train=dict(steps=300_000)
+                data=dict(size=128), model=dict(network=dict(multipliers=(1, 1, 2, 3, 4))), train=dict(steps=300_000)
             ),
-            'size512': dict(data=dict(size=512), model=dict(adm=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4)))),
+            'size512': dict(data=dict(size=512), model=dict(network=dict(multipliers=(0.5, 1, 1, 2, 2, 4, 4)))),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
-                    timesteps=20,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                 ),
                 optim=dict(warmup=2),
             ),

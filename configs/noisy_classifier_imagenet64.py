@@ -27,7 +27,7 @@ def get_config(variant: str = ''):
         ),
         model=dict(
             process='cosine',
-            adm=dict(
+            network=dict(
                 channels=128, group_size=0, multipliers=(1, 2, 3, 4), blocks=4, attention=(32, 16, 8), head_channels=64
             ),
         ),
@@ -37,8 +37,8 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(
-                    adm=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
-                    timesteps=20,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, group_size=2, multipliers=(1,), blocks=1, attention=(), head_channels=4),
                 ),
                 optim=dict(warmup=2),
             ),

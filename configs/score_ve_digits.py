@@ -18,8 +18,9 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(
+            process=dict(name='ve', sigma_min=0.02, sigma_max=20.0),
+            network=dict(
+                name='ncsnpp',
                 channels=32,
                 multipliers=(1, 2),
                 blocks=1,
@@ -29,21 +30,19 @@ def get_config(variant: str = ''):
                 resampling='fir',
                 pyramid='residual',
             ),
-            process='ve',
-            sigma_min=0.02,
-            sigma_max=20.0,
-            prediction='score',
-            variance='fixed_small',
-            sampler='predictor_corrector',
-            sample_steps=100,
-            clip=False,
+            training=dict(prediction='score'),
+            sampler=dict(name='predictor_corrector', steps=100, clip=False),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=500, log_every=50, save_every=250, sample_every=250),
         evaluate=dict(features='run:runs/classifier_digits', samples=500, examples=64),
         variants={
             'tiny': dict(
-                model=dict(ncsnpp=dict(channels=8, multipliers=(1,), attention=()), sample_steps=4, ode_steps=3),
+                model=dict(
+                    network=dict(channels=8, multipliers=(1,), attention=()),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
+                ),
                 optim=dict(warmup=2),
             ),
         },

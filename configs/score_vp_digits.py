@@ -17,20 +17,20 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128),
         model=dict(
-            network='ncsnpp',
-            ncsnpp=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
             process='vp',
-            variance='fixed_small',
-            sampler='predictor_corrector',
-            sample_steps=100,
-            clip=False,
+            network=dict(name='ncsnpp', channels=32, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.1),
+            sampler=dict(name='predictor_corrector', steps=100, clip=False),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=800, log_every=50, save_every=200, sample_every=200),
         evaluate=dict(features='run:runs/classifier_digits', samples=500, examples=64),
         variants={
             'tiny': dict(
-                model=dict(ncsnpp=dict(channels=8, multipliers=(1,), attention=()), sample_steps=4, ode_steps=3),
+                model=dict(
+                    network=dict(channels=8, multipliers=(1,), attention=()),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
+                ),
                 optim=dict(warmup=2),
             ),
         },

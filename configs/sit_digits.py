@@ -17,24 +17,22 @@ def get_config(variant: str = ''):
         family='diffusion',
         data=dict(source='digits', size=8, channels=1, batch=128, features=('image', 'label')),
         model=dict(
-            network='dit',
-            dit=dict(channels=128, blocks=6, heads=4, patch=2),
-            conditional=True,
-            label_dropout=0.1,
             process='flow',
-            prediction='flow',
-            variance='fixed_small',
-            sampler='euler_maruyama',
-            sample_steps=100,
-            guidance=1.5,
-            clip=False,
+            network=dict(name='dit', channels=128, blocks=6, heads=4, patch=2),
+            training=dict(prediction='flow'),
+            conditioning=dict(label=dict(dropout=0.1)),
+            sampler=dict(name='euler_maruyama', steps=100, clip=False),
+            guidance=dict(scale=1.5),
         ),
         optim=dict(lr=1e-3, warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
         train=dict(steps=1000, log_every=50, save_every=500, sample_every=500),
         evaluate=dict(features='run:runs/classifier_digits', samples=500, examples=64),
         variants={
             'tiny': dict(
-                model=dict(dit=dict(channels=16, blocks=2, heads=2), sample_steps=4, ode_steps=3), optim=dict(warmup=2)
+                model=dict(
+                    network=dict(channels=16, blocks=2, heads=2), sampler=dict(steps=4), likelihood=dict(steps=3)
+                ),
+                optim=dict(warmup=2),
             ),
         },
     )

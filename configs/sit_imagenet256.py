@@ -35,21 +35,13 @@ def get_config(variant: str = ''):
             crop='center',
         ),
         model=dict(
-            network='dit',
-            dit=dict(channels=1152, blocks=28, heads=16, patch=2),
-            latent_scale=0.18215,
-            conditional=True,
-            label_dropout=0.1,
             process='flow',
-            prediction='flow',
-            variance='fixed_small',
-            # 249 steps on [0, 0.96] of the released clock, and the mean of a last step of 0.04.
-            sampler='euler_maruyama',
-            sample_steps=250,
-            last_step=0.04,
-            guidance=1.5,
-            guidance_channels=3,
-            clip=False,
+            network=dict(name='dit', channels=1152, blocks=28, heads=16, patch=2),
+            training=dict(prediction='flow'),
+            conditioning=dict(label=dict(dropout=0.1)),
+            sampler=dict(name='euler_maruyama', steps=250, last_step=0.04, clip=False),
+            guidance=dict(scale=1.5, channels=3),
+            latent_scale=0.18215,
         ),
         optim=dict(lr=1e-4, ema=0.9999),
         train=dict(
@@ -64,13 +56,15 @@ def get_config(variant: str = ''):
         sample=dict(batch=32),
         variants={
             **{
-                f'{name}{patch}': dict(model=dict(dit=dict(channels=channels, blocks=blocks, heads=heads, patch=patch)))
+                f'{name}{patch}': dict(
+                    model=dict(network=dict(channels=channels, blocks=blocks, heads=heads, patch=patch))
+                )
                 for name, (blocks, channels, heads) in SIZES.items()
                 for patch in (2, 4, 8)
             },
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(dit=dict(channels=16, blocks=2, heads=2, patch=1), sample_steps=5),
+                model=dict(network=dict(channels=16, blocks=2, heads=2, patch=1), sampler=dict(steps=5)),
             ),
         },
     )

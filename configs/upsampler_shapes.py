@@ -18,17 +18,12 @@ def get_config(variant: str = ''):
             source='shapes', size=32, channels=3, batch=32, features=('image', 'low_resolution'), low_resolution=8
         ),
         model=dict(
-            unet=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(), patch=2),
-            upsampling=True,
             process='cosine',
-            # Of patches a network tells the image more easily than the noise, which is in every pixel.
-            prediction='x0',
-            weighting='min_snr',
-            variance='fixed_small',
-            sampler='ddim',
-            sample_steps=50,
-            spacing='trailing',
-            bound_steps=100,
+            network=dict(channels=32, multipliers=(1, 2), blocks=1, attention=(), patch=2),
+            training=dict(prediction='x0', weighting='min_snr'),
+            conditioning=dict(low_resolution=dict()),
+            sampler=dict(name='ddim', steps=50, spacing='trailing'),
+            likelihood=dict(variance='fixed_small', steps=100),
         ),
         optim=dict(lr=2e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
         train=dict(steps=600, log_every=50, save_every=300, sample_every=0),
@@ -37,10 +32,10 @@ def get_config(variant: str = ''):
             'tiny': dict(
                 data=dict(low_resolution=4),
                 model=dict(
-                    unet=dict(channels=8, multipliers=(1,), attention=()),
-                    timesteps=20,
-                    sample_steps=4,
-                    bound_steps=0,
+                    process=dict(timesteps=20),
+                    network=dict(channels=8, multipliers=(1,), attention=()),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=0),
                 ),
                 optim=dict(warmup=2),
             ),

@@ -15,7 +15,10 @@ def get_config(variant: str = ''):
         variant,
         family='vdm',
         data=dict(source='cifar10', size=32, channels=3, batch=128),
-        model=dict(channels=128, group_size=0, blocks=32, fourier=(6, 7), dropout=0.1, gamma_min=-13.3, gamma_max=5.0),
+        model=dict(
+            network=dict(channels=128, group_size=0, blocks=32, fourier=(6, 7), dropout=0.1),
+            schedule=dict(gamma_min=-13.3, gamma_max=5.0),
+        ),
         # Weight decay of all but biases, as in the release; the schedule's ends are not called so there.
         optim=dict(
             name='adamw',
@@ -31,7 +34,9 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(channels=8, group_size=4, blocks=2, sample_steps=5, bound_times=3),
+                model=dict(
+                    network=dict(channels=8, group_size=4, blocks=2), sampler=dict(steps=5), likelihood=dict(times=3)
+                ),
                 optim=dict(warmup=2),
             ),
         },

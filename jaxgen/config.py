@@ -407,22 +407,43 @@ def position_in(file: str, e: BaseException) -> str:
 def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
     """The config with fields set on the command line, ['--config.optim.lr=1e-3', ...], and checked."""
     sections = config.to_dict()
+    given: dict[str, Any] = {}
     for text in texts:
         path, equals, value = text.lstrip('-').partition('=')
         if not equals:
             raise UserError(f'write {text}=VALUE, with an equals sign')
         keys = path.removeprefix('config.').split('.')
-        like = sections
-        for key in keys:
-            like = like.get(key, '') if isinstance(like, dict) else ''
-        given: Any = value
-        if isinstance(like, bool):
-            given = {'true': True, 'false': False}.get(value.lower(), value)
-        elif not isinstance(like, str) or keys[0] == 'optim':
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # then it is a text
-                given = ast.literal_eval(value)
-        sections = update_sections(sections, nested('.'.join(keys), given))
-    return complete(sections)
+        given = joined(given, nested('.'.join(keys), parsed(value, keys, sections)))
+    return complete(update_sections(sections, given))
+
+
+def parsed(value: str, keys: list[str], sections: dict) -> Any:
+    """What a text on the command line stands for, by the type of the field's present value; a field that is not there
+    yet may be of a component that another text names."""
+    present: Any = sections
+    for key in keys:
+        present = present.get(key) if isinstance(present, dict) else None
+    if isinstance(present, bool):
+        return {'true': True, 'false': False}.get(value.lower(), value)
+    if present is None and value.lower() in ('true', 'false'):
+        return value.lower() == 'true'
+    if not isinstance(present, str) or keys[0] == 'optim':
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # then it is a text
+            return ast.literal_eval(value)
+    return value
+
+
+def joined(first: dict, second: dict) -> dict:
+    """Both trees of fields in one; of a component 'name' may stand for {'name': 'name'}."""
+    out = dict(first)
+    for key, value in second.items():
+        before = out.get(key)
+        if isinstance(before, dict) and isinstance(value, str):
+            value = {'name': value}
+        if isinstance(before, str) and isinstance(value, dict):
+            before = {'name': before}
+        out[key] = joined(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return out
 
 
 def fields_of(texts: list[str]) -> set[str]:

@@ -131,9 +131,18 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """A section that is the keyword signature of `function`."""
+    """A section that is the keyword signature of `function`, or the attributes of a network.
+
+    Attributes:
+      omit: attributes of networks that are not a person's to set.
+    """
 
     function: Callable
+    omit: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, Field]:
+        """{name: field} of the section."""
+        return {k: f for k, f in fields(self.function).items() if k not in self.omit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +172,19 @@ class NamedTexts:
     meaning: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Follows:
+    """A section whose fields are those of one function of a table, which the sections declared before it choose.
+
+    Attributes:
+      table: {name: function}.
+      choose: {section declared before: its value} -> name.
+    """
+
+    table: Mapping[str, Any]
+    choose: Callable[[dict[str, Any]], str]
+
+
 class Field(NamedTuple):
     """One option of a section."""
 
@@ -171,7 +193,7 @@ class Field(NamedTuple):
     default: Any
     constraints: tuple = ()
     meaning: str = ''
-    section: Component | Named | Fields | PartialFields | NamedTexts | None = None
+    section: Component | Named | Fields | PartialFields | NamedTexts | Follows | None = None
 
 
 @functools.cache
@@ -200,7 +222,7 @@ def fields(target: Callable | None) -> dict[str, Field]:
         kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         notes = [Range(note) if isinstance(note, str) else note for note in notes]
         section = next(
-            (n for n in notes if isinstance(n, Component | Named | Fields | PartialFields | NamedTexts)), None
+            (n for n in notes if isinstance(n, Component | Named | Fields | PartialFields | NamedTexts | Follows)), None
         )
         rules = tuple(n for n in notes if n is not section)
         out[name] = Field(name, kind, default, rules, meanings.get(name, ''), section)
@@ -268,7 +290,13 @@ def complete(target: Callable | None, given: dict, path: str) -> dict[str, Any]:
 def completed(known: dict[str, Field], given: dict, path: str) -> dict[str, Any]:
     """`complete`, of these fields."""
     check_known(known, given, path)
-    return {name: value_of(field, given.get(name, field.default), join(path, name)) for name, field in known.items()}
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        section = field.section
+        if isinstance(section, Follows):
+            field = field._replace(section=Fields(section.table[section.choose(values)]))
+        values[name] = value_of(field, given.get(name, field.default), join(path, name))
+    return values
 
 
 def join(path: str, name: str) -> str:
@@ -306,6 +334,7 @@ def value_of(field: Field, value, path: str):
         return {
             name: component_section(section.component, section.usual.get(name, ''), own, f'{path}.{name}')
             for name, own in value.items()
+            if own is not None
         }
     if isinstance(section, PartialFields):
         check_names(value, path)
@@ -314,7 +343,7 @@ def value_of(field: Field, value, path: str):
         check_names(value, path)
         return {name: named_text(section, text, f'{path}.{name}') for name, text in value.items()}
     if isinstance(section, Fields):
-        return complete(section.function, as_section(value, '', path, fields(section.function)), path)
+        return completed(section.fields(), as_section(value, '', path, section.fields()), path)
     if isinstance(field.default, dict):  # a table of defaults
         known = {k: Field(k, type(v), v) for k, v in field.default.items()}
         return completed(known, as_section(value, '', path, known), path)
@@ -369,7 +398,25 @@ def update(target: Callable, base: dict, over: dict) -> dict:
 
     Where another component is named, what was set of the former one stays if the new one has a field of that name.
     """
-    return updated(fields(target), base, over)
+    known = fields(target)
+    out = updated(known, base, over)
+    for name, field in known.items():
+        if (
+            isinstance(field.section, Follows)
+            and name in base
+            and chosen(known, name, base) != chosen(known, name, out)
+        ):
+            out[name] = over.get(name, {})
+    return out
+
+
+def chosen(known: dict[str, Field], name: str, values: dict) -> str:
+    """Whose fields a section that follows others has; '' where these are wrong."""
+    before = dict(list(known.items())[: list(known).index(name)])
+    try:
+        return known[name].section.choose(completed(before, {k: v for k, v in values.items() if k in before}, 'model'))
+    except UserError:
+        return ''
 
 
 def updated(known: dict[str, Field], base: dict, over: dict) -> dict:
@@ -383,10 +430,12 @@ def updated(known: dict[str, Field], base: dict, over: dict) -> dict:
         elif isinstance(section, Named) and isinstance(value, dict):
             mine = dict(before or {})
             for key, own in value.items():
-                mine[key] = updated_component(section.component, section.usual.get(key, ''), mine.get(key), own)
+                former = mine.pop(key, None)
+                if own is not None:  # None takes the section away
+                    mine[key] = updated_component(section.component, section.usual.get(key, ''), former, own)
             out[name] = mine
         elif isinstance(section, Fields) and isinstance(value, dict) and isinstance(before or {}, dict):
-            out[name] = updated(fields(section.function), before or {}, value)
+            out[name] = updated(section.fields(), before or {}, value)
         elif isinstance(value, dict) and isinstance(before, dict):
             out[name] = updated({}, before, value)
         else:
@@ -459,7 +508,9 @@ def described(known: dict[str, Field], values: dict, path: str) -> list[Describe
             out.append(Described(where, 'texts', {}, f'NAME: {section.meaning}', field.meaning))
             out += [Described(f'{where}.{key}', 'str', '', '', section.meaning) for key in value]
         elif isinstance(section, Fields):
-            out += describe(section.function, value, where)
+            out += described(section.fields(), value, where)
+        elif isinstance(section, Follows):
+            out += describe(section.table[section.choose(values)], value, where)
         elif isinstance(field.default, dict):
             out += described({k: Field(k, type(v), v) for k, v in field.default.items()}, value, where)
         else:

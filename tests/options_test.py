@@ -160,6 +160,21 @@ def test_attributes_of_dataclasses_are_fields():
         options.complete(Section, {'nam': 'c'}, '')
 
 
+def test_fields_of_a_network_are_a_section_without_what_is_given():
+    def built(*, network: Annotated[Section, Fields(Deep, ('classes',))] = {}):
+        pass
+
+    assert options.complete(built, {'network': {'depth': 3}}, 'model')['network'] == {
+        'width': 8, 'sizes': (1, 2), 'kernels': (3,), 'depth': 3,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r'config\.model\.network\.classes: no such field'):
+        options.complete(built, {'network': {'classes': 3}}, 'model')
+    lines = options.describe(built, options.complete(built, {}, 'model'), 'model')
+    assert [d.path for d in lines] == [f'model.network.{k}' for k in ('width', 'sizes', 'kernels', 'depth')]
+    full = {'network': {'depth': 3}}
+    assert options.update(built, full, {'network': {'width': 4}})['network'] == {'depth': 3, 'width': 4}
+
+
 def test_checked_completes_what_the_function_gets():
     @options.checked
     def built(context, *, sampler: Annotated[Section, Component(SAMPLERS)] = 'ddim', width: options.Count = 3):

@@ -2,17 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.diffusion import conditioning as conditions
+from jaxgen.diffusion.conditioning import Conditioning, Values
+from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise
+from jaxgen.diffusion.samplers import noise_levels
+from jaxgen.diffusion.schedules import Schedule
+from jaxgen.errors import UserError
+from jaxgen.losses.likelihoods import cross_entropy
+from jaxgen.options import Fraction, NonNegative
 
 Array = jax.Array
 
 UNLIMITED = 1e9  # an upper end of guidance's interval that is none
-# Largest sigma / alpha that a classifier is shown where alpha falls to 0. What it knows of the class falls as fast as
-# sigma / alpha rises, and the estimate of x_0 moves by as much from here on.
+# Largest sigma / alpha at which a classifier is evaluated where alpha falls to 0. What it knows of the class falls as
+# fast as sigma / alpha rises, and the estimate of x_0 moves by as much from here on.
 FARTHEST = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How far samples are guided.
+
+    Attributes:
+      scale: s of classifier-free guidance, output without conditions + s (output - output without conditions) (Ho &
+        Salimans 2022, arXiv 2207.12598; their w is s - 1); 1: none. The output without conditions lacks all that
+        training drops.
+      conditions, scales: guidance by each of these conditions with a scale of its own, in place of `scale`: output
+        without conditions + sum of s_i (output with condition i alone - output without conditions) (Liu et al. 2022,
+        arXiv 2206.01714, eq. 11); (): `scale` for all together.
+      low, high: sigma / alpha between which there is guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724); 1e9 or
+        more: no upper end, also where alpha is 0.
+      rescale: fraction by which the output's standard deviation is put back to that without guidance (Lin et al. 2023,
+        arXiv 2305.08891, eq. 15 and 16).
+      channels: number of channels that are guided, the first ones (DiT's released sampler: three of four); 0: all.
+      classifier_scale: of the gradient of log p(label | x_t) by the noisy classifier of `config.stages.classifier`
+        (Dhariwal & Nichol 2021); 0: none.
+    """
+
+    scale: float = 1.0
+    conditions: tuple[str, ...] = ()
+    scales: tuple[float, ...] = ()
+    low: float = 0.0
+    high: float = UNLIMITED
+    rescale: Fraction = 0.0
+    channels: Annotated[int, '[0, inf)'] = 0
+    classifier_scale: NonNegative = 0.0
+
+    @property
+    def off(self) -> bool:
+        """Whether the network's own output is taken as it is."""
+        return self.scale == 1 and not self.conditions
+
+
+OFF = Guidance()
+
+
+def check(guidance: Guidance, conditioning: Conditioning, channels: int) -> None:
+    """Raises UserError where the network was not trained for this guidance.
+
+    Args:
+      channels: of x.
+    """
+    where, droppable = 'config.model.guidance', conditions.droppable(conditioning)
+    if not guidance.off and not droppable:
+        raise UserError(
+            f'{where} needs a network that knows a condition and does without: a section of config.model.conditioning '
+            'with a dropout of more than 0'
+        )
+    for name in guidance.conditions:
+        if name not in droppable:
+            raise UserError(f'{where}.conditions must be of {droppable}, which training drops; {name!r} is not')
+    if len(guidance.conditions) != len(guidance.scales):
+        raise UserError(
+            f'{where}: scales must be one for each of the conditions; they are {guidance.scales} for '
+            f'{guidance.conditions}'
+        )
+    if guidance.channels > channels:
+        raise UserError(f'{where}.channels must be from 0 to {channels}; it is {guidance.channels}')
 
 
 def in_interval(alpha: Array, sigma: Array, low: float, high: float) -> Array:
@@ -23,70 +97,120 @@ def in_interval(alpha: Array, sigma: Array, low: float, high: float) -> Array:
     return above if high >= UNLIMITED else above & (sigma <= high * alpha)
 
 
-def classifier_guided(denoise: Callable, log_probability: Callable, reach: Callable, scale: float) -> Callable:
-    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4): the gradient of scale log p(y | x_t)
-    moves the estimate of x_0 by `reach` times itself.
+def guided(
+    apply: Callable,
+    x: Array,
+    t: Array,
+    conditioning: Conditioning,
+    values: Values,
+    guidance: Guidance,
+    active: Array,
+) -> tuple[Array, Array | None]:
+    """Classifier-free guidance, in one pass of a batch so many times as large as there are sets of conditions.
 
-    Algorithm 2 is the score of p(x_t) p(y | x_t)^scale: with the score s, x_0 = (x_t + sigma^2 s) / alpha, and reach is
-    sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient, and
-    reach is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less where alpha is nearly 0.
+    For every prediction it is the same as guiding the score, since both are linear in each other at a given x and t.
+
+    Args:
+      apply: (x, t, values) -> (output, anything else, which is taken of the examples with all conditions).
+      x, t: [n, ...], [n].
+      values: {condition: [n, ...]}.
+      active: bool [n], where t is in the interval that guidance is for.
+    """
+    if guidance.off:
+        return apply(x, t, values)
+    droppable = conditions.droppable(conditioning)
+    sets = [values]  # with all conditions, with single ones, with none of those that may be absent
+    for name in guidance.conditions:
+        sets.append(conditions.without(conditioning, values, *(other for other in droppable if other != name)))
+    sets.append(conditions.without(conditioning, values, *droppable))
+    stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *sets)
+    output, rest = apply(jnp.concatenate([x] * len(sets)), jnp.concatenate([t] * len(sets)), stacked)
+    c, *singles, u = jnp.split(output, len(sets))
+    if singles:
+        result = u + sum(s * (one - u) for s, one in zip(guidance.scales, singles, strict=True))
+    else:
+        result = u + guidance.scale * (c - u)
+    if guidance.rescale:
+        result = rescaled(result, c, guidance.rescale)
+    if guidance.channels:
+        result = jnp.concatenate([result[..., : guidance.channels], c[..., guidance.channels :]], -1)
+    active = active.reshape(-1, *[1] * (c.ndim - 1))
+    return jnp.where(active, result, c), None if rest is None else jnp.split(rest, len(sets))[0]
+
+
+def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:
+    """A guided output with its standard deviation put back by a fraction to that of the conditional one (Lin et al.
+    2023, eq. 15 and 16), [n, ...]."""
+    axes = tuple(range(1, guided.ndim))
+    std = guided.std(axes, keepdims=True)
+    # 0 where the output is constant, as that of a new network.
+    ratio = jnp.where(std > 0, conditional.std(axes, keepdims=True) / jnp.where(std > 0, std, 1), 1)
+    return guided * (rescale * ratio + 1 - rescale)
+
+
+def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Callable, scale: float) -> Callable:
+    """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4): the gradient of scale log p(y | x_t)
+    moves the estimate of x_0 by `scale_at(t)` times itself.
+
+    Algorithm 2 is the score of p(x_t) p(y | x_t)^scale: with the score s, x_0 = (x_t + sigma^2 s) / alpha, and scale_at
+    is sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient, and
+    scale_at is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less where alpha is nearly
+    0.
 
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).
       log_probability: (x, t) -> log p(y | x_t), [n].
-      reach: t [n] -> number, broadcasting against x.
+      scale_at: t [n] -> number, broadcasting against x.
     """
 
     def guided(x: Array, t: Array):
         t = jnp.broadcast_to(t, (len(x),))
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
-        found = denoise(x, t)
-        x_0, *fraction = found if isinstance(found, tuple) else (found,)
-        x_0 = x_0 + scale * reach(t) * gradient
+        output = denoise(x, t)
+        x_0, *fraction = output if isinstance(output, tuple) else (output,)
+        x_0 = x_0 + scale * scale_at(t) * gradient
         return (x_0, *fraction) if fraction else x_0
 
     return guided
 
 
-def guided(
-    apply: Callable,
-    x: Array,
-    t: Array,
-    label: Array | None,
-    null: int,
-    scale: float,
-    here: Array,
-    rescale: float,
-    channels: int = 0,
-) -> tuple[Array, Array | None]:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), in one pass of a batch twice as large.
+class Classifier(NamedTuple):
+    """A noisy classifier bound to a process."""
 
-    output = u + scale (c - u), of the outputs c with the label and u without. For every prediction it is the
-    same as guiding the score, since both are linear in each other at a given x and t. (The paper's w is
-    scale - 1.)
+    log_probability: Callable  # (x, t) -> log p(label | x_t), [n]
+    scale_at: Callable  # t [n] -> number, see `classifier_guided`
+
+
+def bind_classifier(
+    classify: Callable, label: Array, process: Process, shape: tuple[int, ...], ancestral: Schedule | None
+) -> Classifier:
+    """The classifier of a process and of labels.
 
     Args:
-      apply: (x, t, label) -> (output, anything that is taken from the labelled half).
-      x, t, label: [n, ...], [n], [n].
-      null: the label that says there is none.
-      scale: 1 is no guidance.
-      here: bool [n], where t is in the interval that guidance is for (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-      rescale: share, 0 to 1, by which an output is put back to the standard deviation of c (Lin et al. 2023,
-        arXiv 2305.08891, eq. 15 and 16).
-      channels: guide the first ones only, 0: all.
+      classify: {'image': image + sigma eps, 'sigma': [n]} -> logits [n, classes].
+      label: int32 [n].
+      shape: of one x.
+      ancestral: the noise levels of an ancestral sampler, whose steps have means to move (algorithm 1); None: the score
+        is moved (algorithm 2).
     """
-    if scale == 1:
-        return apply(x, t, label)
-    both = jnp.concatenate([label, jnp.full_like(label, null)])
-    output, rest = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    c, u = jnp.split(output, 2)
-    guided = u + scale * (c - u)
-    if rescale:
-        axes = tuple(range(1, c.ndim))
-        std = guided.std(axes, keepdims=True)
-        ratio = jnp.where(std > 0, c.std(axes, keepdims=True) / jnp.where(std > 0, std, 1), 1)  # constant: new networks
-        guided = guided * (rescale * ratio + 1 - rescale)
-    if channels:
-        guided = jnp.concatenate([guided[..., :channels], c[..., channels:]], -1)
-    here = here.reshape(-1, *[1] * (c.ndim - 1))
-    return jnp.where(here, guided, c), None if rest is None else jnp.split(rest, 2)[0]
+    # Where alpha falls to 0 the estimate moves as it does at FARTHEST.
+    least = 1 / FARTHEST if ends_at_noise(process) else 0.0
+
+    def level(t: Array) -> tuple[Array, Array]:
+        alpha, sigma = coefficients(process, t, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+        return jnp.maximum(alpha, least * sigma), sigma
+
+    def log_probability(x: Array, t: Array) -> Array:
+        alpha, sigma = level(t)
+        return -cross_entropy(classify({'image': x / alpha, 'sigma': (sigma / alpha).reshape(-1)}), label)
+
+    def scale_at(t: Array) -> Array:
+        alpha, sigma = level(t)
+        if ancestral is None:
+            return sigma**2 / alpha
+        # The mean of a step from t to the level below moves by the posterior's variance times the gradient.
+        _, _, alpha_s, sigma_s = noise_levels(ancestral)
+        index = jnp.searchsorted(jnp.asarray(ancestral.t), t)
+        return jnp.asarray(np.asarray(sigma_s**2 / alpha_s), jnp.float32)[index].reshape(alpha.shape)
+
+    return Classifier(log_probability, scale_at)

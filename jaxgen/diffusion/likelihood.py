@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.diffusion.processes import Process
+from jaxgen.diffusion.processes import Process, coefficients
+from jaxgen.diffusion.samplers import VARIANCES, estimate
 from jaxgen.diffusion.schedules import Schedule, model_log_variance, posterior
 from jaxgen.losses import likelihoods
 from jaxgen.losses.divergences import normal_kl
+from jaxgen.options import Count, OneOf
 from jaxgen.randomness import normal
 
 Array = jax.Array
@@ -20,8 +23,32 @@ Array = jax.Array
 EARLIEST = 1e-5  # time at which the likelihood by the ODE starts (Song et al. 2021, the released code)
 
 
+def bound(*, steps: Annotated[int, '[0, inf)'] = 0, variance: Annotated[str, OneOf('', *VARIANCES)] = '') -> None:
+    """The variational bound of a chain, see `variational_bound`.
+
+    Args:
+      steps: terms that are computed, of the T - 1 between the first and the last; drawn evenly, the mean is right;
+        0: all.
+      variance: of p(x_s | x_t): 'fixed_large' | 'fixed_small' | 'learned'; '': 'learned' where the network puts out a
+        variance, else 'fixed_large'.
+    """
+
+
+def ode(*, steps: Count = 50) -> None:
+    """The likelihood by the probability-flow ODE, see `ode_likelihood`.
+
+    Args:
+      steps: of the Runge-Kutta method. Where each pixel has one of three values and a noise of one grey level, 50 are
+        wrong by 0.001 (vp, ve) to 0.008 bits/dim (flow), 200 by less than 0.0002
+        (tests/diffusion/processes_test.py).
+    """
+
+
+LIKELIHOODS = {'bound': bound, 'ode': ode}
+
+
 def tables(schedule: Schedule, variance: str) -> dict[str, np.ndarray]:
-    """What the bound reads of each step, float32 [T]."""
+    """Constants of each step's term of the bound, float32 [T]."""
     moves = posterior(schedule)
     # At step 0 the posterior's variance is 0; that step is the decoder's and reads no other.
     small = model_log_variance(schedule, 'fixed_small')
@@ -97,8 +124,8 @@ def variational_bound(
         which, noise = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, number)))(keys), 1, 0)
         i = low + jax.vmap(lambda key: jax.random.randint(key, (), 0, size))(which)  # [n], a step of the run
         at = entries(table, i, x_0)
-        found = denoise(at['alpha'] * x_0 + at['sigma'] * normal(noise, x_0.shape[1:]), t[i])
-        x_0_hat, fraction = found if isinstance(found, tuple) else (found, None)
+        x_t = at['alpha'] * x_0 + at['sigma'] * normal(noise, x_0.shape[1:])
+        x_0_hat, fraction = estimate(denoise, x_t, t[i])
         return None, size * term(at, x_0, x_0_hat, fraction, i == 0)
 
     # Run 0 is step 0, the decoder's; the others cut 1 .. T - 1 into `steps`. One scan over all, so
@@ -154,8 +181,7 @@ def ode_likelihood(denoise: Callable, x_0: Array, process: Process, keys: Array,
         alpha = process.at(t).alpha.reshape(-1, *[1] * (y.ndim - 1))
 
         def flow(y):
-            found = denoise(alpha * y, t)
-            return y - (found[0] if isinstance(found, tuple) else found)
+            return y - estimate(denoise, alpha * y, t)[0]
 
         value, pull = jax.vjp(flow, y)
         return value, (pull(probe)[0] * probe).sum(axes)
@@ -181,3 +207,26 @@ def ode_likelihood(denoise: Callable, x_0: Array, process: Process, keys: Array,
     prior = -likelihoods.gaussian(0.0, float(high), y)
     bits = 1 / (dims * math.log(2))
     return {'bits_per_dim': bits * (prior - total) + math.log2(127.5), 'bits_prior': bits * prior}
+
+
+def noise_error(denoise: Callable, x_0: Array, process: Process, keys: Array, levels: int = 10) -> Array:
+    """Mean square error of the noise [n], over times evenly between the data and the end.
+
+    Args:
+      denoise: (x [n, ...], t [n]) -> x_0, or (x_0, fraction).
+      keys: [n], of the noise of each example.
+      levels: number of the times.
+    """
+
+    def one(t: Array, keys: Array) -> Array:
+        t = jnp.full(len(x_0), t)
+        alpha, sigma = coefficients(process, t, x_0)
+        x_t = alpha * x_0 + sigma * normal(keys, x_0.shape[1:])
+        # The noise differs as the estimates of x_0 do.
+        error = alpha / sigma * (x_0 - estimate(denoise, x_t, t)[0])
+        return jnp.square(error).mean(tuple(range(1, x_0.ndim)))
+
+    t = (jnp.arange(levels) + 0.5) / levels
+    t = (process.steps * t).astype(jnp.int32) if process.steps else process.start + (process.end - process.start) * t
+    keys = jax.vmap(jax.random.split, (0, None), 1)(keys, levels)
+    return jax.lax.map(lambda a: one(*a), (t, keys)).mean(0)

@@ -10,9 +10,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxgen.options import NonNegative, Positive
+
 Array = jax.Array
 
-PREDICTIONS = ('eps', 'x0', 'v', 'score', 'flow', 'edm')
+
+def edm(*, data_std: Positive = 0.5) -> None:
+    """Args:
+    data_std: standard deviation of the data.
+    """
+
+
+def min_snr(*, gamma: NonNegative = 5.0) -> None:
+    """Args:
+    gamma: largest weight of the error of x_0.
+    """
+
+
+# {name: function whose keyword arguments are its fields, or None}
+PREDICTIONS = {'eps': None, 'x0': None, 'v': None, 'score': None, 'flow': None, 'edm': edm}
+WEIGHTINGS = {'none': None, 'min_snr': min_snr, 'eps': None, 'v': None, 'flow': None, 'bound': None}
 
 
 def coefficients(prediction: str, alpha: Array, sigma: Array, data_std: float = 0.5) -> tuple[Array, Array]:
@@ -65,7 +82,6 @@ def error_scale(prediction: str, alpha: Array, sigma: Array, data_std: float = 0
     return -sigma / (b * alpha - a * sigma)
 
 
-WEIGHTINGS = ('none', 'min_snr', 'eps', 'v', 'flow', 'bound')
 LEAST = 0.05  # sigma, where a weight would grow without bound
 
 
@@ -75,8 +91,8 @@ def weight(weighting: str, prediction: str, alpha: Array, sigma: Array, data_std
     'none'        1: what each of the papers that brought a prediction in minimises
     'min_snr'     error of x_0 times min(alpha^2 / sigma^2, gamma) (Hang et al. 2023, arXiv 2303.09556)
     'eps', 'v', 'flow'
-                  the error of that prediction, whatever the network puts out: of large patches it tells the image more
-                  easily than noise or velocity (Li & He 2025, arXiv 2511.13720)
+                  the error of that prediction, whatever the network puts out: of large patches the image is more
+                  easily predicted than noise or velocity (Li & He 2025, arXiv 2511.13720)
     'bound'       1, since another loss stands in its place: the terms of the variational bound
     """
     if weighting in ('none', 'bound'):

@@ -18,32 +18,49 @@ Nearly every sampler is a sum of x, the newest estimates and noise, with weights
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.diffusion import schedules
+from jaxgen.diffusion.processes import Process, ends_at_noise
 from jaxgen.diffusion.schedules import Schedule, posterior
+from jaxgen.errors import UserError
+from jaxgen.options import Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate
 from jaxgen.randomness import normal
 
 Array = jax.Array
 
+VARIANCES = ('fixed_large', 'fixed_small', 'learned')
+PREDICTORS = ('reverse_diffusion', 'euler_maruyama', 'none')
+
 
 def ancestral(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, variance: str, trajectory: bool = False
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    variance: Annotated[str, OneOf('', *VARIANCES)] = '',
+    trajectory: bool = False,
 ) -> Array:
     """Algorithm 2 of Ho et al. 2020: draws each x_s from p(x_s | x_t). The last step adds no noise.
 
     Args:
       variance: of p, 'fixed_large' (that of the forward step), 'fixed_small' (the posterior's) or 'learned':
         its logarithm lies between those of the two, where the `fraction` that denoise returns says, from 0,
-        small, to 1, large (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+        small, to 1, large (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15). '', in a config: 'learned' where the
+        network puts out a variance, else 'fixed_large' of a chain and 'fixed_small' in continuous time.
     """
     moves = posterior(schedule)
     std, growth = np.zeros((2, len(schedule.t)))
-    std[1:] = np.sqrt(moves.forward if variance == 'fixed_large' else moves.variance)[1:]
+    std[1:] = np.sqrt(moves.forward if variance in ('', 'fixed_large') else moves.variance)[1:]
     if variance == 'learned':
         growth[1:] = 0.5 * np.log(moves.forward[1:] / moves.variance[1:])
     weights = moves.x_t_weight, moves.x_0_weight, std, growth
@@ -51,14 +68,14 @@ def ancestral(
 
 
 def ddim(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: float = 0.0, trajectory: bool = False
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: Fraction = 0.0, trajectory: bool = False
 ) -> Array:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
     Args:
       eta: 0: x_0 is a function of x alone; 1: `ancestral` with 'fixed_small'.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     std = np.minimum(eta * np.sqrt(posterior(schedule).variance), sigma_s)
     # x_s = alpha_s x_0 + direction eps + std noise, with eps = (x_t - alpha x_0) / sigma
     direction = np.sqrt(sigma_s**2 - std**2)
@@ -73,7 +90,7 @@ def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, traject
     The noise of a step is estimated where it starts. From the data to the first level it is that of
     alpha x_0 at the first level: the data have no noise to estimate.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     first = np.arange(len(alpha)) == 0
     ratio = np.divide(sigma, sigma_s, out=np.full_like(sigma, 2.0), where=~first)
     weights = ratio, np.where(first, -alpha, alpha - ratio * alpha_s)
@@ -89,7 +106,7 @@ def euler(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, traje
 
 
 def euler_ancestral(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: float = 1.0, trajectory: bool = False
+    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: Fraction = 1.0, trajectory: bool = False
 ) -> Array:
     """Euler's method to a level below the next (sigma_down), then noise up to the next (sigma_up), as in
     the package k-diffusion.
@@ -106,10 +123,10 @@ def heun(
     keys: Array,
     *,
     straight: bool = False,
-    s_churn: float = 0.0,
+    s_churn: NonNegative = 0.0,
     s_min: float = 0.0,
-    s_max: float = np.inf,
-    s_noise: float = 1.0,
+    s_max: float = 1e9,
+    s_noise: NonNegative = 1.0,
     level: Callable[[np.ndarray], Schedule] | None = None,
     trajectory: bool = False,
 ) -> Array:
@@ -125,7 +142,7 @@ def heun(
       s_noise: of the noise that is added, standard deviation.
       level: (sigma / alpha [N]) -> the Schedule of levels there or near, for s_churn > 0.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     n = len(alpha)
     positive = np.where(alpha > 0, alpha, 1)
     ratio = sigma / positive
@@ -164,8 +181,8 @@ def euler_maruyama(
     schedule: Schedule,
     keys: Array,
     *,
-    strength: float = 1.0,
-    mean_step: bool = False,
+    strength: NonNegative = 1.0,
+    last_step: Rate = 0.0,
     trajectory: bool = False,
 ) -> Array:
     """Euler-Maruyama's method for a reverse SDE with the marginals of the ODE: Euler's step for the velocity
@@ -176,17 +193,18 @@ def euler_maruyama(
 
     Args:
       strength: of noise and score; 0: `euler` on the velocity.
-      mean_step: the last step is like the others, only without noise, as in SiT's released sampler; for a flow it ends
-        at x_0 - strength sigma eps. Else it is the estimate.
+      last_step: in continuous time, t of the last level, see `visited`; from it a step like the others, only without
+        noise, leads to the data, as in SiT's released sampler (0.04); for a flow it ends at x_0 - strength sigma eps.
+        0: levels evenly from the end to the data, the last step the estimate.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     fall = sigma - sigma_s
     # x_s = x + (alpha_s - alpha) x_0 - fall eps - strength fall eps + noise, with eps = (x - alpha x_0) / sigma
     back = (1 + strength) * fall / sigma
     x_t_weight, x_0_weight = 1 - back, alpha_s - alpha + back * alpha
     std = np.sqrt(2 * strength * sigma * fall)
     std[0] = 0
-    if not mean_step:
+    if not last_step:
         x_t_weight[0], x_0_weight[0] = 0, 1
     return linear(denoise, x, schedule.t, keys, x_t_weight, x_0_weight, std, trajectory=trajectory)
 
@@ -197,7 +215,7 @@ def dpm_solver_pp(
     schedule: Schedule,
     keys: Array,
     *,
-    order: int = 2,
+    order: Annotated[int, '[1, 2]'] = 2,
     sde: bool = False,
     trajectory: bool = False,
 ) -> Array:
@@ -207,7 +225,7 @@ def dpm_solver_pp(
       order: 1: `ddim`; 2.
       sde: SDE-DPM-Solver++ (2M), which adds noise and with order 1 is `ancestral` with 'fixed_small'.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     h = log_ratio(alpha_s, sigma_s) - log_ratio(alpha, sigma)
     k = 2 * h if sde else h
     # An estimate that moves on as it did in the step before has moved so much by the middle of this one.
@@ -222,7 +240,13 @@ def dpm_solver_pp(
 
 
 def unipc(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, order: int = 2, trajectory: bool = False
+    denoise: Callable,
+    x: Array,
+    schedule: Schedule,
+    keys: Array,
+    *,
+    order: Annotated[int, '[1, 9]'] = 2,
+    trajectory: bool = False,
 ) -> Array:
     """UniPC-p with B(h) = e^h - 1 and x_0 prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2): a
     step is made by UniP, then made again by UniC with the estimate at its end, which serves the next step too.
@@ -231,13 +255,13 @@ def unipc(
     Args:
       order: p, from 1.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     n = len(alpha)
-    place = log_ratio(alpha, sigma)
-    h = log_ratio(alpha_s, sigma_s) - place
+    half_log_snr = log_ratio(alpha, sigma)
+    h = log_ratio(alpha_s, sigma_s) - half_log_snr
     usable = n - (alpha[-1] == 0)  # there lambda is infinite, and the estimate no point of a polynomial
     p = [min(order, max(usable - i, 1), i + 1) for i in range(n)]
-    nodes = [(place[i + 1 : i + p[i]] - place[i]) / h[i] for i in range(n)]
+    nodes = [(half_log_snr[i + 1 : i + p[i]] - half_log_snr[i]) / h[i] for i in range(n)]
     uni_p = [bh2_weights(h[i], nodes[i], alpha_s[i]) for i in range(n)]
     x_0_weight = np.zeros((n, order + 1))
     for i in range(n):
@@ -255,7 +279,7 @@ def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
 
     Args:
       h: difference of log(alpha / sigma), may be infinite where there is no node but 1.
-      nodes: places of the other estimates, in units of h from the start: 1 is the end, earlier ones are below 0.
+      nodes: positions of the other estimates, in units of h from the start: 1 is the end, earlier ones are below 0.
       alpha_s: at the end.
 
     Returns:
@@ -273,18 +297,15 @@ def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
     return np.array([-alpha_s * scale - weights.sum(), *weights])
 
 
-PREDICTORS = ('reverse_diffusion', 'euler_maruyama', 'none')
-
-
 def predictor_corrector(
     denoise: Callable,
     x: Array,
     schedule: Schedule,
     keys: Array,
     *,
-    predictor: str = 'reverse_diffusion',
-    corrector_steps: int = 1,
-    snr: float = 0.16,
+    predictor: Annotated[str, Choice(PREDICTORS)] = 'reverse_diffusion',
+    corrector_steps: Annotated[int, '[0, inf)'] = 1,
+    snr: Positive = 0.16,
     trajectory: bool = False,
 ) -> Array:
     """Langevin steps at each level, then a step of the reverse SDE to the next (Song et al. 2021, arXiv 2011.13456,
@@ -299,7 +320,7 @@ def predictor_corrector(
       corrector_steps: Langevin steps at each level, from 0.
       snr: r, step size of these.
     """
-    alpha, sigma, alpha_s, sigma_s = levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     moves = posterior(schedule)
     n = len(alpha)
     if predictor == 'none':
@@ -333,7 +354,7 @@ def predictor_corrector(
         predicted = at['x_t_weight'] * x + at['x_0_weight'] * x_0 + at['std'] * noise
         return (jnp.where(at['correct'], corrected, predicted),), x_0
 
-    return walk(step, (x,), table, trajectory)
+    return run_sampler(step, (x,), table, trajectory)
 
 
 def annealed_langevin(
@@ -342,26 +363,26 @@ def annealed_langevin(
     schedule: Schedule,
     keys: Array,
     *,
-    steps_each: int,
-    step_size: float,
-    remove_noise: bool = True,
+    langevin_steps: Annotated[int, '[1, inf)'] = 100,
+    langevin_size: Annotated[float, '[0, inf)'] = 8e-5,
+    final_denoising: bool = True,
     trajectory: bool = False,
 ) -> Array:
     """Annealed Langevin dynamics, algorithm 1 of Song & Ermon 2019 (arXiv 1907.05600), of x / alpha.
 
     Args:
-      steps_each: T, Langevin steps at each level.
-      step_size: epsilon, the step at the first level; a level's is larger with the square of its sigma / alpha.
-      remove_noise: one evaluation more at the first level, which leads to the data (Song & Ermon 2020, arXiv
+      langevin_steps: T, Langevin steps at each level.
+      langevin_size: epsilon, the step at the first level; a level's is larger with the square of its sigma / alpha.
+      final_denoising: one evaluation more at the first level, which leads to the data (Song & Ermon 2020, arXiv
         2006.09011). The algorithm of 2019 ends before it, with x at the first level.
     """
     alpha, sigma = schedule.alpha, schedule.sigma
-    rate = 0.5 * step_size * (alpha[0] / sigma[0]) ** 2  # half the step over sigma^2 is the same at every level
-    at = np.repeat(np.arange(len(alpha)), steps_each)
+    rate = 0.5 * langevin_size * (alpha[0] / sigma[0]) ** 2  # half the step over sigma^2 is the same at every level
+    at = np.repeat(np.arange(len(alpha)), langevin_steps)
     to = np.append(0, at[:-1])
     move = alpha[to] / alpha[at]
     entries = schedule.t[at], (1 - rate) * move, rate * alpha[to], np.sqrt(2 * rate) * sigma[at] * move
-    if remove_noise:
+    if final_denoising:
         entries = (np.append(*pair) for pair in zip((schedule.t[0], 0, 1, 0), entries, strict=True))
     t, *weights = entries
     return linear(denoise, x, t, keys, *weights, trajectory=trajectory)
@@ -376,12 +397,143 @@ def consistency(
     Args:
       sigma_min: epsilon of the paper, the noise that the estimates are taken to have, in units of alpha.
     """
-    _, _, alpha_s, sigma_s = levels(schedule)
+    _, _, alpha_s, sigma_s = noise_levels(schedule)
     std = np.sqrt(np.maximum(sigma_s**2 - (alpha_s * sigma_min) ** 2, 0))
     return linear(denoise, x, schedule.t, keys, np.zeros(len(std)), alpha_s, std, trajectory=trajectory)
 
 
-def levels(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+SAMPLERS = {
+    'ancestral': ancestral,
+    'ddim': ddim,
+    'euler': euler,
+    'euler_ancestral': euler_ancestral,
+    'heun': heun,
+    'dpm_solver_pp': functools.partial(dpm_solver_pp, sde=False),
+    'dpm_solver_pp_sde': functools.partial(dpm_solver_pp, sde=True),
+    'unipc': unipc,
+    'euler_maruyama': euler_maruyama,
+    'predictor_corrector': predictor_corrector,
+    'annealed_langevin': annealed_langevin,
+    'consistency': consistency,
+}
+CONTINUOUS_SPACINGS = ('uniform', 'karras')
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The noise levels that a sampler visits, and what is done to the estimate at each of them.
+
+    Attributes:
+      steps: number of noise levels; 0: all T of a chain, 100 in continuous time.
+      spacing: which noise levels. Of a chain 'uniform' | 'trailing' (from the last one down) | 'respaced' (both ends) |
+        'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha to the power 1/7 (EDM, eq. 5).
+      shift: of process 'flow': t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
+      clip: estimates of x_0 to [-1, 1] at every step.
+    """
+
+    steps: Annotated[int, '[0, inf)'] = 0
+    spacing: Annotated[str, OneOf('uniform', 'trailing', 'respaced', 'quadratic', 'karras')] = 'uniform'
+    shift: Positive = 1.0
+    clip: bool = True
+
+
+# Arguments of samplers that follow from the process.
+DERIVED = ('trajectory', 'straight', 'level', 'sigma_min')
+COMPONENT = Component(SAMPLERS, Visits, DERIVED)
+
+
+class Sampler(NamedTuple):
+    """A sampler bound to its options and to the noise levels that it visits."""
+
+    run: Callable  # (denoise, x, keys, trajectory=False) -> x_0, or (x_0, trajectory)
+    schedule: Schedule
+    clip: bool
+
+
+def make(section: dict, process: Process, learned: bool = False) -> Sampler:
+    """The sampler of a complete section {'name': ..., its fields, those of `Visits`}.
+
+    Args:
+      learned: the network puts out a variance.
+
+    Raises:
+      UserError: fields that do not go with each other or with the process.
+    """
+    name = section['name']
+    visits = Visits(**{f.name: section[f.name] for f in dataclasses.fields(Visits)})
+    own = {k: v for k, v in section.items() if k != 'name' and not hasattr(visits, k)}
+    check(name, own, visits, process, learned)
+    schedule = visited(process, visits.steps, visits.spacing, visits.shift, own.get('last_step', 0.0))
+    if name == 'ancestral':
+        own['variance'] = model_variance(own['variance'], process, learned)
+    if name == 'heun':
+        own |= {'straight': process.straight, 'level': lambda ratio: process.at(process.time(ratio))}
+
+    def run(denoise: Callable, x: Array, keys: Array, trajectory: bool = False):
+        return SAMPLERS[name](denoise, x, schedule, keys, **own, trajectory=trajectory)
+
+    return Sampler(run, schedule, visits.clip)
+
+
+def model_variance(variance: str, process: Process, learned: bool) -> str:
+    """The variance of p(x_s | x_t) that is meant: '' is the learned one where there is one.
+
+    Raises:
+      UserError: 'learned' without a learned variance, or a variance of a chain in continuous time.
+    """
+    if not variance:
+        return 'learned' if learned else 'fixed_large' if process.steps else 'fixed_small'
+    if variance == 'learned' and not learned:
+        raise UserError("config.model: variance = 'learned' needs config.model.training.variance = 'learned'")
+    if variance == 'fixed_large' and not process.steps:
+        raise UserError("config.model: variance = 'fixed_large' is that of a chain, and the process is none")
+    return variance
+
+
+def check(name: str, own: dict, visits: Visits, process: Process, learned: bool) -> None:
+    """Raises UserError for a sampler that does not go with the process."""
+    where = 'config.model.sampler'
+    if not process.steps and visits.spacing not in CONTINUOUS_SPACINGS:
+        raise UserError(f'{where}.spacing = {visits.spacing!r} is of chains; in continuous time: {CONTINUOUS_SPACINGS}')
+    if ends_at_noise(process) and visits.spacing == 'karras':
+        raise UserError(f"{where}.spacing = 'karras' is by sigma / alpha, and the last level here has alpha = 0")
+    if ends_at_noise(process) and name in ('predictor_corrector', 'annealed_langevin'):
+        raise UserError(f'{where}.name = {name!r} divides by alpha, which is 0 at the last level here')
+    if visits.shift != 1 and not process.straight:
+        raise UserError(f"{where}.shift is of process 'flow'; it is {visits.shift}")
+    if process.steps and visits.steps > process.steps:
+        raise UserError(f'{where}.steps must be from 0 to timesteps {process.steps}; it is {visits.steps}')
+    if own.get('last_step') and (process.steps or own['last_step'] >= process.end):
+        raise UserError(f'{where}.last_step is of continuous time, from 0 to below 1; it is {own["last_step"]}')
+
+
+def visited(process: Process, n: int, spacing: str, shift: float = 1.0, last_step: float = 0.0) -> Schedule:
+    """The noise levels that a sampler visits, numpy float64, from the one next to the data to the last.
+
+    Args:
+      n: how many; 0: all steps of a chain, 100 in continuous time; 1: the last one, which is noise.
+      spacing, shift: see `Visits`; 'uniform' in continuous time is evenly in t. The shift moves last_step too.
+      last_step: in continuous time, t of the level next to the data where it is above 0; the others are evenly between
+        it and the end.
+    """
+    n = n or process.steps or 100
+    if n == 1:  # most spacings have the first level then, which is the data but for a little noise
+        return process.at(np.array([process.end]))
+    if spacing == 'karras':
+        ends = process.at(np.array([process.low, process.end], np.float64))
+        low, high = (ends.sigma / ends.alpha) ** (1 / 7)
+        return process.at(process.time(np.linspace(low, high, n) ** 7))
+    if process.steps:
+        return process.at(schedules.SPACINGS[spacing](process.steps, n))
+    at_data = process.at(np.array([process.low])).sigma[0] == 0 and not last_step
+    times = np.linspace(last_step or process.low, process.end, n + at_data)[int(at_data) :]
+    if shift != 1:
+        # Written so that t = 1 stays 1, whatever is rounded: beyond it alpha would be below 0.
+        times = shift * times / (1 - times + shift * times)
+    return process.at(times)
+
+
+def noise_levels(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """alpha and sigma of each level, and those of the level below it, [N] each. Below the first lies the data."""
     alpha, sigma = schedule.alpha, schedule.sigma
     return alpha, sigma, np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
@@ -408,7 +560,7 @@ def linear(
     """Steps x = x_t_weight x + sum of x_0_weight and the newest estimates + std noise, from the last entry down.
 
     Args:
-      t: [M], what denoise is told.
+      t: [M], times at which denoise is evaluated.
       x_t_weight, std: [M].
       x_0_weight: [M], or [M, p] for p estimates, the newest first.
       growth: [M], of std, which is multiplied by e^(growth fraction), fraction as denoise returns it.
@@ -429,12 +581,12 @@ def linear(
             x = x + (noise * jnp.exp(at['growth'] * fraction) if learned else noise)
         return (x, *estimates[:-1]), x_0
 
-    return walk(step, (x, *[jnp.zeros_like(x)] * (x_0_weight.shape[1] - 1)), table, trajectory)
+    return run_sampler(step, (x, *[jnp.zeros_like(x)] * (x_0_weight.shape[1] - 1)), table, trajectory)
 
 
-def walk(step: Callable, carry: tuple, table: dict[str, np.ndarray], trajectory: bool) -> Array:
+def run_sampler(step: Callable, carry: tuple, table: dict[str, np.ndarray], trajectory: bool) -> Array:
     """Scans step(carry, entry of the table) -> (carry, x_0) from the last entry to the first; carry[0] is x.
-    An entry's 'number' is its place in the table."""
+    An entry's 'number' is its index in the table."""
     table = {'number': np.arange(len(table['t'])), **table}
     table = {name: v[::-1].astype(np.float32 if v.dtype.kind == 'f' else v.dtype) for name, v in table.items()}
 
@@ -442,14 +594,14 @@ def walk(step: Callable, carry: tuple, table: dict[str, np.ndarray], trajectory:
         carry, x_0 = step(carry, at)
         return carry, {'x': carry[0], 'x_0': x_0} if trajectory else None
 
-    (x, *_), seen = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, table))
-    return (x, seen) if trajectory else x
+    (x, *_), passed = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, table))
+    return (x, passed) if trajectory else x
 
 
 def estimate(denoise: Callable, x: Array, t: Array) -> tuple[Array, Array | None]:
     """(x_0, fraction) of a denoise that returns either x_0 or both."""
-    found = denoise(x, t)
-    return found if isinstance(found, tuple) else (found, None)
+    output = denoise(x, t)
+    return output if isinstance(output, tuple) else (output, None)
 
 
 def noise_of(keys: Array, number: Array | int, x: Array) -> Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,9 @@ import jax.numpy as jnp
 
 from jaxgen.networks.attention import SelfAttention
 from jaxgen.networks.embeddings import cosines_first
+from jaxgen.networks.fields import Channels, GroupSize, RealMultipliers
 from jaxgen.networks.layers import Conv, Dense, Embed, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
+from jaxgen.options import Count, Positive, Rate
 
 Array = jax.Array
 
@@ -32,7 +34,7 @@ RESAMPLE = {'': lambda x: x, 'down': downsample_mean, 'up': upsample_nearest}
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block told the time: [n, H, W, C], [n, E] to [n, H', W', features].
+    """Pre-activation residual block conditioned on the time: [n, H, W, C], [n, E] to [n, H', W', features].
 
     The second convolution starts at zero: a new block only resamples its input, or nothing at all.
 
@@ -84,25 +86,25 @@ class Half(nn.Module):
       scale_shift: the embedding scales and shifts in a block, else it is added.
       resample_in_blocks: resolution changes inside residual blocks (ADM), else by a convolution with
         stride 2, or one after doubling (DDPM).
-      dropout: share of the second convolution's inputs that is dropped in training.
+      dropout: rate of dropout of the second convolution's inputs, in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
         at every width, group_size 0; EDM's has min(C // 4, 32), group_size 4.
       remat: recompute each block's activations in the backward pass.
       dtype: of the computation; the last layers are in float32 all the same, as published.
     """
 
-    channels: int = 192
-    multipliers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
-    blocks: int = 3
+    channels: Channels = 192
+    multipliers: RealMultipliers = (1.0, 2.0, 3.0, 4.0)
+    blocks: Count = 3
     attention: tuple[int, ...] = (32, 16, 8)
-    heads: int = 1
-    head_channels: int = 64
+    heads: Count = 1
+    head_channels: Annotated[int, '[0, inf)'] = 64
     scale_shift: bool = True
     resample_in_blocks: bool = True
-    dropout: float = 0.0
-    groups: int = 32
-    group_size: int = 2
-    eps: float = 1e-5
+    dropout: Rate = 0.0
+    groups: Count = 32
+    group_size: GroupSize = 2
+    eps: Positive = 1e-5
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -127,12 +129,12 @@ class Half(nn.Module):
             h = attention(self.dtype, heads, self.norm(), INIT, name=f'{name}_attention')(h)
         return h
 
-    def resample(self, h, embedding, train, name: str, way: str) -> Array:
-        """To half or twice the height and width; way: 'down' | 'up'."""
+    def resample(self, h, embedding, train, name: str, direction: str) -> Array:
+        """h at half or twice the height and width; direction: 'down' | 'up'."""
         features = h.shape[-1]
         if self.resample_in_blocks:
-            return self.block(h, embedding, train, name, features, resample=way)
-        if way == 'down':
+            return self.block(h, embedding, train, name, features, resample=direction)
+        if direction == 'down':
             padding = ((1, 1), (1, 1))
             return Conv(features, stride=2, padding=padding, init=INIT, dtype=self.dtype, name=name)(h)
         return Conv(features, init=INIT, dtype=self.dtype, name=name)(upsample_nearest(h))
@@ -156,32 +158,40 @@ class Half(nn.Module):
 
 
 class ADMUNet(Half):
-    """x_t, t (and class) to a map of x_t's height and width, float32. The defaults are ADM's at 64 pixels.
+    """x_t and t to a map of x_t's height and width, float32. The defaults are ADM's at 64 pixels.
 
-    ADM's upsamplers are this network told the small image: enlarged to x_t's size (bilinear), it goes
-    behind x_t's channels, so that x has 6. Then out_channels must be given.
+    ADM's upsamplers are this network conditioned on the small image: enlarged to x_t's size (bilinear), it is
+    concatenated to x_t, so that x has 6 channels. Then out_channels must be given.
 
     Attributes (more: see `Half`):
       out_channels: 0: as x; twice an image's with a learned variance, which comes second.
-      classes: number of classes if the network is told the class, else 0.
     """
 
     out_channels: int = 0
-    classes: int = 0
+
+    takes: ClassVar = ('vector', 'planes')
+
+    @property
+    def vector_features(self) -> int:
+        return 4 * self.channels
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
+        start = nn.initializers.normal(1.0)  # as torch starts embeddings
+        return Embed(classes, self.vector_features, embedding_init=start, dtype=self.dtype)
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+    def __call__(self, x: Array, t: Array, vector: Array | None = None, *, train: bool) -> Array:
         """Args:
         x: float32 [n, H, W, C].
         t: [n], step of a schedule with about 1000 of them, integer or real; EDM: log(sigma) / 4.
-        label: int32 [n] in [0, classes), read if classes > 0.
+        vector: [n, vector_features], added to the embedding of time; None: there is no condition.
         train: with dropout; needs the rng 'dropout'.
         """
         embedding = self.embed(t)
-        if self.classes:
-            start = nn.initializers.normal(1.0)  # as torch starts embeddings
-            embed = Embed(self.classes, 4 * self.channels, embedding_init=start, dtype=self.dtype, name='label')
-            embedding = embedding + embed(label)
+        if vector is not None:
+            embedding = embedding + vector
         embedding = nn.silu(embedding)  # once here, as every block would begin with it
 
         h, skips = self.descend(x, embedding, train)
@@ -224,9 +234,11 @@ class ADMClassifier(Half):
     Published with channels 128 and 2 blocks (4 at 64 pixels), and otherwise as ADM of that size.
 
     Attributes (more: see `Half`):
+      head_channels: of one head; the pool has heads of so many channels too.
       classes: number of classes.
     """
 
+    head_channels: Count = 64
     classes: int = 1000
 
     @nn.compact

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.fields import Channels, Multipliers
 from jaxgen.networks.layers import Conv, Dense, normalised, smooth, variance_scaling
-from jaxgen.networks.ncsnpp import NCSNpp
+from jaxgen.networks.ncsnpp import PYRAMIDS, RESAMPLINGS, NCSNpp
 from jaxgen.networks.stylegan2 import minibatch_deviation
+from jaxgen.options import Choice, Count, Rate
 
 Array = jax.Array
 
@@ -22,29 +25,51 @@ SLOPE = 0.2  # of the discriminator's leaky ReLU
 class Generator(nn.Module):
     """x_t [n, H, W, C], t [n] and z [n, latent] to x_0 float32 [n, H, W, C] in (-1, 1).
 
-    A perceptron makes a style of z, and NCSN++ with this style does the rest.
+    A perceptron makes a style of z, and NCSN++ with this style does the rest. The defaults are those for CIFAR-10.
 
     Attributes:
-      style: numbers of it.
+      latent: dimensions of z, from N(0, I).
+      style: features of the style.
       mapping_layers: dense layers after the perceptron's first.
-      unet: fields of NCSNpp.
+      channels, multipliers, blocks, attention, resampling, pyramid, dropout: of the U-Net, see networks/ncsnpp.py.
     """
 
-    style: int
-    mapping_layers: int
-    unet: dict
+    latent: Count = 100
+    style: Count = 256
+    mapping_layers: Annotated[int, '[0, inf)'] = 4
+    channels: Channels = 128
+    multipliers: Multipliers = (1, 2, 2, 2)
+    blocks: Count = 2
+    attention: tuple[int, ...] = (16,)
+    resampling: Annotated[str, Choice(RESAMPLINGS)] = 'fir'
+    pyramid: Annotated[str, Choice(PYRAMIDS)] = 'residual'
+    dropout: Rate = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, t: Array, z: Array, *, train: bool) -> Array:
+        chex.assert_shape(z, (len(x), self.latent))
         h = normalised(z)
         for i in range(self.mapping_layers + 1):
             h = nn.silu(Dense(self.style, dtype=self.dtype, name=f'mapping{i}')(h))
-        return jnp.tanh(NCSNpp(**self.unet, dtype=self.dtype, name='unet')(x, t, style=h, train=train))
+        unet = NCSNpp(
+            self.channels,
+            self.multipliers,
+            self.blocks,
+            self.attention,
+            resampling=self.resampling,
+            pyramid=self.pyramid,
+            dropout=self.dropout,
+            remat=self.remat,
+            dtype=self.dtype,
+            name='unet',
+        )
+        return jnp.tanh(unet(x, t, style=h, train=train))
 
 
 class Block(nn.Module):
-    """Residual block, told the time: [n, H, W, C], [n, E] to [n, H, W, features], or half as high and wide."""
+    """Residual block conditioned on the time: [n, H, W, C], [n, E] to [n, H, W, features], or half as high and wide."""
 
     features: int
     down: bool
@@ -68,20 +93,21 @@ class Discriminator(nn.Module):
       channels: of the first layer.
       multipliers: channels of each block over `channels`.
       full: how many blocks come before the first one that makes the map smaller; all others do.
-      embedding: numbers that the time becomes.
-      group: images whose deviation is looked at together, see stylegan2.minibatch_deviation.
+      embedding: features of the time's embedding.
+      group: images whose standard deviation is taken together, see stylegan2.minibatch_deviation.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    full: int = 1
-    embedding: int = 256
-    group: int = 4
+    channels: Annotated[int, '[4, inf)'] = 128
+    multipliers: Annotated[tuple[int, ...], '[1, inf)'] = (1, 2, 4, 4)
+    full: Annotated[int, '[0, inf)'] = 1
+    embedding: Channels = 256
+    group: Count = 4
     remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_s: Array, s: Array, x_t: Array) -> Array:
+        chex.assert_equal_shape([x_s, x_t])
         block = nn.remat(Block) if self.remat else Block
         embedding = sinusoidal(s, self.embedding)
         for i in (1, 2):

@@ -1,88 +1,133 @@
-"""The networks that a diffusion model may have, by name: each maps x_t, t (and class) to a map of x_t's size.
+"""The networks that a diffusion model may have, by name: each maps x_t, its time and its conditions to a map of x_t's
+size.
 
-Their own fields are sections of `config.model`, taken from the attributes of their modules.
+Their fields are `config.model.network`, the attributes of their modules. A network is used as the pair `Network(init,
+apply)`, which adapters wrap: functions Network -> Network.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context
+from jaxgen.diffusion import conditioning as conditions
+from jaxgen.diffusion.conditioning import Conditioning, Embeddings, Values
 from jaxgen.errors import UserError
 from jaxgen.networks.adm import ADMUNet
 from jaxgen.networks.dit import DiT
 from jaxgen.networks.layers import check_groups
-from jaxgen.networks.ncsnpp import EMBEDDINGS, PYRAMIDS, RESAMPLINGS, NCSNpp
+from jaxgen.networks.ncsnpp import NCSNpp
 from jaxgen.networks.refinenet import RefineNet
 from jaxgen.networks.unet import UNet
+from jaxgen.options import Component
+from jaxgen.randomness import stream
+
+Array = jax.Array
 
 NETWORKS = {'unet': UNet, 'adm': ADMUNet, 'ncsnpp': NCSNpp, 'dit': DiT, 'refinenet': RefineNet}
-# Attributes of the networks that others decide: the data, the prediction, the shared machinery.
-GIVEN = ('classes', 'out_channels', 'augment', 'sigmas', 'remat', 'dtype', 'parent', 'name')
-# {network: {field that a config sets: default}}
-FIELDS = {
-    name: {f.name: f.default for f in dataclasses.fields(network) if f.name not in GIVEN}
-    for name, network in NETWORKS.items()
-}
+# Attributes of the networks that others decide: the prediction, the process, the shared machinery.
+GIVEN = ('out_channels', 'levels', 'sigmas', 'remat', 'dtype')
+COMPONENT = Component(NETWORKS, omit=GIVEN)
 
 
-def check_network(network: str, section: dict, image: tuple[int, int, int]) -> int:
-    """What the image's height and width must be multiples of.
+class Network(NamedTuple):
+    """A network with its conditions: what LoRA and ControlNet wrap."""
+
+    init: Callable  # (rng, x, values) -> params
+    apply: Callable  # (params, x, t, embeddings, *, train=False, rngs=None) -> output like x
+
+
+def make_module(section: dict, shape: tuple[int, ...], out_channels: int, context: Context, **given: Any) -> Any:
+    """The linen module of a complete section {'name': ..., its fields}.
+
+    Args:
+      shape: (height, width, channels) of x, without conditions.
+      given: attributes that the process decides.
 
     Raises:
-      UserError: a field of the network that cannot work with the image.
+      UserError: a field that does not go with the others or with the shape.
     """
-    where, channels = f'config.model.{network}', section['channels']
-    if channels < 4 or channels % 2:
-        raise UserError(f'{where}.channels must be even and at least 4; it is {channels}')
-    # Not every network has all of these fields.
-    if section.get('blocks', 1) < 1:
-        raise UserError(f'{where}.blocks must be at least 1; it is {section["blocks"]}')
-    if not 0 <= section.get('dropout', 0) < 1:
-        raise UserError(f'{where}.dropout must be in [0, 1); it is {section["dropout"]}')
-    if network == 'dit':
-        divisor, heads = section['patch'], section['heads']
-        if divisor < 1 or heads < 1 or channels % heads or channels % 4:
-            raise UserError(
-                f'{where}: patch {divisor} and heads {heads} must be at least 1, and channels {channels} a multiple of '
-                'heads and of 4'
-            )
-    elif network == 'refinenet':
-        divisor = 2
-        if not 1 <= section['stages'] <= 4:
-            raise UserError(f'{where}.stages must be from 1 to 4; it is {section["stages"]}')
-    else:
-        multipliers = section['multipliers']
-        if not multipliers or min(multipliers) <= 0:
-            raise UserError(f'{where}.multipliers must be one or more numbers above 0; they are {multipliers}')
-        # UNet and NCSNpp begin with `channels`, ADM's with those of the first level.
-        widths = [int(channels * m) for m in ((1, *multipliers) if network != 'adm' else multipliers)]
-        check_groups(where, section['groups'], section['group_size'], section['eps'], widths)
-        patch = section.get('patch', 1)
-        if patch < 1:
-            raise UserError(f'{where}.patch must be at least 1; it is {patch}')
-        divisor = patch * 2 ** (len(multipliers) - 1)
-    for size in image[:2]:
+    check_network(section, shape)
+    own = {k: v for k, v in section.items() if k != 'name'}
+    made = NETWORKS[section['name']]
+    return made(**own, **given, out_channels=out_channels, remat=context.remat, dtype=context.dtype)
+
+
+def bind(module: nn.Module, conditioning: Conditioning) -> Network:
+    """The network of a module and its conditions; parameters of the conditions' embeddings lie among the module's."""
+
+    def apply(params: Any, x: Array, t: Array, embeddings: Embeddings, *, train: bool = False, rngs: Any = None):
+        planes = embeddings.get('planes')
+        others = {part: value for part, value in embeddings.items() if part != 'planes'}
+        inputs = x if planes is None else jnp.concatenate([x, planes], -1)
+        return module.apply({'params': params}, inputs, t, **others, train=train, rngs=rngs)
+
+    def init(rng: Array, x: Array, values: Values) -> Any:
+        embedded = conditions.init(conditioning, stream(rng, 'conditions'), values)
+        embeddings = conditions.embed(conditioning, embedded, values, x)
+        planes = embeddings.pop('planes', None)
+        inputs = x if planes is None else jnp.concatenate([x, planes], -1)
+        params = dict(module.init(rng, inputs, jnp.zeros(len(x)), **embeddings, train=False)['params'])
+        if taken := sorted(params.keys() & embedded.keys()):
+            raise UserError(f'config.model.conditioning.{taken[0]}: the network has a layer of that name, take another')
+        return params | embedded
+
+    return Network(init, apply)
+
+
+def divisor_of(section: dict) -> int:
+    """Number of which an image's height and width must be multiples, for a complete section."""
+    if section['name'] == 'dit':
+        return section['patch']
+    if section['name'] == 'refinenet':
+        return 2
+    return section.get('patch', 1) * 2 ** (len(section['multipliers']) - 1)
+
+
+def check_network(section: dict, shape: tuple[int, ...], where: str = 'config.model.network') -> None:
+    """Raises UserError where fields of a network do not go with each other or with what it is applied to.
+
+    Args:
+      section: complete, {'name': ..., its fields}.
+      shape: (height, width, channels).
+    """
+    name, divisor = section['name'], divisor_of(section)
+    for size in shape[:2]:
         if size % divisor:
             raise UserError(
                 f'images of {size} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
             )
-    top = image[0] // section.get('patch', 1)
-    sizes = [top >> level for level in range(len(section.get('multipliers', ())))]
-    for size in section.get('attention', ()):
+    if name == 'dit' and section['channels'] % section['heads']:
+        raise UserError(f'{where}: channels {section["channels"]} must be a multiple of heads {section["heads"]}')
+    if 'multipliers' in section:
+        check_levels(name, section, shape[0] // section.get('patch', 1), where)
+
+
+def check_levels(name: str, section: dict, top: int, where: str) -> None:
+    """Raises UserError where widths, heads or attention do not go with a U-Net's resolution levels.
+
+    Args:
+      top: height of the first level.
+    """
+    channels, multipliers = section['channels'], section['multipliers']
+    # UNet and NCSNpp begin with `channels`, ADM's with those of the first level.
+    widths = [int(channels * m) for m in ((1, *multipliers) if name != 'adm' else multipliers)]
+    check_groups(where, section['groups'], section['group_size'], section['eps'], widths)
+    sizes = [top >> level for level in range(len(multipliers))]
+    for size in section['attention']:
         if size not in sizes:
             raise UserError(f'{where}.attention: no level of the network has {size} rows, only {sizes}')
-    if network == 'ncsnpp':
-        for name, allowed in {'embedding': EMBEDDINGS, 'resampling': RESAMPLINGS, 'pyramid': PYRAMIDS}.items():
-            if section[name] not in allowed:
-                raise UserError(f'{where}.{name} must be one of {allowed}; it is {section[name]!r}')
-    if network == 'adm':
-        part = section['head_channels'] or section['heads']
-        if section['head_channels'] < 0 or part < 1:
-            raise UserError(f'{where}: head_channels must be 0 or more, and heads 1 or more where they are 0')
-        for size, multiplier in zip(sizes, section['multipliers'], strict=True):
-            if (size in section['attention'] or size == sizes[-1]) and int(channels * multiplier) % part:
-                raise UserError(
-                    f'{where}: {int(channels * multiplier)} channels at {size} pixels, where there is attention, must '
-                    f'be a multiple of head_channels, or else of heads: {part}'
-                )
-    return divisor
+    if name != 'adm':
+        return
+    part = section['head_channels'] or section['heads']
+    for size, multiplier in zip(sizes, multipliers, strict=True):
+        if (size in section['attention'] or size == sizes[-1]) and int(channels * multiplier) % part:
+            raise UserError(
+                f'{where}: {int(channels * multiplier)} channels at {size} pixels, where there is attention, must '
+                f'be a multiple of head_channels, or else of heads: {part}'
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgen.networks.embeddings import cosines_first
 from jaxgen.networks.layers import Dense, Embed, LayerNorm, from_patches, to_patches
+from jaxgen.options import Count, Rate, Rule
 
 Array = jax.Array
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """x_t, t (and class) to a map of x_t's height and width, float32. The defaults are DiT-S/2's.
+    """x_t and t to a map of x_t's height and width, float32. The defaults are DiT-S/2's.
 
     Published (table 1), as channels, blocks, heads: S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16;
     XL 1152, 28, 16; each with patch 2, 4 or 8, on latents of 32x32x4, and with a learned variance.
@@ -77,29 +78,46 @@ class DiT(nn.Module):
       blocks: of attention and MLP each.
       heads: of the attention.
       patch: height and width in pixels of the square that is one token; those of x are multiples of it.
-      dropout: share of what each branch adds that is dropped in training; published: 0.
-      classes: number of classes if the network is told the class, else 0. Where labels are left out for
-        classifier-free guidance, one of them, published: the last, stands for no label.
+      dropout: rate of dropout of what each branch adds, in training; published: 0.
       out_channels: 0: as x; twice an image's with a learned variance, which comes second.
       remat: recompute each block's activations in the backward pass.
     """
 
-    channels: int = 384
-    blocks: int = 12
-    heads: int = 6
-    patch: int = 2
-    dropout: float = 0.0
-    classes: int = 0
+    channels: Annotated[int, '[4, inf)', Rule(lambda c: c % 4 == 0, 'a multiple of 4')] = 384
+    blocks: Count = 12
+    heads: Count = 6
+    patch: Count = 2
+    dropout: Rate = 0.0
     out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
 
+    takes: ClassVar = ('vector', 'tokens', 'planes')
+
+    @property
+    def vector_features(self) -> int:
+        return self.channels
+
+    @property
+    def token_features(self) -> int:
+        return self.channels
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, channels]. Where labels are dropped for classifier-free guidance
+        one class, published: the last, stands for no label."""
+        return Embed(classes, self.channels, embedding_init=NORMAL, dtype=self.dtype)
+
     @nn.compact
-    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+    def __call__(
+        self, x: Array, t: Array, vector: Array | None = None, tokens: Array | None = None, *, train: bool
+    ) -> Array:
         """Args:
         x: float32 [n, H, W, C].
         t: [n], integer or real. DiT: step of a schedule with 1000 of them; SiT: time in [0, 1].
-        label: int32 [n] in [0, classes), read if classes > 0.
+        vector: [n, channels], added to the embedding of time; None: there is no such condition.
+        tokens: [n, T, channels], conditions in the context of the patches (section 3.2): they pass all blocks beside
+          them and are left out of the output.
         train: with dropout; needs the rng 'dropout'.
         """
         n, height, width, image_channels = x.shape
@@ -108,14 +126,14 @@ class DiT(nn.Module):
 
         condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time1')(cosines_first(t, 256))  # [n, channels]
         condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time2')(nn.silu(condition))
-        if self.classes:
-            embed = Embed(self.classes, channels, embedding_init=NORMAL, dtype=self.dtype, name='label')
-            condition = condition + embed(label)
+        if vector is not None:
+            condition = condition + vector
         condition = nn.silu(condition)  # once here, as every block would begin with it
 
         h = to_patches(x, patch).reshape(n, rows * columns, patch * patch * image_channels)
         h = Dense(channels, dtype=self.dtype, name='first')(h)  # [n, T, channels]
         h = h + position_embedding(rows, columns, channels).astype(self.dtype)
+        h = h if tokens is None else jnp.concatenate([h, tokens.astype(h.dtype)], 1)
 
         # What a scan keeps for the backward pass it has to copy into stacks. Keeping the products of the
         # dense layers alone, and doing the cheap rest twice, takes less time on CPUs and half the memory.
@@ -129,6 +147,7 @@ class DiT(nn.Module):
         )
         h, _ = stack(self.heads, self.dropout, train, self.dtype, name='blocks')(h, condition)
 
+        h = h[:, : rows * columns]
         modulation = Dense(2 * channels, init=ZEROS, dtype=self.dtype, name='modulation')(condition)
         shift, scale = jnp.split(modulation[:, None], 2, -1)
         h = LayerNorm(affine=False, dtype=self.dtype, name='norm')(h) * (1 + scale) + shift

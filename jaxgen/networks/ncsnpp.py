@@ -8,14 +8,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxgen.networks.attention import SelfAttention
+from jaxgen.networks.conditions import OneHotLinear
 from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.fields import Channels, GroupSize, Multipliers
 from jaxgen.networks.layers import (
     Conv,
     Dense,
@@ -26,6 +28,7 @@ from jaxgen.networks.layers import (
     upsample_smooth,
     variance_scaling,
 )
+from jaxgen.options import Choice, Count, Positive, Rate
 
 Array = jax.Array
 
@@ -36,7 +39,7 @@ PYRAMIDS = ('none', 'residual', 'skip')
 
 
 class Block(nn.Module):
-    """Residual block of BigGAN's kind, told the time: [n, H, W, C], [n, E] to [n, H', W', features].
+    """Residual block of BigGAN's kind, conditioned on the time: [n, H, W, C], [n, E] to [n, H', W', features].
 
     With a style [n, S] it says gains and shifts of the norms (adaptive group normalisation).
 
@@ -58,8 +61,8 @@ class Block(nn.Module):
         def norm(h, name):
             if style is None:
                 return self.normalisation(dtype=self.dtype, name=name)(h)
-            found = Dense(2 * h.shape[-1], dtype=self.dtype, name=f'{name}_style')(style)[:, None, None, :]
-            gain, shift = jnp.split(found, 2, -1)
+            modulation = Dense(2 * h.shape[-1], dtype=self.dtype, name=f'{name}_style')(style)[:, None, None, :]
+            gain, shift = jnp.split(modulation, 2, -1)
             return (1 + gain) * self.normalisation(affine=False, dtype=self.dtype, name=name)(h) + shift
 
         h = nn.silu(norm(x, 'norm1'))
@@ -76,14 +79,14 @@ class Block(nn.Module):
 
 
 class NCSNpp(nn.Module):
-    """x_t, t (and class) to a map of x_t's size, float32. The published networks:
+    """x_t and t to a map of x_t's size, float32. The published networks:
 
       NCSN++, 32x32            'fourier', 'fir', 'residual', blocks 4 ("deep": 8)
       NCSN++, 256x256          'fourier', 'fir', 'skip', blocks 2, multipliers (1, 1, 2, 2, 2, 2, 2)
       NCSN++, 1024x1024        the same with channels 16, blocks 1, multipliers (1, 2, 4, 8, 16, 32, 32, 32)
       DDPM++                   'positional', 'box', 'none', blocks 4 ("deep": 8); the defaults
       score_sde's DDPM         'positional', 'conv', 'none', blocks 2
-      EDM, 32x32               NCSN++ or DDPM++ with multipliers (2, 2, 2), augment 9
+      EDM, 32x32               NCSN++ or DDPM++ with multipliers (2, 2, 2)
       EDM, 64x64               the same with multipliers (1, 2, 2, 2)
 
     Their outer parts (data in [0, 1] moved to [-1, 1], the output divided by sigma, EDM's
@@ -108,37 +111,43 @@ class NCSNpp(nn.Module):
       dropout: share of the second convolution's inputs that is dropped in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). The defaults are the
         published ones, min(C // 4, 32) groups; only score_sde's DDPM has 32 at every width, group_size 0.
-      classes: number of classes if the network is told the class, else 0.
-      augment: numbers that tell how an image was augmented (EDM, section 5), 0: none.
       out_channels: 0: as many as x has.
       remat: recompute each block's activations in the backward pass.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 4
+    channels: Channels = 128
+    multipliers: Multipliers = (1, 2, 2, 2)
+    blocks: Count = 4
     attention: tuple[int, ...] = (16,)
-    embedding: str = 'positional'
+    embedding: Annotated[str, Choice(EMBEDDINGS)] = 'positional'
     fourier_scale: float = 16.0
-    resampling: str = 'box'
-    pyramid: str = 'none'
-    dropout: float = 0.0
-    groups: int = 32
-    group_size: int = 4
-    eps: float = 1e-6
-    classes: int = 0
-    augment: int = 0
+    resampling: Annotated[str, Choice(RESAMPLINGS)] = 'box'
+    pyramid: Annotated[str, Choice(PYRAMIDS)] = 'none'
+    dropout: Rate = 0.0
+    groups: Count = 32
+    group_size: GroupSize = 4
+    eps: Positive = 1e-6
     out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
+
+    takes: ClassVar = ('vector', 'planes')
+
+    @property
+    def vector_features(self) -> int:
+        return self.channels * (2 if self.embedding == 'fourier' else 1)
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
+        return OneHotLinear(classes, self.vector_features, self.dtype)
 
     @nn.compact
     def __call__(
         self,
         x: Array,
         t: Array,
-        label: Array | None = None,
-        augment: Array | None = None,
+        vector: Array | None = None,
         style: Array | None = None,
         *,
         train: bool,
@@ -147,8 +156,7 @@ class NCSNpp(nn.Module):
         x: float32 [n, H, W, C].
         t: [n], what is embedded, integer or real: 0 to 999 or so if 'positional', a logarithm of
           sigma if 'fourier' (score_sde: ln sigma; EDM: ln(sigma) / 4).
-        label: int32 [n] in [0, classes), read if classes > 0; outside of it: no class.
-        augment: float32 [n, augment], read if augment > 0; None, as in sampling: zeros.
+        vector: [n, vector_features], added to the embedding of time before its MLP; None: there is no condition.
         style: float32 [n, S], sets gains and shifts of the blocks' norms (denoising diffusion GANs); None: none.
         train: with dropout; needs the rng 'dropout'.
         """
@@ -172,7 +180,7 @@ class NCSNpp(nn.Module):
                 h = attend(self.dtype, **options, name=f'{name}_attention')(h) * scale
             return h
 
-        embedding = self.embed(t, label, augment)
+        embedding = self.embed(t, vector)
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         last = len(widths) - 1
 
@@ -217,19 +225,15 @@ class NCSNpp(nn.Module):
                     h = Conv(width, dtype=self.dtype, name=f'up{level}')(upsample_nearest(h))
         return image
 
-    def embed(self, t: Array, label: Array | None, augment: Array | None) -> Array:
-        """What every block is told: [n, 4 channels]."""
+    def embed(self, t: Array, vector: Array | None) -> Array:
+        """The embedding of time and conditions, of every block: [n, 4 channels]."""
         if self.embedding == 'fourier':
             frequencies = self.param('frequencies', nn.initializers.normal(self.fourier_scale), (self.channels,))
             angles = 2 * math.pi * t.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
             h = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)  # [n, 2 channels]
         else:
             h = sinusoidal(t, self.channels)
-        if self.classes:
-            one_hot = jax.nn.one_hot(label, self.classes) * math.sqrt(self.classes)
-            h = h + Dense(h.shape[-1], dtype=self.dtype, name='label')(one_hot)
-        if self.augment:
-            augment = jnp.zeros((len(t), self.augment)) if augment is None else augment
-            h = h + Dense(h.shape[-1], bias=False, dtype=self.dtype, name='augment')(augment)
+        if vector is not None:
+            h = h + vector
         h = nn.silu(Dense(4 * self.channels, dtype=self.dtype, name='time1')(h))
         return nn.silu(Dense(4 * self.channels, dtype=self.dtype, name='time2')(h))

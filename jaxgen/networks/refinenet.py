@@ -1,20 +1,26 @@
-"""The network of NCSN: a dilated RefineNet told the noise level (Song & Ermon 2019, arXiv 1907.05600, appendix A)."""
+"""The network of NCSN, a dilated RefineNet conditioned on the noise level (Song & Ermon 2019, arXiv 1907.05600).
+
+See its appendix A.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.networks.conditions import OneHot
+from jaxgen.networks.fields import Channels
 from jaxgen.networks.layers import Conv, Dense, downsample_mean, look_up
 
 Array = jax.Array
+Condition = tuple[Array, Array | None]
 
 # As torch starts kernels: uniform in +-1 / sqrt(fan in).
 INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -30,9 +36,9 @@ def enlarge(x: Array, height: int, width: int) -> Array:
     """Bilinear, corners on corners (torch's `align_corners`): [n, H, W, C] to [n, height, width, C]."""
 
     def weights(size: int, old: int) -> Array:
-        """[size, old]: shares of the old pixels in the new ones."""
-        places = np.linspace(0, old - 1, size)
-        return jnp.asarray(np.maximum(1 - np.abs(places[:, None] - np.arange(old)), 0), x.dtype)
+        """[size, old]: weights of the old pixels in the new ones."""
+        positions = np.linspace(0, old - 1, size)
+        return jnp.asarray(np.maximum(1 - np.abs(positions[:, None] - np.arange(old)), 0), x.dtype)
 
     if x.shape[1:3] == (height, width):
         return x
@@ -41,33 +47,31 @@ def enlarge(x: Array, height: int, width: int) -> Array:
 
 
 class Norm(nn.Module):
-    """Conditional instance normalisation++ (appendix A.1): [n, H, W, C], told to the same.
+    """Conditional instance normalisation++ (appendix A.1): [n, H, W, C] and the condition to the same.
 
     Every channel is brought to mean 0 and variance 1 over its positions. What that takes away, how the
     channels' means differ, is added again, with a factor. Then come a scale and a shift. These three are looked
-    up by the noise level, and by the class too if it is told. Statistics are taken in float32.
+    up by the noise level, and by the class too where it is a condition. Statistics are taken in float32.
 
     Attributes:
       levels: number of noise levels.
-      classes: number of classes, or 0. What they add starts at zero; the published network has none.
     """
 
     levels: int
-    classes: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, told: tuple[Array, Array | None]) -> Array:
-        level, label = told
+    def __call__(self, x: Array, condition: Condition) -> Array:
+        """condition: the noise level int32 [n], and one-hot classes [n, classes] or None."""
+        level, classes = condition
         channels = x.shape[-1]
 
         def start(key, shape):  # factors near 1, shifts 0
             return jnp.pad(1 + 0.02 * jax.random.normal(key, (shape[0], 2 * channels)), ((0, 0), (0, channels)))
 
         table = look_up(self.param('level', start, (self.levels, 3 * channels)), level)  # [n, 3 C]
-        if self.classes:
-            by_class = self.param('label', nn.initializers.zeros, (self.classes, 3 * channels))
-            table = table + look_up(by_class, label)
+        if classes is not None:  # what they add starts at zero; the published network has none
+            table = table + classes @ self.param('label', nn.initializers.zeros, (classes.shape[-1], 3 * channels))
         scale, factor, shift = jnp.split(table, 3, -1)  # [n, C] each
 
         # Both moments in one pass, the values shifted by one of their own against cancellation, as in GroupNorm; then
@@ -82,8 +86,8 @@ class Norm(nn.Module):
         scale, factor = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-5), scale * factor
         # The channels' means are compared as they are; x is scaled from its shifted values, whose digits are all left.
         centred = means - means.mean(1, keepdims=True)
-        spread = jnp.square(centred).sum(1, keepdims=True) / (channels - 1)
-        shift = shift - scale * offsets + factor * centred * jax.lax.rsqrt(spread + 1e-5)
+        variance = jnp.square(centred).sum(1, keepdims=True) / (channels - 1)
+        shift = shift - scale * offsets + factor * centred * jax.lax.rsqrt(variance + 1e-5)
         return (shifted * scale[:, None] + shift[:, None]).reshape(x.shape).astype(self.dtype)
 
 
@@ -98,8 +102,8 @@ class Layer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, told: tuple) -> Array:
-        h = self.act(self.norm(name='norm')(x, told))
+    def __call__(self, x: Array, condition: Condition) -> Array:
+        h = self.act(self.norm(name='norm')(x, condition))
         return Conv(
             self.features, dilation=self.dilation, bias=self.bias, init=INIT, dtype=self.dtype, name='conv'
         )(h)  # fmt: skip
@@ -119,9 +123,9 @@ class Residual(nn.Module):
     first: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, told: tuple) -> Array:
-        h = self.layer(x.shape[-1], dilation=self.dilation, name='layer1')(x, told)
-        h = self.layer(self.features, dilation=self.dilation, name='layer2')(h, told)
+    def __call__(self, x: Array, condition: Condition) -> Array:
+        h = self.layer(x.shape[-1], dilation=self.dilation, name='layer1')(x, condition)
+        h = self.layer(self.features, dilation=self.dilation, name='layer2')(h, condition)
         if not self.first:
             return x + h
         options = {'init': INIT, 'dtype': h.dtype, 'name': 'shortcut'}
@@ -145,12 +149,12 @@ class Refine(nn.Module):
     units: int = 1
 
     @nn.compact
-    def __call__(self, maps: list[Array], told: tuple) -> Array:
+    def __call__(self, maps: list[Array], condition: Condition) -> Array:
         def residual_units(h, count, name):
             for i in range(count):
                 skip = h
                 for j in range(2):
-                    h = self.layer(h.shape[-1], bias=False, name=f'{name}_{i}{j}')(h, told)
+                    h = self.layer(h.shape[-1], bias=False, name=f'{name}_{i}{j}')(h, condition)
                 h = h + skip
             return h
 
@@ -161,11 +165,11 @@ class Refine(nn.Module):
         else:
             h = 0
             for i, one in enumerate(maps):
-                one = self.layer(self.features, act=lambda x: x, name=f'fuse{i}')(one, told)
+                one = self.layer(self.features, act=lambda x: x, name=f'fuse{i}')(one, condition)
                 h = h + enlarge(one, height, width)
         h = path = nn.elu(h)
         for i in range(2):
-            path = self.layer(self.features, act=mean_5x5, bias=False, name=f'pool{i}')(path, told)
+            path = self.layer(self.features, act=mean_5x5, bias=False, name=f'pool{i}')(path, condition)
             h = h + path
         return residual_units(h, self.units, 'out')
 
@@ -184,32 +188,41 @@ class RefineNet(nn.Module):
       stages: up to 4, as published. The second halves the size, the third and the fourth are dilated.
       levels: number of noise levels, of which every norm has a table.
       sigmas: sigma of the first and the last level, over images in [-1, 1]; between them their logarithm is even.
-      classes: number of classes if the network is told the class, else 0, as published.
       out_channels: 0: as many as x has.
       remat: recompute each block's activations in the backward pass.
     """
 
-    channels: int = 128
-    stages: int = 4
+    channels: Channels = 128
+    stages: Annotated[int, '[1, 4]'] = 4
     levels: int = 10
     sigmas: tuple[float, float] = (0.02, 2.0)
-    classes: int = 0
     out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
 
+    takes: ClassVar = ('vector', 'planes')
+
+    @property
+    def vector_features(self) -> int:
+        return 0  # any number: one-hot classes, of which every norm has a table
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to one-hot vectors [n, classes]."""
+        return OneHot(classes)
+
     @nn.compact
-    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, x: Array, t: Array, vector: Array | None = None, *, train: bool = False) -> Array:
         """Args:
         x: float32 [n, H, W, C], H and W even.
         t: [n], number of the noise level, 0 the one with the least noise (published: the most). The table has whole
           numbers only: the nearest is looked up.
-        label: int32 [n] in [0, classes), read if classes > 0.
+        vector: one-hot classes [n, classes], which every norm looks up; None, as published: there is no condition.
         train: changes nothing.
         """
         level = jnp.clip(jnp.round(t).astype(jnp.int32), 0, self.levels - 1)
-        told = level, label if self.classes else None
-        norm = functools.partial(Norm, self.levels, self.classes, self.dtype)
+        condition = level, vector
+        norm = functools.partial(Norm, self.levels, self.dtype)
         layer = functools.partial(Layer, norm=norm, dtype=self.dtype)
         residual, refine = (nn.remat(Residual), nn.remat(Refine)) if self.remat else (Residual, Refine)
 
@@ -218,14 +231,14 @@ class RefineNet(nn.Module):
         for i, (multiplier, dilation) in enumerate([(1, 1), (2, 1), (2, 2), (2, 4)][: self.stages]):
             for j in range(2):
                 block = residual(multiplier * self.channels, layer, dilation, i > 0 and j == 0, name=f'stage{i}_{j}')
-                h = block(h, told)
+                h = block(h, condition)
             maps.append(h)
 
         last = self.stages - 1
-        h = refine(maps[last].shape[-1], layer, name=f'refine{last}')([maps[last]], told)
+        h = refine(maps[last].shape[-1], layer, name=f'refine{last}')([maps[last]], condition)
         for i, multiplier, units in [(2, 2, 1), (1, 1, 1), (0, 1, 3)][3 - last :]:
-            h = refine(multiplier * self.channels, layer, units, name=f'refine{i}')([maps[i], h], told)
-        h = layer(self.out_channels or x.shape[-1], name='last')(h, told).astype(jnp.float32)
+            h = refine(multiplier * self.channels, layer, units, name=f'refine{i}')([maps[i], h], condition)
+        h = layer(self.out_channels or x.shape[-1], name='last')(h, condition).astype(jnp.float32)
 
         low, high = self.sigmas
         half_sigma = low / 2 * jnp.exp(t * (math.log(high / low) / (self.levels - 1)))

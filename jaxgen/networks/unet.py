@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxgen.networks.attention import SelfAttention
 from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.fields import Channels, GroupSize, Multipliers
 from jaxgen.networks.layers import (
     Conv,
     Dense,
@@ -22,6 +23,7 @@ from jaxgen.networks.layers import (
     upsample_nearest,
     variance_scaling,
 )
+from jaxgen.options import Count, Positive, Rate
 
 Array = jax.Array
 
@@ -65,31 +67,40 @@ class UNet(nn.Module):
       dropout: share of the second convolution's inputs that is dropped in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). DDPM has 32 groups at
         every width, group_size 0.
-      classes: number of classes if the network is told the class, else 0.
       out_channels: 0: as x.
       remat: recompute each block's activations in the backward pass.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
+    channels: Channels = 128
+    multipliers: Multipliers = (1, 2, 2, 2)
+    blocks: Count = 2
     attention: tuple[int, ...] = (16,)
-    patch: int = 1
-    dropout: float = 0.0
-    groups: int = 32
-    group_size: int = 4
-    eps: float = 1e-6
-    classes: int = 0
+    patch: Count = 1
+    dropout: Rate = 0.0
+    groups: Count = 32
+    group_size: GroupSize = 4
+    eps: Positive = 1e-6
     out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
 
+    takes: ClassVar = ('vector', 'planes')
+
+    @property
+    def vector_features(self) -> int:
+        return 4 * self.channels
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
+        return Embed(classes, self.vector_features, dtype=self.dtype)
+
     @nn.compact
-    def __call__(self, x: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+    def __call__(self, x: Array, t: Array, vector: Array | None = None, *, train: bool) -> Array:
         """Args:
         x: float32 [n, H, W, C].
         t: [n], step of the schedule, integer or real.
-        label: int32 [n] in [0, classes), read if classes > 0.
+        vector: [n, vector_features], added to the embedding of time; None: there is no condition.
         train: with dropout; needs the rng 'dropout'.
         """
         top, image_channels = self.channels, x.shape[-1]
@@ -104,8 +115,8 @@ class UNet(nn.Module):
 
         embedding = Dense(4 * top, dtype=self.dtype, name='time1')(sinusoidal(t, top))  # [n, 4 channels]
         embedding = Dense(4 * top, dtype=self.dtype, name='time2')(nn.silu(embedding))
-        if self.classes:
-            embedding = embedding + Embed(self.classes, 4 * top, dtype=self.dtype, name='label')(label)
+        if vector is not None:
+            embedding = embedding + vector
         embedding = nn.silu(embedding)  # once here, as every block would begin with it
 
         last = len(self.multipliers) - 1

@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxgen.networks.attention import SelfAttention
+from jaxgen.networks.conditions import OneHot
 from jaxgen.networks.embeddings import sinusoidal
+from jaxgen.networks.fields import Channels, GroupSize
 from jaxgen.networks.layers import Conv, Dense, GroupNorm
+from jaxgen.options import Count, Positive, Rate
 
 Array = jax.Array
 
 ZEROS = nn.initializers.zeros
 LECUN = nn.initializers.lecun_normal()
-
-SCHEDULES = ('fixed', 'scalar', 'network')
 
 
 def fourier_features(z: Array, exponents: tuple[int, ...]) -> Array:
@@ -30,13 +32,12 @@ def fourier_features(z: Array, exponents: tuple[int, ...]) -> Array:
     The angles are float32 whatever the dtype of computation: half precision has no digits left at hundreds.
     """
     frequencies = 2 * math.pi * 2.0 ** jnp.asarray(exponents, jnp.float32)
-    angles = z[..., None] * frequencies  # [n, H, W, C, K]
-    angles = angles.reshape(*z.shape[:-1], -1)
+    angles = rearrange(z[..., None] * frequencies, '... c k -> ... (c k)')
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block told the condition: [n, H, W, C], [n, E] to [n, H, W, features].
+    """Pre-activation residual block conditioned on an embedding: [n, H, W, C], [n, E] to [n, H, W, features].
 
     What the condition adds and the second convolution start at zero.
     """
@@ -62,7 +63,7 @@ class ResBlock(nn.Module):
 
 
 class Layer(nn.Module):
-    """One turn of the scan over a half of the network: a block, with attention if asked for.
+    """One step of the scan over a half of the network: a block, with or without attention.
 
     On the way down `skip` is None. The second result is the output again: the way down keeps it for the way up.
     """
@@ -85,7 +86,7 @@ class Layer(nn.Module):
 
 
 class VDMNet(nn.Module):
-    """z_t, t (and class) to what is added to z_t to make the estimate of eps; a map of z_t's size, float32.
+    """z_t, its time and conditions to what is added to z_t to make the estimate of eps; a map of z_t's size, float32.
 
     A U-Net that stays at one resolution (appendix B): `blocks` residual blocks, two in the middle with attention
     between them, blocks + 1 that each take an output of the first half too. Published, as channels and blocks:
@@ -98,33 +99,42 @@ class VDMNet(nn.Module):
       channels: an even number, at least 4.
       blocks: of the first half.
       fourier: k of the features 2^k 2 pi z that z_t is joined by; (): none. Of 256 grey levels 6 has a period of two,
-        7 of one: they show where z_t lies in its level, which steps next to the data are about.
+        7 of one: they show where z_t lies between two grey levels, which steps next to the data are about.
       attention: after every block. The middle always has it.
-      dropout: share of the second convolution's inputs that is dropped in training.
+      dropout: rate of dropout of the second convolution's inputs, in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
         at every width, group_size 0.
-      classes: number of classes if the network is told the class, else 0.
       remat: recompute each block's activations in the backward pass.
     """
 
-    channels: int = 128
-    blocks: int = 32
+    channels: Channels = 128
+    blocks: Count = 32
     fourier: tuple[int, ...] = (6, 7)
     attention: bool = False
-    dropout: float = 0.1
-    groups: int = 32
-    group_size: int = 4
-    eps: float = 1e-6
-    classes: int = 0
+    dropout: Rate = 0.1
+    groups: Count = 32
+    group_size: GroupSize = 4
+    eps: Positive = 1e-6
     remat: bool = False
     dtype: Any = jnp.float32
 
+    takes: ClassVar = ('vector',)
+
+    @property
+    def vector_features(self) -> int:
+        return self.channels  # any number: a vector is concatenated to the embedding of time
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to one-hot vectors [n, classes]."""
+        return OneHot(classes)
+
     @nn.compact
-    def __call__(self, z: Array, t: Array, label: Array | None = None, *, train: bool) -> Array:
+    def __call__(self, z: Array, t: Array, vector: Array | None = None, *, train: bool) -> Array:
         """Args:
         z: float32 [n, H, W, C].
         t: [n], the level of noise, from 0 to about 1000.
-        label: int32 [n] in [0, classes), read if classes > 0.
+        vector: of the conditions, [n, features], concatenated to the embedding of time; None: there is no condition.
         train: with dropout; needs the rng 'dropout'.
         """
         channels, image_channels = self.channels, z.shape[-1]
@@ -132,8 +142,8 @@ class VDMNet(nn.Module):
         norm = functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
         rest = (self.dropout, train, self.dtype, norm)
         # The published network has one input more, for a condition that is always 0 there.
-        told = jax.nn.one_hot(label, self.classes) if self.classes else jnp.zeros((len(z), 1))
-        condition = jnp.concatenate([sinusoidal(t, channels), told], -1)
+        vector = jnp.zeros((len(z), 1)) if vector is None else vector
+        condition = jnp.concatenate([sinusoidal(t, channels), vector], -1)
         condition = nn.silu(dense(name='time1')(condition))
         condition = nn.silu(dense(name='time2')(condition))  # [n, 4 channels]
 
@@ -166,30 +176,30 @@ class VDMNet(nn.Module):
 
 
 class Schedule(nn.Module):
-    """gamma(t) = log(sigma_t^2 / alpha_t^2) of t in [0, 1], increasing (section 3.2, appendix H).
+    """gamma(t) = log(sigma_t^2 / alpha_t^2) = -log SNR(t) of t in [0, 1], increasing (section 3.2, appendix H).
 
-        gamma(t) = gamma_0 + (gamma_1 - gamma_0) rise(t),  rise(0) = 0, rise(1) = 1
+        gamma(t) = gamma_0 + (gamma_1 - gamma_0) u(t),  u(0) = 0, u(1) = 1
 
-    Methods: `ends` and `rise`, which has no weights unless kind is 'network'.
+    Methods: `ends`, gamma_0 and gamma_1, and `normalised`, u(t), which has no weights unless kind is 'network'.
 
     Attributes:
-      kind: 'fixed': the ends are constants and rise(t) = t; 'scalar': the ends are learned; 'network': the rise is
-        too, y(t) moved to go from 0 to 1 with y(t) = l_1(t) + l_3(sigmoid(l_2(l_1(t)))), where l_1 and l_3 have one
-        output, l_2 has `features`, and weights are taken by their absolute values. Only l_2 has biases: one of l_1
-        could do nothing that they cannot, and one of l_3 falls out.
-      low, high: gamma_0 and gamma_1 at the start.
+      kind: 'fixed': the ends are constants and u(t) = t; 'scalar': the ends are learned; 'network': u is too, y(t)
+        moved to go from 0 to 1 with y(t) = l_1(t) + l_3(sigmoid(l_2(l_1(t)))), where l_1 and l_3 have one output, l_2
+        has `features`, and weights are taken by their absolute values. Only l_2 has biases: one of l_1 could do nothing
+        that they cannot, and one of l_3 falls out.
+      gamma_min, gamma_max: gamma_0 and gamma_1 at the start.
     """
 
     kind: str
-    low: float
-    high: float
+    gamma_min: float
+    gamma_max: float
     features: int = 1024
 
     def setup(self):
         constant, normal = nn.initializers.constant, nn.initializers.normal
         if self.kind != 'fixed':
-            self.start = self.param('start', constant(self.low), ())
-            self.span = self.param('span', constant(self.high - self.low), ())
+            self.start = self.param('start', constant(self.gamma_min), ())
+            self.span = self.param('span', constant(self.gamma_max - self.gamma_min), ())
         if self.kind == 'network':
             # With weights of about 0 around it, l_1 begins as all there is: a straight line.
             self.l1 = self.param('l1', constant(1.0), ())
@@ -203,11 +213,11 @@ class Schedule(nn.Module):
     def ends(self) -> tuple[Array, Array]:
         """gamma_0 and gamma_1."""
         if self.kind == 'fixed':
-            return jnp.float32(self.low), jnp.float32(self.high)
+            return jnp.float32(self.gamma_min), jnp.float32(self.gamma_max)
         return self.start, self.start + jnp.abs(self.span)
 
-    def rise(self, t: Array) -> Array:
-        """float32 [n] in [0, 1] of t [n] in [0, 1]."""
+    def normalised(self, t: Array) -> Array:
+        """u(t), float32 [n] in [0, 1], of t [n] in [0, 1]."""
         if self.kind != 'network':
             return t
 

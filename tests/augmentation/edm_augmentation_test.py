@@ -13,6 +13,7 @@ from jaxgen.augmentation import edm
 from jaxgen.augmentation.warp import warp
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
+from jaxgen.networks import denoisers
 
 H, W = 24, 32
 
@@ -82,30 +83,38 @@ def test_without_changes_half_are_mirrored():
     np.testing.assert_array_equal(x[~across][0], IMAGE[0])
 
 
-def test_the_network_is_told_in_training_only(monkeypatch):
-    seen = []
+def test_the_network_is_conditioned_on_it_in_training_alone(monkeypatch):
+    """The labels of a training image, zeros in sampling, by a linear map without bias."""
+    inputs = []
 
     class Net(nn.Module):
+        takes = ('vector',)
+        vector_features = 5
+
         @nn.compact
-        def __call__(self, x, t, label=None, augment=None, *, train):
-            seen.append((x, augment))
+        def __call__(self, x, t, vector=None, *, train):
+            jax.debug.callback(lambda v: inputs.append(np.asarray(v)), vector)
             return 0 * x + self.param('w', nn.initializers.zeros, ())
 
-    made = []
-    monkeypatch.setitem(diffusion.NETWORKS, 'ncsnpp', lambda **fields: made.append(fields) or Net())
-    network = {'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}
-    family = diffusion.build(context(), network='ncsnpp', ncsnpp=network, timesteps=20, augmentation=0.5)
-    assert made[0]['augment'] == edm.LABELS
-    state = family.init(jax.random.key(0), {}, {})
-    seen.clear()
+    monkeypatch.setattr(denoisers, 'make_module', lambda *_, **__: Net())
+    network = {'name': 'ncsnpp', 'channels': 8, 'multipliers': (1, 2), 'blocks': 1, 'attention': (4,)}
+    family = diffusion.build(
+        context(), network=network, process={'timesteps': 20}, training={'augmentation': 0.5}, sampler={'steps': 3}
+    )
+    assert family.conditions == () and family.encode is not None
+    state = family.init(jax.random.key(0), {'image': quantised_images(1)}, {})
+    assert state.params['denoiser']['augment']['kernel'].shape == (edm.LABELS, 5)
+    inputs.clear()
     family.update(state, {}, {'image': quantised_images(64)}, jax.random.key(1))
-    ((_, labels),) = seen
-    assert labels.shape == (64, edm.LABELS) and (np.abs(labels) > 0).any(0).all()
-    seen.clear()
-    family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
-    assert all(labels is None for _, labels in seen)
+    (vector,) = inputs
+    assert vector.shape == (64, 5) and len(np.unique(vector.round(4), axis=0)) > 32
+    inputs.clear()
+    with jax.disable_jit():
+        family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
+    assert len(inputs) == 3 and not any(vector.any() for vector in inputs)
 
 
-def test_refuses_networks_that_cannot_be_told():
-    with pytest.raises(UserError, match=r'augmentation.*ncsnpp'):
-        diffusion.build(context(), augmentation=0.1)
+def test_refuses_networks_without_a_vector():
+    ncsn = {'network': 'refinenet', 'process': {'name': 'geometric', 'timesteps': 10}}
+    with pytest.raises(UserError, match=r'augmentation.*RefineNet'):
+        diffusion.build(context(), **ncsn, training={'prediction': 'score', 'augmentation': 0.1})

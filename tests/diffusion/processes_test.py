@@ -7,25 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen import options
 from jaxgen.diffusion import processes, samplers
-from jaxgen.diffusion.guidance import UNLIMITED, guided, in_interval
+from jaxgen.diffusion.conditioning import Condition, same
+from jaxgen.diffusion.guidance import UNLIMITED, Guidance, guided, in_interval
 from jaxgen.diffusion.likelihood import ode_likelihood, variational_bound
 from jaxgen.diffusion.parameterisations import PREDICTIONS, error_scale, input_scale, target, to_x_0, weight
 
-NAMES = processes.PROCESSES
+NAMES = tuple(processes.PROCESSES)
+
+
+def make(name, **given):
+    """A process by its name, with those of the given fields that it has."""
+    known = options.fields(processes.PROCESSES[name])
+    return processes.PROCESSES[name](**{k: v for k, v in given.items() if k in known})
 
 
 def test_published_values():
     """score_sde's own: VP at t = 0.001, 0.5, 1; VE from 0.01 to 50."""
-    vp = processes.make('vp').at(np.array([0.001, 0.5, 1.0]))
+    vp = make('vp').at(np.array([0.001, 0.5, 1.0]))
     expected = [0.99994503, 0.010485416, 0.28118288, 0.9596542, 0.0065715865, 0.99997841]
     np.testing.assert_allclose(np.stack([vp.alpha, vp.sigma], -1).ravel(), expected, rtol=2e-6)
-    ve = processes.make('ve', sigma_min=0.01, sigma_max=50.0).at(np.array([1e-5, 0.5, 1.0]))
+    ve = make('ve', sigma_min=0.01, sigma_max=50.0).at(np.array([1e-5, 0.5, 1.0]))
     np.testing.assert_allclose(ve.sigma, [0.010000852, 0.70710678, 50.0], rtol=1e-6)
-    sub = processes.make('sub_vp').at(np.array([0.5]))
+    sub = make('sub_vp').at(np.array([0.5]))
     np.testing.assert_allclose(sub.sigma, 0.9596542**2, rtol=1e-6)
     np.testing.assert_allclose(sub.alpha, 0.28118288, rtol=1e-6)
-    cosine = processes.make('cosine', timesteps=4000).at(np.arange(4000))
+    cosine = make('cosine', timesteps=4000).at(np.arange(4000))
     assert 1 - cosine.alpha[0] ** 2 < 1e-4 and cosine.alpha[-1] < 1e-3
     wanted = np.cos((2000 / 4000 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(cosine.alpha[1999] ** 2, wanted, rtol=1e-9)
@@ -33,18 +41,18 @@ def test_published_values():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_time_is_the_inverse_and_both_modules_agree(name):
-    way = processes.make(name, timesteps=50, beta_end=0.2)
-    t = np.linspace(max(way.start, 0.01), way.end * 0.999, 9)
-    at = way.at(t)
-    np.testing.assert_allclose(way.time(at.sigma / at.alpha), t, rtol=1e-6)
-    traced = jax.jit(way.at)(jnp.asarray(t, jnp.float32))
+    process = make(name, timesteps=50, beta_end=0.2)
+    t = np.linspace(max(process.start, 0.01), process.end * 0.999, 9)
+    at = process.at(t)
+    np.testing.assert_allclose(process.time(at.sigma / at.alpha), t, rtol=1e-6)
+    traced = jax.jit(process.at)(jnp.asarray(t, jnp.float32))
     np.testing.assert_allclose(traced.alpha, at.alpha, rtol=2e-4, atol=1e-6)
     np.testing.assert_allclose(traced.sigma, at.sigma, rtol=2e-4, atol=1e-6)
     assert traced.alpha.dtype == jnp.float32
     if name in ('linear', 'cosine', 'vp'):
         np.testing.assert_allclose(at.alpha**2 + at.sigma**2, 1, rtol=1e-9)
-    if way.steps:  # at whole steps the table itself
-        whole, real = way.at(np.arange(50)), way.at(np.arange(50.0))
+    if process.steps:  # at whole steps the table itself
+        whole, real = process.at(np.arange(50)), process.at(np.arange(50.0))
         np.testing.assert_allclose(whole.alpha, real.alpha, rtol=1e-9)
 
 
@@ -54,8 +62,8 @@ def test_time_is_the_inverse_and_both_modules_agree(name):
     *(('linear', spacing) for spacing in ('trailing', 'respaced', 'quadratic')),
 ])  # fmt: skip
 def test_levels(name, spacing):
-    way = processes.make(name, sigma_min=0.002, sigma_max=80.0)
-    grid = processes.levels(way, 18, spacing)
+    process = make(name, sigma_min=0.002, sigma_max=80.0)
+    grid = samplers.visited(process, 18, spacing)
     with np.errstate(divide='ignore'):
         ratio = grid.sigma / grid.alpha
     assert len(ratio) == 18 and (np.diff(ratio) > 0).all() and ratio[0] > 0
@@ -66,20 +74,20 @@ def test_levels(name, spacing):
     if spacing in ('trailing', 'respaced'):
         assert grid.t[-1] == 999
     # One level alone is noise, not the data.
-    assert processes.levels(way, 1, spacing).t.tolist() == [way.end]
+    assert samplers.visited(process, 1, spacing).t.tolist() == [process.end]
     if name == 'flow':
         np.testing.assert_allclose(grid.t, np.arange(1, 19) / 18)
-        shifted = processes.levels(way, 4, 'uniform', shift=3.0)
+        shifted = samplers.visited(process, 4, 'uniform', shift=3.0)
         np.testing.assert_allclose(shifted.t, [0.5, 0.75, 0.9, 1.0])  # SD3's
 
 
 def test_zero_terminal_snr():
-    way = processes.make('linear', zero_terminal=True)
-    plain = processes.make('linear').at(np.arange(1000))
-    at = way.at(np.arange(1000))
+    process = make('linear', zero_terminal=True)
+    plain = make('linear').at(np.arange(1000))
+    at = process.at(np.arange(1000))
     assert at.alpha[-1] == 0 and at.sigma[-1] == 1
     np.testing.assert_allclose(at.alpha[0], plain.alpha[0])
-    grid = processes.levels(way, 10, 'trailing')
+    grid = samplers.visited(process, 10, 'trailing')
     assert grid.alpha[-1] == 0
 
     def denoise(x, t):  # the exact answer for data that are all one picture
@@ -118,6 +126,16 @@ def test_edm_network_sees_and_gives_unit_variance():
     np.testing.assert_allclose(jnp.abs(error_scale('edm', alpha, sigma)), 0.35355339, rtol=1e-6)
 
 
+def labelled_guidance(apply, x, t, label, active, **fields):
+    """`guided` by a label whose absence is class 9."""
+    condition = Condition('label', 'vector', None, same, lambda v: jnp.full_like(v, 9), 0.1)
+
+    def by_values(x, t, values):
+        return apply(x, t, values['label'])
+
+    return guided(by_values, x, t, (condition,), {'label': label}, Guidance(**fields), active)
+
+
 def test_guidance():
     def apply(x, t, label):
         return x * (1 + label[:, None]) + t[:, None], label
@@ -126,39 +144,39 @@ def test_guidance():
     everywhere = jnp.ones(3, bool)
     c, u = apply(x, t, label)[0], apply(x, t, jnp.full(3, 9))[0]
     for scale in (0.0, 1.0, 2.5):
-        output, rest = guided(apply, x, t, label, 9, scale, everywhere, 0.0)
+        output, rest = labelled_guidance(apply, x, t, label, everywhere, scale=scale)
         np.testing.assert_allclose(output, u + scale * (c - u), rtol=1e-5)
         np.testing.assert_array_equal(rest, label)
-    here = jnp.array([True, False, True])
-    output, _ = guided(apply, x, t, label, 9, 2.5, here, 0.0)
+    active = jnp.array([True, False, True])
+    output, _ = labelled_guidance(apply, x, t, label, active, scale=2.5)
     np.testing.assert_allclose(output[1], c[1], rtol=1e-6)
     assert jnp.abs(output[0] - c[0]).max() > 0.1
-    part, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 0.0, 1)
-    whole, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 0.0)
+    part, _ = labelled_guidance(apply, x, t, label, everywhere, scale=2.5, channels=1)
+    whole, _ = labelled_guidance(apply, x, t, label, everywhere, scale=2.5)
     plain, _ = apply(x, t, label)
     np.testing.assert_allclose(part[..., :1], whole[..., :1])
     np.testing.assert_allclose(part[..., 1:], plain[..., 1:])
-    output, _ = guided(apply, x, t, label, 9, 2.5, everywhere, 1.0)
+    output, _ = labelled_guidance(apply, x, t, label, everywhere, scale=2.5, rescale=1.0)
     np.testing.assert_allclose(output.std(1), c.std(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['vp', 'sub_vp', 've', 'flow'])
 def test_ode_likelihood_of_a_gaussian(name):
     """The exact denoiser of N(mean, diag std^2): the likelihood is the Gaussian's own."""
-    way = processes.make(name)
+    process = make(name)
     dims = 64
     mean = jnp.linspace(-0.2, 0.2, dims)
     std = jnp.linspace(0.1, 0.4, dims)
 
     def denoise(x, t):
-        at = way.at(t)
+        at = process.at(t)
         alpha, sigma = at.alpha[:, None], at.sigma[:, None]
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         return mean + gain * (x - alpha * mean)
 
     x_0 = jnp.round((mean + std * jax.random.normal(jax.random.key(0), (256, dims)) + 1) * 127.5) / 127.5 - 1
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(256))
-    found = jax.jit(lambda x, keys: ode_likelihood(denoise, x, way, keys, 60))(x_0, keys)['bits_per_dim']
+    found = jax.jit(lambda x, keys: ode_likelihood(denoise, x, process, keys, 60))(x_0, keys)['bits_per_dim']
     density = -0.5 * ((x_0 - mean) / std) ** 2 - jnp.log(std) - 0.5 * np.log(2 * np.pi)
     exact = -density.mean(1) / np.log(2) + np.log2(127.5)
     np.testing.assert_allclose(found.mean(), exact.mean(), atol=0.01)
@@ -168,11 +186,11 @@ def test_ode_likelihood_of_a_gaussian(name):
 GREY = 1 / 127.5  # a grey level, of images in [-1, 1]
 
 
-def gaussian_denoiser(way, std):
+def gaussian_denoiser(process, std):
     """E[x_0 | x_t] of N(0, std^2)."""
 
     def denoise(x, t):
-        at = way.at(jnp.broadcast_to(t, (len(x),)))
+        at = process.at(jnp.broadcast_to(t, (len(x),)))
         alpha, sigma = at.alpha[:, None], at.sigma[:, None]
         return alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
 
@@ -194,11 +212,11 @@ def test_ode_likelihood_of_narrow_gaussians(name, options, levels):
     """Data whose standard deviation is some grey levels: the start of the integral is no wider than they are.
 
     VE begins at its sigma_min of 2.55 grey levels (0.01 over images in [0, 1]): the density is that of data with it."""
-    way, std = processes.make(name, **options), levels * GREY
+    process, std = make(name, **options), levels * GREY
     x_0 = std * jax.random.normal(jax.random.key(0), (1024, 64))
     keys = jax.random.split(jax.random.key(1), 1024)
-    denoise = gaussian_denoiser(way, std)
-    found = jax.jit(lambda x: ode_likelihood(denoise, x, way, keys, 50))(x_0)['bits_per_dim']
+    denoise = gaussian_denoiser(process, std)
+    found = jax.jit(lambda x: ode_likelihood(denoise, x, process, keys, 50))(x_0)['bits_per_dim']
     start = {'sub_vp': 1e-6, 'vp': 1e-3, 'flow': 1e-5}.get(name, options.get('sigma_min', 0.02))
     np.testing.assert_allclose(found.mean(), bits_of_gaussian(std, start), atol=0.015)
     assert start == 0.02 or abs(found.mean() - bits_of_gaussian(std)) < 0.04
@@ -210,11 +228,11 @@ def test_ode_likelihood_of_narrow_gaussians(name, options, levels):
 def test_ode_likelihood_of_separate_peaks(name, options, error):
     """Pixels near -1, 0 or 1 only, as in scans of digits, where the score is far from linear: the default 50 steps are
     enough to two digits, 200 to three. The density of the same dequantised images is known, and so each one's bits."""
-    way, std, n, dims = processes.make(name, **options), GREY, 32, 64
+    process, std, n, dims = make(name, **options), GREY, 32, 64
     means, shares = jnp.array([-1.0, 0.0, 1.0]), jnp.array([0.5, 0.2, 0.3])
 
     def denoise(x, t):
-        at = way.at(jnp.broadcast_to(t, (len(x),)))
+        at = process.at(jnp.broadcast_to(t, (len(x),)))
         alpha, sigma = at.alpha[:, None, None], at.sigma[:, None, None]
         variance, apart = alpha**2 * std**2 + sigma**2, x[..., None] - alpha * means
         weights = jax.nn.softmax(jnp.log(shares) - apart**2 / (2 * variance), -1)
@@ -229,7 +247,7 @@ def test_ode_likelihood_of_separate_peaks(name, options, error):
     peaks = np.asarray(shares) * np.exp(-((y - np.asarray(means)) ** 2) / (2 * variance))
     exact = -np.log2(peaks.sum(-1) / np.sqrt(2 * np.pi * variance) / 127.5).mean(-1)
     for steps, most in ((50, error), (200, 2e-4)):
-        found = jax.jit(lambda x, steps=steps: ode_likelihood(denoise, x, way, keys, steps))(x_0)['bits_per_dim']
+        found = jax.jit(lambda x, steps=steps: ode_likelihood(denoise, x, process, keys, steps))(x_0)['bits_per_dim']
         assert abs(found.mean() - exact.mean()) < most
     np.testing.assert_allclose(found, exact, atol=2e-3)
 
@@ -239,15 +257,15 @@ def test_bound_of_a_chain_for_narrow_gaussians(levels, tight):
     """The bound of the best model lies above the entropy of the 256 levels, by what fixed variances cost."""
     from scipy.stats import norm
 
-    way, std = processes.make('linear'), levels * GREY
-    table = way.at(np.arange(1000))
+    process, std = make('linear'), levels * GREY
+    table = process.at(np.arange(1000))
     grey = np.arange(-127, 128)
     p = np.diff(norm.cdf((np.append(grey, 128) - 0.5) / levels))
     entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum()
     # Levels are the odd multiples of half a grey level away from 0; the mean is put on one.
     x_0 = np.round(np.random.default_rng(0).normal(size=(64, 64)) * levels) * GREY + GREY / 2
-    inner = gaussian_denoiser(way, np.sqrt(std**2 + GREY**2 / 12))
-    denoise = lambda x, t: GREY / 2 + inner(x - way.at(t).alpha[:, None] * GREY / 2, t)  # noqa: E731
+    inner = gaussian_denoiser(process, np.sqrt(std**2 + GREY**2 / 12))
+    denoise = lambda x, t: GREY / 2 + inner(x - process.at(t).alpha[:, None] * GREY / 2, t)  # noqa: E731
     keys = jax.random.split(jax.random.key(1), 64)
     bound = jax.jit(lambda x: variational_bound(denoise, x, table, 'fixed_small', keys, 100))
     bits = bound(jnp.asarray(x_0, jnp.float32))['bits_per_dim'].mean()
@@ -266,7 +284,9 @@ def test_guidance_at_alpha_0():
 def test_rescaled_guidance_of_a_constant_output():
     """A new network puts out zeros: their standard deviation is 0, and nothing is rescaled."""
     x, t, label = jnp.ones((2, 3)), jnp.ones(2), jnp.array([0, 1])
-    output, _ = guided(lambda x, t, label: (0 * x, None), x, t, label, 9, 2.0, jnp.ones(2, bool), 0.7)
+    output, _ = labelled_guidance(
+        lambda x, t, label: (0 * x, None), x, t, label, jnp.ones(2, bool), scale=2.0, rescale=0.7
+    )
     np.testing.assert_array_equal(output, 0)
 
 
@@ -290,26 +310,29 @@ def test_conversions_at_alpha_0(prediction):
 def test_random_fourier_features_receive_a_logarithm(name, options):
     """score_sde's frequencies have a standard deviation of 16: times between neighbours of 1000 are to differ by much
     less than a period of it, and finitely at both ends."""
-    way = processes.make(name, **options)
-    t = jnp.arange(1000) if way.steps else jnp.linspace(way.start, way.end, 1001)
-    found = processes.network_time(way, t, 'eps', logarithmic=True)
-    assert jnp.isfinite(found).all() and (jnp.diff(found) > -1e-6).all()
-    assert jnp.median(jnp.diff(found)) < 1 / 16
-    at = way.at(t)
+    process = make(name, **options)
+    t = jnp.arange(1000) if process.steps else jnp.linspace(process.start, process.end, 1001)
+    logarithm = processes.network_time(process, t, 'eps', logarithmic=True)
+    assert jnp.isfinite(logarithm).all() and (jnp.diff(logarithm) > -1e-6).all()
+    assert jnp.median(jnp.diff(logarithm)) < 1 / 16
+    at = process.at(t)
     inside = (at.alpha > 1e-3) & (at.sigma > 1e-3)
-    wanted = jnp.log(at.sigma / at.alpha) - (np.log(2) if name == 've' else 0)  # as published, over images in [0, 1]
-    np.testing.assert_allclose(found[inside], wanted[inside], rtol=1e-4, atol=1e-4)
-    told = processes.network_time(way, t, 'eps', logarithmic=False)
-    np.testing.assert_array_equal(told, way.told(t))
+    expected = jnp.log(at.sigma / at.alpha) - (np.log(2) if name == 've' else 0)  # as published, over images in [0, 1]
+    np.testing.assert_allclose(logarithm[inside], expected[inside], rtol=1e-4, atol=1e-4)
+    c_noise = processes.network_time(process, t, 'eps', logarithmic=False)
+    np.testing.assert_array_equal(c_noise, process.c_noise(t))
 
 
 def test_sigmas_are_those_of_the_choices_own_paper():
     """score_sde's 0.01 and 50 and NCSN's 0.01 and 1 are over images in [0, 1], EDM's over [-1, 1]."""
-    assert processes.sigma_range('ve', 'score') == (0.02, 100.0)
-    assert processes.sigma_range('geometric', 'score') == (0.02, 2.0)
-    assert processes.sigma_range('ve', 'edm') == (0.002, 80.0)
-    assert processes.sigma_range('ve', 'edm', 0.01, None) == (0.01, 80.0)
-    ends = processes.make('ve').at(np.array([0.0, 1.0])).sigma
+    assert processes.sigma_range('ve') == (0.02, 100.0)
+    assert processes.sigma_range('geometric') == (0.02, 2.0)
+    assert processes.sigma_range('edm') == (0.002, 80.0)
+    assert processes.sigma_range('edm', 0.01, None) == (0.01, 80.0)
+    section = options.complete(processes.ve, {}, 'model.process') | {'name': 've'}
+    edm = processes.make(section, 'edm').at(np.array([0.0, 1.0])).sigma
+    np.testing.assert_allclose(edm, [0.002, 80.0])
+    ends = make('ve').at(np.array([0.0, 1.0])).sigma
     np.testing.assert_allclose(ends, [0.02, 100.0])
 
 
@@ -318,18 +341,18 @@ def test_sigmas_are_those_of_the_choices_own_paper():
 def test_a_shifted_flow_still_begins_at_noise(shift, n):
     """alpha is 0 at the last level whatever is rounded (at 0.1 it was -2e-16, whose logarithm is no number), times are
     those of Esser et al. 2024, eq. 23, and samplers that take logarithms sample."""
-    way = processes.make('flow')
-    grid = processes.levels(way, n, 'uniform', shift)
+    process = make('flow')
+    grid = samplers.visited(process, n, 'uniform', shift)
     assert grid.alpha[-1] == 0 and grid.sigma[-1] == 1 and (grid.alpha[:-1] > 0).all()
     even = np.arange(1, n + 1) / n
     np.testing.assert_allclose(grid.t, shift * even / (1 + (shift - 1) * even), rtol=1e-12)
     x, keys = jnp.full((2, 1, 1, 1), 0.3), jax.random.split(jax.random.key(0), 2)
     for sampler in (samplers.dpm_solver_pp, samplers.unipc, samplers.heun, samplers.euler_ancestral):
-        found = sampler(lambda x, t: 0 * x + 0.25, x, grid, keys)
-        np.testing.assert_allclose(found, 0.25, atol=1e-6)  # an estimate that never changes is the sample
+        sample = sampler(lambda x, t: 0 * x + 0.25, x, grid, keys)
+        np.testing.assert_allclose(sample, 0.25, atol=1e-6)  # an estimate that never changes is the sample
 
 
 def test_a_last_step_is_shifted_with_the_others():
-    grid = processes.levels(processes.make('flow'), 5, 'uniform', 3.0, last_step=0.04)
+    grid = samplers.visited(make('flow'), 5, 'uniform', 3.0, last_step=0.04)
     even = np.linspace(0.04, 1, 5)
     np.testing.assert_allclose(grid.t, 3 * even / (1 + 2 * even), rtol=1e-12)

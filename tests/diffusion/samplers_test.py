@@ -74,7 +74,7 @@ DRAWS = {
     'predictor_corrector': samplers.predictor_corrector,
     'euler_maruyama': functools.partial(samplers.predictor_corrector, predictor='euler_maruyama'),
     'sit': samplers.euler_maruyama,
-    'annealed_langevin': functools.partial(samplers.annealed_langevin, steps_each=3, step_size=1e-4),
+    'annealed_langevin': functools.partial(samplers.annealed_langevin, langevin_steps=3, langevin_size=1e-4),
 }
 
 
@@ -239,7 +239,9 @@ def test_langevin_steps_settle_at_the_levels_distribution(monkeypatch):
     for kind in KINDS:
         schedule = Schedule(np.array([0.5]), *path(kind, np.array([0.5])))
         alpha, sigma = schedule.alpha[0], schedule.sigma[0]
-        draw = functools.partial(samplers.annealed_langevin, steps_each=400, step_size=0.025, remove_noise=False)
+        draw = functools.partial(
+            samplers.annealed_langevin, langevin_steps=400, langevin_size=0.025, final_denoising=False
+        )
         monkeypatch.setattr(samplers, 'noise_of', lambda table, number, x: table[number])
         table = jnp.zeros((400, 1, 3))
         run = jax.jit(jax.grad(lambda table, x, draw=draw, kind=kind, s=schedule: draw(best(kind), x, s, table).sum()))
@@ -501,23 +503,25 @@ def test_predictor_corrector_equals_algorithms_3_and_5():
     np.testing.assert_allclose(ours, y, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize('remove_noise', [True, False])
-def test_annealed_langevin_equals_algorithm_1(remove_noise):
+@pytest.mark.parametrize('final_denoising', [True, False])
+def test_annealed_langevin_equals_algorithm_1(final_denoising):
     sigmas = np.geomspace(0.1, 5, 6)
     schedule, keys = Schedule(sigmas, np.ones(6), sigmas), keys_of(0, 2)
     noise = noises(keys, (4,), 19)
     x = normal(keys_of(1, 2), (4,))
-    draw = functools.partial(samplers.annealed_langevin, steps_each=3, step_size=2e-3, remove_noise=remove_noise)
+    draw = functools.partial(
+        samplers.annealed_langevin, langevin_steps=3, langevin_size=2e-3, final_denoising=final_denoising
+    )
     ours = jax.jit(lambda x: draw(toy('ve'), x, schedule, keys))(x)
 
-    y, number = np.asarray(x, np.float64), 17 + remove_noise
+    y, number = np.asarray(x, np.float64), 17 + final_denoising
     estimate = toy('ve', np)
     for sigma in sigmas[::-1]:
         step = 2e-3 * sigma**2 / 0.1**2
         for _ in range(3):
             score = (estimate(y, sigma) - y) / sigma**2
             y, number = y + step / 2 * score + np.sqrt(step) * noise[number], number - 1
-    if remove_noise:
+    if final_denoising:
         y = estimate(y, sigmas[0])
     np.testing.assert_allclose(ours, y, rtol=2e-5, atol=2e-5)
 
@@ -601,11 +605,11 @@ def test_sit_by_hand(released):
     from jaxgen.diffusion import processes
 
     steps = 10
-    schedule = processes.levels(processes.flow(), steps, 'uniform', last_step=0.04 if released else 0.0)
+    schedule = samplers.visited(processes.flow(), steps, 'uniform', last_step=0.04 if released else 0.0)
     denoise = best('flow')
     keys = keys_of(3, 4)
     x = schedule.sigma[-1] * normal(keys_of(2, 4), (3,))
-    found = samplers.euler_maruyama(denoise, x, schedule, keys, mean_step=released)
+    found = samplers.euler_maruyama(denoise, x, schedule, keys, last_step=0.04 if released else 0.0)
     h, last = (0.96 / (steps - 1), 0.04) if released else (1 / steps, 1 / steps)
     for i in range(steps - 1, -1, -1):
         t = schedule.t[i]

@@ -12,6 +12,7 @@ from ncsnpp_test import plain
 from vae_test import sgd
 
 from jaxgen.contract import Context
+from jaxgen.diffusion.schedules import posterior
 from jaxgen.errors import UserError
 from jaxgen.families import ddgan
 from jaxgen.networks.ddgan import Discriminator, Generator
@@ -24,9 +25,10 @@ X = RNG.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
 Y = RNG.normal(size=(4, 8, 8, 3)).astype(np.float32)
 STEP = np.array([0, 1, 2, 3])
 UNET = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), resampling='fir', pyramid='residual')
+GENERATOR = dict(latent=3, style=5, mapping_layers=1, channels=4, multipliers=(1,), blocks=1, attention=())
+DISCRIMINATOR = dict(channels=4, multipliers=(1, 1), embedding=4)
 SMALL = dict(
-    timesteps=3, latent=3, style=5, mapping_layers=1, channels=4, multipliers=(1,), blocks=1, attention=(),
-    discriminator_channels=4, discriminator_multipliers=(1, 1), discriminator_embedding=4, r1=0.3, r1_every=2,
+    process={'timesteps': 3}, generator=GENERATOR, discriminator=DISCRIMINATOR, r1=0.3, r1_every=2,
 )  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def random_weights(network, *args, **options):
 
 def test_generator_equals_torch():
     torch = pytest.importorskip('torch')
-    network, z = Generator(5, 2, UNET), RNG.normal(size=(4, 3)).astype(np.float32)
+    network, z = Generator(latent=3, style=5, mapping_layers=2, **UNET), RNG.normal(size=(4, 3)).astype(np.float32)
     params = random_weights(network, X, STEP, z, train=False)
     ours = jax.jit(lambda p: network.apply({'params': p}, X, STEP, z, train=False))(params)
     h = torch.from_numpy(z / np.sqrt(np.square(z).mean(1, keepdims=True) + 1e-8))
@@ -98,15 +100,15 @@ def test_discriminator_equals_torch():
 
 
 def test_process_is_the_published_one():
-    table = ddgan.schedule(4, 0.1, 20.0)
+    table = ddgan.noise_levels()
     np.testing.assert_allclose(table.alpha, [0.72231897, 0.28049236, 0.05855663, 0.0065719477], rtol=1e-6)
-    betas = ddgan.posterior(table).forward
+    betas = posterior(table).forward
     np.testing.assert_allclose(betas, [0.4782553, 0.849206, 0.95641771, 0.9874039], rtol=1e-6)
-    assert ddgan.schedule(2, 0.1, 20.0).alpha[0] ** 2 == pytest.approx(1 - 0.92132403, rel=1e-6)
+    assert ddgan.noise_levels(timesteps=2).alpha[0] ** 2 == pytest.approx(1 - 0.92132403, rel=1e-6)
 
 
-def family(**model):
-    return ddgan.build(Context((4, 4, 3), 0, sgd(0.1)), **{**SMALL, **model})
+def family(**sections):
+    return ddgan.build(Context((4, 4, 3), 0, sgd(0.1)), **{**SMALL, **sections})
 
 
 def test_update_is_the_papers_algorithm_written_out():
@@ -114,12 +116,11 @@ def test_update_is_the_papers_algorithm_written_out():
     f, x = family(), jnp.asarray(X[:, :4, :4])
     batch = {'image': x}
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
-    weights = {'discriminator': random_weights(Discriminator(4, (1, 1), embedding=4), x, STEP, x)}
+    discriminator = Discriminator(**DISCRIMINATOR)
+    weights = {'discriminator': random_weights(discriminator, x, STEP, x)}
     state = state.replace(params={**state.params, **jax.tree.map(jnp.asarray, weights)})
-    net = Generator(5, 1, {k: SMALL[k] for k in ('channels', 'multipliers', 'blocks', 'attention')} | dict(
-        resampling='fir', pyramid='residual'))  # fmt: skip
-    judge = Discriminator(4, (1, 1), embedding=4)
-    alpha = np.concatenate([[1.0], ddgan.schedule(3, 0.1, 20.0).alpha])  # of x_0 to x_3
+    generator = Generator(**GENERATOR)
+    alpha = np.concatenate([[1.0], ddgan.noise_levels(timesteps=3).alpha])  # of x_0 to x_3
 
     def pairs(rng):
         step_rng, first_rng, second_rng = jax.random.split(rng, 3)
@@ -131,14 +132,14 @@ def test_update_is_the_papers_algorithm_written_out():
 
     def made(params, step, a, b, x_t, rng):
         z_rng, _, noise_rng = jax.random.split(rng, 3)
-        x_0 = net.apply({'params': params['generator']}, x_t, step, jax.random.normal(z_rng, (4, 3)), train=False)
+        x_0 = generator.apply({'params': params['generator']}, x_t, step, jax.random.normal(z_rng, (4, 3)), train=False)
         beta = 1 - (b / a) ** 2  # Ho et al. 2020, eq. 7
         mean = (a * beta * x_0 + b / a * (1 - a**2) * x_t) / (1 - b**2)
         variance = (1 - a**2) / (1 - b**2) * beta
         return mean + jnp.sqrt(variance) * jax.random.normal(noise_rng, x.shape)
 
     def value(params, x_s, step, x_t):
-        return judge.apply({'params': params['discriminator']}, x_s, step, x_t)
+        return discriminator.apply({'params': params['discriminator']}, x_s, step, x_t)
 
     def of_discriminator(params, rng, penalty):
         diffusion_rng, rng = jax.random.split(rng)
@@ -164,10 +165,10 @@ def test_update_is_the_papers_algorithm_written_out():
 
     update = jax.jit(f.update)
     for i, penalty in enumerate((0.6, 0.0)):
-        wanted = oracle(state.params, jax.random.key(i), penalty)
+        expected = oracle(state.params, jax.random.key(i), penalty)
         state, logs = update(state, {}, batch, jax.random.key(i))
         assert (logs['r1'] > 0) == (penalty > 0)
-        for a, b in zip(*map(jax.tree.leaves, (state.params, wanted)), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (state.params, expected)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -175,19 +176,23 @@ def test_steps_of_a_sample():
     """From noise down, each x_s between its x_t and its estimate, and the last one the estimate itself."""
     f, batch = family(), {'image': jnp.asarray(X[:, :4, :4]), 'index': jnp.arange(4)}
     state = jax.jit(f.init)(jax.random.key(0), batch, {})
-    seen = jax.jit(f.trajectory)(state, {}, batch, jax.random.key(1))
-    assert seen['x'].shape == seen['x_0'].shape == (3, 4, 4, 4, 3)
-    np.testing.assert_array_equal(seen['x'][-1], seen['x_0'][-1])
-    np.testing.assert_array_equal(seen['x'][-1], jax.jit(f.sample)(state, {}, batch, jax.random.key(1)))
-    figures = jax.jit(f.evaluate)(state, {}, batch, jax.random.key(2))
-    assert sorted(figures) == ['squared_error', *(f'squared_error/{i}' for i in (1, 2, 3))]
+    path = jax.jit(f.trajectory)(state, {}, batch, jax.random.key(1))
+    assert path['x'].shape == path['x_0'].shape == (3, 4, 4, 4, 3)
+    np.testing.assert_array_equal(path['x'][-1], path['x_0'][-1])
+    np.testing.assert_array_equal(path['x'][-1], jax.jit(f.sample)(state, {}, batch, jax.random.key(1)))
+    metrics = jax.jit(f.evaluate)(state, {}, batch, jax.random.key(2))
+    assert sorted(metrics) == ['squared_error', *(f'squared_error/{i}' for i in (1, 2, 3))]
 
 
-@pytest.mark.parametrize('model', [
-    dict(timesteps=0), dict(latent=0), dict(beta_min=3.0, beta_max=2.0), dict(channels=5), dict(resampling='cubic'),
-    dict(multipliers=(1,) * 4), dict(discriminator_multipliers=(1,) * 5), dict(r1=-1.0), dict(dropout=1.0),
-    dict(multipliers=()),
+@pytest.mark.parametrize(('field', 'value'), [
+    ('process.timesteps', 0), ('generator.latent', 0), ('process.beta_min', 30.0), ('process.beta_max', 0.0),
+    ('generator.channels', 5), ('generator.resampling', 'cubic'), ('generator.multipliers', (1,) * 4),
+    ('discriminator.multipliers', (1,) * 5), ('discriminator.embedding', 5), ('r1', -1.0), ('r1_every', 0),
+    ('generator.dropout', 1.0), ('generator.multipliers', ()), ('generator.embedding', 'fourier'),
 ])  # fmt: skip
-def test_says_what_is_wrong(model):
-    with pytest.raises(UserError, match=r'config\.'):
-        family(**model)
+def test_a_mistake_is_refused_by_the_name_of_its_field(field, value):
+    section, _, name = field.rpartition('.')
+    sections = {section: {**SMALL.get(section, {}), name: value}} if section else {name: value}
+    with pytest.raises(UserError, match=rf'config\..*{name}') as error:
+        family(**sections)
+    assert '\n' not in str(error.value)

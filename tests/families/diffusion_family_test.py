@@ -1,8 +1,14 @@
-"""The diffusion family: what the loss asks for, what samples depend on, what build refuses."""
+"""The diffusion family: the target of its loss, what samples depend on, what build refuses.
+
+Most models are written in the fields of runs that were saved before `config.model` had sections (see `sections`):
+they are short, and so every test shows that such runs still load.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import re
 
 import flax.linen as nn
 import jax
@@ -10,11 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen import config, options
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, Latents
+from jaxgen.diffusion import conditioning as conditions
+from jaxgen.diffusion import guidance, likelihood, objective, processes, samplers
+from jaxgen.diffusion.former import diffusion_sections as sections
 from jaxgen.diffusion.schedules import posterior
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
+from jaxgen.networks import denoisers
 from jaxgen.optim import make_optim
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
@@ -27,18 +38,24 @@ def context(**changes):
     return Context((8, 8, 1), 0, make_optim(10, **DEFAULTS['optim']))._replace(**changes)
 
 
-@functools.cache
 def tiny(**options):
     """Jitted family with a state whose weights are all random."""
+    return made(json.dumps(options))
+
+
+@functools.cache
+def made(text):
+    """`tiny` of options as a text."""
+    options = json.loads(text)
     labels = options.get('conditional', False)
-    family = diffusion.build(context(classes=10 if labels else 0), **{**TINY, **options})
+    family = diffusion.build(context(classes=10 if labels else 0), **sections({**TINY, **options}))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
         fan = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 1
         return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan), leaf.dtype)
 
-    state = jax.eval_shape(family.init, jax.random.key(0), {}, {})
+    state = jax.eval_shape(family.init, jax.random.key(0), first_batch(family), {})
     state = jax.tree.map(draw, state)
     return family._replace(sample=jax.jit(family.sample), evaluate=jax.jit(family.evaluate)), state
 
@@ -48,25 +65,55 @@ def images(n, size=8):
     return jnp.asarray(levels / 127.5 - 1, jnp.float32)
 
 
-class Stub(nn.Module):
-    """In the network's place: remembers what it was shown, gives a constant."""
+def first_batch(family):
+    """A batch of one example with the conditions that a family has."""
+    label = {'label': jnp.zeros(1, jnp.int32)} if 'label' in family.conditions else {}
+    return {'image': images(1), **label}
+
+
+def stand_in(monkeypatch, module):
+    """Puts a module in the place of every network."""
+    monkeypatch.setattr(denoisers, 'make_module', lambda *_, **__: module)
+
+
+class Label(nn.Module):
+    """Embeds a label as itself."""
+
+    def __call__(self, label):
+        return label
+
+
+class Base(nn.Module):
+    """What a module needs to be a diffusion model's network."""
+
+    takes = ('vector', 'planes')
+    vector_features = 1
+
+    @nn.nowrap
+    def class_embedding(self, classes):
+        return Label()
+
+
+class Stub(Base):
+    """A network that records its inputs; its output is a constant."""
 
     output: float = 0.0
     seen = []
 
     @nn.compact
-    def __call__(self, x, t, label=None, *, train):
+    def __call__(self, x, t, vector=None, *, train):
         self.seen.append((x, t, train))
         return 0 * x + self.output + self.param('w', nn.initializers.zeros, ())
 
 
 @pytest.mark.parametrize('prediction', ['eps', 'x0', 'v'])
 def test_loss_shows_all_steps_evenly_and_asks_for_the_target(prediction, monkeypatch):
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     family = diffusion.build(
-        context(), **{**TINY, 'timesteps': 4, 'beta_start': 0.3, 'beta_end': 0.9}, prediction=prediction
+        context(),
+        **sections(dict(**{**TINY, 'timesteps': 4, 'beta_start': 0.3, 'beta_end': 0.9}, prediction=prediction)),
     )
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     x_0 = images(4096)
     Stub.seen.clear()
     _, logs = family.update(state, {}, {'image': x_0}, jax.random.key(1))
@@ -85,9 +132,9 @@ def test_loss_shows_all_steps_evenly_and_asks_for_the_target(prediction, monkeyp
 
 def test_estimates_are_clipped(monkeypatch):
     """A network that says 'all noise is -1000' means x_0 far above 1."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub(-1000.0))
-    family = diffusion.build(context(), **TINY)
-    state = family.init(jax.random.key(0), {}, {})
+    stand_in(monkeypatch, Stub(-1000.0))
+    family = diffusion.build(context(), **sections(TINY))
+    state = family.init(jax.random.key(0), first_batch(family), {})
     x = family.sample(state, {}, {'index': jnp.arange(2)}, jax.random.key(1))
     np.testing.assert_array_equal(x, np.ones((2, 8, 8, 1)))
     assert not any(train for _, _, train in Stub.seen[-1:])
@@ -149,24 +196,22 @@ def test_bits_of_an_example_are_its_own_and_follow_the_class():
 
 def build(**options):
     conditional = options.get('conditional', False)
-    return diffusion.build(context(classes=10 if conditional else 0), **{**TINY, **options})
+    return diffusion.build(context(classes=10 if conditional else 0), **sections({**TINY, **options}))
 
 
 def test_labels_are_left_out_and_guidance_asks_for_none(monkeypatch):
-    """The class after the last stands for no label: a share of them in training, half of a guided batch."""
+    """The class after the last stands for no label: a fraction of them in training, half of a guided batch."""
     seen = []
 
-    class Net(nn.Module):
+    class Net(Base):
         @nn.compact
-        def __call__(self, x, t, label=None, *, train):
-            seen.append(label)
+        def __call__(self, x, t, vector=None, *, train):
+            seen.append(vector)
             return 0 * x + self.param('w', nn.initializers.zeros, ())
 
-    made = []
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **fields: made.append(fields) or Net())
+    stand_in(monkeypatch, Net())
     family = build(conditional=True, label_dropout=0.25, guidance=2.0)
-    assert made[0]['classes'] == 11
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     batch = {'image': images(2048), 'label': jnp.full(2048, 3)}
     seen.clear()
     family.update(state, {}, batch, jax.random.key(1))
@@ -180,7 +225,7 @@ def test_labels_are_left_out_and_guidance_asks_for_none(monkeypatch):
 
 def test_upsampling_shows_the_small_image(monkeypatch):
     """Beside x_t, enlarged by linear interpolation; in a guided batch twice; in samples it is a condition."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Half())
+    stand_in(monkeypatch, Half())
     Half.seen.clear()
     family = build(upsampling=True, conditional=True, label_dropout=0.1, guidance=2.0, sample_steps=2, bound_steps=3)
     assert family.conditions == ('label', 'low_resolution') and family.encode is None
@@ -201,28 +246,28 @@ def test_upsampling_shows_the_small_image(monkeypatch):
     np.testing.assert_allclose(Half.seen[-1][..., 1:], np.tile(wanted, (2, 1, 1, 1)), atol=1e-6)
     assert family.evaluate(state, {}, batch, jax.random.key(1))['bits_per_dim'].shape == (5,)
     with pytest.raises(UserError, match='low_resolution'):
-        family.init(jax.random.key(0), {'image': images(5)}, {})
+        family.init(jax.random.key(0), {'image': images(5), 'label': jnp.arange(5)}, {})
 
 
-class Half(nn.Module):
+class Half(Base):
     """A network that remembers what it was shown and puts out half as many channels."""
 
     seen = []
 
     @nn.compact
-    def __call__(self, x, t, label=None, *, train):
+    def __call__(self, x, t, vector=None, *, train):
         self.seen.append(x)
         return 0 * x[..., :1] + self.param('w', nn.initializers.zeros, ())
 
 
 def test_lognormal_times(monkeypatch):
     """EDM: log sigma is normal, and what the network is told is a quarter of it."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     family = build(
         process='ve', sigma_min=0.002, sigma_max=80.0, prediction='edm', times='lognormal', variance='fixed_small',
         sampler='heun', spacing='karras', sample_steps=4,
     )  # fmt: skip
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     Stub.seen.clear()
     _, logs = family.update(state, {}, {'image': images(4096)}, jax.random.key(1))
     ((x, told, _),) = Stub.seen
@@ -234,10 +279,10 @@ def test_lognormal_times(monkeypatch):
 @pytest.mark.parametrize(('times', 'mean', 'std'), [('lognormal', -1.2, 1.2), ('logit_normal', 0.0, 1.0)])
 def test_times_have_the_moments_of_their_own_paper(times, mean, std, monkeypatch):
     """EDM's log(sigma) and SD3's log(t / (1 - t)), where nothing else is given."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     for given in ({}, {'time_mean': 0.5, 'time_std': 0.25}):
         family = build(process='flow', prediction='flow', variance='fixed_small', sampler='euler', times=times, **given)
-        state = family.init(jax.random.key(0), {}, {})
+        state = family.init(jax.random.key(0), first_batch(family), {})
         Stub.seen.clear()
         family.update(state, {}, {'image': images(4096)}, jax.random.key(1))
         t = Stub.seen[0][1] / 1000
@@ -249,10 +294,10 @@ def test_times_have_the_moments_of_their_own_paper(times, mean, std, monkeypatch
 @pytest.mark.parametrize('process', ['linear', 'vp', 'flow', 've'])
 def test_fourier_features_are_shown_logarithms(process, monkeypatch):
     section = {'channels': 8, 'multipliers': (1,), 'blocks': 1, 'attention': (), 'embedding': 'fourier'}
-    monkeypatch.setitem(diffusion.NETWORKS, 'ncsnpp', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     prediction = 'flow' if process == 'flow' else 'eps'
     family = build(network='ncsnpp', ncsnpp=section, process=process, prediction=prediction, variance='fixed_small')
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     Stub.seen.clear()
     family.update(state, {}, {'image': images(512)}, jax.random.key(1))
     ((_, told, _),) = Stub.seen
@@ -262,20 +307,20 @@ def test_fourier_features_are_shown_logarithms(process, monkeypatch):
 @pytest.mark.parametrize(('rescale', 'last'), [(False, 19), (True, 950)])
 def test_rescaled_timesteps(rescale, last, monkeypatch):
     """improved-diffusion's default embeds t 1000 / T, so that 20 steps look like 1000."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     family = build(rescale_timesteps=rescale)
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     Stub.seen.clear()
     family.update(state, {}, {'image': images(512)}, jax.random.key(1))
     assert Stub.seen[0][1].max() == last
 
 
-class TellsLabels(nn.Module):
+class Velocity(Base):
     """A velocity that is the label over 10, and 0 without one."""
 
     @nn.compact
-    def __call__(self, x, t, label=None, *, train):
-        scale = jnp.where(label == 10, 0, label / 10)[:, None, None, None]
+    def __call__(self, x, t, vector=None, *, train):
+        scale = jnp.where(vector == 10, 0, vector / 10)[:, None, None, None]
         return 0 * x + scale + self.param('w', nn.initializers.zeros, ())
 
 
@@ -286,11 +331,11 @@ class TellsLabels(nn.Module):
 @pytest.mark.parametrize('steps', [1, 4])
 def test_guidance_guides_every_level(options, steps, monkeypatch):
     """With a scale of 3 the network's constant output counts three times at every level, that of alpha 0 too."""
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: TellsLabels())
+    stand_in(monkeypatch, Velocity())
     options = {**options, 'conditional': True, 'label_dropout': 0.1, 'clip': False, 'sample_steps': steps}
     one, three = build(**options), build(**options, guidance=3.0)
     capped = build(**options, guidance=3.0, guidance_to=1e8)
-    state = one.init(jax.random.key(0), {}, {})
+    state = one.init(jax.random.key(0), first_batch(one), {})
 
     def last(family, label):
         seen = family.trajectory(state, {}, {'index': jnp.arange(2), 'label': jnp.full(2, label)}, jax.random.key(1))
@@ -321,8 +366,8 @@ def test_classifier_guidance_at_alpha_0():
     drawn = {}
     for scale in (0.0, 1.0):
         family = diffusion.build(
-            context(classes=2, stages={'classifier': toy_classifier(0.01)}), **options, sample_steps=1, clip=False,
-            classifier_scale=scale,
+            context(classes=2, stages={'classifier': toy_classifier(0.01)}),
+            **sections({**options, 'sample_steps': 1, 'clip': False, 'classifier_scale': scale}),
         )  # fmt: skip
         batch = {'index': jnp.arange(4), 'label': jnp.zeros(4, jnp.int32)}
         drawn[scale] = family.trajectory(state, {'classifier': (None, {})}, batch, jax.random.key(0))['x_0'][-1]
@@ -353,7 +398,7 @@ def test_learned_variance_is_taught_by_the_bound_alone():
     """Half of the outputs are the variance's; the bound's gradient reaches them and no others."""
     family = build(variance='learned', bound_weight=1.0)
     plain = build(variance='learned', bound_weight=0.0)
-    state = jax.jit(family.init)(jax.random.key(0), {}, {})
+    state = jax.jit(family.init)(jax.random.key(0), first_batch(family), {})
     assert state.params['denoiser']['last']['kernel'].shape[-1] == 2
     batch = {'image': images(16)}
     after, logs = jax.jit(family.update)(state, {}, batch, jax.random.key(1))
@@ -381,66 +426,90 @@ def test_continuous_time(options):
 
 
 def test_divisor():
-    assert diffusion.build(context(), unet={**UNET, 'multipliers': (1, 2)}).divisor == 2
+    assert diffusion.build(context(), **sections(dict(unet={**UNET, 'multipliers': (1, 2)}))).divisor == 2
     assert diffusion.build(context(image=(32, 32, 3))).divisor == 8
 
 
+FLOW = {'process': 'flow', 'training': {'prediction': 'flow'}}
+NET = {'channels': 8, 'multipliers': (1,), 'blocks': 1, 'attention': ()}
+ZERO = {'process': {'zero_terminal': True}}
+
+
 @pytest.mark.parametrize(
-    ('options', 'changes', 'says'),
+    ('model', 'changes', 'message'),
     [
         (
-            {'unet': {**UNET, 'multipliers': (1, 1, 1), 'attention': ()}},
+            {'network': {**NET, 'multipliers': (1, 1, 1)}},
             {'image': (10, 10, 1)},
             ['10', 'multiple of 4'],
         ),
-        ({'unet': {**UNET, 'attention': (16,)}}, {}, ['attention', '16', r'\[8\]']),
-        ({'unet': {**UNET, 'multipliers': ()}}, {}, ['multipliers']),
-        ({'unet': {**UNET, 'blocks': 0}}, {}, ['blocks']),
-        ({'unet': {**UNET, 'channels': 7}}, {}, ['channels', '7']),
-        ({'conditional': True}, {}, ['conditional', 'label']),
+        ({'network': {**NET, 'attention': (16,)}}, {}, ['attention', '16', r'\[8\]']),
+        ({'network': {**NET, 'multipliers': ()}}, {}, ['multipliers']),
+        ({'network': {**NET, 'blocks': 0}}, {}, ['blocks']),
+        ({'network': {**NET, 'channels': 7}}, {}, ['channels', '7']),
+        ({'network': {**NET, 'heads': 2}}, {}, ['heads', 'no such field']),
+        ({'conditioning': {'label': {}}}, {}, ['conditioning.label', 'labels']),
+        ({'conditioning': {'label': {'dropout': 1.0}}}, {'classes': 3}, ['dropout', '1.0']),
+        ({'conditioning': {'text': {}}}, {}, ['conditioning.text.kind', 'class, embedding']),
+        ({'conditioning': {'text': {'kind': 'tokens', 'vocabulary': 5}}}, {}, ['tokens', 'UNet', 'vector, planes']),
         ({'sampler': 'dim'}, {}, ['sampler', 'ddim', "'dim'"]),
-        ({'variance': 'large'}, {}, ['variance', 'fixed_large']),
-        ({'prediction': 'noise'}, {}, ['prediction', 'eps']),
-        ({'spacing': 'linear'}, {}, ['spacing', 'uniform']),
-        ({'sample_steps': 21}, {}, ['sample_steps', '20', '21']),
-        ({'bound_steps': 20}, {}, ['bound_steps', '19', '20']),
-        ({'beta_end': 1.0}, {}, ['beta_end']),
-        ({'guidance': 2.0}, {}, ['guidance', 'label_dropout']),
-        ({'process': 'vp'}, {}, ['variance', 'fixed_small']),
-        ({'process': 'vp', 'variance': 'fixed_small', 'spacing': 'trailing'}, {}, ['spacing', 'trailing', 'vp']),
-        ({'times': 'lognormal'}, {}, ['times', 'linear']),
-        ({'unet': {**UNET, 'patch': 8}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
-        ({'zero_terminal': True}, {}, ['zero_terminal', 'prediction']),
-        ({'sigma_min': 160.0}, {}, ['sigma_min']),
+        ({'sampler': {'variance': 'large'}}, {}, ['variance', 'fixed_large']),
+        ({'sampler': {'variance': 'learned'}}, {}, ['variance', 'training.variance']),
+        ({'likelihood': {'variance': 'learned'}}, {}, ['variance', 'training.variance']),
+        ({'training': {'prediction': 'noise'}}, {}, ['prediction', 'eps']),
+        ({'training': {'prediction': {'name': 'eps', 'data_std': 0.5}}}, {}, ['data_std', 'no such field']),
+        ({'sampler': {'spacing': 'linear'}}, {}, ['spacing', 'uniform']),
+        ({'sampler': {'steps': 1001}}, {}, ['steps', '1000', '1001']),
+        ({'sampler': {'name': 'ddim', 's_churn': 1.0}}, {}, ['s_churn', 'no such field']),
+        ({'likelihood': {'steps': 1000}}, {}, ['steps', '999', '1000']),
+        ({'process': {'beta_end': 1.0}}, {}, ['beta_end']),
+        ({'process': {'beta_start': 0.5}}, {}, ['beta_start', 'beta_end']),
+        ({'guidance': {'scale': 2.0}}, {}, ['guidance', 'dropout']),
+        ({'guidance': {'conditions': ('label',), 'scales': (2.0,)}}, {}, ['guidance', 'dropout']),
         (
-            {'process': 'flow', 'variance': 'fixed_small', 'sampler': 'heun', 'spacing': 'karras'},
-            {},
-            ['karras', 'alpha'],
+            {'guidance': {'conditions': ('label',)}, 'conditioning': {'label': {'dropout': 0.1}}},
+            {'classes': 3},
+            ['scales', 'one for each'],
         ),
-        ({'timesteps': 1}, {}, ['timesteps']),
-        ({'eta': 1.5}, {}, ['eta', '1.5']),
-        ({'unet': {**UNET, 'dropout': 1.0}}, {}, ['dropout']),
-        ({'unet': {**UNET, 'groups': 32, 'group_size': 0}}, {}, ['unet.groups', '32']),
-        ({'process': 'flow', 'variance': 'fixed_small', 'prediction': 'eps'}, {}, ['prediction', 'alpha']),
-        ({'shift': 3.0}, {}, ['shift', 'flow']),
-        ({'predictor': 'euler'}, {}, ['predictor', 'euler_maruyama']),
-        ({'ode_steps': 0}, {}, ['ode_steps']),
-        ({'langevin_steps': 0}, {}, ['langevin_steps']),
-        ({'last_step': 0.04}, {}, ['last_step', 'euler_maruyama']),
-        ({'rescale_timesteps': True, 'process': 'vp', 'variance': 'fixed_small'}, {}, ['rescale_timesteps', 'vp']),
-        ({'zero_terminal': True, 'prediction': 'v', 'sampler': 'annealed_langevin'}, {}, ['annealed', 'alpha']),
-        ({'data_std': 0.0}, {}, ['data_std']),
-        ({'strength': -1.0}, {}, ['strength']),
-        ({'network': 'adm', 'adm': {'head_channels': 0, 'heads': 0, 'attention': ()}}, {}, ['head_channels']),
+        (
+            {'guidance': {'channels': 2, 'scale': 2.0}, 'conditioning': {'label': {'dropout': 0.1}}},
+            {'classes': 3},
+            ['channels', 'from 0 to 1'],
+        ),
+        ({'process': 'vp', 'sampler': {'variance': 'fixed_large'}}, {}, ['variance', 'chain']),
+        ({'process': 'vp', 'training': {'variance': 'learned'}}, {}, ['variance', 'chain']),
+        ({'process': 'vp', 'sampler': {'spacing': 'trailing'}}, {}, ['spacing', 'trailing', 'continuous']),
+        ({'training': {'times': 'lognormal'}}, {}, ['times', 'lognormal', 'importance']),
+        ({'training': {'weighting': 'bound'}}, {}, ['weighting', 'learned']),
+        ({'network': {**NET, 'patch': 8}}, {'image': (12, 12, 1)}, ['12', 'multiple of 8']),
+        (ZERO, {}, ['prediction', 'alpha']),
+        ({'process': {'name': 've', 'sigma_min': 160.0}}, {}, ['sigma_min']),
+        ({**FLOW, 'sampler': {'name': 'heun', 'spacing': 'karras'}}, {}, ['karras', 'alpha']),
+        ({'process': {'timesteps': 1}}, {}, ['timesteps']),
+        ({'sampler': {'name': 'ddim', 'eta': 1.5}}, {}, ['eta', '1.5']),
+        ({'network': {**NET, 'dropout': 1.0}}, {}, ['dropout']),
+        ({'network': {**NET, 'groups': 32, 'group_size': 0}}, {}, ['network.groups', '32']),
+        ({'process': 'flow'}, {}, ['prediction', 'alpha']),
+        ({'sampler': {'shift': 3.0}}, {}, ['shift', 'flow']),
+        ({'sampler': {'name': 'predictor_corrector', 'predictor': 'euler'}}, {}, ['predictor', 'euler_maruyama']),
+        ({'process': 'vp', 'likelihood': {'steps': 0}}, {}, ['likelihood.steps']),
+        ({'process': 'vp', 'likelihood': {'variance': ''}}, {}, ['variance', 'no such field']),
+        ({'sampler': {'name': 'annealed_langevin', 'langevin_steps': 0}}, {}, ['langevin_steps']),
+        ({'sampler': {'name': 'euler_maruyama', 'last_step': 0.04}}, {}, ['last_step', 'continuous']),
+        ({'process': {'name': 'vp', 'rescale_timesteps': True}}, {}, ['rescale_timesteps', 'no such field']),
+        ({**ZERO, 'training': {'prediction': 'v'}, 'sampler': 'annealed_langevin'}, {}, ['annealed', 'alpha']),
+        ({'training': {'prediction': {'name': 'edm', 'data_std': 0.0}}}, {}, ['data_std']),
+        ({'process': 'vp', 'sampler': {'name': 'euler_maruyama', 'strength': -1.0}}, {}, ['strength']),
+        ({'network': {'name': 'adm', 'heads': 0, 'attention': ()}}, {}, ['heads']),
+        ({'network': 'refinenet'}, {}, ['refinenet', 'geometric']),
+        ({'latent_scale': 0.0}, {}, ['latent_scale']),
     ],
 )
-def test_refuses_in_one_line(options, changes, says):
-    import re
-
+def test_refuses_in_one_line(model, changes, message):
     with pytest.raises(UserError) as error:
-        diffusion.build(context(**changes), **{**TINY, **options})
+        diffusion.build(context(**changes), **{'network': NET, **model})
     assert '\n' not in str(error.value)
-    for part in says:
+    for part in message:
         assert re.search(part, str(error.value)), str(error.value)
 
 
@@ -469,15 +538,15 @@ def test_denoise_is_of_image_plus_sigma_noise(options, monkeypatch):
     """Whatever the process, later stages give x = image + sigma eps: the network sees its own process at that ratio."""
     outputs = 2 if options.get('variance') == 'learned' else 1
 
-    class Net(nn.Module):
+    class Net(Base):
         @nn.compact
-        def __call__(self, x, t, label=None, *, train):
+        def __call__(self, x, t, vector=None, *, train):
             Stub.seen.append((x, t, train))
             return jnp.concatenate([0 * x + self.param('w', nn.initializers.zeros, ())] * outputs, -1)
 
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Net())
+    stand_in(monkeypatch, Net())
     family = build(**options, clip=False, **({} if 'process' in options else {'beta_end': 0.5}))
-    state = family.init(jax.random.key(0), {}, {})
+    state = family.init(jax.random.key(0), first_batch(family), {})
     x, sigma = images(3), jnp.array([0.1, 0.3, 2.0])
     Stub.seen.clear()
     x_0 = family.denoise(state, {}, {}, x, sigma)
@@ -511,7 +580,7 @@ def test_classifier_guidance_pulls_to_the_class():
     plain, state = tiny(sampler='ddim', sample_steps=5, beta_end=0.5)
     drawn = {}
     for scale in (0.0, 1.0, 50.0):
-        family = diffusion.build(with_stage, **options, classifier_scale=scale)
+        family = diffusion.build(with_stage, **sections({**options, 'classifier_scale': scale}))
         assert family.conditions == (('label',) if scale else ())
         for label in (0, 1):
             batch = {'index': jnp.arange(4), 'label': jnp.full(4, label)}
@@ -529,22 +598,22 @@ def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
     """Dhariwal & Nichol 2021, algorithm 1: the mean of a step moves by its variance times the gradient."""
     seen, (_, state) = {}, tiny(sample_steps=5, beta_end=0.5)  # kept for others: built with the sampler as it is
 
-    def walked(denoise, x, schedule, keys, **_):
+    def recorded(denoise, x, schedule, keys, *, variance='', trajectory=False):
         t = jnp.asarray(schedule.t)[-2:-1]
         seen.update(schedule=schedule, moved=denoise(x, t), x=x)
         return x
 
-    monkeypatch.setitem(diffusion.SAMPLERS, 'ancestral', walked)
+    monkeypatch.setitem(samplers.SAMPLERS, 'ancestral', recorded)
     options = {**TINY, 'sample_steps': 5, 'beta_end': 0.5, 'variance': 'fixed_small', 'clip': False}
     batch = {'index': jnp.arange(2), 'label': jnp.zeros(2, jnp.int32)}
     stages, frozen = {'classifier': toy_classifier()}, {'classifier': (None, {})}
     x_0 = []
     for scale in (0.0, 3.0):
-        family = diffusion.build(context(classes=2, stages=stages), **options, classifier_scale=scale)
+        family = diffusion.build(context(classes=2, stages=stages), **sections({**options, 'classifier_scale': scale}))
         family.sample(state, frozen, batch, jax.random.key(0))
         x_0.append(seen['moved'])
-    way, moves = seen['schedule'], posterior(seen['schedule'])
-    alpha, sigma = way.alpha[-2], way.sigma[-2]
+    schedule, moves = seen['schedule'], posterior(seen['schedule'])
+    alpha, sigma = schedule.alpha[-2], schedule.sigma[-2]
 
     def log_p(x):
         mean = (x / alpha).mean((1, 2, 3)) / (1 + sigma / alpha)
@@ -561,8 +630,8 @@ def test_importance_sampling_through_updates():
     for accumulate in (1, 2):
         optim = make_optim(10, **{**DEFAULTS['optim'], 'accumulate': accumulate})
         options = dict(variance='learned', weighting='bound', times='importance', timesteps=3, beta_end=0.5)
-        family = diffusion.build(context(optim=optim), **{**TINY, **options})
-        state = jax.jit(family.init)(jax.random.key(0), {}, {})
+        family = diffusion.build(context(optim=optim), **sections({**TINY, **options}))
+        state = jax.jit(family.init)(jax.random.key(0), first_batch(family), {})
         update = jax.jit(family.update)
         for i in range(3):
             state, logs = update(state, {}, {'image': images(32)}, jax.random.key(i))
@@ -605,8 +674,8 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
         unet=UNET, process='flow', prediction='flow', variance='fixed_small', sampler='heun',
         sample_steps=3, clip=False,
     )  # fmt: skip
-    latent = diffusion.build(context(stages={'first': first}), **options, latent_scale=0.5)
-    plain = diffusion.build(context(image=(4, 4, 4)), **options)
+    latent = diffusion.build(context(stages={'first': first}), **sections({**options, 'latent_scale': 0.5}))
+    plain = diffusion.build(context(image=(4, 4, 4)), **sections(options))
     batch = {'image': images(4), 'index': jnp.arange(4)}
     reshaped = {**batch, 'image': first.encode(1.0, {}, batch, None)}
     latent, plain = (
@@ -631,12 +700,12 @@ def test_training_draws_latents_from_the_posterior(monkeypatch):
     """As LDM, DiT and SiT do; what is measured is of the mean."""
     first, frozen = toy_autoencoder()
     sampled = lambda state, frozen, batch, rng: 3 + jax.random.normal(rng, (len(batch['image']), 4, 4, 4))  # noqa: E731
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     # Almost no noise: the network sees alpha x_0.
     options = {**TINY, 'clip': False, 'timesteps': 2, 'beta_start': 1e-9, 'beta_end': 1e-9}
     seen = []
     for stage in (first, first._replace(encode_sampled=sampled)):
-        family = diffusion.build(context(stages={'first': stage}), **options)
+        family = diffusion.build(context(stages={'first': stage}), **sections(options))
         state = family.init(jax.random.key(0), {'image': images(1)}, frozen)
         Stub.seen.clear()
         family.update(state, frozen, {'image': 0 * images(256)}, jax.random.key(1))
@@ -648,10 +717,10 @@ def test_training_draws_latents_from_the_posterior(monkeypatch):
 def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
     """A network that tells no noise at all has an error of about 1, and one that tells half of it a quarter."""
     first, frozen = toy_autoencoder()
-    monkeypatch.setitem(diffusion.NETWORKS, 'unet', lambda **_: Stub())
+    stand_in(monkeypatch, Stub())
     batch = {'image': 0 * images(64), 'index': jnp.arange(64)}
     options = {**TINY, 'clip': False}
-    family = diffusion.build(context(stages={'first': first}), **options)
+    family = diffusion.build(context(stages={'first': first}), **sections(options))
     state = family.init(jax.random.key(0), batch, frozen)
     found = family.evaluate(state, frozen, batch, jax.random.key(1))
     assert set(found) == {'eps_error'} and found['eps_error'].shape == (64,)
@@ -661,25 +730,176 @@ def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
 def test_says_what_is_wrong_with_a_first_stage():
     first, frozen = toy_autoencoder()
     with pytest.raises(UserError, match='continuous'):
-        diffusion.build(context(stages={'first': first._replace(latents=Latents(shape=()))}), **TINY, clip=False)
+        diffusion.build(
+            context(stages={'first': first._replace(latents=Latents(shape=()))}), **sections({**TINY, 'clip': False})
+        )
     with pytest.raises(UserError, match='maps'):
-        diffusion.build(context(stages={'first': first._replace(latents=Latents(shape=(64,)))}), **TINY, clip=False)
+        diffusion.build(
+            context(stages={'first': first._replace(latents=Latents(shape=(64,)))}), **sections({**TINY, 'clip': False})
+        )
     with pytest.raises(UserError, match='clip'):
-        diffusion.build(context(stages={'first': first}), **TINY)
-    family = diffusion.build(context(stages={'first': first}), **TINY, clip=False)
+        diffusion.build(context(stages={'first': first}), **sections(TINY))
+    family = diffusion.build(context(stages={'first': first}), **sections({**TINY, 'clip': False}))
     with pytest.raises(UserError, match='other images'):
         family.init(jax.random.key(0), {'image': images(2, 16)}, frozen)
 
 
 def test_numbers_of_the_choices_paper_can_be_set_and_unset():
     """Fields that are None until somebody gives a number: in a file, on the command line, and back."""
-    from jaxgen import config
-
-    plain = config.make(family='diffusion')
-    assert plain.model.sigma_min is None and plain.model.time_mean is None
-    given = config.override(plain, ['--config.model.sigma_min=0.05', '--config.model.time_mean=-1'])
-    assert given.model.sigma_min == 0.05 and given.model.time_mean == -1
-    assert config.override(given, ['--config.model.sigma_min=None']).model.sigma_min is None
-    for text in ('--config.model.sigma_min=small', '--config.model.time_mean=true', '--config.model.time_std=(1,)'):
+    plain = config.make(family='diffusion', model={'process': 've'})
+    assert plain.model.process.sigma_min is None
+    given = config.override(plain, ['--config.model.process.sigma_min=0.05'])
+    assert given.model.process.sigma_min == 0.05
+    assert config.override(given, ['--config.model.process.sigma_min=None']).model.process.sigma_min is None
+    for text in ('small', 'true', '(1,)'):
         with pytest.raises(UserError, match='must be a number or None'):
-            config.override(plain, [text])
+            config.override(plain, [f'--config.model.process.sigma_min={text}'])
+
+
+def test_a_config_holds_the_fields_of_its_components_alone():
+    """Naming another component on the command line brings its fields and takes the former one's away."""
+    edm = config.make(
+        family='diffusion',
+        model=dict(
+            process=dict(name='ve', sigma_min=0.01), network=dict(name='ncsnpp', channels=8),
+            training=dict(prediction='edm', times='lognormal'),
+            sampler=dict(name='heun', steps=9, clip=False, s_churn=3.0),
+        ),
+    )  # fmt: skip
+    assert edm.model.training.times.to_dict() == {'name': 'lognormal', 'mean': -1.2, 'std': 1.2}
+    assert edm.model.likelihood.to_dict() == {'steps': 50}
+    order = ['--config.model.sampler.eta=0.5', '--config.model.sampler=ddim']
+    for texts in (order, order[::-1]):
+        sampler = config.override(edm, texts).model.sampler.to_dict()
+        assert sampler == {'name': 'ddim', 'steps': 9, 'spacing': 'uniform', 'shift': 1.0, 'clip': False, 'eta': 0.5}
+    network = config.override(edm, ['--config.model.network.name=dit', '--config.model.network.heads=4']).model.network
+    assert network.heads == 4 and network.channels == 8 and 'multipliers' not in network
+    with pytest.raises(UserError, match='s_churn: no such field'):
+        config.override(edm, ['--config.model.sampler=ddim', '--config.model.sampler.s_churn=1'])
+    cosine = config.override(edm, ['--config.model.process=cosine', '--config.model.training.prediction=eps'])
+    assert cosine.model.likelihood.to_dict() == {'steps': 0, 'variance': ''}
+
+
+def test_runs_that_were_saved_without_sections_are_the_same_models():
+    """Losses, samples and bits of a model written in both ways."""
+    flat = dict(
+        network='unet', unet=UNET, timesteps=20, beta_end=0.5, conditional=True, label_dropout=0.2, prediction='v',
+        weighting='min_snr', gamma=4.0, sampler='ddim', eta=0.3, sample_steps=4, guidance=2.0, bound_steps=3,
+        variance='fixed_small', s_churn=7.0, ode_steps=9,
+    )  # fmt: skip
+    now = dict(
+        network=UNET, process=dict(timesteps=20, beta_end=0.5), conditioning=dict(label=dict(dropout=0.2)),
+        training=dict(prediction='v', weighting=dict(name='min_snr', gamma=4.0)),
+        sampler=dict(name='ddim', eta=0.3, steps=4), guidance=dict(scale=2.0),
+        likelihood=dict(steps=3, variance='fixed_small'),
+    )  # fmt: skip
+    complete = [options.complete(diffusion.build, model, 'model') for model in (diffusion.former(flat), now)]
+    assert complete[0] == complete[1] and diffusion.former(complete[1]) == complete[1]
+
+
+def test_composed_guidance_is_a_sum_over_conditions():
+    """Liu et al. 2022, eq. 11, by hand: the outputs of a network that adds its conditions up."""
+    conditioning = tuple(
+        conditions.Condition(name, 'vector', None, conditions.same, jnp.zeros_like, 0.1) for name in 'ab'
+    )
+    values = {'a': jnp.array([1.0, 2.0]), 'b': jnp.array([10.0, 20.0])}
+
+    def apply(x, t, values):  # conditions interact, so that composed guidance differs from joint guidance
+        a, b = values['a'][:, None], values['b'][:, None]
+        return x + a + b + a * b, a + b
+
+    x, t = jnp.array([[0.5, 0.1], [0.2, 0.3]]), jnp.zeros(2)
+    guide = guidance.Guidance(conditions=('a', 'b'), scales=(2.0, 3.0))
+    output, rest = guidance.guided(apply, x, t, conditioning, values, guide, jnp.array([True, False]))
+    np.testing.assert_allclose(output[0], x[0] + 2 * 1 + 3 * 10, rtol=1e-6)
+    np.testing.assert_allclose(output[1], x[1] + 2 + 20 + 40, rtol=1e-6)  # outside the interval: with all conditions
+    np.testing.assert_allclose(rest[:, 0], [11, 22])
+    joint = guidance.Guidance(scale=2.0)
+    output, _ = guidance.guided(apply, x, t, conditioning, values, joint, jnp.array([True, True]))
+    np.testing.assert_allclose(output, x + 2 * jnp.array([[21.0], [62.0]]), rtol=1e-6)
+
+
+def test_conditions_are_dropped_each_by_its_own_probability():
+    conditioning = tuple(
+        conditions.Condition(name, 'vector', None, conditions.same, lambda v: v - v - 1, rate)
+        for name, rate in (('a', 0.5), ('b', 0.1), ('c', 0.0))
+    )
+    values = {name: jnp.ones((4000, 2)) for name in 'abc'}
+    dropped = conditions.drop(conditioning, jax.random.key(0), values)
+    absent = {name: np.asarray(dropped[name] == -1) for name in 'abc'}
+    for name, rate in (('a', 0.5), ('b', 0.1), ('c', 0.0)):
+        assert (absent[name][:, 0] == absent[name][:, 1]).all()
+        assert abs(absent[name].mean() - rate) < 0.03, name
+    both = (absent['a'] & absent['b'])[:, 0].mean()
+    assert abs(both - 0.05) < 0.02, 'independently'
+
+
+def test_tokens_and_embeddings_reach_a_transformer():
+    """Text tokens in the context of the patches and a pooled vector: samples follow both, and their absence."""
+    model = dict(
+        network=dict(name='dit', channels=8, blocks=1, heads=2, patch=4), process=dict(timesteps=10, beta_end=0.5),
+        conditioning=dict(
+            words=dict(kind='tokens', vocabulary=7, dropout=0.1),
+            features=dict(kind='tokens', dropout=0.1),
+            pooled=dict(kind='embedding', dropout=0.1),
+        ),
+        sampler=dict(name='ddim', steps=2), guidance=dict(scale=2.0),
+    )  # fmt: skip
+    family = diffusion.build(context(), **model)
+    assert family.conditions == ('words', 'features', 'pooled') and family.encode is None
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': images(3),
+        'index': jnp.arange(3),
+        'words': jnp.asarray(rng.integers(0, 7, (3, 5))),
+        'features': jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32),
+        'pooled': jnp.asarray(rng.normal(size=(3, 6)), jnp.float32),
+    }
+    state = jax.jit(family.init)(jax.random.key(0), batch, {})
+    shapes = jax.tree.map(jnp.shape, {name: state.params['denoiser'][name] for name in family.conditions})
+    assert shapes == {
+        'words': {'embedding': (7, 8)},
+        'features': {'kernel': (4, 8), 'bias': (8,)},
+        'pooled': {'kernel': (6, 8)},
+    }
+    state = jax.tree.map(lambda w: w + 0.1 * rng.normal(size=w.shape).astype(w.dtype) if w.ndim else w, state)
+    sample = jax.jit(family.sample)
+    x = sample(state, {}, batch, jax.random.key(1))
+    for name in family.conditions:
+        other = {**batch, name: jnp.flip(batch[name], -1) if name != 'words' else (batch[name] + 1) % 7}
+        assert jnp.abs(sample(state, {}, other, jax.random.key(1)) - x).max() > 1e-4, name
+    _, logs = jax.jit(family.update)(state, {}, batch, jax.random.key(2))
+    assert np.isfinite(logs['loss'])
+
+
+@pytest.mark.parametrize('shape', [(6,), (2, 6), (2, 4, 4, 3), (2, 2, 4, 4, 3)], ids=str)
+@pytest.mark.parametrize('learned', [False, True])
+def test_arrays_of_any_rank(shape, learned):
+    """Vectors, point clouds, images and clips: loss, sampler and likelihood of one formula, and of its flat form."""
+    variance = dict(name='learned', bound_weight=0.1) if learned else 'fixed'
+    given = options.complete(objective.formulate, dict(variance=variance, prediction='v'), 'model.training')
+    formulation = objective.formulate(processes.linear(timesteps=10, beta_end=0.5), **given)
+
+    def apply(params, x, t, embeddings, *, train=False, rngs=None):
+        output = params * jnp.tanh(x) + t.reshape(-1, *[1] * (x.ndim - 1)) / 10
+        return jnp.concatenate([output, 0.5 * output], -1) if learned else output
+
+    network = denoisers.Network(None, apply)
+    flat = int(np.prod(shape))
+    x_0, eps = (np.random.default_rng(i).uniform(-1, 1, (3, *shape)).astype(np.float32) for i in range(2))
+    t, keys = jnp.array([0, 4, 9]), jax.random.split(jax.random.key(0), 3)
+    sampler = samplers.make(
+        options.value_of(options.fields(diffusion.build)['sampler'], dict(name='ddim', steps=4, clip=False), 'sampler'),
+        formulation.process,
+        learned,
+    )
+    results = []
+    for x, noise in ((x_0, eps), (x_0.reshape(3, flat), eps.reshape(3, flat))):
+        values, _ = objective.errors(formulation, network, 0.3, x, t, noise, {})
+        denoise = objective.denoiser(formulation, network, 0.3, (), {}, guidance.OFF, clip=False)
+        drawn = sampler.run(denoise, noise, keys)
+        error = likelihood.noise_error(denoise, x, formulation.process, keys, 2)
+        assert drawn.shape == x.shape and values.shape == error.shape == (3,)
+        results.append((values, drawn.reshape(3, flat)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ import pytest
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context
+from jaxgen.diffusion.processes import expanded
 from jaxgen.errors import UserError
 from jaxgen.families import vdm
+from jaxgen.networks.denoisers import bind
 from jaxgen.networks.vdm import Schedule, VDMNet
 from jaxgen.optim import decayed, make_optim
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 X = np.random.default_rng(1).normal(size=(3, 4, 6, 2)).astype(np.float32)
 T = np.array([0, 312.25, 1000], np.float32)
-LABEL = np.array([0, 1, 2])
+CLASSES = np.eye(3, dtype=np.float32)  # one-hot
 
 
 def randomised(shapes):
@@ -41,10 +44,11 @@ def randomised(shapes):
 
 
 @functools.cache
-def network(**options):
+def network(conditional=False, **options):
     """A small network and random weights of it."""
+    vector = CLASSES if conditional else None
     net = VDMNet(**{'channels': 8, 'blocks': 2, **options})
-    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), X, T, LABEL, train=False))['params']
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), X, T, vector, train=False))['params']
     return net, randomised(shapes)
 
 
@@ -56,7 +60,7 @@ def compiled(net, train=False):
     return jax.jit(run)
 
 
-def plain(net, params, x, t, label):
+def plain(net, params, x, t, vector):
     """The network by torch's plain functions: NHWC arrays to [n, C, H, W]."""
     import torch
     from torch.nn import functional as F
@@ -94,8 +98,8 @@ def plain(net, params, x, t, label):
     x, t = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t)[:, None]
     half = net.channels // 2
     angles = t * 10_000.0 ** (-torch.arange(half) / (half - 1))
-    told = F.one_hot(torch.from_numpy(label), net.classes).float() if net.classes else torch.zeros(len(t), 1)
-    condition = torch.cat([angles.sin(), angles.cos(), told], 1)
+    vector = torch.zeros(len(t), 1) if vector is None else torch.from_numpy(vector)
+    condition = torch.cat([angles.sin(), angles.cos(), vector], 1)
     for name in ('time1', 'time2'):
         condition = F.silu(dense(params[name], condition))
 
@@ -116,15 +120,16 @@ def plain(net, params, x, t, label):
 
 @pytest.mark.parametrize('options', [
     {},
-    {'attention': True, 'classes': 3, 'fourier': (3, 5, 6)},
+    {'attention': True, 'conditional': True, 'fourier': (3, 5, 6)},
     {'fourier': ()},
     {'attention': True, 'groups': 8, 'group_size': 0, 'eps': 0.1},
 ])  # fmt: skip
 def test_equals_plain_torch(options):
     pytest.importorskip('torch')
     net, params = network(**options)
-    ours = compiled(net)(params, jax.random.key(0), X, T, LABEL)
-    theirs = plain(net, params, X, T, LABEL).numpy().transpose(0, 2, 3, 1)
+    vector = CLASSES if options.get('conditional') else None
+    ours = compiled(net)(params, jax.random.key(0), X, T, vector)
+    theirs = plain(net, params, X, T, vector).numpy().transpose(0, 2, 3, 1)
     assert theirs.std() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
@@ -179,17 +184,14 @@ def shapes_of(module):
 
 
 @pytest.mark.parametrize('kind', ['fixed', 'scalar', 'network'])
-def test_schedule_rises_from_end_to_end(kind):
+def test_schedule_increases_from_end_to_end(kind):
     module, params = schedule(kind)
     assert (set(params) == set()) == (kind == 'fixed')
     ends = module.apply({'params': params})
     np.testing.assert_allclose(ends, (-6, 4) if kind == 'fixed' else (-4.5, 3))
 
-    def rise(t):
-        return module.apply({'params': params}, t, method='rise')
-
     t = jnp.linspace(0, 1, 1001)
-    values = np.asarray(rise(t))
+    values = np.asarray(module.apply({'params': params}, t, method='normalised'))
     assert values[0] == 0 and values[-1] == 1 and (np.diff(values) > 0).all()
     if kind == 'network':
         assert np.abs(values - t).max() > 0.05, 'it is no straight line'
@@ -212,7 +214,7 @@ def test_a_new_schedule_is_nearly_straight_from_end_to_end():
     params = module.init(jax.random.key(0))
     np.testing.assert_allclose(module.apply(params), (-13.3, 5.0), rtol=1e-6)
     t = jnp.linspace(0, 1, 11)
-    np.testing.assert_allclose(module.apply(params, t, method='rise'), t, atol=0.02)
+    np.testing.assert_allclose(module.apply(params, t, method='normalised'), t, atol=0.02)
 
 
 # ---- The family, with a function of z and gamma in the network's place
@@ -228,8 +230,8 @@ class Stub(nn.Module):
     high: float
 
     @nn.compact
-    def __call__(self, z, t, label=None, *, train):
-        gamma = self.low + (self.high - self.low) * (t / 1000)[:, None, None, None]
+    def __call__(self, z, t, *, train):
+        gamma = self.low + (self.high - self.low) * expanded(t / 1000, z)
         return self.eps_hat(z, gamma, self.param('w', nn.initializers.constant(0.7), ())) - z
 
 
@@ -244,12 +246,13 @@ def sgd(**changes):
 
 @pytest.fixture
 def family(monkeypatch):
-    """(eps_hat, changes of the context, **options) -> the family, its State."""
+    """(eps_hat, changes of the context, fields of the schedule, **options) -> the family, its State."""
 
-    def make(eps_hat, changes=(), **options):
-        options = {'gamma_min': LOW, 'gamma_max': HIGH, 'schedule': 'fixed', **options}
-        monkeypatch.setattr(vdm, 'VDMNet', lambda **_: Stub(eps_hat, options['gamma_min'], options['gamma_max']))
-        made = vdm.build(context(**dict(changes)), **options)
+    def make(eps_hat, changes=(), schedule=(), **options):
+        schedule = {'name': 'fixed', 'gamma_min': LOW, 'gamma_max': HIGH, **dict(schedule)}
+        stub = Stub(eps_hat, schedule['gamma_min'], schedule['gamma_max'])
+        monkeypatch.setattr(vdm.denoisers, 'bind', lambda _, conditioning: bind(stub, conditioning))
+        made = vdm.build(context(**dict(changes)), schedule=schedule, **options)
         return made, made.init(jax.random.key(0), {}, {})
 
     return make
@@ -292,15 +295,15 @@ def test_reconstruction_is_a_softmax_of_256_levels():
     gamma = -8.5
     middles = (2 * np.arange(256) + 1) / 256 - 1
     alpha, sigma = np.sqrt(sigmoid(-gamma)), np.sqrt(sigmoid(gamma))
-    wanted = np.zeros(5)
+    expected = np.zeros(5)
     for i in range(5):
         for pixel, noise in zip(x[i].ravel(), eps[i].ravel(), strict=True):
             level = round((float(pixel) + 1) * 127.5)
             z = alpha * middles[level] + sigma * noise
             masses = np.exp(-((z / alpha - middles) ** 2) * alpha**2 / (2 * sigma**2))
-            wanted[i] -= np.log(masses[level] / masses.sum())
-    assert wanted.min() > 16 * 0.4
-    np.testing.assert_allclose(vdm.reconstruction(x, jnp.float32(eps), jnp.float32(gamma)), wanted, rtol=1e-4)
+            expected[i] -= np.log(masses[level] / masses.sum())
+    assert expected.min() > 16 * 0.4
+    np.testing.assert_allclose(vdm.reconstruction_loss(x, jnp.float32(eps), jnp.float32(gamma)), expected, rtol=1e-4)
 
 
 def slow_bound(x, gammas, w):
@@ -326,33 +329,33 @@ def slow_bound(x, gammas, w):
 @pytest.mark.parametrize('timesteps', [5, 0])
 def test_bound_is_the_sum_over_all_steps(family, timesteps):
     made, state = family(
-        lambda z, gamma, w: w * z, schedule='network', gamma_min=-6.0, gamma_max=4.0, timesteps=timesteps,
-        bound_times=timesteps or 20,
+        lambda z, gamma, w: w * z, schedule={'name': 'network', 'gamma_min': -6.0, 'gamma_max': 4.0},
+        timesteps=timesteps, likelihood={'times': timesteps or 20},
     )  # fmt: skip
     params = schedule('network', 1024)[1]
     state = state.replace(params={**state.params, 'schedule': params}, ema={**state.ema, 'schedule': params})
     n = 2048
     x = jnp.asarray(np.broadcast_to(levels(np.random.default_rng(0), (4, 4, 1)), (n, 4, 4, 1)))
-    figures = jax.jit(made.evaluate)(state, {}, {'image': x, 'index': jnp.arange(n)}, jax.random.key(0))
+    metrics = jax.jit(made.evaluate)(state, {}, {'image': x, 'index': jnp.arange(n)}, jax.random.key(0))
 
-    line = Schedule('network', -6.0, 4.0)
-    rise = line.apply({'params': params}, jnp.linspace(0, 1, 1 + (timesteps or 4000)), method='rise')
-    prior, diffusion = slow_bound(x[0], -4.5 + 7.5 * np.float64(rise), 0.7)
+    module = Schedule('network', -6.0, 4.0)
+    u = module.apply({'params': params}, jnp.linspace(0, 1, 1 + (timesteps or 4000)), method='normalised')
+    prior, diffusion = slow_bound(x[0], -4.5 + 7.5 * np.float64(u), 0.7)
     bits = 1 / (16 * math.log(2))
-    np.testing.assert_allclose(figures['bits_prior'], bits * prior, rtol=1e-4)
-    total = figures['bits_diffusion']
+    np.testing.assert_allclose(metrics['bits_prior'], bits * prior, rtol=1e-4)
+    total = metrics['bits_diffusion']
     error = np.std(total) / math.sqrt(n)
     assert error < 0.015 * bits * diffusion
     tolerance = 4 * error + (0 if timesteps else 0.002 * bits * diffusion)
     assert abs(total.mean() - bits * diffusion) < tolerance, (total.mean(), bits * diffusion)
-    parts = sum(figures[f'bits_{part}'] for part in ('prior', 'reconstruction', 'diffusion'))
-    np.testing.assert_allclose(figures['bits_per_dim'], parts, rtol=1e-5)
+    parts = sum(metrics[f'bits_{part}'] for part in ('prior', 'reconstruction', 'diffusion'))
+    np.testing.assert_allclose(metrics['bits_per_dim'], parts, rtol=1e-5)
 
     # One time for each example, as training has it: another estimate of the same.
     _, logs = jax.jit(made.update)(state, {}, {'image': x}, jax.random.key(5))
     np.testing.assert_allclose(logs['diffusion'], bits * diffusion, rtol=0.05)
     np.testing.assert_allclose(logs['prior'], bits * prior, rtol=1e-4)
-    np.testing.assert_allclose(logs['reconstruction'], figures['bits_reconstruction'].mean(), rtol=0.02)
+    np.testing.assert_allclose(logs['reconstruction'], metrics['bits_reconstruction'].mean(), rtol=0.02)
     np.testing.assert_allclose(logs['loss'], sum(logs[k] for k in ('prior', 'reconstruction', 'diffusion')), rtol=1e-5)
     np.testing.assert_allclose([logs['gamma_0'], logs['gamma_1']], (-4.5, 3))
 
@@ -372,9 +375,9 @@ def test_bound_of_a_normal_comes_down_to_its_likelihood(family):
     log_mass = -0.5 * ((x - MEAN) / STD) ** 2 - math.log(STD * math.sqrt(2 * math.pi)) + math.log(2 / 255)
     bits = {}
     for steps in (4, 32, 0):
-        made, state = family(exact, timesteps=steps, bound_times=steps or 64)
-        figures = jax.jit(made.evaluate)(state, {}, {'image': x, 'index': jnp.arange(n)}, jax.random.key(0))
-        bits[steps] = float(figures['bits_per_dim'].mean())
+        made, state = family(exact, timesteps=steps, likelihood={'times': steps or 64})
+        metrics = jax.jit(made.evaluate)(state, {}, {'image': x, 'index': jnp.arange(n)}, jax.random.key(0))
+        bits[steps] = float(metrics['bits_per_dim'].mean())
     truth = -log_mass.mean() / math.log(2)
     # Too high by about 0.002, since each pixel's softmax at z_0 knows nothing of the others' distribution.
     assert abs(bits[0] - truth) < 0.08, (bits, truth)
@@ -402,25 +405,39 @@ def test_samples_of_a_normal(family):
         return mean / scale, np.sqrt(variance / scale**2 + (2 / 255) ** 2 / 12)
 
     np.testing.assert_allclose(moments(4000), (MEAN, STD), rtol=0.01)
-    made, state = family(exact, sample_steps=40)
+    made, state = family(exact, sampler={'steps': 40})
     x = jax.jit(made.sample)(state, {}, {'index': jnp.arange(1024)}, jax.random.key(0))
     mean, std = moments(40)
     assert std < 0.97 * STD
     assert abs(x.mean() - mean) < 4 * std / 128
     np.testing.assert_allclose(x.std(), std, rtol=4 / math.sqrt(2 * x.size))
     np.testing.assert_allclose(np.rint((x + 1) * 127.5), (x + 1) * 127.5, atol=1e-4)
-    seen = jax.jit(made.trajectory)(state, {}, {'index': jnp.arange(4)}, jax.random.key(0))
-    assert seen['x'].shape == seen['x_0'].shape == (40, 4, 4, 4, 1)
-    np.testing.assert_allclose(seen['x'][0], x[:4], atol=0.02)  # the scan runs down to entry 0
+    path = jax.jit(made.trajectory)(state, {}, {'index': jnp.arange(4)}, jax.random.key(0))
+    assert path['x'].shape == path['x_0'].shape == (40, 4, 4, 4, 1)
+    np.testing.assert_allclose(path['x'][0], x[:4], atol=0.02)  # the scan runs down to entry 0
 
 
 def test_denoise_is_the_posterior_mean(family):
     made, state = family(exact)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 1)), jnp.float32)
     sigma = jnp.array([0.05, 0.5, 20.0])
-    spread = np.asarray(sigma**2)[:, None, None, None]
-    wanted = (STD**2 * x + spread * MEAN) / (STD**2 + spread)
-    np.testing.assert_allclose(made.denoise(state, {}, {}, x, sigma), wanted, atol=1e-4)
+    variance = np.asarray(sigma**2)[:, None, None, None]
+    expected = (STD**2 * x + variance * MEAN) / (STD**2 + variance)
+    np.testing.assert_allclose(made.denoise(state, {}, {}, x, sigma), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('timesteps', [3, 0])
+def test_vectors_are_images_of_another_shape(timesteps, family):
+    """With a network of single values: losses, samples and bits are those of images of the same values."""
+    x, results = levels(np.random.default_rng(0), (4, 16), MEAN, STD), []
+    for shape in ((4, 4, 1), (16,)):
+        made, state = family(exact, {'image': shape}, timesteps=timesteps, sampler={'steps': 3})
+        batch = {'image': jnp.asarray(x.reshape(4, *shape)), 'index': jnp.arange(4)}
+        _, logs = made.update(state, {}, batch, jax.random.key(1))
+        sample = made.sample(state, {}, batch, jax.random.key(2))
+        assert sample.shape == (4, *shape)
+        results.append((logs['loss'], sample.reshape(4, 16), made.evaluate(state, {}, batch, jax.random.key(3))))
+    chex.assert_trees_all_close(*results, rtol=1e-5)
 
 
 def test_a_network_that_knows_the_image(family):
@@ -431,7 +448,7 @@ def test_a_network_that_knows_the_image(family):
         alpha, sigma = jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
         return (z - alpha * x * 255 / 256) / sigma
 
-    made, state = family(known, gamma_min=-16.0, sample_steps=20)
+    made, state = family(known, schedule={'gamma_min': -16.0}, sampler={'steps': 20})
     batch = {'index': jnp.arange(4), 'image': jnp.broadcast_to(x, (4, 4, 4, 1))}
     np.testing.assert_allclose(jax.jit(made.sample)(state, {}, batch, jax.random.key(0)), batch['image'], atol=1e-6)
     # Moved by a 256th, images would cost some bits.
@@ -446,33 +463,33 @@ def test_gradient_of_the_square_for_the_last_two():
     """One backward pass has two gradients: the means' for the weights, the mean squares' for the schedule."""
     rng = np.random.default_rng(0)
     x = jnp.float32(rng.normal(size=(6, 3)))
-    weights, span = jnp.float32(rng.normal(size=3)), (jnp.float32(-2), jnp.float32(3))
+    weights, ends = jnp.float32(rng.normal(size=3)), (jnp.float32(-2), jnp.float32(3))
     eta = jnp.float32(rng.normal(size=4))
 
-    def places(eta):
+    def pair(eta):
         return jnp.tanh(x[:, 0] * eta[0] + eta[1]), jnp.exp(x[:, 1] * eta[2] + eta[3])
 
-    def terms(weights, span, place, other):
-        gamma = span[0] + (span[1] - span[0]) * place
+    def terms(weights, ends, u_t, other):
+        gamma = ends[0] + (ends[1] - ends[0]) * u_t
         return other * jnp.square(jnp.sin(gamma[:, None] * x) @ weights)
 
     def value(function, power=1):
-        return lambda weights, span, eta: (function(weights, span, *places(eta)) ** power).mean()
+        return lambda weights, ends, eta: (function(weights, ends, *pair(eta)) ** power).mean()
 
     both = vdm.squared_for_last_two(terms)
-    found = jax.jit(jax.grad(value(both), (0, 1, 2)))(weights, span, eta)
-    first = jax.jit(jax.grad(value(terms), (0, 1)))(weights, span, eta)
-    second = jax.jit(jax.grad(value(terms, 2), 2))(weights, span, eta)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((*first, second)), strict=True):
+    gradients = jax.jit(jax.grad(value(both), (0, 1, 2)))(weights, ends, eta)
+    first = jax.jit(jax.grad(value(terms), (0, 1)))(weights, ends, eta)
+    second = jax.jit(jax.grad(value(terms, 2), 2))(weights, ends, eta)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves((*first, second)), strict=True):
         assert jnp.abs(b).max() > 1e-3
         np.testing.assert_allclose(a, b, rtol=1e-4)
-    np.testing.assert_array_equal(both(weights, span, *places(eta)), terms(weights, span, *places(eta)))
+    np.testing.assert_array_equal(both(weights, ends, *pair(eta)), terms(weights, ends, *pair(eta)))
 
 
-def changes_of(family, **options):
+def changes_of(family, loss):
     made, state = family(
-        lambda z, gamma, w: w * z * jax.nn.sigmoid(gamma), {'optim': sgd(accumulate=2)}, gamma_min=-3.0,
-        gamma_max=2.0, schedule='network', **options,
+        lambda z, gamma, w: w * z * jax.nn.sigmoid(gamma), {'optim': sgd(accumulate=2)},
+        schedule={'name': 'network', 'gamma_min': -3.0, 'gamma_max': 2.0, 'loss': loss},
     )  # fmt: skip
     state = state.replace(params={**state.params, 'schedule': schedule('network', 1024)[1]})
     x = levels(np.random.default_rng(0), (8, 4, 4, 1))
@@ -481,8 +498,8 @@ def changes_of(family, **options):
 
 
 def test_variance_trains_what_is_between_the_ends_and_nothing_else(family):
-    bound, logs = changes_of(family)
-    variance, same = changes_of(family, schedule_loss='variance')
+    bound, logs = changes_of(family, 'bound')
+    variance, same = changes_of(family, 'variance')
     np.testing.assert_allclose(logs['loss'], same['loss'], rtol=1e-5)
     for path in (('denoiser', 'w'), ('schedule', 'start'), ('schedule', 'span')):
         a, b = (tree[path[0]][path[1]] for tree in (bound, variance))
@@ -497,8 +514,8 @@ def test_variance_straightens_a_schedule_where_all_levels_cost_the_same(family):
     """With eps_hat = 0 a term is gamma'(t) / 2 |eps|^2: its variance is least where gamma' is constant."""
     optim = make_optim(10, **{**DEFAULTS['optim'], 'lr': 0.03})
     made, state = family(
-        lambda z, gamma, w: 0 * w * z, {'optim': optim, 'image': (2, 2, 1)}, schedule='network',
-        schedule_loss='variance',
+        lambda z, gamma, w: 0 * w * z, {'optim': optim, 'image': (2, 2, 1)},
+        schedule={'name': 'network', 'loss': 'variance'},
     )  # fmt: skip
     bent = schedule('network', 1024)[1]
     state = state.replace(params={**state.params, 'schedule': bent})
@@ -509,11 +526,11 @@ def test_variance_straightens_a_schedule_where_all_levels_cost_the_same(family):
         keys = jax.random.split(jax.random.key(0), 200)
         return jax.lax.scan(lambda s, k: (made.update(s, {}, {'image': x}, k)[0], None), state, keys)[0]
 
-    line = Schedule('network', LOW, HIGH)
+    module = Schedule('network', LOW, HIGH)
     t = jnp.linspace(0, 1, 101)
 
     def steepest(state):
-        values = line.apply({'params': state.params['schedule']}, t, method='rise')
+        values = module.apply({'params': state.params['schedule']}, t, method='normalised')
         return float(np.square(100 * np.diff(values)).mean())  # 1 where it is straight, else more
 
     before, after = steepest(state), steepest(train(state))
@@ -525,10 +542,11 @@ def test_variance_straightens_a_schedule_where_all_levels_cost_the_same(family):
 
 def test_samples_and_bits_follow_the_class():
     made = vdm.build(
-        context(classes=10), channels=8, blocks=1, conditional=True, sample_steps=5, bound_times=2, gamma_min=-6.0,
+        context(classes=10), network={'channels': 8, 'blocks': 1}, conditioning={'label': {}}, sampler={'steps': 5},
+        likelihood={'times': 2}, schedule={'gamma_min': -6.0},
     )  # fmt: skip
     assert made.conditions == ('label',)
-    state = jax.eval_shape(made.init, jax.random.key(0), {}, {})
+    state = jax.eval_shape(made.init, jax.random.key(0), {'label': jnp.zeros(1, jnp.int32)}, {})
     ema = {**randomised(state.params), 'schedule': {'start': -6.0, 'span': 11.0}}
     state = state.replace(ema=ema, params={}, opt={})
     label = jnp.array([3, 3, 4, 3])
@@ -550,18 +568,20 @@ def test_samples_and_bits_follow_the_class():
     ('options', 'says'),
     [
         ({'schedule': 'linear'}, ['schedule', 'scalar', "'linear'"]),
-        ({'schedule_loss': 'mse'}, ['schedule_loss', 'variance']),
-        ({'schedule_loss': 'variance'}, ['network', "'scalar'"]),
-        ({'schedule_loss': 'variance', 'schedule': 'network', 'timesteps': 10}, ['timesteps', '10']),
-        ({'gamma_min': 5.0}, ['gamma_min', '5']),
-        ({'channels': 7}, ['channels', '7']),
-        ({'blocks': 0}, ['blocks', '0']),
-        ({'channels': 48, 'group_size': 0}, ['groups = 32', '48']),
-        ({'groups': 0}, ['groups', '0']),
-        ({'dropout': 1.0}, ['dropout', '1']),
+        ({'schedule': {'name': 'network', 'loss': 'mse'}}, ['schedule.loss', 'variance']),
+        ({'schedule': {'name': 'scalar', 'loss': 'variance'}}, ['schedule.loss', 'no such field']),
+        ({'schedule': {'name': 'network', 'loss': 'variance'}, 'timesteps': 10}, ['timesteps', '10']),
+        ({'schedule': {'gamma_min': 5.0}}, ['gamma_min', '5']),
+        ({'network': {'channels': 7}}, ['network.channels', '7']),
+        ({'network': {'blocks': 0}}, ['network.blocks', '0']),
+        ({'network': {'channels': 48, 'group_size': 0}}, ['network.groups = 32', '48']),
+        ({'network': {'groups': 0}}, ['network.groups', '0']),
+        ({'network': {'dropout': 1.0}}, ['network.dropout', '1']),
         ({'timesteps': -1}, ['timesteps', '-1']),
-        ({'bound_times': 0}, ['bound_times', '0']),
-        ({'conditional': True}, ['conditional', 'label']),
+        ({'sampler': {'steps': -1}}, ['sampler.steps', '-1']),
+        ({'likelihood': {'times': 0}}, ['likelihood.times', '0']),
+        ({'conditioning': {'label': {}}}, ['conditioning.label', 'label']),
+        ({'conditioning': {'mask': {}}}, ['conditioning.mask', 'planes']),
     ],
 )
 def test_refuses_in_one_line(options, says):
@@ -575,9 +595,9 @@ def test_refuses_in_one_line(options, says):
 def test_weight_decay_is_of_all_but_biases_as_in_the_release():
     """Also of the scales of group norms and of the schedule's ends."""
     config = configs.load('configs/vdm_cifar10.py')
-    model = dict(channels=8, blocks=1, attention=True, group_size=4)
+    network = dict(channels=8, blocks=1, attention=True, group_size=4)
     context = Context((8, 8, 3), 0, make_optim(1, batch=1, **config.optim.to_dict()))
-    family = vdm.build(context, **model)
+    family = vdm.build(context, network=network)
     params = jax.eval_shape(family.init, jax.random.key(0), {'image': jnp.zeros((1, 8, 8, 3))}, {}).params
     for name, weights in params.items():
         patterns = {**config.optim, **config.optim.networks.get(name, {})}['no_decay']

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled import labelled
 
 from jaxgen.networks.adm import ADMClassifier, ADMUNet
 from jaxgen.networks.embeddings import cosines_first
@@ -134,7 +135,7 @@ def test_equals_diffusers(ours, reference):
     with torch.no_grad():
         y = network(torch.from_numpy(X.transpose(0, 3, 1, 2)), torch.from_numpy(T), label).sample.numpy()
     params = from_diffusers(dict(network.named_parameters()), 2)
-    assert_close(ADMUNet(**ours), params, y.transpose(0, 2, 3, 1), X, T, LABEL)
+    assert_close(labelled(ADMUNet, **ours), params, y.transpose(0, 2, 3, 1), X, T, LABEL)
 
 
 def test_classifier_equals_diffusers_and_torch():
@@ -189,7 +190,7 @@ def test_bfloat16_remat_and_dropout():
     """Output and gradient in float32, with recomputed activations, and with bfloat16 between."""
 
     def network(**options):
-        return ADMUNet(8, (1,), 0, (), head_channels=4, dropout=0.2, **options)
+        return labelled(ADMUNet, 8, (1,), 0, (), head_channels=4, dropout=0.2, **options)
 
     def draw(path, leaf):  # nothing special: layers that start at zero are not zero
         fan = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 20
@@ -214,7 +215,7 @@ def test_bfloat16_remat_and_dropout():
 
 
 def test_starts_at_zero_where_published():
-    network = ADMUNet(16, (1,), 0, (), classes=64, head_channels=8)
+    network = labelled(ADMUNet, 16, (1,), 0, (), classes=64, head_channels=8)
     params = jax.jit(lambda: network.init(jax.random.key(0, impl='rbg'), X, T, LABEL, train=False)['params'])()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator='/')

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled import labelled
 
 from jaxgen.networks.dit import DiT, position_embedding
 
@@ -21,7 +22,7 @@ LABEL = np.array([0, 1, 3])
 
 def small(**options):
     """A small network and the shapes of its variables."""
-    network = DiT(**{**SMALL, **options})
+    network = labelled(DiT, **{**SMALL, **options})
     return network, jax.eval_shape(lambda: network.init(jax.random.key(0), X, T, LABEL, train=False))
 
 
@@ -109,7 +110,7 @@ def test_equals_diffusers():
         block.norm1.emb = shared
     params = from_diffusers(theirs)
 
-    network = DiT(channels=32, blocks=3, heads=4, classes=11, out_channels=6)
+    network = labelled(DiT, channels=32, blocks=3, heads=4, classes=11, out_channels=6)
     x = np.random.default_rng(0).normal(size=(4, 12, 12, 3)).astype(np.float32)
     t, label = np.array([0, 3, 500, 977]), np.array([0, 9, 10, 4])
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, label, train=False))['params']
@@ -132,7 +133,7 @@ def test_equals_diffusers():
 )
 def test_published_sizes(count, channels, blocks, heads):
     """With patches of 2. The published counts have the table of 256 positions in them."""
-    network = DiT(channels, blocks, heads, classes=1001, out_channels=8)
+    network = labelled(DiT, channels, blocks, heads, classes=1001, out_channels=8)
     x, label = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1, jnp.int32)
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, jnp.zeros(1), label, train=False))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
@@ -156,7 +157,7 @@ def test_position_embedding():
 
 def test_starts_as_published():
     """Section 3.2: zero output, blocks that do nothing; else Xavier's kernels and normal embeddings."""
-    network = DiT(channels=64, blocks=2, heads=4, patch=4, classes=50)
+    network = labelled(DiT, channels=64, blocks=2, heads=4, patch=4, classes=50)
     x = np.zeros((1, 8, 8, 3), np.float32)
     init = jax.jit(lambda key: network.init(key, x, T[:1], LABEL[:1], train=False)['params'])
     params = jax.tree.map(np.asarray, init(jax.random.key(0)))

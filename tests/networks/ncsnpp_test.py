@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled import labelled
 
 from jaxgen.networks.layers import smooth, upsample_smooth
 from jaxgen.networks.ncsnpp import NCSNpp
@@ -75,7 +76,7 @@ def assert_close(ours, theirs):
     ],
 )
 def test_published_sizes(size, count, options):
-    shapes = variables(NCSNpp(**options), np.zeros((3, size, size, 3), np.float32))
+    shapes = variables(labelled(NCSNpp, **options), np.zeros((3, size, size, 3), np.float32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
@@ -187,7 +188,7 @@ def plain(network, params, x, t, label=None, augment=None, style=None):
 )
 def test_equals_plain_torch(options):
     pytest.importorskip('torch')
-    network = NCSNpp(**{**SMALL, **options})
+    network = labelled(NCSNpp, **{**SMALL, **options})
     params = randomised(network)
     assert {name for name in params if name.endswith('_attention')} == (
         {'middle_0_attention', 'down1_0_attention', 'up1_1_attention'}
@@ -253,7 +254,7 @@ def test_equals_diffusers():
         if 'norm' in name:  # the only ones that torch does not start at random
             weight.data += 0.2 * torch.randn_like(weight)
     params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=2, blocks=1)
-    network = NCSNpp(**options, embedding='fourier', resampling='fir', pyramid='skip')
+    network = labelled(NCSNpp, **options, embedding='fourier', resampling='fir', pyramid='skip')
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables(network))
 
     sigma = np.array([0.02, 1.0, 45.0], np.float32)
@@ -277,10 +278,10 @@ def test_filter_of_a_single_pixel():
 
 def test_gradients_with_and_without_remat_and_none_of_the_frequencies():
     options = {**SINGLE, 'embedding': 'fourier', 'dropout': 0.1}
-    params = randomised(NCSNpp(**options))
+    params = randomised(labelled(NCSNpp, **options))
 
     def gradient(remat):
-        network = NCSNpp(**options, remat=remat)
+        network = labelled(NCSNpp, **options, remat=remat)
 
         def loss(params):
             y = network.apply({'params': params}, X, T / 1000, train=True, rngs={'dropout': jax.random.key(3)})
@@ -297,13 +298,13 @@ def test_gradients_with_and_without_remat_and_none_of_the_frequencies():
 
 
 def test_frequencies_are_drawn_wide():
-    network = NCSNpp(**{**SINGLE, 'channels': 1024}, embedding='fourier')
+    network = labelled(NCSNpp, **{**SINGLE, 'channels': 1024}, embedding='fourier')
     drawn = jax.jit(lambda: network.init(jax.random.key(0), X, T, train=False)['params']['frequencies'])()
     assert 15 < drawn.std() < 17
 
 
 def test_starts_as_zero_and_attends_softly():
-    network = NCSNpp(**SINGLE)
+    network = labelled(NCSNpp, **SINGLE)
     params = jax.jit(lambda: network.init(jax.random.key(0), X, T, train=False)['params'])()
     assert 0 < jnp.abs(apply(network, params)).max() < 1e-3
     limit = math.sqrt(3 * 0.1 / 16)  # of q, k and v: uniform with variance 0.1 / channels
@@ -311,7 +312,7 @@ def test_starts_as_zero_and_attends_softly():
 
 
 def test_no_class_and_no_augmentation():
-    network = NCSNpp(**SINGLE, classes=3, augment=9)
+    network = labelled(NCSNpp, **SINGLE, classes=3, augment=9)
     params = randomised(network)
     y = apply(network, params, label=np.array([0, 3, 2]))
     np.testing.assert_allclose(y, apply(network, params, label=np.array([0, -1, 2]), augment=0 * AUGMENT), atol=1e-5)
@@ -322,16 +323,17 @@ def test_no_class_and_no_augmentation():
 
 def test_bfloat16_is_close():
     options = {**SMALL, 'blocks': 0, 'embedding': 'fourier', 'resampling': 'fir', 'pyramid': 'skip'}
-    params = randomised(NCSNpp(**options))
-    exact, half = (apply(NCSNpp(**options, dtype=dtype), params, t=T / 1000) for dtype in (jnp.float32, jnp.bfloat16))
+    params = randomised(labelled(NCSNpp, **options))
+    networks = [labelled(NCSNpp, **options, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    exact, half = (apply(network, params, t=T / 1000) for network in networks)
     assert half.dtype == jnp.float32
     assert 0 < jnp.abs(half - exact).max() < 0.1 * exact.std()
 
 
 def test_dropout_in_training_only():
-    network = NCSNpp(**SINGLE, dropout=0.5)
+    network = labelled(NCSNpp, **SINGLE, dropout=0.5)
     params = randomised(network)
     still = apply(network, params)
     np.testing.assert_array_equal(still, apply(network, params, seed=1))
     assert jnp.abs(apply(network, params, train=True) - still).max() > 1e-3
-    np.testing.assert_allclose(still, apply(NCSNpp(**SINGLE), params, train=True), atol=1e-5)
+    np.testing.assert_allclose(still, apply(labelled(NCSNpp, **SINGLE), params, train=True), atol=1e-5)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from labelled import labelled
 
 from jaxgen.networks.embeddings import sinusoidal
 from jaxgen.networks.unet import UNet
@@ -38,7 +39,7 @@ LABEL = np.array([0, 1, 2])
 
 def small(**options):
     """A small network and the shapes of its variables."""
-    network = UNet(**{**SMALL, **options})
+    network = labelled(UNet, **{**SMALL, **options})
     return network, jax.eval_shape(lambda: network.init(jax.random.key(0), X, T, LABEL, train=False))
 
 
@@ -157,7 +158,7 @@ def test_narrow_network_has_the_published_groups(eps):
     reference = reference.numpy().transpose(0, 2, 3, 1)
 
     def ours(**fields):
-        network = UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), **fields)
+        network = labelled(UNet, channels=32, multipliers=(1, 2), blocks=1, attention=(4,), **fields)
         return jax.jit(lambda p: network.apply({'params': p}, x, t, train=False))(params)
 
     assert reference.std() > 0.05
@@ -257,7 +258,7 @@ def test_patches_are_what_the_first_level_sees():
     """With patch 2 it is the network of half the size on four times as many colours."""
     network, shapes = small(**SINGLE, patch=2)
     params = randomised(shapes)
-    inner = UNet(**{**SMALL, **SINGLE}, out_channels=4)
+    inner = labelled(UNet, **{**SMALL, **SINGLE}, out_channels=4)
     x = jnp.concatenate([X[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
     y = compiled(inner)(params, x, T, LABEL, jax.random.key(0))
     found = compiled(network)(params, X, T, LABEL, jax.random.key(0))

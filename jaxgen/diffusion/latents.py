@@ -1,0 +1,57 @@
+"""What is diffused: images, or the latents of an earlier stage (Rombach et al. 2021, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context
+from jaxgen.errors import UserError
+
+Array = jax.Array
+
+
+class Space(NamedTuple):
+    """The space of x_0."""
+
+    shape: tuple[int, ...]  # of one x_0
+    divisor: int  # of an image's height and width, by the stage; 1 without one
+    latent: bool
+    encode: Callable  # (frozen, batch, rng) -> x_0 [n, ...]
+    encode_sampled: Callable  # the same, drawn from the stage's posterior where it has one
+    decode: Callable  # (frozen, x_0, rng) -> images [n, H, W, C] in [-1, 1]
+
+
+def bind(context: Context, scale: float) -> Space:
+    """The latents of `config.stages.first` times `scale`, or images where there is no such stage.
+
+    Raises:
+      UserError: the stage has no maps of continuous latents.
+    """
+    stage = context.stages.get('first')
+    if stage is None:
+
+        def images(frozen, batch, rng) -> Array:
+            return batch['image']
+
+        return Space(context.image, 1, False, images, images, lambda frozen, x_0, rng: jnp.clip(x_0, -1, 1))
+    if not (stage.latents.shape and stage.encode and stage.decode):
+        raise UserError('config.stages.first must be the run of an autoencoder with continuous latents')
+    if len(stage.latents.shape) != 3:
+        raise UserError(
+            f'config.stages.first: its latents {stage.latents.shape} are no maps [h, w, c], and the networks want maps'
+        )
+
+    def encode(frozen, batch, rng) -> Array:
+        return scale * stage.encode(*frozen['first'], batch, rng)
+
+    def encode_sampled(frozen, batch, rng) -> Array:
+        return scale * (stage.encode_sampled or stage.encode)(*frozen['first'], batch, rng)
+
+    def decode(frozen, x_0, rng) -> Array:
+        return jnp.clip(stage.decode(*frozen['first'], {}, x_0 / scale, rng), -1, 1)
+
+    return Space(stage.latents.shape, stage.divisor, True, encode, encode_sampled, decode)
