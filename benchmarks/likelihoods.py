@@ -20,6 +20,7 @@ from trilemma import ROOT, find_runs, images_per_second, training_seconds
 
 import jaxgen
 from jaxgen import describe, files, log, run
+from jaxgen.diffusion.processes import CHAINS
 
 # What each family's number is; a diffusion model in continuous time has an estimate by its ODE.
 BOUND, EXACT, ODE = 'bound', 'exact', 'by the ODE'
@@ -35,7 +36,7 @@ KINDS |= {'real_nvp': DEQUANTISED, 'glow': DEQUANTISED}
 
 
 def kind(r: run.Run) -> str:
-    if r.config.family == 'diffusion' and r.config.model.process not in ('linear', 'cosine', 'geometric'):
+    if r.config.family == 'diffusion' and r.config.model.process.name not in CHAINS:
         return ODE
     return KINDS.get(r.config.family, BOUND)
 

@@ -90,7 +90,7 @@ def torch_unet(config, image):
     """diffusers' U-Net with the settings of a ddpm config."""
     import diffusers
 
-    model, levels = config.model.unet, len(config.model.unet.multipliers)
+    model, levels = config.model.network, len(config.model.network.multipliers)
     here = [image[0] // 2**i in model.attention for i in range(levels)]
     return diffusers.UNet2DModel(
         sample_size=image[0],

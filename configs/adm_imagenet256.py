@@ -6,7 +6,7 @@ r"""ADM on ImageNet 256x256, class-conditional (Dhariwal & Nichol 2021).
 
 Samples with classifier guidance (configs/noisy_classifier_imagenet256.py):
 
-    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet256 --config.model.classifier_scale=1.0 \
+    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet256 --config.model.guidance.classifier_scale=1.0 \
         --config.stages.classifier=runs/noisy_classifier_imagenet256
 
 With `:unconditional` the published scale is 10, with `:size128` 0.5, with `:size512` 4.

@@ -4,7 +4,7 @@ r"""ADM on ImageNet 64x64, class-conditional (Dhariwal & Nichol 2021).
 
 Samples with classifier guidance (configs/noisy_classifier_imagenet64.py):
 
-    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet64 --config.model.classifier_scale=1.0 \
+    python -m jaxgen.main --mode=sample --workdir=runs/adm_imagenet64 --config.model.guidance.classifier_scale=1.0 \
         --config.stages.classifier=runs/noisy_classifier_imagenet64
 
 Time: not measured

@@ -3,7 +3,7 @@
     python -m jaxgen.main --config=configs/ddpm_celeba.py
 
 The square cut out of the 218x178 pictures is the one of the DDIM paper's code: rows 57 to 185,
-columns 25 to 153. `--config.model.sampler=ddim --config.model.sample_steps=100` samples in a tenth
+columns 25 to 153. `--config.model.sampler=ddim --config.model.sampler.steps=100` samples in a tenth
 of the steps.
 
 Time: not measured

@@ -14,6 +14,7 @@ from support import mistake, path
 
 from jaxgen import config as configs
 from jaxgen import options, sections
+from jaxgen.diffusion import processes
 from jaxgen.errors import UserError
 
 HUGE = 10**400
@@ -135,14 +136,15 @@ def test_numbers_from_python_and_json(value, base):
 
 def test_numbers_that_a_family_chooses_are_finite(base):
     """Fields whose default is None, like sigma_max of diffusion."""
-    ddpm = configs.load(path('ddpm_digits'))
-    free = [f.name for f in options.fields(configs.builder('diffusion')).values() if f.default is None]
-    assert 'sigma_max' in free
+    ve = configs.load(path('score_ve_digits', 'tiny'))
+    free = [f.name for f in options.fields(processes.ve).values() if f.default is None]
+    assert free == ['sigma_min', 'sigma_max']
     for name in free:
-        assert f'config.model.{name} must be a finite' in refused(ddpm, f'model.{name}=1e999')
-        assert f'config.model.{name} must be' in refused(ddpm, f'model.{name}={10**20}')
-        assert f'config.model.{name} must be a number or None' in refused(ddpm, f'model.{name}=many')
-        assert configs.override(ddpm, [f'--config.model.{name}=None']).model[name] is None
+        where = f'model.process.{name}'
+        assert f'config.{where} must be a finite' in refused(ve, f'{where}=1e999')
+        assert f'config.{where} must be' in refused(ve, f'{where}={10**20}')
+        assert f'config.{where} must be a number or None' in refused(ve, f'{where}=many')
+        assert configs.override(ve, [f'--config.{where}=None']).model.process[name] is None
 
 
 # --- variants

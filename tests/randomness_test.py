@@ -182,7 +182,7 @@ def test_no_key_is_used_twice(name):
 
 # Where keys meet: augmentation, noise beside dropout, scales of codes, codes that start anew.
 MEETINGS = {
-    'edm_digits': dict(model=dict(augmentation=0.5)),
+    'edm_digits': dict(model=dict(training=dict(augmentation=0.5))),
     'pix2pix_shapes': dict(model=dict(noise=0.5)),
     'var_vqvae_digits': {},
     'vqvae_digits': dict(model=dict(restart=1.0)),
@@ -212,9 +212,8 @@ def test_a_stage_that_draws_has_keys_of_its_own():
     optim = make_optim(10, **configs.DEFAULTS['optim'])
     family = diffusion.build(
         contract.Context(image, 0, optim, {'first': stage()}),
-        network='unet', unet=dict(channels=8, multipliers=(1,), blocks=1, attention=()),
-        timesteps=20, sample_steps=3, sampler='ancestral',
-        clip=False,
+        network=dict(channels=8, multipliers=(1,), blocks=1, attention=()), process=dict(timesteps=20),
+        sampler=dict(steps=3, clip=False),
     )  # fmt: skip
     batch, frozen = {'image': jax.ShapeDtypeStruct((2, *image), jnp.float32)}, {'first': ({}, {})}
     state = jax.eval_shape(family.init, jax.random.key(0), batch, frozen)

@@ -96,7 +96,7 @@ def test_sigterm_saves_and_goes_on_the_same(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_compilation_ends_at_once(number, tmp_path):
     # A rate of its own makes an update that is in no compilation cache.
-    rate = {'optim.lr': 1e-3 + time.time_ns() % 10**9 * 1e-14, 'model.unet.blocks': 2}
+    rate = {'optim.lr': 1e-3 + time.time_ns() % 10**9 * 1e-14, 'model.network.blocks': 2}
     process = start(*long_run('ddpm_digits', tmp_path / 'run', **rate), env={'JAX_LOG_COMPILES': '1'})
     for line in process.stderr:
         if 'MLIR module conversion jit(call)' in line:
@@ -117,7 +117,7 @@ def test_sigterm_in_sampling_saves(tmp_path):
     more = {
         'train.sample_every': 2,
         'train.samples': 2048,
-        'model.timesteps': 4000,
+        'model.process.timesteps': 4000,
         'model.beta_end': 0.005,
         'sample.batch': 2048,
         'train.log_every': 1,
@@ -326,10 +326,10 @@ TINY = f'--config={path("ddpm_digits")}'
     [
         ([TINY, '--config.optim.lrate=1'], 'did you mean lr'),
         ([TINY, '--config.modle.channels=1'], 'did you mean model'),
-        ([TINY, '--config.model.unet.chanels=1'], 'did you mean channels'),
-        ([TINY, '--config.model.unet.channels=wide'], 'must be int'),
-        ([TINY, '--config.model.unet.multipliers=2'], 'must be tuple'),
-        ([TINY, "--config.model.unet.multipliers=('a',)"], 'tuple of int'),
+        ([TINY, '--config.model.network.chanels=1'], 'did you mean channels'),
+        ([TINY, '--config.model.network.channels=wide'], 'must be int'),
+        ([TINY, '--config.model.network.multipliers=2'], 'must be tuple'),
+        ([TINY, "--config.model.network.multipliers=('a',)"], 'tuple of int'),
         ([TINY, '--config.optim.lr=fast'], 'must be float'),
         ([TINY, '--config.optim.lr=-1.0'], 'more than 0'),
         ([TINY, '--config.optim.name=adamm'], 'must be one of'),
@@ -373,7 +373,7 @@ def test_mistakes(args, message, capfd, tmp_path, monkeypatch, no_compile):
 
 
 def test_a_real_process_exits_with_2_and_one_line(tmp_path):
-    done = main(TINY, '--config.model.unet.chanels=1', f'--workdir={tmp_path}')
+    done = main(TINY, '--config.model.network.chanels=1', f'--workdir={tmp_path}')
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 

@@ -334,7 +334,8 @@ def test_outputs_lie_side_by_side(vae, tmp_path):
 def test_names_of_outputs_are_of_their_settings():
     one = types.SimpleNamespace(step=4, weights='ema')
     settings = [
-        ({}, 0, None, {}), ({}, 1, None, {}), ({'model.clip': False}, 0, None, {}), ({'model.clip': True}, 0, None, {}),
+        ({}, 0, None, {}), ({}, 1, None, {}),
+        ({'model.sampler.clip': False}, 0, None, {}), ({'model.sampler.clip': True}, 0, None, {}),
         ({}, 0, {'label': '3'}, {}), ({}, 0, {'caption': 'a red heart'}, {}), ({}, 0, {'caption': 'A red heart'}, {}),
         ({}, 0, {'caption': 'a-red-heart'}, {}), ({}, 0, {'caption': 'a red heart' * 9}, {}),
         ({}, 0, {'caption': 'a red heart' * 10}, {}), ({}, 0, {'caption': '../../x'}, {}), ({}, 0, None, {'n': 3}),

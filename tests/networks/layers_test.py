@@ -76,9 +76,9 @@ def test_as_many_groups_as_published_or_one_line():
 ])  # fmt: skip
 def test_groups_that_cannot_work_are_refused(groups, size, eps, widths, says):
     with pytest.raises(UserError, match=says) as error:
-        check_groups('config.model.unet', groups, size, eps, widths)
-    assert '\n' not in str(error.value) and 'config.model.unet' in str(error.value)
-    check_groups('config.model.unet', 32, 4, 1e-6, (48, 8))  # as many as fit
+        check_groups('config.model.network', groups, size, eps, widths)
+    assert '\n' not in str(error.value) and 'config.model.network' in str(error.value)
+    check_groups('config.model.network', 32, 4, 1e-6, (48, 8))  # as many as fit
 
 
 def test_group_norm_keeps_its_digits_far_from_zero():
