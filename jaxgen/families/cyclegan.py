@@ -183,7 +183,7 @@ def build(
             f'config.data.size = {context.image[0]} is too small for config.model.halvings = {halvings}: '
             f'it must be {max(4, 2 * divisor)} or more'
         )
-    patchgan.check('discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm)
+    patchgan.check('model.discriminator_layers', context.image, discriminator_layers)
 
     nets = Networks(
         Generator(width, halvings, blocks, norm, context.remat, context.dtype),

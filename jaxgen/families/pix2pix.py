@@ -129,7 +129,7 @@ def build(
     if condition == 'image' and not blur and not noise:
         raise UserError("config.model.condition = 'image' needs config.model.blur or noise, or there is nothing to do")
     check_size(context.image, divisor, f'config.model.halvings = {halvings}')
-    patchgan.check('discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm)
+    patchgan.check('model.discriminator_layers', context.image, discriminator_layers)
 
     nets = Networks(
         UNet(context.image[2], width, full, halvings, dropouts, dropout, norm, context.remat, context.dtype),

@@ -562,9 +562,7 @@ def build(
     check_size(context.image, divisor, f'config.model.multipliers = {multipliers}')
     check(regulariser, learn_scale, scales, height // divisor)
     if adversarial:
-        patchgan.check(
-            'discriminator_', context.image, discriminator_channels, discriminator_layers, discriminator_norm
-        )
+        patchgan.check('model.discriminator_layers', context.image, discriminator_layers)
 
     grid = (height // divisor, width // divisor)
     grids = grids_of(scales, grid) if scales else (grid,)

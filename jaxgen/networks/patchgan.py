@@ -30,18 +30,11 @@ def patches(height: int, layers: int) -> int:
     return height - 2
 
 
-def check(field: str, image: tuple[int, int, int], channels: int, layers: int, norm: str) -> None:
-    """Raises UserError where a discriminator with these attributes cannot work on such images.
-
-    field: prefix of the attributes' names in the config.
-    """
-    if norm not in NORMS:
-        raise UserError(f'config.model.{field}norm must be one of {NORMS}; it is {norm!r}')
-    if channels < 1 or layers < 1:
-        raise UserError(f'config.model.{field}channels and {field}layers must be 1 or more')
+def check(field: str, image: tuple[int, int, int], layers: int) -> None:
+    """Raises UserError where images are too small for a discriminator of so many layers, by this config field."""
     if min(patches(size, layers) for size in image[:2]) < 1:
         raise UserError(
-            f'config.model.{field}layers = {layers} is too many for images of {image[0]} x {image[1]} pixels: '
+            f'config.{field} = {layers} is too many for images of {image[0]} x {image[1]} pixels: '
             f'it needs {3 * 2**layers} pixels'
         )
 

@@ -78,11 +78,6 @@ def test_a_patch_of_three_layers_is_70_pixels():
 
 
 def test_says_what_is_too_small():
-    check('', (24, 24, 3), 4, 3, 'batch')
-    for image, channels, layers, norm in [
-        ((23, 24, 3), 4, 3, 'batch'),
-        ((32, 32, 3), 4, 3, 'layer'),
-        ((32, 32, 3), 0, 3, 'none'),
-    ]:
-        with pytest.raises(UserError):
-            check('', image, channels, layers, norm)
+    check('model.layers', (24, 24, 3), 3)
+    with pytest.raises(UserError, match=r'config\.model\.layers = 3 is too many .* needs 24 pixels'):
+        check('model.layers', (23, 24, 3), 3)
