@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ncsnpp_test import plain
-from vae_test import sgd
+from labelled import labelled
+from references import ncsnpp
+from support import sgd
 
 from jaxgen.contract import Context
 from jaxgen.diffusion.schedules import posterior
@@ -52,7 +53,7 @@ def test_generator_equals_torch():
     for i in range(3):
         p = jax.tree.map(torch.from_numpy, params[f'mapping{i}'])
         h = torch.nn.functional.silu(h @ p['kernel'] + p['bias'])
-    theirs = torch.tanh(plain(NCSNpp(**UNET), params['unet'], X, STEP.astype(np.float32), style=h))
+    theirs = torch.tanh(ncsnpp(labelled(NCSNpp, **UNET), params['unet'], X, STEP.astype(np.float32), style=h))
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
