@@ -61,7 +61,7 @@ def normalise(weights: PyTree, vectors: PyTree, least: Callable | None = None) -
     Gradients go through the singular value and not through the vectors, see `power_iteration`.
 
     Args:
-      vectors: what `start` or this function gave; {} leaves the weights as they are.
+      vectors: those of `start` or of the call before; {} leaves the weights as they are.
       least: (path of a kernel) -> lower bound of its divisor, the singular value; None: 0 for all.
     """
     normalised, iterated = flatten_dict(weights), {}

@@ -69,6 +69,19 @@ def test_spectral_normalisation_against_svd():
     np.testing.assert_allclose(slope[2, 1], (slow(exact + step) - slow(exact - step)) / 2e-4, rtol=1e-3)
 
 
+def test_divisors_have_a_lower_bound():
+    """Singular values 2 and 0.5, each divided by itself or by 1 if it is below that."""
+    weights = {
+        name: {'kernel': jnp.diag(jnp.array([size, size / 4]))} for name, size in (('large', 2.0), ('small', 0.5))
+    }
+    vectors = {name: {'kernel': jnp.array([1.0, 0.0])} for name in weights}
+    bounded, _ = spectral.normalise(weights, vectors, lambda path: 1.0)
+    np.testing.assert_allclose(bounded['large']['kernel'], np.diag([1, 0.25]), rtol=1e-6)
+    np.testing.assert_allclose(bounded['small']['kernel'], np.diag([0.5, 0.125]), rtol=1e-6)
+    named, _ = spectral.normalise(weights, vectors, lambda path: 1.0 if 'large' in path else 0.0)
+    np.testing.assert_allclose(named['small']['kernel'], np.diag([1, 0.25]), rtol=1e-6)
+
+
 def test_orthogonality_by_hand():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3, 4)), rng.normal(size=(5, 2))
