@@ -4,7 +4,7 @@
 
 after its first stage, `configs/kl_f8_imagenet256.py`. XL/2; the others by their names, say `sit_imagenet256.py:b4`.
 DiT's recipe and networks, with a straight line from noise to latents; sampled by its SDE, or with
-`--config.model.sampler=heun --config.model.last_step=0` by the ODE.
+`--config.model.sampler=heun` by the ODE.
 
 Differs: the network embeds 1000 t with t = 1 for noise, the released one t itself, with t = 1 for data; and its output
 is a velocity alone, where half of the released output is thrown away.
