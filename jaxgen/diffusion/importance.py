@@ -13,7 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 KEEP = 10
-EVEN = 0.001  # share of the probability that is spread evenly, so that no step is forgotten
+EVEN = 0.001  # fraction of the probability that is uniform, so that no step is forgotten
 
 
 def start(timesteps: int) -> dict[str, Array]:
@@ -43,8 +43,8 @@ def record(history: dict[str, Array], t: Array, errors: Array) -> dict[str, Arra
     before = jnp.tril(same, -1).sum(-1)  # examples of the same step earlier in the batch, [n]
     after = jnp.triu(same, 1).sum(-1)
     kept = jnp.where(after < KEEP, t, steps + jnp.arange(n))  # out of range: dropped
-    place = (history['seen'][t] + before) % KEEP
+    slot = (history['seen'][t] + before) % KEEP
     return {
-        'errors': history['errors'].at[kept, place].set(errors, mode='drop', unique_indices=True),
+        'errors': history['errors'].at[kept, slot].set(errors, mode='drop', unique_indices=True),
         'seen': history['seen'] + jax.nn.one_hot(t, steps, dtype=jnp.int32).sum(0),
     }

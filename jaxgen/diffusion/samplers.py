@@ -1,6 +1,6 @@
 """Samplers: free functions of the callable `denoise(x, t) -> x_0`, each one `lax.scan`.
 
-They share a signature: (denoise, x, schedule, keys, options) -> x_0 [n, ...]. `x` is noise at the
+All have one signature: (denoise, x, schedule, keys, options) -> x_0 [n, ...]. `x` is noise at the
 schedule's last level (alpha 0 or small; where alpha is 1 all the way, sigma_max times noise); `keys` [n]
 is one key per sample, so that a sample does not depend on what is drawn with it. Any (alpha, sigma) will
 do, with sigma / alpha increasing. A step leads from a level to the one below, the last one to the data

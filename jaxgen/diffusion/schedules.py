@@ -13,7 +13,7 @@ import numpy as np
 class Schedule(NamedTuple):
     """Noise levels from the least to the most: x_t = alpha x_0 + sigma eps. Arrays [T]."""
 
-    t: np.ndarray  # what the network is told
+    t: np.ndarray  # time, as the network embeds it
     alpha: np.ndarray
     sigma: np.ndarray
 
@@ -58,7 +58,7 @@ def variance_preserving(betas: np.ndarray, zero_terminal: bool = False) -> Sched
 
 
 def subset(schedule: Schedule, steps: np.ndarray) -> Schedule:
-    """The schedule that visits only `steps`, increasing. The network is told the original steps."""
+    """The schedule that visits only `steps`, increasing. The network embeds the original steps."""
     return Schedule(*(values[steps] for values in schedule))
 
 

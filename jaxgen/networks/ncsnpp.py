@@ -99,8 +99,8 @@ class NCSNpp(nn.Module):
       blocks: residual blocks per level on the way down; one more on the way up.
       attention: heights in pixels with attention: after every residual block on the way down, once
         on the way up. The middle always has it.
-      embedding: of t. 'positional', as DDPM's, or 'fourier': `channels` random frequencies
-        of standard deviation `fourier_scale`. They are among the parameters, so that a checkpoint
+      embedding, fourier_scale: of t. 'positional', as DDPM's, or 'fourier': `channels` random frequencies
+        of standard deviation `fourier_scale`. These are among the parameters, so that a checkpoint
         has them, and their gradient is zero; decay of the weights would change them all the same.
       resampling: between levels. Residual blocks with the filter [1, 3, 3, 1] inside ('fir') or
         with means of 2x2 and nearest neighbours ('box'); or DDPM's convolutions ('conv'), and then
@@ -108,7 +108,7 @@ class NCSNpp(nn.Module):
       pyramid: 'residual': x, made smaller by filter and convolution, joins every level's start, and
         the sum is what is made smaller next. 'skip': x, made smaller by the filter alone, joins
         through 1x1 convolutions, and every level adds its part to the output. 'none'.
-      dropout: share of the second convolution's inputs that is dropped in training.
+      dropout: rate of dropout of the second convolution's inputs, in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). The defaults are the
         published ones, min(C // 4, 32) groups; only score_sde's DDPM has 32 at every width, group_size 0.
       out_channels: 0: as many as x has.

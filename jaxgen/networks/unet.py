@@ -29,7 +29,7 @@ Array = jax.Array
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block told the time: [n, H, W, C], [n, E] to [n, H, W, features].
+    """Pre-activation residual block conditioned on the time: [n, H, W, C], [n, E] to [n, H, W, features].
 
     The second convolution starts at zero: a new block passes its input on unchanged.
     """
@@ -64,7 +64,7 @@ class UNet(nn.Module):
         patches. The middle always has it.
       patch: side in pixels of the squares that are the positions of the first level, each put out at
         once (Luhman & Luhman 2022, arXiv 2207.04316): with 2 the work is a quarter.
-      dropout: share of the second convolution's inputs that is dropped in training.
+      dropout: rate of dropout of the second convolution's inputs, in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). DDPM has 32 groups at
         every width, group_size 0.
       out_channels: 0: as x.
