@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -552,7 +553,7 @@ def test_fulfils_the_contract(build, model):
         state, logs = update(state, {}, batch, jax.random.key(i))
         assert all(np.isfinite(v) and v.shape == () for v in logs.values())
     if model:
-        jax.tree.map(np.testing.assert_array_equal, state.extra, start.extra)
+        chex.assert_trees_all_equal(state.extra, start.extra)
         outside = np.triu(np.ones((4, 4)))[None]
         np.testing.assert_array_equal(state.params['flow']['steps0']['mix']['lower'] * outside, 0)
     z = f.encode(state, {}, batch, jax.random.key(3))
@@ -601,7 +602,7 @@ def test_real_nvp_statistics_are_running_means_of_the_averaged_weights():
     x, _ = real_nvp.to_logit(couplings.to_unit(batch['image'], noise), 0.9)
     _, new = real_nvp_flow(scales=1).apply({'params': state.ema['flow']}, x, True, mutable=['batch_stats'])
     expected = jax.tree.map(lambda a, b: (a + b) / 2, start.extra, new)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.extra, expected)
+    chex.assert_trees_all_close(state.extra, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

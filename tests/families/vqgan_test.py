@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,8 +125,8 @@ def plain_gradients(kind: str, params, x, rng):
 def assert_step(before, after, gradient):
     """One step of gradient descent. The change is compared: weights would hide it."""
     largest = max(jnp.abs(g).max() for g in jax.tree.leaves(gradient))
-    for old, new, slope in zip(*map(jax.tree.leaves, (before, after, gradient)), strict=True):
-        np.testing.assert_allclose((old - new) / RATE, slope, rtol=2e-3, atol=1e-3 * largest)
+    change = jax.tree.map(lambda old, new: (old - new) / RATE, before, after)
+    chex.assert_trees_all_close(change, gradient, rtol=2e-3, atol=1e-3 * largest)
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_updates_are_plain_gradient_steps(kind):
 def test_no_adversarial_loss_before_its_start():
     (_, update), before, x = family('vq'), start('vq'), images(seed=1)
     after, _ = update(before, {}, x, jax.random.key(5))
-    jax.tree.map(np.testing.assert_array_equal, after.params['discriminator'], before.params['discriminator'])
+    chex.assert_trees_all_equal(after.params['discriminator'], before.params['discriminator'])
     _, alone, _ = plain_gradients('vq', before.params, x['image'], jax.random.key(0))
     assert_step(before.params['decoder'], after.params['decoder'], alone['decoder'])
     assert 'discriminator' not in after.ema
@@ -328,8 +329,7 @@ def test_parts_of_a_batch_count_as_the_batch():
         update, before = without_adversarial_loss(accumulate)
         after, logs = update(before, {}, images(), jax.random.key(0))
         results.append((after.params, after.extra, logs['perplexity'], logs['usage'], logs['reconstruction']))
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
     codes = quantise.nearest(latents(before.params, images()['image']), before.params['codebook']['embedding'])
     count = np.bincount(np.asarray(codes).ravel(), minlength=7)
     # A code without latents is replaced, as if it had had one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +41,6 @@ def apply(network, params, *args):
 
 def images(n: int = 8, image=(8, 8, 1), seed: int = 0) -> dict:
     return {'image': jax.random.uniform(jax.random.key(seed), (n, *image), minval=-1, maxval=1)}
-
-
-def close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
 class Torch:
@@ -236,7 +233,7 @@ def test_parts_of_a_batch_give_the_same_update(codebook):
             state, logs = f.update(state, {}, images(seed=i), jax.random.key(i))
         # Norms and logs are of the same gradient; a state holds the codes that were restarted too.
         results.append((state, logs))
-    close(*results, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -295,7 +292,7 @@ def test_the_update_descends_the_papers_loss(codebook):
     assert logs['loss'] == pytest.approx(float(value + (0.3 + (codebook == 'loss')) * distance), rel=1e-5)
     for name, gradient in (('encoder', of_encoder), ('decoder', of_decoder)):
         moved = jax.tree.map(jnp.subtract, state.params[name], after.params[name])
-        close(moved, gradient, rtol=1e-3, atol=1e-5)
+        chex.assert_trees_all_close(moved, gradient, rtol=1e-3, atol=1e-5)
     if codebook == 'loss':
         np.testing.assert_allclose(book - after.params['codebook']['level0'], of_book, rtol=1e-3, atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +156,6 @@ def test_remat_and_bfloat16():
         value = lambda p, network=network: jnp.square(network.apply(p, X)).mean()  # noqa: E731
         outputs[name] = jax.jit(jax.value_and_grad(value))(params)
         assert jax.eval_shape(network.apply, params, X).dtype == jnp.float32
-    for a, b in zip(*map(jax.tree.leaves, (outputs['plain'], outputs['remat'])), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(outputs['plain'], outputs['remat'], rtol=1e-4, atol=1e-6)
     difference = abs(outputs['half'][0] - outputs['plain'][0])
     assert 0 < difference < 0.05 * outputs['plain'][0]

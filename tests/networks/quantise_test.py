@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,12 +135,12 @@ def test_a_code_without_latents_goes_with_its_count(updates):
     state = jax.lax.fori_loop(0, updates, lambda _, s: quantise.ema_update(s, z, codes, 0.9), state)
     left = 0.9**updates  # of its count and of its sum
     total = 8 - 7 * left + left
-    want = np.array([3.0, -4.0]) * left / ((left + 1e-5) / (total + 2e-5) * total)
-    np.testing.assert_allclose(quantise.ema_codebook(state)[1], want, rtol=1e-3, atol=1e-6)
+    expected = np.array([3.0, -4.0]) * left / ((left + 1e-5) / (total + 2e-5) * total)
+    np.testing.assert_allclose(quantise.ema_codebook(state)[1], expected, rtol=1e-3, atol=1e-6)
     if updates == 10:
-        np.testing.assert_allclose(want, [3, -4], rtol=1e-4)
+        np.testing.assert_allclose(expected, [3, -4], rtol=1e-4)
     if updates == 2000:
-        assert np.abs(want).max() < 1e-6
+        assert np.abs(expected).max() < 1e-6
 
 
 def test_parts_of_a_batch_add_up():
@@ -174,7 +175,7 @@ def test_restart_leaves_no_dead_code(debiased):
     met = np.bincount(np.ravel(quantise.nearest(z, new)), minlength=K)
     assert (met > 0).all(), 'each new code has at least the latent that it is'
     again = quantise.ema_restart(after, z, jax.random.key(1), 0.9)
-    jax.tree.map(np.testing.assert_array_equal, again, after)
+    chex.assert_trees_all_equal(again, after)
     other = quantise.ema_codebook(quantise.ema_restart(state, z, jax.random.key(1), 0.9))
     assert np.abs(other[dead] - new[dead]).max() > 1e-3, 'drawn by the key'
 
