@@ -188,6 +188,7 @@ DESCRIBED = sorted(last_of_each(FULL_SIZE, '').values())
 COUNTED = {**{n: PUBLISHED.get(n, {}) for n in FULL_SIZE if n not in DESCRIBED}, **VARIANTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', DESCRIBED)
 def test_full_size_describes(name):
     """And there is a tiny variant of it."""
@@ -239,9 +240,24 @@ def test_traces_at_tiny_size(name):
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
 
 
-@pytest.mark.slow
-def test_updates_sample_and_evaluate(distinct, tmp_path):
-    config = tiny(distinct)
+# One config of each family is in the quick part, of some families a smaller one than the last.
+IN_QUICK_PART = FAMILIES | {
+    'diffusion': 'ddpm_digits',
+    'gan': 'conditional_gan_digits',
+    'vae': 'conditional_vae_digits',
+}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in IN_QUICK_PART.values() else pytest.mark.slow)
+        for name in sorted(DISTINCT.values())
+    ],
+)
+def test_updates_sample_and_evaluate(name, tmp_path):
+    """And a checkpoint holds all that the next update reads."""
+    config = tiny(name)
     assembled = assemble(config)
     family, frozen, batch = assembled.family, assembled.frozen, first_batch(config)
     init = jax.jit(family.init)

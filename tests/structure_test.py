@@ -8,8 +8,9 @@ import os
 import re
 
 import pytest
-from support import ROOT
+from support import ROOT, path
 
+from jaxgen import config as configs
 from jaxgen.data.sources import OWN
 
 FILES = [os.path.relpath(f, ROOT) for f in glob.glob(os.path.join(ROOT, 'jaxgen', '**', '*.py'), recursive=True)]
@@ -42,6 +43,23 @@ def networks(source: str) -> set[str]:
 )
 def test_networks_of(source, expected):
     assert networks(source) == expected
+
+
+def test_quick_part_has_every_family():
+    """In README's test command each family is updated, sampled and resumed."""
+    from contract_test import DISTINCT, IN_QUICK_PART
+
+    assert sorted(IN_QUICK_PART) == configs.families()
+    assert {configs.load(path(name)).family: name for name in IN_QUICK_PART.values()} == IN_QUICK_PART
+    assert set(IN_QUICK_PART.values()) <= set(DISTINCT.values())
+
+
+def test_test_command_is_the_same_everywhere():
+    command = "pytest -n 2 -m 'not slow'"
+    for file in ('README.md', 'CONTRIBUTING.md', 'docs/guide.md', '.ci/run'):
+        with open(os.path.join(ROOT, file), encoding='utf-8') as page:
+            commands = re.findall(r'pytest [^`#\n]*', page.read())
+        assert commands[0].strip() == command, file
 
 
 def test_networks_are_in_networks():
