@@ -230,10 +230,9 @@ def test_traces_at_tiny_size(name):
     if name in FULL_SIZE:  # samplers and figures are those of a config of embedded data
         return
     if family.sample is not None:
-        wanted = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample.conditions(assembled, config, 4, {}).items()
-        }
-        images = jax.eval_shape(family.sample, state, frozen, wanted, key)
+        given = sample.conditions(assembled, config, 4, {})
+        given = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in given.items()}
+        images = jax.eval_shape(family.sample, state, frozen, jax.eval_shape(sample.to_inside, given), key)
         assert images.shape == (4, *batch['image'].shape[1:]) and images.dtype == jnp.float32
     numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
     figures = jax.eval_shape(family.evaluate, state, frozen, numbered, key)
