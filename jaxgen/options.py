@@ -413,8 +413,9 @@ def update(target: Callable, base: dict, over: dict) -> dict:
 def chosen(known: dict[str, Field], name: str, values: dict) -> str:
     """Whose fields a section that follows others has; '' where these are wrong."""
     before = dict(list(known.items())[: list(known).index(name)])
+    section: Any = known[name].section
     try:
-        return known[name].section.choose(completed(before, {k: v for k, v in values.items() if k in before}, 'model'))
+        return section.choose(completed(before, {k: v for k, v in values.items() if k in before}, 'model'))
     except UserError:
         return ''
 

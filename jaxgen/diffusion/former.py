@@ -74,6 +74,8 @@ def diffusion_sections(model: dict) -> dict[str, Any]:
         model.get('prediction'),
     )
     learned, sampler = model.get('variance') == 'learned', model.get('sampler', 'ancestral')
+    if model.get('variance') in ('learned', 'fixed_large'):  # '' is the one of them that fits the network's output
+        model = {**model, 'variance': ''}
     chain = model.get('process', 'linear') in CHAINS
     training: dict[str, Any] = {
         'prediction': {'name': prediction or 'eps'},
