@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.optim import Optim, power_newest, steps_within_update
+from jaxgen.optim import Optim, power_one_minus_decay, steps_within_update
 
 Array = jax.Array
 PyTree = Any
@@ -309,7 +309,7 @@ def advance(state: State, optim: Optim) -> State:
 
     def averaged(name: str, average: PyTree) -> PyTree:
         network, _, std = name.partition('@')
-        newest = power_newest(state.step, float(std)) if std else optim.newest(state.step)
+        newest = power_one_minus_decay(state.step, float(std)) if std else optim.one_minus_decay(state.step)
         # Not decay * e + newest * p: where their rounded sum is not 1, a long run's average would drift.
         return jax.tree.map(lambda e, p: jnp.where(newest < 1, e + newest * (p - e), p), average, state.params[network])
 

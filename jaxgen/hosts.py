@@ -1,10 +1,10 @@
-"""Several hosts of one run: how they join, and how they end when one of them does.
+"""Several hosts of one run: how they join, and how the others end when one of them does.
 
-JAX's coordination service ends a process by abort where another is gone, with a page of C++ output, and where process
-0 is gone, which runs the service, at once. Collectives raise or hang, as the network beneath them does. So every
-process has a thread that writes a sign of life into the service's key-value store and reads those of the others. Where
-one has been silent for too long, this thread ends its process with one line. Where the service itself is gone JAX calls
-back, which in jaxlib 0.10.2 throws for want of a conversion: C++'s handler for that is ours, and says the same line.
+JAX's coordination service aborts a process where another is gone, with a page of C++ output, and where process 0 is
+gone, which runs the service, at once. Collectives raise or hang, depending on the network. So every process has a
+thread that writes heartbeats into the service's key-value store and reads those of the others. After a timeout of one
+of them, this thread ends its process with one line. Where the service itself is gone JAX calls back, which in jaxlib
+0.10.2 throws for lack of a conversion: our handler of std::terminate writes the same line.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ import jax
 from jaxgen import interrupt, log
 from jaxgen.errors import RunError, UserError
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a host is lost; JAX's own limit must be longer
-SILENCE_AFTER_FAILURE = 8.0  # the same once a collective or a save has failed here
+HEARTBEAT = 2.0  # seconds between two heartbeats of a host
+TIMEOUT = 30.0  # seconds without a heartbeat after which a host is lost; JAX's own limit must be longer
+TIMEOUT_AFTER_FAILURE = 8.0  # the same once a collective or a save has failed here
 GRACE = 10.0  # seconds that a host goes on after another has stopped with an error: it may have the same one
 KEY = 'jaxgen/alive/'
 AGAIN = 'run the same command again on all hosts to go on from the newest checkpoint'
 
-_watch: Watch | None = None
-_keep: list[Any] = []  # what C++ holds pointers to
-_at_end: list[Callable] = []  # ways to end the process where its usual end would say more than was said
+_heartbeats: Heartbeats | None = None
+_referenced: list[Any] = []  # objects that C++ has pointers to
+_exits: list[Callable] = []  # functions that end the process without further output
 
 
 def start() -> None:
-    """Joins the other hosts of the run. Addresses come from the cluster or from JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here on a lost host ends this one within a minute.
+    """Joins the other hosts of the run. Addresses are those of the cluster or of JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here on the loss of a host ends this one within a minute.
 
     Raises:
       UserError: there is no such cluster.
-      RunError: not all of its hosts came.
+      RunError: not all of its hosts joined.
     """
-    global _watch
+    global _heartbeats
     # It would take SIGTERM away from interrupt.py, which saves.
     with contextlib.suppress(AttributeError):  # versions without one
         jax.config.update('jax_enable_preemption_service', False)
@@ -63,7 +63,7 @@ def start() -> None:
         with _called_back(inside) if inside else contextlib.nullcontext():
             jax.distributed.initialize(**given)
     except (KeyError, ValueError, RuntimeError) as e:
-        _at_end.append(os._exit)  # what JAX does at the end of a process that has not joined is a traceback
+        _exits.append(os._exit)  # at the usual end of a process that has not joined JAX prints a traceback
         if 'num_processes' in given and isinstance(e, RuntimeError):
             raise RunError(
                 f'the {given["num_processes"]} hosts have not all joined (JAX_PROCESS_ID={given["process_id"]} is this '
@@ -74,18 +74,18 @@ def start() -> None:
             f'JAX_PROCESS_ID: {" ".join(str(e).split())}'
         ) from e
     if inside is None:
-        log.say(f'WARNING: JAX {jax.__version__} has no way known to watch the other hosts: a lost one is not named')
+        log.say(f'WARNING: heartbeats are not supported with JAX {jax.__version__}: a lost host is not named')
         return
     state = inside.global_state
     if state.num_processes > 1:
-        _watch = Watch(state.client, state.process_id, state.num_processes, state.coordinator_address)
-        _watch.start()
-        _on_terminate(_watch.without_service)
+        _heartbeats = Heartbeats(state.client, state.process_id, state.num_processes, state.coordinator_address)
+        _heartbeats.start()
+        _on_terminate(_heartbeats.without_service)
 
 
 def _inside_jax():
-    """JAX's own module of the cluster, which holds the client of the key-value store; there is no public way to it.
-    None where another version of JAX keeps these things elsewhere."""
+    """JAX's internal module of the cluster, with the client of the key-value store, for which there is no public API.
+    None where another version of JAX has none of this name."""
     try:
         from jax._src import distributed as inside
 
@@ -99,13 +99,14 @@ def _inside_jax():
 
 @contextlib.contextmanager
 def _called_back(inside):
-    """Within the block JAX's client is made so that it calls us, in place of aborting, where the service is gone."""
+    """Within the block JAX's client is constructed so that it calls us, in place of aborting, where the service is
+    gone."""
     library = inside._jax
     make = library.get_distributed_runtime_client
 
     def gone(*_):
-        if _watch:
-            _watch.without_service()
+        if _heartbeats:
+            _heartbeats.without_service()
         os._exit(1)
 
     library.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=gone)
@@ -116,8 +117,8 @@ def _called_back(inside):
 
 
 def _on_terminate(function) -> None:
-    """Has C++ run `function` before it ends the process for an exception that nobody caught."""
-    with contextlib.suppress(OSError, AttributeError):  # another C++ library: its own lines must do
+    """Has C++ run `function` before it ends the process because of an uncaught exception."""
+    with contextlib.suppress(OSError, AttributeError):  # another C++ library, with its own output
         handler_type = ctypes.CFUNCTYPE(None)
         setter = ctypes.CDLL('libstdc++.so.6')._ZSt13set_terminatePFvvE
         setter.restype, setter.argtypes = ctypes.c_void_p, [handler_type]
@@ -127,12 +128,12 @@ def _on_terminate(function) -> None:
             ctypes.cast(before, handler_type)()  # for another reason
 
         ours = handler_type(handler)
-        _keep.append(ours)
+        _referenced.append(ours)
         before = setter(ours)
 
 
-class Watch(threading.Thread):
-    """The signs of life of all hosts, read and written by a thread of its own."""
+class Heartbeats(threading.Thread):
+    """The heartbeats of all hosts, read and written by a thread of its own."""
 
     def __init__(self, client, index: int, count: int, coordinator: str):
         super().__init__(name='hosts', daemon=True)
@@ -140,16 +141,16 @@ class Watch(threading.Thread):
         self.number = 0
         self.state = 'runs'  # runs | failed | stopped | done
         now = time.monotonic()
-        self.seen = dict.fromkeys(range(count), ('', now))  # last sign of life, and when it was new
+        self.last = dict.fromkeys(range(count), ('', now))  # each host's last heartbeat, and when it was new
         self.names = {i: f'host {i}' for i in range(count)}
         self.names[0] = f'host 0 ({coordinator.rpartition(":")[0]})'
         self.states = dict.fromkeys(range(count), 'runs')
         self.lock = threading.Lock()
         self.ending = False
-        self.looked = now  # when the newest look at all hosts began
+        self.checked = now  # when the newest check of all hosts began
 
     def beat(self) -> None:
-        """Writes this host's sign of life and reads those of the others."""
+        """Writes this host's heartbeat and reads those of the others."""
         with self.lock:
             self.number += 1
             value = f'{self.number} {self.state} {socket.gethostname()}'
@@ -157,25 +158,25 @@ class Watch(threading.Thread):
             now = time.monotonic()
             for key, value in self.client.key_value_dir_get(KEY):
                 i = int(key.rpartition('/')[2])
-                if value != self.seen[i][0]:
-                    self.seen[i] = (value, now)
+                if value != self.last[i][0]:
+                    self.last[i] = (value, now)
                     _, self.states[i], name = value.split(' ', 2)
                     self.names[i] = f'host {i} ({name})'
 
     def lost(self) -> list[int]:
-        """Hosts that are silent and had not said that they would be."""
-        limit = SILENCE if self.state in ('runs', 'done') else SILENCE_AFTER_FAILURE
+        """Hosts whose heartbeats have ended without notice."""
+        limit = TIMEOUT if self.state in ('runs', 'done') else TIMEOUT_AFTER_FAILURE
         now = time.monotonic()
         return [
             i
-            for i, (_, since) in self.seen.items()
+            for i, (_, since) in self.last.items()
             if i != self.index and self.states[i] not in ('stopped', 'done') and now - since > limit
         ]
 
     def stopped(self) -> list[int]:
-        """Hosts that have ended with an error of their own, or were told to."""
+        """Hosts that have stopped with an error of their own, or by a signal."""
         now = time.monotonic()
-        return [i for i, (_, since) in self.seen.items() if self.states[i] == 'stopped' and now - since > GRACE]
+        return [i for i, (_, since) in self.last.items() if self.states[i] == 'stopped' and now - since > GRACE]
 
     def run(self) -> None:
         while True:
@@ -187,28 +188,28 @@ class Watch(threading.Thread):
                     return
             if self.state != 'stopped':
                 if lost := self.lost():
-                    self.end(f'{self.called(lost)} lost: no sign of life')
+                    self.end(f'{self.described(lost)} lost: no heartbeat')
                 if stopped := self.stopped():
-                    self.end(f'{self.called(stopped)} no longer there: stopped with an error of its own')
-            self.looked = began
-            time.sleep(BEAT)
+                    self.end(f'{self.described(stopped)} no longer there: stopped with an error of its own')
+            self.checked = began
+            time.sleep(HEARTBEAT)
 
-    def called(self, hosts: list[int]) -> str:
+    def described(self, hosts: list[int]) -> str:
         return ' and '.join(self.names[i] for i in hosts) + (' is' if len(hosts) == 1 else ' are')
 
     def end(self, why: str) -> None:
-        """Ends this process with one line. Process 0 goes last: with it goes the service that tells the others."""
+        """Ends this process with one line. Process 0 ends last, since it runs the service of all."""
         self.ending = True
         if self.index == 0:
             with contextlib.suppress(Exception):
-                end = time.monotonic() + 3 * BEAT
+                end = time.monotonic() + 3 * HEARTBEAT
                 while time.monotonic() < end:
                     self.beat()
-                    time.sleep(BEAT)
+                    time.sleep(HEARTBEAT)
         interrupt.leave(f'stopped: {why}; {AGAIN}', 1)
 
     def without_service(self) -> None:
-        """Ends this process where process 0 is gone; returns where it is not, and in the process that is at its end."""
+        """Ends this process where process 0 is gone, else returns."""
         host, _, port = self.coordinator.rpartition(':')
         for _ in range(10):  # a process that has just been killed may still be listening
             try:
@@ -219,56 +220,59 @@ class Watch(threading.Thread):
         else:
             return
         if self.states[0] == 'runs' or self.states[0] == 'failed':
-            interrupt.leave(f'stopped: {self.called([0])} lost; {AGAIN}', 1)
-        interrupt.leave(f'stopped: {self.called([0])} no longer there: stopped with an error of its own; {AGAIN}', 1)
+            interrupt.leave(f'stopped: {self.described([0])} lost; {AGAIN}', 1)
+        interrupt.leave(f'stopped: {self.described([0])} no longer there: stopped with an error of its own; {AGAIN}', 1)
 
-    def part(self) -> None:
-        """Says that this host stops, and where it is process 0 waits for the others to say so too."""
+    def stop(self) -> None:
+        """Announces that this host stops, and in process 0 waits until the others have done so, too."""
         self.state = 'stopped'
         with contextlib.suppress(Exception):
             self.beat()
-            end = time.monotonic() + GRACE + 2 * BEAT
+            end = time.monotonic() + GRACE + 2 * HEARTBEAT
             while self.index == 0 and time.monotonic() < end:
                 if all(state in ('stopped', 'done') for i, state in self.states.items() if i):
                     break
-                time.sleep(BEAT / 4)
+                time.sleep(HEARTBEAT / 4)
                 self.beat()
 
 
-def part() -> None:
-    """Called before this process ends by itself, saved or with an error, while the others may not have."""
-    if _watch:
-        _watch.part()
+def stop() -> None:
+    """Announces to the other hosts that this process ends by itself, after saving or with an error."""
+    if _heartbeats:
+        _heartbeats.stop()
 
 
 @contextlib.contextmanager
 def joined():
-    """Within the block an error that comes of a lost host ends the process with the line about that host; other errors
-    are the block's. At its end the others know that this host needs them no more."""
+    """Within the block an error caused by a lost host ends the process with the line about that host; others are
+    raised. At its end this host announces that it no longer depends on the others."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        # A collective, or a save that waits for all: silence will tell. What is ours alone has no cause.
-        if _watch and not (isinstance(e, RunError) and e.__cause__ is None):
-            _watch.state = 'failed'
+        # A collective or a save of all hosts has failed: heartbeats show whether one is lost. Errors of this host alone
+        # have no cause.
+        if _heartbeats and not (isinstance(e, RunError) and e.__cause__ is None):
+            _heartbeats.state = 'failed'
             failed = time.monotonic()
-            # A busy machine may be slow to look.
-            while _watch.looked < failed + SILENCE_AFTER_FAILURE + BEAT and time.monotonic() < failed + SILENCE:
-                time.sleep(BEAT / 4)
-            while _watch.ending:  # the thread ends the process
-                time.sleep(BEAT)
+            # The thread may be slow to check on a busy machine.
+            while (
+                _heartbeats.checked < failed + TIMEOUT_AFTER_FAILURE + HEARTBEAT and time.monotonic() < failed + TIMEOUT
+            ):
+                time.sleep(HEARTBEAT / 4)
+            while _heartbeats.ending:  # the thread ends the process
+                time.sleep(HEARTBEAT)
         raise
     else:
-        if _watch:
-            _watch.state = 'done'
+        if _heartbeats:
+            _heartbeats.state = 'done'
 
 
 def leave(code: int) -> None:
-    """Ends a process of several with an exit code that is not 0. By itself it would wait for the others, minutes."""
-    if _watch and code:
-        part()
+    """Ends one of several processes with an exit code other than 0. Its usual end would wait minutes for the others."""
+    if _heartbeats and code:
+        stop()
         os._exit(code)
-    if _at_end and code:
-        _at_end[0](code)
+    if _exits and code:
+        _exits[0](code)

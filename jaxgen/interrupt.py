@@ -1,8 +1,8 @@
-"""SIGTERM, SIGHUP and Ctrl-C: lose nothing, and leave soon. Imports no jax: it is installed before jax.
+"""SIGTERM, SIGHUP and Ctrl-C: the state is saved and the process ends soon. Imports no jax: it is installed before jax.
 
-A Python signal handler runs only between two bytecodes of the main thread, so it would wait for
-a compile or a long sampling program to end. `signal.set_wakeup_fd` is written to by the C-level
-handler at once, and a watcher thread reads it.
+A Python signal handler runs only between two bytecodes of the main thread, so it would wait for a compile or a long
+sampling program to end. The C-level handler writes to the descriptor of `signal.set_wakeup_fd` at once, and a watcher
+thread reads it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _leave_at_once() -> None:
 
 
 def leave(message: str, code: int = EXIT_CODE) -> None:
-    """Ends the process now, from any thread, by default with the exit code that says 'go on later'. Where two threads
-    have a reason, one line is written."""
+    """Ends the process now, from any thread, by default with the exit code for 'run again'. Where two threads call it,
+    one message is written."""
     if not _leaving.acquire(blocking=False):
         time.sleep(60)  # the other ends the process long before
     say(f'\njaxgen: {message}')
@@ -45,13 +45,13 @@ def say(text: str) -> None:
 
 
 def install() -> None:
-    """Handles SIGTERM, SIGINT and SIGHUP (a closed terminal) from here on. Until told otherwise they end the process.
-    A SIGHUP that is ignored already, as by nohup, stays so."""
+    """Handles SIGTERM, SIGINT and SIGHUP (a closed terminal) from here on: they end the process, except within
+    `on_signal`. A SIGHUP that is ignored already, as by nohup, stays so."""
     global _action
     _action = _leave_at_once
     several = any(argument.startswith(('--multihost', '-multihost')) for argument in sys.argv)
     if several and os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':  # jax sets 1, also for processes it starts
-        # jaxlib reads this when it is loaded. What its services log as errors is said by hosts.py, in one line.
+        # jaxlib reads this when it is loaded. Errors of its services are reported by hosts.py, in one line.
         os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -74,7 +74,7 @@ def install() -> None:
 
 
 def requested() -> bool:
-    """True once a signal has come."""
+    """Whether a signal has been received."""
     return _requested.is_set()
 
 

@@ -1,6 +1,6 @@
-"""Optimisers from the config: one optax chain per network, and the moving average's decay.
+"""Optimisers from the config: one optax chain per network, and the decay of the weights' moving average.
 
-Every family has these fields (`config.optim`), whatever it is.
+All families have these fields, `config.optim`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jaxgen.errors import UserError
 
 
 class Optim(NamedTuple):
-    """What a family needs to know about optimisation."""
+    """The optimisers of a family's networks, and their moving averages."""
 
     tx: Callable[..., optax.GradientTransformation]  # (network's name, its steps in one update = 1)
-    accumulate: int  # parts that a batch is cut into for one gradient
-    newest: Callable  # step -> 1 - decay of the weights' moving average
+    accumulate: int  # parts of a batch whose gradients are averaged
+    one_minus_decay: Callable  # step -> 1 - decay of the weights' moving average
     ema_std: tuple[float, ...] = ()  # widths of the power-function averages beside it
 
 
@@ -39,7 +39,7 @@ def learning_rate(
     decay_rate: float = 1.0,
     decay_every: int = 1,
 ) -> optax.Schedule:
-    """Learning rate by update: linear rise over `warmup` updates, times the factor of `schedule`.
+    """Learning rate by update: linear warm-up over `warmup` updates, times the factor of `schedule`.
 
     With update n counted from 0, the factor is
       constant     1
@@ -58,7 +58,7 @@ def learning_rate(
     slope = float(np.log(decay_rate)) / decay_every if schedule == 'exponential' else 0.0
 
     def progress(n):
-        """From 0 at the plateau's end to 1 at update `steps`."""
+        """The fraction of the decay that is done: 0 at the plateau's end, 1 at update `steps`."""
         return jnp.clip((jnp.asarray(n - warmup, jnp.float32) - flat) / fall, 0, 1)
 
     def step(n):
@@ -83,12 +83,12 @@ def learning_rate(
     return lambda n: lr * jnp.minimum((jnp.asarray(n, jnp.float32) + 1) / warmup, 1) * factor(n)
 
 
-def decayed(params, without: tuple[str, ...]):
-    """Tree of bools like `params`: which of them weight decay is for.
+def decay_mask(params, excluded: tuple[str, ...]):
+    """Tree of bools like `params`: the weights to which weight decay applies.
 
     Args:
-      without: patterns (fnmatch) of those that it is not for. A weight is one of them where any word of its path
-        matches, or the path: 'bias' every bias, 'norm*' all of every module of that name, 'blocks/table' the one.
+      excluded: patterns (fnmatch) of the others. A weight is one of these where any word of its path matches, or the
+        path: 'bias' every bias, 'norm*' all of every module of that name, 'blocks/table' the one.
 
     Raises:
       UserError: a pattern matches none.
@@ -96,15 +96,15 @@ def decayed(params, without: tuple[str, ...]):
     paths = [[str(getattr(key, 'key', key)) for key in path] for path, _ in jax.tree.leaves_with_path(params)]
     leaves = sorted({words[-1] for words in paths})
     paths = [[*words, '/'.join(words)] for words in paths]
-    for pattern in without:
+    for pattern in excluded:
         if not any(fnmatch.fnmatchcase(word, pattern) for words in paths for word in words):
             raise UserError(f'config.optim.no_decay: no weight matches {pattern!r}; their names end in {leaves}')
-    keep = [not any(fnmatch.fnmatchcase(word, p) for word in words for p in without) for words in paths]
+    keep = [not any(fnmatch.fnmatchcase(word, p) for word in words for p in excluded) for words in paths]
     return jax.tree.unflatten(jax.tree.structure(params), keep)
 
 
 def weight_decay_by_update(steps: int, start: float, end: float):
-    """Weight decay by update: half a cosine from `start` to `end` at the last one, as VAR's release has it."""
+    """Weight decay by update: half a cosine from `start` to `end` at the last one (VAR's released code)."""
 
     def value(n):
         progress = jnp.clip(jnp.asarray(n, jnp.float32) / max(steps - 1, 1), 0, 1)
@@ -161,7 +161,7 @@ def transformation(
 
     scheduled = weight_decay_schedule != 'constant'
     decay = (lambda count: decay_by_update(count // times)) if scheduled else weight_decay
-    mask = functools.partial(decayed, without=no_decay) if no_decay else None
+    mask = functools.partial(decay_mask, excluded=no_decay) if no_decay else None
 
     optimisers = {
         'adam': lambda: optax.adam(rate, b1, b2, eps),
@@ -178,35 +178,36 @@ def transformation(
 
 
 def unit_norm(g):
-    """An array of norm 1, or 0 where it is 0: Tomczak & Welling's code has Adam take such gradients."""
+    """An array divided by its norm, 0 where it is 0: the gradients of Adam in the code of Tomczak & Welling."""
     return g / (jnp.linalg.norm(g.reshape(-1)) + 1e-7)
 
 
 def exponent(std: float) -> float:
-    """gamma of the average whose weights' profile over the run, t^gamma, has this standard deviation as a share of the
-    run (Karras et al. 2024, arXiv 2312.02696, eq. 126): std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """gamma of the power-function average whose profile over the run, t^gamma, has this standard deviation as a
+    fraction of the run: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, arXiv 2312.02696, eq.
+    126).
 
     Args:
-      std: above 0, at most 12^-0.5 = 0.288, an even average of all.
+      std: above 0, at most 12^-0.5 = 0.288, the uniform average.
     """
     return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
 
 
 def power_decay(step, std: float):
-    """Decay of a power-function average at update `step`, counted from 0 (Karras et al. 2024, eq. 127): no memory of
-    the weights at the start, and the same share of the run whatever its length."""
+    """Decay of a power-function average at update `step`, counted from 0 (Karras et al. 2024, eq. 127): independent of
+    the initial weights, and of the same width relative to the run whatever its length."""
     return jnp.exp((exponent(std) + 1) * jnp.log1p(-1 / (jnp.asarray(step, jnp.float32) + 1)))
 
 
-def power_newest(step, std: float):
-    """1 - power_decay, with float32's relative precision at any step: a long way into a run the decay itself is 1 to
-    float32's rounding, and an average by it would stand still."""
+def power_one_minus_decay(step, std: float):
+    """1 - power_decay, with float32's relative precision at any step: late in a run the decay itself is 1 to float32's
+    rounding, and the average would be constant."""
     return -jnp.expm1((exponent(std) + 1) * jnp.log1p(-1 / (jnp.asarray(step, jnp.float32) + 1)))
 
 
 def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.ndarray:
-    """Weights [k] of k averages whose sum comes nearest to the average of width `std` at `step` (Karras et al. 2024,
-    section 3.2 and appendix C): least squares between profiles over time.
+    """Coefficients [k] of the linear combination of k saved averages that is nearest to the average of width `std` at
+    `step` (Karras et al. 2024, section 3.2 and appendix C): least squares between profiles over time.
 
     Args:
       steps: [k], updates done when each was saved.
@@ -215,28 +216,28 @@ def post_hoc(steps: np.ndarray, stds: np.ndarray, step: int, std: float) -> np.n
 
     def product(t, a, u, b):
         """Integral of two profiles (a + 1) x^a / t^(a + 1) up to t, and the same with b and u."""
-        least, most = np.minimum(t, u), np.maximum(t, u)
+        shorter, longer = np.minimum(t, u), np.maximum(t, u)
         inner = np.where(t < u, b, a)  # the exponent of the longer one
-        return (a + 1) * (b + 1) / (a + b + 1) * (least / most) ** inner / most
+        return (a + 1) * (b + 1) / (a + b + 1) * (shorter / longer) ** inner / longer
 
     t, gamma = np.asarray(steps, np.float64), np.array([exponent(value) for value in stds])
     between = product(t[:, None], gamma[:, None], t[None], gamma[None])
-    wanted = product(t, gamma, np.float64(step), exponent(std))
-    shares = np.linalg.lstsq(between, wanted, rcond=1e-12)[0]
-    return shares / shares.sum()  # a constant's average is that constant
+    target = product(t, gamma, np.float64(step), exponent(std))
+    coefficients = np.linalg.lstsq(between, target, rcond=1e-12)[0]
+    return coefficients / coefficients.sum()  # a constant's average is that constant
 
 
 def halflife_decay(step, batch: int, halflife: float, rampup: float):
     """Decay of a moving average at update `step`, counted from 0, whose half-life is that many images, or `rampup`
-    times the images seen before the update where these are fewer (0: no ramp-up): EDM and StyleGAN2 (Karras et al.).
+    times the images of all updates before where these are fewer (0: no ramp-up): EDM and StyleGAN2 (Karras et al.).
 
-    At the first update a ramp-up makes it 0: no memory of the weights at the start.
+    With a ramp-up it is 0 at the first update, so that the average does not depend on the initial weights.
     """
     images = jnp.asarray(step, jnp.float32) * batch * rampup if rampup else halflife
     return 0.5 ** (batch / jnp.maximum(jnp.minimum(images, halflife), 1e-8))
 
 
-def halflife_newest(step, batch: int, halflife: float, rampup: float):
+def halflife_one_minus_decay(step, batch: int, halflife: float, rampup: float):
     """1 - halflife_decay, with float32's relative precision however long the half-life."""
     images = jnp.asarray(step, jnp.float32) * batch * rampup if rampup else halflife
     return -jnp.expm1(-np.log(2) * batch / jnp.maximum(jnp.minimum(images, halflife), 1e-8))
@@ -245,8 +246,8 @@ def halflife_newest(step, batch: int, halflife: float, rampup: float):
 def initial_fraction(
     steps: int, *, ema: float, ema_warmup: bool, ema_halflife: float, ema_rampup: float, batch: int, **_
 ) -> float:
-    """Share of the weights before the first update in their moving average after so many updates: the product of the
-    decays, in float64. The arguments are those of `make_optim`."""
+    """Fraction of the initial weights in their moving average after so many updates: the product of the decays, in
+    float64. The arguments are those of `make_optim`."""
     if ema_halflife:
         return float(steps == 0) if ema_rampup else 0.5 ** (steps * batch / ema_halflife)
     if not ema:
@@ -259,9 +260,8 @@ def initial_fraction(
 
 
 def steps_within_update(optim: Optim, times: int) -> Optim:
-    """Returns `optim` for a network that takes `times` optimiser steps in each update: its learning rates follow the
-    count of updates, not that of steps (a discriminator of five steps would else end its schedule at a fifth of the
-    run)."""
+    """`optim` for a network with `times` optimiser steps in each update: its learning rates follow the count of
+    updates, not that of steps (a discriminator of five steps would else end its schedule at a fifth of the run)."""
     return optim._replace(tx=lambda name, steps=1: optim.tx(name, times * steps))
 
 
@@ -285,7 +285,7 @@ def make_optim(
       ema: decay of the moving average of the weights, 0 for none.
       ema_warmup: decay min(ema, (1 + n) / (10 + n)) at update n, so that short runs average too. n counts from 1, as in
         the release of score SDEs and in latent diffusion's.
-      ema_std: widths of power-function averages kept beside it, from which one of any width is made afterwards.
+      ema_std: widths of power-function averages beside it, of which one of any width is computed afterwards.
       ema_halflife: in images, in place of `ema`; 0: none. `ema_rampup`: see `halflife_decay`.
       batch: images of one update, for the half-life.
       networks: {network: fields that differ from `common`}.
@@ -294,10 +294,10 @@ def make_optim(
     def tx(network: str, times: int = 1) -> optax.GradientTransformation:
         return transformation(steps, **{**common, **networks.get(network, {})}, times=times)
 
-    def newest(step):
+    def one_minus_decay(step):
         if ema_halflife:
-            return halflife_newest(step, batch, ema_halflife, ema_rampup)
+            return halflife_one_minus_decay(step, batch, ema_halflife, ema_rampup)
         n = jnp.asarray(step, jnp.float32) + 1
         return jnp.maximum(1 - ema, 9 / (10 + n)) if ema_warmup else jnp.asarray(1 - ema, jnp.float32)
 
-    return Optim(tx, accumulate, newest, tuple(ema_std))
+    return Optim(tx, accumulate, one_minus_decay, tuple(ema_std))

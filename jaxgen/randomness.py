@@ -1,4 +1,4 @@
-"""Keys of randomness that cannot coincide: streams by name, and keys and noise by example.
+"""Random keys that cannot coincide: named streams, and keys and noise by example.
 
 JAX derives a key from another by an integer: `split(rng, n)[i]` and `fold_in(rng, i)` are one key, for every n. So one
 key must not be both split and folded by small integers, nor drawn from and derived from. Where a function needs several
@@ -19,36 +19,35 @@ Array = jax.Array
 NAMED = 0x80000000  # the bit that tells names from indices, which are below it
 
 
-def number(name: str) -> int:
+def stream_id(name: str) -> int:
     """The 32-bit integer of a name, 2^31 or more: the same in every process and version."""
     return zlib.crc32(name.encode()) | NAMED
 
 
 def stream(rng: Array, name: str) -> Array:
     """The key of the stream `name` of `rng`: none of `split(rng, n)`, nor of `fold_in(rng, i)` for i below 2^31."""
-    return jax.random.fold_in(rng, np.uint32(number(name)))
+    return jax.random.fold_in(rng, np.uint32(stream_id(name)))
 
 
 def streams(rng: Array, *names: str) -> tuple[Array, ...]:
     """One key per name, in their order.
 
     Raises:
-      ValueError: two of the names share a key.
+      ValueError: two of the names have the same key.
     """
-    if len({number(name) for name in names}) < len(names):
+    if len({stream_id(name) for name in names}) < len(names):
         raise ValueError(f'two of the streams {names} are one: rename one of them')
     return tuple(stream(rng, name) for name in names)
 
 
 def example_keys(rng: Array, batch: Any) -> Array:
-    """One key per sample, [n], by the sample's number `batch['index']`.
+    """One key per example, [n], by its number `batch['index']`.
 
-    What a sample looks like then depends on the seed and its number only, not on how many are
-    drawn at once or on how many devices.
+    So a sample is a function of the seed and its number, and not of the batch or the number of devices.
     """
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(batch['index'])
 
 
 def normal(keys: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal noise [n, *shape] from keys [n], each example from its own key."""
+    """Standard normal noise [n, *shape], each example by its own key of keys [n]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,8 +1,7 @@
-"""One program for one device and for a pod: the mesh, and where every array lies on it.
+"""One program for one device and for a pod: the mesh, and the sharding of every array on it.
 
-Batches are cut over all devices. Weights, optimiser states, averages and frozen stages are cut
-over the `fsdp` axis by one rule and copied over the `data` axis. XLA adds the communication;
-no family mentions devices.
+Batches are sharded over all devices. Weights, optimiser states, averages and frozen stages are sharded over the `fsdp`
+axis by one rule and replicated over the `data` axis. XLA adds the communication; no family mentions devices.
 """
 
 from __future__ import annotations
@@ -19,42 +18,42 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
 
-# Smaller arrays cost more to gather than to keep.
+# Smaller arrays are replicated: gathering them would cost more than their memory.
 SMALLEST_SHARDED = 2**12
 
 
-def collides(jaxpr) -> bool:
-    """Whether a jaxpr writes to several places at once that might be one: gradients of look-ups, of maxima over
-    windows, and histograms do."""
+def overlapping_writes(jaxpr) -> bool:
+    """Whether a jaxpr may write several numbers to one index at once: gradients of look-ups and of maxima over windows
+    do, and histograms."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name.startswith('scatter'):
             rows = math.prod(eqn.invars[1].aval.shape[:-1])
             if rows > 1 and not eqn.params['unique_indices']:
                 return True
-        if name.startswith('select_and_scatter') or any(map(collides, core.jaxprs_in_params(eqn.params))):
+        if name.startswith('select_and_scatter') or any(map(overlapping_writes, core.jaxprs_in_params(eqn.params))):
             return True
     return False
 
 
 def jit(function, **options):
-    """jax.jit, on GPUs of a program that gives the same bits in every process.
+    """jax.jit with results that are the same, bit for bit, in every process, also on GPUs.
 
-    XLA for GPUs by default times the kernels that would do and takes the fastest, and some of those add in no fixed
-    order: two starts of one training went apart (by 0.008 in a weight after 100 updates of ddpm_digits on an H100,
-    by nothing with the option that is set here). Under that option XLA writes to places that might coincide one after
-    another in a loop, so a program that does this is left as XLA makes it, and differs by rounding from start to start.
+    XLA for GPUs by default chooses the fastest of several kernels by their measured times, and some of them add in no
+    fixed order: two starts of one training diverged (by 0.008 in a weight after 100 updates of ddpm_digits on an H100,
+    by nothing with the option that is set here). Under that option XLA makes slow loops of writes that may overlap, so
+    a program with any is compiled without it, and differs by rounding from start to start.
     """
     plain = jax.jit(function, **options)
     if jax.default_backend() != 'gpu':
         return plain
     options['compiler_options'] = {'xla_gpu_deterministic_ops': True, **(options.get('compiler_options') or {})}
-    settled = jax.jit(function, **options)
+    deterministic = jax.jit(function, **options)
     chosen: list[Callable] = []
 
     def call(*args):
         if not chosen:
-            chosen.append(plain if collides(plain.trace(*args).jaxpr.jaxpr) else settled)
+            chosen.append(plain if overlapping_writes(plain.trace(*args).jaxpr.jaxpr) else deterministic)
         return chosen[0](*args)
 
     return call
@@ -78,7 +77,7 @@ def check_devices() -> None:
 
 
 def check_batch(mesh: Mesh, name: str, batch: int) -> None:
-    """UserError unless the batch can be cut into equal parts, one per device."""
+    """Raises UserError unless the batch can be cut into equal parts, one per device."""
     if batch % mesh.size:
         raise UserError(
             f'{name} = {batch} must be a multiple of the number of devices, {mesh.size}: '
@@ -92,25 +91,26 @@ def over_batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array of which every device has a copy."""
     return NamedSharding(mesh, P())
 
 
 def over_weights(mesh: Mesh, tree):
-    """Sharding of every leaf: the largest dimension that divides goes over fsdp, small leaves are copied."""
+    """Sharding of every leaf: its largest axis that divides is cut over fsdp; small leaves are replicated."""
     size = mesh.shape['fsdp']
 
-    def place(leaf) -> NamedSharding:
+    def sharding_of(leaf) -> NamedSharding:
         fits = [d for d in range(leaf.ndim) if leaf.shape[d] % size == 0]
         if size == 1 or not fits or np.prod(leaf.shape) < SMALLEST_SHARDED:
             return replicated(mesh)
         axis = max(fits, key=lambda d: leaf.shape[d])
         return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(sharding_of, tree)
 
 
 def put_batch(mesh: Mesh, batch: dict, leading: int = 0) -> dict:
-    """Host arrays, this process's block of each batch, as arrays over the whole mesh."""
+    """Arrays over the whole mesh of host arrays, of which each process has its own block of the batch."""
     sharding = over_batch(mesh, leading)
     return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 
@@ -121,10 +121,8 @@ def round_up(mesh: Mesh, n: int) -> int:
 
 
 def put_padded(mesh: Mesh, batch: dict, size: int) -> tuple[dict, int]:
-    """A batch that every process holds whole, filled up to `size` with copies of its last example.
-
-    Returns the arrays over the mesh and the number of real examples. One size means one compile.
-    """
+    """(arrays over the mesh, number of real examples) of a batch that every process holds whole, padded to `size` with
+    copies of its last example: one size means one compile."""
     real = len(next(iter(batch.values())))
     each = size // jax.process_count()
     mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
@@ -133,7 +131,7 @@ def put_padded(mesh: Mesh, batch: dict, size: int) -> tuple[dict, int]:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may lie on several hosts, on every host."""
+    """The whole array, on every host, of one that may be sharded over several hosts."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -146,7 +144,7 @@ def barrier(name: str) -> None:
 
 
 def any_host(flag: bool) -> bool:
-    """True on every host if it is on one. All hosts must call it at the same place."""
+    """Whether the flag is set on any host. All hosts must call it at the same point."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

@@ -1,4 +1,4 @@
-"""Weights in files that torch wrote."""
+"""Weights in files written by torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAFE = (2, 6)  # before it, `weights_only` could be made to run code (CVE-2025-3
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """{name: array} of a .pth or .pt file of tensors. Nothing that it names is run.
+    """{name: array} of a .pth or .pt file of tensors, without running any code that it names.
 
     Raises:
       UserError: torch is too old for that.

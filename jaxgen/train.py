@@ -197,7 +197,7 @@ class Training:
         """Saves and ends the process with the exit code of an interruption."""
         self.save()
         self.checkpoints.wait()
-        hosts.part()
+        hosts.stop()
         interrupt.leave(f'stopped and saved at step {self.step}; the same command goes on from there')
 
     def still(self):

@@ -14,13 +14,13 @@ from jaxgen.errors import UserError
 from jaxgen.optim import (
     exponent,
     halflife_decay,
-    halflife_newest,
+    halflife_one_minus_decay,
     initial_fraction,
     learning_rate,
     make_optim,
     post_hoc,
     power_decay,
-    power_newest,
+    power_one_minus_decay,
     weight_decay_by_update,
 )
 
@@ -316,14 +316,14 @@ def test_widths_of_power_function_averages():
     assert exponent(0.05) == pytest.approx(16.97, abs=0.01) and exponent(0.1) == pytest.approx(6.94, abs=0.01)  # paper
     gamma = exponent(0.1)
     t = (np.arange(100_000) + 0.5) / 100_000
-    share = t**gamma / (t**gamma).sum()
-    assert np.sqrt((share * t**2).sum() - (share * t).sum() ** 2) == pytest.approx(0.1, rel=1e-4)
+    weight = t**gamma / (t**gamma).sum()
+    assert np.sqrt((weight * t**2).sum() - (weight * t).sum() ** 2) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_an_average_put_together_afterwards_is_the_one_tracked():
     """Of two widths, saved now and then, any other width comes out as if it had been kept all along."""
-    wanted = 0.07
-    o = optim(ema_std=(0.05, 0.1, wanted))
+    target = 0.07
+    o = optim(ema_std=(0.05, 0.1, target))
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.normal(size=(400, 3)), 0) * 0.1  # weights wander
     s, saved = state(o), []
@@ -333,11 +333,11 @@ def test_an_average_put_together_afterwards_is_the_one_tracked():
         if (n + 1) % 50 == 0:
             saved += [(n + 1, std, np.asarray(s.ema[f'line@{std}'])) for std in (0.05, 0.1)]
     assert set(s.ema) == {f'{name}{at}' for name in ('line', 'other') for at in ('', '@0.05', '@0.1', '@0.07')}
-    share = np.arange(1, 401) ** exponent(wanted)
-    np.testing.assert_allclose(s.ema['line@0.07'], share @ path / share.sum(), atol=0.02)
+    weight = np.arange(1, 401) ** exponent(target)
+    np.testing.assert_allclose(s.ema['line@0.07'], weight @ path / weight.sum(), atol=0.02)
     steps, stds, values = zip(*saved, strict=True)
-    shares = post_hoc(np.array(steps), np.array(stds), 400, wanted)
-    np.testing.assert_allclose(shares @ np.stack(values), s.ema['line@0.07'], atol=2e-3)
+    coefficients = post_hoc(np.array(steps), np.array(stds), 400, target)
+    np.testing.assert_allclose(coefficients @ np.stack(values), s.ema['line@0.07'], atol=2e-3)
     # Far more exact than the nearest of those that were kept.
     assert np.abs(values[-2] - s.ema['line@0.07']).max() > 0.02
 
@@ -348,16 +348,16 @@ def test_averages_go_on_in_long_runs(step):
     with np.errstate(divide='ignore'):
         for std in (0.05, 0.1, 0.28):
             gamma = exponent(std)
-            wanted = -np.expm1((gamma + 1) * np.log1p(-1 / np.float64(step + 1)))
-            assert float(power_newest(step, std)) == pytest.approx(wanted, rel=1e-5)
-            assert float(power_decay(step, std)) == pytest.approx(1 - wanted, abs=2e-7)
+            target = -np.expm1((gamma + 1) * np.log1p(-1 / np.float64(step + 1)))
+            assert float(power_one_minus_decay(step, std)) == pytest.approx(target, rel=1e-5)
+            assert float(power_decay(step, std)) == pytest.approx(1 - target, abs=2e-7)
     for halflife, rampup in ((1e4, 0.0), (1e10, 0.0), (1e10, 0.05)):
         images = min(halflife, step * 64 * rampup) if rampup else halflife
-        wanted = -np.expm1(-np.log(2) * 64 / images) if images else 1.0
-        assert float(halflife_newest(step, 64, halflife, rampup)) == pytest.approx(wanted, rel=1e-5)
+        target = -np.expm1(-np.log(2) * 64 / images) if images else 1.0
+        assert float(halflife_one_minus_decay(step, 64, halflife, rampup)) == pytest.approx(target, rel=1e-5)
     for warm in (False, True):
-        wanted = max(1 - 0.999999, 9 / (11 + step)) if warm else 1 - 0.999999
-        assert float(optim(ema=0.999999, ema_warmup=warm).newest(step)) == pytest.approx(wanted, rel=1e-5)
+        target = max(1 - 0.999999, 9 / (11 + step)) if warm else 1 - 0.999999
+        assert float(optim(ema=0.999999, ema_warmup=warm).one_minus_decay(step)) == pytest.approx(target, rel=1e-5)
 
 
 def test_an_average_late_in_a_run_takes_its_step():
@@ -396,7 +396,7 @@ def test_what_is_left_of_the_first_weights(steps):
     cases += [dict(ema_halflife=5e4), dict(ema_halflife=5e4, ema_rampup=0.05), dict(ema=0.1, ema_warmup=True)]
     for case in cases:
         fields = dict(ema=0.0, ema_warmup=False, ema_halflife=0.0, ema_rampup=0.0, batch=64) | case
-        newest, left = make_optim(10, **{**DEFAULTS['optim'], **fields}).newest, 1.0
+        newest, left = make_optim(10, **{**DEFAULTS['optim'], **fields}).one_minus_decay, 1.0
         for value in np.asarray(jax.vmap(newest)(jnp.arange(steps)), np.float64):
             left *= 1 - value
         assert initial_fraction(steps, **fields) == pytest.approx(left, rel=2e-3, abs=1e-12), case

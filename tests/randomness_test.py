@@ -267,6 +267,6 @@ def test_streams_are_apart_from_indices():
     by_index = {*words(jax.random.split(key, 1000)), *(words(jax.random.fold_in(key, i))[0] for i in range(50))}
     assert len({words(k)[0] for k in named}) == 4 and not {words(k)[0] for k in named} & by_index
     assert words(jax.random.fold_in(key, 7)) == words(jax.random.split(key, 1000)[7]), 'why names are needed'
-    assert randomness.number('123456789') == 0xCBF43926  # the check value of CRC-32
+    assert randomness.stream_id('123456789') == 0xCBF43926  # the check value of CRC-32
     with pytest.raises(ValueError, match='two of the streams'):
         randomness.streams(key, 'sample', 'update', 'sample')

@@ -610,8 +610,8 @@ def test_another_jax_has_hosts_all_the_same(monkeypatch, capfd):
     for name, value in (('COORDINATOR_ADDRESS', 'host:1'), ('NUM_PROCESSES', '2'), ('PROCESS_ID', '1')):
         monkeypatch.setenv(f'JAX_{name}', value)
     hosts.start()
-    assert given['process_id'] == 1 and hosts._watch is None
-    assert capfd.readouterr().err.count('a lost one is not named') == 1
+    assert given['process_id'] == 1 and hosts._heartbeats is None
+    assert capfd.readouterr().err.count('a lost host is not named') == 1
 
 
 NAMES = ('run[1]', 'back\\slash', '*', '**', '?', '{a,b}', '%20', 'two words', 'ü€', 'new\nline', '-x', 'gs:')

@@ -24,7 +24,7 @@ def maxima(x):
 ])  # fmt: skip
 def test_writes_that_may_meet_are_found(function, expected):
     traced = jax.make_jaxpr(function)(jnp.zeros(6), jnp.arange(3))
-    assert sharding.collides(traced.jaxpr) == expected
+    assert sharding.overlapping_writes(traced.jaxpr) == expected
 
 
 def test_programs_for_gpus_give_the_same_bits_in_every_process(monkeypatch):

@@ -22,7 +22,7 @@ from jaxgen.errors import UserError
 from jaxgen.families import vdm
 from jaxgen.networks.denoisers import bind
 from jaxgen.networks.vdm import Schedule, VDMNet
-from jaxgen.optim import decayed, make_optim
+from jaxgen.optim import decay_mask, make_optim
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -601,5 +601,5 @@ def test_weight_decay_is_of_all_but_biases_as_in_the_release():
     params = jax.eval_shape(family.init, jax.random.key(0), {'image': jnp.zeros((1, 8, 8, 3))}, {}).params
     for name, weights in params.items():
         patterns = {**config.optim, **config.optim.networks.get(name, {})}['no_decay']
-        for path, kept in jax.tree.leaves_with_path(decayed(weights, tuple(patterns))):
+        for path, kept in jax.tree.leaves_with_path(decay_mask(weights, tuple(patterns))):
             assert kept == (path[-1].key != 'bias'), path
