@@ -1,13 +1,13 @@
 """Checkpoints: the only file that imports orbax.
 
-A checkpoint holds the fields of State as separate items, so that sampling reads only what it
-needs, and `about` (JSON): step, examples seen, the tree's names, shapes and dtypes, the meter,
-versions. Saving goes on in the background. When it has ended, a digest of the files is written
-to `digests/<step>.json`, because Orbax restores a flipped bit without noticing.
+A checkpoint holds the fields of State as separate items, so that sampling reads only what it needs, and `about` (JSON):
+step, number of training examples, the tree's names, shapes and dtypes, the meter, versions. Saving goes on in the
+background. When it has ended, a digest of the files is written to `digests/<step>.json`, because Orbax restores a
+flipped bit without an error.
 
-What is wrong is told apart: a tree that does not fit the config is the person's error and names
-the weights; a checkpoint that cannot be read is a fault, and the one before it is used, loudly.
-If there are checkpoints and none can be read, nothing is started afresh beside them.
+Mistakes and faults are distinguished: a tree that does not fit the config is the person's mistake, and the message
+names the weights; a checkpoint that cannot be read is a fault, and the one before it is used, with a warning. If there
+are checkpoints and none can be read, no new training is started beside them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from jaxgen import files, log, sharding
+from jaxgen import files, log, origin, sharding
 from jaxgen.contract import State
 from jaxgen.errors import RunError, UserError
 
 
-class Complaints(logging.Filter):
-    """Keeps what Orbax logs off the screen (it narrates every save, and prints the traceback of what it raises too)
-    and its warnings in mind: what it only warns of has cost whole checkpoints. `take` gives them once."""
+class OrbaxWarnings(logging.Filter):
+    """A filter that keeps Orbax's log off the screen (lines about every save, and a traceback of every exception)
+    and stores its warnings, some of which are of checkpoints that cannot be read. `take` returns and removes them."""
 
     def __init__(self):
         super().__init__()
@@ -56,15 +56,15 @@ class Complaints(logging.Filter):
         return lines
 
 
-COMPLAINTS = Complaints()
-logging.getLogger('absl').addFilter(COMPLAINTS)
-# When one write fails, those beside it are dropped with their exceptions: the save's own says it all.
+ORBAX_WARNINGS = OrbaxWarnings()
+logging.getLogger('absl').addFilter(ORBAX_WARNINGS)
+# When one write fails, the concurrent ones are dropped with their exceptions: that of the save is reported.
 logging.getLogger('asyncio').addFilter(lambda record: 'was never retrieved' not in record.getMessage())
 
 
 def print_unraisable(what, default=sys.__unraisablehook__) -> None:
-    """sys.unraisablehook of a process that saves. When one write fails, the writes beside it report to an event
-    loop that is gone, one traceback each; the failure itself is raised where the save is waited for."""
+    """sys.unraisablehook of a process that saves. When one write fails, the concurrent ones report to a closed event
+    loop, one traceback each; the failure itself is raised where the save is waited for."""
     closed = str(what.exc_value) == 'Event loop is closed'
     again = isinstance(what.exc_value, OSError) and no_space(what.exc_value)  # of files that are closed unwritten
     if not (closed or again):
@@ -80,7 +80,8 @@ def describe_tree(tree) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves}
 
 
-def has_leaves(tree) -> bool:
+def has_arrays(tree) -> bool:
+    """Whether a tree has leaves."""
     return bool(jax.tree.leaves(tree))
 
 
@@ -88,7 +89,7 @@ def digest(folder: str) -> dict[str, str]:
     """{relative path: SHA-256} of every file in a folder.
 
     Raises:
-      ValueError: it holds a link, a pipe or a device: what is read through those is not the run's.
+      ValueError: it holds a link, a pipe or a device, through which other data than the run's would be read.
     """
     sums = {}
     for root, folders, names in os.walk(folder, onerror=reraise):
@@ -107,15 +108,15 @@ def reraise(e: OSError) -> None:
     raise e
 
 
-# Paths that Orbax, etils and TensorStore take literally. They read brackets as a pattern, a backslash as a slash, gs:/
-# and /gs/ as a bucket, and bytes that are not UTF-8 not at all.
+# Paths that Orbax, etils and TensorStore read literally. Brackets are a pattern for them, a backslash is a slash, gs:/
+# and /gs/ are a bucket, and bytes that are not UTF-8 an error.
 PLAIN = re.compile(r'(?!/(gs|s3|az|hf)/)[\w/.,+=@#%~ -]+', re.ASCII)
 
 
 @contextlib.contextmanager
 def plain_path(folder: str):
-    """A path of an existing folder that the checkpoint library takes literally, whatever the folder is called: its own
-    where it is plain, else that of a descriptor, which goes with the block.
+    """A path of an existing folder that the checkpoint library reads literally, whatever the folder's name: its own
+    where it is plain, else that of a descriptor, which is closed with the block.
 
     Raises:
       UserError: the system has no such paths.
@@ -137,14 +138,14 @@ def plain_path(folder: str):
 
 
 def count_arrays(folder: str) -> int:
-    """How many arrays a saved tree holds, by the index of its key-value store."""
+    """Number of arrays in a saved tree, by the index of its key-value store."""
     spec = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': folder + '/'}}
     store = tensorstore.KvStore.open(spec).result()
     return sum(key.endswith(b'.zarray') for key in store.list().result())
 
 
 def no_space(e: BaseException) -> str:
-    """What a failed write lacked, or '' if it was not space."""
+    """The reason of a failed write where it is a lack of space, else ''."""
     reasons = {
         errno.ENOSPC: 'the disk is full',
         errno.EFBIG: 'the file is too large',
@@ -155,7 +156,7 @@ def no_space(e: BaseException) -> str:
 
 
 def stopped(workdir: str, e: OSError) -> RunError:
-    """The line about a file of a run that could not be written or read, with the newest checkpoint that is whole."""
+    """The error about a file of a run that could not be written or read, with the newest intact checkpoint."""
     reason = no_space(e) or e.strerror or ' '.join(str(e).split())[:300]
     where = f' ({e.filename})' if e.filename else ''
     good = []
@@ -175,7 +176,7 @@ class Checkpoints:
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.digests = os.path.abspath(os.path.join(workdir, 'digests'))
         self.writes = keep > 0
-        files.refuse_links(workdir, 'checkpoints', 'digests', 'damaged')
+        origin.check_layout(workdir)
         if self.writes:
             os.makedirs(self.folder, exist_ok=True)
             os.makedirs(self.digests, exist_ok=True)
@@ -189,7 +190,6 @@ class Checkpoints:
         self.closing = contextlib.ExitStack()
         self.manager: Any = None  # of Orbax; None where there is no folder
         if os.path.isdir(self.folder):
-            files.refuse_links(self.folder, *os.listdir(self.folder))
             self.path = self.closing.enter_context(plain_path(self.folder))
             self.manager = ocp.CheckpointManager(self.path, options=options)
         self.thread: threading.Thread | None = None
@@ -218,10 +218,10 @@ class Checkpoints:
             if step in self.steps():
                 return
             self.check_space(step, state)
-            tree = {item: getattr(state, item) for item in ITEMS if has_leaves(getattr(state, item))}
+            tree = {item: getattr(state, item) for item in ITEMS if has_arrays(getattr(state, item))}
             about = {'step': step, 'tree': describe_tree(tree), **about}
             arrays = {item: len(jax.tree.leaves(value)) for item, value in tree.items()}
-            COMPLAINTS.take()
+            ORBAX_WARNINGS.take()
             items = {item: ocp.args.StandardSave(value) for item, value in tree.items()}
             try:
                 self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)), force=True)
@@ -231,29 +231,29 @@ class Checkpoints:
             self.thread.start()
 
     def finish(self, step: int, arrays: dict[str, int]) -> None:
-        """Waits for the files of a save, looks whether they can be read and writes their digest.
+        """Waits for the files of a save, checks that they can be read and writes their digest.
 
         Args:
-          arrays: how many arrays each item was saved with.
+          arrays: number of arrays of each item.
         """
         try:
             self.manager.wait_until_finished()
-            complaints = COMPLAINTS.take()
+            warnings = ORBAX_WARNINGS.take()
             if jax.process_index() == 0:
                 for item, n in arrays.items():
-                    there = count_arrays(os.path.join(self.path, str(step), item))
-                    if there != n:
-                        raise OSError(f'of {n} arrays of {item!r} {there} can be read back; {"; ".join(complaints)}')
-                for line in dict.fromkeys(complaints):
+                    readable = count_arrays(os.path.join(self.path, str(step), item))
+                    if readable != n:
+                        raise OSError(f'of {n} arrays of {item!r} {readable} can be read back; {"; ".join(warnings)}')
+                for line in dict.fromkeys(warnings):
                     log.say(f'WARNING: the checkpoint of step {step} is saved, with a warning: {line}')
                 files.save_json(
                     os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step)))
                 )
-                self.forget_digests()
+                self.remove_stale_digests()
         except BaseException as e:
             self.fault = self.failed(step, e)
 
-    def forget_digests(self) -> None:
+    def remove_stale_digests(self) -> None:
         """Removes the digests of checkpoints that are no longer there, and nothing else."""
         for name in os.listdir(self.digests):
             path, step = os.path.join(self.digests, name), re.fullmatch(r'([0-9]+)\.json', name)
@@ -275,6 +275,7 @@ class Checkpoints:
                 raise fault
 
     def failed(self, step: int, e: BaseException) -> RunError:
+        """The error about a checkpoint that could not be saved."""
         text = ' '.join(str(e).split())
         reason = no_space(e)
         good = [s for s in self.steps() if s != step]
@@ -286,10 +287,9 @@ class Checkpoints:
         """Why the files of a checkpoint are not those that were saved, or ''."""
         name = f'{step}.json'
         path = os.path.join(self.digests, name)
-        files.refuse_links(self.digests, name)
         try:
             sums = digest(os.path.join(self.folder, str(step)))
-            if not os.path.exists(path):  # killed between the save and its digest: reading it will tell
+            if not os.path.exists(path):  # killed between the save and its digest: restoring will show it
                 return ''
             with open(path, encoding='utf-8') as file:
                 saved = json.load(file)
@@ -321,18 +321,18 @@ class Checkpoints:
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
-            problem, found, fault = self.trouble(step), None, None
+            problem, restored, fault = self.trouble(step), None, None
             if not problem:
                 try:
-                    found = self.read(step, abstract, mesh, items)
+                    restored = self.read(step, abstract, mesh, items)
                 except (UserError, RunError, MemoryError):
                     raise
                 except Exception as e:
                     fault, problem = e, f'it cannot be read ({" ".join(str(e).split())[:200]})'
-            if found:
-                self.put_aside(damaged)
-                return found
-            if self.reloaded() != steps:  # a training beside us went on meanwhile, and removed what was being read
+            if restored:
+                self.move_damaged(damaged)
+                return restored
+            if self.reloaded() != steps:  # a concurrent training has removed the checkpoint that was being read
                 return self.restore(abstract, mesh, items)
             if fault and self.is_intact(step):  # the fault is not the files'
                 raise RunError(
@@ -346,7 +346,7 @@ class Checkpoints:
         return None
 
     def reloaded(self) -> list[int]:
-        """`steps`, as they are on the disk by now."""
+        """`steps`, read from the disk again."""
         self.manager.reload()
         return self.steps()
 
@@ -354,8 +354,8 @@ class Checkpoints:
         """Whether there is a digest of a checkpoint, and its files have it."""
         return os.path.exists(os.path.join(self.digests, f'{step}.json')) and not self.trouble(step)
 
-    def put_aside(self, damaged: list[int]) -> None:
-        """Moves damaged checkpoints out of the way of those that will be saved at the same steps."""
+    def move_damaged(self, damaged: list[int]) -> None:
+        """Moves damaged checkpoints to `damaged/`: others will be saved at the same steps."""
         if not self.writes or not damaged:
             return
         if jax.process_index() == 0:
@@ -366,34 +366,36 @@ class Checkpoints:
                 os.rename(os.path.join(self.folder, str(step)), to)
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(os.path.join(self.digests, f'{step}.json'), f'{to}.json')
-        sharding.barrier('put_aside')
+        sharding.barrier('move_damaged')
         self.manager.reload()
 
     def read(self, step: int, abstract: State, mesh, items: tuple[str, ...]) -> tuple[State, dict]:
+        """(state, about) of the checkpoint of a step; see `restore`."""
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
         if about.get('step') != step or not isinstance(about.get('tree'), dict):
-            raise ValueError('what it says of itself is not that of this step')
-        wanted = {item: getattr(abstract, item) for item in items if has_leaves(getattr(abstract, item))}
+            raise ValueError('its description is not that of this step')
+        expected = {item: getattr(abstract, item) for item in items if has_arrays(getattr(abstract, item))}
         names = [f"['{item}']" for item in items]
         saved = {k: v for k, v in about['tree'].items() if any(k.startswith(n) for n in names)}
-        here = describe_tree(wanted)
+        here = describe_tree(expected)
         for key in sorted(saved.keys() | here.keys()):
             if saved.get(key) != here.get(key):
                 raise UserError(
                     f'the checkpoint of step {step} is of another model: {key} is {saved.get(key, "absent")} there '
                     f'and {here.get(key, "absent")} by this config'
                 )
-        places = sharding.over_weights(mesh, wanted)
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places)
+        shardings = sharding.over_weights(mesh, expected)
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, shardings)
         args = {item: ocp.args.StandardRestore(value) for item, value in target.items()}
-        found = self.manager.restore(step, args=ocp.args.Composite(**args))
-        # What has no arrays is not saved, and is what it is: {} or None.
+        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+        # Items without arrays are not saved: they are {} or None, as in `abstract`.
         rest = {item: getattr(abstract, item) if item in items else None for item in ITEMS}
-        rest |= {item: found[item] for item in wanted}
+        rest |= {item: restored[item] for item in expected}
         counter = jax.device_put(np.int32(about['step']), sharding.replicated(mesh))
         return State(step=counter, **rest), about
 
     def close(self) -> None:
+        """Waits for the last save, and frees all resources."""
         self.wait()
         if self.manager:
             self.manager.close()

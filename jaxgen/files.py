@@ -1,7 +1,6 @@
 """Files, PNG, JSON and NPZ, written whole or not at all.
 
-A run may come from somebody else: it is data, and nothing outside of its directory is read or written through what lies
-in it.
+No file is written through a link: a run may come from somebody else (see `origin.check_layout`).
 """
 
 from __future__ import annotations
@@ -18,17 +17,6 @@ import numpy as np
 from PIL import Image
 
 from jaxgen.errors import UserError
-
-
-def refuse_links(folder: str, *names: str) -> None:
-    """Raises UserError where one of these in a folder is a symbolic link. The folder itself may be reached by one."""
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.islink(path):
-            raise UserError(
-                f'{path} is a symbolic link to {os.readlink(path)}: a run holds its own files; put the files there in '
-                'its place, or make the whole run directory a link'
-            )
 
 
 def absolute(path: str) -> str:
@@ -55,8 +43,8 @@ def replacing(path: str):
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """A sheet, uint8 [H, W, C], of images uint8 [n, h, w, C], row by row, with gaps; small ones are enlarged to 48
-    pixels."""
+    """An image grid, uint8 [H, W, C], of images uint8 [n, h, w, C], row by row, with gaps; small ones are enlarged to
+    48 pixels."""
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -90,7 +78,7 @@ def save_npz(path: str, arrays: dict[str, np.ndarray], compressed: bool = False)
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
-    """The arrays in a file of `save_npz`. Never runs what a file holds.
+    """The arrays in a file of `save_npz`, without running any code in it.
 
     Raises:
       ValueError: it is damaged.

@@ -1,7 +1,7 @@
-"""Whether a run was trained by the person who uses it, and what a run of anybody else may do: nothing.
+"""The origin of a run: whether it was trained by the person who uses it. Only then are the paths in it trusted.
 
-A run directory is data. Its config names paths outside of it: a folder of images, earlier stages, a network to measure
-with. Whoever trained the run named these himself, so training signs them with a secret of the person's own
+A run directory is data. Its config names paths outside of it: a folder of images, earlier stages, a feature network.
+The person who trained the run named these, so training signs them with the person's own secret
 (`~/.config/jaxgen/key`), and the signature moves with the run. In a run with another signature, or none, such a path is
 used only where the person names it on the command line or in the call.
 """
@@ -23,7 +23,7 @@ from jaxgen import files
 from jaxgen.errors import UserError
 
 NAME = 'origin.json'
-# What a run writes into its directory. Links there would lead reading and writing out of it.
+# The entries of a run's directory. Through links there, files outside of it would be read and written.
 OWN = (
     *('config.json', NAME, 'data.json', 'lock', 'metrics.jsonl', 'checkpoints', 'digests', 'damaged', 'samples'),
     *('explore', 'evaluation', 'evaluation.json', 'results', 'tensorboard', 'profile', 'stages'),
@@ -31,7 +31,7 @@ OWN = (
 
 
 def secret(create: bool = False) -> bytes:
-    """The person's key, b'' where there is none and none can be kept."""
+    """The person's key, b'' where there is none and none can be stored."""
     folder = os.path.join(os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config'), 'jaxgen')
     path = os.path.join(folder, 'key')
     with contextlib.suppress(OSError):
@@ -41,7 +41,7 @@ def secret(create: bool = False) -> bytes:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'wb') as file:
                 file.write(secrets.token_bytes(32))
             with contextlib.suppress(FileExistsError):
-                os.link(new, path)  # whole or not at all, and the first one stays
+                os.link(new, path)  # whole or not at all, and never over another
             os.remove(new)
         with open(path, 'rb') as file:
             return file.read(64)
@@ -49,42 +49,42 @@ def secret(create: bool = False) -> bytes:
 
 
 def signature(config, key: bytes) -> str:
-    """Of the paths that a config names."""
+    """HMAC-SHA256, in hexadecimal digits, of the paths that a config names."""
     text = json.dumps(configs.paths(config), sort_keys=True)
     return hmac.new(key, text.encode('utf-8', 'surrogateescape'), hashlib.sha256).hexdigest()
 
 
 def sign(workdir: str, config) -> None:
-    """Says in the run's directory that its paths were named by this person."""
+    """Writes this person's signature of a run's paths into its directory."""
     key = secret(create=True)
     if key:
         files.save_json(os.path.join(workdir, NAME), {'paths': signature(config, key)})
 
 
 def is_own(workdir: str, config) -> bool:
-    """Whether `sign` was called by this person with these paths."""
+    """Whether a run has this person's signature of these paths."""
     key = secret()
     try:
-        how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # nothing waits for a pipe of a stranger's
-        with open(os.open(os.path.join(workdir, NAME), how), encoding='utf-8') as file:
-            found = json.loads(file.read(1000))['paths']
-        return bool(key) and hmac.compare_digest(found, signature(config, key))
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not block
+        with open(os.open(os.path.join(workdir, NAME), flags), encoding='utf-8') as file:
+            saved = json.loads(file.read(1000))['paths']
+        return bool(key) and hmac.compare_digest(saved, signature(config, key))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def outside(workdir: str, path: str) -> bool:
-    """Whether a path lies outside of the run's directory, once links are followed."""
+    """Whether a path, its links resolved, lies outside of the run's directory."""
     run = os.path.realpath(workdir)
     return os.path.commonpath([run, os.path.realpath(path)]) != run
 
 
 def unnamed(workdir: str, saved, config, named: Set[str]) -> dict[str, str]:
-    """{field: path} of the paths outside of a run that nobody named but the run itself.
+    """{field: path} of the paths outside of a run that only the run itself names.
 
     Args:
       saved: the run's own config.
-      config: what is made of it by the person, who named the fields `named`.
+      config: the config in use, in which the person named the fields `named`.
     """
     if is_own(workdir, saved):
         return {}
@@ -112,8 +112,8 @@ def check_layout(workdir: str, everything: bool = False) -> None:
     The run's directory may be a link itself: the person named it.
 
     Args:
-      everything: look at all that lies in the directory, not only at what a run writes. The config of a stranger's run
-        may name images or a prepared data set in there.
+      everything: check all files in the directory, not only those that a run writes. The config of a stranger's run may
+        name images or a prepared data set among them.
     """
 
     def check(path: str) -> None:
@@ -129,5 +129,5 @@ def check_layout(workdir: str, everything: bool = False) -> None:
         check(top)
         for folder, folders, names in os.walk(top):
             for one in (*folders, *names):
-                with contextlib.suppress(FileNotFoundError):  # a training beside us removes what it no longer needs
+                with contextlib.suppress(FileNotFoundError):  # a concurrent training removes old checkpoints
                     check(os.path.join(folder, one))

@@ -34,14 +34,14 @@ def be_a_stranger(tmp_path, monkeypatch):
 @pytest.fixture
 def read_configs(monkeypatch) -> list[str]:
     """The config.json files that were read."""
-    found, read = [], configs.read_json
+    files, read = [], configs.read_json
 
     def record(file):
-        found.append(os.path.realpath(file))
+        files.append(os.path.realpath(file))
         return read(file)
 
     monkeypatch.setattr(configs, 'read_json', record)
-    return found
+    return files
 
 
 @pytest.mark.parametrize('place', ['{outside}', '{run}/../outside', '/etc', '{run}/inner'])
