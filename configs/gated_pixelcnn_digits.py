@@ -16,14 +16,13 @@ def get_config(variant: str = ''):
         family='pixelcnn',
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
         model=dict(
-            network='gated',
-            gated=dict(channels=32, blocks=4, kernel=3, hidden_kernel=3, head=64, dropout=0.3),
+            network=dict(name='gated', channels=32, blocks=4, kernel=3, hidden_kernel=3, head=64, dropout=0.3),
             conditional=True,
         ),
         optim=dict(lr=3e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
         train=dict(steps=700, updates_per_call=10, log_every=50, save_every=350, sample_every=350),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
-            'tiny': dict(model=dict(gated=dict(channels=8, blocks=1, head=12)), optim=dict(lr=1e-2, warmup=2)),
+            'tiny': dict(model=dict(network=dict(channels=8, blocks=1, head=12)), optim=dict(lr=1e-2, warmup=2)),
         },
     )

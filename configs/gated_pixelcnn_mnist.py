@@ -3,7 +3,7 @@
     python -m jaxgen.main --config=configs/gated_pixelcnn_mnist.py
 
 The sizes are those of a public port, https://github.com/anordertoreclaim/PixelCNN, which repeats the grey channel three
-times; its 930 weights that nothing reads are left out. Figures are in nats per image of 3 x 28 x 28 bits.
+times; its 930 weights that nothing reads are left out. Metrics are in nats per image of 3 x 28 x 28 bits.
 
 Differs: the port's learning rate goes up and down between 1e-4 and 1e-3 every 4,000 updates; it averages no
 weights.
@@ -22,8 +22,7 @@ def get_config(variant: str = ''):
         family='pixelcnn',
         data=dict(source='mnist', size=28, channels=3, features=('image', 'label'), batch=32),
         model=dict(
-            network='gated',
-            gated=dict(channels=30, blocks=6, kernel=7, hidden_kernel=7, head=10),
+            network=dict(name='gated', channels=30, blocks=6, kernel=7, hidden_kernel=7, head=10),
             levels=2,
             conditional=True,
         ),
@@ -32,7 +31,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(gated=dict(channels=6, blocks=1, kernel=3, hidden_kernel=3)),
+                model=dict(network=dict(channels=6, blocks=1, kernel=3, hidden_kernel=3)),
                 optim=dict(lr=1e-2),
             ),
         },

@@ -20,13 +20,13 @@ def get_config(variant: str = ''):
         variant,
         family='pixelcnn',
         data=dict(source='cifar10', size=32, channels=3, batch=16),
-        model=dict(network='pixelcnn', pixelcnn=dict(channels=128, blocks=15, kernel=7, hidden_kernel=3, head=1024)),
+        model=dict(network=dict(name='pixelcnn', channels=128, blocks=15, kernel=7, hidden_kernel=3, head=1024)),
         optim=dict(name='rmsprop', lr=1e-4, b2=0.95, ema=0.9995),
         train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000),
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),
-                model=dict(pixelcnn=dict(channels=6, blocks=1, kernel=3, head=12)),
+                model=dict(network=dict(channels=6, blocks=1, kernel=3, head=12)),
                 optim=dict(lr=1e-2),
             ),
         },

@@ -15,13 +15,13 @@ def get_config(variant: str = ''):
         variant,
         family='pixelcnn',
         data=dict(source='digits', size=8, channels=1, batch=64),
-        model=dict(network='pixelcnn', pixelcnn=dict(channels=32, blocks=4, kernel=5, head=64, dropout=0.3)),
+        model=dict(network=dict(name='pixelcnn', channels=32, blocks=4, kernel=5, head=64, dropout=0.3)),
         optim=dict(lr=3e-3, schedule='cosine', warmup=50, clip=1.0, ema=0.99, ema_warmup=True),
         train=dict(steps=700, updates_per_call=10, log_every=50, save_every=350, sample_every=350),
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                model=dict(pixelcnn=dict(channels=8, blocks=1, kernel=3, head=12)), optim=dict(lr=1e-2, warmup=2)
+                model=dict(network=dict(channels=8, blocks=1, kernel=3, head=12)), optim=dict(lr=1e-2, warmup=2)
             ),
         },
     )

@@ -19,8 +19,7 @@ def get_config(variant: str = ''):
         stages=dict(first='runs/vqvae2_digits'),
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
         model=dict(
-            network='snail',
-            snail=dict(channels=32, blocks=2, layers=2, heads=4, dropout=0.3),
+            network=dict(name='snail', channels=32, blocks=2, layers=2, heads=4, dropout=0.3),
             embedding=32,
             conditional=True,
         ),
@@ -29,7 +28,7 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                model=dict(snail=dict(channels=8, blocks=1, layers=1, heads=2), embedding=6, coarser_blocks=1),
+                model=dict(network=dict(channels=8, blocks=1, layers=1, heads=2), embedding=6, coarser_blocks=1),
                 optim=dict(lr=1e-2, warmup=2),
             ),
         },

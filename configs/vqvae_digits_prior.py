@@ -19,8 +19,7 @@ def get_config(variant: str = ''):
         stages=dict(first='runs/vqvae_digits'),
         data=dict(source='digits', size=8, channels=1, features=('image', 'label'), batch=64),
         model=dict(
-            network='gated',
-            gated=dict(channels=32, blocks=4, kernel=3, hidden_kernel=3, head=64, dropout=0.3),
+            network=dict(name='gated', channels=32, blocks=4, kernel=3, hidden_kernel=3, head=64, dropout=0.3),
             embedding=32,
             conditional=True,
         ),
@@ -29,7 +28,7 @@ def get_config(variant: str = ''):
         evaluate=dict(features='run:runs/classifier_digits', samples=2000),
         variants={
             'tiny': dict(
-                model=dict(gated=dict(channels=8, blocks=1, head=12), embedding=6, coarser_blocks=1),
+                model=dict(network=dict(channels=8, blocks=1, head=12), embedding=6, coarser_blocks=1),
                 optim=dict(lr=1e-2, warmup=2),
             ),
         },

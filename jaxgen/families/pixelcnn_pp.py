@@ -1,31 +1,32 @@
 """PixelCNN++ (Salimans et al. 2017, arXiv 1701.05517): an image pixel after pixel, each from a mixture of logistics.
 
-    p(x) = prod_i sum_k pi_k p_k(x_i | x_1, ..., x_{i-1}),
+    p(x) = prod_i sum_k pi_k p_k(x_i | x_1, ..., x_{i-1})                                               (eq. 1 to 3)
 
-where all that is in a mixture depends on the pixels before, and a pixel's colours share the component k; the means
-of green and blue move with the colours before them by a factor that the network gives. So one pass per pixel gives all
-of its colours. The distribution is over the 256 levels (`losses.likelihoods.discretised_logistic_mixture`), and the
-likelihood exact.
+where the mixture's parameters are computed from the pixels before, and a pixel's colours share the component k; the
+means of green and blue are linear in the colours before them, with coefficients of the network (eq. 3). So one pass
+per pixel gives all of its colours. The distribution is over the 256 quantisation levels
+(`losses.likelihoods.discretised_logistic_mixture`), and the likelihood exact.
 
-Samples are draws from just this distribution: every value is put to its level before the next one sees it. 'cached'
-and 'plain' drawing are those of the family pixelcnn.
+Samples have just this distribution: every value is rounded to its level before the next one depends on it. The
+samplers 'cached' and 'plain' are those of the family pixelcnn.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from jaxgen import options
 from jaxgen.checks import check_labels, check_size
 from jaxgen.contract import Aux, Context, Family, make_update, new_state
-from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
-from jaxgen.networks.masked import draw_cached, draw_plainly
+from jaxgen.networks.masked import SAMPLERS, with_cache
 from jaxgen.networks.pixelcnn import Condition
 from jaxgen.networks.pixelcnn_pp import PixelCNNpp
+from jaxgen.options import Count, OneOf, Positive, Rate
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -33,49 +34,99 @@ Array = jax.Array
 LEVELS = 256
 
 
+def with_ones(x: Array) -> Array:
+    """The network's input: images [..., C] with a channel of ones, [..., C + 1]."""
+    return jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+
+
+def to_image(values: Array) -> Array:
+    """Integers from 0 to 255 as float32 in [-1, 1]."""
+    return 2 * values.astype(jnp.float32) / (LEVELS - 1) - 1
+
+
+def negative_log_likelihood(net: PixelCNNpp, weights, x: Array, label: Array | None, rng=None) -> Array:
+    """-log p(x) [n] nats.
+
+    Args:
+      label: int32 [n], or None.
+      rng: a key of dropout in training; None: not in training.
+    """
+    rngs = None if rng is None else {'dropout': rng}
+    mixture = net.apply({'params': weights}, with_ones(x), Condition(label), rng is not None, rngs=rngs)
+    return -likelihoods.discretised_logistic_mixture(mixture, x, LEVELS)
+
+
+def sample_images(
+    net: PixelCNNpp, weights, keys: Array, image: tuple[int, int, int], label, temperature: float, sampler: str
+) -> Array:
+    """Samples, float32 [n, H, W, C] in [-1, 1].
+
+    Args:
+      keys: [n], one for each example.
+      image: (H, W, C).
+      label: int32 [n], or None.
+      temperature: see `likelihoods.draw_logistic_mixture`.
+      sampler: one of SAMPLERS.
+    """
+    height, width, channels = image
+    variables, condition = {'params': weights}, Condition(label)
+
+    def apply(variables, x, position, **options):
+        return net.apply(variables, x, condition, False, position, **options)
+
+    def draw(mixture, pixel, colour, old):
+        """All colours of a pixel, by its own key."""
+        own = jax.vmap(lambda key: jax.random.fold_in(key, pixel))(keys)
+        new = likelihoods.draw_logistic_mixture(own, mixture, channels, LEVELS, temperature)
+        return new, with_ones(to_image(new))
+
+    values = SAMPLERS[sampler](
+        with_cache(apply, variables),
+        draw,
+        (len(keys), height, width, channels + 1),
+        channels,
+        margin=net.margin,
+        rows=net.rows,
+        scales=net.scales,
+    )
+    return to_image(values)
+
+
+@options.checked
 def build(
     context: Context,
     *,
-    filters: int = 160,
-    blocks: int = 5,
-    scales: int = 3,
-    mixtures: int = 10,
-    dropout: float = 0.5,
+    filters: Count = 160,
+    blocks: Count = 5,
+    scales: Count = 3,
+    mixtures: Count = 10,
+    dropout: Rate = 0.5,
     conditional: bool = False,
-    temperature: float = 1.0,
-    sampler: str = 'cached',
+    temperature: Positive = 1.0,
+    sampler: Annotated[str, OneOf(*SAMPLERS)] = 'cached',
 ) -> Family:
     """PixelCNN++.
 
     Args:
       filters: features of each of the two streams.
-      blocks: gated residual blocks of each at each size, on the way down (and one more on the way up).
-      scales: sizes, each half the one before.
+      blocks: gated residual blocks of each at each resolution, on the way down (and one more on the way up).
+      scales: resolutions, each half the one before.
       mixtures: logistics in a mixture.
-      dropout: within the blocks.
-      conditional: tell the network the class, `batch['label']`.
-      temperature: of the choice of a component and of its width; 1: as learned.
-      sampler: 'cached' | 'plain'.
+      dropout: within the blocks, in training.
+      conditional: condition on the class, `batch['label']`.
+      temperature: of the choice of a component and of its width in sampling; 1: as learned.
+      sampler: 'cached' | 'plain', see the family pixelcnn.
 
     evaluate gives per image 'nll', in nats, and 'bits_per_dim', both exact.
 
     Raises:
       UserError: a value out of range, an image that cannot be halved often enough, no labels.
     """
-    if sampler not in ('cached', 'plain'):
-        raise UserError(f"config.model.sampler must be 'cached' or 'plain'; it is {sampler!r}")
-    check_labels(context, conditional)
-    if min(filters, blocks, scales, mixtures) < 1 or not 0 <= dropout < 1 or temperature <= 0:
-        raise UserError(
-            'config.model: filters, blocks, scales and mixtures must be 1 or more, dropout in [0, 1), temperature '
-            'more than 0'
-        )
-    height, width, channels = context.image
     divisor = 2 ** (scales - 1)
+    check_labels(context, conditional)
     check_size(context.image, divisor, f'config.model.scales = {scales}')
-
     net = PixelCNNpp(
-        likelihoods.logistic_mixture_size(channels, mixtures),
+        likelihoods.logistic_mixture_size(context.image[2], mixtures),
         filters,
         blocks,
         scales,
@@ -84,62 +135,30 @@ def build(
         context.dtype,
         context.remat,
     )
-
-    def look(values: Array) -> Array:
-        """int [..., C] as the network sees them, with ones beside: float32 [..., C + 1]."""
-        x = 2 * values.astype(jnp.float32) / (LEVELS - 1) - 1
-        return jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-
-    def score(params, batch, train, rng) -> Array:
-        """-log p(x) [n], nats."""
-        x = batch['image']
-        seen = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-        rngs = {'dropout': rng} if train else None
-        found = net.apply({'params': params['pixelcnn']}, seen, Condition(batch.get('label')), train, rngs=rngs)
-        return -likelihoods.discretised_logistic_mixture(found, x, LEVELS)
-
-    to_bits = 1 / (math.prod(context.image) * math.log(2))
+    to_bits = 1 / (math.prod(context.image) * math.log(2))  # nats per image to bits per dimension
 
     def loss(params, state, frozen, batch, rng):
-        bits = score(params, batch, True, rng).mean() * to_bits
+        nll = negative_log_likelihood(net, params['pixelcnn'], batch['image'], batch.get('label'), rng)
+        bits = nll.mean() * to_bits
         return bits, Aux({'loss': bits})
-
-    update = make_update(loss, context.optim, 'pixelcnn')
 
     def init(rng, batch, frozen):
         # The batch sets scales and biases, so that every layer starts with outputs of one size.
-        x = batch['image']
-        seen = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
         label = batch['label'] if conditional else None
-        return new_state({'pixelcnn': net.init(rng, seen, Condition(label))['params']}, context.optim)
+        params = net.init(rng, with_ones(batch['image']), Condition(label))['params']
+        return new_state({'pixelcnn': params}, context.optim)
 
     def sample(state, frozen, batch, rng):
-        params, keys = {'params': state.ema['pixelcnn']}, example_keys(rng, batch)
-        condition = Condition(batch.get('label'))
-
-        def run(x, place, cache):
-            if place is None:
-                return net.apply(params, x, condition), cache
-            output, changed = net.apply({**params, 'cache': cache}, x, condition, False, place, mutable=['cache'])
-            return output, changed['cache']
-
-        def draw(found, pixel, colour, old):
-            here = jax.vmap(lambda key: jax.random.fold_in(key, pixel))(keys)
-            new = likelihoods.draw_logistic_mixture(here, found, channels, LEVELS, temperature)
-            return new, look(new)
-
-        way = functools.partial(draw_cached, margin=net.margin, rows=net.rows, scales=scales)
-        shape = (len(keys), height, width, channels + 1)
-        values = (way if sampler == 'cached' else draw_plainly)(run, draw, shape, channels)
-        return 2 * values.astype(jnp.float32) / (LEVELS - 1) - 1
+        keys, label = example_keys(rng, batch), batch.get('label')
+        return sample_images(net, state.ema['pixelcnn'], keys, context.image, label, temperature, sampler)
 
     def evaluate(state, frozen, batch, rng):
-        nll = score(state.ema, batch, False, rng)
+        nll = negative_log_likelihood(net, state.ema['pixelcnn'], batch['image'], batch.get('label'))
         return {'nll': nll, 'bits_per_dim': nll * to_bits}
 
     return Family(
         init,
-        update,
+        make_update(loss, context.optim, 'pixelcnn'),
         sample,
         evaluate,
         conditions=('label',) if conditional else (),

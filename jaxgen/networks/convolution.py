@@ -1,10 +1,9 @@
 """A convolution whose gradients are fast on CPUs inside loops too.
 
-XLA for CPUs brings a convolution into the layout that its fast code takes only in the outermost
-computation. In the body of a loop (`lax.scan` over critic steps, gradient accumulation, several
-updates per call) a gradient's convolution, which comes with its axes permuted, takes the slow code:
-100 times slower at 32x32 pixels and 128 channels. So on CPUs the gradients are written here as
-plain NHWC convolutions of transposed arrays. Numbers are the same to rounding; on other devices
+XLA for CPUs brings a convolution into the layout of its fast code only in the outermost computation. In the body of a
+loop (`lax.scan` over critic steps, gradient accumulation, several updates per call) a gradient's convolution, whose
+axes are permuted, runs by the slow code: 100 times slower at 32x32 pixels and 128 channels. So on CPUs the gradients
+are written here as plain NHWC convolutions of transposed arrays. Numbers are the same to rounding; on other devices
 JAX's own gradients are used.
 """
 
@@ -25,9 +24,9 @@ _forward_mode = False
 
 @contextlib.contextmanager
 def forward_mode():
-    """Inside, `jax.jvp` may go through convolutions: they have JAX's own derivatives.
+    """A context in which convolutions have JAX's own derivatives, so that `jax.jvp` of a network works.
 
-    Needed around the jvp of a network, as a function with its own gradient has no other derivative.
+    A function with a custom gradient has no other derivative.
     """
     global _forward_mode
     before, _forward_mode = _forward_mode, True
@@ -61,34 +60,34 @@ def _convolve(x: Array, w: Array, window) -> Array:
 
 
 def _forward(x, w, window):
-    # Not _plain: where a gradient is differentiated once more, this line is too.
+    # Not _plain: a second derivative differentiates this line, too.
     return _convolve(x, w, window), (x, w)
 
 
 def _gradients(x: Array, w: Array, dy: Array, window) -> tuple[Array, Array]:
-    """dx, dw as convolutions in the layout of the forward one. They are _convolve: their own
-    gradients, as a gradient penalty takes them, are fast as well."""
+    """dx, dw as convolutions in the layout of the forward one. They are _convolve, so that their own gradients, which a
+    gradient penalty needs, are fast as well."""
     strides, padding, x_dilation, w_dilation, precision = window
     axes = tuple(range(1, x.ndim - 1))
     x_padding, w_padding = [], []
     for i, axis in enumerate(axes):
-        extent = (x.shape[axis] - 1) * x_dilation[i] + 1  # of x with holes between its pixels
+        extent = (x.shape[axis] - 1) * x_dilation[i] + 1  # of x with zeros between its pixels
         kernel = (w.shape[i] - 1) * w_dilation[i] + 1
-        moved = (dy.shape[axis] - 1) * strides[i] + 1
+        dy_extent = (dy.shape[axis] - 1) * strides[i] + 1
         low = padding[i][0]
-        x_padding.append((kernel - 1 - low, extent + low - moved))
-        w_padding.append((low, kernel - 1 + moved - extent - low))
-    # dx: dy with holes for the strides, against the kernel turned round and its channels swapped.
-    turned = jnp.flip(w, tuple(a - 1 for a in axes)).swapaxes(-1, -2)
-    dx = _convolve(dy, turned, (x_dilation, tuple(x_padding), strides, w_dilation, precision))
+        x_padding.append((kernel - 1 - low, extent + low - dy_extent))
+        w_padding.append((low, kernel - 1 + dy_extent - extent - low))
+    # dx: dy with zeros for the strides, convolved with the flipped kernel whose channels are swapped.
+    flipped = jnp.flip(w, tuple(a - 1 for a in axes)).swapaxes(-1, -2)
+    dx = _convolve(dy, flipped, (x_dilation, tuple(x_padding), strides, w_dilation, precision))
     if max(x_dilation) > 1:
-        # dw of a transposed convolution: dy plays the image and x, with its holes, the kernel. The other way round the
-        # image has the holes, under a kernel of the image's size, and XLA's code for that is 10 to 15 times slower.
+        # dw of a transposed convolution: dy is the image and x, with its zeros, the kernel. The other way round the
+        # image has the zeros, under a kernel of the image's size: XLA's code for that is 10 to 15 times slower.
         dy_as_batch = dy.transpose(dy.ndim - 1, *axes, 0)  # [o, *size, n]
         x_as_kernel = x.transpose(*axes, 0, x.ndim - 1)  # [*size, n, c]
         dw = _convolve(dy_as_batch, x_as_kernel, (w_dilation, tuple(x_padding), strides, x_dilation, precision))
         return dx, jnp.flip(dw, axes).transpose(*axes, x.ndim - 1, 0)  # [o, *kernel, c] -> [*kernel, c, o]
-    # dw: channels of x play the batch, the batch plays the channels, and dy is the kernel.
+    # dw: the channels of x are the batch, the batch is the channels, and dy is the kernel.
     x_as_batch = x.transpose(x.ndim - 1, *axes, 0)  # [c, *size, n]
     dy_as_kernel = dy.transpose(*axes, 0, dy.ndim - 1)  # [*size, n, o]
     dw = _convolve(x_as_batch, dy_as_kernel, (w_dilation, tuple(w_padding), x_dilation, strides, precision))

@@ -1,9 +1,10 @@
-"""Embeddings of numbers that a network is conditioned on."""
+"""Embeddings of real numbers, times above all, that a network is conditioned on."""
 
 from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +21,7 @@ def sinusoidal(t: Array, features: int, longest: float = 10_000.0) -> Array:
       t: [n], integer or real; the unit is a step of a schedule with about 1000 of them.
       features: an even number, at least 4.
     """
+    chex.assert_rank(t, 1)
     half = features // 2
     frequencies = jnp.exp(jnp.arange(half) * (-math.log(longest) / (half - 1)))
     angles = t.astype(jnp.float32)[:, None] * frequencies  # [n, features / 2]
@@ -36,6 +38,7 @@ def cosines_first(t: Array, features: int, longest: float = 10_000.0) -> Array:
       t: [n], integer or real; the unit is a step of a schedule with about 1000 of them.
       features: an even number.
     """
+    chex.assert_rank(t, 1)
     half = features // 2
     angles = t.astype(jnp.float32)[:, None] * jnp.exp(jnp.arange(half) * (-math.log(longest) / half))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

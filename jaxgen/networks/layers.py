@@ -1,7 +1,7 @@
-"""Convolutions, dense layers, norms and resampling: the one place they come from.
+"""Convolutions, dense layers, norms and resampling: every network is built from these.
 
-Every family builds its networks from these, so that what is made faster or put right here is so
-for all of them. Images are NHWC. Weights are float32; `dtype` is that of the computation.
+So an improvement or a correction here is one for all of them. Images are NHWC. Weights are float32; `dtype` is that of
+the computation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ NORMS = ('instance', 'group')  # kinds of Norm
 def variance_scaling(scale: float = 1.0) -> Callable:
     """Uniform init with variance scale / mean(fan in, fan out), the default of DDPM and others.
 
-    A scale of 0 stands for 1e-10: a layer that starts as good as zero yet has no dead weights.
+    A scale of 0 stands for 1e-10: the layer's initial output is all but zero, yet no weight is dead.
     """
     return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
 
@@ -47,7 +48,7 @@ def Conv(
     """Convolution of [n, H, W, C] to [n, H', W', features] with a square kernel.
 
     Args:
-      dilation: steps from one of the pixels that a kernel looks at to the next.
+      dilation: distance between the pixels of a kernel's neighbouring taps.
       padding: 'SAME', 'VALID' or ((top, bottom), (left, right)). With stride 2, 'SAME' pads an
         even size at the bottom and right only, as TensorFlow does; ((1, 1), (1, 1)) is torch's
         `padding=1`.
@@ -78,8 +79,8 @@ def ConvTranspose(
 ) -> nn.Module:
     """Transposed convolution of [n, H, W, C] to [n, 2H, 2W, features] with stride 2.
 
-    It is torch's `ConvTranspose2d(kernel_size=4, stride=2, padding=1)` with the kernel turned by half a turn: the image
-    with holes between its pixels, and a plain convolution.
+    It is torch's `ConvTranspose2d(kernel_size=4, stride=2, padding=1)` with a flipped kernel: a convolution of the
+    image with zeros between its pixels.
 
     Args:
       kernel: 3 is torch's `kernel_size=3, stride=2, padding=1, output_padding=1`.
@@ -114,7 +115,7 @@ def Dense(
     return nn.Dense(features, use_bias=bias, kernel_init=init or variance_scaling(), dtype=dtype, name=name)
 
 
-# Traced once for each shape, not once for each layer of a network.
+# Jitted, so that it is traced once for each shape, not once for each layer of a network.
 @functools.partial(jax.jit, static_argnames=('groups', 'eps'))
 def group_norm(x: Array, scale: Array | float, bias: Array | float, groups: int, eps: float) -> Array:
     """Group normalisation of [n, ..., C] with scale and bias [C], in float32."""
@@ -138,7 +139,7 @@ def group_norm(x: Array, scale: Array | float, bias: Array | float, groups: int,
 
 
 def group_count(channels: int, groups: int, least: int) -> int:
-    """How many groups GroupNorm makes of so many channels.
+    """Number of groups of a GroupNorm with so many channels.
 
     Raises:
       UserError: with `least` 0, `groups` does not divide the channels.
@@ -162,7 +163,7 @@ def check_groups(where: str, groups: int, group_size: int, eps: float, widths: S
         if not group_size and width % groups:
             raise UserError(
                 f'{where}.groups = {groups} does not divide {width} channels: change the channels, or let narrow '
-                f'levels have fewer groups by {where}.group_size = 4, channels that a group has at least'
+                f'resolutions have fewer groups by {where}.group_size = 4, the least channels of a group'
             )
 
 
@@ -172,10 +173,10 @@ class GroupNorm(nn.Module):
     Statistics are taken in float32 whatever the dtype.
 
     Attributes:
-      groups: how many there are; with `least` above 0 the most there may be.
+      groups: their number; with `least` above 0 the largest number.
       eps: added to the variance. 1e-6 in TensorFlow's code, and so in DDPM's; 1e-5 in torch.
       dtype: of the result.
-      least: channels that a group has at least: C channels have min(groups, C // least) groups, or the next smaller
+      least: smallest number of channels of a group: C channels have min(groups, C // least) groups, or the next smaller
         number that divides C, so that narrow networks work too. 4 in score_sde and EDM: 32 groups from 128 channels
         on, 8 at 32. 0: `groups` of them at every width, as in DDPM, ADM, VQGAN, latent diffusion and diffusers.
       affine: with a learned scale and bias.
@@ -202,8 +203,8 @@ class GroupNorm(nn.Module):
 def Norm(
     kind: str, channels: int, *, affine: bool = True, dtype: Any = jnp.float32, name: str | None = None
 ) -> nn.Module:
-    """The norms of NORMS, of [n, ..., channels]: 'instance', of each channel of each image by itself, or 'group', of
-    groups of four or more channels, which leaves what is the same all over an image; eps as in torch.
+    """Norm of [n, ..., channels] by its kind: 'instance', over each channel of each image, or 'group', over groups of
+    four or more channels, so that features constant over an image survive; eps as in torch.
 
     Args:
       affine: with a learned scale and bias.
@@ -213,8 +214,8 @@ def Norm(
 
 
 class ShiftedLayerNorm(nn.LayerNorm):
-    """flax's, of what is left when one of a vector's own numbers is taken from all of them: no result depends on it,
-    and the mean of what is left keeps the digits that a mean far from 0 has not."""
+    """flax's, of vectors shifted by their first number: no result depends on the shift, and the mean of the shifted
+    numbers is exact where one far from 0 would lose digits."""
 
     def __call__(self, x: Array) -> Array:
         x = x.astype(jnp.float32)
@@ -227,7 +228,7 @@ def LayerNorm(
     """Layer normalisation over the last axis, statistics in float32.
 
     The variance is the mean of squared differences from the mean, as everywhere here: E[x^2] - E[x]^2, flax's default,
-    keeps no digit of a variance that is 1e-7 of the squared mean. The mean itself is taken of shifted numbers, see
+    keeps no digit of a variance that is 1e-7 of the squared mean. The mean itself is that of shifted numbers, see
     `ShiftedLayerNorm`.
 
     Args:
@@ -247,7 +248,7 @@ class BatchNorm(nn.Module):
     by its own rule, in State.extra. Otherwise the statistics given in 'batch_stats' are used, and
     an example's result does not depend on the others.
 
-    In training moments are those of numbers from which the mean of the first example is taken: no result depends on it,
+    In training moments are those of numbers shifted by the mean of the first example: no result depends on the shift,
     and a mean far from 0 costs no digits.
 
     Attributes:
@@ -263,8 +264,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels, axes = x.shape[-1], tuple(range(x.ndim - 1))
-        kept_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
-        kept_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
+        stored_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
+        stored_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         if self.train:
             first = jax.lax.stop_gradient(x[:1].mean(axes))
@@ -272,9 +273,9 @@ class BatchNorm(nn.Module):
             mean = x.mean(axes)
             variance = jnp.square(x - mean).mean(axes)
             if not self.is_initializing():
-                kept_mean.value, kept_var.value = first + mean, variance
+                stored_mean.value, stored_var.value = first + mean, variance
         else:
-            mean, variance = kept_mean.value, kept_var.value
+            mean, variance = stored_mean.value, stored_var.value
         factor = jax.lax.rsqrt(variance + self.eps)
         if self.affine:
             factor = factor * self.param('scale', nn.initializers.ones, (channels,))
@@ -284,13 +285,13 @@ class BatchNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-# Of running averages of batch statistics (`contract.running_mean`): the newest ten updates or so count. As in torch.
+# Decay of running means of batch statistics (`contract.running_mean`), over about ten updates. As in torch.
 STATISTICS_DECAY = 0.9
 
 
 def apply_in_training(network: nn.Module, weights: Any, *inputs: Any) -> tuple[Any, dict]:
-    """(output, statistics) of a network in training mode: normalised by the batch, whose statistics these are, or {} if
-    it has no batch normalisation."""
+    """(output, batch statistics) of a network in training mode, normalised by the batch; the statistics are {} if it
+    has no batch normalisation."""
     output, new = network.apply({'params': weights}, *inputs, train=True, mutable=['batch_stats'])
     return output, new.get('batch_stats', {})
 
@@ -323,7 +324,7 @@ def instance_norm(x: Array, eps: float = 1e-5) -> Array:
 
 
 def normalised(x: Array, eps: float = 1e-8) -> Array:
-    """Vectors [..., d] with a mean square of 1, without weights; 0 stays 0.
+    """Vectors [..., d] scaled to a mean square of 1, without weights; 0 stays 0.
 
     Statistics in float32, result in x's dtype.
     """
@@ -332,53 +333,51 @@ def normalised(x: Array, eps: float = 1e-8) -> Array:
 
 
 @jax.custom_vjp
-def look_up(table: Array, numbers: Array) -> Array:
-    """Rows [..., C] of a table [K, C] by their numbers int [...]; NaN where there is no such row.
+def look_up(table: Array, indices: Array) -> Array:
+    """Rows [..., C] of a table [K, C] by their indices int [...]; NaN where there is no such row.
 
-    The gradient is a product with zeros and ones: that of indexing adds up in an order which changes on GPUs from run
-    to run (see sharding.collides).
+    The gradient is a product with one-hot vectors: that of indexing adds up in an order which changes on GPUs from run
+    to run (see sharding.overlapping_writes).
     """
-    return jnp.take(table, jnp.where(numbers < 0, len(table), numbers), axis=0, mode='fill')
+    return jnp.take(table, jnp.where(indices < 0, len(table), indices), axis=0, mode='fill')
 
 
-def _look_up_backward(kept, gradient):
-    table, numbers = kept
-    hits = jax.nn.one_hot(numbers.reshape(-1), len(table), dtype=gradient.dtype)
-    gradient = jnp.matmul(hits.T, gradient.reshape(-1, table.shape[-1]), precision='highest')
+def _look_up_backward(residuals, gradient):
+    table, indices = residuals
+    one_hot = jax.nn.one_hot(indices.reshape(-1), len(table), dtype=gradient.dtype)
+    gradient = jnp.matmul(one_hot.T, gradient.reshape(-1, table.shape[-1]), precision='highest')
     return gradient.astype(table.dtype), None
 
 
-look_up.defvjp(lambda table, numbers: (look_up(table, numbers), (table, numbers)), _look_up_backward)
+look_up.defvjp(lambda table, indices: (look_up(table, indices), (table, indices)), _look_up_backward)
 
 
 class Embed(nn.Embed):
     """flax's, by `look_up`: int [...] to [..., features]."""
 
-    def __call__(self, numbers: Array) -> Array:
-        return look_up(self.embedding.astype(self.dtype or self.embedding.dtype), numbers)
+    def __call__(self, indices: Array) -> Array:
+        return look_up(self.embedding.astype(self.dtype or self.embedding.dtype), indices)
 
 
 def max_pool(x: Array) -> Array:
     """Maximum of every 2x2 square: [n, H, W, C] to [n, H // 2, W // 2, C]; an odd last row or column is left out.
 
-    Its gradient, unlike that of flax's, does not write to overlapping places (see sharding.collides).
+    Its gradient, unlike that of flax's, has no overlapping writes (see sharding.overlapping_writes).
     """
-    n, h, w, c = x.shape
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+    _, h, w, _ = x.shape
+    even = x[:, : h // 2 * 2, : w // 2 * 2]
+    return einops.reduce(even, 'n (h a) (w b) c -> n h w c', 'max', a=2, b=2)
 
 
 def upsample_nearest(x: Array) -> Array:
     """Every pixel four times: [n, H, W, C] to [n, 2H, 2W, C]."""
-    n, h, w, c = x.shape
     # A broadcast costs a copy; jax.image.resize costs a gather or a matrix product.
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (n, h, 2, w, 2, c))
-    return x.reshape(n, 2 * h, 2 * w, c)
+    return einops.repeat(x, 'n h w c -> n (h a) (w b) c', a=2, b=2)
 
 
 def downsample_mean(x: Array) -> Array:
     """Mean of every 2x2 square: [n, H, W, C] to [n, H/2, W/2, C]. H and W are even."""
-    n, h, w, c = x.shape
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return einops.reduce(x, 'n (h a) (w b) c -> n h w c', 'mean', a=2, b=2)
 
 
 def smooth(x: Array, pad: int, stride: int) -> Array:
@@ -390,8 +389,8 @@ def smooth(x: Array, pad: int, stride: int) -> Array:
     """
     for axis in (1, 2):
         y = jnp.pad(x, [(pad, pad) if i == axis else (0, 0) for i in range(4)])
-        reach = (y.shape[axis] - 4) // stride * stride + 1
-        a, b, c, d = (jax.lax.slice_in_dim(y, i, i + reach, stride, axis) for i in range(4))
+        extent = (y.shape[axis] - 4) // stride * stride + 1
+        a, b, c, d = (jax.lax.slice_in_dim(y, i, i + extent, stride, axis) for i in range(4))
         x = ((a + d) + 3 * (b + c)) / 8
     return x
 
@@ -402,21 +401,18 @@ def upsample_smooth(x: Array) -> Array:
         size = x.shape[axis]
         y = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])
         before, after = (jax.lax.slice_in_dim(y, i, i + size, 1, axis) for i in (0, 2))
-        # Every other tap meets a zero: two of the four remain for a pixel.
+        # Every other tap falls on a zero: two of the four remain for a pixel.
         pairs = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis + 1)
         x = pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
     return x
 
 
 def to_patches(x: Array, size: int) -> Array:
-    """Squares of pixels as vectors, row by row, colours innermost: [n, H, W, C] to [n, H/size, W/size, size^2 C]."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // size, size, w // size, size, c).swapaxes(2, 3)
-    return x.reshape(n, h // size, w // size, size * size * c)
+    """Patches of size x size pixels as vectors, row by row, colours innermost: [n, H, W, C] to
+    [n, H/size, W/size, size^2 C]."""
+    return einops.rearrange(x, 'n (h a) (w b) c -> n h w (a b c)', a=size, b=size)
 
 
 def from_patches(x: Array, size: int) -> Array:
     """The inverse of `to_patches`: [n, h, w, size^2 C] to [n, h size, w size, C]."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h, w, size, size, c // size**2).swapaxes(2, 3)
-    return x.reshape(n, h * size, w * size, c // size**2)
+    return einops.rearrange(x, 'n h w (a b c) -> n (h a) (w b) c', a=size, b=size)

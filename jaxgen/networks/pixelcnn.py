@@ -1,23 +1,25 @@
-"""PixelCNNs: from the pixels (or codes) before it, the distribution of each pixel over its values.
+"""PixelCNNs: the distribution of each pixel (or code) over its values, given the pixels before it.
 
     pixelcnn   masked convolutions in residual blocks (van den Oord et al. 2016a, arXiv 1601.06759). The masks leave a
-               blind spot: earlier pixels to the upper right that no pixel sees, however many layers there are.
-    gated      a stack that sees all rows above and one that sees the row to the left, with gates (van den Oord et al.
-               2016b, arXiv 1606.05328): no blind spot
+               blind spot: earlier pixels to the upper right that no pixel depends on, however many layers there are
+    gated      a vertical stack over all rows above and a horizontal one over the row to the left, with gates (van den
+               Oord et al. 2016b, arXiv 1606.05328): no blind spot
     snail      gated residual blocks and causal self-attention, after PixelSNAIL (Chen et al. 2018, arXiv 1712.09763)
                and the priors of VQ-VAE-2 (Razavi et al. 2019, arXiv 1906.00446)
 
 With several colours, a pixel's colours come one after another: features belong to colours in turn, and at its own
-pixel a feature sees the features of its own and of earlier colours alone.
+pixel a feature depends on the features of its own and of earlier colours alone.
 
 All of them take `condition`, what a pixel's distribution depends on beside earlier pixels: labels [n], and a map
-[n, H, W, .] of which all is known beforehand; either may be None. See `masked` for `place`.
+[n, H, W, .], known before sampling; either may be None. See `masked` for `position`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import chex
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,31 +28,35 @@ from jaxgen.networks.layers import Conv, Dense, Embed, variance_scaling
 from jaxgen.networks.masked import (
     CausalAttention,
     CausalConv,
-    Handover,
-    Place,
-    cut,
-    groups,
-    of_pixels,
-    of_rows,
-    positions,
-    previous,
+    Position,
+    RowCache,
+    computes_pixels,
+    computes_rows,
+    coordinates,
+    part_at,
+    previous_pixel,
 )
+from jaxgen.options import Count, Rate, Rule
 
 Array = jax.Array
 
+Odd = Rule(lambda kernel: kernel % 2 == 1, 'odd')
+BIAS = 'told'  # of every ConditionBias among the parameters: runs saved before have this name
+
 
 class Condition(NamedTuple):
-    """What the pixels depend on beside each other."""
+    """What all pixels are conditioned on."""
 
     label: Array | None = None  # int32 [n]
     map: Array | None = None  # [n, H, W, .]
 
 
 class ConditionBias(nn.Module):
-    """The condition as features to be added: a vector for the label, a linear map of the condition's map.
+    """The condition as a bias of features (van den Oord et al. 2016b, eq. 4 and 5): a vector of the label, a linear map
+    of the condition's map.
 
     Attributes:
-      classes: 0: the label is not told.
+      classes: 0: not conditioned on the label.
     """
 
     features: int
@@ -58,19 +64,20 @@ class ConditionBias(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, condition: Condition, place: Place | None) -> Array | float:
-        told = 0.0
+    def __call__(self, condition: Condition, position: Position | None) -> Array | float:
+        bias = 0.0
         if self.classes:
+            chex.assert_rank(condition.label, 1)
             init = nn.initializers.normal(0.05)
             table = Embed(self.classes, self.features, embedding_init=init, dtype=self.dtype, name='label')
-            told = table(condition.label)[:, None, None]
+            bias = table(condition.label)[:, None, None]  # [n, 1, 1, features]
         if condition.map is not None:
-            told = told + Dense(self.features, dtype=self.dtype, name='map')(cut(condition.map, place))
-        return told
+            bias = bias + Dense(self.features, dtype=self.dtype, name='map')(part_at(condition.map, position))
+        return bias
 
 
 def gate(x: Array) -> Array:
-    """tanh of one half of the features times sigmoid of the other (van den Oord et al. 2016b, eq. 2)."""
+    """tanh of one half of the features times the sigmoid of the other (van den Oord et al. 2016b, eq. 2)."""
     a, b = jnp.split(x, 2, -1)
     return jnp.tanh(a) * jax.nn.sigmoid(b)
 
@@ -82,11 +89,12 @@ def concat_elu(x: Array) -> Array:
 
 def to_logits(x: Array, colours: int) -> Array:
     """[..., levels * colours], the colours in turn, -> float32 [..., colours, levels]."""
-    return x.astype(jnp.float32).reshape(*x.shape[:-1], -1, colours).swapaxes(-1, -2)
+    return einops.rearrange(x.astype(jnp.float32), '... (levels colours) -> ... colours levels', colours=colours)
 
 
 class ResidualBlock(nn.Module):
-    """Of the PixelCNN: 2h features to h, a masked 3x3 (by `kernel`), and back (2016a, figure 5)."""
+    """Residual block of the PixelCNN: 2h features to h, a masked convolution (3x3 in the paper), and back to 2h (2016a,
+    figure 5)."""
 
     channels: int
     kernel: int
@@ -97,78 +105,76 @@ class ResidualBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, condition: Condition, place: Place | None = None) -> Array:
-        wide, narrow = groups(2 * self.channels, self.colours), groups(self.channels, self.colours)
-        masked = dict(masked='B', dtype=self.dtype)
-        h = CausalConv(self.channels, inputs=wide, outputs=narrow, name='down', **masked)(nn.relu(x), place)
+    def __call__(self, x: Array, condition: Condition, position: Position | None = None) -> Array:
+        masked = dict(mask='B', colours=self.colours, dtype=self.dtype)
         kernel = (self.kernel, self.kernel)
-        h = CausalConv(self.channels, kernel, inputs=narrow, outputs=narrow, name='conv', **masked)(nn.relu(h), place)
-        h = h + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
+        h = CausalConv(self.channels, name='down', **masked)(nn.relu(x), position)
+        h = CausalConv(self.channels, kernel, name='conv', **masked)(nn.relu(h), position)
+        h = h + ConditionBias(self.channels, self.classes, self.dtype, name=BIAS)(condition, position)
         h = nn.Dropout(self.dropout, deterministic=not self.train)(nn.relu(h))
-        return x + CausalConv(2 * self.channels, inputs=narrow, outputs=wide, name='up', **masked)(h, place)
+        return x + CausalConv(2 * self.channels, name='up', **masked)(h, position)
 
 
 class PixelCNN(nn.Module):
-    """x [n, H, W, C] -> logits float32 [n, H, W, colours, levels].
+    """x [n, H, W, C] -> logits float32 [n, H, W, colours, levels] (2016a, table 1).
 
     Attributes:
       channels: h, half of the features between the blocks.
-      kernel: of the first layer; hidden_kernel: of the blocks. Odd.
-      head: features of the two layers at the end.
+      blocks: residual blocks after the first layer.
+      kernel, hidden_kernel: side of the masked convolutions, of the first layer and of the blocks.
+      head: features of the two layers before the logits.
+      dropout: within the blocks, in training.
       colours: 1 where x has one value per pixel or is an embedding of it.
+      levels: quantisation levels, the values that a pixel's colour may have.
     """
 
-    channels: int = 128
-    blocks: int = 15
-    kernel: int = 7
-    hidden_kernel: int = 3
-    head: int = 1024
-    dropout: float = 0.0
+    channels: Count = 128
+    blocks: Count = 15
+    kernel: Annotated[int, '[3, inf)', Odd] = 7
+    hidden_kernel: Annotated[int, '[1, inf)', Odd] = 3
+    head: Count = 1024
+    dropout: Rate = 0.0
     colours: int = 1
     levels: int = 256
     classes: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
 
-    rows = False
+    rows = False  # there are no streams of whole rows
 
     @property
     def margin(self) -> int:
+        """Pixels around the input that the sampler keeps, see `masked.sample_cached`."""
         return self.kernel
 
     @nn.compact
     def __call__(
-        self, x: Array, condition: Condition = Condition(), train: bool = False, place: Place | None = None
+        self, x: Array, condition: Condition = Condition(), train: bool = False, position: Position | None = None
     ) -> Array:
-        seen, wide = groups(x.shape[-1], self.colours), groups(2 * self.channels, self.colours)
-        last = groups(self.head, self.colours)
-        block = nn.remat(ResidualBlock) if self.remat and place is None else ResidualBlock
-        h = CausalConv(
-            2 * self.channels, (self.kernel, self.kernel), masked='A', inputs=seen, outputs=wide, dtype=self.dtype,
-            name='first',
-        )(x, place, given=True)  # fmt: skip
+        chex.assert_rank(x, 4)
+        block = nn.remat(ResidualBlock) if self.remat and position is None else ResidualBlock
+        shared, kernel = dict(colours=self.colours, dtype=self.dtype), (self.kernel, self.kernel)
+        h = CausalConv(2 * self.channels, kernel, mask='A', name='first', **shared)(x, position, network_input=True)
         for b in range(self.blocks):
             h = block(
                 self.channels, self.hidden_kernel, self.colours, self.dropout, self.classes, train, self.dtype,
                 name=f'block{b}',
-            )(h, condition, place)  # fmt: skip
-        masked = dict(masked='B', dtype=self.dtype)
-        h = CausalConv(self.head, inputs=wide, outputs=last, name='head1', **masked)(nn.relu(h), place)
-        h = CausalConv(self.head, inputs=last, outputs=last, name='head2', **masked)(nn.relu(h), place)
-        out = self.levels * self.colours
-        h = CausalConv(out, inputs=last, outputs=groups(out, self.colours), name='out', **masked)(nn.relu(h), place)
+            )(h, condition, position)  # fmt: skip
+        h = CausalConv(self.head, mask='B', name='head1', **shared)(nn.relu(h), position)
+        h = CausalConv(self.head, mask='B', name='head2', **shared)(nn.relu(h), position)
+        h = CausalConv(self.levels * self.colours, mask='B', name='out', **shared)(nn.relu(h), position)
         return to_logits(h, self.colours)
 
 
 class GatedBlock(nn.Module):
-    """One layer of both stacks (2016b, figure 2): v, h, skip -> v, h, skip.
+    """One layer of both stacks, vertical and horizontal (2016b, figure 2): v, h, skip -> v, h, skip.
 
-    The vertical stack has a 1x1 convolution beside its own, and a residual. Where the place is a row, h and skip are
+    The vertical stack has a 1x1 convolution beside its own, and a residual. Where the position is a row, h and skip are
     None; where it is a pixel, v is.
 
     Attributes:
-      first: of the network: it reads the image, its own pixel and row unseen, and has no residuals.
-      last: of the network: nothing reads v and h any more.
+      first: the network's first layer, which reads the image but for its own pixel and row, and has no residuals.
+      last: the network's last layer, whose v and h nothing reads.
     """
 
     channels: int
@@ -183,34 +189,35 @@ class GatedBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, v: Array | None, h: Array | None, skip: Array | None, condition: Condition, place: Place | None = None
+        self,
+        v: Array | None,
+        h: Array | None,
+        skip: Array | None,
+        condition: Condition,
+        position: Position | None = None,
     ):
         p, first, dtype = self.channels, self.first, self.dtype
-        halves, whole = groups(2 * p, self.colours, 2), groups(p, self.colours)
         drop = nn.Dropout(self.dropout, deterministic=not self.train)
-        told = 0.0 if first else ConditionBias(2 * p, self.classes, dtype, name='told')(condition, place)
+        bias = 0.0 if first else ConditionBias(2 * p, self.classes, dtype, name=BIAS)(condition, position)
         above = None
-        if of_rows(place):
+        if computes_rows(position):  # the vertical stack
             down = (1, 0) if first else (0, 0)
             kernel = (self.kernel // 2 + 1, self.kernel)
-            above = CausalConv(2 * p, kernel, shift=down, dtype=dtype, name='vertical')(v, place, first)
-            above = above + CausalConv(2 * p, shift=down, dtype=dtype, name='vertical_1x1')(v, place, first) + told
+            above = CausalConv(2 * p, kernel, shift=down, dtype=dtype, name='vertical')(v, position, first)
+            above = above + CausalConv(2 * p, shift=down, dtype=dtype, name='vertical_1x1')(v, position, first) + bias
             out = drop(gate(above))
             v = out if first else v + out
             above = Dense(2 * p, dtype=dtype, name='vertical_to_horizontal')(above)
-        above = Handover(2 * p, dtype, name='above')(above, place)
-        if of_pixels(place):
-            seen = groups(h.shape[-1], self.colours) if first else whole
-            x = CausalConv(
-                2 * p, (1, self.kernel), masked='A' if first else 'B', inputs=seen, outputs=halves, dtype=dtype,
-                name='horizontal',
-            )(h, place, first)  # fmt: skip
-            masked = dict(masked='B', inputs=whole, outputs=whole, dtype=dtype)
-            x = drop(gate(x + above + told))
+        above = RowCache(2 * p, dtype, name='above')(above, position)
+        if computes_pixels(position):  # the horizontal stack
+            masked = dict(mask='B', colours=self.colours, dtype=dtype)
+            across = masked | dict(mask='A' if first else 'B', halves=2)
+            x = CausalConv(2 * p, (1, self.kernel), name='horizontal', **across)(h, position, first)
+            x = drop(gate(x + above + bias))
             if not first:
-                skip = skip + CausalConv(p, name='skip', **masked)(x, place)
+                skip = skip + CausalConv(p, name='skip', **masked)(x, position)
             if not self.last:
-                x = CausalConv(p, name='residual', **masked)(x, place)
+                x = CausalConv(p, name='residual', **masked)(x, position)
                 h = x if first else h + x
         return v, h, skip
 
@@ -221,47 +228,50 @@ class GatedPixelCNN(nn.Module):
     Attributes:
       channels: p, features of each stack.
       blocks: layers after the first one.
-      kernel, hidden_kernel: of the first and of the other layers. Odd.
-      head: features of the layer at the end.
+      kernel, hidden_kernel: side of the convolutions, of the first and of the other layers.
+      head: features of the layer before the logits.
+      dropout: of what each gate puts out, in training.
+      colours: 1 where x has one value per pixel or is an embedding of it.
+      levels: quantisation levels, the values that a pixel's colour may have.
     """
 
-    channels: int = 64
-    blocks: int = 6
-    kernel: int = 7
-    hidden_kernel: int = 7
-    head: int = 128
-    dropout: float = 0.0
+    channels: Count = 64
+    blocks: Count = 6
+    kernel: Annotated[int, '[3, inf)', Odd] = 7
+    hidden_kernel: Annotated[int, '[1, inf)', Odd] = 7
+    head: Count = 128
+    dropout: Rate = 0.0
     colours: int = 1
     levels: int = 256
     classes: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
 
-    rows = True
+    rows = True  # the vertical stack is a stream of whole rows
 
     @property
     def margin(self) -> int:
+        """Pixels around the input that the sampler keeps, see `masked.sample_cached`."""
         return self.kernel
 
     @nn.compact
     def __call__(
-        self, x: Array, condition: Condition = Condition(), train: bool = False, place: Place | None = None
+        self, x: Array, condition: Condition = Condition(), train: bool = False, position: Position | None = None
     ) -> Array | None:
-        block = nn.remat(GatedBlock) if self.remat and place is None else GatedBlock
+        chex.assert_rank(x, 4)
+        block = nn.remat(GatedBlock) if self.remat and position is None else GatedBlock
         v, h, skip = x, x, 0.0
         for b in range(self.blocks + 1):
             v, h, skip = block(
                 self.channels, self.hidden_kernel if b else self.kernel, self.colours, self.dropout, self.classes,
                 b == 0, b == self.blocks, train, self.dtype, name=f'block{b}',
-            )(v, h, skip, condition, place)  # fmt: skip
-        if not of_pixels(place):
+            )(v, h, skip, condition, position)  # fmt: skip
+        if not computes_pixels(position):
             return None
-        skip = skip + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
-        whole, last = groups(self.channels, self.colours), groups(self.head, self.colours)
-        masked = dict(masked='B', dtype=self.dtype)
-        h = CausalConv(self.head, inputs=whole, outputs=last, name='head', **masked)(nn.relu(skip), place)
-        out = self.levels * self.colours
-        h = CausalConv(out, inputs=last, outputs=groups(out, self.colours), name='out', **masked)(nn.relu(h), place)
+        skip = skip + ConditionBias(self.channels, self.classes, self.dtype, name=BIAS)(condition, position)
+        masked = dict(mask='B', colours=self.colours, dtype=self.dtype)
+        h = CausalConv(self.head, name='head', **masked)(nn.relu(skip), position)
+        h = CausalConv(self.levels * self.colours, name='out', **masked)(nn.relu(h), position)
         return to_logits(h, self.colours)
 
 
@@ -269,7 +279,7 @@ class SnailBlock(nn.Module):
     """Gated residual block: concat_elu, a causal convolution, concat_elu, another, a * sigmoid(b), added to x.
 
     Attributes:
-      kernel: of the convolutions, masked to what is before the pixel and itself; 1: the pixel alone.
+      kernel: side of the convolutions, masked to the pixel and those before it; 1: the pixel alone.
     """
 
     channels: int
@@ -280,17 +290,17 @@ class SnailBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, beside: Array | None, condition: Condition, place: Place | None = None) -> Array:
-        """beside: what the block sees at its pixel beside x, or None."""
+    def __call__(self, x: Array, aux: Array | None, condition: Condition, position: Position | None = None) -> Array:
+        """aux: a second input, of which each pixel depends on its own pixel alone, or None."""
 
         def conv(features, x, name):
-            own = dict(masked='B', inputs=groups(x.shape[-1], 1), outputs=groups(features, 1), dtype=self.dtype)
-            return CausalConv(features, (self.kernel, self.kernel), name=name, **own)(x, place)
+            kernel = (self.kernel, self.kernel)
+            return CausalConv(features, kernel, mask='B', dtype=self.dtype, name=name)(x, position)
 
         h = conv(self.channels, concat_elu(x), 'conv1')
-        if beside is not None:
-            h = h + Dense(self.channels, dtype=self.dtype, name='beside')(concat_elu(beside))
-        h = h + ConditionBias(self.channels, self.classes, self.dtype, name='told')(condition, place)
+        if aux is not None:
+            h = h + Dense(self.channels, dtype=self.dtype, name='beside')(concat_elu(aux))
+        h = h + ConditionBias(self.channels, self.classes, self.dtype, name=BIAS)(condition, position)
         h = nn.Dropout(self.dropout, deterministic=not self.train)(concat_elu(h))
         a, b = jnp.split(conv(2 * self.channels, h, 'conv2'), 2, -1)
         return x + a * jax.nn.sigmoid(b)
@@ -299,56 +309,62 @@ class SnailBlock(nn.Module):
 class Snail(nn.Module):
     """x [n, H, W, C] of one value per pixel -> logits float32 [n, H, W, 1, levels].
 
-    Attention asks with a pixel's features and its position, and is answered by the features, the positions and the
-    values before them: at each pixel by the value of the pixel before it. (The paper shows a pixel the values of all
-    earlier ones and masks itself out; that is the same knowledge, and the first pixel has something to see too.)
+    Queries are computed from a pixel's features and coordinates; keys and values from features, coordinates and, at
+    each pixel, the value of the pixel before it. (In the paper they hold the values of all earlier pixels, and a pixel
+    is masked out itself: that is the same information, and here the first pixel has something to attend to, too.)
 
     Attributes:
+      channels: features of every layer, a multiple of heads.
       blocks: of `layers` gated residual blocks, then attention.
-      kernel: odd.
-      heads: of the attention; 0: none, for grids too long for it. channels is a multiple of it.
+      layers: gated residual blocks in a block.
+      kernel: side of the causal convolutions.
+      heads: of the attention; 0: none, for grids too long for it.
+      dropout: within the gated residual blocks, in training.
+      levels: quantisation levels, the values that a pixel may have.
     """
 
-    channels: int = 64
-    blocks: int = 2
-    layers: int = 3
-    kernel: int = 3
-    heads: int = 4
-    dropout: float = 0.0
+    channels: Count = 64
+    blocks: Count = 2
+    layers: Count = 3
+    kernel: Annotated[int, '[3, inf)', Odd] = 3
+    heads: Annotated[int, '[0, inf)'] = 4
+    dropout: Rate = 0.0
     colours: int = 1
     levels: int = 256
     classes: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
 
-    rows = False
+    rows = False  # there are no streams of whole rows
 
     @property
     def margin(self) -> int:
+        """Pixels around the input that the sampler keeps, see `masked.sample_cached`."""
         return self.kernel
 
     @nn.compact
     def __call__(
-        self, x: Array, condition: Condition = Condition(), train: bool = False, place: Place | None = None
+        self, x: Array, condition: Condition = Condition(), train: bool = False, position: Position | None = None
     ) -> Array:
-        block = nn.remat(SnailBlock) if self.remat and place is None else SnailBlock
+        chex.assert_rank(x, 4)
+        block = nn.remat(SnailBlock) if self.remat and position is None else SnailBlock
         half, dtype = self.kernel // 2, self.dtype
         own = dict(dropout=self.dropout, classes=self.classes, train=train, dtype=dtype)
         down = CausalConv(self.channels, (half, self.kernel), shift=(1, 0), dtype=dtype, name='above')
         right = CausalConv(self.channels, (half + 1, half), left=half - 1, shift=(0, 1), dtype=dtype, name='beside')
-        h = down(x, place, given=True) + right(x, place, given=True)
-        at = positions(*(x.shape[1:3] if place is None else (place.height, place.width)))
-        at = jnp.broadcast_to(cut(at, place), (*h.shape[:3], 2)).astype(dtype)
-        value = previous(x, place).astype(dtype)
+        h = down(x, position, network_input=True) + right(x, position, network_input=True)
+        where = coordinates(*(x.shape[1:3] if position is None else (position.height, position.width)))
+        where = jnp.broadcast_to(part_at(where, position), (*h.shape[:3], 2)).astype(dtype)
+        value = previous_pixel(x, position).astype(dtype)
         for b in range(self.blocks):
             before = h
             for i in range(self.layers):
-                h = block(self.channels, self.kernel, name=f'block{b}_{i}', **own)(h, None, condition, place)
+                h = block(self.channels, self.kernel, name=f'block{b}_{i}', **own)(h, None, condition, position)
             if self.heads:
                 attention = CausalAttention(self.channels, self.heads, dtype, name=f'attention{b}')
-                asked = jnp.concatenate([value, before, h, at], -1)
-                found = attention(jnp.concatenate([h, at], -1), asked, place)
-                h = block(self.channels, 1, name=f'merge{b}', **own)(h, found, condition, place)
+                memory = jnp.concatenate([value, before, h, where], -1)
+                attended = attention(jnp.concatenate([h, where], -1), memory, position)
+                h = block(self.channels, 1, name=f'merge{b}', **own)(h, attended, condition, position)
         h = Dense(self.levels, dtype=dtype, init=variance_scaling(), name='out')(nn.elu(h))
         return to_logits(h, 1)
 
@@ -356,10 +372,12 @@ class Snail(nn.Module):
 NETWORKS = {'pixelcnn': PixelCNN, 'gated': GatedPixelCNN, 'snail': Snail}
 
 
-class Coarser(nn.Module):
-    """What the coarser grids of codes tell a finer one: tuple of int [n, h_i, w_i] -> float32 [n, H, W, channels].
+class ConditioningStack(nn.Module):
+    """Features of the coarser grids of codes, at the pixels of a finer one: tuple of int [n, h_i, w_i] -> float32
+    [n, H, W, channels].
 
-    Codes are embedded, brought to the grid by repetition and go through residual blocks of 3x3 convolutions.
+    Codes are embedded, brought to the finer grid by repetition and go through residual blocks of 3x3 convolutions
+    (VQ-VAE-2, Razavi et al. 2019, section 3.2).
     """
 
     grid: tuple[int, int]
@@ -370,11 +388,11 @@ class Coarser(nn.Module):
 
     @nn.compact
     def __call__(self, codes: tuple[Array, ...]) -> Array:
-        parts = []
+        (height, width), parts = self.grid, []
         for i, code in enumerate(codes):
             x = Embed(self.vocabulary, self.channels, dtype=self.dtype, name=f'embed{i}')(code)
-            times = [size // own for size, own in zip(self.grid, code.shape[1:], strict=True)]
-            parts.append(jnp.repeat(jnp.repeat(x, times[0], 1), times[1], 2))
+            _, h, w = code.shape
+            parts.append(einops.repeat(x, 'n h w c -> n (h a) (w b) c', a=height // h, b=width // w))
         x = Conv(self.channels, dtype=self.dtype, name='first')(jnp.concatenate(parts, -1))
         for b in range(self.blocks):
             h = Conv(self.channels, dtype=self.dtype, name=f'block{b}_1')(nn.elu(x))
@@ -382,15 +400,16 @@ class Coarser(nn.Module):
         return x
 
 
-class Level(nn.Module):
-    """A grid of integers [n, H, W, C], as a network over what it sees of them.
+class GridModel(nn.Module):
+    """The distribution of a grid of integers [n, H, W, C]: a network of NETWORKS over their embeddings.
 
-    Grey levels (`vocabulary` 0) are seen as numbers in [-1, 1]; codes are seen as learned vectors.
+    Grey levels (`vocabulary` 0) are embedded as numbers in [-1, 1], codes as learned vectors.
 
     Attributes:
-      network: one of NETWORKS' modules; its `levels` is the number of values.
+      network: its `levels` is the number of values that an integer may have.
+      vocabulary: number of codes; 0: the integers are grey levels.
       embedding: length of a code's vector.
-      coarser: the module that reads the coarser grids, or None.
+      coarser: the ConditioningStack of the coarser grids, or None.
     """
 
     network: nn.Module
@@ -403,19 +422,21 @@ class Level(nn.Module):
             init = nn.initializers.normal(1.0)
             self.embed = Embed(self.vocabulary, self.embedding, embedding_init=init)
 
-    def look(self, values: Array) -> Array:
+    def embedded(self, values: Array) -> Array:
         """int [..., C] -> float32 [..., C], or [..., embedding] of codes, whose C is 1."""
         if self.vocabulary:
             return self.embed(values[..., 0])
         return 2 * values.astype(jnp.float32) / (self.network.levels - 1) - 1
 
-    def told(self, label: Array | None, codes: tuple[Array, ...]) -> Condition:
+    def condition(self, label: Array | None, codes: tuple[Array, ...]) -> Condition:
+        """What the grid is conditioned on: the label int32 [n], or None, and the coarser grids of codes."""
         return Condition(label, self.coarser(codes) if self.coarser else None)
 
-    def at(self, x: Array, condition: Condition, place: Place | None):
-        """Logits at a place from what is drawn so far; see `masked`."""
-        return self.network(x, condition, False, place)
+    def logits(self, x: Array, condition: Condition, position: Position | None) -> Array | None:
+        """Logits at a position, of the embedded values sampled so far; see `masked`."""
+        return self.network(x, condition, False, position)
 
     def __call__(self, values: Array, label: Array | None, codes: tuple[Array, ...], train: bool = False) -> Array:
         """int [n, H, W, C] -> logits float32 [n, H, W, C, levels] of each value, given those before it."""
-        return self.network(self.look(values), self.told(label, codes), train)
+        chex.assert_rank(values, 4)
+        return self.network(self.embedded(values), self.condition(label, codes), train)

@@ -1,5 +1,4 @@
-"""PixelCNN++: the mixture's probabilities and draws, the authors' layers in torch, causality, drawing from what was
-kept."""
+"""PixelCNN++: the mixture's probabilities and samples, the authors' layers in torch, causality, the cached sampler."""
 
 from __future__ import annotations
 
@@ -11,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pixelcnn_test import influence, randomised, walk
+from pixelcnn_test import influence, outputs_by_pixel, randomised
 from scipy import special
 
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn_pp
 from jaxgen.losses import likelihoods
-from jaxgen.networks.masked import CausalUp
+from jaxgen.networks.masked import CausalConvTranspose
 from jaxgen.networks.pixelcnn import Condition
 from jaxgen.networks.pixelcnn_pp import PixelCNNpp
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks
 
 SMALL = dict(outputs=5, filters=6, blocks=1, scales=3, classes=4)
 
@@ -57,17 +56,18 @@ def test_mixture_by_hand():
     upper = special.expit((x[:, None] + 1 / 255 - means) / np.exp(log_scales))
     lower = special.expit((x[:, None] - 1 / 255 - means) / np.exp(log_scales))
     upper[2], lower[0] = 1, 0  # the last and the first value
-    wanted = np.log((special.softmax(logits) * (upper - lower).prod(0)).sum())
-    found = likelihoods.discretised_logistic_mixture(jnp.float32(parameters[None]), jnp.float32(x[None]))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    expected = np.log((special.softmax(logits) * (upper - lower).prod(0)).sum())
+    actual = likelihoods.discretised_logistic_mixture(jnp.float32(parameters[None]), jnp.float32(x[None]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('channels, levels', [(1, 256), (3, 5)])
+@slow
 def test_mixture_sums_to_one(channels, levels):
     size = likelihoods.logistic_mixture_size(channels, 3)
     assert size == (9 if channels == 1 else 30)
-    for spread in (0.3, 3.0, 30.0):  # the last: means far outside, scales at their least
-        parameters = np.random.default_rng(3).normal(size=size) * spread
+    for std in (0.3, 3.0, 30.0):  # the last: means far outside, scales at their least
+        parameters = np.random.default_rng(3).normal(size=size) * std
         values = np.array(list(itertools.product(range(levels), repeat=channels)))
         x = jnp.float32(2 * values / (levels - 1) - 1)
         log_p = likelihoods.discretised_logistic_mixture(jnp.float32(np.tile(parameters, (len(x), 1))), x, levels)
@@ -82,7 +82,8 @@ def test_mixture_has_a_gradient_everywhere():
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1
 
 
-def test_draws_from_the_mixture_come_as_often_as_they_should():
+@slow
+def test_samples_of_the_mixture_have_its_distribution():
     n, levels = 40_000, 3
     parameters = np.random.default_rng(5).normal(size=20).astype(np.float32)
     values = np.array(list(itertools.product(range(levels), repeat=3)))
@@ -97,25 +98,28 @@ def test_draws_from_the_mixture_come_as_often_as_they_should():
 # The network.
 
 
-def test_a_pixel_sees_all_earlier_ones_and_no_other():
+@slow
+def test_a_pixel_depends_on_all_earlier_ones_and_no_other():
     network, x = PixelCNNpp(**{**SMALL, 'scales': 2}), inputs(4, 6)
     params = weights(network, x)
 
     def apply(x):
         return network.apply(params, jnp.concatenate([x, jnp.ones_like(x)], -1), condition(len(x)))[..., None, :]
 
-    found = influence(apply, x[..., :1], 1)
-    np.testing.assert_array_equal(found != 0, np.tri(24, k=-1, dtype=bool))
+    actual = influence(apply, x[..., :1], 1)
+    np.testing.assert_array_equal(actual != 0, np.tri(24, k=-1, dtype=bool))
 
 
 @pytest.mark.parametrize('scales, height, width', [(1, 3, 4), (3, 8, 12)])
-def test_one_pixel_at_a_time_is_the_whole_image(scales, height, width):
+@slow
+def test_outputs_by_pixel_equal_those_of_the_whole_image(scales, height, width):
     network, x = PixelCNNpp(**{**SMALL, 'scales': scales}), inputs(height, width, 3, n=2)
     params = weights(network, x)
     whole = jax.jit(network.apply)(params, x, condition(2))
-    np.testing.assert_allclose(walk(network, params, x, condition(2), scales), whole, atol=2e-5)
+    np.testing.assert_allclose(outputs_by_pixel(network, params, x, condition(2), scales), whole, atol=2e-5)
 
 
+@slow
 def test_network_by_torch():
     """The authors' model once more, in torch, on the same weights."""
     torch = pytest.importorskip('torch')
@@ -131,13 +135,13 @@ def test_network_by_torch():
         return (v / v.square().sum((0, 1, 2)).sqrt() * torch.tensor(q['scale'])), torch.tensor(q['bias'])
 
     def conv(x, q, right=0, stride=1):
-        """Rows end at the pixel's; columns reach `right` beyond it."""
+        """The last row is the pixel's; the last column lies `right` beyond it."""
         w, b = normed(q)
         x = F.pad(x, (w.shape[1] - 1 - right, right, w.shape[0] - 1, 0))
         return F.conv2d(x, w.permute(3, 2, 0, 1), b, stride)
 
     def up(x, q, cut):
-        """Transposed, and `cut` columns off at the left."""
+        """Transposed, `cut` columns dropped at the left."""
         w, b = normed(q)
         height, width = x.shape[2:]
         y = F.conv_transpose2d(x, w.permute(2, 3, 0, 1), b, 2)
@@ -146,10 +150,10 @@ def test_network_by_torch():
     def crelu(x):
         return F.elu(torch.cat([x, -x], 1))
 
-    def block(x, beside, q, right):
+    def block(x, aux, q, right):
         h = conv(crelu(x), q['conv1'], right)
-        if beside is not None:
-            h = h + conv(crelu(beside), q['beside'])
+        if aux is not None:
+            h = h + conv(crelu(aux), q['beside'])
         h = conv(crelu(h), q['conv2'], right) + torch.tensor(q['label']['embedding'][label])[:, :, None, None]
         a, b = h.chunk(2, 1)
         return x + a * b.sigmoid()
@@ -173,13 +177,17 @@ def test_network_by_torch():
         u = block(u, us.pop(), p[f'{name}_rows'], 1)
         ul = block(ul, torch.cat([u, uls.pop()], 1), p[f'{name}_pixels'], 0)
     assert not us and not uls
-    wanted = conv(F.elu(ul), p['out']).permute(0, 2, 3, 1)
-    found = jax.jit(network.apply)(variables, x, Condition(jnp.asarray(label)))
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    expected = conv(F.elu(ul), p['out']).permute(0, 2, 3, 1)
+    actual = jax.jit(network.apply)(variables, x, Condition(jnp.asarray(label)))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@slow
 def test_the_first_batch_sets_scales_and_biases():
-    network, x = CausalUp(5, 3), 3 + 2 * np.random.default_rng(0).normal(size=(4, 6, 6, 2)).astype(np.float32)
+    network, x = (
+        CausalConvTranspose(5, 3),
+        3 + 2 * np.random.default_rng(0).normal(size=(4, 6, 6, 2)).astype(np.float32),
+    )
     y = network.apply(network.init(jax.random.key(0), x), x)
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(y.std((0, 1, 2)), 1, atol=1e-4)
@@ -199,7 +207,8 @@ def state(f, batch):
     return shapes.replace(params=params, ema=params, step=jnp.zeros((), jnp.int32))
 
 
-def test_cached_draws_are_the_plain_ones_and_lie_on_the_levels():
+@slow
+def test_cached_samples_equal_plain_ones_and_lie_on_the_levels():
     batch, drawn = {'index': jnp.array([7, 3, 11]), 'label': jnp.array([0, 3, 1])}, []
     for sampler in ('cached', 'plain'):
         f = family((4, 6, 3), 4, conditional=True, sampler=sampler)
@@ -211,31 +220,33 @@ def test_cached_draws_are_the_plain_ones_and_lie_on_the_levels():
     assert len(np.unique(np.round(levels))) > 40
 
 
+@slow
 def test_probabilities_of_an_image_sum_to_one():
     """Of two pixels with 256 values each, one given by the other."""
     f = family((1, 2, 1), scales=1)
     values = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing='ij'), -1).reshape(-1, 1, 2, 1)
     batch = {'image': jnp.float32(values / 127.5 - 1), 'index': jnp.arange(256**2)}
     s = state(f, batch)
-    figures = jax.jit(f.evaluate)(s, {}, batch, jax.random.key(0))
-    p = np.exp(-np.float64(figures['nll'])).reshape(256, 256)
+    metrics = jax.jit(f.evaluate)(s, {}, batch, jax.random.key(0))
+    p = np.exp(-np.float64(metrics['nll'])).reshape(256, 256)
     assert abs(p.sum() - 1) < 1e-3
-    np.testing.assert_allclose(figures['bits_per_dim'], figures['nll'] / (2 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(metrics['bits_per_dim'], metrics['nll'] / (2 * math.log(2)), rtol=1e-5)
     second = p / p.sum(1, keepdims=True)
-    assert np.abs(second[0] - second[255]).max() > 1e-3, 'the second pixel knows nothing of the first'
+    assert np.abs(second[0] - second[255]).max() > 1e-3, 'the second pixel does not depend on the first'
 
 
 @pytest.mark.parametrize('model', [
     dict(scales=3), dict(filters=0), dict(mixtures=0), dict(dropout=1.0), dict(sampler='quick'),
     dict(conditional=True), dict(temperature=-1.0),
 ])  # fmt: skip
-def test_says_what_is_wrong(model):
+def test_refuses(model):
     with pytest.raises(UserError, match=r'config\.') as error:
         family((6, 6, 1), **model)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('log_scale', [-6, -1, 2, 6, 20, 87, 90, 300])
+@slow
 def test_mixture_of_any_width_is_the_mass_of_its_bins(log_scale):
     """At 90 the scale is infinite in float32, and the logarithm of the mass still a small number."""
     x, mean, half = np.array([-1.0, 0.0039215, 0.5019607, 1.0]), 0.3, 1 / 255

@@ -1,8 +1,9 @@
-"""PixelCNNs: what each value depends on, likelihoods by enumeration, drawing from what was kept, the prior of codes."""
+"""PixelCNNs: what each value depends on, likelihoods by enumeration, the cached sampler, the prior of codes."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import jax
@@ -11,14 +12,15 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen import config as configs
 from jaxgen.contract import Context, Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn
-from jaxgen.networks.masked import Place, mask
+from jaxgen.networks.masked import Position, kernel_mask
 from jaxgen.networks.pixelcnn import Condition, GatedPixelCNN, PixelCNN, Snail
 from jaxgen.optim import Optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks
 
 CNN = dict(channels=9, blocks=4, kernel=3, head=12)
 GATED = dict(channels=9, blocks=3, kernel=3, hidden_kernel=3, head=12)
@@ -57,24 +59,24 @@ def weights(network, x):
 
 
 def influence(apply, x, colours: int) -> np.ndarray:
-    """How much each output moves with each input, [outputs, inputs], in the order of drawing.
+    """Absolute derivatives of each output by each input, [outputs, inputs], in raster order.
 
     apply: x [n, H, W, C] -> [n, H, W, colours, k].
     """
     _, height, width, _ = x.shape
     direction = np.random.default_rng(2).normal(size=jax.eval_shape(apply, x).shape).astype(np.float32)
 
-    def summed(x):  # over the batch, whose examples do not meet: one row of the Jacobian for all of them
+    def summed(x):  # over the batch, whose examples are independent: one row of the Jacobian for all of them
         return (apply(x) * direction).sum(-1).sum(0).reshape(-1)
 
     jacobian = jax.jit(jax.jacrev(summed))(x)  # [outputs, n, H, W, C]
-    found = np.abs(np.asarray(jacobian)).max(1)
-    return found.reshape(height * width * colours, -1)
+    actual = np.abs(np.asarray(jacobian)).max(1)
+    return actual.reshape(height * width * colours, -1)
 
 
 def order(of: str) -> np.ndarray:
-    """[pixels, pixels]: which pixels a pixel should see; of the plain PixelCNN with 3x3 kernels those to the upper
-    right at 45 degrees or steeper."""
+    """[pixels, pixels]: which pixels a pixel should depend on; to the upper right the plain PixelCNN with 3x3 kernels
+    has those at 45 degrees or steeper, and a blind spot below."""
     p, q = np.divmod(np.arange(HEIGHT * WIDTH), WIDTH), np.divmod(np.arange(HEIGHT * WIDTH), WIDTH)
     down, right = p[0][:, None] - q[0][None], q[1][None] - p[1][:, None]
     earlier = (down > 0) | ((down == 0) & (right < 0))
@@ -82,83 +84,86 @@ def order(of: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize('name', ['pixelcnn', 'gated', 'snail'])
-def test_a_pixel_sees_all_earlier_ones_and_no_other(name):
+def test_a_pixel_depends_on_all_earlier_ones_and_no_other(name):
     network, x = NETWORKS[name], inputs(1)
     params = weights(network, x)
-    found = influence(lambda x: network.apply(params, x, condition(len(x))), x, 1)
-    np.testing.assert_array_equal(found != 0, order(name))
+    actual = influence(lambda x: network.apply(params, x, condition(len(x))), x, 1)
+    np.testing.assert_array_equal(actual != 0, order(name))
 
 
 @pytest.mark.parametrize('name', ['pixelcnn in colour', 'gated in colour'])
-def test_a_colour_sees_earlier_colours_of_its_pixel(name):
+@slow
+def test_a_colour_depends_on_earlier_colours_of_its_pixel(name):
     network, x = NETWORKS[name], inputs(3)
     params = weights(network, x)
-    found = influence(lambda x: network.apply(params, x, condition(len(x))), x, 3)
-    wanted = np.repeat(np.repeat(order(name.split()[0]), 3, 0), 3, 1)
-    wanted |= np.kron(np.eye(HEIGHT * WIDTH, dtype=bool), np.tri(3, k=-1, dtype=bool))
-    np.testing.assert_array_equal(found != 0, wanted)
+    actual = influence(lambda x: network.apply(params, x, condition(len(x))), x, 3)
+    expected = np.repeat(np.repeat(order(name.split()[0]), 3, 0), 3, 1)
+    expected |= np.kron(np.eye(HEIGHT * WIDTH, dtype=bool), np.tri(3, k=-1, dtype=bool))
+    np.testing.assert_array_equal(actual != 0, expected)
 
 
 def test_masks_of_the_centre():
     rgb = (0, 1, 2)
-    a, b = (mask(kind, (3, 3), rgb, rgb) for kind in 'AB')
+    a, b = (kernel_mask(kind, (3, 3), rgb, rgb) for kind in 'AB')
     np.testing.assert_array_equal(a[1, 1], [[0, 1, 1], [0, 0, 1], [0, 0, 0]])  # [from, to]
     np.testing.assert_array_equal(b[1, 1], [[1, 1, 1], [0, 1, 1], [0, 0, 1]])
     for one in (a, b):
         np.testing.assert_array_equal(one[..., 0, 0][[0, 1, 1, 2], [2, 0, 2, 0]], [1, 1, 0, 0])
 
 
-def walk(network, params, x, condition, scales: int = 1) -> np.ndarray:
-    """The network's output pixel by pixel, from what its layers keep: [n, H, W, ...]."""
+def outputs_by_pixel(network, params, x, condition, scales: int = 1) -> np.ndarray:
+    """The network's output pixel by pixel, by its cache: [n, H, W, ...]."""
     n, height, width, channels = x.shape
     margin = network.margin
-    seen = np.zeros((n, margin + height, width + 2 * margin, channels), np.float32)
+    sampled = np.zeros((n, margin + height, width + 2 * margin, channels), np.float32)
     cache, out = {}, []
 
     def depth(*at):
         return sum(all(a % 2**s == 0 for a in at) for s in range(1, scales))
 
-    def apply(seen, cache, i, j, depth):
-        place = Place(height, width, i, j, depth, margin)
-        return network.apply({**params, 'cache': cache}, seen, condition, False, place, mutable=['cache'])
+    def apply(sampled, cache, i, j, depth):
+        position = Position(height, width, i, j, depth, margin)
+        return network.apply({**params, 'cache': cache}, sampled, condition, False, position, mutable=['cache'])
 
-    row = jax.jit(lambda seen, cache, i, depth: apply(seen, cache, i, None, depth)[1]['cache'], static_argnums=3)
+    row = jax.jit(lambda sampled, cache, i, depth: apply(sampled, cache, i, None, depth)[1]['cache'], static_argnums=3)
     pixel = jax.jit(apply, static_argnums=4)
     # One trace fewer: caches that are not there yet are zeros.
     if network.rows:
-        cache = jax.eval_shape(lambda: apply(seen, {}, 0, None, scales - 1)[1]['cache'])
+        cache = jax.eval_shape(lambda: apply(sampled, {}, 0, None, scales - 1)[1]['cache'])
         cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), cache)
-    whole = jax.eval_shape(lambda: apply(seen, cache, 0, 0, scales - 1)[1]['cache'])
+    whole = jax.eval_shape(lambda: apply(sampled, cache, 0, 0, scales - 1)[1]['cache'])
     cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), whole)
     for i in range(height):
         if network.rows:
-            cache = row(seen, cache, i, depth(i))
+            cache = row(sampled, cache, i, depth(i))
         for j in range(width):
-            found, changed = pixel(seen, cache, i, j, depth(i, j))
+            actual, changed = pixel(sampled, cache, i, j, depth(i, j))
             cache = changed['cache']
-            out.append(np.asarray(found)[:, 0, 0])
-            seen[:, margin + i, margin + j] = x[:, i, j]  # only now, so that nothing could have looked ahead
+            out.append(np.asarray(actual)[:, 0, 0])
+            sampled[:, margin + i, margin + j] = x[:, i, j]  # only now, so that no output can depend on it
     return np.stack(out, 1).reshape(n, height, width, *out[0].shape[1:])
 
 
 @pytest.mark.parametrize('name', ['pixelcnn', 'gated', 'snail', 'snail without attention'])
-def test_one_pixel_at_a_time_is_the_whole_image(name):
+def test_outputs_by_pixel_equal_those_of_the_whole_image(name):
     network, x = NETWORKS[name], inputs(1, n=3)
     params = weights(network, x)
     whole = jax.jit(network.apply)(params, x, condition(3))
-    np.testing.assert_allclose(walk(network, params, x, condition(3)), whole, atol=1e-5)
+    np.testing.assert_allclose(outputs_by_pixel(network, params, x, condition(3)), whole, atol=1e-5)
 
 
-def test_with_a_map_beside_one_pixel_at_a_time_is_the_whole_image():
+@slow
+def test_outputs_by_pixel_conditioned_on_a_map():
     network, x = GatedPixelCNN(**{**GATED, 'blocks': 1}, levels=3), inputs(1, n=2)
-    beside = Condition(None, jnp.asarray(inputs(4, n=2)))
-    params = randomised(jax.eval_shape(lambda: network.init(jax.random.key(0), x, beside)))
+    with_map = Condition(None, jnp.asarray(inputs(4, n=2)))
+    params = randomised(jax.eval_shape(lambda: network.init(jax.random.key(0), x, with_map)))
     apply = jax.jit(network.apply)
-    whole = apply(params, x, beside)
-    assert np.abs(whole - apply(params, x, Condition(None, -beside.map))).max() > 0.01
-    np.testing.assert_allclose(walk(network, params, x, beside), whole, atol=1e-5)
+    whole = apply(params, x, with_map)
+    assert np.abs(whole - apply(params, x, Condition(None, -with_map.map))).max() > 0.01
+    np.testing.assert_allclose(outputs_by_pixel(network, params, x, with_map), whole, atol=1e-5)
 
 
+@slow
 def test_gated_network_by_torch():
     """The two stacks once more, in torch, on the same weights."""
     torch = pytest.importorskip('torch')
@@ -170,7 +175,7 @@ def test_gated_network_by_torch():
     label = np.arange(3)
 
     def conv(x, p, rows_above=0, columns=0, masked=None):
-        """A kernel whose last row is that of the pixel; masked: (may a colour see itself, its features' groups)."""
+        """A kernel whose last row is the pixel's; masked: (does a colour depend on itself, the outputs' colours)."""
         kernel = np.array(p['kernel'])
         if masked:
             own, outputs = masked
@@ -193,7 +198,7 @@ def test_gated_network_by_torch():
         a, b = x.chunk(2, 1)
         return a.tanh() * b.sigmoid()
 
-    def told(p):
+    def bias(p):
         return torch.tensor(p['label']['embedding'][label])[:, :, None, None]
 
     single, double = [i % 3 for i in range(6)], [i % 3 for i in range(6)] * 2
@@ -204,21 +209,21 @@ def test_gated_network_by_torch():
         one, k = p[f'block{b}'], 3 if b else 5
         above = conv(v, one['vertical'], k // 2, k // 2)
         above = above + dense(v, {'kernel': one['vertical_1x1']['kernel'][0, 0], 'bias': one['vertical_1x1']['bias']})
-        above = above + told(one['told']) if b else down(above)
+        above = above + bias(one['told']) if b else down(above)
         across = conv(h, one['horizontal'], 0, k // 2, (b > 0, double)) + dense(above, one['vertical_to_horizontal'])
-        across = gate(across + told(one['told'])) if b else gate(across)
+        across = gate(across + bias(one['told'])) if b else gate(across)
         v = v + gate(above) if b else gate(above)
         if b:
             skip = skip + conv(across, one['skip'], masked=(True, single))
         if b < 2:
             out = conv(across, one['residual'], masked=(True, single))
             h = h + out if b else out
-    y = F.relu(skip + told(p['told']))
+    y = F.relu(skip + bias(p['told']))
     y = F.relu(conv(y, p['head'], masked=(True, [i % 3 for i in range(9)])))
     y = conv(y, p['out'], masked=(True, [i % 3 for i in range(12)]))
-    wanted = y.reshape(3, 4, 3, HEIGHT, WIDTH).permute(0, 3, 4, 2, 1)  # value v of colour c is output 3 v + c
-    found = jax.jit(network.apply)(variables, x, Condition(jnp.asarray(label)))
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    expected = y.reshape(3, 4, 3, HEIGHT, WIDTH).permute(0, 3, 4, 2, 1)  # value v of colour c is output 3 v + c
+    actual = jax.jit(network.apply)(variables, x, Condition(jnp.asarray(label)))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 # The family.
@@ -228,10 +233,12 @@ def optim() -> Optim:
     return Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
 
 
-def family(image, classes: int = 0, stages=None, **model) -> Family:
+def family(image, classes: int = 0, stages=None, network: str = 'gated', changes: dict = {}, **model) -> Family:  # noqa: B006
+    """changes: of the network's section."""
     sections = {'pixelcnn': {**CNN, 'blocks': 1}, 'gated': {**GATED, 'blocks': 1}, 'snail': SNAIL}
     context = Context(image, classes, optim(), stages=stages or {})
-    return pixelcnn.build(context, **{**sections, **model})
+    section = {'name': network, **sections.get(network, {}), **changes}
+    return pixelcnn.build(context, network=section, **model)
 
 
 def state(f: Family, batch: dict, frozen=None):
@@ -265,7 +272,8 @@ def test_probabilities_of_all_images_sum_to_one(network, image, levels):
 
 
 @pytest.mark.parametrize('network, image', [('gated', (2, 2, 1)), ('pixelcnn', (1, 2, 3))])
-def test_samples_come_as_often_as_their_probability_says(network, image):
+@slow
+def test_samples_have_the_distribution_that_is_evaluated(network, image):
     n, levels = 6000, 2
     f = family(image, network=network, levels=levels)
     s, images, p = everything(f, image, levels)
@@ -280,7 +288,8 @@ def test_samples_come_as_often_as_their_probability_says(network, image):
 @pytest.mark.parametrize('network, image', [
     ('pixelcnn', (3, 4, 3)), ('gated', (3, 4, 3)), ('snail', (3, 4, 1)),
 ])  # fmt: skip
-def test_cached_draws_are_the_plain_ones(network, image):
+@slow
+def test_cached_samples_equal_plain_ones(network, image):
     batch = {'index': jnp.array([7, 3, 11]), 'label': jnp.array([0, 3, 1])}
     drawn = []
     for sampler in ('cached', 'plain'):
@@ -291,6 +300,7 @@ def test_cached_draws_are_the_plain_ones(network, image):
     assert len(np.unique(drawn[0])) > 20 and np.abs(drawn[0]).max() <= 1
 
 
+@slow
 def test_low_temperature_takes_the_likeliest_value():
     f = family((2, 2, 1), levels=4, temperature=1e-4)
     s = state(f, {'image': jnp.zeros((2, 2, 2, 1))})
@@ -298,14 +308,15 @@ def test_low_temperature_takes_the_likeliest_value():
     assert (drawn == drawn[:1]).all()
 
 
+@slow
 def test_bits_are_of_the_data_as_they_are():
     f = family((2, 3, 1), network='snail')
     batch = {'image': np.random.default_rng(0).integers(0, 256, (4, 2, 3, 1)).astype(np.float32) / 127.5 - 1}
     s = state(f, batch)
     nothing = s.replace(ema=jax.tree.map(jnp.zeros_like, s.ema))
-    figures = jax.jit(f.evaluate)(nothing, {}, {**batch, 'index': jnp.arange(4)}, jax.random.key(0))
-    np.testing.assert_allclose(figures['bits_per_dim'], 8, rtol=1e-5)
-    np.testing.assert_allclose(figures['nll'], 6 * math.log(256), rtol=1e-5)
+    metrics = jax.jit(f.evaluate)(nothing, {}, {**batch, 'index': jnp.arange(4)}, jax.random.key(0))
+    np.testing.assert_allclose(metrics['bits_per_dim'], 8, rtol=1e-5)
+    np.testing.assert_allclose(metrics['nll'], 6 * math.log(256), rtol=1e-5)
 
 
 # As the prior of codes: a first stage whose codes are the signs of an image's pixels.
@@ -326,27 +337,29 @@ def signs(grids=((1, 1), (2, 2))) -> Family:
     return Family(None, None, None, None, encode, decode, latents=Latents(grids=grids, vocabulary=2))
 
 
+@slow
 def test_prior_of_codes_is_a_distribution_over_all_grids():
     image, n = (1, 5, 1), 4000
     f, frozen = family(image, stages={'first': signs()}, network='snail', embedding=6), {'first': (None, {})}
     images = jnp.asarray(all_images(image, 2))
     batch = {'image': images, 'index': jnp.arange(32)}
     s = state(f, batch, frozen)
-    figures = jax.jit(f.evaluate)(s, frozen, batch, jax.random.key(0))
-    assert set(s.params) == {'level0', 'level1'} and 'bits_per_dim' not in figures
-    p, top = np.exp(-np.float64(figures['nll'])), np.exp(-np.float64(figures['nll/level0']))
+    metrics = jax.jit(f.evaluate)(s, frozen, batch, jax.random.key(0))
+    assert set(s.params) == {'level0', 'level1'} and 'bits_per_dim' not in metrics
+    p, top = np.exp(-np.float64(metrics['nll'])), np.exp(-np.float64(metrics['nll/level0']))
     assert abs(p.sum() - 1) < 1e-5
     np.testing.assert_allclose(top[:16], top[0], rtol=1e-5)
     assert abs(top[0] + top[16] - 1) < 1e-5
     bottom = (p / top).reshape(2, 16)
     np.testing.assert_allclose(bottom.sum(1), 1, rtol=1e-5)
-    assert np.abs(bottom[0] - bottom[1]).max() > 1e-3, 'the fine codes know nothing of the coarse one'
-    np.testing.assert_allclose(figures['bits_per_code'], figures['nll'] / (5 * math.log(2)), rtol=1e-5)
+    assert np.abs(bottom[0] - bottom[1]).max() > 1e-3, 'the fine codes do not depend on the coarse one'
+    np.testing.assert_allclose(metrics['bits_per_code'], metrics['nll'] / (5 * math.log(2)), rtol=1e-5)
     drawn = np.asarray(jax.jit(f.sample)(s, frozen, {'index': jnp.arange(n)}, jax.random.key(1))).reshape(n, 5)
     counts = np.bincount(((drawn > 0) * 2 ** np.arange(5)[::-1]).sum(1), minlength=32)
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 32 + 5 * 8
 
 
+@slow
 def test_prior_learns_codes_in_its_update():
     image, frozen = (1, 5, 1), {'first': (None, {})}
     f = family(image, stages={'first': signs()}, embedding=6)
@@ -363,21 +376,31 @@ def test_prior_learns_codes_in_its_update():
 @pytest.mark.parametrize('model, image', [
     (dict(network='resnet'), (4, 4, 1)), (dict(network='snail'), (4, 4, 3)), (dict(levels=1), (4, 4, 1)),
     (dict(sampler='quick'), (4, 4, 1)), (dict(temperature=0.0), (4, 4, 1)), (dict(conditional=True), (4, 4, 1)),
-    (dict(gated={**GATED, 'kernel': 4}), (4, 4, 1)), (dict(gated={**GATED, 'channels': 2}), (4, 4, 3)),
-    (dict(network='snail', snail={**SNAIL, 'heads': 3}), (4, 4, 1)),
-    (dict(network='snail', snail={**SNAIL, 'heads': -1}), (4, 4, 1)),
-    (dict(gated={**GATED, 'hidden_kernel': -1}), (4, 4, 1)),
-    (dict(gated={**GATED, 'dropout': 1.0}), (4, 4, 1)), (dict(gated={**GATED, 'blocks': 0}), (4, 4, 1)),
+    (dict(changes={'kernel': 4}), (4, 4, 1)), (dict(changes={'channels': 2}), (4, 4, 3)),
+    (dict(network='snail', changes={'heads': 3}), (4, 4, 1)),
+    (dict(network='snail', changes={'heads': -1}), (4, 4, 1)),
+    (dict(changes={'hidden_kernel': -1}), (4, 4, 1)), (dict(changes={'layers': 2}), (4, 4, 1)),
+    (dict(changes={'dropout': 1.0}), (4, 4, 1)), (dict(changes={'blocks': 0}), (4, 4, 1)),
     (dict(stages={'first': Family(None, None, None, None)}), (4, 4, 1)),
     (dict(stages={'first': signs(((2, 2), (3, 3)))}), (1, 13, 1)),
 ])  # fmt: skip
-def test_says_what_is_wrong(model, image):
+def test_refuses(model, image):
     with pytest.raises(UserError, match=r'config\.') as error:
         family(image, **model)
     assert '\n' not in str(error.value)
 
 
+def test_reads_configs_in_which_every_network_had_a_section(tmp_path):
+    file = tmp_path / 'config.json'
+    sections = {'pixelcnn': CNN, 'gated': GATED, 'snail': {**SNAIL, 'kernel': 5}}
+    file.write_text(json.dumps({'family': 'pixelcnn', 'model': {'network': 'snail', **sections, 'levels': 4}}))
+    model = configs.read_json(str(file)).model
+    expected = {'name': 'snail', **SNAIL, 'kernel': 5, 'dropout': 0.0}
+    assert model.network.to_dict() == expected and model.levels == 4 and 'gated' not in model
+
+
+@slow
 def test_refuses_a_first_stage_of_other_images():
-    f = family((1, 5, 1), stages={'first': signs()._replace(latents=Latents(grids=((1, 1), (4, 4))))})
+    f = family((1, 5, 1), stages={'first': signs()._replace(latents=Latents(grids=((1, 1), (4, 4)), vocabulary=2))})
     with pytest.raises(UserError, match=r'config\.stages\.first'):
         jax.eval_shape(f.init, jax.random.key(0), {'image': jnp.zeros((2, 1, 5, 1))}, {'first': (None, {})})

@@ -131,7 +131,7 @@ def by_actnorm(x):
 
 
 def by_weight_norm(x):
-    scale, bias = masked.standardising(x)
+    scale, bias = masked.standardise(x)
     return x * scale + bias
 
 
@@ -214,10 +214,10 @@ def test_running_statistics_far_from_zero():
     """What training leaves in 'batch_stats' is what sampling divides by."""
     x = 3000 + jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
     norm = BatchNorm(train=True, affine=False)
-    found = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])[1]['batch_stats']
+    actual = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])[1]['batch_stats']
     exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(found['mean'], exact.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(found['var'], exact.var((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(actual['mean'], exact.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(actual['var'], exact.var((0, 1, 2)), rtol=1e-5)
 
 
 def test_deviations_of_a_minibatch_far_from_zero():
@@ -274,10 +274,10 @@ def test_look_ups_are_those_of_indexing(dtype):
     table = params['params']['embedding']
     assert ours(table).dtype == dtype and ours(table).shape == (2, 3, 5)
     np.testing.assert_array_equal(ours(table), theirs(table))
-    found, expected = slopes(ours, table), slopes(theirs, table)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
-    np.testing.assert_array_equal(found[1], 0)
+    actual, expected = slopes(ours, table), slopes(theirs, table)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-6 if dtype == jnp.float32 else 0.02)
+    np.testing.assert_array_equal(actual[1], 0)
     assert np.isnan(look_up(table, jnp.array([-1, 0, 4]))).all(1).tolist() == [True, False, True]
 
 
