@@ -121,6 +121,17 @@ def assert_same(a, b) -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(keys))
 
 
+def random_weights(tree, seed: int = 0, scale: float = 0.5):
+    """Normals of this standard deviation for the float32 among arrays or their shapes, zeros for the others."""
+    rng = np.random.default_rng(seed)
+
+    def one(a):
+        values = scale * rng.normal(size=a.shape) if a.dtype == np.float32 else np.zeros(a.shape)
+        return jnp.asarray(values, a.dtype)
+
+    return jax.tree.map(one, tree)
+
+
 def saved_state(workdir, step: int | None = None):
     """The whole State of a run's newest checkpoint."""
     from jaxgen import checkpoint, run

@@ -1,10 +1,12 @@
-"""Transformers over sequences of codes: causal ones that predict the next, and ones that fill in what is masked."""
+"""Transformers over sequences of codes: causal ones that predict the next code, and ones that predict masked codes."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import chex
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ NORMAL = nn.initializers.normal(0.02)
 
 
 def dropped_attention(q: Array, k: Array, v: Array, causal: bool, drop) -> Array:
-    """Attention [n, T, heads, C / heads] whose weights [n, heads, T, T] go through `drop` (Vaswani et al. 2017)."""
+    """Attention [n, T, heads, C / heads] with dropout `drop` of its weights [n, heads, T, T] (Vaswani et al. 2017)."""
     logits = jnp.einsum('nqhc,nkhc->nhqk', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if causal:
         logits = jnp.where(jnp.tri(q.shape[1], dtype=bool), logits, -jnp.inf)
@@ -30,13 +32,13 @@ def dropped_attention(q: Array, k: Array, v: Array, causal: bool, drop) -> Array
 class Block(nn.Module):
     """Self-attention, then an MLP: tokens [n, T, C] to the same.
 
-    With a cache, the input is the one token at `index`, [n, 1, C], and looks at the keys and values of the tokens up to
-    it. The second result is that cache with its own added: `nn.scan` stacks them.
+    With a cache, the input is the one token at `index`, [n, 1, C], and attends to the keys and values of the tokens up
+    to it. The second result is the cache with its own added: `nn.scan` stacks them.
 
     Attributes:
-      causal: a token sees itself and those before it, else all.
-      after: each branch's sum is normalised after it (Vaswani et al. 2017; BERT), else each branch's input (GPT-2).
-      exact: GELU by the error function, else its approximation by tanh.
+      causal: a token attends to itself and those before it, else to all.
+      post_norm: each residual sum is normalised (Vaswani et al. 2017; BERT), else each branch's input (GPT-2).
+      exact_gelu: GELU by the error function, else its approximation by tanh.
       eps: of the norms.
       attention_dropout: of the weights of attention, in training.
     """
@@ -45,15 +47,15 @@ class Block(nn.Module):
     dropout: float
     train: bool
     causal: bool
-    after: bool
-    exact: bool
+    post_norm: bool
+    exact_gelu: bool
     eps: float
     dtype: Any
     attention_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Array, Any]:
-        n, tokens, channels = x.shape
+        channels = x.shape[-1]
 
         def norm(name):
             return LayerNorm(eps=self.eps, dtype=self.dtype, name=name)
@@ -61,9 +63,9 @@ class Block(nn.Module):
         def dropped(h):
             return nn.Dropout(self.dropout, deterministic=not self.train)(h)
 
-        h = x if self.after else norm('norm1')(x)
+        h = x if self.post_norm else norm('norm1')(x)
         qkv = Dense(3 * channels, init=NORMAL, dtype=self.dtype, name='qkv')(h)
-        q, k, v = jnp.moveaxis(qkv.reshape(n, tokens, 3, self.heads, channels // self.heads), 2, 0)
+        q, k, v = einops.rearrange(qkv, 'n t (qkv heads c) -> qkv n t heads c', qkv=3, heads=self.heads)
         if self.attention_dropout and self.train:
             h = dropped_attention(q, k, v, self.causal, nn.Dropout(self.attention_dropout, deterministic=False))
         elif cache is None:
@@ -74,19 +76,20 @@ class Block(nn.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             cache = k, v
-            seen = (jnp.arange(k.shape[1]) <= index)[None, None, None]  # [1, heads, 1, T]
-            h = jax.nn.dot_product_attention(q, k, v, mask=seen)
-        h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels)))
-        x = norm('norm1')(x + h) if self.after else x + h
+            earlier = (jnp.arange(k.shape[1]) <= index)[None, None, None]  # [1, heads, 1, T]
+            h = jax.nn.dot_product_attention(q, k, v, mask=earlier)
+        h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
+        h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='out')(h))
+        x = norm('norm1')(x + h) if self.post_norm else x + h
 
-        h = x if self.after else norm('norm2')(x)
-        h = nn.gelu(Dense(4 * channels, init=NORMAL, dtype=self.dtype, name='mlp1')(h), approximate=not self.exact)
+        h = x if self.post_norm else norm('norm2')(x)
+        h = nn.gelu(Dense(4 * channels, init=NORMAL, dtype=self.dtype, name='mlp1')(h), approximate=not self.exact_gelu)
         h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='mlp2')(h))
-        return (norm('norm2')(x + h) if self.after else x + h), cache
+        return (norm('norm2')(x + h) if self.post_norm else x + h), cache
 
 
-def stack(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
-    """`module.blocks` blocks, their weights in one stack that a scan goes through; cache [blocks, ...] or None."""
+def apply_blocks(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
+    """Output and cache of `module.blocks` blocks, a scan over their stacked weights; cache [blocks, ...] or None."""
     scanned = nn.scan(
         nn.remat(Block, prevent_cse=False) if module.remat else Block,
         variable_axes={'params': 0},
@@ -106,11 +109,11 @@ def stack(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
 
 
 class CausalTransformer(nn.Module):
-    """GPT-2's transformer (Radford et al. 2019) as VQGAN has it: tokens [n, T] to logits of what follows each.
+    """GPT-2's transformer (Radford et al. 2019) as VQGAN has it: tokens [n, T] to logits of the token after each.
 
     Attributes:
       vocabulary: number of tokens.
-      length: most tokens of a sequence.
+      length: maximal number of tokens of a sequence.
       channels, blocks, heads: published for ImageNet: 1536, 48, 24.
       dropout: of embeddings and branches, in training.
       attention_dropout: of the weights of attention, in training.
@@ -135,26 +138,34 @@ class CausalTransformer(nn.Module):
         Returns:
           float32 logits [n, T, vocabulary]; with a cache (logits [n, 1, vocabulary], cache).
         """
+        chex.assert_rank(tokens, 2)
         x = Embed(self.vocabulary, self.channels, embedding_init=NORMAL, dtype=self.dtype, name='tokens')(tokens)
         positions = self.param('positions', nn.initializers.zeros, (self.length, self.channels))
-        place = positions[: tokens.shape[1]] if cache is None else jax.lax.dynamic_slice_in_dim(positions, index, 1)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x + place.astype(self.dtype))
-        options = dict(train=train, causal=True, after=False, exact=True, eps=1e-5)
-        x, new = stack(self, x, cache, index, **options)
+        own = positions[: tokens.shape[1]] if cache is None else jax.lax.dynamic_slice_in_dim(positions, index, 1)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x + own.astype(self.dtype))
+        options = dict(train=train, causal=True, post_norm=False, exact_gelu=True, eps=1e-5)
+        x, new = apply_blocks(self, x, cache, index, **options)
         x = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm')(x)
         logits = Dense(self.vocabulary, bias=False, init=NORMAL, dtype=self.dtype, name='head')(x).astype(jnp.float32)
         return logits if cache is None else (logits, new)
 
     def empty_cache(self, n: int, length: int) -> tuple[Array, Array]:
-        """Keys and values of no token yet, [blocks, n, length, heads, channels / heads] each."""
+        """The cache before the first token: keys and values, [blocks, n, length, heads, channels / heads] each."""
         shape = (self.blocks, n, length, self.heads, self.channels // self.heads)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
 
 class MaskedTransformer(nn.Module):
-    """BERT's transformer (Devlin et al. 2018) as MaskGIT has it: tokens [n, T], some of them a mask, to logits of each.
+    """BERT's transformer (Devlin et al. 2018) as MaskGIT has it: tokens [n, T], some of them masked, to logits of each.
 
-    The head's weights are those of the embedding. Published for ImageNet: channels 768, blocks 24, heads 16.
+    The head's weights are those of the embedding.
+
+    Attributes:
+      vocabulary: number of tokens.
+      length: number of tokens of a sequence.
+      channels, blocks, heads: published for ImageNet: 768, 24, 16.
+      dropout: of embeddings and branches, in training.
+      attention_dropout: of the weights of attention, in training.
     """
 
     vocabulary: int
@@ -170,32 +181,30 @@ class MaskedTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, *, train: bool = False) -> Array:
         """tokens: int32 [n, length] -> float32 logits [n, length, vocabulary]."""
+        chex.assert_shape(tokens, (None, self.length))
         init = nn.initializers.truncated_normal(0.02)
         embed = Embed(self.vocabulary, self.channels, embedding_init=init, dtype=self.dtype, name='tokens')
         positions = self.param('positions', init, (self.length, self.channels)).astype(self.dtype)
         x = LayerNorm(eps=1e-12, dtype=self.dtype, name='embedded')(embed(tokens) + positions)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x, _ = stack(self, x, None, None, train=train, causal=False, after=True, exact=False, eps=1e-12)
+        x, _ = apply_blocks(self, x, None, None, train=train, causal=False, post_norm=True, exact_gelu=False, eps=1e-12)
         x = nn.gelu(Dense(self.channels, init=init, dtype=self.dtype, name='head')(x), approximate=True)
         x = LayerNorm(eps=1e-12, dtype=self.dtype, name='norm')(x)
         bias = self.param('bias', nn.initializers.zeros, (self.vocabulary,))
         return embed.attend(x).astype(jnp.float32) + bias
 
 
-def check_prior(first: Family | None, channels: int, blocks: int, heads: int) -> None:
-    """Raises UserError where a transformer of these sizes cannot stand on the codes of the stage `first`."""
+def check_prior(first: Family | None, channels: int, heads: int) -> None:
+    """Raises UserError where a transformer of this size cannot be the prior of codes of the stage `first`."""
     if first is None or not first.latents.grids:
         raise UserError('config.stages.first must be the run of a family with codes: vqvae or vqgan')
-    if min(channels, blocks, heads) < 1 or channels % heads:
-        raise UserError(
-            f'config.model: channels {channels}, blocks {blocks}, heads {heads} must be at least 1, and channels a '
-            'multiple of heads'
-        )
+    if channels % heads:
+        raise UserError(f'config.model.channels = {channels} must be a multiple of config.model.heads = {heads}')
 
 
 def flatten(codes: tuple[Array, ...]) -> Array:
     """Grids of codes, [n, h, w] each, as one sequence [n, T]: one grid after another, row by row."""
-    return jnp.concatenate([grid.reshape(len(grid), -1) for grid in codes], 1)
+    return jnp.concatenate([einops.rearrange(grid, 'n h w -> n (h w)') for grid in codes], 1)
 
 
 def unflatten(sequence: Array, grids: tuple[tuple[int, int], ...]) -> tuple[Array, ...]:
@@ -206,14 +215,15 @@ def unflatten(sequence: Array, grids: tuple[tuple[int, int], ...]) -> tuple[Arra
 
 
 def filtered(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
-    """Logits [..., V] of the distribution that samples are drawn from.
+    """Logits [..., V] of the truncated distribution, -inf for the tokens that are left out.
 
     Args:
-      temperature: 1 leaves it as it is, 0 leaves the likeliest alone.
-      top_k: only the k likeliest; 0: all.
-      top_p: only the likeliest that together have at least this probability (Holtzman et al. 2019); 1: all.
+      temperature: logits are divided by it; 0: the likeliest token alone.
+      top_k: only the k likeliest tokens; 0: all.
+      top_p: only the likeliest tokens that together have at least this probability, the nucleus (Holtzman et al. 2019,
+        arXiv 1904.09751); 1: all.
     """
-    # Where the likeliest alone is left, ties would leave several.
+    # At temperature 0 ties would leave several tokens: the first of them is taken.
     logits = (
         logits / temperature
         if temperature
@@ -223,11 +233,11 @@ def filtered(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: flo
         logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
     if top_p < 1:
         order = jnp.argsort(-logits, -1)
-        shares = jax.nn.softmax(jnp.take_along_axis(logits, order, -1))
-        # A token stays if those before it do not have top_p already: the likeliest always stays.
-        keep = jnp.cumsum(shares, -1) - shares < top_p
-        back = jnp.argsort(order, -1)
-        logits = jnp.where(jnp.take_along_axis(keep, back, -1), logits, -jnp.inf)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, -1))
+        # A token is kept if those before it have less than top_p together: the likeliest always is.
+        keep = jnp.cumsum(probabilities, -1) - probabilities < top_p
+        inverse = jnp.argsort(order, -1)
+        logits = jnp.where(jnp.take_along_axis(keep, inverse, -1), logits, -jnp.inf)
     return logits
 
 

@@ -1,7 +1,7 @@
 """The transformer of VAR (Tian et al. 2024, arXiv 2404.02905, section 3.3), which predicts codes scale by scale.
 
-A token is one place of one scale. It is told what all coarser scales add up to there, and it sees the tokens of its own
-scale and of the coarser ones: all codes of a scale are predicted at once.
+A token is one position of one scale. Its input is the sum of all coarser scales there, and it attends to the tokens of
+its own scale and of the coarser ones: all codes of a scale are predicted at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import chex
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,21 +21,22 @@ from jaxgen.networks.layers import Dense, Embed, LayerNorm, look_up
 Array = jax.Array
 Cache = tuple[Array, Array]
 
-MOST_SCALE = math.log(100)  # of the logarithm of what normalised queries are multiplied by
+MAX_LOG_SCALE = math.log(100)  # of the factor of normalised queries
 
 
 def modulation_init(std: float, gate: float) -> nn.initializers.Initializer:
-    """Of a layer of [..., 6 C] outputs, in the order of `Block`: half as large, the gates by `gate`."""
+    """Initialiser of a layer with [..., 6 C] outputs, in the order of `Block`: normal, with `gate` times this standard
+    deviation for the gates and half of it for scales and shifts."""
 
     def init(rng, shape, dtype=jnp.float32):
-        share = jnp.repeat(jnp.array([gate, gate, 0.5, 0.5, 0.5, 0.5]), shape[-1] // 6)
-        return std * share * jax.random.normal(rng, shape, dtype)
+        factor = jnp.repeat(jnp.array([gate, gate, 0.5, 0.5, 0.5, 0.5]), shape[-1] // 6)
+        return std * factor * jax.random.normal(rng, shape, dtype)
 
     return init
 
 
 def normalised(x: Array) -> Array:
-    """x over its length along the last axis, float32."""
+    """x with Euclidean norm 1 along the last axis, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
@@ -45,7 +48,12 @@ class Block(nn.Module):
     next scale; the second result is that cache with theirs added. `nn.scan` stacks them.
 
     Attributes:
-      std: of the weights at the start; those that end a branch are smaller by (2 blocks)^1/2.
+      blocks: of the whole network.
+      std: of the initial weights; those of the last layer of a branch are smaller by (2 blocks)^1/2.
+      gate: see `modulation_init`.
+      unit_queries: queries and keys have norm 1, with a learned scale for each head.
+      shared: `condition` has the 6 C parameters of the adaptive norms, to which a learned table is added.
+      drops_path: whole branches are dropped in training, with probability `drop_path`.
     """
 
     heads: int
@@ -61,11 +69,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache | None, drop_path: Array, condition: Array, mask: Array | None):
-        n, tokens, channels = x.shape
+        n, _, channels = x.shape
         init, last = nn.initializers.normal(self.std), nn.initializers.normal(self.std / math.sqrt(2 * self.blocks))
         modulation = modulation_init(self.std, self.gate)
         if self.shared:
-            # A table of its own on top of what all blocks get.
+            # A table of this block on top of the common modulation of all blocks.
             table = self.param('modulation', modulation_init(channels**-0.5, self.gate), (6 * channels,))
             m = condition + table.astype(self.dtype)
         else:
@@ -76,7 +84,7 @@ class Block(nn.Module):
             return LayerNorm(affine=False, dtype=self.dtype, name=name)(x) * (1 + scale) + shift
 
         def branch(h):
-            """Dropout of numbers, and of the whole branch of some examples (Huang et al. 2016)."""
+            """Dropout of features, and of the whole branch of some examples (stochastic depth, Huang et al. 2016)."""
             h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
             if not (self.drops_path and self.train):
                 return h
@@ -87,17 +95,20 @@ class Block(nn.Module):
         qkv = Dense(3 * channels, bias=False, init=init, dtype=self.dtype, name='qkv')(h)
         bias = self.param('bias', nn.initializers.zeros, (2, channels)).astype(self.dtype)  # keys need none
         q, k, v = jnp.split(qkv, 3, -1)
-        q, k, v = (a.reshape(n, tokens, self.heads, -1) for a in (q + bias[0], k, v + bias[1]))
+        q, k, v = (
+            einops.rearrange(a, 'n t (heads c) -> n t heads c', heads=self.heads) for a in (q + bias[0], k, v + bias[1])
+        )
         scale = 0.25 * (channels // self.heads) ** -0.5
         if self.unit_queries:
             log_scale = self.param('log_scale', nn.initializers.constant(math.log(4)), (self.heads,))
-            q = normalised(q) * jnp.exp(jnp.minimum(log_scale, MOST_SCALE))[:, None]
+            q = normalised(q) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))[:, None]
             q, k, scale = q.astype(self.dtype), normalised(k).astype(self.dtype), 1.0
         if cache is not None:
             k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
             cache = k, v
         h = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)  # [n, T, heads, C / heads]
-        h = Dense(channels, init=last, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
+        h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
+        h = Dense(channels, init=last, dtype=self.dtype, name='out')(h)
         x = x + branch(gate1 * h)
 
         h = norm(x, scale2, shift2, 'norm2')
@@ -107,18 +118,19 @@ class Block(nn.Module):
 
 
 class VARTransformer(nn.Module):
-    """What coarser scales add up to, and a class, to logits of the codes.
+    """Logits of the codes of every scale, given the sum of the coarser scales and a class.
 
     Attributes:
       vocabulary: number of codes.
       grids: (rows, columns) of each scale, coarse first.
       channels, blocks, heads: published with d = 16, 20, 24, 30, 36 blocks: 64 d channels, d heads.
-      classes: number of classes; label `classes` stands for none.
-      dropout, drop_path: of branches, in training; the second drops whole ones, rising from 0 in the first block to
-        this in the last. Published: 0 and d / 240.
-      unit_queries: queries and keys have length 1, and each head's queries are then scaled by a learned number.
-      shared: one layer makes of the class what modulates all blocks, and each block adds a table of its own.
-      gate: how large the gates of the branches start, beside half of them for what else modulates.
+      classes: number of classes; label `classes` is the null label.
+      dropout, drop_path: of branches, in training; the second drops whole ones, with a probability from 0 in the first
+        block to this in the last. Published: 0 and d / 240.
+      unit_queries: queries and keys have norm 1, and each head's queries are then scaled by a learned number.
+      shared: one layer computes the adaptive norms' parameters of all blocks from the class, and each block adds a
+        learned table.
+      gate: of the initial gates of the branches, where scales and shifts have 0.5, see `modulation_init`.
     """
 
     vocabulary: int
@@ -137,17 +149,18 @@ class VARTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, words: Array | None, label: Array, cache: Cache | None = None, scale: int = 0, *, train: bool = False
+        self, inputs: Array | None, label: Array, cache: Cache | None = None, scale: int = 0, *, train: bool = False
     ):
         """Args:
-          words: float32 [n, T, D], what the scales before a token's own add up to at its place, scale by scale: of
-            all scales but the first, which has none before it. With a cache of the one at `scale`, None of the first.
+          inputs: float32 [n, T, D], the sum of the scales before a token's own at its position, scale by scale: of all
+            scales but the first, which has none before it. With a cache those of the scale `scale`, None of the first.
           label: int32 [n], from 0 to `classes`.
-          cache: of `empty_cache`, or what came of the scale before.
+          cache: of `empty_cache`, or the result at the scale before.
 
         Returns:
           float32 logits [n, T of all scales, vocabulary]; with a cache (logits of this scale's tokens, cache).
         """
+        chex.assert_rank(label, 1)
         channels, lengths = self.channels, [h * w for h, w in self.grids]
         std = (3 * channels) ** -0.5
         init = nn.initializers.normal(std)
@@ -156,14 +169,14 @@ class VARTransformer(nn.Module):
         if scale == 0:
             start = self.param('start', init, (lengths[0], channels)).astype(self.dtype)
             parts.append(condition[:, None] + start)
-        if words is not None:
-            parts.append(Dense(channels, init=init, dtype=self.dtype, name='words')(words))
+        if inputs is not None:  # 'words' and 'levels' are names in saved runs
+            parts.append(Dense(channels, init=init, dtype=self.dtype, name='words')(inputs))
         x = jnp.concatenate(parts, 1)  # [n, T, C]
-        levels = np.repeat(np.arange(len(lengths)), lengths)
-        positions = self.param('positions', init, (len(levels), channels))
-        places = positions + look_up(self.param('levels', init, (len(lengths), channels)), levels)
+        scale_of = np.repeat(np.arange(len(lengths)), lengths)  # the scale of each token
+        embedding = self.param('positions', init, (len(scale_of), channels))
+        embedding += look_up(self.param('levels', init, (len(lengths), channels)), scale_of)
         begin = sum(lengths[:scale])
-        x = x + places[begin : begin + x.shape[1]].astype(self.dtype)
+        x = x + embedding[begin : begin + x.shape[1]].astype(self.dtype)
 
         condition = nn.silu(condition)  # once here, as every block would begin with it
         modulation = condition
@@ -180,8 +193,8 @@ class VARTransformer(nn.Module):
             shared=self.shared, dropout=self.dropout, drops_path=self.drop_path > 0, train=train, dtype=self.dtype,
             name='blocks',
         )  # fmt: skip
-        # What a cache holds is coarser, all of it to be seen.
-        mask = None if cache is not None else (levels[:, None] >= levels)[None, None]  # [1, 1, T, T]
+        # A cache holds coarser scales alone, and every token attends to all of them.
+        mask = None if cache is not None else (scale_of[:, None] >= scale_of)[None, None]  # [1, 1, T, T]
         x, new = stack(x, cache, jnp.linspace(0, self.drop_path, self.blocks), modulation, mask)
 
         half = nn.initializers.normal(0.5 * std)
@@ -193,6 +206,6 @@ class VARTransformer(nn.Module):
         return logits if cache is None else (logits, new)
 
     def empty_cache(self, n: int) -> Cache:
-        """Keys and values of no token yet, [blocks, n, 0, heads, C / heads] each."""
+        """The cache before the first scale: keys and values, [blocks, n, 0, heads, C / heads] each."""
         shape = (self.blocks, n, 0, self.heads, self.channels // self.heads)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)

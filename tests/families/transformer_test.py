@@ -1,4 +1,4 @@
-"""Transformers over codes: parity with torch's, what depends on what, likelihoods that sum to one, drawing."""
+"""Transformers over codes: parity with torch's, what depends on what, likelihoods that sum to one, sampling."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import random_weights
 
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
@@ -24,9 +25,9 @@ from jaxgen.networks.transformer import (
     flatten,
     unflatten,
 )
-from jaxgen.optim import decayed, make_optim
+from jaxgen.optim import decay_mask, make_optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
+slow = pytest.mark.slow  # compiles networks
 
 LEVELS = 3
 
@@ -52,23 +53,17 @@ def context(side=2, **changes):
     return Context((side, side, 1), 0, optim, {'first': toy_first(side)})._replace(**changes)
 
 
-def random_weights(tree, seed=0, scale=0.5):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda a: jnp.asarray(scale * rng.normal(size=a.shape), a.dtype) if a.dtype == jnp.float32 else a, tree
-    )
-
-
 @functools.cache
 def family(module, side=2, classes=0, **options):
     small = dict(channels=8, blocks=2, heads=2)
     build = module.build(context(side, classes=classes), **{**small, **options})
     state = jax.eval_shape(build.init, jax.random.key(0), {}, {})
-    state = random_weights(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state))
+    state = random_weights(state)
     return build._replace(sample=jax.jit(build.sample), evaluate=jax.jit(build.evaluate)), state
 
 
 @pytest.mark.parametrize('causal', [True, False])
+@slow
 def test_blocks_equal_torchs(causal):
     """Of the same weights, torch's encoder layers give the same: before the norm and causal, or after it and not."""
     torch = pytest.importorskip('torch')
@@ -110,8 +105,8 @@ def test_blocks_equal_torchs(causal):
         x = x @ tensor(params['head']['kernel']) + tensor(params['head']['bias'])
         x = normed(torch.nn.functional.gelu(x, approximate='tanh'), params['norm'], eps)
         logits = x @ tensor(params['tokens']['embedding']).T + tensor(params['bias'])
-    found = jax.jit(net.apply)({'params': params}, jnp.asarray(tokens))
-    np.testing.assert_allclose(found, logits.detach().numpy(), rtol=2e-4, atol=2e-4)
+    actual = jax.jit(net.apply)({'params': params}, jnp.asarray(tokens))
+    np.testing.assert_allclose(actual, logits.detach().numpy(), rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -124,13 +119,14 @@ def test_dropout_of_attention(causal):
     keep = rng.integers(0, 2, (2, 3, 5, 5)) / 0.5
     slow = np.zeros((2, 5, 3, 4))
     for n, h, i in itertools.product(range(2), range(3), range(5)):
-        seen = range(i + 1 if causal else 5)
-        w = np.exp([float(q[n, i, h] @ k[n, j, h]) / 2 for j in seen])
-        slow[n, i, h] = sum(a * keep[n, h, i, j] * v[n, j, h] for j, a in zip(seen, w / w.sum(), strict=True))
+        keys = range(i + 1 if causal else 5)
+        w = np.exp([float(q[n, i, h] @ k[n, j, h]) / 2 for j in keys])
+        slow[n, i, h] = sum(a * keep[n, h, i, j] * v[n, j, h] for j, a in zip(keys, w / w.sum(), strict=True))
     np.testing.assert_allclose(dropped_attention(q, k, v, causal, lambda w: w * keep), slow, atol=1e-5)
 
 
 @pytest.mark.parametrize('make', [CausalTransformer, MaskedTransformer])
+@slow
 def test_attention_is_dropped_in_training_alone(make):
     tokens = jnp.zeros((1, 6), jnp.int32)
     net = make(vocabulary=5, length=6, channels=8, blocks=1, heads=2, dropout=0.0, attention_dropout=0.5)
@@ -141,16 +137,18 @@ def test_attention_is_dropped_in_training_alone(make):
     assert np.abs(a - b).max() > 0.01 and np.abs(a - plain).max() > 0.01
 
 
+@slow
 def test_published_weight_decay():
     """The release's of the matrices of linear layers alone."""
     net = CausalTransformer(vocabulary=5, length=6, channels=8, blocks=2, heads=2)
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 6), jnp.int32))['params']
-    mask = decayed(params, tuple(configs.load('configs/transformer_imagenet256.py').optim.no_decay))
-    found = {'/'.join(key.key for key in path) for path, kept in jax.tree.leaves_with_path(mask) if kept}
-    assert found == {'head/kernel', *(f'blocks/{name}/kernel' for name in ('qkv', 'out', 'mlp1', 'mlp2'))}
+    mask = decay_mask(params, tuple(configs.load('configs/transformer_imagenet256.py').optim.no_decay))
+    actual = {'/'.join(key.key for key in path) for path, kept in jax.tree.leaves_with_path(mask) if kept}
+    assert actual == {'head/kernel', *(f'blocks/{name}/kernel' for name in ('qkv', 'out', 'mlp1', 'mlp2'))}
 
 
-def test_a_code_is_seen_by_those_after_it_alone():
+@slow
+def test_logits_depend_on_earlier_codes_alone():
     net = CausalTransformer(vocabulary=5, length=6, channels=8, blocks=2, heads=2)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (1, 6)))
     params = random_weights(net.init(jax.random.key(0), tokens)['params'])
@@ -169,17 +167,18 @@ def test_probabilities_of_all_images_sum_to_one(conditional):
     values = np.array(list(itertools.product(range(LEVELS), repeat=4))).reshape(-1, 2, 2, 1)
     batch = {'image': jnp.asarray(values - 1.0), 'index': jnp.arange(len(values))}
     for label in range(2 if conditional else 1):
-        found = model.evaluate(state, FROZEN, {**batch, 'label': jnp.full(len(values), label)}, jax.random.key(0))
-        np.testing.assert_allclose(np.exp(-np.asarray(found['code_nats'], np.float64)).sum(), 1, rtol=1e-5)
-        np.testing.assert_allclose(found['bits_per_code'], found['code_nats'] / 4 / math.log(2), rtol=1e-5)
+        actual = model.evaluate(state, FROZEN, {**batch, 'label': jnp.full(len(values), label)}, jax.random.key(0))
+        np.testing.assert_allclose(np.exp(-np.asarray(actual['code_nats'], np.float64)).sum(), 1, rtol=1e-5)
+        np.testing.assert_allclose(actual['bits_per_code'], actual['code_nats'] / 4 / math.log(2), rtol=1e-5)
 
 
-def test_drawn_as_a_loop_over_whole_sequences_draws():
-    """With keys and values kept, every code is what the whole network would have drawn by the same key."""
+@slow
+def test_cached_samples_equal_those_of_a_loop_over_whole_sequences():
+    """With keys and values cached, every code is the one that the whole network samples by the same key."""
     model, state = family(transformer, side=3, classes=2, conditional=True, temperature=1.3, top_k=2)
     n, length = 4, 9
     label = jnp.array([0, 1, 0, 1])
-    drawn = model.sample(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(5))
+    samples = model.sample(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(5))
     net = CausalTransformer(vocabulary=LEVELS, length=length, channels=8, blocks=2, heads=2)
     apply = jax.jit(net.apply)
     draw_rng, _ = jax.random.split(jax.random.key(5))
@@ -191,14 +190,15 @@ def test_drawn_as_a_loop_over_whole_sequences_draws():
             row = np.array(logits[j])
             row[row < np.sort(row)[-2]] = -np.inf
             sequence[j, i + 1] = jax.random.categorical(jax.random.fold_in(keys[j], i), jnp.asarray(row))
-    np.testing.assert_array_equal(np.round(drawn[..., 0] + 1).reshape(n, -1), sequence[:, 1:])
+    np.testing.assert_array_equal(np.round(samples[..., 0] + 1).reshape(n, -1), sequence[:, 1:])
 
 
+@slow
 def test_larger_images_from_windows():
     """Every code of a larger grid is the likeliest by the window of the trained size around it."""
     model, state = family(transformer, side=3, enlarge=2, temperature=0.0)
-    drawn = model.sample(state, FROZEN, {'index': jnp.arange(1)}, jax.random.key(0))
-    assert drawn.shape == (1, 6, 6, 1)
+    samples = model.sample(state, FROZEN, {'index': jnp.arange(1)}, jax.random.key(0))
+    assert samples.shape == (1, 6, 6, 1)
     net = CausalTransformer(vocabulary=LEVELS, length=9, channels=8, blocks=2, heads=2)
     apply, grid = jax.jit(net.apply), np.zeros((6, 6), int)
     for row, column in np.ndindex(6, 6):
@@ -207,11 +207,12 @@ def test_larger_images_from_windows():
         tokens = np.concatenate([[0], window[:-1]])[None]
         logits = apply({'params': state.ema['transformer']}, jnp.asarray(tokens))
         grid[row, column] = logits[0, (row - top) * 3 + column - left].argmax()
-    np.testing.assert_array_equal(np.round(drawn[0, ..., 0] + 1), grid)
+    np.testing.assert_array_equal(np.round(samples[0, ..., 0] + 1), grid)
 
 
+@slow
 def test_some_codes_are_replaced_in_training():
-    """A network that copies the code it sees, on images of one code all over: its loss is of the replaced ones."""
+    """A network that copies its input, on images of one code all over: its loss is of the replaced ones."""
     images = jnp.asarray(np.random.default_rng(0).integers(0, 3, (512, 1, 1, 1)) - 1.0) * jnp.ones((1, 3, 3, 1))
     net = CausalTransformer(vocabulary=LEVELS, length=9, channels=8, blocks=2, heads=2)
     params = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32))['params'])
@@ -223,25 +224,25 @@ def test_some_codes_are_replaced_in_training():
         state = model.init(jax.random.key(0), {}, {}).replace(params={'transformer': params})
         _, logs = jax.jit(model.update)(state, FROZEN, {'image': images}, jax.random.key(1))
         wrong = logs['loss'] / (20 * 8 / math.sqrt(7))  # a wrong code costs the distance of the logits
-        # The first code is seen by none: its token is 0, right by chance in a third. Of the eight others a share of
-        # 1 - keep is replaced, by the right one in a third.
+        # The first code's token is 0, right by chance in a third. Of the eight others a fraction of 1 - keep is
+        # replaced, by the right one in a third.
         np.testing.assert_allclose(wrong, (2 / 3 + 8 * (1 - keep) * 2 / 3) / 9, rtol=0.25)
 
 
 def test_filtered_logits():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]]))
 
-    def shares(**options):
+    def probabilities(**options):
         return np.round(jax.nn.softmax(filtered(logits, **options)), 4)
 
-    np.testing.assert_allclose(shares(), np.exp(logits), atol=1e-4)
-    np.testing.assert_allclose(shares(top_k=2)[0], [2 / 3, 0, 1 / 3, 0], atol=1e-4)
-    np.testing.assert_allclose(shares(top_p=0.75)[0], [2 / 3, 0, 1 / 3, 0], atol=1e-4)
-    np.testing.assert_allclose(shares(top_p=0.76)[0], [0.5 / 0.9, 0, 0.25 / 0.9, 0.15 / 0.9], atol=1e-4)
-    np.testing.assert_allclose(shares(top_p=1e-6)[0], [1, 0, 0, 0], atol=1e-4)
-    np.testing.assert_allclose(shares(temperature=0.0), [[1, 0, 0, 0], [1, 0, 0, 0]], atol=1e-4)
+    np.testing.assert_allclose(probabilities(), np.exp(logits), atol=1e-4)
+    np.testing.assert_allclose(probabilities(top_k=2)[0], [2 / 3, 0, 1 / 3, 0], atol=1e-4)
+    np.testing.assert_allclose(probabilities(top_p=0.75)[0], [2 / 3, 0, 1 / 3, 0], atol=1e-4)
+    np.testing.assert_allclose(probabilities(top_p=0.76)[0], [0.5 / 0.9, 0, 0.25 / 0.9, 0.15 / 0.9], atol=1e-4)
+    np.testing.assert_allclose(probabilities(top_p=1e-6)[0], [1, 0, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(probabilities(temperature=0.0), [[1, 0, 0, 0], [1, 0, 0, 0]], atol=1e-4)
     squared = np.exp(2 * logits[0]) / np.exp(2 * logits[0]).sum()
-    np.testing.assert_allclose(shares(temperature=0.5)[0], squared, atol=1e-4)
+    np.testing.assert_allclose(probabilities(temperature=0.5)[0], squared, atol=1e-4)
 
 
 def test_sequences_of_grids_and_back():
@@ -257,15 +258,16 @@ def test_sequences_of_grids_and_back():
 # --- MaskGIT
 
 
-def test_as_many_are_masked_as_the_cosine_says():
+def test_masks_have_the_sizes_of_the_cosine_schedule():
     r = jnp.array([0.0, 0.25, 0.5, 0.9, 1.0])
-    masked = maskgit.mask_some(jax.random.split(jax.random.key(0), 5), r, 16)
+    masked = maskgit.sample_masks(jax.random.split(jax.random.key(0), 5), r, 16)
     np.testing.assert_array_equal(masked.sum(1), [16, 15, 12, 3, 1])  # ceil(16 cos(pi r / 2)), 1 at least
     keys = jax.random.split(jax.random.key(1), 4000)
-    where = maskgit.mask_some(keys, jnp.full(4000, 2 / 3), 4).mean(0)  # two of four, any two
+    where = maskgit.sample_masks(keys, jnp.full(4000, 2 / 3), 4).mean(0)  # two of four, any two
     np.testing.assert_allclose(where, 0.5, atol=0.04)
 
 
+@slow
 def test_the_mean_over_masked_codes():
     """Of one image, 'image' divides by its own number of masked codes, 1 to 4 of 4, and 'batch' by the mean number."""
     usual = np.maximum(np.ceil(4 * np.cos(0.5 * np.pi * (np.arange(200_000) + 0.5) / 200_000)), 1).mean()
@@ -279,14 +281,15 @@ def test_the_mean_over_masked_codes():
     assert ratios <= {1.0, 2.0, 3.0, 4.0} and len(ratios) > 1
 
 
-def test_masked_codes_are_told_by_the_others_alone():
-    """Bits over all masks of one place equal those by hand; what was masked is not shown."""
+@slow
+def test_masked_codes_are_predicted_from_the_others_alone():
+    """Bits equal those by hand, where the masked codes are no input of the network."""
     model, state = family(maskgit, side=2, dropout=0.0, steps=4)
     net = MaskedTransformer(vocabulary=LEVELS + 1, length=4, channels=8, blocks=2, heads=2)
     apply = jax.jit(lambda tokens: jax.nn.log_softmax(net.apply({'params': state.ema['transformer']}, tokens)))
     images = jnp.asarray(np.array(list(itertools.product([-1.0, 0.0, 1.0], repeat=4))).reshape(-1, 2, 2, 1))
     codes = np.round(images.reshape(-1, 4) + 1).astype(int)
-    found = model.evaluate(state, FROZEN, {'image': images, 'index': jnp.arange(81)}, jax.random.key(0))
+    actual = model.evaluate(state, FROZEN, {'image': images, 'index': jnp.arange(81)}, jax.random.key(0))
     for i in range(0, 81, 16):
         key, bits = jax.random.fold_in(jax.random.key(0), i), []
         for k in range(8):
@@ -294,15 +297,16 @@ def test_masked_codes_are_told_by_the_others_alone():
             masked = np.asarray(order) < math.ceil(4 * math.cos(math.pi / 2 * (k + 0.5) / 8))
             log_p = apply(jnp.asarray(np.where(masked, LEVELS, codes[i]))[None])[0]
             bits.append(-np.mean([log_p[j, codes[i, j]] for j in np.flatnonzero(masked)]) / math.log(2))
-        np.testing.assert_allclose(found['masked_bits'][i], np.mean(bits), rtol=1e-4)
+        np.testing.assert_allclose(actual['masked_bits'][i], np.mean(bits), rtol=1e-4)
 
 
-def test_draws_as_a_slow_loop_draws():
-    """Parallel decoding step by step in numpy: the surest stay, none that is settled changes, all are settled."""
+@slow
+def test_parallel_decoding_equals_a_slow_loop():
+    """Step by step in numpy: the most confident codes are kept, none that is settled changes, all are settled."""
     steps, n, length = 4, 3, 9
     model, state = family(maskgit, side=3, classes=2, conditional=True, steps=steps, choice_temperature=2.0)
     label = jnp.array([0, 1, 1])
-    drawn = model.sample(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(3))
+    samples = model.sample(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(3))
     net = MaskedTransformer(vocabulary=LEVELS + 3, length=length + 1, channels=8, blocks=2, heads=2)
     apply = jax.jit(net.apply)
     draw_rng, _ = jax.random.split(jax.random.key(3))
@@ -311,24 +315,25 @@ def test_draws_as_a_slow_loop_draws():
         tokens = np.full(length, LEVELS + 2)
         for t in range(steps):
             draw_key, choice_key = jax.random.split(jax.random.fold_in(key, t))
-            seen = np.concatenate([[LEVELS + int(label[j])], tokens])[None]
-            logits = apply({'params': state.ema['transformer']}, jnp.asarray(seen))[0, 1:, :LEVELS]
+            inputs = np.concatenate([[LEVELS + int(label[j])], tokens])[None]
+            logits = apply({'params': state.ema['transformer']}, jnp.asarray(inputs))[0, 1:, :LEVELS]
             codes = np.array(jax.random.categorical(draw_key, logits))
             log_p = np.asarray(jax.nn.log_softmax(logits))
             unknown = np.flatnonzero(tokens == LEVELS + 2)
             tokens[unknown] = codes[unknown]
             left = math.floor(length * math.cos(math.pi / 2 * (t + 1) / steps)) if t + 1 < steps else 0
             noise = np.asarray(jax.random.gumbel(choice_key, (length,)))
-            sure = log_p[np.arange(length), codes] + 2.0 * (1 - (t + 1) / steps) * noise
-            again = sorted(unknown, key=lambda i: sure[i])[: min(left, len(unknown) - 1)]
+            confidence = log_p[np.arange(length), codes] + 2.0 * (1 - (t + 1) / steps) * noise
+            again = sorted(unknown, key=lambda i: confidence[i])[: min(left, len(unknown) - 1)]
             tokens[again] = LEVELS + 2
         assert (tokens < LEVELS).all()
-        np.testing.assert_array_equal(np.round(drawn[j, ..., 0] + 1).ravel(), tokens)
+        np.testing.assert_array_equal(np.round(samples[j, ..., 0] + 1).ravel(), tokens)
 
 
 @pytest.mark.parametrize('module', [transformer, maskgit])
+@slow
 def test_learns_what_codes_go_together(module):
-    """Images of one code all over: after training samples are so too, and of the class asked for."""
+    """Images of one code all over: after training samples are so too, and of the requested class."""
     first = context(
         side=2, classes=2, optim=make_optim(150, **{**DEFAULTS['optim'], 'lr': 1e-2, 'warmup': 10, 'ema': 0.9})
     )
@@ -346,8 +351,8 @@ def test_learns_what_codes_go_together(module):
 
     state, logs = train(state)
     assert logs['loss'][-1] < 0.05 < logs['loss'][0]
-    drawn = model.sample(state, FROZEN, {'index': jnp.arange(8), 'label': label[:8]}, jax.random.key(2))
-    np.testing.assert_array_equal(drawn, batch['image'][:8])
+    samples = model.sample(state, FROZEN, {'index': jnp.arange(8), 'label': label[:8]}, jax.random.key(2))
+    np.testing.assert_array_equal(samples, batch['image'][:8])
 
 
 @pytest.mark.parametrize(
@@ -362,7 +367,7 @@ def test_learns_what_codes_go_together(module):
         (maskgit, {'conditional': True}, 'labels'),
     ],
 )
-def test_says_what_is_wrong(module, options, words):
+def test_refuses(module, options, words):
     with pytest.raises(UserError, match=words):
         module.build(context(), **options)
     with pytest.raises(UserError, match='codes'):

@@ -1,4 +1,4 @@
-"""VAR: the multi-scale quantiser and the transformer against torch, what sees what, drawing, likelihoods, sizes."""
+"""VAR: the multi-scale quantiser and the transformer against torch, causality, sampling, likelihoods, sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import random_weights
 
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
@@ -22,20 +23,9 @@ from jaxgen.networks.first_stage import Decoder, Encoder
 from jaxgen.networks.multiscale import MultiScale, enlarged, shrunk
 from jaxgen.networks.transformer import flatten
 from jaxgen.networks.var import Block, VARTransformer
-from jaxgen.optim import Optim, decayed, make_optim
+from jaxgen.optim import Optim, decay_mask, make_optim
 
-pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
-
-
-def random_weights(tree, seed=0, scale=0.5):
-    """Normals for the float32 among arrays or their shapes, zeros for the others."""
-    rng = np.random.default_rng(seed)
-
-    def one(a):
-        values = scale * rng.normal(size=a.shape) if a.dtype == jnp.float32 else np.zeros(a.shape)
-        return jnp.asarray(values, a.dtype)
-
-    return jax.tree.map(one, tree)
+slow = pytest.mark.slow  # compiles networks
 
 
 def weights_of(net, *args, **options):
@@ -50,14 +40,15 @@ def nchw(torch, x):
 
 
 @pytest.mark.parametrize('size, to', [((7, 5), (3, 4)), ((16, 16), (13, 6)), ((4, 6), (4, 6)), ((2, 3), (1, 1))])
+@slow
 def test_sizes_change_as_in_torch(size, to):
     interpolate = pytest.importorskip('torch').nn.functional.interpolate
     import torch
 
-    for x, wanted, resize, mode in [(size, to, shrunk, 'area'), (to, size, enlarged, 'bicubic')]:
+    for x, expected, resize, mode in [(size, to, shrunk, 'area'), (to, size, enlarged, 'bicubic')]:
         x = np.random.default_rng(0).normal(size=(2, *x, 3)).astype(np.float32)
-        reference = interpolate(nchw(torch, x), size=wanted, mode=mode).movedim(1, -1)
-        np.testing.assert_allclose(resize(jnp.asarray(x), wanted), reference, atol=1e-5)
+        reference = interpolate(nchw(torch, x), size=expected, mode=mode).movedim(1, -1)
+        np.testing.assert_allclose(resize(jnp.asarray(x), expected), reference, atol=1e-5)
 
 
 def test_scales_share_convolutions():
@@ -80,6 +71,7 @@ def quantiser():
     return net, params, z, book
 
 
+@slow
 def test_quantiser_and_its_gradients_equal_torchs():
     torch = pytest.importorskip('torch')
     interpolate = torch.nn.functional.interpolate
@@ -109,16 +101,16 @@ def test_quantiser_and_its_gradients_equal_torchs():
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
     def gradients(params, book, z):
-        looked_up, found, codes = net.apply({'params': params}, z, book)
-        loss = sum(jnp.square(s - jax.lax.stop_gradient(z)).mean() * (i + 1) for i, s in enumerate(found))
-        return loss, (looked_up, found, codes)
+        looked_up, actual, codes = net.apply({'params': params}, z, book)
+        loss = sum(jnp.square(s - jax.lax.stop_gradient(z)).mean() * (i + 1) for i, s in enumerate(actual))
+        return loss, (looked_up, actual, codes)
 
-    (of_phi, of_book, of_z), (looked_up, found, found_codes) = gradients(params, book, z)
+    (of_phi, of_book, of_z), (looked_up, actual, actual_codes) = gradients(params, book, z)
     assert [q.shape for q in looked_up] == [(2, *grid, 3) for grid in GRIDS]
-    assert len({int(c) for grid in found_codes for c in grid.ravel()}) > 4
-    for a, b in zip(found_codes, codes, strict=True):
+    assert len({int(c) for grid in actual_codes for c in grid.ravel()}) > 4
+    for a, b in zip(actual_codes, codes, strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(found, sums, strict=True):
+    for a, b in zip(actual, sums, strict=True):
         np.testing.assert_allclose(a, b.detach().movedim(1, -1), atol=2e-5)
     np.testing.assert_allclose(of_book, vectors.grad, atol=2e-5)
     for k in range(4):
@@ -128,6 +120,7 @@ def test_quantiser_and_its_gradients_equal_torchs():
     assert not of_z.any()
 
 
+@slow
 def test_parts_add_up():
     net, params, z, book = quantiser()
     _, sums, codes = net.apply({'params': params}, z, book)
@@ -164,6 +157,7 @@ def first_stage():
     return f, jax.jit(f.update), random_weights(start).replace(params=params, ema=params, extra=extra), x
 
 
+@slow
 def test_first_stage_takes_plain_gradient_steps():
     """Straight through to the encoder, the commitment to its latents, the rest to the codebook and the convolutions."""
     _, update, state, x = first_stage()
@@ -199,10 +193,11 @@ def test_first_stage_takes_plain_gradient_steps():
     np.testing.assert_allclose(logs['usage'], met.mean(), rtol=1e-5)
 
 
-def test_first_stage_encodes_decodes_and_draws_by_scale():
+@slow
+def test_first_stage_encodes_decodes_and_samples_by_scale():
     f, _, state, x = first_stage()
     assert f.latents.grids == grids() and f.latents.vocabulary == 7
-    # Where training met one code a scale, samples are made of these.
+    # Where training used one code a scale, samples are made of these.
     count = jnp.zeros((3, 7)).at[jnp.arange(3), jnp.array([5, 0, 3])].set(1e9)
     only = tuple(jnp.full((4, *grid), c) for grid, c in zip(grids(), (5, 0, 3), strict=True))
 
@@ -212,19 +207,20 @@ def test_first_stage_encodes_decodes_and_draws_by_scale():
         codes = f.encode(state, {}, x, rng)
         total = sum(f.embed(state, {}, c, k) for k, c in enumerate(codes))
         by_hand = Decoder(image_channels=1, **SIZES).apply({'params': state.ema['decoder']}, total)[0]
-        again, figures = f.decode(state, {}, {}, codes, rng), f.evaluate(state, {}, x | index, rng)
-        drawn = f.sample(state.replace(extra={'count': count}), {}, index, rng)
-        return again, jnp.clip(by_hand, -1, 1), figures, drawn, f.decode(state, {}, {}, only, rng)
+        again, metrics = f.decode(state, {}, {}, codes, rng), f.evaluate(state, {}, x | index, rng)
+        samples = f.sample(state.replace(extra={'count': count}), {}, index, rng)
+        return again, jnp.clip(by_hand, -1, 1), metrics, samples, f.decode(state, {}, {}, only, rng)
 
-    again, by_hand, figures, drawn, wanted = everything(state, x)
+    again, by_hand, metrics, samples, expected = everything(state, x)
     np.testing.assert_allclose(again, by_hand, atol=1e-5)
-    np.testing.assert_allclose(figures['absolute_error'], jnp.abs(again - x['image']).mean((1, 2, 3)), rtol=1e-4)
-    np.testing.assert_allclose(figures['bits_per_code'], math.log2(7), rtol=1e-4)  # none was counted yet
-    np.testing.assert_allclose(drawn, wanted, atol=1e-5)
+    np.testing.assert_allclose(metrics['absolute_error'], jnp.abs(again - x['image']).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(metrics['bits_per_code'], math.log2(7), rtol=1e-4)  # none was counted yet
+    np.testing.assert_allclose(samples, expected, atol=1e-5)
     assert again.std() > 0.05
 
 
-def test_codes_that_no_scale_meets_start_anew():
+@slow
+def test_codes_that_no_scale_uses_are_restarted():
     _, update, state, x = first_stage()
     far = {'embedding': jnp.full((7, 3), 1e3, jnp.float32).at[2].set(jnp.array([0.5, -0.5, 0.2]))}
     state, logs = update(state.replace(params=state.params | {'codebook': far}), {}, x, jax.random.key(0))
@@ -242,7 +238,7 @@ def test_codes_that_no_scale_meets_start_anew():
     ({'scales': (1, 4), 'regulariser': 'kl'}, 'vq'),
     ({'latent_kernel': 0}, 'latent_kernel'),
 ])  # fmt: skip
-def test_first_stage_says_what_is_wrong(options, words):
+def test_first_stage_refuses(options, words):
     optim = make_optim(10, **DEFAULTS['optim'])
     fine = dict(regulariser='vq', multipliers=(1, 1), perceptual=0.0, adversarial=0.0)
     with pytest.raises(UserError, match=words):
@@ -280,8 +276,8 @@ def context(**changes):
     return Context((7, 1, 1), 3, make_optim(10, **DEFAULTS['optim']), {'first': toy_first()})._replace(**changes)
 
 
-def words_of(codes) -> jax.Array:
-    """What the tokens of the second and third scale get, [n, 6, D], for codes [n, 7]."""
+def inputs_of(codes) -> jax.Array:
+    """The inputs of the tokens of the second and third scale, [n, 6, D], for codes [n, 7]."""
     first = toy_first()
     codes = first.encode(None, {}, {'image': 2.0 * jnp.asarray(codes)[..., None, None] - 1}, None)
     one = first.embed(None, {}, codes[0], 0)
@@ -297,17 +293,18 @@ def network(**options):
 
 
 @pytest.mark.parametrize('shared', [False, True])
+@slow
 def test_published_weight_decay(shared):
-    """The release's: of matrices and the classes' embedding, not of biases, starts, places, scales of attention, nor of
-    the tables that blocks add to a shared modulation."""
+    """The release's: of matrices and the classes' embedding, not of biases, starts, positions, scales of attention, nor
+    of the tables that blocks add to a shared modulation."""
     config = configs.load(f'configs/var_imagenet256.py{":d36" if shared else ""}')
     net = VARTransformer(vocabulary=LEVELS, grids=MAPS, classes=3, **SMALL, shared=shared)
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 6, D)), jnp.zeros(1, jnp.int32))['params']
-    mask = jax.tree.leaves_with_path(decayed(params, tuple(config.optim.no_decay)))
-    found = {'/'.join(key.key for key in path) for path, kept in mask if kept}
+    mask = jax.tree.leaves_with_path(decay_mask(params, tuple(config.optim.no_decay)))
+    actual = {'/'.join(key.key for key in path) for path, kept in mask if kept}
     matrices = {f'blocks/{name}/kernel' for name in ('qkv', 'out', 'mlp1', 'mlp2')}
     matrices |= {'modulation/kernel' if shared else 'blocks/modulation/kernel', 'head_modulation/kernel'}
-    assert found == matrices | {'label/embedding', 'words/kernel', 'head/kernel'}
+    assert actual == matrices | {'label/embedding', 'words/kernel', 'head/kernel'}
 
 
 @functools.cache
@@ -318,11 +315,12 @@ def family(**options):
 
 
 @pytest.mark.parametrize('unit_queries, shared', [(True, False), (False, True)])
+@slow
 def test_transformer_equals_torchs(unit_queries, shared):
     torch = pytest.importorskip('torch')
     F = torch.nn.functional
     _, params, apply = network(unit_queries=unit_queries, shared=shared)
-    words = np.random.default_rng(3).normal(size=(3, 6, D)).astype(np.float32)
+    inputs = np.random.default_rng(3).normal(size=(3, 6, D)).astype(np.float32)
     label = np.array([2, 0, 3])
     p = jax.tree.map(lambda a: torch.tensor(np.array(a)), params)
     if unit_queries:
@@ -339,10 +337,10 @@ def test_transformer_equals_torchs(unit_queries, shared):
         return x.unflatten(-1, (2, 4)).transpose(1, 2)  # [n, heads, T, 4]
 
     condition = p['label']['embedding'][label]
-    x = torch.cat([condition[:, None] + p['start'], linear(torch.tensor(words), p['words'])], 1)
+    x = torch.cat([condition[:, None] + p['start'], linear(torch.tensor(inputs), p['words'])], 1)
     level = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
     x = x + p['positions'] + p['levels'][level]
-    sees = level[:, None] >= level[None]
+    attends = level[:, None] >= level[None]
     for i in range(2):
         b = jax.tree.map(lambda a, i=i: a[i], p['blocks'])
         if shared:
@@ -357,39 +355,41 @@ def test_transformer_equals_torchs(unit_queries, shared):
             scores = factor * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
         else:
             scores = 0.25 / 2 * q @ k.mT
-        seen = scores.masked_fill(~sees, -math.inf).softmax(-1) @ v
-        x = x + gate1[:, None] * linear(seen.transpose(1, 2).flatten(2), b['out'])
+        attended = scores.masked_fill(~attends, -math.inf).softmax(-1) @ v
+        x = x + gate1[:, None] * linear(attended.transpose(1, 2).flatten(2), b['out'])
         h = F.gelu(linear(norm(x, scale2, shift2), b['mlp1']), approximate='tanh')
         x = x + gate2[:, None] * linear(h, b['mlp2'])
     scale, shift = linear(F.silu(condition), p['head_modulation']).chunk(2, -1)
     logits = linear(norm(x, scale, shift), p['head'])
     assert logits.std() > 0.1
-    found = apply({'params': params}, jnp.asarray(words), jnp.asarray(label), None, 0)
-    np.testing.assert_allclose(found, logits, rtol=2e-4, atol=2e-4)
+    actual = apply({'params': params}, jnp.asarray(inputs), jnp.asarray(label), None, 0)
+    np.testing.assert_allclose(actual, logits, rtol=2e-4, atol=2e-4)
 
 
+@slow
 def test_scale_by_scale_with_a_cache_is_the_whole():
     net, params, apply = network()
-    words, label = random_weights(jnp.zeros((2, 6, D))), jnp.array([1, 3])
-    whole = apply({'params': params}, words, label, None, 0)
+    inputs, label = random_weights(jnp.zeros((2, 6, D))), jnp.array([1, 3])
+    whole = apply({'params': params}, inputs, label, None, 0)
     cache, parts = net.empty_cache(2), []
-    for k, part in enumerate([None, words[:, :2], words[:, 2:]]):
+    for k, part in enumerate([None, inputs[:, :2], inputs[:, 2:]]):
         logits, cache = apply({'params': params}, part, label, cache, k)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
     assert cache[0].shape == (2, 2, 7, 2, 4)
 
 
-def test_codes_are_seen_by_finer_scales_alone():
-    """The codes of a scale, by way of what they add up to, change logits of finer scales, and of no others."""
+@slow
+def test_logits_depend_on_coarser_scales_alone():
+    """The codes of a scale, by the sum of the scales, change logits of finer scales, and of no others."""
     _, params, apply = network()
     level = np.repeat(np.arange(3), LENGTHS)
     codes = np.random.default_rng(0).integers(0, LEVELS, (1, 7))
-    before = apply({'params': params}, words_of(codes), jnp.array([0]), None, 0)
+    before = apply({'params': params}, inputs_of(codes), jnp.array([0]), None, 0)
     for i in range(7):
         other = codes.copy()
         other[0, i] = 1 - other[0, i]
-        after = apply({'params': params}, words_of(other), jnp.array([0]), None, 0)
+        after = apply({'params': params}, inputs_of(other), jnp.array([0]), None, 0)
         changed = np.abs(after - before).max(-1)[0] > 1e-6
         np.testing.assert_array_equal(changed, level > level[i])
 
@@ -398,38 +398,40 @@ def test_probabilities_of_all_codes_sum_to_one():
     model, state = family()
     images = 2.0 * np.array(list(itertools.product(range(LEVELS), repeat=7)))[..., None, None] - 1
     batch = {'image': jnp.asarray(images), 'index': jnp.arange(128), 'label': jnp.full(128, 2)}
-    found = jax.jit(model.evaluate)(state, FROZEN, batch, jax.random.key(0))
-    np.testing.assert_allclose(np.exp(-np.asarray(found['code_nats'], np.float64)).sum(), 1, rtol=1e-5)
-    np.testing.assert_allclose(found['bits_per_code'], found['code_nats'] / 7 / math.log(2), rtol=1e-5)
-    assert np.std(found['code_nats']) > 0.1
+    actual = jax.jit(model.evaluate)(state, FROZEN, batch, jax.random.key(0))
+    np.testing.assert_allclose(np.exp(-np.asarray(actual['code_nats'], np.float64)).sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(actual['bits_per_code'], actual['code_nats'] / 7 / math.log(2), rtol=1e-5)
+    assert np.std(actual['code_nats']) > 0.1
 
 
 def test_guidance_grows_with_the_scale():
     with_class, without = jnp.array([2.0, -1.0]), jnp.array([1.0, 0.5])
     for k, t in enumerate([0.0, 0.5, 1.0, 1.5]):
-        found = var.guided(with_class, without, 1.5, k, 4)
-        np.testing.assert_allclose(found, (1 + t) * with_class - t * without, rtol=1e-6)
+        actual = var.guided(with_class, without, 1.5, k, 4)
+        np.testing.assert_allclose(actual, (1 + t) * with_class - t * without, rtol=1e-6)
     np.testing.assert_array_equal(var.guided(with_class, without, 1.5, 0, 1), with_class)
 
 
-def test_drawn_as_whole_passes_draw():
-    """With a cache, every scale is what the whole network draws from guided logits, by the same keys."""
+@slow
+def test_cached_samples_equal_those_of_whole_passes():
+    """With a cache, every scale is the one that the whole network samples from guided logits, by the same keys."""
     model, state = family(guidance=2.0, temperature=1.3)
     _, _, apply = network()
     label, n = jnp.array([1, 0, 2]), 3
-    drawn = jax.jit(model.sample)(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(5))
+    samples = jax.jit(model.sample)(state, FROZEN, {'index': jnp.arange(n), 'label': label}, jax.random.key(5))
     keys = [jax.random.fold_in(jax.random.split(jax.random.key(5))[0], i) for i in range(n)]
     variables, codes = {'params': state.ema['transformer']}, np.zeros((n, 7), int)
     for k, (begin, length) in enumerate(zip((0, 1, 3), LENGTHS, strict=True)):
-        own, none = (apply(variables, words_of(codes), of, None, 0) for of in (label, jnp.full(n, 3)))
+        own, none = (apply(variables, inputs_of(codes), of, None, 0) for of in (label, jnp.full(n, 3)))
         logits = ((1 + k) * own - k * none)[:, begin : begin + length] / 1.3  # t = 2 k / 2
         for j in range(n):
             codes[j, begin : begin + length] = jax.random.categorical(jax.random.fold_in(keys[j], k), logits[j])
-    np.testing.assert_array_equal(drawn[..., 0, 0], 2 * codes - 1)
+    np.testing.assert_array_equal(samples[..., 0, 0], 2 * codes - 1)
 
 
-def test_labels_are_left_out():
-    """With nearly all labels left out, the loss is that of no class."""
+@slow
+def test_labels_are_dropped():
+    """With nearly all labels dropped, the loss is that of no class."""
     model, state = family(label_dropout=0.9999)
     images = jnp.asarray(2.0 * np.random.default_rng(0).integers(0, 2, (4, 7, 1, 1)) - 1)
     update = jax.jit(model.update)
@@ -440,6 +442,7 @@ def test_labels_are_left_out():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+@slow
 def test_whole_branches_are_dropped():
     """Both branches of a block for p^2 of the examples, and those that are left are as much larger."""
     block = Block(
@@ -477,7 +480,7 @@ def test_whole_branches_are_dropped():
     ({'guidance': 1.0, 'conditional': False}, 'guidance needs'),
     ({'guidance': 1.0, 'label_dropout': 0.0}, 'guidance needs'),
 ])  # fmt: skip
-def test_says_what_is_wrong(options, words):
+def test_refuses(options, words):
     with pytest.raises(UserError, match=words):
         var.build(context(), **{**SMALL, 'conditional': True, **options})
     with pytest.raises(UserError, match='labels'):
