@@ -300,6 +300,12 @@ def test_cached_samples_equal_plain_ones(network, image):
     assert len(np.unique(drawn[0])) > 20 and np.abs(drawn[0]).max() <= 1
 
 
+def test_images_are_quantised_evenly():
+    every = jnp.arange(256) / 127.5 - 1
+    np.testing.assert_array_equal(pixelcnn.quantised(every, 256), np.arange(256))
+    np.testing.assert_array_equal(pixelcnn.quantised(every, 4), np.arange(256) // 64)
+
+
 @slow
 def test_low_temperature_takes_the_likeliest_value():
     f = family((2, 2, 1), levels=4, temperature=1e-4)

@@ -229,6 +229,15 @@ def test_some_codes_are_replaced_in_training():
         np.testing.assert_allclose(wrong, (2 / 3 + 8 * (1 - keep) * 2 / 3) / 9, rtol=0.25)
 
 
+def test_a_fraction_of_the_codes_is_replaced_by_uniform_ones():
+    codes = jnp.full((200, 100), 3)
+    rngs = jax.random.split(jax.random.key(0))
+    actual = transformer.corrupted(*rngs, codes, 0.25, 5)
+    counts = np.bincount(np.asarray(actual).ravel(), minlength=5) / codes.size
+    np.testing.assert_allclose(counts, [0.15, 0.15, 0.15, 0.25 + 0.15, 0.15], atol=0.015)
+    np.testing.assert_array_equal(transformer.corrupted(*rngs, codes, 1.0, 5), codes)
+
+
 def test_filtered_logits():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]]))
 
@@ -265,6 +274,13 @@ def test_masks_have_the_sizes_of_the_cosine_schedule():
     keys = jax.random.split(jax.random.key(1), 4000)
     where = maskgit.sample_masks(keys, jnp.full(4000, 2 / 3), 4).mean(0)  # two of four, any two
     np.testing.assert_allclose(where, 0.5, atol=0.04)
+
+
+@pytest.mark.parametrize('length', [1, 4, 256])
+def test_expected_number_of_masked_codes(length):
+    r = (np.arange(400_000) + 0.5) / 400_000
+    mean = np.maximum(np.ceil(length * np.cos(0.5 * np.pi * r)), 1).mean()
+    np.testing.assert_allclose(maskgit.expected_masked(length), mean, rtol=1e-4)
 
 
 @slow
