@@ -102,7 +102,7 @@ def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
     chex.assert_shape(label, logits.shape[:-1])
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     k = log_p.shape[-1]
-    # A sum instead of indexing, whose gradient is a scatter in an order that changes on GPUs (see sharding.overlapping_writes).
+    # A sum instead of indexing, whose gradient adds up in an order that changes on GPUs (sharding.overlapping_writes).
     right = jnp.where(jnp.arange(k) == label[..., None], log_p, 0).sum(-1)
     right = jnp.where((label >= 0) & (label < k), right, jnp.nan)
     return -(1 - smoothing) * right - smoothing * log_p.mean(-1) if smoothing else -right
