@@ -12,15 +12,14 @@ import optax
 import pytest
 from pixelcnn_test import influence, outputs_by_pixel, randomised
 from scipy import special
+from support import context, optimiser
 
-from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn_pp
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import CausalConvTranspose
 from jaxgen.networks.pixelcnn import Condition
 from jaxgen.networks.pixelcnn_pp import PixelCNNpp
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks
 
@@ -197,8 +196,8 @@ def test_the_first_batch_sets_scales_and_biases():
 
 
 def family(image, classes: int = 0, **model):
-    context = Context(image, classes, Optim(lambda name, times=1: optax.adam(1e-2), 1, lambda step: 1.0))
-    return pixelcnn_pp.build(context, **{**dict(filters=4, blocks=1, scales=2, mixtures=2, dropout=0.2), **model})
+    of_images = context(image, classes, optim=optimiser(optax.adam(1e-2)))
+    return pixelcnn_pp.build(of_images, **{**dict(filters=4, blocks=1, scales=2, mixtures=2, dropout=0.2), **model})
 
 
 def state(f, batch):

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import context, sgd
 
 from jaxgen import config as configs
-from jaxgen.contract import Context, Family, Latents
+from jaxgen.contract import Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn
 from jaxgen.networks.masked import Position, kernel_mask
 from jaxgen.networks.pixelcnn import Condition, GatedPixelCNN, PixelCNN, Snail
-from jaxgen.optim import Optim
 
 slow = pytest.mark.slow  # compiles networks
 
@@ -229,16 +229,11 @@ def test_gated_network_by_torch():
 # The family.
 
 
-def optim() -> Optim:
-    return Optim(lambda name, times=1: optax.sgd(0.1), 1, lambda step: 1.0)
-
-
 def family(image, classes: int = 0, stages=None, network: str = 'gated', changes: dict = {}, **model) -> Family:  # noqa: B006
     """changes: of the network's section."""
     sections = {'pixelcnn': {**CNN, 'blocks': 1}, 'gated': {**GATED, 'blocks': 1}, 'snail': SNAIL}
-    context = Context(image, classes, optim(), stages=stages or {})
     section = {'name': network, **sections.get(network, {}), **changes}
-    return pixelcnn.build(context, network=section, **model)
+    return pixelcnn.build(context(image, classes, optim=sgd(), stages=stages or {}), network=section, **model)
 
 
 def state(f: Family, batch: dict, frozen=None):

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from support import random_weights
 
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, Family, Latents
+from jaxgen.contract import Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import maskgit, transformer
 from jaxgen.networks.transformer import (
@@ -49,8 +50,7 @@ FROZEN = {'first': (None, {})}
 
 
 def context(side=2, **changes):
-    optim = make_optim(10, **DEFAULTS['optim'])
-    return Context((side, side, 1), 0, optim, {'first': toy_first(side)})._replace(**changes)
+    return support.context((side, side, 1), **{'stages': {'first': toy_first(side)}, **changes})
 
 
 @functools.cache

@@ -9,13 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+import support
 from support import random_weights
 
 from jaxgen import config as configs
-from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, Family, Latents
+from jaxgen.contract import Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import var, vqgan
 from jaxgen.networks import multiscale
@@ -23,7 +22,7 @@ from jaxgen.networks.first_stage import Decoder, Encoder
 from jaxgen.networks.multiscale import MultiScale, enlarged, shrunk
 from jaxgen.networks.transformer import flatten
 from jaxgen.networks.var import Block, VARTransformer
-from jaxgen.optim import Optim, decay_mask, make_optim
+from jaxgen.optim import decay_mask
 
 slow = pytest.mark.slow  # compiles networks
 
@@ -145,9 +144,8 @@ def grids():
 
 @functools.cache
 def first_stage():
-    optim = Optim(lambda name, times=1: optax.sgd(RATE), 1, lambda step: 1.0)
     f = vqgan.build(
-        Context((8, 8, 1), 0, optim, {}), regulariser='vq', **SIZES, latent=3, vocabulary=7, scales=SCALES,
+        support.context(optim=support.sgd(RATE)), regulariser='vq', **SIZES, latent=3, vocabulary=7, scales=SCALES,
         perceptual=0.0, adversarial=0.0, beta=0.3, codebook_weight=2.0, restart=0.5,
     )  # fmt: skip
     x = {'image': jax.random.uniform(jax.random.key(0), (4, 8, 8, 1), minval=-1, maxval=1)}
@@ -239,10 +237,9 @@ def test_codes_that_no_scale_uses_are_restarted():
     ({'latent_kernel': 0}, 'latent_kernel'),
 ])  # fmt: skip
 def test_first_stage_refuses(options, words):
-    optim = make_optim(10, **DEFAULTS['optim'])
     fine = dict(regulariser='vq', multipliers=(1, 1), perceptual=0.0, adversarial=0.0)
     with pytest.raises(UserError, match=words):
-        vqgan.build(Context((8, 8, 1), 0, optim, {}), **{**fine, **options})
+        vqgan.build(support.context(), **{**fine, **options})
 
 
 # --- the transformer
@@ -273,7 +270,7 @@ FROZEN = {'first': (None, {})}
 
 
 def context(**changes):
-    return Context((7, 1, 1), 3, make_optim(10, **DEFAULTS['optim']), {'first': toy_first()})._replace(**changes)
+    return support.context((7, 1, 1), **{'classes': 3, 'stages': {'first': toy_first()}, **changes})
 
 
 def inputs_of(codes) -> jax.Array:
