@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from embedded import DISTINCT, EMBEDDED, FAMILIES, last_of_each
+from embedded import DISTINCT, EMBEDDED, FAMILIES, IN_QUICK_PART, last_of_each
 from support import (
     NAMES,
     assemble,
@@ -237,14 +237,6 @@ def test_traces_at_tiny_size(name):
     numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
     figures = jax.eval_shape(family.evaluate, state, frozen, numbered, key)
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
-
-
-# One config of each family is in the quick part, of some families a smaller one than the last.
-IN_QUICK_PART = FAMILIES | {
-    'diffusion': 'ddpm_digits',
-    'gan': 'conditional_gan_digits',
-    'vae': 'conditional_vae_digits',
-}
 
 
 @pytest.mark.parametrize(

@@ -35,3 +35,10 @@ def network_name(config) -> str | None:
 
 DISTINCT = last_of_each(reversed(EMBEDDED))
 FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
+
+# One config of each family is in the quick part, of some families a smaller one than the last.
+IN_QUICK_PART = FAMILIES | {
+    'diffusion': 'ddpm_digits',
+    'gan': 'conditional_gan_digits',
+    'vae': 'conditional_vae_digits',
+}

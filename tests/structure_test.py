@@ -47,7 +47,7 @@ def test_networks_of(source, expected):
 
 def test_quick_part_has_every_family():
     """In README's test command each family is updated, sampled and resumed."""
-    from contract_test import DISTINCT, IN_QUICK_PART
+    from embedded import DISTINCT, IN_QUICK_PART  # loads all configs
 
     assert sorted(IN_QUICK_PART) == configs.families()
     assert {configs.load(path(name)).family: name for name in IN_QUICK_PART.values()} == IN_QUICK_PART
@@ -83,6 +83,18 @@ def test_api_reference_names_every_module():
     packages = ('augmentation', 'families', 'networks', 'diffusion', 'losses', 'metrics', 'evaluation', 'data')
     missing = {m for m in modules if m.count('.') == 2 and m.split('.')[1] in packages} - set(documented)
     assert not missing, 'the reference lacks modules'
+
+
+def test_test_files_import_no_test_file():
+    """What several of them need stands in a module of helpers, tests/support.py above all."""
+    files = glob.glob(os.path.join(ROOT, 'tests', '**', '*_test.py'), recursive=True)
+    names = {os.path.basename(file).removesuffix('.py') for file in files}
+    for file in files:
+        with open(file, encoding='utf-8') as source:
+            nodes = list(ast.walk(ast.parse(source.read())))
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not imported & names, file
 
 
 def test_architecture_has_the_tree():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pixelcnn_test import influence, outputs_by_pixel, randomised
+from references import influence, outputs_by_pixel, randomised
 from scipy import special
 from support import context, optimiser
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from references import influence, outputs_by_pixel, randomised
 from support import context, sgd
 
 from jaxgen import config as configs
 from jaxgen.contract import Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import pixelcnn
-from jaxgen.networks.masked import Position, kernel_mask
+from jaxgen.networks.masked import kernel_mask
 from jaxgen.networks.pixelcnn import Condition, GatedPixelCNN, PixelCNN, Snail
 
 slow = pytest.mark.slow  # compiles networks
@@ -36,16 +37,6 @@ NETWORKS = {
 HEIGHT, WIDTH = 4, 5
 
 
-def randomised(shapes, seed: int = 0):
-    """Weights of these shapes, none of them special."""
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        return (rng.normal(size=leaf.shape) / np.sqrt(math.prod(leaf.shape[:-1]) or 9)).astype(np.float32)
-
-    return jax.tree.map(draw, shapes)
-
-
 def inputs(colours: int, n: int = 6, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     return np.random.default_rng(1).uniform(-1, 1, (n, height, width, colours)).astype(np.float32)
 
@@ -56,22 +47,6 @@ def condition(n: int) -> Condition:
 
 def weights(network, x):
     return randomised(jax.eval_shape(lambda: network.init(jax.random.key(0), x, condition(len(x)))))
-
-
-def influence(apply, x, colours: int) -> np.ndarray:
-    """Absolute derivatives of each output by each input, [outputs, inputs], in raster order.
-
-    apply: x [n, H, W, C] -> [n, H, W, colours, k].
-    """
-    _, height, width, _ = x.shape
-    direction = np.random.default_rng(2).normal(size=jax.eval_shape(apply, x).shape).astype(np.float32)
-
-    def summed(x):  # over the batch, whose examples are independent: one row of the Jacobian for all of them
-        return (apply(x) * direction).sum(-1).sum(0).reshape(-1)
-
-    jacobian = jax.jit(jax.jacrev(summed))(x)  # [outputs, n, H, W, C]
-    actual = np.abs(np.asarray(jacobian)).max(1)
-    return actual.reshape(height * width * colours, -1)
 
 
 def order(of: str) -> np.ndarray:
@@ -109,39 +84,6 @@ def test_masks_of_the_centre():
     np.testing.assert_array_equal(b[1, 1], [[1, 1, 1], [0, 1, 1], [0, 0, 1]])
     for one in (a, b):
         np.testing.assert_array_equal(one[..., 0, 0][[0, 1, 1, 2], [2, 0, 2, 0]], [1, 1, 0, 0])
-
-
-def outputs_by_pixel(network, params, x, condition, scales: int = 1) -> np.ndarray:
-    """The network's output pixel by pixel, by its cache: [n, H, W, ...]."""
-    n, height, width, channels = x.shape
-    margin = network.margin
-    sampled = np.zeros((n, margin + height, width + 2 * margin, channels), np.float32)
-    cache, out = {}, []
-
-    def depth(*at):
-        return sum(all(a % 2**s == 0 for a in at) for s in range(1, scales))
-
-    def apply(sampled, cache, i, j, depth):
-        position = Position(height, width, i, j, depth, margin)
-        return network.apply({**params, 'cache': cache}, sampled, condition, False, position, mutable=['cache'])
-
-    row = jax.jit(lambda sampled, cache, i, depth: apply(sampled, cache, i, None, depth)[1]['cache'], static_argnums=3)
-    pixel = jax.jit(apply, static_argnums=4)
-    # One trace fewer: caches that are not there yet are zeros.
-    if network.rows:
-        cache = jax.eval_shape(lambda: apply(sampled, {}, 0, None, scales - 1)[1]['cache'])
-        cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), cache)
-    whole = jax.eval_shape(lambda: apply(sampled, cache, 0, 0, scales - 1)[1]['cache'])
-    cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), whole)
-    for i in range(height):
-        if network.rows:
-            cache = row(sampled, cache, i, depth(i))
-        for j in range(width):
-            actual, changed = pixel(sampled, cache, i, j, depth(i, j))
-            cache = changed['cache']
-            out.append(np.asarray(actual)[:, 0, 0])
-            sampled[:, margin + i, margin + j] = x[:, i, j]  # only now, so that no output can depend on it
-    return np.stack(out, 1).reshape(n, height, width, *out[0].shape[1:])
 
 
 @pytest.mark.parametrize('name', ['pixelcnn', 'gated', 'snail', 'snail without attention'])
