@@ -72,7 +72,8 @@ PATHS = {
 }
 # Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for
 # config.model: {'game': 'adversarial', 'width': 'network.width'}. What no table can say, its function
-# `former(model) -> model` does, of the section as it was saved.
+# `former(model) -> model` does, of the section as it was saved; its table MOVED says then, of fields that are given by
+# hand, where each is now.
 FORMER = {'data.test_share': 'data.test_fraction'}
 
 
@@ -212,6 +213,10 @@ def refuse_former_names(sections: dict, family: str) -> None:
     for old, new in former_names(family).items():
         if contains(sections, old) and not new.startswith(f'{old}.'):  # a component's name alone stands for its section
             raise UserError(f'config.{old} is now config.{new}')
+    model = sections.get('model')
+    for old, new in getattr(module(family), 'MOVED', {}).items():
+        if isinstance(model, dict) and old in model:
+            raise UserError(f'config.model.{old} is now config.model.{new}')
 
 
 def with_present_names(sections: dict) -> dict:

@@ -348,10 +348,20 @@ def value_of(field: Field, value, path: str):
         known = {k: Field(k, type(v), v) for k, v in field.default.items()}
         return completed(known, as_section(value, '', path, known), path)
     value = coerce(path, value, field.default)
+    if field.default == () and not any(isinstance(rule, Rule) for rule in field.constraints):
+        check_entries(path, value, field.type)
     if value is not None:
         for rule in field.constraints:
             rule.check(path, value)
     return value
+
+
+def check_entries(path: str, value: tuple, kind) -> None:
+    """Raises UserError where entries of a tuple are not of the type that `kind`, tuple[float, ...], says."""
+    entry = next(iter(typing.get_args(kind)), None)
+    takes = {int: (int,), float: (int, float), str: (str,)}.get(entry) if isinstance(entry, type) else None
+    if takes and not all(type(one) in takes for one in value):
+        raise UserError(f'config.{path} must be a tuple of {entry.__name__}; it is {shown(value)}')
 
 
 def partial_section(section: PartialFields, value, path: str) -> dict[str, Any]:

@@ -223,3 +223,19 @@ def test_description_has_every_field_with_its_meaning():
     assert lines['model.some.a.steps'].meaning == 'levels that are visited, 0: all.'
     assert lines['model.some'].allowed == 'NAME: fields steps' and 'model.some.a.clip' not in lines
     assert lines['model.runs.first'] == ('model.runs.first', 'str', '', '', 'a directory')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'good', 'bad'),
+    [(float, (1, 0.5), ('x',)), (float, (), (True,)), (int, (1,), (1.5,)), (str, ('label',), (1,))],
+)
+def test_entries_of_a_tuple_that_is_empty_by_default(kind, good, bad):
+    """The annotation says their type where there is no default entry to compare with."""
+
+    def build(*, scales: tuple[kind, ...] = ()):
+        pass
+
+    build.__annotations__['scales'] = tuple[kind, ...]
+    assert options.complete(build, {'scales': list(good)}, 'model') == {'scales': good}
+    with pytest.raises(UserError, match=rf'config\.model\.scales must be a tuple of {kind.__name__}; it is'):
+        options.complete(build, {'scales': bad}, 'model')

@@ -36,6 +36,73 @@ GUIDANCE = {
     'classifier_scale': 'classifier_scale',
 }
 
+# {family: {former field of config.model: where its meaning is now}}, for the message that refuses the former name.
+OF_PROCESS = {
+    name: f'process.{name}'
+    for name in ('timesteps', 'beta_start', 'beta_end', 'sigma_min', 'sigma_max', 'zero_terminal', 'rescale_timesteps')
+}
+MOVED = {
+    'diffusion': {
+        **OF_PROCESS,
+        'time_mean': 'training.times.mean',
+        'time_std': 'training.times.std',
+        **dict.fromkeys(MODULES, 'network'),
+        **{name: f'training.{name}' for name in ('prediction', 'times', 'weighting', 'variance', 'augmentation')},
+        'data_std': 'training.prediction.data_std',
+        'gamma': 'training.weighting.gamma',
+        'bound_weight': 'training.variance.bound_weight',
+        'conditional': 'conditioning.label',
+        'label_dropout': 'conditioning.label.dropout',
+        'upsampling': 'conditioning.low_resolution',
+        **{old: f'sampler.{new}' for names in (VISITS, *SAMPLER.values()) for old, new in names.items()},
+        'variance': 'training.variance, config.model.sampler.variance',
+        **{old: f'guidance.{new}' for old, new in GUIDANCE.items() if old != 'guidance'},
+        'bound_steps': 'likelihood.steps',
+        'ode_steps': 'likelihood.steps',
+    },
+    'consistency': {
+        **dict.fromkeys(MODULES, 'network'),
+        'conditional': 'conditioning.label',
+        **{name: f'discretisation.{name}' for name in ('start_scales', 'end_scales', 'total_steps')},
+        'time_mean': 'times.mean',
+        'time_std': 'times.std',
+        'huber': 'distance.huber',
+        'lpips': 'distance.lpips',
+        'target_decay': 'target.decay',
+        'adapt_decay': 'target.adaptive',
+        'solver': 'teacher.solver',
+        'init_from_teacher': 'teacher.initialise',
+        'sample_steps': 'sampler.steps',
+        'levels': 'sampler.levels',
+        'clip': 'sampler.clip',
+    },
+    'noisy_classifier': {**OF_PROCESS, 'adm': 'network'},
+    'vdm': {
+        **{
+            name: f'network.{name}'
+            for name in ('channels', 'blocks', 'fourier', 'attention', 'dropout', 'groups', 'group_size', 'eps')
+        },
+        'conditional': 'conditioning.label',
+        'gamma_min': 'schedule.gamma_min',
+        'gamma_max': 'schedule.gamma_max',
+        'schedule_loss': 'schedule.loss',
+        'sample_steps': 'sampler.steps',
+        'bound_times': 'likelihood.times',
+    },
+    'ddgan': {
+        **{name: f'process.{name}' for name in ('timesteps', 'beta_min', 'beta_max')},
+        **{
+            name: f'generator.{name}'
+            for name in ('latent', 'style', 'mapping_layers', 'channels', 'multipliers', 'blocks', 'attention')
+        },
+        **{name: f'generator.{name}' for name in ('resampling', 'pyramid', 'dropout')},
+        **{
+            f'discriminator_{name}': f'discriminator.{name}'
+            for name in ('channels', 'multipliers', 'full', 'embedding')
+        },
+    },
+}
+
 
 def is_flat(model: dict) -> bool:
     """Whether the fields are those of a run without sections."""

@@ -54,6 +54,7 @@ from jaxgen.randomness import example_keys, normal, stream
 Array = jax.Array
 
 former = formats.consistency  # fields of runs that were saved before there were sections
+MOVED = formats.MOVED['consistency']
 EMPTY: dict[str, Any] = {}
 NETWORKS = {name: network for name, network in denoisers.NETWORKS.items() if name != 'refinenet'}
 RHO = 7  # of the noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)

@@ -42,6 +42,7 @@ from jaxgen.randomness import example_keys, normal
 Array = jax.Array
 
 former = formats.ddgan  # fields of runs that were saved before there were sections
+MOVED = formats.MOVED['ddgan']
 EMPTY: dict[str, Any] = {}
 EARLIEST = 1e-3  # time of the SDE that stands for the data
 

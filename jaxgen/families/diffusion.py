@@ -66,6 +66,7 @@ from jaxgen.randomness import example_keys, normal, stream
 Array = jax.Array
 
 former = formats.diffusion  # fields of runs that were saved before there were sections
+MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
 
 

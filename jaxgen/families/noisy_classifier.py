@@ -33,6 +33,7 @@ from jaxgen.randomness import example_keys, normal
 Array = jax.Array
 
 former = formats.noisy_classifier  # fields of runs that were saved before there were sections
+MOVED = formats.MOVED['noisy_classifier']
 EMPTY: dict[str, Any] = {}
 FRACTIONS = (0.25, 0.5, 0.75)  # of the way to noise, where accuracy is measured beside the clean image
 # Attributes of the network that follow from the data and the shared machinery; `heads` is for head_channels 0.

@@ -49,6 +49,7 @@ from jaxgen.randomness import example_keys, normal, stream
 Array = jax.Array
 
 former = formats.vdm  # fields of runs that were saved before there were sections
+MOVED = formats.MOVED['vdm']
 EMPTY: dict[str, Any] = {}
 LEVELS = 256  # grey levels
 INWARD = 1 - 1 / LEVELS  # what images are multiplied by, so that grey levels are the middles of their bins

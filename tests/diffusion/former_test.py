@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from jaxgen import config as configs
 from jaxgen import options
+from jaxgen.errors import UserError
 from jaxgen.families import consistency, ddgan, noisy_classifier, vdm
 
 # What such a run's network had beside its own: the fields of the networks that it did not take.
@@ -107,3 +111,13 @@ def test_ddgan():
 def test_sections_stay_as_they_are(family):
     model = options.complete(family.build, {}, 'model')
     assert family.former(model) == model
+
+
+@pytest.mark.parametrize('name', ['diffusion', 'consistency', 'vdm', 'ddgan', 'noisy_classifier'])
+def test_former_fields_by_hand_are_refused_with_their_present_place(name):
+    """No such field is a present one, and the section that each points to is there."""
+    known, moved = options.fields(configs.builder(name)), configs.module(name).MOVED
+    assert not moved.keys() & known.keys() and {new.partition('.')[0] for new in moved.values()} <= known.keys()
+    for old, new in moved.items():
+        with pytest.raises(UserError, match=re.escape(f'config.model.{old} is now config.model.{new}')):
+            configs.complete({'family': name, 'model': {old: 3}})
