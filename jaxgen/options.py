@@ -358,7 +358,7 @@ def value_of(field: Field, value, path: str):
 
 def check_entries(path: str, value: tuple, kind) -> None:
     """Raises UserError where entries of a tuple are not of the type that `kind`, tuple[float, ...], says."""
-    entry = next(iter(typing.get_args(kind)), None)
+    entry: Any = next(iter(typing.get_args(kind)), None)
     takes = {int: (int,), float: (int, float), str: (str,)}.get(entry) if isinstance(entry, type) else None
     if takes and not all(type(one) in takes for one in value):
         raise UserError(f'config.{path} must be a tuple of {entry.__name__}; it is {shown(value)}')

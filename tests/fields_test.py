@@ -14,9 +14,6 @@ from jaxgen import config as configs
 from jaxgen import fields
 from jaxgen.main import run_main
 
-# Their networks' fields have no docstrings yet.
-WITHOUT_MEANINGS = ('pixelcnn',)
-
 
 def test_every_field_of_every_config_is_described():
     for file in CONFIGS:
@@ -27,8 +24,7 @@ def test_every_field_of_every_config_is_described():
         assert len(set(paths)) == len(paths) and set(flat) <= set(paths), file
         sections = set(paths) - set(flat)  # by names of a person's choice
         assert all(isinstance(configs.get(config, one), configs.ConfigDict) for one in sections), (file, sections)
-        if config.family not in WITHOUT_MEANINGS:
-            assert not [line.path for line in lines if not line.meaning], file
+        assert not [line.path for line in lines if not line.meaning], file
 
 
 def text(capsys, monkeypatch, width: int, *overrides: str) -> str:
