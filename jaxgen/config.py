@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import json
@@ -22,6 +23,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxgen import configs as shipped
 from jaxgen import options
 from jaxgen.errors import UserError
 from jaxgen.files import absolute
@@ -369,14 +371,31 @@ def check_augmentation(data: dict) -> None:
         raise UserError("config.data.jitter is for the crops 'center' and 'random': 'resized' has its own sizes")
 
 
-def load(path: str) -> ConfigDict:
-    """The config of `FILE.py` or `FILE.py:VARIANT`."""
-    file, variant = split_variant(path)
+def locate(file: str) -> str:
+    """The path of a config file: of the file itself, or of the config that comes with jaxgen under this name.
+
+    Raises:
+      UserError: there is neither.
+    """
     file = os.path.expanduser(file)
-    if not os.path.isfile(file):
-        folder = os.path.dirname(file) or '.'
-        there = [f for f in os.listdir(folder) if f.endswith('.py')] if os.path.isdir(folder) else []
-        raise UserError(f'no config file {file}{near(os.path.basename(file), there) if there else ""}')
+    if os.path.isfile(file):
+        return file
+    folder, base = os.path.split(file)
+    known = shipped.files_in(folder or '.')
+    if folder or file.endswith('.py'):
+        if base.removesuffix('.py') in shipped.names():
+            raise UserError(f'no config file {file}; one of this name comes with jaxgen: {base.removesuffix(".py")}')
+        raise UserError(f'no config file {file}{near(base, known) if known else ""}')
+    if file in shipped.names():
+        return shipped.file(file)
+    close = difflib.get_close_matches(file, [*shipped.names(), *known], n=3, cutoff=0.5)
+    raise UserError(f'no config {shown(file)}' + (f'; did you mean {" or ".join(close)}?' if close else ''))
+
+
+def load(path: str) -> ConfigDict:
+    """The config of `FILE.py` or `FILE.py:VARIANT`, or of the name of one that comes with jaxgen, `NAME:VARIANT`."""
+    file, variant = split_variant(path)
+    file = locate(file)
     spec = importlib.util.spec_from_file_location('jaxgen_config', file)
     if spec is None or spec.loader is None:
         raise UserError(f'{file} is not a Python file; a config is a .py file with get_config')
@@ -464,12 +483,19 @@ def name(path: str) -> str:
 
 
 def named(run: str) -> str:
-    """The config FILE.py:VARIANT in configs/ whose `name` is that of the directory `run`; '' if there is none."""
+    """The config whose `name` is that of the directory `run`, as `load` takes it; '' if there is none.
+
+    FILE.py:VARIANT of one in configs/, or NAME:VARIANT of one that comes with jaxgen.
+    """
     words = os.path.basename(os.path.abspath(run)).split('_')
     for k in range(len(words), 0, -1):
-        file = os.path.join('configs', '_'.join(words[:k]) + '.py')
-        if os.path.isfile(file):
-            return ':'.join([file, *filter(None, [','.join(words[k:])])])
+        name = '_'.join(words[:k])
+        for config, there in (
+            (os.path.join('configs', f'{name}.py'), os.path.isfile),
+            (name, shipped.names().__contains__),
+        ):
+            if there(config):
+                return ':'.join([config, *filter(None, [','.join(words[k:])])])
     return ''
 
 

@@ -1,4 +1,4 @@
-"""The command: python -m jaxgen.main --config=configs/ddpm_digits.py
+"""The command: jaxgen --config=ddpm_digits, or python -m jaxgen.main --config=configs/ddpm_digits.py
 
 Modes:
   train     train the config's run, or go on with it from its newest checkpoint (the default)
@@ -58,7 +58,12 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     string, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     string('mode', 'train', ' | '.join(MODES), flag_values=values)
-    string('config', '', 'config file, FILE.py or FILE.py:VARIANT', flag_values=values)
+    string(
+        'config',
+        '',
+        'a config that comes with jaxgen, NAME or NAME:VARIANT, or FILE.py, FILE.py:VARIANT',
+        flag_values=values,
+    )
     string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
     string(
         'out',
@@ -332,8 +337,13 @@ def run_main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == '__main__':
+def command() -> int:
+    """Runs one mode by the arguments of the process; the exit code, once other hosts have theirs."""
     sys.unraisablehook = checkpoint.print_unraisable
     code = run_main(sys.argv)
     hosts.leave(code)
-    sys.exit(code)
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(command())

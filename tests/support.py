@@ -52,7 +52,7 @@ def first_batch(config) -> dict:
 
 def tiny_stage(folder: str):
     """The tiny config of the stage that a config names as the run in `folder`."""
-    return configs.load(os.path.join(ROOT, configs.named(folder).partition(':')[0]) + ':tiny')
+    return configs.load(configs.named(folder).partition(':')[0] + ':tiny')
 
 
 def fresh_stage(folder: str, mesh):

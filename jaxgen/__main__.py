@@ -1,0 +1,19 @@
+"""The command by its other names: jaxgen, python -m jaxgen. See main.py."""
+
+from __future__ import annotations
+
+import sys
+
+from jaxgen import interrupt
+
+
+def command() -> int:
+    """Runs the command; the exit code."""
+    interrupt.install()  # before jax is imported, which takes a second and has threads of its own
+    from jaxgen import main
+
+    return main.command()
+
+
+if __name__ == '__main__':
+    sys.exit(command())
