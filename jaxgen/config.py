@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from jaxgen import configs as shipped
 from jaxgen import options
 from jaxgen.errors import UserError
-from jaxgen.files import absolute
+from jaxgen.files import absolute, check_local
 from jaxgen.options import near, shown
 from jaxgen.sections import Config
 
@@ -179,6 +179,7 @@ def paths(resolved) -> dict[str, str]:
 def with_absolute_paths(resolved: dict) -> dict:
     """The same config, whatever directory it is read in."""
     for field, path in paths(resolved).items():
+        check_local(path, f'config.{field}')
         *above, last = field.split('.')
         section = get(resolved, '.'.join(above))
         section[last] = section[last].removesuffix(path) + absolute(path)

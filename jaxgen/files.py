@@ -24,6 +24,16 @@ def absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def check_local(path: str, what: str) -> None:
+    """Raises UserError for an address with a scheme, gs://bucket/run: only files of this machine are read and written.
+
+    what: the option that names it.
+    """
+    scheme, separator, _ = path.partition('://')
+    if separator and scheme.isascii() and scheme.replace('+', '').replace('-', '').replace('.', '').isalnum():
+        raise UserError(f'{what}={path} is an address; name a directory of this machine (a mounted bucket is one)')
+
+
 @contextlib.contextmanager
 def replacing(path: str):
     """A new binary file that takes the place of `path` at the end of the block: whole or not at all.

@@ -256,6 +256,7 @@ def main(argv: list[str]) -> None:
     check_flags(values)
     mode = values.mode
     for name in PATHS:
+        files.check_local(getattr(values, name), f'--{name}')
         setattr(values, name, os.path.expanduser(getattr(values, name)))
     if mode == 'fields':
         show(fields.text(configs.override(configs.load(values.config), overrides)))

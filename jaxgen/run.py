@@ -330,6 +330,7 @@ def saved_config(workdir: str) -> ConfigDict:
     Raises:
       UserError: there is no run.
     """
+    files.check_local(workdir, 'workdir')
     workdir = os.path.expanduser(workdir)
     path = os.path.join(workdir, 'config.json')
     if not os.path.isfile(path):

@@ -14,7 +14,7 @@ from support import NAMES, ROOT, mistake, path
 
 from jaxgen import config as configs
 from jaxgen import configs as shipped
-from jaxgen import run
+from jaxgen import files, run
 
 # Put first on the path of an installed package: no file of the clone may be opened.
 WATCH = f"""
@@ -138,3 +138,30 @@ def test_the_config_of_a_stage_that_is_not_trained(elsewhere, capfd, no_compile)
     (elsewhere / 'configs').mkdir()
     (elsewhere / 'configs' / 'vqvae_digits.py').write_text('')
     assert configs.named('runs/vqvae_digits') == 'configs/vqvae_digits.py'
+
+
+# --- only this machine's files
+
+
+@pytest.mark.parametrize('address', ['gs://bucket/run', 's3://bucket/run', 'http://host/run', 'hdfs+x://run'])
+def test_addresses_are_refused(address, elsewhere, capfd, no_compile):
+    tiny, digits = '--config=vqvae_digits_prior:tiny', '--config=vae_digits:tiny'
+    for args in (
+        [digits, f'--workdir={address}'],
+        ['--mode=sample', f'--workdir={address}'],
+        ['--mode=sample', '--workdir=run', f'--out={address}'],
+        ['--mode=evaluate', digits, f'--images={address}'],
+        [tiny, f'--config.stages.first={address}'],
+        [digits, f'--config.data.source=folder:{address}'],
+        [digits, f'--config.data.dir={address}'],
+    ):
+        said = mistake(capfd, *args)
+        assert f'={address} is an address' in said and args[-1].partition('=')[0].lstrip('-') in said
+    with pytest.raises(configs.UserError, match='is an address'):
+        run.load(address)
+    assert os.listdir(elsewhere) == []
+
+
+def test_paths_that_look_like_addresses(elsewhere):
+    for name in ('a:b', 'a:/b', '/tmp/a://b', '://x', 'my runs://x'):
+        files.check_local(name, '--workdir')
