@@ -38,12 +38,14 @@ import contextlib
 import json
 import math
 import os
+import textwrap
 
 import einops
 import jax
 import numpy as np
 from absl import flags
 
+import jaxgen
 from jaxgen import checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
@@ -93,8 +95,36 @@ def define_flags() -> flags.FlagValues:
     )
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
-    boolean('help', False, 'show this', flag_values=values)
+    flags.DEFINE_boolean('help', False, 'show this', short_name='h', flag_values=values)
+    boolean('version', False, 'show the version', flag_values=values)
     return values
+
+
+HELP = """\
+jaxgen {version}: generative models for images
+
+  jaxgen --config=ddpm_digits                              train; again: go on
+  jaxgen --config=ddpm_digits:v --config.optim.lr=5e-4     a variant, with a field set
+  jaxgen --mode=sample --workdir=runs/ddpm_digits --n=16   draw images
+  jaxgen --mode=evaluate --workdir=runs/ddpm_digits        metrics, of the run and its samples
+  jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
+  jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
+  jaxgen --mode=fields --config=ddpm_digits                every field of the config
+
+Options:
+{options}
+  --config.FIELD=VALUE  any field of the config
+"""
+
+
+def help_text(values: flags.FlagValues) -> str:
+    """The first screen: examples, and the options with a line or two each."""
+    lines = []
+    for name in (name for name in values if name != 'h'):
+        value = '' if values[name].boolean else '=' + name.upper()
+        first = f'  --{name + value:<20}'
+        lines += textwrap.wrap(values[name].help, 96, initial_indent=first, subsequent_indent=' ' * 24)
+    return HELP.format(version=jaxgen.__version__, options='\n'.join(lines)).rstrip()
 
 
 def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -135,7 +165,7 @@ def check_flags(values: flags.FlagValues) -> None:
         raise UserError(f'--mode={mode}: no such mode{options.near(mode, MODES)}')
     which = f'{mode} --images' if values.images and mode == 'evaluate' else mode
     for name in values:
-        if values[name].present and name not in ('mode', 'help', *READS[which]):
+        if values[name].present and name not in ('mode', 'help', 'h', 'version', *READS[which]):
             modes = [other for other, names in READS.items() if name in names]
             if modes:
                 raise UserError(
@@ -250,8 +280,11 @@ def show(text: str) -> None:
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
     values, overrides = parse(argv)
-    if values.help:
-        print(__doc__ + '\n' + values.main_module_help().partition('\n')[2])
+    if values.version:
+        show(f'jaxgen {jaxgen.__version__}')
+        return
+    if values.help or len(argv) < 2:
+        show(help_text(values))
         return
     check_flags(values)
     mode = values.mode

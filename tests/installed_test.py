@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import sys
 import pytest
 from support import NAMES, ROOT, mistake, path
 
+import jaxgen
 from jaxgen import config as configs
 from jaxgen import configs as shipped
 from jaxgen import files, run
+from jaxgen import main as command
+from jaxgen.main import run_main
 
 # Put first on the path of an installed package: no file of the clone may be opened.
 WATCH = f"""
@@ -165,3 +169,23 @@ def test_addresses_are_refused(address, elsewhere, capfd, no_compile):
 def test_paths_that_look_like_addresses(elsewhere):
     for name in ('a:b', 'a:/b', '/tmp/a://b', '://x', 'my runs://x'):
         files.check_local(name, '--workdir')
+
+
+# --- first screens
+
+
+@pytest.mark.parametrize('args', [[], ['--help'], ['-h'], ['--mode=sample', '--help']])
+def test_help_is_one_screen(args, capfd, no_compile):
+    assert run_main(['jaxgen', *args]) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert not err and len(lines) < 50 and max(map(len, lines)) <= 100
+    assert lines[0].startswith(f'jaxgen {jaxgen.__version__}')
+    for name in command.define_flags():
+        assert name == 'h' or any(re.match(rf'  --{name}\b', line) for line in lines), name
+    assert all(f'--mode={mode}' in out for mode in command.MODES if mode != 'train')
+
+
+def test_version(capfd, no_compile):
+    assert run_main(['jaxgen', '--version']) == 0
+    assert capfd.readouterr().out == f'jaxgen {jaxgen.__version__}\n'

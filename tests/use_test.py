@@ -164,7 +164,7 @@ def test_seeds(seed, vae):
 def test_options_that_a_mode_does_not_read():
     """Each of them, in each mode, is read or refused."""
     values = {'n': '2', 'seed': '5', 'film': '2', 'profile': 'true', 'multihost': 'true', 'condition': 'label=1'}
-    shared = {'mode', 'help', 'config', 'workdir'}
+    shared = {'mode', 'help', 'version', 'config', 'workdir'}
     for which, names in command.READS.items():
         mode = which.partition(' ')[0]
         for name in sorted({n for others in command.READS.values() for n in others} - shared):
