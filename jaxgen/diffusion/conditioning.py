@@ -22,7 +22,7 @@ mask are one mechanism. Parameters of an embedding lie among the network's, unde
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class Condition(NamedTuple):
     dropout: float  # probability that an example's is absent in training
     absent: Callable | None = None  # n -> the array of n examples without it, where its shape is known before
     optional: bool = False  # a batch without the array is one in which it is absent
+    kind: str = ''  # of KINDS
 
 
 Conditioning = tuple[Condition, ...]
@@ -92,7 +93,9 @@ def embedding(name: str, context: Context, network: Any, *, dropout: Rate = 0.0)
     return Condition(name, 'vector', module, same, jnp.zeros_like, dropout)
 
 
-def tokens(name: str, context: Context, network: Any, *, vocabulary: int = 0, dropout: Rate = 0.0) -> Condition:
+def tokens(
+    name: str, context: Context, network: Any, *, vocabulary: Annotated[int, '[0, inf)'] = 0, dropout: Rate = 0.0
+) -> Condition:
     """A sequence, of integers [n, T] by a table or of vectors [n, T, d] by a linear map.
 
     Args:
@@ -148,7 +151,8 @@ def make(section: dict[str, dict], context: Context, network: Any) -> Conditioni
                 f'{type(network).__name__} reads {", ".join(network.takes) or "no conditions"}'
             )
         fields = {k: v for k, v in own.items() if k != 'kind'}
-        conditions.append(KINDS[kind](name, context, network, **fields))
+        made = KINDS[kind](name, context, network, **fields)
+        conditions.append(made._replace(kind='words' if own.get('vocabulary') else kind))
     return tuple(conditions)
 
 
@@ -178,8 +182,35 @@ def values_of(conditioning: Conditioning, batch: dict[str, Array]) -> Values:
     return {c.name: batch[c.name] if c.name in batch else c.absent(n) for c in conditioning}
 
 
+# {kind: (whether integers, least and most axes)} of an array; 'words' are tokens with a vocabulary.
+ARRAYS = {
+    'class': (True, 1, 1),
+    'embedding': (False, 2, 2),
+    'words': (True, 2, 2),
+    'tokens': (False, 3, 3),
+    'image': (False, 3, 9),
+    'mask': (False, 3, 9),
+}
+
+
+def check_arrays(conditioning: Conditioning, values: Values) -> None:
+    """Raises UserError where an array of the batch is none of its condition's kind."""
+    for c in conditioning:
+        integers, least, most = ARRAYS.get(c.kind, (None, 0, 0))
+        value = values[c.name]
+        if integers is not None and (
+            jnp.issubdtype(value.dtype, jnp.integer) != integers or not least <= value.ndim <= most
+        ):
+            kind = "tokens' with a vocabulary" if c.kind == 'words' else f"{c.kind}'"
+            raise UserError(
+                f"config.model.conditioning.{c.name} of kind '{kind} is no {value.dtype} array of {value.ndim} axes, "
+                'which the batch has'
+            )
+
+
 def init(conditioning: Conditioning, rng: Array, values: Values) -> dict[str, Any]:
     """{condition: parameters of its embedding}, of those that have some."""
+    check_arrays(conditioning, values)
     return {
         c.name: c.module.init(stream(rng, c.name), values[c.name])['params']
         for c in conditioning
