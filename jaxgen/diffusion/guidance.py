@@ -80,6 +80,10 @@ def check(guidance: Guidance, conditioning: Conditioning, channels: int) -> None
     for name in guidance.conditions:
         if name not in droppable:
             raise UserError(f'{where}.conditions must be of {droppable}, which training drops; {name!r} is not')
+    if len({*guidance.conditions}) < len(guidance.conditions):
+        raise UserError(f'{where}.conditions must differ; they are {guidance.conditions}')
+    if guidance.low > guidance.high:
+        raise UserError(f'{where}.low {guidance.low} must be at most as much as high {guidance.high}')
     if len(guidance.conditions) != len(guidance.scales):
         raise UserError(
             f'{where}: scales must be one for each of the conditions; they are {guidance.scales} for '

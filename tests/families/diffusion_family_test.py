@@ -471,6 +471,15 @@ ZERO = {'process': {'zero_terminal': True}}
             {'classes': 3},
             ['scales', 'one for each'],
         ),
+        ({'guidance': {'low': 3.0, 'high': 2.0}}, {}, ['guidance.low', '3.0', '2.0']),
+        (
+            {
+                'guidance': {'conditions': ('label',) * 2, 'scales': (1.0, 2.0)},
+                'conditioning': {'label': {'dropout': 0.1}},
+            },
+            {'classes': 3},
+            ['conditions must differ'],
+        ),
         (
             {'guidance': {'channels': 2, 'scale': 2.0}, 'conditioning': {'label': {'dropout': 0.1}}},
             {'classes': 3},
