@@ -79,6 +79,14 @@ PATHS = {
 FORMER = {'data.test_share': 'data.test_fraction'}
 
 
+class UnknownVariant(UserError):
+    """A config has no variant of this name; `known` are those that it has."""
+
+    def __init__(self, name: str, known: list[str]):
+        super().__init__(f'this config has no variant {name!r}{near(name, known) if known else ""}')
+        self.known = known
+
+
 def families() -> list[str]:
     """Names of all families: the modules in jaxgen/families."""
     folder = os.path.join(os.path.dirname(__file__), 'families')
@@ -137,7 +145,7 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
     variants = variants or {}
     for name in filter(None, variant.split(',')):
         if name not in variants:
-            raise UserError(f'this config has no variant {name!r}{near(name, variants) if variants else ""}')
+            raise UnknownVariant(name, list(variants))
         if name == 'tiny':
             sections = update_sections(sections, TINY)
         sections = update_sections(sections, variants[name])
@@ -390,7 +398,9 @@ def locate(file: str) -> str:
     if file in shipped.names():
         return shipped.file(file)
     close = difflib.get_close_matches(file, [*shipped.names(), *known], n=3, cutoff=0.5)
-    raise UserError(f'no config {shown(file)}' + (f'; did you mean {" or ".join(close)}?' if close else ''))
+    raise UserError(
+        f'no config {shown(file)}' + (f'; did you mean {" or ".join(close)}?' if close else '; --mode=list prints all')
+    )
 
 
 def load(path: str) -> ConfigDict:

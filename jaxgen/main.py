@@ -9,6 +9,7 @@ Modes:
   explore   sheets of a trained run: reconstructions, interpolations, traversals and maps of its latent space,
             its samples beside their nearest training images: PNG files
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
+  list      print the configs that come with jaxgen, a line each: those with all the words that follow
   fields    print every field of a config: value, meaning, type, allowed values, default
 
 `sample`, `evaluate` and `explore` read the run's own saved config, so `--workdir` is enough. Any field is
@@ -46,13 +47,13 @@ import numpy as np
 from absl import flags
 
 import jaxgen
-from jaxgen import checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
+from jaxgen import catalogue, checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
 
-MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields')
+MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields', 'list')
 
 
 def define_flags() -> flags.FlagValues:
@@ -103,6 +104,7 @@ def define_flags() -> flags.FlagValues:
 HELP = """\
 jaxgen {version}: generative models for images
 
+  jaxgen --mode=list digits vae                            the configs that there are, by words
   jaxgen --config=ddpm_digits                              train; again: go on
   jaxgen --config=ddpm_digits:v --config.optim.lr=5e-4     a variant, with a field set
   jaxgen --mode=sample --workdir=runs/ddpm_digits --n=16   draw images
@@ -138,7 +140,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
         rest = values([argv[0], *[a for a in argv[1:] if a not in overrides]])
     except (flags.Error, ValueError) as e:  # absl raises the latter for --noNAME=VALUE
         raise UserError(' '.join(str(e).split()) + '; see --help') from e
-    if len(rest) > 1:
+    if len(rest) > 1 and values.mode != 'list':
         raise UserError(f'cannot use {rest[1]!r}: every argument is --NAME=VALUE; see --help')
     return values, overrides
 
@@ -153,6 +155,7 @@ READS = {
     'explore': (*USING, 'out'),
     'describe': ('config',),
     'fields': ('config',),
+    'list': (),
 }
 WITHOUT_RUN = ('train', 'describe', 'fields')  # modes of a config
 PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
@@ -175,7 +178,7 @@ def check_flags(values: flags.FlagValues) -> None:
     for name in ('n', 'film', 'seed'):
         if values[name].present:
             runs.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
-    if not values.config and (mode in WITHOUT_RUN or not values.workdir):
+    if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
         need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')
 
@@ -288,6 +291,14 @@ def main(argv: list[str]) -> None:
         return
     check_flags(values)
     mode = values.mode
+    if mode == 'list':
+        if overrides:
+            raise UserError(f'{overrides[0]} is a field of one config, and --mode=list reads none: leave it out')
+        words = define_flags()(argv)[1:]
+        if not (lines := catalogue.text(words)):
+            raise UserError(f'no config has {options.shown(" ".join(words))}; --mode=list without words prints all')
+        show(lines)
+        return
     for name in PATHS:
         files.check_local(getattr(values, name), f'--{name}')
         setattr(values, name, os.path.expanduser(getattr(values, name)))

@@ -14,9 +14,9 @@ import pytest
 from support import NAMES, ROOT, mistake, path
 
 import jaxgen
+from jaxgen import catalogue, files, run
 from jaxgen import config as configs
 from jaxgen import configs as shipped
-from jaxgen import files, run
 from jaxgen import main as command
 from jaxgen.main import run_main
 
@@ -128,6 +128,7 @@ def test_names_of_no_config(elsewhere, capfd, no_compile):
     assert 'did you mean own_model.py?' in mistake(capfd, '--config=own_model')
     said = mistake(capfd, '--config=configs/ddpm_digits.py')
     assert 'no config file configs/ddpm_digits.py' in said and 'comes with jaxgen: ddpm_digits' in said
+    assert "no config 'xyzzy'; --mode=list prints all" in mistake(capfd, '--config=xyzzy')
     assert 'no config file ../mine' in mistake(capfd, '--config=../mine')
 
 
@@ -189,3 +190,38 @@ def test_help_is_one_screen(args, capfd, no_compile):
 def test_version(capfd, no_compile):
     assert run_main(['jaxgen', '--version']) == 0
     assert capfd.readouterr().out == f'jaxgen {jaxgen.__version__}\n'
+
+
+# --- the list of configs
+
+
+def listed(capfd, *words: str) -> list[str]:
+    assert run_main(['jaxgen', '--mode=list', *words]) == 0
+    return capfd.readouterr().out.splitlines()[1:]
+
+
+def test_the_list_has_every_config(capfd, no_compile):
+    lines = listed(capfd)
+    assert [line.split()[0] for line in lines] == NAMES
+    (line,) = [line for line in lines if line.startswith('ddpm_digits ')]
+    assert re.split(r'  +', line)[1:] == [
+        'diffusion', 'digits', '8x8x1', '3.6 minutes on 2 CPU cores', 'conditional v min_snr',
+    ]  # fmt: skip
+    assert re.split(r'  +', next(line for line in lines if line.startswith('adm_imagenet256 ')))[4] == '-'
+
+
+def test_the_list_by_words(capfd, no_compile):
+    assert {line.split()[0] for line in listed(capfd, 'DIGITS', 'stylegan2')} == {'stylegan2_digits'}
+    assert "no config has 'digits zebras'" in mistake(capfd, '--mode=list', 'digits', 'zebras')
+    assert listed(capfd) == listed(capfd, '--mode', 'list')
+    assert '--workdir is read by' in mistake(capfd, '--mode=list', '--workdir=x')
+    assert 'a field of one config' in mistake(capfd, '--mode=list', '--config.seed=1')
+
+
+def test_variants():
+    assert catalogue.variants('vae_digits') == ['tiny']
+    # Table 1 of DiT: four sizes, three patches; that without a variant is XL/2.
+    sizes = {f'{size}{patch}' for size in ('s', 'b', 'l', 'xl') for patch in (2, 4, 8)}
+    assert sizes <= {'xl2', *catalogue.variants('dit_imagenet256')}
+    for variant in catalogue.variants('edm_cifar10'):
+        assert configs.load(f'edm_cifar10:{variant}').family == 'diffusion'

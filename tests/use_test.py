@@ -170,7 +170,11 @@ def test_options_that_a_mode_does_not_read():
         for name in sorted({n for others in command.READS.values() for n in others} - shared):
             if name == 'images':
                 continue
-            text = [f'--mode={mode}', '--config=x.py', f'--{name}={values.get(name, "params")}']
+            text = [
+                f'--mode={mode}',
+                *['--config=x.py'] * ('config' in names),
+                f'--{name}={values.get(name, "params")}',
+            ]
             if '--images' in which:
                 text.append('--images=here')
             given, _ = command.parse(['jaxgen', *text])
