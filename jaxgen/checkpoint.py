@@ -176,7 +176,7 @@ class Checkpoints:
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.digests = os.path.abspath(os.path.join(workdir, 'digests'))
         self.writes = keep > 0
-        origin.check_layout(workdir)
+        origin.check_layout(workdir, deep=False)
         if self.writes:
             os.makedirs(self.folder, exist_ok=True)
             os.makedirs(self.digests, exist_ok=True)

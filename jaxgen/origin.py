@@ -106,7 +106,7 @@ def check_named(unnamed: dict[str, str], *fields: str) -> None:
             )
 
 
-def check_layout(workdir: str, everything: bool = False) -> None:
+def check_layout(workdir: str, everything: bool = False, deep: bool = True) -> None:
     """Raises UserError where a link, a pipe or a device stands in for a file of the run.
 
     The run's directory may be a link itself: the person named it.
@@ -114,6 +114,8 @@ def check_layout(workdir: str, everything: bool = False) -> None:
     Args:
       everything: check all files in the directory, not only those that a run writes. The config of a stranger's run may
         name images or a prepared data set among them.
+      deep: check what lies in folders too. Checkpoints do not need it: their digests refuse links and pipes, and a
+        checkpoint with one is damaged, where the one before it is not.
     """
 
     def check(path: str) -> None:
@@ -127,7 +129,7 @@ def check_layout(workdir: str, everything: bool = False) -> None:
         if not os.path.lexists(top):
             continue
         check(top)
-        for folder, folders, names in os.walk(top):
+        for folder, folders, names in os.walk(top) if deep else ():
             for one in (*folders, *names):
                 with contextlib.suppress(FileNotFoundError):  # a concurrent training removes old checkpoints
                     check(os.path.join(folder, one))

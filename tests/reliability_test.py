@@ -118,7 +118,7 @@ def test_sigterm_in_sampling_saves(tmp_path):
         'train.sample_every': 2,
         'train.samples': 2048,
         'model.process.timesteps': 4000,
-        'model.beta_end': 0.005,
+        'model.process.beta_end': 0.005,
         'sample.batch': 2048,
         'train.log_every': 1,
     }
