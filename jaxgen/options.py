@@ -130,35 +130,27 @@ class Named:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fields:
-    """A section that is the keyword signature of `function`, or the attributes of a network.
+class Signature:
+    """The keyword signature of `function`, or the attributes of a network.
 
     Attributes:
-      omit: attributes of networks that are not a person's to set.
+      omit: those that are not a person's to set.
     """
 
     function: Callable
     omit: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Field]:
-        """{name: field} of the section."""
+        """{name: field} of all but the omitted ones."""
         return {k: f for k, f in fields(self.function).items() if k not in self.omit}
 
 
-@dataclasses.dataclass(frozen=True)
-class PartialFields:
-    """A section of sections by names of a person's choice, each with those of the fields of `function` that differ.
+class Fields(Signature):
+    """A section that is a signature."""
 
-    Attributes:
-      omit: fields that it has not.
-    """
 
-    function: Callable
-    omit: tuple[str, ...] = ()
-
-    def fields(self) -> dict[str, Field]:
-        """{name: field} that each section may have."""
-        return {k: f for k, f in fields(self.function).items() if k not in self.omit}
+class PartialFields(Signature):
+    """A section of sections by names of a person's choice, each with those of a signature's fields that differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +177,9 @@ class Follows:
     choose: Callable[[dict[str, Any]], str]
 
 
+AnySection = Component | Named | Fields | PartialFields | NamedTexts | Follows
+
+
 class Field(NamedTuple):
     """One option of a section."""
 
@@ -193,7 +188,7 @@ class Field(NamedTuple):
     default: Any
     constraints: tuple = ()
     meaning: str = ''
-    section: Component | Named | Fields | PartialFields | NamedTexts | Follows | None = None
+    section: AnySection | None = None
 
 
 @functools.cache
@@ -221,9 +216,7 @@ def fields(target: Callable | None) -> dict[str, Field]:
         hint = evaluated(hint, function) if isinstance(hint, str) else hint
         kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         notes = [Range(note) if isinstance(note, str) else note for note in notes]
-        section = next(
-            (n for n in notes if isinstance(n, Component | Named | Fields | PartialFields | NamedTexts | Follows)), None
-        )
+        section = next((n for n in notes if isinstance(n, AnySection)), None)
         rules = tuple(n for n in notes if n is not section)
         out[name] = Field(name, kind, default, rules, meanings.get(name, ''), section)
     return out
@@ -389,6 +382,11 @@ def as_section(value, key: str, path: str, known) -> dict:
     return value
 
 
+def own_fields(section: dict[str, Any], key: str = 'name') -> dict[str, Any]:
+    """The fields of a component's section without the one that names the component."""
+    return {k: v for k, v in section.items() if k != key}
+
+
 def component_section(component: Component, default: Section, value, path: str) -> dict[str, Any]:
     """{key: name, ...} with every field of the named component."""
     key = component.key
@@ -398,8 +396,8 @@ def component_section(component: Component, default: Section, value, path: str) 
     if not name and not own.get(key):
         raise UserError(f'config.{path}.{key} is missing: one of {", ".join(component.table)}')
     check_choice(f'{path}.{key}', name, tuple(component.table))
-    base = {k: v for k, v in usual.items() if k != key} if name == usual.get(key) else {}
-    given = base | {k: v for k, v in own.items() if k != key}
+    base = own_fields(usual, key) if name == usual.get(key) else {}
+    given = base | own_fields(own, key)
     return {key: name, **completed(component.fields(name), given, path)}
 
 
@@ -469,8 +467,7 @@ def updated_component(component: Component, default: Section, before, over):
         former = component.fields(old)
         set_ones = {k: v for k, v in base.items() if k in former and v != former[k].default}
         base = {k: v for k, v in set_ones.items() if k in known}
-    own, more = ({k: v for k, v in section.items() if k != key} for section in (base, more))
-    return {key: new, **updated(known, own, more)}
+    return {key: new, **updated(known, own_fields(base, key), own_fields(more, key))}
 
 
 def checked(function: Callable) -> Callable:

@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import Context
+from jaxgen.diffusion.processes import expanded
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import Dense, Embed
-from jaxgen.options import Component, Named, Rate
+from jaxgen.options import Component, Named, Rate, own_fields
 from jaxgen.randomness import stream
 
 Array = jax.Array
@@ -150,8 +151,7 @@ def make(section: dict[str, dict], context: Context, network: Any) -> Conditioni
                 f'config.model.conditioning.{name} of kind {kind!r} is embedded as {part}, and the network '
                 f'{type(network).__name__} reads {", ".join(network.takes) or "no conditions"}'
             )
-        fields = {k: v for k, v in own.items() if k != 'kind'}
-        made = KINDS[kind](name, context, network, **fields)
+        made = KINDS[kind](name, context, network, **own_fields(own, 'kind'))
         conditions.append(made._replace(kind='words' if own.get('vocabulary') else kind))
     return tuple(conditions)
 
@@ -248,8 +248,7 @@ def drop(conditioning: Conditioning, rng: Array, values: Values) -> Values:
         if condition.dropout:
             value = values[condition.name]
             absent = jax.random.bernoulli(stream(rng, condition.name), condition.dropout, value.shape[:1])
-            absent = absent.reshape(-1, *[1] * (value.ndim - 1))
-            dropped[condition.name] = jnp.where(absent, condition.null(value), value)
+            dropped[condition.name] = jnp.where(expanded(absent, value), condition.null(value), value)
     return dropped
 
 

@@ -36,6 +36,19 @@ GUIDANCE = {
     'classifier_scale': 'classifier_scale',
 }
 
+VDM_NETWORK = ('channels', 'blocks', 'fourier', 'attention', 'dropout', 'groups', 'group_size', 'eps')
+DDGAN = {
+    'process': {name: name for name in ('timesteps', 'beta_min', 'beta_max')},
+    'generator': {
+        name: name
+        for name in (
+            *('latent', 'style', 'mapping_layers', 'channels', 'multipliers', 'blocks', 'attention'),
+            *('resampling', 'pyramid', 'dropout'),
+        )
+    },
+    'discriminator': {f'discriminator_{name}': name for name in ('channels', 'multipliers', 'full', 'embedding')},
+}
+
 # {family: {former field of config.model: where its meaning is now}}, for the message that refuses the former name.
 OF_PROCESS = {
     name: f'process.{name}'
@@ -78,10 +91,7 @@ MOVED = {
     },
     'noisy_classifier': {**OF_PROCESS, 'adm': 'network'},
     'vdm': {
-        **{
-            name: f'network.{name}'
-            for name in ('channels', 'blocks', 'fourier', 'attention', 'dropout', 'groups', 'group_size', 'eps')
-        },
+        **{name: f'network.{name}' for name in VDM_NETWORK},
         'conditional': 'conditioning.label',
         'gamma_min': 'schedule.gamma_min',
         'gamma_max': 'schedule.gamma_max',
@@ -89,18 +99,7 @@ MOVED = {
         'sample_steps': 'sampler.steps',
         'bound_times': 'likelihood.times',
     },
-    'ddgan': {
-        **{name: f'process.{name}' for name in ('timesteps', 'beta_min', 'beta_max')},
-        **{
-            name: f'generator.{name}'
-            for name in ('latent', 'style', 'mapping_layers', 'channels', 'multipliers', 'blocks', 'attention')
-        },
-        **{name: f'generator.{name}' for name in ('resampling', 'pyramid', 'dropout')},
-        **{
-            f'discriminator_{name}': f'discriminator.{name}'
-            for name in ('channels', 'multipliers', 'full', 'embedding')
-        },
-    },
+    'ddgan': {old: f'{section}.{new}' for section, names in DDGAN.items() for old, new in names.items()},
 }
 
 
@@ -232,11 +231,10 @@ def vdm(model: dict) -> dict[str, Any]:
     """Sections of a variational diffusion model from its former fields; what has sections is returned as it is."""
     if 'channels' not in model:
         return model
-    attributes = ('channels', 'blocks', 'fourier', 'attention', 'dropout', 'groups', 'group_size', 'eps')
     kind = model.get('schedule', 'scalar')
     own = {'schedule_loss': 'loss'} if kind == 'network' else {}
     return {
-        'network': {name: model[name] for name in attributes if name in model},
+        'network': {name: model[name] for name in VDM_NETWORK if name in model},
         'conditioning': conditional(model),
         'schedule': {
             'name': kind,
@@ -252,13 +250,7 @@ def ddgan(model: dict) -> dict[str, Any]:
     """Sections of a denoising diffusion GAN from its former fields; what has sections is returned as it is."""
     if 'channels' not in model:
         return model
-    process = ('timesteps', 'beta_min', 'beta_max')
-    generator = ('latent', 'style', 'mapping_layers', 'channels', 'multipliers', 'blocks', 'attention', 'resampling')
-    generator += ('pyramid', 'dropout')
-    discriminator = ('channels', 'multipliers', 'full', 'embedding')
     return {
-        'process': {name: model[name] for name in process if name in model},
-        'generator': {name: model[name] for name in generator if name in model},
-        'discriminator': renamed(model, {f'discriminator_{name}': name for name in discriminator}),
+        **{section: renamed(model, names) for section, names in DDGAN.items()},
         **renamed(model, {'r1': 'r1', 'r1_every': 'r1_every'}),
     }

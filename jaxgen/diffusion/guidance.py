@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Values
-from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise
+from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise, expanded
 from jaxgen.diffusion.samplers import noise_levels
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
@@ -138,8 +138,7 @@ def guided(
         result = rescaled(result, c, guidance.rescale)
     if guidance.channels:
         result = jnp.concatenate([result[..., : guidance.channels], c[..., guidance.channels :]], -1)
-    active = active.reshape(-1, *[1] * (c.ndim - 1))
-    return jnp.where(active, result, c), None if rest is None else jnp.split(rest, len(sets))[0]
+    return jnp.where(expanded(active, c), result, c), None if rest is None else jnp.split(rest, len(sets))[0]
 
 
 def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:

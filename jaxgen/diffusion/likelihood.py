@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.diffusion.processes import Process, coefficients
+from jaxgen.diffusion.processes import Process, coefficients, expanded
 from jaxgen.diffusion.samplers import VARIANCES, estimate
 from jaxgen.diffusion.schedules import Schedule, model_log_variance, posterior
 from jaxgen.losses import likelihoods
@@ -84,7 +84,7 @@ def term(at: dict[str, Array], x_0: Array, x_0_hat: Array, fraction: Array | Non
 
 def entries(table: dict[str, np.ndarray], i: Array, x: Array) -> dict[str, Array]:
     """Entries i [n] of the tables, shaped to broadcast against x."""
-    return {name: jnp.asarray(values)[i].reshape(-1, *[1] * (x.ndim - 1)) for name, values in table.items()}
+    return {name: expanded(jnp.asarray(values)[i], x) for name, values in table.items()}
 
 
 def bound_term(schedule: Schedule, x_0: Array, x_0_hat: Array, i: Array, fraction: Array) -> Array:
@@ -178,7 +178,7 @@ def ode_likelihood(denoise: Callable, x_0: Array, process: Process, keys: Array,
         """d y / d log r, and its divergence."""
         ratio = jnp.exp(log_ratio)
         t = jnp.broadcast_to(process.time(ratio), (len(y),))
-        alpha = process.at(t).alpha.reshape(-1, *[1] * (y.ndim - 1))
+        alpha = coefficients(process, t, y)[0]
 
         def flow(y):
             return y - estimate(denoise, alpha * y, t)[0]

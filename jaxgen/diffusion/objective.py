@@ -25,7 +25,7 @@ from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 from jaxgen.networks.denoisers import Network
-from jaxgen.options import Component, Fraction, NonNegative, Positive, Section
+from jaxgen.options import Component, Fraction, NonNegative, Positive, Section, own_fields
 
 Array = jax.Array
 
@@ -143,7 +143,7 @@ def formulate(
         c_noise=lambda t: processes.network_time(process, t, name, logarithmic),
         prediction=name,
         data_std=prediction.get('data_std', 0.5),
-        draw_times=draw and draw(process, **{k: v for k, v in times.items() if k != 'name'}),
+        draw_times=draw and draw(process, **own_fields(times)),
         weighting=weighting['name'],
         gamma=weighting.get('gamma', 0.0),
         bound_weight=variance.get('bound_weight'),

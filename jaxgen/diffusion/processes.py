@@ -23,6 +23,7 @@ import numpy as np
 from jaxgen.diffusion import schedules
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
+from jaxgen.options import own_fields
 
 # The least and the largest sigma over images in [-1, 1]: of score_sde's VE (0.01 and 50 over images in [0, 1]), of
 # NCSN's 2019 CIFAR-10 model (0.01 and 1 over [0, 1]) and of EDM (stated over [-1, 1]).
@@ -191,7 +192,7 @@ def make(section: dict, prediction: str = '') -> Process:
     Raises:
       UserError: fields that do not fit each other.
     """
-    own = {k: v for k, v in section.items() if k != 'name'}
+    own = own_fields(section)
     if prediction == 'edm' and 'sigma_min' in own:
         own |= dict(
             zip(('sigma_min', 'sigma_max'), sigma_range('edm', own['sigma_min'], own['sigma_max']), strict=True)

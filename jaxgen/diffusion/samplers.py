@@ -32,7 +32,7 @@ from jaxgen.diffusion import schedules
 from jaxgen.diffusion.processes import Process, ends_at_noise
 from jaxgen.diffusion.schedules import Schedule, posterior
 from jaxgen.errors import UserError
-from jaxgen.options import Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate
+from jaxgen.options import Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate, own_fields
 from jaxgen.randomness import normal
 
 Array = jax.Array
@@ -461,7 +461,7 @@ def make(section: dict, process: Process, learned: bool = False) -> Sampler:
     """
     name = section['name']
     visits = Visits(**{f.name: section[f.name] for f in dataclasses.fields(Visits)})
-    own = {k: v for k, v in section.items() if k != 'name' and not hasattr(visits, k)}
+    own = {k: v for k, v in own_fields(section).items() if not hasattr(visits, k)}
     check(name, own, visits, process, learned)
     schedule = visited(process, visits.steps, visits.spacing, visits.shift, own.get('last_step', 0.0))
     if name == 'ancestral':

@@ -48,7 +48,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses import perceptual
 from jaxgen.networks import denoisers
 from jaxgen.networks.denoisers import Network
-from jaxgen.options import Component, Count, Fields, OneOf, Positive, Section
+from jaxgen.options import Component, Count, Fields, OneOf, Positive, Section, own_fields
 from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
@@ -411,7 +411,7 @@ def build(
 def made(table: dict[str, Callable | None], section: dict, *args):
     """What the component of a complete section makes of its fields, None where it is none."""
     component = table[section['name']]
-    return component and component(*args, **{k: v for k, v in section.items() if k != 'name'})
+    return component and component(*args, **own_fields(section))
 
 
 def check_teacher(context: Context) -> None:

@@ -31,7 +31,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import SAMPLERS, with_cache
 from jaxgen.networks.pixelcnn import NETWORKS, ConditioningStack, GridModel
-from jaxgen.options import Component, Count, OneOf, Positive, Section
+from jaxgen.options import Component, Count, OneOf, Positive, Section, own_fields
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -204,7 +204,7 @@ def build(
     vocabulary = first.latents.vocabulary if first else 0
 
     def grid_model(i: int, size: tuple[int, int]) -> GridModel:
-        own = {k: v for k, v in network.items() if k != 'name'} | ({'heads': 0} if 'heads' in network and i else {})
+        own = own_fields(network) | ({'heads': 0} if 'heads' in network and i else {})
         module = NETWORKS[network['name']](
             **own,
             colours=colours,

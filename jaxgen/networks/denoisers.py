@@ -24,7 +24,7 @@ from jaxgen.networks.layers import check_groups
 from jaxgen.networks.ncsnpp import NCSNpp
 from jaxgen.networks.refinenet import RefineNet
 from jaxgen.networks.unet import UNet
-from jaxgen.options import Component
+from jaxgen.options import Component, own_fields
 from jaxgen.randomness import stream
 
 Array = jax.Array
@@ -53,31 +53,32 @@ def make_module(section: dict, shape: tuple[int, ...], out_channels: int, contex
       UserError: a field that does not go with the others or with the shape.
     """
     check_network(section, shape)
-    own = {k: v for k, v in section.items() if k != 'name'}
     made = NETWORKS[section['name']]
-    return made(**own, **given, out_channels=out_channels, remat=context.remat, dtype=context.dtype)
+    return made(**own_fields(section), **given, out_channels=out_channels, remat=context.remat, dtype=context.dtype)
 
 
 def bind(module: nn.Module, conditioning: Conditioning) -> Network:
     """The network of a module and its conditions; parameters of the conditions' embeddings lie among the module's."""
 
     def apply(params: Any, x: Array, t: Array, embeddings: Embeddings, *, train: bool = False, rngs: Any = None):
-        planes = embeddings.get('planes')
-        others = {part: value for part, value in embeddings.items() if part != 'planes'}
-        inputs = x if planes is None else jnp.concatenate([x, planes], -1)
+        inputs, others = with_planes(x, embeddings)
         return module.apply({'params': params}, inputs, t, **others, train=train, rngs=rngs)
 
     def init(rng: Array, x: Array, values: Values) -> Any:
         embedded = conditions.init(conditioning, stream(rng, 'conditions'), values)
-        embeddings = conditions.embed(conditioning, embedded, values, x)
-        planes = embeddings.pop('planes', None)
-        inputs = x if planes is None else jnp.concatenate([x, planes], -1)
-        params = dict(module.init(rng, inputs, jnp.zeros(len(x)), **embeddings, train=False)['params'])
+        inputs, others = with_planes(x, conditions.embed(conditioning, embedded, values, x))
+        params = dict(module.init(rng, inputs, jnp.zeros(len(x)), **others, train=False)['params'])
         if taken := sorted(params.keys() & embedded.keys()):
             raise UserError(f'config.model.conditioning.{taken[0]}: the network has a layer of that name, take another')
         return params | embedded
 
     return Network(init, apply)
+
+
+def with_planes(x: Array, embeddings: Embeddings) -> tuple[Array, Embeddings]:
+    """x with the planes behind its channels, and the other embeddings."""
+    others = {part: value for part, value in embeddings.items() if part != 'planes'}
+    return jnp.concatenate([x, embeddings['planes']], -1) if 'planes' in embeddings else x, others
 
 
 def divisor_of(section: dict) -> int:
