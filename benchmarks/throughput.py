@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
+from jaxgen import conditions, data, run, sample, sharding
 from jaxgen import config as configs
-from jaxgen import data, run, sample, sharding
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.train import make_call
 
@@ -81,7 +81,7 @@ def jax_sample(assembled, state):
     """An action that draws one batch and waits for it."""
     config = assembled.config
     n = config.sample.batch
-    batch = sample.conditions(assembled, config, n, {})
+    batch = conditions.first(assembled, config, n, {})
     model = BoundModel(assembled.family, state, assembled.frozen, assembled.mesh)
     return lambda: list(sample.draw(model, lambda _: batch, n, n, 0))
 

@@ -33,8 +33,8 @@ import numpy as np
 import tables
 
 import jaxgen
+from jaxgen import conditions, data, describe, files, run, sample
 from jaxgen import config as configs
-from jaxgen import data, describe, files, run, sample
 from jaxgen.evaluation import cache, samples
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,12 +63,12 @@ def training_seconds(workdir: str) -> float:
 
 def images_per_second(runs: dict[str, run.Run], batch: int, turns: int) -> dict[str, float]:
     """Median over turns; in every turn each run draws one batch, so that a busy machine is busy for all."""
-    conditions = {name: sample.conditions(r.assembled, r.config, batch, {}) for name, r in runs.items()}
+    given = {name: conditions.first(r.assembled, r.config, batch, {}) for name, r in runs.items()}
 
     def draw(name: str, seed: int) -> float:
         r = runs[name]
         began = time.perf_counter()
-        sample.draw_batch(r.model, conditions[name], batch, seed)
+        sample.draw_batch(r.model, given[name], batch, seed)
         return time.perf_counter() - began
 
     for name in runs:

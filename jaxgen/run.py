@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxgen import conditions, data, files, log, optim, options, origin, sample, sharding
 from jaxgen import config as configs
-from jaxgen import data, files, log, optim, options, origin, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
 from jaxgen.contract import Context, Family, State
@@ -209,14 +209,14 @@ class Run:
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
         """As `sample`, in pieces of at most config.sample.batch images."""
         seed = check_integer('seed', seed, 0)
-        provide = sample.condition_provider(self.assembled, self.config, condition or {})
+        provide = conditions.provider(self.assembled, self.config, condition or {})
         return sample.draw(self.model, provide, n, self.config.sample.batch, seed)
 
     def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
         """Trajectories of the first n images of `sample`; see sample.film."""
         seed, n = check_integer('seed', seed, 0), check_integer('n', n, 1)
         frames = check_integer('frames', frames, 1)
-        batch = sample.conditions(self.assembled, self.config, n, condition or {})
+        batch = conditions.first(self.assembled, self.config, n, condition or {})
         return sample.film(self.model, batch, seed, frames)
 
     def evaluate(self) -> dict[str, dict]:
@@ -268,7 +268,7 @@ class Run:
         weights = features.digest((self.state.ema, self.state.extra, a.frozen))
         decides = [c[name] for name in ('family', 'model', 'data', 'stages')] + [c['train']['dtype'], weights]
         folder = cache.path(self.workdir, [*decides, evaluator.features.digest, seed, batch])
-        provide = sample.condition_provider(a, self.config, {})
+        provide = conditions.provider(a, self.config, {})
         attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
         pieces = samples.sample_outputs(model, provide, evaluator, attributes, n, batch, seed, folder)
         return samples.compare_samples(evaluator, pieces, n)

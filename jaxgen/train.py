@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen import conditions, data, files, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen import config as configs
-from jaxgen import data, files, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
@@ -212,7 +212,7 @@ class Training:
     def draw(self, n: int):
         """n samples, from the same noise each time."""
         model = BoundModel(self.a.family, self.state, self.frozen, self.a.mesh)
-        provide = sample.condition_provider(self.a, self.config, {})
+        provide = conditions.provider(self.a, self.config, {})
         return sample.draw(model, provide, n, self.config.sample.batch, 0)
 
     def grid(self) -> None:

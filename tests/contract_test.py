@@ -26,8 +26,8 @@ from support import (
     tiny_stage,
 )
 
+from jaxgen import conditions, data, describe, run, sample, sharding
 from jaxgen import config as configs
-from jaxgen import data, describe, run, sample, sharding
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import UserError
 from jaxgen.train import train
@@ -230,7 +230,7 @@ def test_traces_at_tiny_size(name):
     if name in FULL_SIZE:  # samplers and figures are those of a config of embedded data
         return
     if family.sample is not None:
-        given = sample.conditions(assembled, config, 4, {})
+        given = conditions.first(assembled, config, 4, {})
         given = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in given.items()}
         images = jax.eval_shape(family.sample, state, frozen, jax.eval_shape(sample.to_inside, given), key)
         assert images.shape == (4, *batch['image'].shape[1:]) and images.dtype == jnp.float32
@@ -285,7 +285,7 @@ def test_updates_sample_and_evaluate(name, tmp_path):
         assert after < 0.9 * before, f'{figure} does not fall'
 
     if family.sample is not None:
-        wanted = {k: jnp.asarray(v) for k, v in sample.conditions(assembled, config, 4, {}).items()}
+        wanted = {k: jnp.asarray(v) for k, v in conditions.first(assembled, config, 4, {}).items()}
         wanted = sample.to_inside(wanted)
         draw = jax.jit(family.sample)
         images = draw(state, frozen, wanted, jax.random.key(1))

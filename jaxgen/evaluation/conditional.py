@@ -32,7 +32,7 @@ class Attributes(NamedTuple):
 
         Args:
           images: uint8 [b, H, W, C].
-          conditions: of these samples, {name: [b, ...]}; see sample.condition_provider.
+          conditions: of these samples, {name: [b, ...]}; see conditions.provider.
           size: images at a time, a multiple of the number of devices.
         """
         correct: dict[str, list] = {}

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen import data, files, log, origin, randomness, sample, sharding
+from jaxgen import conditions, data, files, log, origin, randomness, sample, sharding
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
 
@@ -279,8 +279,8 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
     if family.encode is not None:
         metrics |= explore_encoder(space, test, n, seed, write)
     elif family.decode is not None and family.latents.shape:
-        conditions = sample.conditions(run.assembled, config, n, {}) if family.conditions else {}
-        explore_prior(space, conditions, n, seed, write)
+        given = conditions.first(run.assembled, config, n, {}) if family.conditions else {}
+        explore_prior(space, given, n, seed, write)
     if family.sample is not None:
         metrics |= explore_samples(run.sample(2 * n, seed), run.assembled.dataset('train'), test, write)
     return metrics

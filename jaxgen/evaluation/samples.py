@@ -195,7 +195,7 @@ def sample_outputs(
     'conditional_accuracy', whether each shows the attributes that it is conditioned on.
 
     Args:
-      provide: of the samples' conditions, by their numbers; see sample.condition_provider.
+      provide: of the samples' conditions, by their numbers; see conditions.provider.
       batch: samples at a time.
       folder: that keeps the pieces; see cache.path.
     """

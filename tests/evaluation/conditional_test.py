@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from support import assemble, path
 
+from jaxgen import conditions, data, sharding
 from jaxgen import config as configs
-from jaxgen import data, sample, sharding
 from jaxgen.data import shapes
 from jaxgen.errors import UserError
 from jaxgen.evaluation import conditional
@@ -28,17 +28,17 @@ def assembled():
 
 def test_a_caption_is_a_condition():
     text = 'A small red heart, on a white background'
-    conditions = sample.conditions(*assembled(), 3, {'caption': text})
-    assert conditions['caption'].shape == (3, 64)
-    assert shapes.decode_caption(conditions['caption'][2]) == text
+    given = conditions.first(*assembled(), 3, {'caption': text})
+    assert given['caption'].shape == (3, 64)
+    assert shapes.decode_caption(given['caption'][2]) == text
 
 
 def test_labels_are_those_of_the_training_classes():
     config = configs.load(path('conditional_gan_digits'))
     config.data.keep_classes = (7, 2, 4)
-    assert sample.conditions(assemble(config), config, 5, {})['label'].tolist() == [2, 4, 7, 2, 4]
+    assert conditions.first(assemble(config), config, 5, {})['label'].tolist() == [2, 4, 7, 2, 4]
     with pytest.raises(UserError, match=r'one of the training classes, \[2, 4, 7\]'):
-        sample.conditions(assemble(config), config, 5, {'label': 3})
+        conditions.first(assemble(config), config, 5, {'label': 3})
 
 
 @pytest.mark.parametrize('text, message', [
@@ -47,7 +47,7 @@ def test_labels_are_those_of_the_training_classes():
 ])  # fmt: skip
 def test_captions_that_cannot_be_read(text, message, no_compile):
     with pytest.raises(UserError, match=message) as error:
-        sample.conditions(*assembled(), 1, {'caption': text})
+        conditions.first(*assembled(), 1, {'caption': text})
     assert '\n' not in str(error.value)
 
 
@@ -68,21 +68,21 @@ def test_conditional_accuracy_of_captions():
     """A classifier that reads the factors off the first pixels; two samples of three are as their captions say."""
     a, config = assembled()
     attributes = requested(a.family, config.data.to_dict())
-    conditions = sample.conditions(a, config, 3, {})
-    factors = attributes.of(conditions)['factors']
-    texts = [shapes.decode_caption(x) for x in conditions['caption']]
+    given = conditions.first(a, config, 3, {})
+    factors = attributes.of(given)['factors']
+    texts = [shapes.decode_caption(x) for x in given['caption']]
     assert [shapes.caption(f) for f in factors] == texts
     images = np.zeros((3, 8, 8, 3), np.uint8)
     images[:, 0, :7, 0] = factors
     images[0, 0, 0, 0] += 1  # another shape
     images[1, 0, 3:6, 0] += 1  # elsewhere and rotated, which no caption names
-    correct = attributes.correct(images, conditions, 2)
+    correct = attributes.correct(images, given, 2)
     assert {name: x.tolist() for name, x in correct.items()} == {
         'conditional_accuracy/0': [0, 1, 1], 'conditional_accuracy/1': [1, 1, 1], 'conditional_accuracy/2': [1, 1, 1],
         'conditional_accuracy/6': [1, 1, 1], 'conditional_accuracy/caption': [0, 1, 1],
     }  # fmt: skip
     # Without captions all factors count.
-    correct = attributes._replace(captioned=None).correct(images, conditions, 2)
+    correct = attributes._replace(captioned=None).correct(images, given, 2)
     np.testing.assert_allclose(correct['conditional_accuracy'], [6 / 7, 4 / 7, 1], rtol=1e-6)
 
 

@@ -12,8 +12,8 @@ import optax
 import pytest
 from support import assemble, path
 
+from jaxgen import conditions
 from jaxgen import config as configs
-from jaxgen import sample
 from jaxgen.contract import Context
 from jaxgen.errors import UserError
 from jaxgen.families import stargan2
@@ -370,4 +370,4 @@ def test_says_what_is_wrong(model, message):
 def test_the_domain_of_the_source_image_is_no_condition():
     config = configs.load(path('stargan2_digits'))
     with pytest.raises(UserError, match='set label'):
-        sample.condition_provider(assemble(config), config, {'domain': 3})
+        conditions.provider(assemble(config), config, {'domain': 3})
