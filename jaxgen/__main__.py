@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from jaxgen import interrupt
+from jaxgen import arguments, interrupt
 
 
 def command() -> int:
     """Runs the command; the exit code."""
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
+    arguments.begin(sys.argv)
     from jaxgen import main
 
     return main.command()

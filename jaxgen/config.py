@@ -445,19 +445,26 @@ def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
     given: dict[str, Any] = {}
     for text in texts:
         path, equals, value = text.lstrip('-').partition('=')
-        if not equals:
-            raise UserError(f'write {text}=VALUE, with an equals sign')
         keys = path.removeprefix('config.').split('.')
+        if not equals:  # of a boolean
+            if type(at(sections, keys)) not in (bool, type(None)):
+                raise UserError(f'{text} needs a value: {text}=VALUE')
+            value = 'true'
         given = joined(given, nested('.'.join(keys), parsed(value, keys, sections)))
     return complete(update_sections(sections, given))
+
+
+def at(sections: Any, keys: list[str]) -> Any:
+    """The value of a field; None where there is none."""
+    for key in keys:
+        sections = sections.get(key) if isinstance(sections, dict) else None
+    return sections
 
 
 def parsed(value: str, keys: list[str], sections: dict) -> Any:
     """What a text on the command line stands for, by the type of the field's present value; a field that is not there
     yet may be of a component that another text names."""
-    present: Any = sections
-    for key in keys:
-        present = present.get(key) if isinstance(present, dict) else None
+    present = at(sections, keys)
     if isinstance(present, bool):
         return {'true': True, 'false': False}.get(value.lower(), value)
     if present is None and value.lower() in ('true', 'false'):

@@ -30,21 +30,20 @@ from __future__ import annotations
 
 import sys
 
-from jaxgen import interrupt, options
+from jaxgen import arguments, interrupt, options
 
 if __name__ == '__main__':
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
+    arguments.begin(sys.argv)
 
 import contextlib
 import json
 import math
 import os
-import textwrap
 
 import einops
 import jax
 import numpy as np
-from absl import flags
 
 import jaxgen
 from jaxgen import catalogue, checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
@@ -52,135 +51,6 @@ from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
-
-MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields', 'list')
-
-
-def define_flags() -> flags.FlagValues:
-    """The options of the command."""
-    values = flags.FlagValues()
-    string, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
-    string('mode', 'train', ' | '.join(MODES), flag_values=values)
-    string(
-        'config',
-        '',
-        'a config that comes with jaxgen, NAME or NAME:VARIANT, or FILE.py, FILE.py:VARIANT',
-        flag_values=values,
-    )
-    string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
-    string(
-        'out',
-        '',
-        'sample, explore: where the images go; default WORKDIR/samples/..., WORKDIR/explore',
-        flag_values=values,
-    )
-    string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
-    integer(
-        'n',
-        0,
-        'how many samples; default 64, in evaluate config.evaluate.samples; explore: rows, default 8',
-        flag_values=values,
-    )
-    integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
-    integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
-    string('features', '', 'evaluate: inception | run:PATH | none, the network to evaluate with', flag_values=values)
-    string('inception', '', 'evaluate: file with the weights of Inception', flag_values=values)
-    string(
-        'images',
-        '',
-        'evaluate: a folder of images instead of a run, against the data of --config',
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        'condition', [], "sample: NAME=VALUE, e.g. label=3 or caption='a small red heart'", flag_values=values
-    )
-    boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
-    boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
-    flags.DEFINE_boolean('help', False, 'show this', short_name='h', flag_values=values)
-    boolean('version', False, 'show the version', flag_values=values)
-    return values
-
-
-HELP = """\
-jaxgen {version}: generative models for images
-
-  jaxgen --mode=list digits vae                            the configs that there are, by words
-  jaxgen --config=ddpm_digits                              train; again: go on
-  jaxgen --config=ddpm_digits:v --config.optim.lr=5e-4     a variant, with a field set
-  jaxgen --mode=sample --workdir=runs/ddpm_digits --n=16   draw images
-  jaxgen --mode=evaluate --workdir=runs/ddpm_digits        metrics, of the run and its samples
-  jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
-  jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
-  jaxgen --mode=fields --config=ddpm_digits                every field of the config
-
-Options:
-{options}
-  --config.FIELD=VALUE  any field of the config
-"""
-
-
-def help_text(values: flags.FlagValues) -> str:
-    """The first screen: examples, and the options with a line or two each."""
-    lines = []
-    for name in (name for name in values if name != 'h'):
-        value = '' if values[name].boolean else '=' + name.upper()
-        first = f'  --{name + value:<20}'
-        lines += textwrap.wrap(values[name].help, 96, initial_indent=first, subsequent_indent=' ' * 24)
-    return HELP.format(version=jaxgen.__version__, options='\n'.join(lines)).rstrip()
-
-
-def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """(flags, overrides): the options, and `--config.x=y` apart."""
-    for text in argv[1:]:
-        if not options.is_text(text):
-            raise UserError(f'cannot use {options.shown(text)}: it has zero bytes or half characters')
-    overrides = [a for a in argv[1:] if a.startswith(('--config.', '-config.'))]
-    values = define_flags()
-    try:
-        rest = values([argv[0], *[a for a in argv[1:] if a not in overrides]])
-    except (flags.Error, ValueError) as e:  # absl raises the latter for --noNAME=VALUE
-        raise UserError(' '.join(str(e).split()) + '; see --help') from e
-    if len(rest) > 1 and values.mode != 'list':
-        raise UserError(f'cannot use {rest[1]!r}: every argument is --NAME=VALUE; see --help')
-    return values, overrides
-
-
-# The options that each mode reads. Others would change nothing, so they are refused.
-USING = ('config', 'workdir', 'weights', 'n', 'seed', 'multihost')
-READS = {
-    'train': ('config', 'workdir', 'profile', 'multihost'),
-    'sample': (*USING, 'out', 'film', 'condition'),
-    'evaluate': (*USING, 'features', 'inception'),
-    'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'multihost'),
-    'explore': (*USING, 'out'),
-    'describe': ('config',),
-    'fields': ('config',),
-    'list': (),
-}
-WITHOUT_RUN = ('train', 'describe', 'fields')  # modes of a config
-PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
-
-
-def check_flags(values: flags.FlagValues) -> None:
-    """Raises UserError for options that the mode does not read, or that have impossible values."""
-    mode = values.mode
-    if mode not in MODES:
-        raise UserError(f'--mode={mode}: no such mode{options.near(mode, MODES)}')
-    which = f'{mode} --images' if values.images and mode == 'evaluate' else mode
-    for name in values:
-        if values[name].present and name not in ('mode', 'help', 'h', 'version', *READS[which]):
-            modes = [other for other, names in READS.items() if name in names]
-            if modes:
-                raise UserError(
-                    f'--{name} is read by --mode={", --mode=".join(modes)}, and not by --mode={which}: leave it out'
-                )
-    runs.check_weights_name(values.weights)
-    for name in ('n', 'film', 'seed'):
-        if values[name].present:
-            runs.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
-    if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
-        need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
-        raise UserError(f'--mode={mode} needs {need}')
 
 
 def parse_condition(text: str) -> tuple[str, str]:
@@ -272,38 +142,29 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
 
 
-def show(text: str) -> None:
-    """Prints a text, as much of it as is read: a pipe into `head` or a pager may close."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is written at exit either
-
-
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
-    values, overrides = parse(argv)
+    values, overrides, words = arguments.parse(argv)
     if values.version:
-        show(f'jaxgen {jaxgen.__version__}')
+        arguments.show(f'jaxgen {jaxgen.__version__}')
         return
     if values.help or len(argv) < 2:
-        show(help_text(values))
+        arguments.show(arguments.help_text(values))
         return
-    check_flags(values)
+    arguments.check_flags(values)
     mode = values.mode
     if mode == 'list':
         if overrides:
             raise UserError(f'{overrides[0]} is a field of one config, and --mode=list reads none: leave it out')
-        words = define_flags()(argv)[1:]
         if not (lines := catalogue.text(words)):
             raise UserError(f'no config has {options.shown(" ".join(words))}; --mode=list without words prints all')
-        show(lines)
+        arguments.show(lines)
         return
-    for name in PATHS:
+    for name in arguments.PATHS:
         files.check_local(getattr(values, name), f'--{name}')
         setattr(values, name, os.path.expanduser(getattr(values, name)))
     if mode == 'fields':
-        show(fields.text(configs.override(configs.load(values.config), overrides)))
+        arguments.show(fields.text(configs.override(configs.load(values.config), overrides)))
         return
     measured = {
         'features': values.features,
@@ -349,14 +210,14 @@ def main(argv: list[str]) -> None:
         evaluate_mode(run, values.seed)
 
 
-def printable(message: str) -> str:
-    """A message on one line; names of files and classes may hold anything."""
-    return ''.join(c if c.isprintable() else ' ' for c in message)
+def one_line(e: BaseException) -> str:
+    """The message of an exception, on one line."""
+    return arguments.printable(' '.join(str(e).split()))
 
 
 def device_fault(e: jax.errors.JaxRuntimeError) -> str:
     """The message of a device's fault, with what helps."""
-    text = printable(' '.join(str(e).split()))[:300]
+    text = one_line(e)[:300]
     if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
         return f'the device is out of memory: make config.data.batch, sample.batch or evaluate.batch smaller ({text})'
     return f'the device failed: {text}'
@@ -368,18 +229,17 @@ def run_main(argv: list[str]) -> int:
         with hosts.joined():
             main(argv)
     except UserError as e:
-        print(f'jaxgen: error: {printable(str(e))}', file=sys.stderr)
-        return 2
+        return arguments.say_mistake(e)
     except MemoryError as e:
-        print(f'jaxgen: stopped: out of memory {printable(" ".join(str(e).split()))}'.rstrip(), file=sys.stderr)
-        return 1
+        reason = f'out of memory {one_line(e)}'.rstrip()
     except jax.errors.JaxRuntimeError as e:
-        print(f'jaxgen: stopped: {device_fault(e)}', file=sys.stderr)
-        return 1
+        reason = device_fault(e)
     except (RunError, OSError) as e:
-        print(f'jaxgen: stopped: {printable(" ".join(str(e).split()))}', file=sys.stderr)
-        return 1
-    return 0
+        reason = one_line(e)
+    else:
+        return 0
+    print(f'jaxgen: stopped: {reason}', file=sys.stderr)
+    return 1
 
 
 def command() -> int:

@@ -27,6 +27,7 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 import os
 import re
 import sys
@@ -626,6 +627,33 @@ def coerce(path: str, value, default):
         )
     check_finite(path, value)
     return value
+
+
+def check_integer(name: str, value, least: int) -> int:
+    """The value as an int.
+
+    Raises:
+      UserError: it is none, is less than `least`, or takes more than 31 bits.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as e:
+        raise UserError(f'{name} must be an integer; it is {shown(value)}') from e
+    if isinstance(value, bool) or not least <= number <= LARGEST:
+        raise UserError(f'{name} must be from {least} to {LARGEST}; it is {shown(value)}')
+    return number
+
+
+def check_weights_name(weights: str) -> None:
+    """Raises UserError where --weights is neither ema nor params nor the width of an average."""
+    try:
+        fits = weights in ('ema', 'params') or 0 < float(weights) < 0.288
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f'--weights must be ema, params or the width of an average, between 0 and 0.288; it is {weights!r}'
+        )
 
 
 def limits(interval: str) -> tuple[float, float, bool, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Sequence, Set
@@ -25,6 +24,7 @@ from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, conditional, held_out, samples
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import features
+from jaxgen.options import check_integer, check_weights_name
 
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
 DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that samples depend on
@@ -279,21 +279,6 @@ class Run:
         return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
 
 
-def check_integer(name: str, value, least: int) -> int:
-    """The value as an int.
-
-    Raises:
-      UserError: it is none, is less than `least`, or takes more than 31 bits.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError as e:
-        raise UserError(f'{name} must be an integer; it is {options.shown(value)}') from e
-    if isinstance(value, bool) or not least <= number <= options.LARGEST:
-        raise UserError(f'{name} must be from {least} to {options.LARGEST}; it is {options.shown(value)}')
-    return number
-
-
 def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> samples.Evaluator:
     """The network of config.evaluate.features, and the data set of config.data.
 
@@ -491,18 +476,6 @@ def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool
             f'WARNING: after {step} updates {100 * left:.0f} % of the averaged weights (config.optim.ema) of {workdir} '
             f'are still the initial ones: train on, or anew with --config.optim.ema_warmup=True or a smaller '
             f'ema{or_params}'
-        )
-
-
-def check_weights_name(weights: str) -> None:
-    """Raises UserError where --weights is neither ema nor params nor the width of an average."""
-    try:
-        fits = weights in ('ema', 'params') or 0 < float(weights) < 0.288
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f'--weights must be ema, params or the width of an average, between 0 and 0.288; it is {weights!r}'
         )
 
 

@@ -14,10 +14,10 @@ import pytest
 from support import NAMES, ROOT, mistake, path
 
 import jaxgen
+from jaxgen import arguments as command
 from jaxgen import catalogue, files, run
 from jaxgen import config as configs
 from jaxgen import configs as shipped
-from jaxgen import main as command
 from jaxgen.main import run_main
 
 # Put first on the path of an installed package: no file of the clone may be opened.

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from support import ROOT, assert_same, devices, mistake, path, saved_state
 
+from jaxgen import arguments as command
 from jaxgen import config as configs
-from jaxgen import main as command
 from jaxgen import origin, outputs, run, sample
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
@@ -177,13 +177,13 @@ def test_options_that_a_mode_does_not_read():
             ]
             if '--images' in which:
                 text.append('--images=here')
-            given, _ = command.parse(['jaxgen', *text])
+            given, *_ = command.parse(['jaxgen', *text])
             if name in names:
                 command.check_flags(given)
             else:
                 with pytest.raises(UserError, match=rf'--{name} is read by --mode='):
                     command.check_flags(given)
-    given, _ = command.parse(['jaxgen', '--mode=describe', '--config=x.py', '--workdir=y'])
+    given, *_ = command.parse(['jaxgen', '--mode=describe', '--config=x.py', '--workdir=y'])
     with pytest.raises(UserError, match='--workdir is read by'):
         command.check_flags(given)
 
