@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jaxgen import config as configs
 from jaxgen import origin
 from jaxgen.data import captions
 from jaxgen.errors import UserError
@@ -34,7 +35,7 @@ def one_condition(assembled, config, name: str, value: int | str) -> np.ndarray:
     if name == 'domain':
         raise UserError("condition 'domain' is that of the input image, as the data say: set label, the target domain")
     if name == 'caption':
-        origin.check_named(assembled.unnamed, 'data.source', 'data.other')  # whose words are read
+        origin.check_named(assembled.unnamed, *configs.DATA_PATHS)  # whose words are read
         return captions.check(str(value), feature.shape[0], family.captions.words, config.data)
     if feature.shape:
         raise UserError(f'condition {name!r} is not one number; only labels and captions can be set')

@@ -61,17 +61,22 @@ FREE_ON_RESUME = re.compile(
     r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
-FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)')
+FREE_IN_USE = re.compile(
+    rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)|data\.(test_source|validation_source)'
+)
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
-MOVABLE = re.compile(r'stages\..*|data\.(source|other)')
+MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
 # Prefixes of the values of these fields that are paths; '': the whole value is one.
 PATHS = {
     'data.source': ('folder:', 'pairs:'),
     'data.other': ('folder:', 'pairs:'),
+    'data.test_source': ('folder:', 'pairs:'),
+    'data.validation_source': ('folder:', 'pairs:'),
     'data.dir': ('',),
     'evaluate.features': ('run:',),
     'evaluate.inception': ('',),
 }
+DATA_PATHS = tuple(field for field in PATHS if field.startswith('data.') and field != 'data.dir')  # of images
 # Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for
 # config.model: {'game': 'adversarial', 'width': 'network.width'}. What no table can say, its function
 # `former(model) -> model` does, of the section as it was saved; its table MOVED says then, of fields that are given by
@@ -344,6 +349,11 @@ def check(resolved: dict) -> None:
     if data['batch'] % optim['accumulate']:
         raise UserError(
             f'config.data.batch = {data["batch"]} must be a multiple of config.optim.accumulate = {optim["accumulate"]}'
+        )
+    if data['validation_fraction'] and data['validation_source']:
+        raise UserError(
+            'config.data.validation_fraction holds validation examples out of the training data, and '
+            'config.data.validation_source names others: set one of them'
         )
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")

@@ -99,7 +99,7 @@ def evaluate_mode(run, seed: int) -> None:
     if config.features != 'none' and family.sample is not None:
         evaluator = runs.make_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
         evaluator.check(config.samples)
-    about = {'step': run.step, 'weights': run.weights, 'split': 'test', 'seed': run.config.seed}
+    about = {'step': run.step, 'weights': run.weights, 'split': config.held_out, 'seed': run.config.seed}
     if config.examples:
         about['examples'] = config.examples
     metrics = run.evaluate() | run.modes(config.samples, seed)

@@ -27,7 +27,9 @@ from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
 
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
-DECIDES = re.compile(r'model\..*|stages\..*|train\.dtype')  # fields that samples depend on
+DECIDES = re.compile(
+    r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
+)  # fields that samples depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Assembled:
         Raises:
           UserError: they lie where only a stranger's run says so.
         """
-        origin.check_named(self.unnamed, 'data.source', 'data.other')
+        origin.check_named(self.unnamed, *configs.DATA_PATHS)
         return data.dataset({**self.config.data.to_dict(), **changes}, split)
 
     @functools.cached_property
@@ -104,13 +106,22 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequenc
             )
 
 
-def check_moved_data(about: dict, config: ConfigDict, workdir: str, moved: list[str]) -> None:
-    """Raises UserError where config.data names another folder than before, and its images are others."""
+def check_moved_data(
+    about: dict, config: ConfigDict, workdir: str, moved: list[str], test_source: str | None = None
+) -> None:
+    """Raises UserError where config.data names another folder than before, and its images are others.
+
+    Args:
+      test_source: that of the training, where it may be another now. It decides whether a part of data.source is held
+        out, and so which images are the training split.
+    """
     fields = [field for field in moved if field.startswith('data.')]
+    if test_source is not None and test_source != config.data.test_source:
+        fields = ['data.test_source', *fields]
     if fields and about.get('data') != data.dataset(config.data, 'train').identity:
+        what = 'its images' if fields[0] in ('data.source', 'data.other') else 'with it the training images'
         raise UserError(
-            f'config.{fields[0]} = {configs.get(config, fields[0])}: its images are not those that {workdir} was '
-            'trained on'
+            f'config.{fields[0]} = {configs.get(config, fields[0])}: {what} are not those that {workdir} was trained on'
         )
 
 
@@ -220,17 +231,19 @@ class Run:
         return sample.film(self.model, batch, seed, frames)
 
     def evaluate(self) -> dict[str, dict]:
-        """The family's own metrics of the test split, {name: {'value', 'stderr', 'n'}}: means over its first
-        config.evaluate.examples examples (0: all). Where training was restricted to some classes, also each metric as
-        an anomaly score for the others; where the data have factors, also the disentanglement of the latents."""
+        """The family's own metrics of the split config.evaluate.held_out, {name: {'value', 'stderr', 'n'}}: means over
+        its first config.evaluate.examples examples (0: all). Where training was restricted to some classes and the test
+        split is not, also each metric as an anomaly score for the others; where the data have factors, also the
+        disentanglement of the latents."""
         a, c, model = self.assembled, self.config, self.model
         if self.state.params is None:  # adversarial families have metrics of the critic, which sampling does not need
             model = model._replace(state=self.state.replace(params=self.saved_params()))
-        source = a.dataset('test')
+        split = c.evaluate.held_out
+        source = a.dataset(split)
         n = min(c.evaluate.examples or len(source), len(source))
-        kept = c.data.keep_classes
-        anomalous = ~np.isin(data.labels(c.data, 'test')[:n], kept) if kept else None
-        results = held_out.evaluate(model, source, n, c.evaluate.batch, c.seed, anomalous)
+        kept = c.data.keep_classes if split == 'test' else ()  # the other splits have no other classes
+        anomalous = ~np.isin(data.labels(c.data, split)[:n], kept) if kept else None
+        results = held_out.evaluate(model, source, n, c.evaluate.batch, c.seed, anomalous, split)
         if 'factors' in a.spec.features and a.family.encode is not None and not a.family.latents.grids:
             results |= held_out.evaluate_disentanglement(model, source, n, c.evaluate.batch, c.seed)
         return results
@@ -263,7 +276,7 @@ class Run:
         that the evaluator's network predicts, also the conditional accuracy, see conditional.Attributes."""
         n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
         a, c, model = self.assembled, self.config.to_dict(), self.model
-        origin.check_named(a.unnamed, 'data.source', 'data.other')
+        origin.check_named(a.unnamed, *configs.DATA_PATHS)
         batch = model.batch_size(c['sample']['batch'], n)
         weights = features.digest((self.state.ema, self.state.extra, a.frozen))
         decides = [c[name] for name in ('family', 'model', 'data', 'stages')] + [c['train']['dtype'], weights]
@@ -288,7 +301,7 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
     Raises:
       UserError: there is no such network, or it does not read such images.
     """
-    origin.check_named(unnamed or {}, 'data.source', 'data.other', 'evaluate.features')
+    origin.check_named(unnamed or {}, *configs.DATA_PATHS, 'evaluate.features')
     if config.evaluate.features == 'inception':
         origin.check_named(unnamed or {}, 'evaluate.inception')
     which, section = config.evaluate.features, config.data.to_dict()
@@ -373,7 +386,7 @@ def read(workdir: str, config: ConfigDict | dict | None = None, named: Set[str] 
     config, unnamed = used_config(workdir, saved, config, named)
     spec = saved_spec(workdir)
     if spec is None:  # the data are read for it
-        origin.check_named(unnamed, 'data.source', 'data.other')
+        origin.check_named(unnamed, *configs.DATA_PATHS)
     return config, spec, unnamed
 
 
@@ -452,7 +465,7 @@ def load(
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, about = restored
     check_stages(about, assembled, workdir, configs.moved(saved, used))
-    check_moved_data(about, used, workdir, configs.moved(saved, used))
+    check_moved_data(about, used, workdir, configs.moved(saved, used), saved.data.test_source)
     names = [name for name in state.ema if '@' not in name]
     if weights == 'params':
         ema = {name: state.params[name] for name in names}

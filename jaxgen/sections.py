@@ -53,6 +53,11 @@ class Data:
       low_resolution: side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
       dir: directory of prepared sets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       test_fraction: fraction held out of a source without a test split.
+      test_source: a source of the test split, all of it where it has no test split of its own; 'split:NAME' is a split
+        of `source`. Then all of a source without a test split is trained on.
+      validation_fraction: fraction of the training examples held out for validation, by class; 0 is none.
+      validation_source: a source of the validation split, as test_source; '' is the split validation (a folder's val)
+        that `source` has beside a test split.
       max_corrupt: largest fraction of unreadable files in a folder that is trained on all the same.
       max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
       threads: of the loader.
@@ -86,6 +91,9 @@ class Data:
     low_resolution: Annotated[int, '[0, inf)'] = 0
     dir: str = ''
     test_fraction: Annotated[float, '(0, 1)'] = 0.2
+    test_source: str = ''
+    validation_fraction: Annotated[float, '[0, 1)'] = 0.0
+    validation_source: str = ''
     max_corrupt: Annotated[float, '[0, 1]'] = 0.01
     max_pixels: Annotated[int, '[1, inf)'] = 2**26
     threads: Annotated[int, '[1, 1024]'] = 4
@@ -227,11 +235,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluation on the test split and of samples.
+    """Evaluation on held-out examples and of samples.
 
     Attributes:
       batch: examples measured at once.
-      examples: of the test split, for the family's own metrics; 0 is all.
+      held_out: split of the family's own metrics; train is for comparison.
+      examples: of that split; 0 is all.
       samples: drawn for metrics of samples.
       features: the feature network of these metrics.
       inception: file with the published weights, for 'inception'.
@@ -239,11 +248,12 @@ class Evaluate:
     """
 
     batch: Annotated[int, '[1, inf)'] = 256
+    held_out: Annotated[str, OneOf('test', 'validation', 'train')] = 'test'
     examples: Annotated[int, '[0, inf)'] = 0
     samples: Annotated[int, '[1, inf)'] = 50_000
     features: Annotated[str, Rule(is_features, "'inception', 'run:PATH' or 'none'")] = 'none'
     inception: str = ''
-    split: Annotated[str, OneOf('train', 'test')] = 'train'
+    split: Annotated[str, OneOf('train', 'validation', 'test')] = 'train'
 
 
 @dataclass(frozen=True, kw_only=True)

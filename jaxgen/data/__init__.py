@@ -24,8 +24,9 @@ source `data.low_resolution` makes a feature of that name, the image at so many 
 """
 
 from jaxgen.data.folder import FolderImages
-from jaxgen.data.loader import Examples, Spec, batches, dataset, labels, spec, spec_from_json, spec_to_json
+from jaxgen.data.loader import Examples, Spec, batches, dataset, spec, spec_from_json, spec_to_json
 from jaxgen.data.sources import canonical, root, same_test_scenes, sample_metrics
+from jaxgen.data.splits import held_out, labels
 from jaxgen.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     'batches',
     'canonical',
     'dataset',
+    'held_out',
     'labels',
     'root',
     'same_test_scenes',

@@ -180,7 +180,8 @@ class FolderConfig(tfds.core.BuilderConfig):
 class JaxgenFolder(JaxgenBuilder, skip_registration=True):
     """A person's own images, their files' bytes as they are.
 
-    Metadata: 'content', a digest of the images that is the same wherever the folder lies.
+    Metadata: 'content', a digest of the training and test images that is the same wherever the folder lies, and
+    'validation', one of those in a sub-folder for this.
     """
 
     VERSION = tfds.core.Version('1.1.0')
@@ -208,6 +209,7 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
         if not files:
             raise UserError(f'{listing.folder}: no example is left of which all images can be read')
         self.info.metadata['content'] = folder.content_digest(decoded, config.test_fraction, config.parts)
+        self.info.metadata['validation'] = folder.validation_digest(decoded, config.parts)
 
         def content(file):
             return folder.read_file(folder.full_path(listing, file), config.max_pixels)
@@ -221,5 +223,6 @@ class JaxgenFolder(JaxgenBuilder, skip_registration=True):
                 yield key, example
 
         train, test = folder.split(files, config.test_fraction, bool(listing.classes) and not config.parts)
-        splits = {'train': train, 'test': test} if test else {'train': train}
-        return {name: self._generate_examples(examples(chosen)) for name, chosen in splits.items()}
+        validation = folder.ranked([file for file in files if file.split == 'validation'])[0]
+        splits = {'train': train, 'test': test, 'validation': validation}
+        return {name: self._generate_examples(examples(chosen)) for name, chosen in splits.items() if chosen}

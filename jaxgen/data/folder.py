@@ -32,7 +32,9 @@ ENDINGS = (
 )
 # Sub-folders that are splits where all of them are, and one is the training split: in the order of preference.
 TRAIN = ('train', 'training')
-TEST = ('test', 'testing', 'val', 'valid', 'validation', 'dev', 'eval')
+VALIDATION = ('val', 'valid', 'validation', 'dev', 'eval')
+TEST = ('test', 'testing', *VALIDATION)  # one of the latter where there is none of the former, and beside it else
+HELD_OUT = ('test', 'validation')  # splits of files that are not trained on
 BYTES_PER_PIXEL = 8  # that a file may have at most, as 16-bit RGBA has, beside some that are no pixels
 OTHER_BYTES = 2**24
 
@@ -41,7 +43,7 @@ class File(NamedTuple):
     path: str  # below the folder, parts separated by '/'
     size: int  # bytes
     time: int  # of the last change, ns
-    split: str = ''  # 'train' or 'test' where the folder has sub-folders for these
+    split: str = ''  # 'train', 'validation' or 'test' where the folder has sub-folders for these
 
     @property
     def inner(self) -> str:
@@ -56,6 +58,11 @@ class Listing(NamedTuple):
     files: tuple[File, ...]  # by path
     classes: tuple[str, ...]  # first-level sub-folders, in order; () if an image lies outside of them
     skipped: tuple[str, ...] = ()  # what was left out and why, '40 files with other endings (40 .heic)'
+
+    @property
+    def test_folder(self) -> str:
+        """The sub-folder that is the test split, '' where there is none."""
+        return next((top(file.path) for file in self.files if file.split == 'test'), '')
 
 
 class Read(NamedTuple):
@@ -85,7 +92,7 @@ def scan(path: str, links: bool = False) -> Listing:
         raise UserError(f'the folder {root} {what}')
     counts: Counter = Counter()  # of what is left out, by reason
     files = into_splits(image_files(root, links, counts), counts)
-    own = [file for file in files if file.split != 'test']
+    own = [file for file in files if file.split not in HELD_OUT]
     classes = ordered({top(file.inner) for file in own}) if all('/' in file.inner for file in own) else ()
     if classes:
         files = of_classes(root, files, classes, counts)
@@ -127,12 +134,14 @@ def image_files(root: str, links: bool, counts: Counter) -> list[File]:
 
 
 def of_classes(root: str, files: list[File], classes: tuple[str, ...], counts: Counter) -> list[File]:
-    """The files without test images of other classes; counts these, classes of one image and folders without any."""
-    own = [file for file in files if file.split != 'test']
-    kept = [file for file in files if file.split != 'test' or (top(file.inner) in classes and '/' in file.inner)]
-    counts['test images of no class that training has'] = len(files) - len(kept)
+    """The files without held-out images of other classes; counts these, classes of one image and empty folders."""
+    own = [file for file in files if file.split not in HELD_OUT]
+    kept = [f for f in files if f.split not in HELD_OUT or (top(f.inner) in classes and '/' in f.inner)]
+    lost = Counter(f.split for f in files) - Counter(f.split for f in kept)
+    for split in HELD_OUT:
+        counts[f'{split} images of no class that training has'] = lost[split]
     once = sum(n == 1 for n in Counter(top(file.inner) for file in own).values())
-    if len(own) == len(kept):
+    if not any(file.split in HELD_OUT for file in kept):
         counts['classes of one image, too rare to be in the test split'] = once if once < len(own) else 0
     prefix = {file.path.split('/', 1)[0] + '/' for file in own if file.split}
     empty = [name for name in folders(os.path.join(root, *prefix)) if name not in classes]
@@ -204,10 +213,12 @@ def into_splits(files: list[File], counts: Counter) -> list[File]:
         return any(top(f.path) == name and (f.path.count('/') > 1 or not labelled) for f in files)
 
     test = next((by_name[name] for name in TEST if name in by_name and usable(by_name[name])), None)
-    for name in sorted(tops - {train, test}):
+    beside = [by_name[name] for name in VALIDATION if name in by_name and usable(by_name[name])]
+    validation = next(iter(beside), None) if test and test.lower() not in VALIDATION else None
+    for name in sorted(tops - {train, test, validation}):
         n = sum(top(file.path) == name for file in files)
         counts[f'files in {name}/, which is not used' + (f' beside {test}/' if test else '')] = n
-    splits = {train: 'train', test: 'test'}
+    splits = {train: 'train', validation: 'validation', test: 'test'}
     return [file._replace(split=splits[top(file.path)]) for file in files if top(file.path) in splits]
 
 
@@ -310,9 +321,22 @@ def key(listing: Listing, test_fraction: float, max_pixels: int, parts: tuple[st
 
 
 def content_digest(files: dict[File, Read], test_fraction: float, parts: tuple[str, ...]) -> str:
-    """64 hexadecimal digits that are the same for the same images under the same names, wherever the folder lies."""
-    rows = (field for file, read in sorted(files.items()) for field in (file.path, file.split, read.digest))
-    return digest(test_fraction, *parts, *rows)
+    """64 hexadecimal digits that are the same for the same training and test images under the same names, wherever the
+    folder lies."""
+    rows = ((file.path, file.split, read.digest) for file, read in sorted(files.items()) if file.split != 'validation')
+    return digest(test_fraction, *parts, *(field for row in rows for field in row))
+
+
+def validation_digest(files: dict[File, Read], parts: tuple[str, ...]) -> str:
+    """The same of the validation images."""
+    held_out = {file._replace(split=''): read for file, read in files.items() if file.split == 'validation'}
+    return content_digest(held_out, 0.0, parts)
+
+
+def ranked(files: list[File]) -> tuple[list[File], dict[File, float]]:
+    """The files in an order independent of their names, by ranks, uniform in [0, 1), and these."""
+    ranks = {file: int(digest(file.path)[:13], 16) / 16**13 for file in files}
+    return sorted(files, key=ranks.__getitem__), ranks
 
 
 def split(files: list[File], test_fraction: float, classes: bool = False) -> tuple[list[File], list[File]]:
@@ -324,8 +348,7 @@ def split(files: list[File], test_fraction: float, classes: bool = False) -> tup
     Args:
       classes: of every class, too, at least one is trained on.
     """
-    ranks = {file: int(digest(file.path)[:13], 16) / 16**13 for file in files}  # uniform in [0, 1)
-    order = sorted(files, key=ranks.get)
+    order, ranks = ranked([file for file in files if file.split != 'validation'])
     if any(file.split == 'test' for file in order):
         return [f for f in order if f.split == 'train'], [f for f in order if f.split == 'test']
     n = sum(ranks[file] < test_fraction for file in order)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen.data import sources, transforms
+from jaxgen.data import sources, splits, transforms
 from jaxgen.errors import RunError, UserError
 
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
@@ -147,7 +147,8 @@ def sections(data) -> tuple[dict, dict]:
             'shapes:outlined or folder:PATH, for example'
         )
     own = {**data, 'features': tuple(name for name in data['features'] if name != OTHER)}
-    return own, {**data, 'source': data['other'], 'features': ('image',), 'keep_classes': ()}
+    others = {'source': data['other'], 'features': ('image',), 'keep_classes': ()}
+    return own, {**data, **others, 'test_source': '', 'validation_source': ''}
 
 
 @contextlib.contextmanager
@@ -166,7 +167,7 @@ class Examples:
     batches. A split that is small when decoded stays in memory, each example from its first use.
     """
 
-    def __init__(self, records: sources.Records | Selected, data):
+    def __init__(self, records: sources.Records | splits.Selected | splits.Relabelled, data):
         self.records, self.data = records, data
         self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
         pixels = sum(math.prod(self.shapes[name]) for name, f in records.chosen.items() if f.image)
@@ -275,53 +276,20 @@ class UnpairedExamples:
         return {**self.examples.take_cyclic(numbers), OTHER: self.others.take_cyclic(numbers)['image']}
 
 
-class Selected:
-    """Some of a split's records, and all else as theirs."""
-
-    def __init__(self, records: sources.Records, numbers: np.ndarray, which: str):
-        self.records, self.numbers = records, numbers
-        self.path, self.chosen, self.identity = records.path, records.chosen, f'{records.identity} {which}'
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.records[int(self.numbers[i])]
-
-
-def labels(data, split: str) -> np.ndarray:
-    """The class of every stored example of a split, int32 [n], whatever data.features and data.keep_classes are.
-
-    Raises:
-      UserError: the source has no labels.
-    """
-    section = {**data, 'features': ('label',)}
-    records = sources.open_records(sources.resolve(section), section, split)
-    return np.array([records[i]['label'] for i in range(len(records))], np.int32)
-
-
 def dataset(data, split: str) -> Examples | UnpairedExamples:
-    """The examples of split 'train' or 'test' in stored order, cut and resized as for evaluation.
+    """The examples of split 'train', 'validation' or 'test' in stored order, cut and resized as for evaluation.
 
-    The set is prepared first if it is not there yet. Of 'train' only those in data.keep_classes, if it names any.
+    The set is prepared first if it is not there yet. What is in each split: splits.open_split.
 
     Raises:
       UserError: it cannot be prepared, has no such split, or data.box does not fit its images.
     """
-    if split not in ('train', 'test'):
-        raise UserError(f"a split is 'train' or 'test', not {split!r}")
     if OTHER in data['features']:
         own, other = sections(data)
         with of_other():
             others = dataset(other, split)
         return UnpairedExamples(dataset(own, split), others)
-    records, kept = sources.open_records(sources.resolve(data), data, split), tuple(data['keep_classes'])
-    if kept and split == 'train':
-        numbers = np.flatnonzero(np.isin(labels(data, split), kept))
-        if not len(numbers):
-            raise UserError(f'config.data.keep_classes = {kept}: the training split has no example of them')
-        records = Selected(records, numbers, f'classes={kept}')
-    examples = Examples(records, data)
+    examples = Examples(*splits.open_split(data, split))
     examples[0]  # so that what does not fit is an error now, and not in a thread
     return examples
 

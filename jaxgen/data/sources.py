@@ -156,7 +156,10 @@ def sample_metrics(data) -> Callable[[np.ndarray], dict[str, dict]] | None:
 def same_test_scenes(data) -> bool:
     """Whether test example i of `data.source` and of `data.other` show one scene, so that what is known of the one
     (label, factors) holds of a translation to the domain of the other."""
-    own, other = (resolve({**data, 'source': source}).test_scenes for source in (data['source'], data['other']))
+    first = data['test_source'] or data['source']
+    if first.startswith('split:'):
+        return False
+    own, other = (resolve({**data, 'source': source}).test_scenes for source in (first, data['other']))
     return bool(own) and own == other
 
 
@@ -481,11 +484,13 @@ def failure(source: Source, builder, e: Exception) -> str:
 class Records:
     """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}.
 
-    `identity` is a text that identifies this split of this set, wherever it lies.
+    `identity` is a text that identifies this split of this set, wherever it lies. `shuffled`: they are in a random
+    order of their names, so that any first ones are a fair sample, and stay it when others come or go.
     """
 
-    def __init__(self, path: str, info, stored, chosen: dict[str, Feature], identity: str):
+    def __init__(self, path: str, info, stored, chosen: dict[str, Feature], identity: str, shuffled: bool = False):
         self.path, self.stored, self.chosen, self.identity = path, stored, chosen, identity
+        self.shuffled = shuffled
         # Only the chosen features are parsed: an example of CelebA holds 50.
         parsed = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
         self.features = tfds.features.FeaturesDict(nest(parsed))
@@ -513,10 +518,11 @@ def nest(flat: dict[tuple[str, ...], Any]) -> dict:
 
 
 def open_records(source: Source, data, split: str) -> Records:
-    """The records of a split, prepared if need be.
+    """The records of a split, prepared if need be. What a config makes of them: splits.py.
 
-    split: 'train' or 'test'. A set without 'test' gives 'validation' for it, or else the last
-      test_fraction of 'train', which 'train' then goes without.
+    split: 'train', 'validation' or 'test'; 'whole' and 'rest', what 'train' and 'validation' are where the test split
+      comes from elsewhere; 'own_test', 'test' unless it is a fraction of the training data; 'split:NAME', see
+      `split_name`.
 
     Raises:
       UserError: it cannot be prepared or read, or has no such split.
@@ -532,8 +538,10 @@ def open_records(source: Source, data, split: str) -> Records:
         with open(os.path.join(builder.data_dir, 'dataset_info.json'), 'rb') as file:  # holds the sizes of all files
             identity = f'{builder.info.full_name} {part} {hashlib.file_digest(file, "sha256").hexdigest()}'
         if isinstance(builder, builders.JaxgenFolder):  # wherever it lies
-            identity = f'{builder.name} {builder.version} {part} {builder.info.metadata["content"]}'
-        return Records(builder.data_dir, builder.info, stored, chosen, identity)
+            content = builder.info.metadata['validation' if part == 'validation' else 'content']
+            identity = f'{builder.name} {builder.version} {part} {content}'
+        shuffled = isinstance(builder, builders.JaxgenFolder)
+        return Records(builder.data_dir, builder.info, stored, chosen, identity, shuffled)
     except NotImplementedError as e:
         raise UserError(
             f'{builder.data_dir} is stored as {builder.info.file_format.value}, which is not read by number; run once '
@@ -546,19 +554,76 @@ def open_records(source: Source, data, split: str) -> Records:
         raise UserError(f'{builder.data_dir} cannot be read: {reason(e)}; delete it, and it is prepared anew') from e
 
 
-def split_name(source: Source, builder, split: str, test_fraction: float) -> str:
-    """The name by which TFDS has a split."""
+def has_split(source: Source, split: str) -> bool:
+    """Whether a set comes with one of the splits of `own_splits`. It is prepared for that."""
+    return bool(own_splits(prepare(source)).get(split))
+
+
+def own_splits(builder) -> dict[str, str]:
+    """{split: the name by which TFDS has it} of the splits that a set comes with beside its training split, '' where it
+    has none.
+
+    'own_test' is 'test', or 'validation' where there is none or it has no labels; 'validation' is one beside that;
+    'rest' is what 'validation' is where the test split comes from elsewhere.
+    """
     sizes = {name: info.num_examples for name, info in builder.info.splits.items() if info.num_examples}
+    listing = builder.builder_config.listing if isinstance(builder, builders.JaxgenFolder) else None
+    if listing and not listing.test_folder:  # the test split is a fraction held out
+        return {'own_test': '', 'validation': '', 'rest': ''}
     tests = [name for name in ('test', 'validation') if name in sizes]
     if builder.name.startswith(UNLABELLED_TEST):
         tests.reverse()
-    if split == 'test' and tests:
-        return tests[0]
+    test, other = (*tests, '', '')[:2]
+    rest = 'validation' if 'validation' in sizes else ''
+    if listing and listing.test_folder.lower() in folder.VALIDATION:
+        rest = test
+    return {'own_test': test, 'validation': other if other == 'validation' else '', 'rest': rest}
+
+
+def split_name(source: Source, builder, split: str, test_fraction: float) -> str:
+    """The name by which TFDS has a split.
+
+    'test' is the set's own, or else the last test_fraction of 'train', which 'train' then goes without, and 'whole'
+    does not. 'split:NAME' is the set's own split of that name, if it is none that is trained on.
+    """
+    sizes = {name: info.num_examples for name, info in builder.info.splits.items() if info.num_examples}
+    own = own_splits(builder)
+    if split.startswith('split:'):
+        return named_split(source, split, [name for name in sizes if name != 'train' and any(own.values())])
+    if split in ('validation', 'rest', 'none'):
+        if not own.get(split):
+            raise UserError(
+                f'{source.name} has no validation split: set config.data.validation_fraction, to 0.1, say, or '
+                'config.data.validation_source'
+            )
+        return own[split]
+    if split == 'test' and own['own_test']:
+        return own['own_test']
     if 'train' not in sizes:
         raise UserError(f'{source.name} has no split train, only {", ".join(sizes) or "empty ones"}')
-    if split == 'train' and (tests or source.own):
+    if split == 'whole':  # a fraction of a folder is a split of its own, of other sets it is a part of 'train'
+        return 'train+test' if source.own and not own['own_test'] and 'test' in sizes else 'train'
+    if split == 'train' and (own['own_test'] or source.own):
         return 'train'
+    if split == 'test' and source.own and 'test' in sizes:
+        return 'test'
     held = 0 if source.own else max(round(test_fraction * sizes['train']), 1)
     if not 0 < held < sizes['train']:
         raise UserError(f'{source.name} has too few images ({sizes["train"]}) to hold some out for testing')
     return f'train[:-{held}]' if split == 'train' else f'train[-{held}:]'
+
+
+def named_split(source: Source, split: str, others: list[str]) -> str:
+    """NAME of 'split:NAME'.
+
+    Args:
+      others: the splits that the set comes with beside the training split.
+
+    Raises:
+      UserError: it is none of them.
+    """
+    name = split.partition(':')[2]
+    if name not in others:
+        has = f'it has {", ".join(others)}' if others else 'it has none beside its training data'
+        raise UserError(f'{split}: {source.name} has no such split to hold out; {has}')
+    return name

@@ -27,7 +27,7 @@ from jaxgen.errors import UserError
 # Streams of `uniform`: one per use, so that no two uses have the same numbers. 4 is in gaussians.py; a second source of
 # images has the same ones plus OTHER.
 FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
-PAD, SHIFT, CROPPED = (16, 17), (18, 19), 20
+PAD, SHIFT, CROPPED, VALIDATION = (16, 17), (18, 19), 20, 21
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
 # What PIL may take a file for, whatever its name: decoders that read pixels and start no program.

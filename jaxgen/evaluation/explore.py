@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from jaxgen import conditions, data, files, log, origin, randomness, sample, sharding
+from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
 
@@ -266,7 +267,7 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
     family = model.family
     if family.encode is None and family.decode is None and family.sample is None:
         raise UserError(f'a {config.family} encodes nothing and draws nothing: there is nothing to explore')
-    origin.check_named(run.assembled.unnamed, 'data.source', 'data.other')  # before `labelled` reads its spec
+    origin.check_named(run.assembled.unnamed, *configs.DATA_PATHS)  # before `labelled` reads its spec
     test = run.assembled.dataset('test', features=labelled(config.data.to_dict())['features'])
     space = LatentSpace(model, config.evaluate.batch, seed)
     metrics: dict[str, dict] = {}

@@ -69,7 +69,7 @@ def mean(values: np.ndarray) -> dict:
 
 
 def evaluate(
-    model: BoundModel, source, n: int, batch: int, seed: int, anomalous: np.ndarray | None = None
+    model: BoundModel, source, n: int, batch: int, seed: int, anomalous: np.ndarray | None = None, split: str = 'test'
 ) -> dict[str, dict]:
     """{metric: {'value', 'stderr', 'n'}}: means of the family's own metrics over the first n examples of `source`.
 
@@ -78,14 +78,15 @@ def evaluate(
       anomalous: bool [n], which examples are of classes that training left out. 'auc/METRIC' then is the area under
         the ROC curve of each metric as an anomaly score, higher meaning anomalous; its 'n' counts the anomalous
         examples and 'n_reference' the others.
+      split: that the examples are of, for messages.
 
     Raises:
       RunError: a metric is not finite; names it and the example.
     """
-    values, results = map_examples(program(model.family), model, source, n, batch, seed, 'test split'), {}
+    values, results = map_examples(program(model.family), model, source, n, batch, seed, f'{split} split'), {}
     for name, x in values.items():
         if not np.isfinite(x).all():
-            raise RunError(f'{name} is not finite for example {int(np.argmin(np.isfinite(x)))} of the test split')
+            raise RunError(f'{name} is not finite for example {int(np.argmin(np.isfinite(x)))} of the {split} split')
         results[name] = mean(x)
     if anomalous is not None and (anomalous.all() or not anomalous.any()):
         log.say(f'the first {n} test examples are all of one kind: no area under an ROC curve')

@@ -223,7 +223,7 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path):
 
 @pytest.mark.parametrize(
     ('train', 'test', 'unused'),
-    [('train', 'test', ''), ('Train', 'val', ''), ('training', 'Validation', ''), ('train', 'test', 'valid')],
+    [('train', 'test', ''), ('Train', 'val', ''), ('training', 'Validation', ''), ('train', 'val', 'dev')],
 )
 def test_folders_of_splits(tmp_path, capfd, train, test, unused):
     inside = {f'{train}/cat': range(10), f'{train}/dog': range(10, 20), f'{test}/dog': [200, 201], f'{test}/emu': [250]}

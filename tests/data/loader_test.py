@@ -103,7 +103,7 @@ def test_dataset_is_random_access(prepared):
     for i in (359, -360):
         with pytest.raises(IndexError):
             examples[i]
-    with refused("a split is 'train' or 'test', not 'valid'"):
+    with refused("a split is one of train, validation, test, not 'valid'"):
         data.dataset(make(prepared), 'valid')
 
 

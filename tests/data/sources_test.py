@@ -166,6 +166,10 @@ class ToyValidated(ToyFaces):
     splits = {'train': 6, 'validation': 4}
 
 
+class ToyThree(ToyFaces):
+    splits = {'train': 8, 'validation': 4, 'test': 3}
+
+
 class ToyUntrained(ToyFaces):
     splits = {'extra': 4}
 
@@ -212,6 +216,25 @@ def test_tfds_set(tmp_path, capfd):
 def test_tfds_validation_stands_in_for_test(tmp_path):
     config = make(tmp_path, source='toy_validated')
     assert (len(data.dataset(config, 'train')), len(data.dataset(config, 'test'))) == (6, 4)
+
+
+def test_tfds_validation_split(tmp_path):
+    config = make(tmp_path, source='toy_three')
+    assert [len(data.dataset(config, split)) for split in ('train', 'validation', 'test')] == [8, 4, 3]
+    assert data.held_out(config) == 'validation'
+    other = {**config, 'test_source': 'split:validation'}  # then it is not the validation split, too
+    assert [len(data.dataset(other, split)) for split in ('train', 'test')] == [8, 4] and data.held_out(other) == 'test'
+    with refused('toy_three has no validation split'):
+        data.dataset(other, 'validation')
+    other['validation_source'] = 'split:test'
+    assert len(data.dataset(other, 'validation')) == 3
+    # The validation split stands in for a test split where none is named, and the last fifth where there is neither.
+    config = make(tmp_path, source='toy_validated')
+    assert data.held_out(config) == 'test'
+    config['test_source'] = 'toy_faces'
+    assert [len(data.dataset(config, split)) for split in ('train', 'validation', 'test')] == [6, 4, 10]
+    config = make(tmp_path, source='toy_faces', test_source='toy_three', features=('image', 'label'))
+    assert [len(data.dataset(config, split)) for split in ('train', 'test')] == [10, 3]
 
 
 def test_tfds_set_without_train_split(tmp_path):
