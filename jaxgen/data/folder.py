@@ -21,20 +21,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from jaxgen.data import trees
 from jaxgen.data.transforms import FORMATS, MAX_PIXELS, load, to_array
+from jaxgen.data.trees import HELD_OUT, IRREGULAR, TEST, TRAIN, VALIDATION, is_folder, ordered
 from jaxgen.errors import UserError
 
-# Files with these endings are taken for images; PIL reads them without programs beside it.
-ENDINGS = (
-    *('.apng', '.avif', '.bmp', '.dds', '.dib', '.gif', '.icns', '.ico', '.j2c', '.j2k', '.jfif', '.jp2', '.jpe'),
-    *('.jpeg', '.jpf', '.jpg', '.jpx', '.pbm', '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.psd', '.qoi', '.ras', '.sgi'),
-    *('.tga', '.tif', '.tiff', '.webp', '.xbm', '.xpm'),
-)
-# Sub-folders that are splits where all of them are, and one is the training split: in the order of preference.
-TRAIN = ('train', 'training')
-VALIDATION = ('val', 'valid', 'validation', 'dev', 'eval')
-TEST = ('test', 'testing', *VALIDATION)  # one of the latter where there is none of the former, and beside it else
-HELD_OUT = ('test', 'validation')  # splits of files that are not trained on
 BYTES_PER_PIXEL = 8  # that a file may have at most, as 16-bit RGBA has, beside some that are no pixels
 OTHER_BYTES = 2**24
 
@@ -105,32 +96,9 @@ def image_files(root: str, links: bool, counts: Counter) -> list[File]:
     Raises:
       UserError: there are none.
     """
-    files, endings, listed = [], Counter(), set()
-    for full in all_files(root, counts):
-        name = os.path.basename(full)
-        if not name.lower().endswith(ENDINGS):
-            endings[os.path.splitext(name)[1].lower() or 'without one'] += 1
-            continue
-        try:
-            about = os.stat(full)
-            size, time, where = about.st_size, about.st_mtime_ns, (about.st_dev, about.st_ino)
-        except OSError:  # a broken link: listed, and counted as unreadable later
-            size, time, where, about = -1, 0, full, None
-        if about and not stat.S_ISREG(about.st_mode):
-            counts[IRREGULAR] += 1
-        elif where in listed and not links:
-            counts['files linked twice'] += 1
-        else:
-            listed.add(where)
-            files.append(File(os.path.relpath(full, root).replace(os.sep, '/'), size, time))
-    if not files:
-        others = endings.total() + counts.total()
-        inside = f'{others} other files' if others else 'no files'
-        raise UserError(f'the folder {root} holds no images (.png, .jpg, .webp, ...), but {inside}')
-    if endings:
-        some = ', '.join(f'{n} {ascii(ending)[1:-1]}' for ending, n in endings.most_common(5))
-        counts[f'files with other endings ({some}{", ..." if len(endings) > 5 else ""})'] = endings.total()
-    return sorted(files)
+    listed = trees.walk(root, links, counts)
+    columns = (listed.sizes.tolist(), listed.times.tolist())
+    return sorted(File(*row) for row in zip(listed.names, *columns, strict=True))
 
 
 def of_classes(root: str, files: list[File], classes: tuple[str, ...], counts: Counter) -> list[File]:
@@ -149,54 +117,11 @@ def of_classes(root: str, files: list[File], classes: tuple[str, ...], counts: C
     return kept
 
 
-IRREGULAR = 'that are no regular files (pipes, devices)'
-
-
-def all_files(root: str, counts: Counter):
-    """Paths of all files below `root`, sorted within each folder, and of what lies in real folders first."""
-    real, linked, visited = [root], [], set()
-    while real or linked:
-        directory = real.pop() if real else linked.pop(0)
-        here = os.path.realpath(directory)
-        if here in visited:
-            counts['folders linked twice'] += 1
-            continue
-        visited.add(here)
-        try:
-            with os.scandir(directory) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as e:
-            refuse(e)
-        below = []
-        for entry in inside:
-            if entry.name.startswith('.'):
-                continue
-            if not is_folder(entry):
-                yield entry.path
-            elif not entry.name.startswith('__MACOSX'):
-                (linked if entry.is_symlink() else below).append(entry.path)
-        real += reversed(below)
-
-
-def is_folder(entry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def folders(path: str) -> list[str]:
     """Names of the sub-folders that are not hidden."""
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         return sorted(e.name for e in entries if is_folder(e) and not e.is_symlink() and e.name[0] != '.')
     return []
-
-
-def ordered(names: set[str]) -> tuple[str, ...]:
-    """Names in order; by their numbers where all of them are integers."""
-    if all(re.fullmatch('[0-9]+', name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
 
 
 def into_splits(files: list[File], counts: Counter) -> list[File]:
@@ -220,10 +145,6 @@ def into_splits(files: list[File], counts: Counter) -> list[File]:
         counts[f'files in {name}/, which is not used' + (f' beside {test}/' if test else '')] = n
     splits = {train: 'train', validation: 'validation', test: 'test'}
     return [file._replace(split=splits[top(file.path)]) for file in files if top(file.path) in splits]
-
-
-def refuse(e: OSError) -> None:
-    raise UserError(f'config.data.source: cannot list {e.filename}: {e.strerror}')
 
 
 def top(path: str) -> str:

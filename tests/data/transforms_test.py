@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_sets import encoded, grey, make, refused, sixteen_bit, write_folder
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from jaxgen import data
 from jaxgen.data import transforms
@@ -96,11 +96,22 @@ def test_load_of_every_mode(kind):
     np.testing.assert_allclose(one[..., 0], luma, atol=0.51)
 
 
-def test_load_rotates_by_exif():
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+@pytest.mark.parametrize('by', ['exif', 'xmp'])
+def test_load_rotates_by_exif(form, by):
     image = Image.fromarray(np.array([[0, 0, 255]], np.uint8).repeat(8, 0).repeat(8, 1))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shot with the camera rotated: display it rotated clockwise
-    x = transforms.to_array(transforms.load(encoded(image, 'JPEG', exif=exif, quality=95), 1))
+    options = {'quality': 95} if form in ('JPEG', 'WEBP') else {}
+    if by == 'exif':
+        options['exif'] = exif = Image.Exif()
+        exif[0x0112] = 6  # shot with the camera rotated: display it rotated clockwise
+    elif form == 'PNG':
+        options['pnginfo'] = PngImagePlugin.PngInfo()
+        options['pnginfo'].add_itxt('XML:com.adobe.xmp', '<x tiff:Orientation="6"/>')
+    elif form == 'TIFF':
+        pytest.skip('its own tag says it')
+    else:
+        options['xmp'] = b'<x tiff:Orientation="6"/>'
+    x = transforms.to_array(transforms.load(encoded(image, form, **options), 1))
     assert x.shape == (24, 8, 1) and x[2].mean() < 10 and x[-2].mean() > 245
 
 
