@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from jaxgen import config, configs
+from jaxgen.sections import sides
 
 
 class Entry(NamedTuple):
@@ -28,7 +29,7 @@ def entry(name: str) -> Entry:
         doc = ast.get_docstring(ast.parse(source.read())) or ''
     measured = re.search(r'^Time: (\d.*?)(?=[,;(]|\.\s| with (?:much )?other|$)', doc, re.M)
     loaded = config.load(configs.file(name))
-    size = f'{loaded.data.size}x{loaded.data.size}x{loaded.data.channels}'
+    size = 'x'.join(map(str, (*sides(loaded.data.size), loaded.data.channels)))
     others = ' '.join(v for v in variants(name) if v != 'tiny')
     time = measured[1].strip() if measured else '-'
     data = loaded.data.source.replace(os.getcwd() + os.sep, '')  # paths are as the config has them

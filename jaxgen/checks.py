@@ -26,6 +26,12 @@ def check_stage_image(context: Context, name: str) -> None:
         )
 
 
+def size_text(image: tuple[int, ...]) -> str:
+    """Height and width of an image as config.data.size has them: '28', or '(28, 20)'."""
+    height, width = image[:2]
+    return str(height) if height == width else f'({height}, {width})'
+
+
 def check_size(image: tuple[int, int, int], divisor: int, reason: str) -> None:
     """Raises UserError where an image's height or width is not a multiple of `divisor`.
 
@@ -34,7 +40,7 @@ def check_size(image: tuple[int, int, int], divisor: int, reason: str) -> None:
     """
     height, width, _ = image
     if height % divisor or width % divisor:
-        raise UserError(f'config.data.size = {height} must be a multiple of {divisor} for {reason}')
+        raise UserError(f'config.data.size = {size_text(image)} must be a multiple of {divisor} for {reason}')
 
 
 def check_parts(n: int, parts: int, field: str) -> None:

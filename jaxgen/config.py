@@ -28,7 +28,7 @@ from jaxgen import options
 from jaxgen.errors import UserError
 from jaxgen.files import absolute, check_local
 from jaxgen.options import near, shown
-from jaxgen.sections import Config
+from jaxgen.sections import Config, sides
 
 # Schedules that end at the last update: there a run's length is part of what its updates compute.
 ENDING = ('linear', 'cosine', 'half_linear')
@@ -172,8 +172,15 @@ def complete(sections: dict) -> ConfigDict:
     refuse_former_names(sections, family)
     resolved = options.complete(Config, {**sections, 'model': {}}, '')
     resolved['model'] = options.complete(build, model, 'model')
+    resolved['data']['size'] = one_size(resolved['data']['size'])
     check(resolved)
     return ConfigDict(with_absolute_paths(resolved))
+
+
+def one_size(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """The one spelling of a size: (8, 8) is 8."""
+    height, width = sides(size)
+    return height if height == width else size
 
 
 def path_of(field: str, value: str) -> str:
@@ -357,15 +364,23 @@ def check(resolved: dict) -> None:
         )
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")
-    if data['size'] % (data['low_resolution'] or 1):
-        raise UserError(
-            f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}'
-        )
+    check_low_resolution(data)
     for field, prefixes in PATHS.items():
         if (value := get(resolved, field)) and value in prefixes:
             raise UserError(f'config.{field} = {value!r} must name a directory, {value}PATH')
     if train['evaluate_every'] and resolved['evaluate']['features'] == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
+
+
+def check_low_resolution(data: dict) -> None:
+    """Raises UserError where the image cannot be cut into equal squares that are the pixels of 'low_resolution'."""
+    height, width = sides(data['size'])
+    factor, rest = divmod(min(height, width), data['low_resolution'] or min(height, width))
+    if rest or height % factor or width % factor:
+        both = '' if height == width else ': its shorter side, and the quotient the longer one'
+        raise UserError(
+            f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}{both}'
+        )
 
 
 def check_recipe(where: str, fields: dict) -> None:
@@ -384,7 +399,7 @@ def check_recipe(where: str, fields: dict) -> None:
 
 def check_augmentation(data: dict) -> None:
     """Raises UserError for augmentation that cannot work."""
-    if not data['pad'] < data['size']:
+    if not data['pad'] < min(sides(data['size'])):
         raise UserError(f'config.data.pad must be from 0 to below config.data.size; it is {data["pad"]}')
     if data['crop'] == 'resized' and data['jitter']:
         raise UserError("config.data.jitter is for the crops 'center' and 'random': 'resized' has its own sizes")

@@ -31,6 +31,7 @@ import operator
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -341,10 +342,14 @@ def value_of(field: Field, value, path: str):
     if isinstance(field.default, dict):  # a table of defaults
         known = {k: Field(k, type(v), v) for k, v in field.default.items()}
         return completed(known, as_section(value, '', path, known), path)
-    value = coerce(path, value, field.default)
+    several = isinstance(field.type, types.UnionType) and field.default is not None
+    if several:  # the rule says all that it may be
+        value = tuple(value) if isinstance(value, list) else value
+    else:
+        value = coerce(path, value, field.default)
     if field.default == () and not any(isinstance(rule, Rule) for rule in field.constraints):
         check_entries(path, value, field.type)
-    if value is not None:
+    if value is not None or several:
         for rule in field.constraints:
             rule.check(path, value)
     return value
@@ -543,6 +548,9 @@ def type_name(field: Field) -> str:
     """'float', 'tuple of int', 'number or None'."""
     if field.default is None:
         return 'number or None'
+    if isinstance(field.type, types.UnionType):
+        kinds = typing.get_args(field.type)
+        return ' or '.join(type_name(Field('', kind, () if typing.get_origin(kind) else kind())) for kind in kinds)
     if isinstance(field.default, tuple):
         inner = [a for a in typing.get_args(field.type) if a is not Ellipsis]
         names = {getattr(a, '__name__', str(a)) for a in inner} or {type(v).__name__ for v in field.default}

@@ -18,6 +18,17 @@ def is_box(box: tuple) -> bool:
     )  # fmt: skip
 
 
+def is_size(size: int | tuple) -> bool:
+    sides = size if isinstance(size, tuple) else (size, size)
+    return len(sides) == 2 and all(type(side) is int and 1 <= side <= 65536 for side in sides)
+
+
+def sides(size: int | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) in pixels of images of `data.size`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def is_interval(values: tuple, most: float = float('inf')) -> bool:
     """Whether these are (least, most) of positive numbers."""
     return len(values) == 2 and 0 < values[0] <= values[1] <= most
@@ -34,23 +45,24 @@ class Data:
     Attributes:
       source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH or a TFDS name, see jaxgen/data.
       other: a second source, whose images come unpaired as the feature 'other'.
-      size: height and width in pixels.
+      size: pixels of each side of square images, 28, or (height, width), (28, 20).
       channels: of an image.
       features: arrays of a batch, ('image', 'label'), ('image', 'edges').
       classes: number of classes where the source does not tell it (a folder, a TFDS set).
       batch: examples of one update, over all devices.
       keep_classes: classes that training is restricted to; the test split keeps all, for detecting the others.
       box: (top, left, height, width) in pixels, cut out before anything else.
-      crop: the square that is resized to size x size; 'resized' is a random rectangle, see crop_area.
+      crop: where the largest part of an image in the aspect ratio of size lies, which is resized to size; 'resized'
+        is a random rectangle, see crop_area.
       crop_area: least and most area of random rectangles, as a fraction of the image's.
       crop_aspect: least and most width / height of random rectangles.
-      crop_rate: fraction of the training images with a random crop; the others have the central square.
-      jitter: pixels by which training images are enlarged before size x size are cut out anywhere.
-      pad: pixels that training images are padded with before size x size are cut out anywhere.
+      crop_rate: fraction of the training images with a random crop; the others have the central part.
+      jitter: pixels by which training images are enlarged before size is cut out anywhere.
+      pad: pixels that training images are padded with before size is cut out anywhere.
       shift: fraction of the side by which training images are moved up or down, left or right, at most.
       fill: pixels beyond the border, of pad and shift.
       flip: mirror half of the training images left to right.
-      low_resolution: side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
+      low_resolution: shorter side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
       dir: directory of prepared sets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       test_fraction: fraction held out of a source without a test split.
       test_source: a source of the test split, all of it where it has no test split of its own; 'split:NAME' is a split
@@ -66,7 +78,7 @@ class Data:
 
     source: str = 'digits'
     other: str = ''
-    size: Annotated[int, '[1, 65536]'] = 8
+    size: Annotated[int | tuple[int, ...], Rule(is_size, 'int, or (height, width) in pixels, each from 1 to 65536')] = 8
     channels: Annotated[int, OneOf(1, 3)] = 1
     features: Annotated[tuple[str, ...], Rule(lambda x: 'image' in x, "names of features, 'image' among them")] = (
         'image',

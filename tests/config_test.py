@@ -50,7 +50,7 @@ RANGES = {k: r.interval for k, f in shared().items() for r in f.constraints if i
 
 def test_every_number_has_a_range():
     """But those that are one of a few; a new field is not forgotten."""
-    numbers = {k: f for k, f in shared().items() if type(f.default) in (int, float)}
+    numbers = {k: f for k, f in shared().items() if type(f.default) in (int, float) and k != 'data.size'}
     assert len(numbers) > 40
     assert not [
         k for k, f in numbers.items() if not any(isinstance(r, options.Range | options.Choice) for r in f.constraints)
@@ -96,6 +96,34 @@ def test_values_out_of_range(text, base):
     message = refused(base, text)
     assert f'config.{field} must be' in message
     assert str(float(value)) in message or value in message
+
+
+@pytest.mark.parametrize('size', ['(28, 20)', '28, 20', '[28, 20]'])
+def test_a_size_is_a_number_or_height_and_width(size, base, tmp_path):
+    config = configs.override(base, [f'--config.data.size={size}'])
+    assert config.data.size == (28, 20)
+    (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+    assert configs.read_json(str(tmp_path / 'config.json')).to_dict() == config.to_dict()
+    assert configs.override(config, ['--config.data.size=8']).to_dict() == base.to_dict()
+    assert configs.override(base, ['--config.data.size=(8, 8)']).data.size == 8, 'one size is written in one way'
+
+
+@pytest.mark.parametrize(
+    'size', ['(28,)', '(28, 20, 1)', '(0, 8)', '(8, 65537)', '(8, 8.5)', '(True, 8)', '28x20', '()', 'None', '1e3']
+)
+def test_what_is_no_size(size, base):
+    message = refused(base, f'data.size={size}')
+    assert message.startswith('config.data.size must be int, or (height, width) in pixels, each from 1 to 65536')
+
+
+def test_low_resolution_of_images_that_are_not_square(base):
+    sizes = ['--config.data.size=(24, 16)']
+    assert configs.override(base, [*sizes, '--config.data.low_resolution=4']).data.low_resolution == 4
+    for side in (3, 32, 1):  # 16 is no multiple of 3, 32 is larger, 24 no multiple of 16
+        with pytest.raises(UserError, match=r'low_resolution = \d+ must divide config.data.size = \(24, 16\)'):
+            configs.override(base, [*sizes, f'--config.data.low_resolution={side}'])
+    with pytest.raises(UserError, match=r'config\.data\.pad'):
+        configs.override(base, [*sizes, '--config.data.pad=16'])
 
 
 def test_a_mistake_of_the_command(capfd, no_compile):

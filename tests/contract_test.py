@@ -30,6 +30,7 @@ from jaxgen import conditions, data, describe, run, sample, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import UserError
+from jaxgen.sections import sides
 from jaxgen.train import train
 
 # Parameters of the published systems (papers and reference code), by network.
@@ -200,7 +201,7 @@ def test_full_size_describes(name):
     assert about['update_flops'] > 6 * about['parameters']['total'], 'forward and backward touch every weight'
     assert about['state_bytes'] > 8 * about['parameters']['total']
     shape, dtype = about['batch']['image']
-    assert shape == [config.data.batch, config.data.size, config.data.size, config.data.channels] and dtype == 'uint8'
+    assert shape == [config.data.batch, *sides(config.data.size), config.data.channels] and dtype == 'uint8'
     assert describe.count(assemble(tiny(name)).abstract.params) < about['parameters']['total']
 
 
@@ -220,14 +221,18 @@ def test_published_sizes(name):
 def test_traces_at_tiny_size(name):
     """All functions of every config that nothing is computed of: shapes and types are those of the contract."""
     config = tiny(name)
-    assembled = assemble(config)
+    check_traces(config, assemble(config), complete=name in EMBEDDED)
+
+
+def check_traces(config, assembled, complete: bool = True) -> None:
+    """complete: samplers and figures too."""
     family, state, frozen = assembled.family, assembled.abstract, assembled.frozen
     batch = jax.eval_shape(lambda: first_batch(config))
     key = jax.eval_shape(lambda: jax.random.key(0))
     after, logs = jax.eval_shape(family.update, state, frozen, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.shape == () for leaf in logs.values())
-    if name in FULL_SIZE:  # samplers and figures are those of a config of embedded data
+    if not complete:  # samplers and figures are those of a config of embedded data
         return
     if family.sample is not None:
         given = conditions.first(assembled, config, 4, {})
@@ -237,6 +242,54 @@ def test_traces_at_tiny_size(name):
     numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
     figures = jax.eval_shape(family.evaluate, state, frozen, numbered, key)
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
+    pictures = {'image': batch['image']}
+    z = jax.ShapeDtypeStruct((4, *family.latents.shape), jnp.float32)
+    if family.encode is not None:
+        z = jax.eval_shape(family.encode, state, frozen, pictures, key)
+    if family.decode is not None:
+        conditional = family.encode is None and family.conditions
+        decoded = jax.eval_shape(
+            family.decode, state, frozen, jax.eval_shape(sample.to_inside, given) if conditional else {}, z, key
+        )
+        assert decoded.shape[1:] == batch['image'].shape[1:]
+
+
+def wide(config):
+    """The config at half as many columns again as rows, or twice as many where only that can be halved so often."""
+    rows = config.data.size
+    columns = rows + (rows if config.family == 'inpainting' else max(rows // 2, 1))
+    return configs.make(**configs.deep_update(config.to_dict(), {'data': {'size': (rows, columns)}}))
+
+
+def wide_stage(folder: str, mesh):
+    """The stage of that name at such a size, as shapes."""
+    assembled = run.assemble(wide(tiny_stage(folder)), mesh, wide_stage)
+    return assembled.family, assembled.abstract.replace(params=None, opt=None), assembled.frozen
+
+
+# What a family makes alone, in the line that refuses the others.
+SQUARE = {'stylegan2': 'StyleGAN2 makes square images: set config.data.size to one number', 'js_generator': 'one pixel'}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in ('vae_digits', 'dit_digits', 'gan_digits') else pytest.mark.slow)
+        for name in sorted({*DISTINCT.values(), 'vae_digits'})
+    ],
+)
+def test_images_that_are_not_square(name):
+    """Every family trains on them, samples and is measured, or says in one line that it does not."""
+    config = tiny(name)
+    if config.family in SQUARE:
+        with pytest.raises(UserError, match=SQUARE[config.family]) as caught:
+            run.assemble(wide(config), stage=wide_stage)
+        assert '\n' not in str(caught.value)
+        return
+    config = wide(config)
+    assembled = run.assemble(config, stage=wide_stage)
+    assert assembled.spec.features['image'].shape[:2] == config.data.size
+    check_traces(config, assembled)
 
 
 @pytest.mark.parametrize(

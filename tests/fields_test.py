@@ -45,12 +45,14 @@ def test_text_fits_the_terminal(width, capsys, monkeypatch, no_compile):
 def test_text_says_value_default_and_what_is_allowed(capsys, monkeypatch):
     shown = ' '.join(text(capsys, monkeypatch, 100, 'optim.lr=0.5', 'optim.networks.coder.clip=2').split())
     assert 'optim.lr 0.5 learning rate, after warm-up (float, more than 0; default 0.0002)' in shown
-    assert "data.crop 'center' the square that is resized to size x size; 'resized' is a random rectangle" in shown
+    assert "data.crop 'center' where the largest part of an image in the aspect ratio of size lies" in shown
     assert "(str, one of 'center', 'random', 'resized')" in shown
     assert 'optim.networks coder the fields that differ for one network' in shown
     assert 'optim.networks.coder.clip 2.0 largest global norm' in shown
     assert 'model.latent 10 dimensions of z' in shown
     assert 'stages {} run directories' in shown
+    assert 'data.size 8 pixels of each side of square images, 28, or (height, width)' in shown
+    assert '(int or tuple of int, int, or (height, width) in pixels, each from 1 to 65536)' in shown
 
 
 def test_mistakes(capfd):

@@ -89,7 +89,7 @@ class JaxgenDigits(JaxgenBuilder, skip_registration=True):
 
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
-    size: int = 32  # pixels
+    size: tuple[int, int] = (32, 32)  # height, width in pixels
     style: str = 'filled'  # one of shapes.STYLES
 
 
@@ -106,11 +106,11 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     @staticmethod
     def features(config):
         return {
-            'image': tfds.features.Image(shape=(config.size, config.size, 3)),
-            'mask': tfds.features.Image(shape=(config.size, config.size, 1)),
-            'edges': tfds.features.Image(shape=(config.size, config.size, 1)),
-            'segments': tfds.features.Image(shape=(config.size, config.size, 3)),
-            'sketch': tfds.features.Image(shape=(config.size, config.size, 3)),
+            'image': tfds.features.Image(shape=(*config.size, 3)),
+            'mask': tfds.features.Image(shape=(*config.size, 1)),
+            'edges': tfds.features.Image(shape=(*config.size, 1)),
+            'segments': tfds.features.Image(shape=(*config.size, 3)),
+            'sketch': tfds.features.Image(shape=(*config.size, 3)),
             'label': tfds.features.ClassLabel(names=shapes.SHAPES),
             'factors': tfds.features.Tensor(shape=(len(shapes.FACTORS),), dtype=np.int32),
             'caption': tfds.features.Tensor(shape=(shapes.CAPTION,), dtype=np.uint8),
@@ -119,7 +119,7 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         del dl_manager
         size, style = self.builder_config.size, self.builder_config.style
-        fraction = min(1, 64 / size)
+        fraction = min(1, 64 / max(size))
         first = {**FIRST, 'train': FIRST['train'] + STYLES_APART * shapes.STYLES.index(style)}
 
         def examples(split):

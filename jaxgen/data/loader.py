@@ -21,6 +21,7 @@ from PIL import Image
 
 from jaxgen.data import sources, splits, transforms
 from jaxgen.errors import RunError, UserError
+from jaxgen.sections import sides
 
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
 
@@ -29,7 +30,7 @@ class Crops(NamedTuple):
     """Random crops and translations of training images; arrays with a leading [n], None: not at random."""
 
     cropped: np.ndarray | None = None  # bool: whether there is a random crop; None: of all
-    square: np.ndarray | None = None  # position of the square along the longer side, in [0, 1)
+    position: np.ndarray | None = None  # of the part that is resized, in [0, 1), see transforms.fit
     rectangle: np.ndarray | None = None  # [n, tries, 4] in [0, 1), see transforms.rectangle
     row: np.ndarray | None = None  # position of the window in an image that is data.jitter pixels larger than it,
     column: np.ndarray | None = None  # in [0, 1)
@@ -40,7 +41,7 @@ class Crops(NamedTuple):
 class Spec(NamedTuple):
     """What one example holds."""
 
-    features: dict[str, jax.ShapeDtypeStruct]  # by name: image uint8 [size, size, channels], label int32 [], ...
+    features: dict[str, jax.ShapeDtypeStruct]  # by name: image uint8 [height, width, channels], label int32 [], ...
     classes: int  # of 'label'; 0: the batch has no labels
     names: tuple[str, ...] = ()  # of the classes, by number; (): they have none
     captioned: tuple[int, ...] = ()  # entries of 'factors' whose values 'caption' states
@@ -131,8 +132,10 @@ def spec(data) -> Spec:
 
 def shape(feature: sources.Feature, data) -> tuple[int, ...]:
     """Shape of one example's feature in a batch."""
-    side = feature.side or data['size']
-    return (side, side, feature.channels or data['channels']) if feature.image else feature.shape
+    height, width = sides(data['size'])
+    factor = min(height, width) // feature.side if feature.side else 1
+    channels = feature.channels or data['channels']
+    return (height // factor, width // factor, channels) if feature.image else feature.shape
 
 
 def sections(data) -> tuple[dict, dict]:
@@ -193,7 +196,7 @@ class Examples:
         """The examples [n] as one batch, fresh arrays [n, ...].
 
         Args:
-          crops: of each one's images; None: their central squares, as for evaluation.
+          crops: of each one's images; None: their central parts, as for evaluation.
         """
         if not self.fits or crops is not None:
             return self.decoded(indices, crops)
@@ -216,8 +219,8 @@ class Examples:
             crop = Crops(*(None if x is None else x[n] for x in crops or Crops()))
             for name, value in self.records[i].items():
                 if self.records.chosen[name].image:
-                    side, _, _ = self.shapes[name]
-                    value = transforms.reduced(self.image(i, value, name, crop), side)
+                    height, _, _ = self.shapes[name]
+                    value = transforms.reduced(self.image(i, value, name, crop), height)
                 out[name][n] = value
         return out
 
@@ -235,19 +238,20 @@ class Examples:
 
 
 def cropped(image: Image.Image, data, crop: Crops, channels: int) -> np.ndarray:
-    """The crop of the image as uint8 [size, size, C], resized."""
-    size = data['size']
+    """The crop of the image as uint8 [*size, C], resized."""
+    height, width = size = sides(data['size'])
     at_random = crop.cropped is None or bool(crop.cropped)
     if crop.rectangle is not None and at_random:
         ranges = tuple(data['crop_area']), tuple(data['crop_aspect'])
         box = transforms.rectangle(image.height, image.width, *ranges, crop.rectangle)
-        return transforms.to_array(transforms.cut(image, box).resize((size, size), Image.Resampling.BICUBIC), channels)
-    square = crop.square if at_random else None
+        part = transforms.cut(image, box).resize((width, height), Image.Resampling.BICUBIC)
+        return transforms.to_array(part, channels)
+    position = crop.position if at_random else None
     if crop.row is None:
-        return transforms.to_array(transforms.square(image, size, square), channels)
-    larger = size + data['jitter']
-    # A window of the whole image, where the square would be anywhere; of its middle else.
-    image = transforms.square(image, larger) if square is None else transforms.cover(image, larger)
+        return transforms.to_array(transforms.fit(image, size, position), channels)
+    larger = height + data['jitter'], width + data['jitter']
+    # A window of the whole image, where the part would be anywhere; of its middle else.
+    image = transforms.fit(image, larger) if position is None else transforms.cover(image, larger)
     return transforms.to_array(transforms.window(image, size, crop.row, crop.column), channels)
 
 
@@ -331,12 +335,14 @@ def moves(data, uniform: Callable) -> tuple[np.ndarray | None, np.ndarray | None
     Padded by p and cut out anywhere, an image moves by -p to p, all equally likely. A shift is uniform in real numbers
     up to a fraction of the side, and then rounded.
     """
-    pad, largest = data['pad'], data['shift'] * data['size']
-    if not pad and not largest:
+    pad, shift = data['pad'], data['shift']
+    if not pad and not shift:
         return None, None
     return tuple(
-        np.floor(uniform(p) * (2 * pad + 1)).astype(int) - pad + np.rint((2 * uniform(s) - 1) * largest).astype(int)
-        for p, s in zip(transforms.PAD, transforms.SHIFT, strict=True)
+        np.floor(uniform(p) * (2 * pad + 1)).astype(int)
+        - pad
+        + np.rint((2 * uniform(s) - 1) * (shift * side)).astype(int)
+        for p, s, side in zip(transforms.PAD, transforms.SHIFT, sides(data['size']), strict=True)
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from jaxgen.data.transforms import uniform
+from jaxgen.sections import sides
 
 SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'heart', 'crescent')
 COLOURS = {  # hue in [0, 1), saturation, value
@@ -65,11 +66,11 @@ FINER, FINEST = 4, 256  # drawn at 4 times the size, and at 256 pixels at least,
 class Scene(NamedTuple):
     """One scene and its annotations, uint8."""
 
-    image: np.ndarray  # [size, size, 3]
-    mask: np.ndarray  # [size, size], how much of each pixel the shape covers, 0..255
-    edges: np.ndarray  # [size, size], the same of the shape's outline, a line of one pixel's width
-    segments: np.ndarray  # [size, size, 3], the segmentation map: see `segment_colours`
-    sketch: np.ndarray  # [size, size, 3], the outline on the background, in the colours of that map
+    image: np.ndarray  # [height, width, 3]
+    mask: np.ndarray  # [height, width], how much of each pixel the shape covers, 0..255
+    edges: np.ndarray  # [height, width], the same of the shape's outline, a line of one pixel's width
+    segments: np.ndarray  # [height, width, 3], the segmentation map: see `segment_colours`
+    sketch: np.ndarray  # [height, width, 3], the outline on the background, in the colours of that map
 
 
 def draw_factors(number: int, style: str = 'filled') -> np.ndarray:
@@ -152,26 +153,29 @@ def segment_colours(factors: np.ndarray) -> np.ndarray:
     return (number[:, None] // np.array([9, 3, 1]) % 3 * 127).astype(np.uint8)
 
 
-def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
-    """The scene in one of STYLES; all but the image is the same in all of them.
+def draw(factors: np.ndarray, size: int | tuple[int, int], style: str = 'filled') -> Scene:
+    """The scene in one of STYLES, a square of this side or (height, width) in pixels; the shape is as large as its
+    shorter side has it. All but the image is the same in all styles.
 
     A 'centred' scene has its shape where x and y of its factors are: see draw_factors."""
     f = named(factors)
+    height, width = sides(size)
+    shorter = min(height, width)
     radius = list(SIZES.values())[f['size']]
     # Centres with which the largest shape lies wholly inside, the same for all sizes: factors stay independent.
     low, high = max(SIZES.values()) + 0.02, 1 - max(SIZES.values()) - 0.02
     centre = low + (high - low) * np.array([f['x'] / (FACTORS['x'] - 1), f['y'] / (FACTORS['y'] - 1)])
     rotated = rotation(2 * np.pi * f['rotation'] / FACTORS['rotation'])
-    finer = max(FINER, FINEST // size)
+    finer = max(FINER, FINEST // shorter)
     polygons = []
     for polygon in OUTLINES[SHAPES[f['shape']]]:
         # PIL wants whole pixels and fills those of the outline too: half a pixel less on each side.
-        scale = radius * size * finer - 0.5
-        points = np.rint(centre * size * finer + scale * polygon @ rotated - 0.5)
+        scale = radius * shorter * finer - 0.5
+        points = np.rint(centre * [width, height] * finer + scale * polygon @ rotated - 0.5)
         polygons.append([tuple(p) for p in points])
 
     def canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-        image = Image.new('L', (size * finer, size * finer))
+        image = Image.new('L', (width * finer, height * finer))
         return image, ImageDraw.Draw(image)
 
     def lines(width: int) -> Image.Image:
@@ -191,12 +195,12 @@ def draw(factors: np.ndarray, size: int, style: str = 'filled') -> Scene:
     for i, polygon in enumerate(polygons):
         pen.polygon(polygon, fill=0 if i else 255)
     # Half of a line lies outside.
-    coloured = ImageChops.darker(inside, lines(2 * round(BORDER * size * finer))) if style == 'outlined' else inside
+    coloured = ImageChops.darker(inside, lines(2 * round(BORDER * shorter * finer))) if style == 'outlined' else inside
     cover, covered, edges = (np.asarray(x.reduce(finer)) for x in (inside, coloured, lines(finer)))
 
     colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))
     background = np.array(colorsys.hsv_to_rgb(*list(BACKGROUNDS.values())[f['background']]))
-    light = 1 - 0.12 * np.linspace(0, 1, size)[:, None, None]  # a little darker towards the floor
+    light = 1 - 0.12 * np.linspace(0, 1, height)[:, None, None]  # a little darker towards the floor
     alpha = covered[..., None] / 255
     image = np.rint(255 * (alpha * colour + (1 - alpha) * background * light)).astype(np.uint8)
     below, above = segment_colours(factors)

@@ -37,6 +37,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from jaxgen.data import builders, folder, gaussians, guard, shapes
 from jaxgen.errors import RunError, UserError
 from jaxgen.files import absolute
+from jaxgen.sections import sides
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
@@ -58,7 +59,7 @@ class Feature(NamedTuple):
     image: bool = False
     channels: int = 0  # of an image; 0: config.data.channels
     palette: bool = False  # an image whose palette's indices are classes, not to be blended
-    side: int = 0  # in pixels, of an image that is made smaller than the others; 0: as they are
+    side: int = 0  # the shorter one in pixels, of an image that is made smaller than the others; 0: as they are
 
 
 class Source(NamedTuple):
@@ -108,7 +109,9 @@ def named_source(data) -> Source:
         if style not in shapes.STYLES:
             raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(shapes.STYLES)}')
         styled = '' if style == shapes.STYLES[0] else f'{style}_'
-        config = builders.ShapesConfig(name=f'{styled}size{data["size"]}', size=data['size'], style=style)
+        height, width = sides(data['size'])
+        size = f'{height}' if height == width else f'{height}x{width}'
+        config = builders.ShapesConfig(name=f'{styled}size{size}', size=(height, width), style=style)
         features = builders.JaxgenShapes.features(config)
         return Source(
             name,

@@ -1,6 +1,6 @@
 """From encoded bytes to a uint8 image of the requested size, and to [-1, 1] and back.
 
-    image = to_array(square(cut(load(png, channels=3), box=()), size=64))
+    image = to_array(fit(cut(load(png, channels=3), box=()), (64, 64)))
 
 All of these are pure functions. Randomness comes in as numbers in [0, 1) that `uniform` makes
 from (seed, example number), so what happens to an example does not depend on the batch, the
@@ -131,38 +131,47 @@ def cut(image: Image.Image, box: tuple[int, ...]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def square(image: Image.Image, size: int, position: float | None = None) -> Image.Image:
-    """The largest square of the image, resized to size x size.
+def fit(image: Image.Image, size: tuple[int, int], position: float | None = None) -> Image.Image:
+    """The largest part of the image in the aspect ratio of size = (height, width), a square for a square, resized to
+    that.
 
     Args:
-      position: where the square lies along the longer side, from 0 (top or left) to below 1 (bottom
+      position: where the part lies along the side of which some is left out, from 0 (top or left) to below 1 (bottom
         or right), all positions equally likely; None for the middle.
 
     The filter is PIL's bicubic, whose support grows when it reduces, so that it does not alias:
     the one that FID is least upset by (Parmar et al. 2022, On Aliased Resizing and Surprising
     Subtleties in GAN Evaluation), and smooth when it enlarges.
     """
-    side = min(image.size)
-    if image.width != image.height:
-        spare = (length - side for length in image.size)
+    height, width = size
+    if image.width * height > image.height * width:  # some of its width is left out
+        part = max(1, round(image.height * width / height)), image.height
+    else:
+        part = image.width, max(1, round(image.width * height / width))
+    if part != image.size:
+        spare = (length - kept for length, kept in zip(image.size, part, strict=True))
         left, top = (n // 2 if position is None else int(position * (n + 1)) for n in spare)
-        image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + part[0], top + part[1]))
+    return image if part == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def window(image: Image.Image, size: int, row: float, column: float) -> Image.Image:
-    """size x size pixels of a larger image; row and column are its position, from 0 (top, left) to below 1."""
-    left, top = int(column * (image.width - size + 1)), int(row * (image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+def window(image: Image.Image, size: tuple[int, int], row: float, column: float) -> Image.Image:
+    """size = (height, width) pixels of a larger image; row and column are its position, from 0 (top, left) to below
+    1."""
+    height, width = size
+    left, top = int(column * (image.width - width + 1)), int(row * (image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
-def cover(image: Image.Image, side: int) -> Image.Image:
-    """The whole image, resized so that its shorter side is `side`; the other is cut off to a whole number of pixels, as
-    torchvision's Resize does."""
-    width, height = image.size
-    short = min(width, height)
-    size = (side * width // short, side * height // short)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image, resized to no less than size = (height, width): one side is as long as there, the other is cut
+    off to a whole number of pixels, as torchvision's Resize does."""
+    height, width = size
+    if image.width * height > image.height * width:
+        to = height * image.width // image.height, height
+    else:
+        to = width, width * image.height // image.width
+    return image if to == image.size else image.resize(to, Image.Resampling.BICUBIC)
 
 
 def rectangle(
@@ -217,11 +226,12 @@ def to_array(image: Image.Image, channels: int = 1) -> np.ndarray:
     return x[..., None] if x.ndim == 2 else x
 
 
-def reduced(x: np.ndarray, side: int) -> np.ndarray:
-    """Means of equal squares of an image [H, W, C], H = W, uint8 [side, side, C]; side divides H."""
-    if len(x) == side:
+def reduced(x: np.ndarray, height: int) -> np.ndarray:
+    """Means of equal squares of an image [H, W, C], uint8 [height, width, C]; their side H / height divides W too."""
+    side = len(x) // height
+    if side == 1:
         return x
-    return np.rint(einops.rearrange(x, '(h p) (w q) c -> h w c p q', h=side, w=side).mean((-2, -1))).astype(np.uint8)
+    return np.rint(einops.rearrange(x, '(h p) (w q) c -> h w c p q', p=side, q=side).mean((-2, -1))).astype(np.uint8)
 
 
 def uniform(seed: int, number, stream: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import einops
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxgen import conditions, data, files, log, origin, randomness, sample, sharding
 from jaxgen import config as configs
@@ -100,7 +100,7 @@ def scatter(images: np.ndarray, points: np.ndarray, labels: np.ndarray | None, s
     for i, (left, top) in enumerate(corner):
         image = Image.fromarray(images[i, ..., 0] if images.shape[-1] == 1 else images[i]).convert('RGB')
         frame = np.full((each, each, 3), colours[int(labels[i])] if labels is not None else 128, np.uint8)
-        frame[3:-3, 3:-3] = np.asarray(image.resize((each - 6, each - 6)))
+        frame[3:-3, 3:-3] = np.asarray(ImageOps.pad(image, (each - 6, each - 6), color='white'))
         sheet[top : top + each, left : left + each] = frame
     return sheet
 

@@ -24,6 +24,7 @@ from jaxgen.metrics import features as networks
 from jaxgen.metrics import neighbours, scores
 from jaxgen.metrics.moments import frechet
 from jaxgen.metrics.statistics import Statistics, cached, gather
+from jaxgen.sections import sides
 
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 ENOUGH = 10  # images per dimension: with fewer, the Frechet distance is mostly bias
@@ -107,7 +108,7 @@ class Evaluator:
     @property
     def image(self) -> tuple[int, int, int]:
         """H, W, C of its images."""
-        return (self.section['size'], self.section['size'], self.section['channels'])
+        return (*sides(self.section['size']), self.section['channels'])
 
     @property
     def folder(self) -> str:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.augmentation.corruptions import grey, holes, low_resolution
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
@@ -91,11 +91,15 @@ def check(context: Context, corruption: str, factor: int, hole: int) -> None:
     """Raises UserError where the corruption does not go with the images."""
     height, columns, channels = context.image
     if corruption == 'low_resolution' and (height % factor or columns % factor):
-        raise UserError(f'config.model.factor must divide config.data.size = {height}; it is {factor}')
+        raise UserError(
+            f'config.model.factor must divide config.data.size = {size_text(context.image)}; it is {factor}'
+        )
     if corruption == 'grey' and channels != 3:
         raise UserError("config.model.corruption = 'grey' needs colours: set config.data.channels to 3")
     if corruption == 'mask' and hole > min(height, columns):
-        raise UserError(f'config.model.hole must be from 1 to config.data.size = {height}; it is {hole}')
+        raise UserError(
+            f'config.model.hole must be from 1 to config.data.size = {size_text(context.image)}; it is {hole}'
+        )
 
 
 @options.checked

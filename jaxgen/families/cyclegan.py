@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import options
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
@@ -180,7 +180,7 @@ def build(
     check_size(context.image, divisor, f'config.model.halvings = {halvings}')
     if min(context.image[:2]) < max(4, 2 * divisor):
         raise UserError(
-            f'config.data.size = {context.image[0]} is too small for config.model.halvings = {halvings}: '
+            f'config.data.size = {size_text(context.image)} is too small for config.model.halvings = {halvings}: '
             f'it must be {max(4, 2 * divisor)} or more'
         )
     patchgan.check('model.discriminator_layers', context.image, discriminator_layers)

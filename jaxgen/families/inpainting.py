@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.augmentation.corruptions import holes, strokes
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch, store
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
@@ -139,7 +139,7 @@ def build(
     divisor = 8 if attention else 4
     check_size(context.image, divisor, f'config.model.attention = {attention}')
     if masks in ('square', 'both') and hole > min(size):
-        raise UserError(f'config.model.hole must be from 1 to config.data.size = {size[0]}; it is {hole}')
+        raise UserError(f'config.model.hole must be from 1 to config.data.size = {size_text(size)}; it is {hole}')
 
     nets = Networks(
         Generator(width, dilations, attention, context.remat, context.dtype),
@@ -160,7 +160,8 @@ def build(
         generator_rng, discriminator_rng, vectors_rng = jax.random.split(rng, 3)
         if masks not in MASKS and (batch[masks].shape[:3] != batch['image'].shape[:3] or batch[masks].ndim != 4):
             raise UserError(
-                f'config.model.masks = {masks!r} is neither one of {MASKS} nor an image of config.data.size = {size[0]}'
+                f'config.model.masks = {masks!r} is neither one of {MASKS} nor an image of config.data.size = '
+                f'{size_text(size)}'
             )
         x, mask = batch['image'][:1], jnp.zeros((1, *size, 1))
         params = {

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.augmentation.corruptions import blurred
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
@@ -142,7 +142,7 @@ def build(
         generator_rng, discriminator_rng = jax.random.split(rng)
         if batch[condition].shape[:3] != batch['image'].shape[:3] or batch[condition].ndim != 4:
             raise UserError(
-                f'config.model.condition = {condition!r} is no image of config.data.size = {context.image[0]}'
+                f'config.model.condition = {condition!r} is no image of config.data.size = {size_text(context.image)}'
             )
         c, x = batch[condition][:1], batch['image'][:1]
         params = {

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import options
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, Latents, State, advance, gradient_step, new_state, running_mean
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
@@ -126,7 +126,7 @@ def check(image: tuple[int, int, int], scales: int) -> None:
     check_size(image, divisor, f'config.model.scales = {scales}')
     if math.prod(image[:2]) < 2 * divisor**2:
         raise UserError(
-            f'config.data.size = {image[0]}: a checkerboard needs two colours, so the smallest map of '
+            f'config.data.size = {size_text(image)}: a checkerboard needs two colours, so the smallest map of '
             f'config.model.scales = {scales} must have 2 pixels or more'
         )
 

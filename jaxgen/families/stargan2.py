@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import options
-from jaxgen.checks import check_size
+from jaxgen.checks import check_size, size_text
 from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
@@ -218,7 +218,7 @@ def check(
     if norm == 'instance' and min(height, columns) < 2 << halvings:
         raise UserError(
             f'config.model.norm = {norm!r} needs 2 pixels of the smallest map: config.model.halvings = {halvings} are '
-            f'too many for config.data.size = {height}'
+            f'too many for config.data.size = {size_text(context.image)}'
         )
     sizes = [height >> i for i in range(halvings)]
     if bool(skips) != bool(high_pass) or not set(skips) <= set(sizes):

@@ -35,7 +35,7 @@ import optax
 
 from jaxgen import options
 from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
-from jaxgen.checks import check_labels
+from jaxgen.checks import check_labels, size_text
 from jaxgen.contract import (
     Aux,
     Context,
@@ -407,7 +407,11 @@ def check(context: Context, conditional: bool, channel_base: int) -> None:
     """Raises UserError for fields that do not fit the data."""
     height, columns, _ = context.image
     check_labels(context, conditional)
-    if height != columns or height < 4 or height & (height - 1):
+    if height != columns:
+        raise UserError(
+            f'StyleGAN2 makes square images: set config.data.size to one number; it is {size_text(context.image)}'
+        )
+    if height < 4 or height & (height - 1):
         raise UserError(f'config.data.size = {height} must be a power of two, at least 4')
     if channel_base < height:
         raise UserError(f'config.model.channel_base must be config.data.size = {height} or more; it is {channel_base}')

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.checks import size_text
 from jaxgen.contract import Context
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Embeddings, Values
@@ -98,11 +99,10 @@ def check_network(section: dict, shape: tuple[int, ...], where: str = 'config.mo
       shape: (height, width, channels).
     """
     name, divisor = section['name'], divisor_of(section)
-    for size in shape[:2]:
-        if size % divisor:
-            raise UserError(
-                f'images of {size} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
-            )
+    if shape[0] % divisor or shape[1] % divisor:
+        raise UserError(
+            f'images of {size_text(shape)} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
+        )
     if name == 'dit' and section['channels'] % section['heads']:
         raise UserError(f'{where}: channels {section["channels"]} must be a multiple of heads {section["heads"]}')
     if 'multipliers' in section:

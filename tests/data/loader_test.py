@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import threading
 import time
 
@@ -272,6 +273,61 @@ def test_low_resolution_is_means_of_squares(five):
         data.spec({**config, 'low_resolution': 0})
     with refused('config.data.low_resolution = 5 must divide'):
         configs.make(family='diffusion', data={'size': 12, 'low_resolution': 5})
+
+
+@pytest.fixture
+def coordinates(tmp_path):
+    """Ten images of 16 rows and 24 columns: red is 4 * the row, green 4 * the column, blue the image's number."""
+    for i in range(10):
+        rows, columns = np.mgrid[:16, :24]
+        image = np.stack([4 * rows, 4 * columns, np.full((16, 24), 20 * i)], -1).astype(np.uint8)
+        os.makedirs(tmp_path / 'images', exist_ok=True)
+        Image.fromarray(image).save(tmp_path / 'images' / f'{i}.png')
+    return make(tmp_path / 'sets', source=f'folder:{tmp_path / "images"}', channels=3, test_fraction=0.5)
+
+
+def corner(batch) -> np.ndarray:
+    """(row, column) of the first pixel of each image, [n, 2]."""
+    return batch['image'][:, 0, 0, :2] // 4
+
+
+def test_images_that_are_not_square(coordinates):
+    whole = {**coordinates, 'size': (16, 24)}
+    assert data.spec(whole).features['image'].shape == (16, 24, 3)
+    image = data.dataset(whole, 'test')[0]['image']
+    np.testing.assert_array_equal(image[..., 1], 4 * np.arange(24)[None].repeat(16, 0))
+    # 12 columns of 24, in the middle and anywhere; nothing is resized, so that pixels say where they were.
+    tall = {**coordinates, 'size': (16, 12)}
+    assert corner(data.dataset(tall, 'test').take(np.arange(2))).tolist() == [[0, 6]] * 2
+    corners = np.concatenate([corner(b) for b in take({**tall, 'crop': 'random'}, 40)])
+    assert set(corners[:, 0]) == {0} and set(corners[:, 1]) == set(range(13))
+    # The window of 12 x 20 in 16 x 24 has 5 x 5 positions.
+    wide = {**coordinates, 'size': (12, 20), 'jitter': 4}
+    corners = np.concatenate([corner(b) for b in take(wide, 80)])
+    assert {tuple(c) for c in corners.tolist()} == set(itertools.product(range(5), range(5)))
+    corners = np.concatenate([corner(b) for b in take({**wide, 'crop': 'random'}, 80)])
+    assert {tuple(c) for c in corners.tolist()} == set(itertools.product(range(5), range(5)))
+    for fields in ({'flip': True, 'crop': 'random'}, {'crop': 'resized'}, {'pad': 3}, {'shift': 0.2, 'flip': True}):
+        for size in ((16, 12), (5, 30)):
+            config = {**coordinates, 'size': size, **fields}
+            assert take(config, 1)[0]['image'].shape == (8, *size, 3)
+            assert_same(take(config, 9)[7:], take(config, 2, start=7))
+
+
+def test_shift_is_a_fraction_of_each_side(coordinates):
+    config = {**coordinates, 'size': (16, 24), 'shift': 0.25, 'fill': 'edge'}
+    images = np.concatenate([b['image'] for b in take(config, 80)])
+    down = 15 - images[:, -1, 12, 0] // 4  # rows that moved out at the bottom; up: the border again
+    right = 23 - images[:, 8, -1, 1] // 4
+    assert set(down) == set(range(5)) and set(right) == set(range(7))
+
+
+def test_low_resolution_of_images_that_are_not_square(coordinates):
+    config = {**coordinates, 'size': (16, 24), 'low_resolution': 4, 'features': ('image', 'low_resolution')}
+    assert data.spec(config).features['low_resolution'].shape == (4, 6, 3)
+    for batch in take({**config, 'flip': True}, 2):
+        means = batch['image'].reshape(-1, 4, 4, 6, 4, 3).mean((2, 4))
+        np.testing.assert_allclose(batch['low_resolution'], means, atol=0.5001)
 
 
 def test_others_come_unpaired(five, tmp_path):

@@ -64,6 +64,19 @@ def test_shapes_lie_at_the_coordinates_of_the_factors(size):
         np.testing.assert_allclose((np.array(centre) + 0.5) / size, where, atol=0.2 if shape >= 6 else 0.02)
 
 
+def test_scenes_that_are_not_square():
+    """The shape is that of a square of the shorter side, and lies at the same fractions of height and width."""
+    for (height, width), (x, y) in itertools.product([(24, 48), (40, 16)], [(0, 0), (7, 0), (2, 5)]):
+        scene = shapes.draw([1, 0, 2, x, y, 1, 3], (height, width))
+        assert scene.image.shape == scene.segments.shape == (height, width, 3) and scene.edges.shape == (height, width)
+        cover = scene.mask / 255
+        alone = shapes.draw([1, 0, 2, x, y, 1, 3], min(height, width)).mask / 255
+        np.testing.assert_allclose(cover.sum(), alone.sum(), rtol=0.02)
+        centre = cover.sum(0) @ np.arange(width) / cover.sum(), cover.sum(1) @ np.arange(height) / cover.sum()
+        where = 0.32 + 0.36 * np.array([x, y]) / 7
+        np.testing.assert_allclose((np.array(centre) + 0.5) / [width, height], where, atol=0.02)
+
+
 def test_shapes_colours_and_areas():
     image = shapes.draw([1, 0, 2, 3, 3, 0, 2], 64).image  # a large red square on black
     inside = image[32, 32]

@@ -197,7 +197,7 @@ def test_square_is_the_largest_one():
     for image, axis in ((wide, 1), (wide.transpose(Image.Transpose.TRANSPOSE), 0)):
 
         def columns(position, image=image, axis=axis):
-            return np.asarray(transforms.square(image, 4, position)).take(0, 1 - axis).tolist()
+            return np.asarray(transforms.fit(image, (4, 4), position)).take(0, 1 - axis).tolist()
 
         assert columns(None) == [8, 9, 10, 11]
         assert columns(0.0) == [0, 1, 2, 3]
@@ -205,18 +205,51 @@ def test_square_is_the_largest_one():
         assert {columns(p)[0] for p in np.linspace(0, 0.999, 200)} == set(range(17))
 
 
+def test_parts_of_other_aspects_are_the_largest_ones():
+    for height, width, size in (
+        (12, 20, (28, 20)),
+        (20, 12, (28, 20)),
+        (7, 40, (2, 3)),
+        (40, 7, (1, 9)),
+        (5, 5, (3, 4)),
+    ):
+        values = np.arange(height * width).reshape(height, width).astype(np.int32)
+        image = Image.fromarray(values)
+        whole = size[0] * width == size[1] * height
+        # The part in the image's own pixels: what `fit` resizes, where it is asked for the size that it has already.
+        rows, columns = (height, round(height * size[1] / size[0])) if width * size[0] > height * size[1] else (
+            round(width * size[0] / size[1]), width
+        )  # fmt: skip
+        assert whole or (rows == height) != (columns == width)
+        for position in (None, 0.0, 0.6, 0.999):
+            part = np.asarray(transforms.fit(image, (rows, columns), position))
+            top, left = np.unravel_index(part[0, 0], values.shape)
+            np.testing.assert_array_equal(part, values[top : top + rows, left : left + columns])
+            spare = (height - rows) + (width - columns)
+            assert top + left == (spare // 2 if position is None else int(position * (spare + 1)))
+        assert transforms.fit(image.convert('L'), size).size == size[::-1]
+
+
+def test_a_covering_image_is_no_smaller_and_no_larger_than_it_must_be():
+    image = Image.fromarray(np.zeros((12, 20), np.uint8))
+    assert transforms.cover(image, (6, 6)).size == (10, 6)
+    assert transforms.cover(image, (9, 4)).size == (15, 9)
+    assert transforms.cover(image, (4, 30)).size == (30, 18)
+    assert transforms.cover(image.transpose(Image.Transpose.TRANSPOSE), (30, 4)).size == (18, 30)
+
+
 def test_resizing_does_not_alias():
     """Fine stripes become their mean; PIL without its growing support would pick black or white."""
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
-    small = np.asarray(transforms.square(stripes, 8))
+    small = np.asarray(transforms.fit(stripes, (8, 8)))
     assert np.abs(small.astype(int) - 127).max() <= 6
-    assert np.asarray(transforms.square(grey(9, 1, 1), 32)).tolist() == np.full((32, 32), 9).tolist()
+    assert np.asarray(transforms.fit(grey(9, 1, 1), (32, 32))).tolist() == np.full((32, 32), 9).tolist()
 
 
 def test_rows_and_columns_of_a_window():
     square = Image.fromarray(np.arange(25, dtype=np.uint8).reshape(5, 5))
     for row, column in itertools.product((0, 1, 2), (0, 1, 2)):
-        x = np.asarray(transforms.window(square, 3, (row + 0.5) / 3, (column + 0.5) / 3))
+        x = np.asarray(transforms.window(square, (3, 3), (row + 0.5) / 3, (column + 0.5) / 3))
         np.testing.assert_array_equal(x, np.asarray(square)[row : row + 3, column : column + 3])
 
 
