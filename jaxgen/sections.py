@@ -62,6 +62,9 @@ class Data:
       shift: fraction of the side by which training images are moved up or down, left or right, at most.
       fill: pixels beyond the border, of pad and shift.
       flip: mirror half of the training images left to right.
+      binarise: pixels of black and white, 0 and 255: 'threshold', at half; 'fixed', bits drawn once for each image with
+        the grey level x / 255 as P(white); 'dynamic', drawn anew each time that an example is trained on, and else
+        those of 'fixed'. Of the image alone, not of features beside it.
       low_resolution: shorter side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
       dir: directory of prepared sets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       test_fraction: fraction held out of a source without a test split.
@@ -100,6 +103,7 @@ class Data:
     shift: Annotated[float, '[0, 0.5)'] = 0.0
     fill: Annotated[str, OneOf('reflect', 'edge')] = 'reflect'
     flip: bool = False
+    binarise: Annotated[str, OneOf('none', 'threshold', 'fixed', 'dynamic')] = 'none'
     low_resolution: Annotated[int, '[0, inf)'] = 0
     dir: str = ''
     test_fraction: Annotated[float, '(0, 1)'] = 0.2

@@ -182,7 +182,8 @@ class Examples:
     def identity(self) -> str:
         """A text that is the same for the same images: set, split, and their preprocessing."""
         d = self.data
-        return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}'
+        bits = '' if d['binarise'] == 'none' else f' binarise={d["binarise"]}'
+        return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}{bits}'
 
     def __len__(self) -> int:
         return len(self.records)
@@ -192,12 +193,21 @@ class Examples:
             raise IndexError(f'example {i} of {len(self)}')
         return {name: np.asarray(x[0]) for name, x in self.take(np.array([i % len(self)])).items()}
 
-    def take(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
+    def take(
+        self, indices: np.ndarray, crops: Crops | None = None, words: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """The examples [n] as one batch, fresh arrays [n, ...].
 
         Args:
           crops: of each one's images; None: their central parts, as for evaluation.
+          words: of the bits that are drawn for grey levels; None: those of the image itself. See transforms.binarised.
         """
+        out = self.grey(indices, crops)
+        how = self.data['binarise']
+        return out if how == 'none' else out | {'image': transforms.binarised(out['image'], how, words)}
+
+    def grey(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
+        """As `take`, before pixels become bits."""
         if not self.fits or crops is not None:
             return self.decoded(indices, crops)
         new = np.unique(indices[~self.known[indices]])
@@ -372,7 +382,8 @@ def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[
             right,
         )
         moved = any(x is not None for x in crops)
-        out = examples.take(which(numbers), crops if moved else None)
+        anew = transforms.words(seed, numbers, transforms.BITS + apart) if data['binarise'] == 'dynamic' else None
+        out = examples.take(which(numbers), crops if moved else None, anew)
         if data['flip']:
             flip = uniform(transforms.FLIP) < 0.5
             for name in images:

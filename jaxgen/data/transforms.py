@@ -10,6 +10,7 @@ process or the thread that it lands in.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import math
 import re
@@ -27,7 +28,7 @@ from jaxgen.errors import UserError
 # Streams of `uniform`: one per use, so that no two uses have the same numbers. 4 is in gaussians.py; a second source of
 # images has the same ones plus OTHER.
 FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
-PAD, SHIFT, CROPPED, VALIDATION = (16, 17), (18, 19), 20, 21
+PAD, SHIFT, CROPPED, VALIDATION, BITS = (16, 17), (18, 19), 20, 21, 22
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
 # What PIL may take a file for, whatever its name: decoders that read pixels and start no program. They are tried in
@@ -234,15 +235,48 @@ def reduced(x: np.ndarray, height: int) -> np.ndarray:
     return np.rint(einops.rearrange(x, '(h p) (w q) c -> h w c p q', p=side, q=side).mean((-2, -1))).astype(np.uint8)
 
 
+def binarised(images: np.ndarray, how: str, words: np.ndarray | None = None) -> np.ndarray:
+    """Images uint8 [n, H, W, C] of black and white, 0 and 255; what is so already stays.
+
+    The channels of a pixel have one threshold: grey stays grey.
+
+    Args:
+      how: 'threshold', at half; else bits with P(white) = x / 255 (Salakhutdinov & Murray 2008).
+      words: uint64 [n], of each image's draw; None: those of the image itself, so that its bits are always the same,
+        in whatever set, split or order it is.
+    """
+    if how == 'threshold':
+        return np.where(images > 127, 255, 0).astype(np.uint8)
+    words = np.array([content_word(x) for x in images], np.uint64) if words is None else words
+    n, height, width, _ = images.shape
+    noise = to_unit(mix(words[:, None] ^ mix(np.arange(height * width, dtype=np.uint64)))).reshape(n, height, width, 1)
+    return np.where(noise * 255 < images, 255, 0).astype(np.uint8)
+
+
+def content_word(x: np.ndarray) -> int:
+    """A 64-bit integer that is the same for the same pixels."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(x), digest_size=8).digest(), 'little')
+
+
 def uniform(seed: int, number, stream: int) -> np.ndarray:
     """A number in [0, 1) for each example number: float64, of number's shape.
 
-    A pure function of (seed, number, stream): the finaliser of SplitMix64 (Steele, Lea, Flood
-    2014, Fast Splittable Pseudorandom Number Generators, figure 17), once for each of the three.
+    A pure function of (seed, number, stream), see `words`.
     """
+    return to_unit(words(seed, number, stream))
+
+
+def words(seed: int, number, stream: int) -> np.ndarray:
+    """A uint64 for each example number, of number's shape: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, Fast
+    Splittable Pseudorandom Number Generators, figure 17), once for each of the three."""
     x = np.asarray(number).astype(np.uint64)
     for word in (seed, stream):
         x = mix(x ^ mix(np.uint64(word)))
+    return x
+
+
+def to_unit(x: np.ndarray) -> np.ndarray:
+    """uint64 to float64 in [0, 1)."""
     return (x >> np.uint64(11)) * 2.0**-53
 
 

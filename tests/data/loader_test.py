@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from data_sets import make, refused, take, write_folder
+from data_sets import make, random_image, refused, take, write_folder
 from PIL import Image
 from support import assert_same
 
@@ -273,6 +273,71 @@ def test_low_resolution_is_means_of_squares(five):
         data.spec({**config, 'low_resolution': 0})
     with refused('config.data.low_resolution = 5 must divide'):
         configs.make(family='diffusion', data={'size': 12, 'low_resolution': 5})
+
+
+def drawn(config, n: int, **kwargs) -> dict[int, list[bytes]]:
+    """{label: the images' bytes, each time that it was trained on} of the first n batches."""
+    times: dict[int, list[bytes]] = {}
+    for batch in take(config, n, **kwargs):
+        for label, image in zip(batch['label'].tolist(), batch['image'], strict=True):
+            times.setdefault(label, []).append(image.tobytes())
+    return times
+
+
+@pytest.fixture
+def grey_levels(tmp_path):
+    """Five images of noise, each a class of its own, in training and as many in the test split."""
+    for i in range(5):
+        os.makedirs(tmp_path / 'images' / f'{i}', exist_ok=True)
+        for split in range(2):
+            random_image(10 * i + split, 8, 6).convert('L').save(tmp_path / 'images' / f'{i}' / f'{split}.png')
+    source = f'folder:{tmp_path / "images"}'
+    return make(tmp_path / 'sets', source=source, test_fraction=0.5, size=(8, 6), features=('image', 'label'), batch=5)
+
+
+def test_fixed_bits_are_drawn_once(grey_levels):
+    config = {**grey_levels, 'binarise': 'fixed'}
+    times = drawn(config, 6)
+    assert len(times) > 1 and all(len(set(images)) <= 10 // len(times) for images in times.values())
+    grey, bits = (data.dataset({**grey_levels, 'binarise': how}, 'train') for how in ('none', 'fixed'))
+    for i in range(len(bits)):
+        x = bits[i]['image']
+        assert set(x.ravel()) == {0, 255} and x.tobytes() in times[int(bits[i]['label'])]
+        np.testing.assert_array_equal(x, transforms.binarised(grey[i]['image'][None], 'fixed')[0])
+    assert_same(take(config, 3), take({**config, 'cache_mb': 0}, 3))
+    assert times.keys() == drawn(config, 6, seed=5).keys()
+    assert {x for images in times.values() for x in images} == {
+        x for images in drawn(config, 6, seed=5).values() for x in images
+    }, 'whatever the seed'
+    identities = {data.dataset({**grey_levels, 'binarise': b}, 'test').identity for b in ('none', 'threshold', 'fixed')}
+    assert len(identities) == 3
+
+
+def test_dynamic_bits_are_drawn_anew_in_training_alone(grey_levels):
+    config = {**grey_levels, 'binarise': 'dynamic'}
+    times = drawn(config, 8)
+    assert all(len(set(images)) > 0.9 * len(images) for images in times.values())
+    mean = np.mean([np.frombuffer(x, np.uint8) for images in drawn(config, 200).values() for x in images]) / 255
+    expected = data.dataset(grey_levels, 'train').take(np.arange(len(data.dataset(grey_levels, 'train'))))['image']
+    assert abs(mean - (expected / 255).mean()) < 0.01
+    for split in ('train', 'test'):  # elsewhere they are those of 'fixed'
+        fixed = data.dataset({**grey_levels, 'binarise': 'fixed'}, split)
+        assert_same(data.dataset(config, split).take(np.arange(3)), fixed.take(np.arange(3)))
+    # A function of (seed, number): from anywhere, in any process, with any augmentation beside it.
+    for fields in ({}, {'flip': True, 'shift': 0.2}):
+        changed = {**config, **fields}
+        assert_same(take(changed, 12)[7:], take(changed, 5, start=7))
+        halves = [take({**changed, 'batch': 10}, 3, process_index=i, process_count=2) for i in (0, 1)]
+        for whole, *parts in zip(take({**changed, 'batch': 10}, 3), *halves, strict=True):
+            assert_same(whole, {k: np.concatenate([p[k] for p in parts]) for k in whole})
+    assert times != drawn(config, 8, seed=1)
+
+
+def test_bits_are_of_the_image_and_not_of_what_is_beside_it(five):
+    config = {**five, 'size': 12, 'low_resolution': 4, 'features': ('image', 'low_resolution')}
+    grey, bits = (take({**config, 'binarise': how}, 1)[0] for how in ('none', 'threshold'))
+    np.testing.assert_array_equal(bits['low_resolution'], grey['low_resolution'])
+    np.testing.assert_array_equal(bits['image'], np.where(grey['image'] > 127, 255, 0))
 
 
 @pytest.fixture

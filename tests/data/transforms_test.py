@@ -238,6 +238,39 @@ def test_a_covering_image_is_no_smaller_and_no_larger_than_it_must_be():
     assert transforms.cover(image.transpose(Image.Transpose.TRANSPOSE), (30, 4)).size == (18, 30)
 
 
+def test_bits_of_grey_levels():
+    levels = np.array([0, 1, 51, 128, 254, 255], np.uint8)
+    images = np.broadcast_to(levels[:, None, None], (3000, 6, 4, 3))
+    words = transforms.words(3, np.arange(3000), transforms.BITS)
+    x = transforms.binarised(images, 'dynamic', words)
+    assert x.dtype == np.uint8 and set(x.ravel()) == {0, 255}
+    np.testing.assert_array_equal(x, x[..., :1].repeat(3, -1), 'grey stays grey')
+    bits = x[..., 0] / 255
+    p = levels / 255
+    # 12,000 bits of each level: within 4 standard errors, and 0 and 255 exactly.
+    np.testing.assert_allclose(bits.mean((0, 2)), p, atol=4 * np.sqrt(0.25 / 12_000))
+    assert (x[:, 0] == 0).all() and (x[:, 5] == 255).all()
+    # Pixels are drawn apart: beside each other, and in one place in another image.
+    middle = bits[:, 3] - 128 / 255
+    assert abs((middle[:, :-1] * middle[:, 1:]).mean()) < 4 * 0.25 / np.sqrt(9000)
+    assert abs((middle[:-1] * middle[1:]).mean()) < 4 * 0.25 / np.sqrt(12_000)
+    np.testing.assert_array_equal(x[7:9], transforms.binarised(images[7:9], 'dynamic', words[7:9]))
+    assert (transforms.binarised(images, 'threshold') == np.where(levels > 127, 255, 0)[:, None, None]).all()
+
+
+def test_fixed_bits_are_of_the_image_alone():
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 6, 1), np.uint8)
+    bits = transforms.binarised(images, 'fixed')
+    order = np.random.default_rng(1).permutation(50)
+    np.testing.assert_array_equal(transforms.binarised(images[order], 'fixed'), bits[order])
+    assert abs((bits / 255).mean() - (images / 255).mean()) < 4 * 0.5 / np.sqrt(bits.size)
+    np.testing.assert_array_equal(transforms.binarised(bits, 'fixed'), bits, 'black and white stays')
+    # Images that differ in one pixel are drawn apart.
+    one = images[:1].copy()
+    one[0, 0, 0] ^= 1
+    assert (transforms.binarised(one, 'fixed') != bits[:1]).mean() > 0.1
+
+
 def test_resizing_does_not_alias():
     """Fine stripes become their mean; PIL without its growing support would pick black or white."""
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
