@@ -1,13 +1,52 @@
 """jaxgen: a JAX functional model zoo of generative models for images.
 
-run = jaxgen.load('runs/ddpm_digits')
-images = run.sample(n=16, seed=0)  # uint8 [16, H, W, C]
+    run = jaxgen.load('runs/ddpm_digits')
+    images = run.sample(n=16, seed=0)  # uint8 [16, H, W, C]
+
+load(workdir)                    a trained run, see run.Run
+list_configs('digits', 'vae')    the configs that there are
+config(name, **overrides)        one of them with fields changed, see library.config
+train(config, workdir)           the run that it makes, see library.train
+metrics.frechet_distance(a, b)   and others, of arrays of images or features
+testing.check_family(build)      the contract, held against a family of one's own
 """
+
+from __future__ import annotations
+
+import importlib
+import os
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxgen.catalogue import Entry
+    from jaxgen.run import Run
 
 __version__ = '0.2.0'
 
+# Modules that are imported at their first use, so that `import jaxgen` does not import jax.
+LAZY = ('config', 'data', 'metrics', 'testing', 'train')
 
-def load(workdir: str, *, config=None, weights: str = 'ema'):
+
+class CallableModule(types.ModuleType):
+    """A module that is also called, as the function of its name in library.py: jaxgen.config(...)."""
+
+    def __call__(self, *args, **options):
+        library = importlib.import_module('jaxgen.library')
+        return getattr(library, self.__name__.rpartition('.')[2])(*args, **options)
+
+
+def __getattr__(name: str):
+    if name in LAZY:
+        return importlib.import_module(f'jaxgen.{name}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
+
+
+def load(workdir: str | os.PathLike, *, config=None, weights: str = 'ema') -> Run:
     """The trained run in `workdir`, ready to sample and evaluate. See `jaxgen.run.load` and `jaxgen.run.Run`.
 
     Args:
@@ -15,6 +54,14 @@ def load(workdir: str, *, config=None, weights: str = 'ema'):
         on, and paths that have changed.
       weights: 'ema', 'params', or the width of an average that was kept, '0.07'.
     """
-    from jaxgen.run import load as load_run  # here, so that `import jaxgen` does not import jax
+    from jaxgen.run import load as load_run
 
-    return load_run(workdir, config=config, weights=weights)
+    return load_run(os.fspath(workdir), config=config, weights=weights)
+
+
+def list_configs(*words: str) -> list[Entry]:
+    """The configs that come with jaxgen, of which each has all the words in its line or title: an Entry with `name`,
+    `family`, `data`, `size`, `time`, `variants` and `title`, all texts."""
+    from jaxgen import catalogue
+
+    return catalogue.entries(words)

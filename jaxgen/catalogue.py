@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxgen import config, configs
@@ -45,10 +46,15 @@ def variants(name: str) -> list[str]:
     return []
 
 
-def text(words: list[str]) -> str:
+def entries(words: Sequence[str] = ()) -> list[Entry]:
+    """The configs whose line or title has all the words."""
+    every = [entry(name) for name in configs.names()]
+    return [e for e in every if all(word.lower() in ' '.join(e).lower() for word in words)]
+
+
+def text(words: Sequence[str]) -> str:
     """The configs whose line or title has all the words, in columns; '' if there is none."""
-    entries = [entry(name) for name in configs.names()]
-    entries = [e for e in entries if all(word.lower() in ' '.join(e).lower() for word in words)]
-    rows = [('config', 'family', 'data', 'size', 'time', 'variants'), *(e[:-1] for e in entries)] if entries else []
+    found = entries(words)
+    rows = [('config', 'family', 'data', 'size', 'time', 'variants'), *(e[:-1] for e in found)] if found else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return '\n'.join('  '.join(f'{c:<{w}}' for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -72,6 +72,8 @@ def print_unraisable(what, default=sys.__unraisablehook__) -> None:
 
 
 ITEMS = ('params', 'opt', 'ema', 'extra')
+# Of two saves at once in one process, by trainings in two threads, Orbax loses files of one.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def describe_tree(tree) -> dict[str, list]:
@@ -221,14 +223,18 @@ class Checkpoints:
             tree = {item: getattr(state, item) for item in ITEMS if has_arrays(getattr(state, item))}
             about = {'step': step, 'tree': describe_tree(tree), **about}
             arrays = {item: len(jax.tree.leaves(value)) for item, value in tree.items()}
-            ORBAX_WARNINGS.take()
             items = {item: ocp.args.StandardSave(value) for item, value in tree.items()}
+            ONE_AT_A_TIME.acquire()  # `finish` releases it
             try:
+                ORBAX_WARNINGS.take()
                 self.manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)), force=True)
-            except Exception as e:
-                raise self.failed(step, e) from e
-            self.thread = threading.Thread(target=self.finish, args=(step, arrays), name=f'checkpoint-{step}')
-            self.thread.start()
+                self.thread = threading.Thread(target=self.finish, args=(step, arrays), name=f'checkpoint-{step}')
+                self.thread.start()
+            except BaseException as e:
+                ONE_AT_A_TIME.release()
+                if isinstance(e, Exception):
+                    raise self.failed(step, e) from e
+                raise
 
     def finish(self, step: int, arrays: dict[str, int]) -> None:
         """Waits for the files of a save, checks that they can be read and writes their digest.
@@ -237,8 +243,11 @@ class Checkpoints:
           arrays: number of arrays of each item.
         """
         try:
-            self.manager.wait_until_finished()
-            warnings = ORBAX_WARNINGS.take()
+            try:
+                self.manager.wait_until_finished()
+                warnings = ORBAX_WARNINGS.take()
+            finally:
+                ONE_AT_A_TIME.release()
             if jax.process_index() == 0:
                 for item, n in arrays.items():
                     readable = count_arrays(os.path.join(self.path, str(step), item))

@@ -17,12 +17,14 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+import jaxgen
 from jaxgen import configs as shipped
 from jaxgen import options
 from jaxgen.errors import UserError
@@ -602,3 +604,6 @@ def moved(old: ConfigDict, new: ConfigDict) -> list[str]:
 
     different = changed(old, new).items()
     return [k for k, values in different if MOVABLE.fullmatch(k) and all(path(k, value) for value in values)]
+
+
+sys.modules[__name__].__class__ = jaxgen.CallableModule  # jaxgen.config(name, **overrides): library.config

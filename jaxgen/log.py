@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxgen.files import replacing
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
 CLOCK = ('images_per_second', 'seconds')
+_importing = threading.Lock()
 
 
 def say(message: str) -> None:
@@ -32,15 +34,17 @@ def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
 
 def summary_writer(directory: str, **options):
     """TensorBoard's events in `directory`."""
-    # tensorboardX imports torch where there is one, which takes seconds, to draw graphs of networks: not used here.
-    torch = sys.modules.get('torch')
-    sys.modules['torch'] = torch  # type: ignore[assignment]  # None hides it
-    try:
-        from tensorboardX import SummaryWriter, event_file_writer
-    finally:
-        if torch is None:
-            del sys.modules['torch']
-    event_file_writer.EventsWriter = _forgiving(event_file_writer.EventsWriter)
+    with _importing:  # trainings may run in several threads
+        # tensorboardX imports torch where there is one, which takes seconds, to draw graphs of networks: not used here.
+        torch = sys.modules.get('torch')
+        sys.modules['torch'] = torch  # type: ignore[assignment]  # None hides it
+        try:
+            from tensorboardX import SummaryWriter, event_file_writer
+        finally:
+            if torch is None:
+                del sys.modules['torch']
+        if not hasattr(event_file_writer.EventsWriter, 'failed'):
+            event_file_writer.EventsWriter = _forgiving(event_file_writer.EventsWriter)
     return SummaryWriter(directory, **options)
 
 
@@ -51,7 +55,7 @@ def _forgiving(writer: type) -> type:
 
     def guard(method):
         def call(self, *args):
-            if not getattr(self, 'failed', False):
+            if not self.failed:
                 try:
                     return method(self, *args)
                 except OSError as e:
@@ -60,9 +64,8 @@ def _forgiving(writer: type) -> type:
 
         return call
 
-    return type(
-        writer.__name__, (writer,), {name: guard(getattr(writer, name)) for name in ('write_event', 'flush', 'close')}
-    )
+    guarded = {name: guard(getattr(writer, name)) for name in ('write_event', 'flush', 'close')}
+    return type(writer.__name__, (writer,), {'failed': False, **guarded})
 
 
 class Meter:

@@ -203,10 +203,20 @@ class Run:
 
     @property
     def step(self) -> int:
+        self.check_present()
         return int(self.state.step)
+
+    def check_present(self) -> None:
+        """Raises UserError where the weights are those of a training that has gone on; see library.train."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)):
+            raise UserError(
+                'the training has gone on since this Run was made, and its weights are gone: use it within the '
+                f'callback, or jaxgen.load({self.workdir!r})'
+            )
 
     @property
     def model(self) -> BoundModel:
+        self.check_present()
         return BoundModel(self.assembled.family, self.state, self.assembled.frozen, self.assembled.mesh)
 
     def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:

@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxgen
 from jaxgen import conditions, data, files, hosts, interrupt, log, origin, randomness, sample, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, stopped
@@ -19,6 +21,7 @@ from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.run import (
     Assembled,
+    Run,
     assemble,
     check_cycle,
     check_moved_data,
@@ -33,6 +36,10 @@ from jaxgen.run import (
 # With several hosts, calls between two agreements on whether one of them has a signal to stop.
 CALLS_PER_AGREEMENT = 10
 PROFILED_CALLS = (10, 15)  # first and last call under --profile, after compiling
+
+# (step, logs, run): called on every host where a line of metrics is written, with its means. `run` is a Run of the
+# present weights (run.step says which: updates go on while logs are fetched), to be used within the call.
+Callback = Callable[[int, dict[str, float], Run], object]
 
 
 @contextlib.contextmanager
@@ -104,8 +111,8 @@ def all_finite(state) -> jax.Array:
 class Training:
     """One process's training of one run: the mutable things of the loop, and what is done with them."""
 
-    def __init__(self, config, workdir: str):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config, workdir: str, callbacks: Sequence[Callback] = ()):
+        self.config, self.workdir, self.callbacks = config, workdir, callbacks
         check_cycle(workdir, config)
         self.a = a = assemble(config)
         self.first = jax.process_index() == 0
@@ -137,6 +144,7 @@ class Training:
             _ = self.evaluator.reference  # computed now, where a signal loses nothing
         self.step = int(self.state.step)
         self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
+        self.lines: list[tuple[int, dict]] = []  # of metrics, that the callbacks have not had yet
         self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
 
     def batches(self, start: int):
@@ -182,8 +190,33 @@ class Training:
                 means = self.meter.take()
                 if self.writer:
                     self.writer.line(step, means)
+                if self.callbacks:
+                    self.lines.append((step, means))
         if self.writer:
             self.writer.progress(start + self.k, values.get('loss', next(iter(values.values()))))
+
+    def view(self) -> Run:
+        """A Run of the present weights, which are gone with the next update."""
+        ema = {name: average for name, average in self.state.ema.items() if '@' not in name}
+        return Run(self.workdir, self.config, self.a, self.state.replace(opt=None, ema=ema), 'ema')
+
+    def call_back(self) -> None:
+        """Calls the callbacks with the lines of metrics that they have not had. Where one raises an exception, the
+        state is saved, and all hosts stop."""
+        lines, self.lines = self.lines, []
+        for step, means in lines:
+            error: BaseException | None = None
+            try:
+                with self.still():
+                    for callback in self.callbacks:
+                        callback(step, dict(means), self.view())
+            except (Exception, SystemExit) as e:
+                error = e
+            if sharding.any_host(error is not None):
+                self.save()
+                self.checkpoints.wait()
+                log.say(f'a callback raised an exception: stopped and saved at step {self.step}; train again to go on')
+                raise error or RunError('a callback raised an exception on another host')
 
     def save(self) -> None:
         """Saves the state, unless it is not finite."""
@@ -197,8 +230,9 @@ class Training:
         """Saves and ends the process with the exit code of an interruption."""
         self.save()
         self.checkpoints.wait()
+        self.call_back()
         hosts.stop()
-        interrupt.leave(f'stopped and saved at step {self.step}; the same command goes on from there')
+        interrupt.stop(f'stopped and saved at step {self.step}; the same command goes on from there')
 
     def still(self):
         """A block in which the state stands still while the main thread may be long in XLA: on a signal the
@@ -277,6 +311,7 @@ class Training:
             calls += 1
             if calls == 1:  # until here leaving at once lost nothing; from here on there is something to save
                 closing.enter_context(interrupt.on_signal(None))
+            self.call_back()
             if profile and calls == PROFILED_CALLS[1]:
                 jax.block_until_ready(self.state)
                 jax.profiler.stop_trace()
@@ -290,6 +325,7 @@ class Training:
                 with self.still():
                     self.report()
         self.look_at_logs()
+        self.call_back()
         if calls == 0:
             log.say(f'already at step {self.step} of {train.steps}; for more: --config.train.steps=N')
 
@@ -298,19 +334,20 @@ class Training:
             self.writer.close()
 
 
-def train(config, workdir: str, profile: bool = False) -> None:
-    """Trains the run in `workdir` to config.train.steps, from its newest checkpoint if there is one.
+def train(config, workdir: str, profile: bool = False, callbacks: Sequence[Callback] = ()) -> Run:
+    """Trains the run in `workdir` to config.train.steps, from its newest checkpoint if there is one; the trained Run.
 
     Raises:
       UserError: the config does not fit itself, the devices or the checkpoint.
       RunError: not a number, a full disk, no readable checkpoint.
+      Exception: a callback's, after the state was saved.
     """
     workdir = os.path.expanduser(workdir)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(only_one(workdir))
         try:
-            training = Training(config, workdir)
+            training = Training(config, workdir, callbacks)
             stack.callback(training.close)
             training.loop(profile, stack)
             training.checkpoints.close()
@@ -318,4 +355,13 @@ def train(config, workdir: str, profile: bool = False) -> None:
                 say_if_initial(workdir, config, training.step, training.a.family.statistics)
         except OSError as e:
             raise stopped(workdir, e) from e
+        except BaseException:
+            if jax.process_count() == 1:  # the program may go on
+                with contextlib.suppress(Exception):
+                    training.checkpoints.close()
+            raise
         log.say(f'trained to step {training.step}: {workdir}')
+        return training.view()
+
+
+sys.modules[__name__].__class__ = jaxgen.CallableModule  # jaxgen.train(config, workdir): library.train

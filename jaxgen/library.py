@@ -1,0 +1,119 @@
+"""What `import jaxgen` offers in a program or a notebook: configs by name, with fields changed, and training.
+
+    config = jaxgen.config('ddpm_digits', optim={'lr': 5e-4}, **{'train.steps': 1000})
+    run = jaxgen.train(config, 'runs/mine', callbacks=[lambda step, logs, run: print(step, logs['loss'])])
+
+`jaxgen.config` and `jaxgen.train` are modules that can be called: the functions below are what a call of them does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxgen import config as configs
+from jaxgen import files, options
+from jaxgen.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxgen.run import Run
+    from jaxgen.train import Callback
+
+
+def plain(value):
+    """A value of a field as JSON has it: numbers of NumPy and paths as Python's own, sections as dicts."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(one) for one in value)
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    return (
+        value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, os.PathLike) else value
+    )
+
+
+def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of fields of which some are given by their paths: {'optim.lr': 1e-3} -> {'optim': {'lr': 1e-3}}.
+
+    Raises:
+      UserError: a field is given twice.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in fields.items():
+        if not isinstance(path, str) or not all(path.split('.')):
+            raise UserError(f"a field is named by a text like 'optim.lr'; it is {options.shown(path)}")
+        own = nested_fields(value) if isinstance(value, Mapping) and value else value
+        more = configs.nested(path, own)
+        twice = sorted(set(configs.flat(tree)) & set(configs.flat(more)))
+        if twice:
+            raise UserError(f'config.{twice[0]} is given twice')
+        tree = configs.joined(tree, more)
+    return tree
+
+
+def config(name: str | os.PathLike | ConfigDict = '', /, **overrides) -> ConfigDict:
+    """A complete, checked config.
+
+    Args:
+      name: of a config that comes with jaxgen, 'ddpm_digits' or 'ddpm_digits:tiny,conditional'; or of a file,
+        'mine.py:small'; or a config, whose fields are checked again; '' begins with the defaults.
+      **overrides: the fields that differ, as sections, `optim={'lr': 1e-3}`, or by their paths,
+        `**{'optim.lr': 1e-3}`.
+
+    Raises:
+      UserError: no such config or field, or a value that it does not take: one line that says what it takes.
+    """
+    given = nested_fields(plain(overrides))
+    if isinstance(name, ConfigDict | dict):
+        sections = plain(name)
+    elif not isinstance(name, str | os.PathLike):
+        raise UserError(f"a config is named by a text like 'ddpm_digits'; it is {options.shown(name)}")
+    else:
+        sections = configs.load(os.fspath(name)).to_dict() if os.fspath(name) else {}
+    return configs.complete(configs.update_sections(sections, given))
+
+
+def train(
+    config: str | os.PathLike | ConfigDict, workdir: str | os.PathLike = '', callbacks: Sequence[Callback] = ()
+) -> Run:
+    """Trains a run to config.train.steps, from its newest checkpoint if there is one, and returns it.
+
+    Ctrl-C (or SIGTERM) saves the state and then raises KeyboardInterrupt (or ends the program, as it would anyway):
+    the same call goes on from there. In another thread than the main one there are no signals to catch.
+
+    Args:
+      config: a config, or the name of one; see `jaxgen.config`.
+      workdir: the run's directory; 'runs/NAME' by default, where the config is named.
+      callbacks: functions (step, logs, run), called where a line is written to metrics.jsonl: `logs` are its means,
+        {name: number}. `run` is a Run of the present weights; it can be used until the function returns. Weights and
+        metrics are the same, bit for bit, as without callbacks. What a callback raises ends the training, once the
+        state is saved. With several hosts they are called on each.
+
+    Raises:
+      UserError: the config does not fit itself, the devices or the run in `workdir`.
+      RunError: not a number, a full disk, no readable checkpoint.
+    """
+    from jaxgen import sharding  # here, since jax is imported
+    from jaxgen.train import train as train_run
+
+    if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
+        raise UserError(f'callbacks must be a list of functions (step, logs, run); it is {options.shown(callbacks)}')
+    checked = configs_of(config)
+    workdir = os.fspath(workdir)
+    if not workdir:
+        if not isinstance(config, str | os.PathLike):
+            raise UserError("name the run's directory: jaxgen.train(config, 'runs/NAME')")
+        workdir = os.path.join('runs', configs.name(os.fspath(config)))
+    files.check_local(workdir, 'workdir')
+    sharding.check_devices()
+    return train_run(checked, workdir, callbacks=callbacks)
+
+
+configs_of = config  # under a name that no argument has
