@@ -405,6 +405,12 @@ def check_augmentation(data: dict) -> None:
         raise UserError(f'config.data.pad must be from 0 to below config.data.size; it is {data["pad"]}')
     if data['crop'] == 'resized' and data['jitter']:
         raise UserError("config.data.jitter is for the crops 'center' and 'random': 'resized' has its own sizes")
+    if data['draft'] and (data['crop'] == 'resized' or data['box']):
+        what = 'box' if data['box'] else 'crop'
+        raise UserError(
+            f'config.data.draft decodes at a part of the size, but config.data.{what} = {data[what]!r} needs all: '
+            'set it to 0'
+        )
 
 
 def locate(file: str) -> str:

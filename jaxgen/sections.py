@@ -75,7 +75,9 @@ class Data:
         that `source` has beside a test split.
       max_corrupt: largest fraction of unreadable files in a folder that is trained on all the same.
       max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
-      threads: of the loader.
+      threads: of the loader; 0 is as many as there are cores, from 4 to 16.
+      draft: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where that leaves draft times the pixels that are
+        needed, 2 for instance: faster, and slightly other pixels; 0 is in full.
       cache_mb: megabytes; sets that decode to less are decoded once and kept in memory.
     """
 
@@ -112,7 +114,8 @@ class Data:
     validation_source: str = ''
     max_corrupt: Annotated[float, '[0, 1]'] = 0.01
     max_pixels: Annotated[int, '[1, inf)'] = 2**26
-    threads: Annotated[int, '[1, 1024]'] = 4
+    threads: Annotated[int, '[0, 1024]'] = 0
+    draft: Annotated[int, '[0, 16]'] = 0
     cache_mb: Annotated[int, '[0, inf)'] = 512
 
 

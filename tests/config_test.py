@@ -85,7 +85,7 @@ def test_ends_of_ranges(field, base):
     [
         *('optim.clip=-1', 'optim.lr=-1', 'optim.lr=0', 'optim.b1=1.0', 'optim.b2=2', 'optim.eps=-1'),
         *('optim.weight_decay=-1', 'optim.l2=-0.1', 'optim.warmup=-1', 'optim.decay_rate=1.5', 'optim.floor=2'),
-        *('data.classes=-3', 'data.max_corrupt=2', 'data.threads=1000000', 'data.threads=0', 'data.size=0'),
+        *('data.classes=-3', 'data.max_corrupt=2', 'data.threads=1000000', 'data.threads=-1', 'data.size=0'),
         *('data.batch=0', 'data.test_fraction=1', 'data.shift=0.5', 'data.crop_rate=0', 'data.cache_mb=-1'),
         *('evaluate.examples=-5', 'evaluate.samples=0', 'sample.batch=0', 'mesh.fsdp=0', 'seed=-1', 'train.steps=-1'),
         *('train.keep=0', 'optim.ema=1', 'optim.ema=-0.1', 'optim.accumulate=0', 'train.updates_per_call=0'),

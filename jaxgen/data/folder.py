@@ -292,6 +292,9 @@ def readable(
 ) -> dict[File, Read]:
     """The files that decode, with size and digest. The others are listed with their faults in `report`.
 
+    Args:
+      threads: that decode; 0: by the number of cores.
+
     Raises:
       UserError: more than max_corrupt of the files do not decode, or none does.
     """
@@ -305,7 +308,7 @@ def readable(
 
     files, results = listing.files, []
     with (
-        ThreadPoolExecutor(min(threads, len(files), 4 * (os.cpu_count() or 1))) as pool,
+        ThreadPoolExecutor(min(threads or 16, len(files), 4 * (os.cpu_count() or 1))) as pool,
         tqdm(total=len(files), desc=f'reading {listing.folder}', disable=None, leave=False, delay=2) as bar,
     ):
         for start in range(0, len(files), 256):

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -182,8 +183,9 @@ class Examples:
     def identity(self) -> str:
         """A text that is the same for the same images: set, split, and their preprocessing."""
         d = self.data
-        bits = '' if d['binarise'] == 'none' else f' binarise={d["binarise"]}'
-        return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}{bits}'
+        rest = '' if d['binarise'] == 'none' else f' binarise={d["binarise"]}'
+        rest += f' draft={d["draft"]}' if d['draft'] else ''
+        return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}{rest}'
 
     def __len__(self) -> int:
         return len(self.records)
@@ -239,16 +241,31 @@ class Examples:
 
     def image(self, i: int, encoded: bytes, name: str, crop: Crops) -> np.ndarray:
         channels, d = self.shapes[name][2], self.data
+        options, reduction = (channels, d['max_pixels'], self.records.chosen[name].palette), None
         try:
-            image = transforms.load(encoded, channels, d['max_pixels'], self.records.chosen[name].palette)
+            if d['draft']:
+                image, reduction = transforms.load_reduced(encoded, draft_size(d), *options)
+            else:
+                image = transforms.load(encoded, *options)
         except Exception as e:
             raise RunError(f'{self.records.path}: example {i} cannot be decoded ({sources.reason(e)})') from e
-        x = cropped(transforms.cut(image, d['box']), d, crop, channels)
+        x = cropped(transforms.cut(image, d['box']), d, crop, channels, reduction)
         return x if crop.down is None else transforms.moved(x, int(crop.down), int(crop.right), d['fill'])
 
 
-def cropped(image: Image.Image, data, crop: Crops, channels: int) -> np.ndarray:
-    """The crop of the image as uint8 [*size, C], resized."""
+def draft_size(data) -> int:
+    """Pixels that the shorter side of an image keeps at least where JPEG files are decoded at a part of their size."""
+    return data['draft'] * (max(sides(data['size'])) + data['jitter'])
+
+
+def cropped(
+    image: Image.Image, data, crop: Crops, channels: int, reduction: transforms.Reduction | None = None
+) -> np.ndarray:
+    """The crop of the image as uint8 [*size, C], resized.
+
+    Args:
+      reduction: that the image is of a larger one.
+    """
     height, width = size = sides(data['size'])
     at_random = crop.cropped is None or bool(crop.cropped)
     if crop.rectangle is not None and at_random:
@@ -258,10 +275,11 @@ def cropped(image: Image.Image, data, crop: Crops, channels: int) -> np.ndarray:
         return transforms.to_array(part, channels)
     position = crop.position if at_random else None
     if crop.row is None:
-        return transforms.to_array(transforms.fit(image, size, position), channels)
+        return transforms.to_array(transforms.fit(image, size, position, reduction), channels)
     larger = height + data['jitter'], width + data['jitter']
     # A window of the whole image, where the part would be anywhere; of its middle else.
-    image = transforms.fit(image, larger) if position is None else transforms.cover(image, larger)
+    fit = functools.partial(transforms.fit, position=None) if position is None else transforms.cover
+    image = fit(image, larger, reduction=reduction)
     return transforms.to_array(transforms.window(image, size, crop.row, crop.column), channels)
 
 
@@ -393,6 +411,13 @@ def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[
     return take
 
 
+def number_of_threads(threads: int) -> int:
+    """`data.threads`, or, where that is 0, as many as there are cores: 4 at least, since some wait for the disk, and 16
+    at most, since what is not decoding runs in one thread at a time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return threads or min(max(cores, 4), 16)
+
+
 def batches(
     data,
     split: str = 'train',
@@ -437,5 +462,6 @@ def batches(
 
     steps = grain.MapDataset.range(start, 2**62 // batch).map(make)
     # An element is a whole batch, so few of them are kept ready.
-    options = grain.ReadOptions(num_threads=data['threads'], prefetch_buffer_size=data['threads'] + 2)
+    threads = number_of_threads(data['threads'])
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
     return iter(steps.to_iter_dataset(options))

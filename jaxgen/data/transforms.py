@@ -16,12 +16,13 @@ import math
 import re
 import struct
 import warnings
+from typing import NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from jaxgen.errors import UserError
 
@@ -63,11 +64,58 @@ def load(encoded: bytes, channels: int, max_pixels: int = MAX_PIXELS, palette: b
     Raises:
       Exception: of any kind, as PIL's plugins do, when the bytes are damaged or no image.
     """
+    return decoded(opened(encoded, max_pixels), channels, palette)
+
+
+class Reduction(NamedTuple):
+    """How an image that was decoded at a part of its size lies in its pixels, of which the last are cut off."""
+
+    factor: int
+    size: tuple[int, int]  # width and height in full
+    left: float = 0.0  # pixels of the reduction that the image begins at
+    top: float = 0.0
+
+    def box(self, left: int, top: int, width: int, height: int) -> tuple[float, float, float, float]:
+        """A part of the full image in pixels of the reduction: left, top, right, bottom."""
+        x, y = (self.left + left / self.factor, self.top + top / self.factor)
+        return x, y, x + width / self.factor, y + height / self.factor
+
+
+def load_reduced(
+    encoded: bytes, least: int, channels: int, max_pixels: int = MAX_PIXELS, palette: bool = False
+) -> tuple[Image.Image, Reduction | None]:
+    """(an image as `load` makes it, None), or a reduction of it and which: a JPEG file is decoded at 1/2, 1/4 or 1/8 of
+    its size where its shorter side has `least` pixels then. That is a part of the work, and gives other pixels than
+    reducing the whole image."""
+    image = opened(encoded, max_pixels)
+    width, height = image.size
+    if image.format != 'JPEG' or not image.draft(None, (least, least)) or image.size == (width, height):
+        return decoded(image, channels, palette), None
+    factor = next(q for q in (2, 4, 8) if image.size == (-(-width // q), -(-height // q)))
+    spare = image.width - width / factor, image.height - height / factor  # at the right and at the bottom
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    image = decoded(image, channels, palette)
+    swapped = orientation in (5, 6, 7, 8)
+    size, spare = ((height, width), spare[::-1]) if swapped else ((width, height), spare)
+    left = spare[0] if orientation in (2, 3, 6, 7) else 0.0  # mirrored, so that they are at the left
+    top = spare[1] if orientation in (3, 4, 7, 8) else 0.0
+    return image, Reduction(factor, size, left, top)
+
+
+def opened(encoded: bytes, max_pixels: int) -> Image.Image:
+    """An image's file whose header has been read, and no pixel yet."""
     check_icon(encoded, max_pixels)
     if Image.MAX_IMAGE_PIXELS and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:  # PIL refuses more than twice this
         Image.MAX_IMAGE_PIXELS = max_pixels
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     check_pixels(image.size, max_pixels)
+    return image
+
+
+def decoded(image: Image.Image, channels: int, palette: bool) -> Image.Image:
+    """What `load` makes of an opened file."""
     scale = key_scale(image)
     image.load()
     if image.format not in ('JPEG', 'PNG') or not image.info.keys().isdisjoint(
@@ -132,26 +180,35 @@ def cut(image: Image.Image, box: tuple[int, ...]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def fit(image: Image.Image, size: tuple[int, int], position: float | None = None) -> Image.Image:
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    position: float | None = None,
+    reduction: Reduction | None = None,
+) -> Image.Image:
     """The largest part of the image in the aspect ratio of size = (height, width), a square for a square, resized to
     that.
 
     Args:
       position: where the part lies along the side of which some is left out, from 0 (top or left) to below 1 (bottom
         or right), all positions equally likely; None for the middle.
+      reduction: that this image is, of another, whose part is taken.
 
     The filter is PIL's bicubic, whose support grows when it reduces, so that it does not alias:
     the one that FID is least upset by (Parmar et al. 2022, On Aliased Resizing and Surprising
     Subtleties in GAN Evaluation), and smooth when it enlarges.
     """
     height, width = size
-    if image.width * height > image.height * width:  # some of its width is left out
-        part = max(1, round(image.height * width / height)), image.height
+    whole_width, whole_height = whole = reduction.size if reduction else image.size
+    if whole_width * height > whole_height * width:  # some of its width is left out
+        part = max(1, round(whole_height * width / height)), whole_height
     else:
-        part = image.width, max(1, round(image.width * height / width))
+        part = whole_width, max(1, round(whole_width * height / width))
+    spare = (length - kept for length, kept in zip(whole, part, strict=True))
+    left, top = (n // 2 if position is None else int(position * (n + 1)) for n in spare)
+    if reduction:
+        return image.resize((width, height), Image.Resampling.BICUBIC, reduction.box(left, top, *part))
     if part != image.size:
-        spare = (length - kept for length, kept in zip(image.size, part, strict=True))
-        left, top = (n // 2 if position is None else int(position * (n + 1)) for n in spare)
         image = image.crop((left, top, left + part[0], top + part[1]))
     return image if part == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -164,14 +221,21 @@ def window(image: Image.Image, size: tuple[int, int], row: float, column: float)
     return image.crop((left, top, left + width, top + height))
 
 
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def cover(image: Image.Image, size: tuple[int, int], reduction: Reduction | None = None) -> Image.Image:
     """The whole image, resized to no less than size = (height, width): one side is as long as there, the other is cut
-    off to a whole number of pixels, as torchvision's Resize does."""
+    off to a whole number of pixels, as torchvision's Resize does.
+
+    Args:
+      reduction: as in `fit`.
+    """
     height, width = size
-    if image.width * height > image.height * width:
-        to = height * image.width // image.height, height
+    whole_width, whole_height = whole = reduction.size if reduction else image.size
+    if whole_width * height > whole_height * width:
+        to = height * whole_width // whole_height, height
     else:
-        to = width, width * image.height // image.width
+        to = width, width * whole_height // whole_width
+    if reduction:
+        return image.resize(to, Image.Resampling.BICUBIC, reduction.box(0, 0, *whole))
     return image if to == image.size else image.resize(to, Image.Resampling.BICUBIC)
 
 
