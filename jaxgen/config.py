@@ -25,8 +25,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxgen
+from jaxgen import addresses, options
 from jaxgen import configs as shipped
-from jaxgen import options
 from jaxgen.errors import UserError
 from jaxgen.files import absolute, check_local
 from jaxgen.options import near, shown
@@ -68,12 +68,13 @@ FREE_IN_USE = re.compile(
 )
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
+SOURCES = tuple(f'{kind}:' for kind in addresses.KINDS)
 # Prefixes of the values of these fields that are paths; '': the whole value is one.
 PATHS = {
-    'data.source': ('folder:', 'pairs:'),
-    'data.other': ('folder:', 'pairs:'),
-    'data.test_source': ('folder:', 'pairs:'),
-    'data.validation_source': ('folder:', 'pairs:'),
+    'data.source': SOURCES,
+    'data.other': SOURCES,
+    'data.test_source': SOURCES,
+    'data.validation_source': SOURCES,
     'data.dir': ('',),
     'evaluate.features': ('run:',),
     'evaluate.inception': ('',),
@@ -186,8 +187,11 @@ def one_size(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 def path_of(field: str, value: str) -> str:
-    """The path that the value of a field names, '' where it names none: 'folder:/images' -> '/images'."""
+    """The path that the value of a field names, '' where it names none: 'idx:/digits?layout=NWH' -> '/digits'."""
     prefixes = ('',) if field.startswith('stages.') else PATHS.get(field, ())
+    if prefixes is SOURCES:
+        address = addresses.parse(value)
+        return address.path if address else ''
     return next((value.removeprefix(p) for p in prefixes if value.startswith(p)), '')
 
 
@@ -204,7 +208,10 @@ def with_absolute_paths(resolved: dict) -> dict:
         check_local(path, f'config.{field}')
         *above, last = field.split('.')
         section = get(resolved, '.'.join(above))
-        section[last] = section[last].removesuffix(path) + absolute(path)
+        if PATHS.get(field) is SOURCES and (address := addresses.parse(section[last])):
+            section[last] = str(address._replace(path=absolute(path)))
+        else:
+            section[last] = section[last].removesuffix(path) + absolute(path)
     return resolved
 
 
@@ -369,7 +376,8 @@ def check(resolved: dict) -> None:
     check_low_resolution(data)
     for field, prefixes in PATHS.items():
         if (value := get(resolved, field)) and value in prefixes:
-            raise UserError(f'config.{field} = {value!r} must name a directory, {value}PATH')
+            what = 'a file or directory' if value.removesuffix(':') in addresses.READ else 'a directory'
+            raise UserError(f'config.{field} = {value!r} must name {what}, {value}PATH')
     if train['evaluate_every'] and resolved['evaluate']['features'] == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
 

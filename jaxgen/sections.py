@@ -43,7 +43,7 @@ class Data:
     """The images, and what is done to them before they are trained on.
 
     Attributes:
-      source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH or a TFDS name, see jaxgen/data.
+      source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH, idx:PATH or a TFDS name, see jaxgen/data.
       other: a second source, whose images come unpaired as the feature 'other'.
       size: pixels of each side of square images, 28, or (height, width), (28, 20).
       channels: of an image.
@@ -73,7 +73,7 @@ class Data:
       validation_fraction: fraction of the training examples held out for validation, by class; 0 is none.
       validation_source: a source of the validation split, as test_source; '' is the split validation (a folder's val)
         that `source` has beside a test split.
-      max_corrupt: largest fraction of unreadable files in a folder that is trained on all the same.
+      max_corrupt: largest fraction of unreadable images in a source that is trained on all the same.
       max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
       threads: of the loader; 0 is as many as there are cores, from 4 to 16.
       draft: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where that leaves draft times the pixels that are

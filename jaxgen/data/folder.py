@@ -324,7 +324,7 @@ def readable(
     return {file: read for file, read in zip(files, results, strict=True) if isinstance(read, Read)}
 
 
-announced = set()  # lines of `announce` that this process has written
+announced = set()  # lines that this process has written
 
 
 def summary(listing: Listing, bad: list[str]) -> str:
@@ -357,10 +357,14 @@ def check(listing: Listing, max_corrupt: float, report: str) -> None:
 def announce(listing: Listing, more: list[str]) -> None:
     """One line on stderr of what is left out of a folder, unless this process has written it before."""
     if listing.skipped or more:
-        line = f'{listing.folder}: left out {", ".join([*listing.skipped, *more])}'
-        if line not in announced:
-            announced.add(line)
-            print(ascii(line)[1:-1] if not line.isprintable() else line, file=sys.stderr)
+        say(f'{listing.folder}: left out {", ".join([*listing.skipped, *more])}')
+
+
+def say(line: str) -> None:
+    """Writes one line to stderr, unless this process has written it before."""
+    if line not in announced:
+        announced.add(line)
+        print(ascii(line)[1:-1] if not line.isprintable() else line, file=sys.stderr)
 
 
 class FolderImages:

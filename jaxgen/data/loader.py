@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen.data import sources, splits, transforms
+from jaxgen.data import folder, sources, splits, transforms
+from jaxgen.data.records import Feature, Records, name_of
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
 
+MOST_LINES = 5  # about damaged examples
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
 
 
@@ -125,13 +128,13 @@ def spec(data) -> Spec:
                 f'config.data.keep_classes must be classes, 0 to {classes - 1}; they are {tuple(data["keep_classes"])}'
             )
     features = {name: jax.ShapeDtypeStruct(shape(f, data), f.dtype) for name, f in chosen.items()}
-    label = chosen.get('label', sources.Feature(()))
+    label = chosen.get('label', Feature(()))
     # Fewer names than classes: config.data.classes is more than this source has.
     names = label.names + tuple(map(str, range(len(label.names), label.classes))) if label.names else ()
     return Spec(features, label.classes, names, source.captioned if 'factors' in chosen else ())
 
 
-def shape(feature: sources.Feature, data) -> tuple[int, ...]:
+def shape(feature: Feature, data) -> tuple[int, ...]:
     """Shape of one example's feature in a batch."""
     height, width = sides(data['size'])
     factor = min(height, width) // feature.side if feature.side else 1
@@ -171,13 +174,14 @@ class Examples:
     batches. A split that is small when decoded stays in memory, each example from its first use.
     """
 
-    def __init__(self, records: sources.Records | splits.Selected | splits.Relabelled, data):
+    def __init__(self, records: Records, data):
         self.records, self.data = records, data
         self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
         pixels = sum(math.prod(self.shapes[name]) for name, f in records.chosen.items() if f.image)
         self.fits = len(records) * pixels <= data['cache_mb'] * 2**20
         self.cache = self.empty(len(records)) if self.fits else {}
         self.known = np.zeros(len(records), bool)  # which of them the cache holds
+        self.corrupt: dict[int, str] = {}  # examples that could not be decoded, and why
 
     @property
     def identity(self) -> str:
@@ -229,26 +233,62 @@ class Examples:
         out = self.empty(len(indices))
         for n, i in enumerate(map(int, indices)):
             crop = Crops(*(None if x is None else x[n] for x in crops or Crops()))
-            for name, value in self.records[i].items():
-                if self.records.chosen[name].image:
-                    height, _, _ = self.shapes[name]
-                    value = transforms.reduced(self.image(i, value, name, crop), height)
+            for name, value in self.sound(i, crop).items():
                 out[name][n] = value
+        return out
+
+    def sound(self, i: int, crop: Crops) -> dict[str, Any]:
+        """Example i, or, where it cannot be decoded, the first that can of those that `uniform` names for i.
+
+        Raises:
+          RunError: more than data.max_corrupt of the examples have been damaged so far.
+        """
+        one = i
+        for k in itertools.count():
+            try:
+                return self.example(one, crop)
+            except (RunError, UserError):
+                raise
+            except Exception as e:
+                self.count_corrupt(one, sources.reason(e))
+            one = int(transforms.uniform(i, k, transforms.REPLACED) * len(self))
+
+    def count_corrupt(self, i: int, why: str) -> None:
+        """Counts an example that cannot be decoded, and says so once."""
+        new = i not in self.corrupt
+        self.corrupt[i] = why
+        name, most = name_of(self.records, i), self.data['max_corrupt']
+        if len(self.corrupt) > min(most * len(self), len(self) - 1):
+            first = min(dict(self.corrupt))
+            raise RunError(
+                f'{self.records.path}: {name_of(self.records, first)} cannot be decoded ({self.corrupt[first]}): '
+                f'{len(self.corrupt)} of {len(self)} examples, more than config.data.max_corrupt = {most:g}; repair or '
+                'remove them, or raise it'
+            )
+        if new and len(self.corrupt) <= MOST_LINES:
+            more = '; others will not be named' if len(self.corrupt) == MOST_LINES else ''
+            folder.say(f'{self.records.path}: {name} cannot be decoded ({why}), another one takes its place{more}')
+
+    def example(self, i: int, crop: Crops) -> dict[str, Any]:
+        """One example, decoded."""
+        out = self.records[i]
+        for name, feature in self.records.chosen.items():
+            if feature.image:
+                out[name] = transforms.reduced(self.image(out[name], name, crop), self.shapes[name][0])
         return out
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
 
-    def image(self, i: int, encoded: bytes, name: str, crop: Crops) -> np.ndarray:
+    def image(self, stored: bytes | np.ndarray, name: str, crop: Crops) -> np.ndarray:
         channels, d = self.shapes[name][2], self.data
         options, reduction = (channels, d['max_pixels'], self.records.chosen[name].palette), None
-        try:
-            if d['draft']:
-                image, reduction = transforms.load_reduced(encoded, draft_size(d), *options)
-            else:
-                image = transforms.load(encoded, *options)
-        except Exception as e:
-            raise RunError(f'{self.records.path}: example {i} cannot be decoded ({sources.reason(e)})') from e
+        if isinstance(stored, np.ndarray):
+            image = transforms.from_array(stored, channels)
+        elif d['draft']:
+            image, reduction = transforms.load_reduced(stored, draft_size(d), *options)
+        else:
+            image = transforms.load(stored, *options)
         x = cropped(transforms.cut(image, d['box']), d, crop, channels, reduction)
         return x if crop.down is None else transforms.moved(x, int(crop.down), int(crop.right), d['fill'])
 

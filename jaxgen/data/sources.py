@@ -1,12 +1,12 @@
-"""Where examples come from: every source is a TFDS builder, prepared once as ArrayRecord files.
+"""Where examples come from: a TFDS builder, prepared once as ArrayRecord files, or files that are read as they are.
 
-    records = open_records(resolve(config.data), config.data, 'train')
-    len(records), records[5]  # 1438, {'image': a PNG file's bytes, 'label': 3}
+    examples = open_records(resolve(config.data), config.data, 'train')
+    len(examples), examples[5]  # 1438, {'image': a PNG file's bytes, 'label': 3}
 
 Two processes may prepare one set at once: a file lock lets the second wait for the first. TFDS
 writes beside the set's directory and renames at the end, so what was interrupted never looks
 complete. TensorFlow is not imported: images stay encoded. Only other people's builders may want
-it to encode theirs.
+it to encode theirs. What is read as it is has a reader for its kind of file, see records.py.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen.data import builders, folder, gaussians, guard, shapes
+from jaxgen import addresses
+from jaxgen.data import builders, folder, gaussians, guard, idx, records, shapes
+from jaxgen.data.records import Feature, root
 from jaxgen.errors import RunError, UserError
-from jaxgen.files import absolute
 from jaxgen.sections import sides
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
@@ -48,47 +49,29 @@ PROBE_SECONDS = 5  # to find out whether a host answers
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
 
-class Feature(NamedTuple):
-    """One feature: where an example keeps it and what it becomes in a batch."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...] = ()
-    dtype: Any = np.uint8
-    classes: int = 0
-    names: tuple[str, ...] = ()  # of the classes, where they have any
-    image: bool = False
-    channels: int = 0  # of an image; 0: config.data.channels
-    palette: bool = False  # an image whose palette's indices are classes, not to be blended
-    side: int = 0  # the shorter one in pixels, of an image that is made smaller than the others; 0: as they are
-
-
 class Source(NamedTuple):
-    """A set of examples that is prepared or can be."""
+    """A set of examples: one that is prepared or can be, by its `builder`, or one that is read as it is, `contents`."""
 
     name: str
     features: Callable[[], dict[str, Feature]]  # prepares nothing, needs no network
-    builder: Callable[[], tfds.core.DatasetBuilder]  # a fresh one: it looks at the disk when it is made
+    builder: Callable[[], tfds.core.DatasetBuilder] | None = None  # a fresh one: it looks at the disk when it is made
     check: Callable[[], None] = lambda: None  # refuses a prepared set that does not suit the config
     own: bool = True  # made by jaxgen, so that remains of it may be deleted
     captioned: tuple[int, ...] = ()  # entries of the feature 'factors' whose values the feature 'caption' states
     test_scenes: str = ''  # test examples of one number show one scene in all sources with the same name here
     sample_metrics: Callable[[np.ndarray], dict[str, dict]] | None = None  # see the function of this name
+    contents: Callable[[], records.Contents] | None = None  # of files that are read as they are
     confined: bool = False  # nothing is written through links out of the directory: a run's config may have named it
-
-
-def root(data) -> str:
-    """Directory of the prepared sets."""
-    return absolute(data['dir'] or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
 
 
 def canonical(source: str) -> str:
     """A source's name with its folder, if it names one, in canonical spelling: absolute, links followed, no slash at
     the end. Two names are of one folder where these are equal; whether two folders hold the same images is decided by
     `Examples.identity`."""
-    kind, colon, path = source.partition(':')
-    if kind not in ('folder', 'pairs') or not path:
+    address = addresses.parse(source)
+    if not address or not address.path:
         return source
-    return f'{kind}{colon}{os.path.realpath(os.path.expanduser(path))}'
+    return str(address._replace(path=os.path.realpath(os.path.expanduser(address.path))))
 
 
 # --- which source
@@ -101,33 +84,61 @@ def resolve(data) -> Source:
 
 def named_source(data) -> Source:
     name, here = data['source'], root(data)
-    if name == 'digits':
-        features = builders.JaxgenDigits.features(None)
-        return Source(name, lambda: batch_features(features), lambda: builders.JaxgenDigits(data_dir=here))
-    if name.partition(':')[0] == 'shapes':
-        style = name.partition(':')[2] or shapes.STYLES[0]
-        if style not in shapes.STYLES:
-            raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(shapes.STYLES)}')
-        styled = '' if style == shapes.STYLES[0] else f'{style}_'
-        height, width = sides(data['size'])
-        size = f'{height}' if height == width else f'{height}x{width}'
-        config = builders.ShapesConfig(name=f'{styled}size{size}', size=(height, width), style=style)
-        features = builders.JaxgenShapes.features(config)
-        return Source(
-            name,
-            lambda: batch_features(features),
-            lambda: builders.JaxgenShapes(config=config, data_dir=here),
-            captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
-            test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
-        )
-    if name.partition(':')[0] == 'gaussians':
-        return gaussians_source(data, here)
-    if name.startswith(('folder:', 'pairs:')):
-        if name.endswith(':'):
-            raise UserError(f'config.data.source: name the folder, as in {name}/home/me/images')
-        return folder_source(data, here) if name.startswith('folder:') else pairs_source(data, here)
-    builder = functools.partial(tfds_builder, name, here)
-    return Source(name, lambda: batch_features(builder().info.features), builder, own=False)
+    address = addresses.parse(name)
+    if address and not address.path:
+        what = 'folder' if address.kind in addresses.PREPARED else 'file or folder'
+        raise UserError(f'config.data.source: name the {what}, as in {address.kind}:/home/me/images')
+    make = tfds_source if name in ('folder', 'pairs') else SOURCES.get(name.partition(':')[0], tfds_source)
+    return make(data, here)
+
+
+def digits_source(data, here: str) -> Source:
+    if data['source'] != 'digits':
+        return tfds_source(data, here)
+    features = builders.JaxgenDigits.features(None)
+    return Source('digits', lambda: batch_features(features), lambda: builders.JaxgenDigits(data_dir=here))
+
+
+def shapes_source(data, here: str) -> Source:
+    name = data['source']
+    style = name.partition(':')[2] or shapes.STYLES[0]
+    if style not in shapes.STYLES:
+        raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(shapes.STYLES)}')
+    styled = '' if style == shapes.STYLES[0] else f'{style}_'
+    height, width = sides(data['size'])
+    size = f'{height}' if height == width else f'{height}x{width}'
+    config = builders.ShapesConfig(name=f'{styled}size{size}', size=(height, width), style=style)
+    features = builders.JaxgenShapes.features(config)
+    return Source(
+        name,
+        lambda: batch_features(features),
+        lambda: builders.JaxgenShapes(config=config, data_dir=here),
+        captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
+        test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
+    )
+
+
+def tfds_source(data, here: str) -> Source:
+    builder = functools.partial(tfds_builder, data['source'], here)
+    return Source(data['source'], lambda: batch_features(builder().info.features), builder, own=False)
+
+
+def read_source(data, here: str) -> Source:
+    """The source of files that are read as they are."""
+    contents = functools.cache(lambda: read_contents(data))
+    return Source(data['source'], lambda: contents().features, contents=contents)
+
+
+def read_contents(data) -> records.Contents:
+    """What the reader of the kind that data.source names has read of it: no image."""
+    address = addresses.parse(data['source'])
+    path = os.path.realpath(os.path.expanduser(address.path))
+    try:
+        contents = READERS[address.kind](address._replace(path=path), data)
+    except OSError as e:
+        raise UserError(f'config.data.source: cannot read {e.filename or path}: {e.strerror or e}') from e
+    folder.announce(folder.Listing(contents.path, (), (), contents.notes), [])
+    return contents
 
 
 def gaussians_source(data, here: str) -> Source:
@@ -232,6 +243,19 @@ def from_folder(name: str, features: Callable, config: Callable[[], builders.Fol
         folder.check(config().listing, config().max_corrupt, config().report)
 
     return Source(name, features, lambda: builders.JaxgenFolder(config=config(), data_dir=here), check)
+
+
+SOURCES: dict[str, Callable[[Any, str], Source]] = {
+    'digits': digits_source,
+    'shapes': shapes_source,
+    'gaussians': gaussians_source,
+    'folder': folder_source,
+    'pairs': pairs_source,
+    **dict.fromkeys(addresses.READ, read_source),
+}
+READERS: dict[str, records.Reader] = {
+    'idx': idx.read,
+}
 
 
 def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
@@ -484,8 +508,8 @@ def failure(source: Source, builder, e: Exception) -> str:
 # --- reading
 
 
-class Records:
-    """The stored examples of one split: records[i] is {feature: encoded bytes, number or array}.
+class PreparedRecords:
+    """The stored examples of one split of a prepared set: records[i] is {feature: encoded bytes, number or array}.
 
     `identity` is a text that identifies this split of this set, wherever it lies. `shuffled`: they are in a random
     order of their names, so that any first ones are a fair sample, and stay it when others come or go.
@@ -520,7 +544,7 @@ def nest(flat: dict[tuple[str, ...], Any]) -> dict:
     return tree
 
 
-def open_records(source: Source, data, split: str) -> Records:
+def open_records(source: Source, data, split: str) -> records.Records:
     """The records of a split, prepared if need be. What a config makes of them: splits.py.
 
     split: 'train', 'validation' or 'test'; 'whole' and 'rest', what 'train' and 'validation' are where the test split
@@ -531,6 +555,8 @@ def open_records(source: Source, data, split: str) -> Records:
       UserError: it cannot be prepared or read, or has no such split.
     """
     chosen = choose(source, data)
+    if source.contents:
+        return records.open_split(source.contents(), chosen, data, split, root(data))
     builder = prepare(source)
     guard.check_shards(builder)
     part = split_name(source, builder, split, data['test_fraction'])
@@ -544,7 +570,7 @@ def open_records(source: Source, data, split: str) -> Records:
             content = builder.info.metadata['validation' if part == 'validation' else 'content']
             identity = f'{builder.name} {builder.version} {part} {content}'
         shuffled = isinstance(builder, builders.JaxgenFolder)
-        return Records(builder.data_dir, builder.info, stored, chosen, identity, shuffled)
+        return PreparedRecords(builder.data_dir, builder.info, stored, chosen, identity, shuffled)
     except NotImplementedError as e:
         raise UserError(
             f'{builder.data_dir} is stored as {builder.info.file_format.value}, which is not read by number; run once '
@@ -559,6 +585,8 @@ def open_records(source: Source, data, split: str) -> Records:
 
 def has_split(source: Source, split: str) -> bool:
     """Whether a set comes with one of the splits of `own_splits`. It is prepared for that."""
+    if source.contents:
+        return bool(records.own_splits([name for name, part in source.contents().splits.items() if part.n]).get(split))
     return bool(own_splits(prepare(source)).get(split))
 
 

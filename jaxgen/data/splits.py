@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.data import sources, transforms
+from jaxgen.data.records import Feature, Records
 from jaxgen.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -28,7 +29,7 @@ _labels: dict[str, np.ndarray] = {}  # by the identity of the records that they 
 class Selected:
     """Some of a split's records, and all else as theirs."""
 
-    def __init__(self, records: sources.Records, numbers: np.ndarray, which: str):
+    def __init__(self, records: Records, numbers: np.ndarray, which: str):
         self.records, self.numbers = records, numbers
         self.path, self.chosen, self.identity = records.path, records.chosen, f'{records.identity} {which}'
 
@@ -42,7 +43,7 @@ class Selected:
 class Relabelled:
     """A split's records with other numbers for its classes: entry c of `classes` stands for class c."""
 
-    def __init__(self, records: sources.Records, classes: np.ndarray):
+    def __init__(self, records: Records, classes: np.ndarray):
         self.records, self.classes = records, classes
         self.path, self.chosen = records.path, records.chosen
         self.identity = f'{records.identity} classes numbered {tuple(classes.tolist())}'
@@ -54,7 +55,7 @@ class Relabelled:
         return {k: self.classes[v] if k in ('label', 'domain') else v for k, v in self.records[i].items()}
 
 
-def open_split(data, split: str) -> tuple[sources.Records | Selected | Relabelled, dict]:
+def open_split(data, split: str) -> tuple[Records | Selected | Relabelled, dict]:
     """(records, section): the stored examples of a split, and the section `data` of the source that they come from.
 
     train: of `data.source` the training split, or all of it where it has no test split of its own and
@@ -99,7 +100,7 @@ def held_out(data) -> str:
 # --- a source of its own
 
 
-def open_named(data: dict, field: str) -> tuple[sources.Records | Relabelled, dict]:
+def open_named(data: dict, field: str) -> tuple[Records | Relabelled, dict]:
     """(records, section) of the split that `data.test_source` or `data.validation_source` names: the test split of that
     source, or all of it where it has none of its own. Its classes are numbered as those of `data.source`.
 
@@ -130,7 +131,7 @@ def open_named(data: dict, field: str) -> tuple[sources.Records | Relabelled, di
     return (records if numbers is None else Relabelled(records, numbers)), section
 
 
-def class_numbers(trained: sources.Feature, here: sources.Feature, where: str) -> np.ndarray | None:
+def class_numbers(trained: Feature, here: Feature, where: str) -> np.ndarray | None:
     """The training numbers of the classes of another source, int32 [classes]; None: they are the same.
 
     Classes are the same by their names, where both sources name them (a class without one has its number as its name),
@@ -156,7 +157,7 @@ def class_numbers(trained: sources.Feature, here: sources.Feature, where: str) -
 # --- a part of the training examples
 
 
-def select_training(data: dict, split: str) -> sources.Records | Selected:
+def select_training(data: dict, split: str) -> Records | Selected:
     """The records of 'train' or of the 'validation' that is a fraction of the training examples.
 
     Raises:

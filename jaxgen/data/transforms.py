@@ -30,6 +30,7 @@ from jaxgen.errors import UserError
 # images has the same ones plus OTHER.
 FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
 PAD, SHIFT, CROPPED, VALIDATION, BITS = (16, 17), (18, 19), 20, 21, 22
+HELD_OUT, REPLACED = 7, 15  # these are of a source, whatever the seed is
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
 # What PIL may take a file for, whatever its name: decoders that read pixels and start no program. They are tried in
@@ -143,6 +144,17 @@ def decoded(image: Image.Image, channels: int, palette: bool) -> Image.Image:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     mode = 'L' if channels == 1 else 'RGB'
     return image if image.mode == mode else image.convert(mode)
+
+
+def from_array(x: np.ndarray, channels: int) -> Image.Image:
+    """The image uint8 [H, W] or [H, W, C], C = 1 (grey), 2 (grey and alpha), 3 or 4, as `load` gives it."""
+    if x.dtype != np.uint8 or not (x.ndim == 2 or (x.ndim == 3 and 1 <= x.shape[2] <= 4)) or not x.size:
+        raise ValueError(f'an array {x.dtype} {x.shape} is no image')
+    image = Image.fromarray(np.ascontiguousarray(x[..., 0] if x.shape[2:] == (1,) else x))
+    if image.mode in ('LA', 'RGBA'):
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('L' if channels == 1 else 'RGB')
 
 
 def check_icon(encoded: bytes, most: int) -> None:
