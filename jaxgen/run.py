@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
@@ -13,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from ml_collections import ConfigDict
 
-from jaxgen import conditions, data, files, log, optim, options, origin, sample, sharding
+import jaxgen
+from jaxgen import conditions, data, files, functions, log, optim, options, origin, sample, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
@@ -206,9 +209,13 @@ class Run:
         self.check_present()
         return int(self.state.step)
 
+    def is_gone(self) -> bool:
+        """Whether the weights were those of a training that has gone on; see library.train."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array))
+
     def check_present(self) -> None:
-        """Raises UserError where the weights are those of a training that has gone on; see library.train."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)):
+        """Raises UserError where `is_gone`."""
+        if self.is_gone():
             raise UserError(
                 'the training has gone on since this Run was made, and its weights are gone: use it within the '
                 f'callback, or jaxgen.load({self.workdir!r})'
@@ -219,11 +226,41 @@ class Run:
         self.check_present()
         return BoundModel(self.assembled.family, self.state, self.assembled.frozen, self.assembled.mesh)
 
-    def sample(self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
+    def __repr__(self) -> str:
+        family, sizes = self.assembled.family, {}
+        for name, weights in self.state.ema.items():
+            sizes[name] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights))
+        step = 'gone' if self.is_gone() else self.step
+        image = ' x '.join(map(str, self.image))
+        given = f', under {", ".join(family.conditions)}' if family.conditions else ''
+        can = [name for name in functions.OFFERED if getattr(family, name) is not None]
+        can += ['reconstruct'] if {'encode', 'decode'} <= {*can} else []
+        can += ['interpolate'] if 'decode' in can and not family.latents.grids else []
+        lines = [
+            f'Run of {self.config.family} in {self.workdir}',
+            f'  data: {self.config.data.source}, {image}{given}',
+            f'  weights: {self.weights} of step {step}',
+            f'  parameters: {sum(sizes.values()):,} ({", ".join(f"{name} {size:,}" for name, size in sizes.items())})',
+            f'  functions: {", ".join(can)}, evaluate, save',
+        ]
+        return '\n'.join(lines)
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return tuple(self.assembled.spec.features['image'].shape)
+
+    def sample(
+        self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None, latents: Any = None
+    ) -> np.ndarray:
         """n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
 
-        condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
+        Args:
+          condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
+          latents: images of these, [n, ...], in place of random ones; see `decode`.
         """
+        if latents is not None:
+            return self.decode(latents, condition)
         parts = list(self.draw(check_integer('n', n, 0), seed, condition))
         return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
 
@@ -239,6 +276,136 @@ class Run:
         frames = check_integer('frames', frames, 1)
         batch = conditions.first(self.assembled, self.config, n, condition or {})
         return sample.film(self.model, batch, seed, frames)
+
+    def encode(self, images, seed: int = 0) -> Any:
+        """Latents or features of images, float32 [n, ...], or a tuple of int32 [n, h, w], coarse grids first.
+
+        Args:
+          images: uint8 [n, H, W, C], or floats in [-1, 1], any n; of the run's height, width and channels.
+          seed: of noise, where the encoder draws any.
+
+        Raises:
+          UserError: the family encodes nothing, or the images are no such ones.
+        """
+        functions.check_offered(self.assembled.family, 'encode', self.config.family)
+        return self.apply('encode', {'image': functions.as_images('images', images, self.image)}, seed)
+
+    def decode(self, latents, condition: dict[str, Any] | None = None, dtype=np.uint8, seed: int = 0) -> np.ndarray:
+        """Images [n, H, W, C] of latents as `encode` gives them, or of draws of N(0, I) where it gives none.
+
+        Args:
+          condition: as for `sample`, where the family draws under conditions and does not encode.
+          dtype: np.uint8, or np.float32 for numbers in [-1, 1].
+
+        Raises:
+          UserError: the family decodes nothing, or the latents are no such ones.
+        """
+        family, dtype = self.assembled.family, np.dtype(dtype)
+        functions.check_offered(family, 'decode', self.config.family)
+        if dtype not in (np.uint8, np.float32):
+            raise UserError(f'dtype must be uint8 or float32; it is {dtype}')
+        arrays = functions.as_latents(self.model, 'latents', latents, self.image)
+        given = family.encode is None and bool(family.conditions)
+        if condition and not given:
+            raise UserError(f'a {self.config.family} decodes these latents under no condition: leave condition out')
+        if given:
+            n = len(next(iter(arrays.values())))
+            arrays |= conditions.first(self.assembled, self.config, n, condition or {})
+        return functions.as_uint8(self.apply('decode', arrays, seed), np.empty(0, dtype))
+
+    def reconstruct(self, images, seed: int = 0) -> np.ndarray:
+        """The images encoded and decoded, uint8 or float32 [n, H, W, C] as they are."""
+        functions.check_offered(self.assembled.family, 'decode', self.config.family)
+        like = functions.as_images('images', images, self.image)
+        dtype = np.uint8 if like.dtype == np.uint8 else np.float32
+        return self.decode(self.encode(like, seed), dtype=dtype, seed=seed)
+
+    def classify(self, images, sigma: Any = None) -> np.ndarray:
+        """Logits of the classes, float32 [n, classes].
+
+        Args:
+          images: uint8 or floats in [-1, 1], [n, H, W, C]; with `sigma`, a number or [n], image + sigma eps.
+
+        Raises:
+          UserError: the family has no classes, or was not trained on noise.
+        """
+        functions.check_offered(self.assembled.family, 'classify', self.config.family)
+        arrays = {'image': functions.as_images('images', images, self.image, noisy=sigma is not None)}
+        if sigma is not None:
+            arrays['sigma'] = functions.as_levels('sigma', sigma, len(arrays['image']))
+        return self.apply('classify', arrays)
+
+    def denoise(self, images, sigma, condition: dict[str, Any] | None = None) -> np.ndarray:
+        """Estimates of the images without noise, [n, H, W, C]: uint8 of uint8, else float32, not clipped.
+
+        Args:
+          images: image + sigma eps, with pixels of the image in [-1, 1]; uint8 where little noise was clipped.
+          sigma: standard deviation of the noise, a number or [n].
+          condition: as for `sample`.
+        """
+        family = self.assembled.family
+        functions.check_offered(family, 'denoise', self.config.family)
+        x = functions.as_images('images', images, self.image, noisy=True)
+        arrays = {'x': x, 'sigma': functions.as_levels('sigma', sigma, len(x))}
+        arrays |= conditions.first(self.assembled, self.config, len(x), condition or {})
+        return functions.as_uint8(self.apply('denoise', arrays), x)
+
+    def interpolate(self, a, b, n: int = 8, path: str = 'spherical', condition: dict[str, Any] | None = None):
+        """Images uint8 [m, n, H, W, C], n steps from each image of `a` [m, H, W, C] to that of `b` through latents.
+
+        Args:
+          a, b: images, uint8 or floats in [-1, 1]; latents where the family does not encode.
+          n: images of a row, the first and last of which are the decoded ends.
+          path: 'spherical', which keeps the usual norm of draws of a Gaussian, or 'linear'.
+          condition: as for `sample`, where the family draws under conditions.
+        """
+        family, n = self.assembled.family, check_integer('n', n, 2)
+        functions.check_offered(family, 'decode', self.config.family)
+        if family.latents.grids:
+            raise UserError(f'latents of a {self.config.family} are integers, and nothing lies between them')
+        if path not in functions.PATHS:
+            raise UserError(f'path must be {" or ".join(functions.PATHS)}; it is {options.shown(path)}')
+        if family.encode is not None:
+            a, b = self.encode(a), self.encode(b)
+        else:
+            a, b = (functions.as_latents(self.model, name, z, self.image)['z'] for name, z in (('a', a), ('b', b)))
+        if len(a) != len(b):
+            raise UserError(f'a and b must be as many; they are {len(a)} and {len(b)}')
+        between = functions.PATHS[path](a, b, np.linspace(0, 1, n)).astype(np.float32)
+        rows = [self.decode(step, condition) for step in between.swapaxes(0, 1)]  # so that row i has condition i
+        return np.stack(rows, 1)
+
+    def apply(self, name: str, arrays: dict[str, np.ndarray], seed: int = 0) -> Any:
+        """Outputs of a function of the family for host arrays {name: [n, ...]}; see functions.apply."""
+        seed = check_integer('seed', seed, 0)
+        return functions.apply(self.model, name, arrays, self.config.sample.batch, seed)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the averaged weights and State.extra as a .safetensors file, whole or not at all.
+
+        An array's name is its path in State, 'ema/decoder/Dense_0/kernel' or 'extra/...'. The metadata are texts:
+        'jaxgen' (the version), 'family', 'config' (JSON), 'step', and 'weights', which of them these are.
+
+        Raises:
+          UserError: the path has another ending, or cannot be written to.
+        """
+        path, state = os.path.expanduser(os.fspath(path)), self.model.state
+        files.check_local(path, 'path')
+        if not path.endswith('.safetensors'):
+            raise UserError(f'path must end in .safetensors; it is {path}')
+        leaves = jax.tree_util.tree_leaves_with_path({'ema': state.ema, 'extra': state.extra})
+        arrays = {jax.tree_util.keystr(keys, simple=True, separator='/'): sharding.to_host(x) for keys, x in leaves}
+        about = {
+            'jaxgen': jaxgen.__version__,
+            'family': self.config.family,
+            'config': json.dumps(self.config.to_dict()),
+            'step': str(self.step),
+            'weights': self.weights,
+        }
+        if jax.process_index() == 0:
+            files.check_writable(os.path.dirname(path) or '.', 'path')
+            with files.replacing(path) as file:
+                file.write(safetensors.numpy.save({k: np.ascontiguousarray(x) for k, x in arrays.items()}, about))
 
     def evaluate(self) -> dict[str, dict]:
         """The family's own metrics of the split config.evaluate.held_out, {name: {'value', 'stderr', 'n'}}: means over

@@ -12,17 +12,19 @@ import colorsys
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxgen import conditions, data, files, log, origin, randomness, sample, sharding
+from jaxgen import conditions, data, files, functions, log, origin, randomness
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
+from jaxgen.functions import linear, spherical
 
 FRAMES = 11  # of an interpolation or a traversal
 ROWS = 10  # directions that are traversed
@@ -30,24 +32,6 @@ POINTS = 1000  # of a map
 NEAREST = 6  # neighbours of a sample
 SPAN = 2.5  # standard deviations, to either side, of a traversal
 COPY = 0.5  # a sample is a copy below this fraction of the least distance of a test image to the training images
-
-
-def linear(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Points (1 - t) a + t b of the lines from a to b [n, ...] at t [k] in [0, 1]: [n, k, ...]."""
-    t = t.reshape(1, -1, *[1] * (a.ndim - 1))
-    return (1 - t) * a[:, None] + t * b[:, None]
-
-
-def spherical(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The same on great circles (slerp, Shoemake 1985): between draws of a Gaussian the norm stays usual."""
-    axes = tuple(range(1, a.ndim))
-    cosine = (a * b).sum(axes) / np.maximum(np.sqrt((a**2).sum(axes) * (b**2).sum(axes)), 1e-12)
-    angle = np.arccos(np.clip(cosine, -1, 1)).reshape(-1, 1, *[1] * (a.ndim - 1))
-    t = t.reshape(1, -1, *[1] * (a.ndim - 1))
-    parallel = np.sin(angle) < 1e-4  # the circle is a line, or there is no one circle
-    sine = np.where(parallel, 1, np.sin(angle))
-    circle = (np.sin((1 - t) * angle) * a[:, None] + np.sin(t * angle) * b[:, None]) / sine
-    return np.where(parallel, (1 - t) * a[:, None] + t * b[:, None], circle)
 
 
 def directions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,44 +114,22 @@ def labelled(section: dict) -> dict:
         return section
 
 
-class LatentSpace:
-    """Encoder and decoder of a model on host arrays of any number, in batches of one shape."""
+class LatentSpace(NamedTuple):
+    """Encoder and decoder of a model on host arrays of any number."""
 
-    def __init__(self, model: BoundModel, batch: int, seed: int):
-        """batch: examples at a time."""
-        self.model, self.seed = model, seed
-        self.size = sharding.round_up(model.mesh, batch)
-        family: Any = model.family  # of which a program that is called has the function
-
-        def encode(state, frozen, batch, rng):
-            return family.encode(state, frozen, sample.to_inside(batch), rng)
-
-        def decode(state, frozen, arrays, rng):
-            if family.latents.grids:
-                z, batch = tuple(arrays[str(i)] for i in range(len(arrays))), {}
-            else:
-                z, batch = arrays['z'], sample.to_inside({k: v for k, v in arrays.items() if k != 'z'})
-            return data.to_uint8(family.decode(state, frozen, batch, z, rng))
-
-        self.programs = {'encode': sharding.jit(encode), 'decode': sharding.jit(decode)}
-
-    def apply(self, name: str, arrays: dict[str, np.ndarray]):
-        n, rng = len(next(iter(arrays.values()))), randomness.stream(jax.random.key(self.seed), name)
-        pieces = []
-        for start in range(0, n, self.size):
-            piece = {k: v[start : start + self.size] for k, v in arrays.items()}
-            pieces.append(self.model.apply(self.programs[name], piece, self.size, rng))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    model: BoundModel
+    batch: int  # examples at a time
+    seed: int
 
     def encode(self, images: np.ndarray):
         """Latents [n, ...], or a tuple of codes, of uint8 images."""
-        return self.apply('encode', {'image': images})
+        return functions.apply(self.model, 'encode', {'image': images}, self.batch, self.seed)
 
     def decode(self, z, conditions: dict[str, np.ndarray] | None = None) -> np.ndarray:
         """uint8 images of latents [n, ...], under conditions {name: [n, ...]} if any, or of a tuple of codes."""
-        if isinstance(z, tuple):
-            return self.apply('decode', {str(i): codes for i, codes in enumerate(z)})
-        return self.apply('decode', {'z': np.asarray(z, np.float32), **(conditions or {})})
+        latents = functions.as_latents(self.model, 'latents', z, self.model.family.image)
+        images = functions.apply(self.model, 'decode', {**latents, **(conditions or {})}, self.batch, self.seed)
+        return np.asarray(data.to_uint8(jnp.asarray(images)))
 
 
 def interpolations(
