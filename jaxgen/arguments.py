@@ -55,6 +55,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string(
         'condition', [], "sample: NAME=VALUE, e.g. label=3 or caption='a small red heart'", flag_values=values
     )
+    string('cache', '', 'directory of compiled programs, or off; default ~/.cache/jaxgen/compiled', flag_values=values)
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
     flags.DEFINE_boolean('help', False, 'show this', short_name='h', flag_values=values)
@@ -141,19 +142,19 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str], list[str]]:
 
 
 # The options that each mode reads. Others would change nothing, so they are refused.
-USING = ('config', 'workdir', 'weights', 'n', 'seed', 'multihost')
+USING = ('config', 'workdir', 'weights', 'n', 'seed', 'cache', 'multihost')
 READS = {
-    'train': ('config', 'workdir', 'profile', 'multihost'),
+    'train': ('config', 'workdir', 'profile', 'cache', 'multihost'),
     'sample': (*USING, 'out', 'film', 'condition'),
     'evaluate': (*USING, 'features', 'inception'),
-    'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'multihost'),
+    'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'cache', 'multihost'),
     'explore': (*USING, 'out'),
     'describe': ('config',),
     'fields': ('config',),
     'list': (),
 }
 WITHOUT_RUN = ('train', 'describe', 'fields')  # modes of a config
-PATHS = ('workdir', 'out', 'images')  # options in which ~ is the home directory; the config knows its own
+PATHS = ('workdir', 'out', 'images', 'cache')  # options in which ~ is the home directory; the config knows its own
 
 
 def check_flags(values: flags.FlagValues) -> None:
@@ -213,5 +214,5 @@ def begin(argv: list[str]) -> None:
     except UserError as e:
         sys.exit(say_mistake(e))
     if values.mode in DOING:
-        what = values.images or values.workdir or values.config
-        interrupt.say(f'jaxgen: {jaxgen.__version__}, {DOING[values.mode]} {printable(what)}')
+        what = ' in '.join(filter(None, (values.config, values.images or values.workdir)))
+        interrupt.say(f'jaxgen: {DOING[values.mode]} {printable(what)} (version {jaxgen.__version__})')

@@ -32,6 +32,20 @@ def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
     return tqdm(total=total, desc=what or None, unit='image', dynamic_ncols=True, file=sys.stderr, disable=quiet)
 
 
+def steps_bar(step: int, steps: int) -> tqdm:
+    """A progress bar over updates, from `step`, on stderr."""
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings; a log file needs few
+    return tqdm(
+        total=steps,
+        initial=step,
+        unit='step',
+        dynamic_ncols=True,
+        file=sys.stderr,
+        mininterval=every,
+        maxinterval=every,
+    )
+
+
 def summary_writer(directory: str, **options):
     """TensorBoard's events in `directory`."""
     with _importing:  # trainings may run in several threads
@@ -103,21 +117,17 @@ class Writer:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self.file = open(os.open(self.path, flags, 0o666), 'a', encoding='utf-8')  # noqa: SIM115, closed by close()
         self.board = summary_writer(os.path.join(workdir, 'tensorboard'), purge_step=step + 1, flush_secs=30)
-        every = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings; a log file needs few
-        self.bar = tqdm(
-            total=steps,
-            initial=step,
-            unit='step',
-            dynamic_ncols=True,
-            file=sys.stderr,
-            mininterval=every,
-            maxinterval=every,
-        )
+        self.steps = steps
+        self.bar: tqdm | None = None
         self.began = self.mark = time.monotonic()
         self.marked = step
 
     def progress(self, step: int, loss: float | None = None) -> None:
-        """Moves the progress bar."""
+        """Moves the progress bar. It begins at the first call, so that the rate and the time left are of what follows:
+        the compile is before."""
+        if self.bar is None:
+            self.bar = steps_bar(step, self.steps)
+            self.mark, self.marked = time.monotonic(), step
         self.bar.update(step - self.bar.n)
         if loss is not None:
             rate = self.bar.format_dict.get('rate') or 0.0
@@ -159,7 +169,7 @@ class Writer:
         self.mark = time.monotonic()
 
     def close(self) -> None:
-        for part in (self.bar, self.file, self.board):
+        for part in filter(None, (self.bar, self.file, self.board)):
             with contextlib.suppress(OSError):  # what could not be written was said
                 part.close()
 

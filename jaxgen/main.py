@@ -37,6 +37,7 @@ if __name__ == '__main__':
     arguments.begin(sys.argv)
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import jax
 import numpy as np
 
 import jaxgen
-from jaxgen import catalogue, checkpoint, data, describe, fields, files, hosts, log, outputs, sharding
+from jaxgen import catalogue, checkpoint, compilation, data, describe, fields, files, hosts, log, outputs, sharding
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -142,6 +143,13 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
 
 
+def say_devices(cache_folder: str) -> None:
+    """The line about the devices that compute, and the compilation cache."""
+    if jax.process_index() == 0:
+        kept = f'; compiled programs in {cache_folder}' if cache_folder else ''
+        log.say(f'{record.devices()}, JAX {jax.__version__}{kept}')
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
     values, overrides, words = arguments.parse(argv)
@@ -176,9 +184,11 @@ def main(argv: list[str]) -> None:
     if values.multihost:
         hosts.start()
     sharding.check_devices()
+    cache_folder = compilation.use(values.cache, values.multihost) if mode in arguments.DOING else ''
     if mode in ('train', 'describe'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'train':
+            say_devices(cache_folder)
             from jaxgen.train import train
 
             train(config, workdir, values.profile)
@@ -196,12 +206,16 @@ def main(argv: list[str]) -> None:
     config = configs.override(saved, overrides)
     if values.images:
         config, _, unnamed = runs.read(workdir, config, named)
+        say_devices(cache_folder)
         images_mode(config, unnamed, values.images, values.out)
         return
     condition = dict(parse_condition(text) for text in values.condition)
     if jax.process_index() == 0:
         files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
+    say_devices(cache_folder)
     run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate', named=named)
+    if jax.process_index() == 0:
+        log.say(f'step {run.step}, {run.weights} weights; compiling, or taking from the cache what is compiled')
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     elif mode == 'explore':
@@ -245,6 +259,8 @@ def run_main(argv: list[str]) -> int:
 def command() -> int:
     """Runs one mode by the arguments of the process; the exit code, once other hosts have theirs."""
     sys.unraisablehook = checkpoint.print_unraisable
+    # Tracing makes millions of small objects; looking for cycles among them at every 700 takes a fifth of its time.
+    gc.set_threshold(100_000, 10, 10)
     code = run_main(sys.argv)
     hosts.leave(code)
     return code

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
-from jaxgen import conditions, data, files, hosts, interrupt, log, origin, randomness, sample, sharding
+from jaxgen import (
+    compilation,
+    conditions,
+    data,
+    describe,
+    files,
+    hosts,
+    interrupt,
+    log,
+    origin,
+    randomness,
+    sample,
+    sharding,
+)
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.errors import RunError, UserError
@@ -118,10 +132,11 @@ class Training:
         self.first = jax.process_index() == 0
         check_fits(config, a.mesh)
         self.k = config.train.updates_per_call
+        self.job, self.seconds = compilation.job(config, a.mesh), 0.0  # what is compiled, and for how long
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
         moved = check_resume(workdir, config, a.family.free) if self.checkpoints.steps() else []
         restored = self.checkpoints.restore(a.abstract, a.mesh)
-        identity = data.dataset(config.data, 'train').identity
+        identity, images = self.look_at_data()
         self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
         self.shardings = sharding.over_weights(a.mesh, a.abstract)
@@ -132,9 +147,12 @@ class Training:
             if about.get('data', self.about['data']) != self.about['data']:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
-            log.say(f'going on from step {about["step"]} of {config.train.steps}')
+            self.introduce(images, f'going on from step {about["step"]} of {config.train.steps}')
         else:
+            self.introduce(images, f'from step 0 to {config.train.steps}')
+            began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
+            self.seconds = time.monotonic() - began
         if self.first:
             save_config(workdir, config, a.spec)
         self.evaluator = None
@@ -146,6 +164,25 @@ class Training:
         self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
         self.lines: list[tuple[int, dict]] = []  # of metrics, that the callbacks have not had yet
         self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
+
+    def look_at_data(self) -> tuple[str, str]:
+        """The training data's identity, and how many images there are, in words."""
+        began = time.monotonic()
+        examples = data.dataset(self.config.data, 'train')
+        count = f'{len(examples):,} training'
+        if time.monotonic() - began < 1:  # a folder of a million files is not listed twice for a number
+            with contextlib.suppress(UserError):
+                count += f' and {len(data.dataset(self.config.data, "test")):,} test'
+        return examples.identity, f'{count} images'
+
+    def introduce(self, images: str, where: str) -> None:
+        """Lines that say what is trained on what."""
+        if not self.first:
+            return
+        c, parameters = self.config, describe.count(self.a.abstract.params)
+        shape = 'x'.join(map(str, self.a.spec.features['image'].shape))
+        log.say(f'{c.family}, {parameters:,} parameters; {c.data.source}: {images} of {shape}')
+        log.say(f'{self.workdir}: {where}; {compilation.notice(self.job)}')
 
     def batches(self, start: int):
         return data.batches(
@@ -289,6 +326,17 @@ class Training:
         """Whether this step is a multiple of an interval; 0: none is."""
         return bool(every) and self.step % every == 0
 
+    def first_call(self, call, placed: dict):
+        """The results of a process's first call, once they are there: it compiles, which takes from seconds to minutes,
+        and the next starts know how long."""
+        began = time.monotonic()
+        results = jax.block_until_ready(call(self.state, self.frozen, placed))
+        seconds = self.seconds + time.monotonic() - began
+        if self.first and not compilation.loaded('call'):
+            compilation.measured(self.job, seconds)
+            log.say(f'compiled in {seconds:.0f} s')
+        return results
+
     def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
         """Updates up to train.steps. What `closing` holds at the end is closed by the caller."""
         train = self.config.train
@@ -304,7 +352,7 @@ class Training:
             placed = sharding.put_batch(self.a.mesh, stacked, leading=1)
             if profile and calls == PROFILED_CALLS[0]:
                 jax.profiler.start_trace(os.path.join(self.workdir, 'profile'))
-            state, logs = call(self.state, self.frozen, placed)
+            state, logs = call(self.state, self.frozen, placed) if calls else self.first_call(call, placed)
             self.look_at_logs()  # of the call before, while this one runs
             self.state, self.pending = state, (self.step, logs)
             self.step += self.k

@@ -19,6 +19,11 @@ def line(name: str, metric: dict) -> str:
     return f'{name}: {metric["value"]:.6g}{deviation}, n = {metric["n"]}{reference}{best}'
 
 
+def devices() -> str:
+    """Number and kind of the devices: '8 x NVIDIA H100'."""
+    return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+
+
 def save(folder: str, record: dict, metrics: dict[str, dict]) -> None:
     """Writes evaluation.json, and results/NAME.json by what was evaluated and how, and prints the metrics.
 
@@ -29,9 +34,8 @@ def save(folder: str, record: dict, metrics: dict[str, dict]) -> None:
         return
     for name, metric in metrics.items():
         print(line(name, metric))
-    device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
     versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
-    whole = {**record, 'metrics': metrics, 'versions': versions, 'device': device}
+    whole = {**record, 'metrics': metrics, 'versions': versions, 'device': devices()}
     kind = [f'step{record["step"]}', record['weights']] if 'step' in record else ['images']
     name = '_'.join([*kind, outputs.digest(record)])
     for path in (os.path.join('results', f'{name}.json'), 'evaluation.json'):
