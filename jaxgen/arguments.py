@@ -42,6 +42,7 @@ def define_flags() -> flags.FlagValues:
         'how many samples; default 64, in evaluate config.evaluate.samples; explore: rows, default 8',
         flag_values=values,
     )
+    string('step', '', 'sample, evaluate, explore: of the checkpoint; default the newest', flag_values=values)
     integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
     string('features', '', 'evaluate: inception | run:PATH | none, the network to evaluate with', flag_values=values)
@@ -142,7 +143,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str], list[str]]:
 
 
 # The options that each mode reads. Others would change nothing, so they are refused.
-USING = ('config', 'workdir', 'weights', 'n', 'seed', 'cache', 'multihost')
+USING = ('config', 'workdir', 'weights', 'step', 'n', 'seed', 'cache', 'multihost')
 READS = {
     'train': ('config', 'workdir', 'profile', 'cache', 'multihost'),
     'sample': (*USING, 'out', 'film', 'condition'),
@@ -174,6 +175,8 @@ def check_flags(values: flags.FlagValues) -> None:
     for name in ('n', 'film', 'seed'):
         if values[name].present:
             options.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
+    if values.step and not (values.step.isdecimal() and values.step.isascii()):
+        raise UserError(f'--step must be the step of a checkpoint; it is {options.shown(values.step)}')
     if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
         need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')

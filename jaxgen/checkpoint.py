@@ -315,6 +315,27 @@ class Checkpoints:
         changed = sorted(k for k in saved if saved[k] != sums.get(k))  # a stray file beside them does no harm
         return f'{len(changed)} of its files changed since it was saved, {changed[0]} first' if changed else ''
 
+    def restore_step(self, step: int, abstract: State, mesh, items: tuple[str, ...] = ITEMS) -> tuple[State, dict]:
+        """The checkpoint of a step, as (state, about); the arguments are those of `restore`.
+
+        Raises:
+          UserError: there is none of this step, or it is of another model.
+          RunError: it is damaged.
+        """
+        steps = self.steps()
+        if step not in steps:
+            there = f'there are those of {", ".join(map(str, steps))}' if steps else 'there is none yet'
+            raise UserError(f'--step={step}: no such checkpoint in {self.folder}; {there}')
+        problem = self.trouble(step)
+        try:
+            if not problem:
+                return self.read(step, abstract, mesh, items)
+        except (UserError, RunError, MemoryError):
+            raise
+        except Exception as e:
+            problem = f'it cannot be read ({" ".join(str(e).split())[:200]})'
+        raise RunError(f'checkpoint of step {step} is damaged: {problem}; leave --step out for the newest that is not')
+
     def restore(self, abstract: State, mesh, items: tuple[str, ...] = ITEMS) -> tuple[State, dict] | None:
         """The newest checkpoint that can be read, as (state, about); None if there is none at all.
 

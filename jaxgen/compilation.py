@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from jaxgen import config as configs
-from jaxgen import files, log
+from jaxgen import files, log, sharding
 from jaxgen.errors import UserError
 
 LARGEST = 2 * 2**30  # bytes of all entries, where JAX_COMPILATION_CACHE_MAX_SIZE says nothing else
@@ -110,6 +110,7 @@ class Entries:
     def __init__(self, directory: str, largest: int):
         self.directory, self.largest = directory, largest
         self._path = self.path = pathlib.Path(directory)  # JAX asks for the first
+        self.root = os.path.dirname(directory)
         self.hits: list[str] = []  # keys
         self.failed = False
 
@@ -288,11 +289,18 @@ def measured(name: str, number: float) -> None:
             file.write(f'{number:.1f}'.encode())
 
 
+def devices() -> str:
+    """The devices that compute, in words."""
+    return f'{sharding.devices()}, JAX {jax.__version__}'
+
+
 def notice(name: str = '') -> str:
     """What a person reads before a compile: how long it takes, where that is known.
 
     name: of a job; '' for programs whose compile is not measured.
     """
-    if known := seconds(name):
-        return f'compiling (about {known:.0f} s the first time; now from the cache)'
-    return 'compiling' if _entries is None else 'compiling (the next start takes it from the cache)'
+    if _entries is None:
+        return 'compiling'
+    known = seconds(name)
+    first = f'about {known:.0f} s the first time; now' if known else 'the next start takes it'
+    return f'compiling ({first} from the cache, {_entries.root})'

@@ -69,6 +69,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
     name = outputs.name(run, run.changes(), seed, condition, **numbers)
     out, first = out or os.path.join(run.workdir, 'samples', name), jax.process_index() == 0
     outputs.written(out, 'samples.npz')  # its mistakes come before anything is computed
+    about = record.made(run, n=n, seed=seed, condition=condition, **({'film': frames} if frames else {}))
     film = run.film(min(n, 8), frames, seed, condition) if frames else None
     pieces = run.draw(n, seed, condition)
     with outputs.directory(out, 'samples.npz') if first else contextlib.nullcontext('') as folder:
@@ -86,6 +87,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, fra
         if film is not None:
             states = einops.rearrange(film, 'n rows frames h w c -> (n rows frames) h w c')
             files.save_png(os.path.join(folder, 'film.png'), files.grid(states, film.shape[2]))
+        files.save_json(os.path.join(folder, 'samples.json'), {**about, **record.surroundings()})
         files.save_npz(os.path.join(folder, 'samples.npz'), {'images': np.stack(images)}, compressed=True)
     log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
 
@@ -100,15 +102,13 @@ def evaluate_mode(run, seed: int) -> None:
     if config.features != 'none' and family.sample is not None:
         evaluator = runs.make_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
         evaluator.check(config.samples)
-    about = {'step': run.step, 'weights': run.weights, 'split': config.held_out, 'seed': run.config.seed}
+    about = record.made(run, split=config.held_out, seed=run.config.seed)
     if config.examples:
         about['examples'] = config.examples
     metrics = run.evaluate() | run.modes(config.samples, seed)
     if evaluator is not None:
         metrics |= run.compare(evaluator, config.samples, seed)
         about |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
-    if changes := run.changes():
-        about['config'] = changes
     record.save(run.workdir, about, metrics)
     cache.clear(run.workdir)
 
@@ -119,11 +119,11 @@ def explore_mode(run, n: int, seed: int, out: str) -> None:
     n, out = n or 8, out or os.path.join(run.workdir, 'explore', name)
     first = jax.process_index() == 0
     with outputs.directory(out, 'explore.json') if first else contextlib.nullcontext('') as folder:
+        about = record.made(run, n=n, seed=seed)
         metrics = explore.explore(run, n, seed, folder)
         if not first:
             return
-        about = {'step': run.step, 'weights': run.weights, 'seed': seed}
-        files.save_json(os.path.join(folder, 'explore.json'), {**about, **metrics})
+        files.save_json(os.path.join(folder, 'explore.json'), {**about, **metrics, **record.surroundings()})
     for name, metric in metrics.items():
         print(f'{name}: {metric["value"]:.4g}, n = {metric["n"]}')
     log.say(f'written to {out}')
@@ -141,13 +141,6 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     evaluator.check(len(images))
     metrics = evaluator.compare_images(images, folder)
     record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
-
-
-def say_devices(cache_folder: str) -> None:
-    """The line about the devices that compute, and the compilation cache."""
-    if jax.process_index() == 0:
-        kept = f'; compiled programs in {cache_folder}' if cache_folder else ''
-        log.say(f'{record.devices()}, JAX {jax.__version__}{kept}')
 
 
 def main(argv: list[str]) -> None:
@@ -184,11 +177,11 @@ def main(argv: list[str]) -> None:
     if values.multihost:
         hosts.start()
     sharding.check_devices()
-    cache_folder = compilation.use(values.cache, values.multihost) if mode in arguments.DOING else ''
+    if mode in arguments.DOING:
+        compilation.use(values.cache, values.multihost)
     if mode in ('train', 'describe'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'train':
-            say_devices(cache_folder)
             from jaxgen.train import train
 
             train(config, workdir, values.profile)
@@ -206,16 +199,21 @@ def main(argv: list[str]) -> None:
     config = configs.override(saved, overrides)
     if values.images:
         config, _, unnamed = runs.read(workdir, config, named)
-        say_devices(cache_folder)
         images_mode(config, unnamed, values.images, values.out)
         return
     condition = dict(parse_condition(text) for text in values.condition)
     if jax.process_index() == 0:
         files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
-    say_devices(cache_folder)
-    run = runs.load(workdir, config=config, weights=values.weights, all_weights=mode == 'evaluate', named=named)
+    run = runs.load(
+        workdir,
+        config=config,
+        weights=values.weights,
+        all_weights=mode == 'evaluate',
+        named=named,
+        step=int(values.step) if values.step else None,
+    )
     if jax.process_index() == 0:
-        log.say(f'step {run.step}, {run.weights} weights; compiling, or taking from the cache what is compiled')
+        log.say(f'{compilation.devices()}; step {run.step}, {run.weights} weights; {compilation.notice()}')
     if mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     elif mode == 'explore':

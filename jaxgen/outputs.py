@@ -16,7 +16,7 @@ from jaxgen.errors import UserError
 
 # {file that every call writes: the paths of all that it may write}.
 WRITTEN = {
-    'samples.npz': re.compile(r'samples\.npz|grid\.png|film\.png|images/\d{5,}\.png'),
+    'samples.npz': re.compile(r'samples\.npz|samples\.json|grid\.png|film\.png|images/\d{5,}\.png'),
     'explore.json': re.compile(
         r'explore\.json|(reconstructions|interpolation_linear|interpolation_spherical|traversals|map_pca|map_tsne'
         r'|neighbours)\.png'

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.extend import core
 from ml_collections import ConfigDict
 
 import jaxgen
@@ -62,15 +63,26 @@ class Assembled:
         Raises:
           UserError: config.optim.networks names a network that the family does not have.
         """
-        n = self.config.data.batch
-        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
-        init = functools.partial(init_state, self.family)
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for checks.check_parts
-            state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.traced_init.out_info)
         for name in self.config.optim.networks:
             if name not in state.params:
                 raise UserError(f'config.optim.networks.{name}: no such network{options.near(name, state.params)}')
         return state
+
+    @functools.cached_property
+    def traced_init(self) -> jax.stages.Traced:
+        """`init_state` for a batch of the config's size, traced once for the shapes and for the first State."""
+        n = self.config.data.batch
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
+        init = functools.partial(init_state, self.family)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for checks.check_parts
+            return jax.jit(init).trace(jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
+
+    def init(self, rng, batch: dict, frozen) -> State:
+        """As `init_state`, from what is traced already."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            leaves = core.jaxpr_as_fun(self.traced_init.jaxpr)(*jax.tree.leaves((rng, batch, frozen)))
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
 
     @functools.cached_property
     def stage_digests(self) -> dict[str, str]:
@@ -426,19 +438,19 @@ class Run:
         return results
 
     def saved_params(self) -> dict[str, Any]:
-        """`params` of the newest checkpoint.
+        """`params` of this step's checkpoint.
 
         Raises:
-          UserError: it is of another step than this run, or gone.
+          UserError: it is gone.
         """
         checkpoints = Checkpoints(self.workdir)
-        restored = checkpoints.restore(self.assembled.abstract, self.assembled.mesh, ('params',))
-        checkpoints.close()
-        if restored is None:
-            raise UserError(f'{self.workdir} has no checkpoint any more')
-        saved, _ = restored
-        if int(saved.step) != self.step:
-            raise UserError(f'the training in {self.workdir} has gone on to step {int(saved.step)}: load it again')
+        try:
+            steps = checkpoints.steps()
+            if steps and self.step not in steps:
+                raise UserError(f'the training in {self.workdir} has gone on to step {steps[-1]}: load it again')
+            saved, _ = checkpoints.restore_step(self.step, self.assembled.abstract, self.assembled.mesh, ('params',))
+        finally:
+            checkpoints.close()
         return saved.params
 
     def modes(self, n: int, seed: int = 0) -> dict[str, dict]:
@@ -602,8 +614,9 @@ def load(
     all_weights: bool = False,
     mesh=None,
     named: Set[str] = frozenset(),
+    step: int | None = None,
 ):
-    """The run in `workdir` with the weights of its newest checkpoint, a Run.
+    """The run in `workdir` with the weights of its newest checkpoint, or of that of a step, a Run.
 
     A run is data: nothing in its directory is executed, and what its config names outside of the directory is not read,
     unless it was trained by this person or the path is named in this call (see origin.py).
@@ -615,10 +628,12 @@ def load(
         standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
       all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
       named: fields of a whole config that the person set, though it may be to what they were, {'data.source', ...}.
+      step: of the checkpoint, one of those that were kept.
 
     Raises:
-      UserError: no run there, no checkpoint yet, weights of another model, weights that have no batch statistics, a
-        change of what training depends on, a stage that has been trained on, or one whose path nobody named.
+      UserError: no run there, no checkpoint yet, none of this step, weights of another model, weights that have no
+        batch statistics, a change of what training depends on, a stage that has been trained on, or one whose path
+        nobody named.
       RunError: no checkpoint can be read.
     """
     workdir = os.path.expanduser(workdir)
@@ -637,7 +652,8 @@ def load(
         )
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
     checkpoints = Checkpoints(workdir)
-    restored = checkpoints.restore(assembled.abstract, assembled.mesh, items)
+    find = checkpoints.restore if step is None else functools.partial(checkpoints.restore_step, step)
+    restored = find(assembled.abstract, assembled.mesh, items)
     if restored is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, about = restored

@@ -68,6 +68,11 @@ def make_mesh(fsdp: int, devices: list | None = None) -> Mesh:
     return jax.make_mesh((n // fsdp, fsdp), ('data', 'fsdp'), axis_types=auto, devices=devices)
 
 
+def devices() -> str:
+    """Number and kind of the devices: '8 x NVIDIA H100'."""
+    return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+
+
 def check_devices() -> None:
     """Raises UserError where JAX has no device to compute on."""
     try:

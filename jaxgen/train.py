@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import sys
 import time
@@ -40,7 +39,6 @@ from jaxgen.run import (
     check_cycle,
     check_moved_data,
     check_stages,
-    init_state,
     make_evaluator,
     save_config,
     saved_config,
@@ -181,7 +179,7 @@ class Training:
             return
         c, parameters = self.config, describe.count(self.a.abstract.params)
         shape = 'x'.join(map(str, self.a.spec.features['image'].shape))
-        log.say(f'{c.family}, {parameters:,} parameters; {c.data.source}: {images} of {shape}')
+        log.say(f'{compilation.devices()}; {c.family}, {parameters:,} parameters; {c.data.source}: {images} of {shape}')
         log.say(f'{self.workdir}: {where}; {compilation.notice(self.job)}')
 
     def batches(self, start: int):
@@ -197,8 +195,7 @@ class Training:
             one = sharding.put_batch(self.a.mesh, next(stream))
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-        first = functools.partial(init_state, self.a.family)
-        init = sharding.jit(first, out_shardings=self.shardings, compiler_options=once)
+        init = sharding.jit(self.a.init, out_shardings=self.shardings, compiler_options=once)
         return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
 
     def not_finite(self, what: str) -> RunError:

@@ -60,7 +60,11 @@ def test_the_same_bits_cold_warm_damaged_and_resumed(tmp_path, fresh, capfd, mon
     train(tmp_path / 'warm', cache, 1)
     train(tmp_path / 'warm', cache, 2)
     said = capfd.readouterr().err
-    assert programs(cache) == kept and 's the first time; now from the cache' in said and 'compiled in' not in said
+    assert (
+        programs(cache) == kept
+        and f's the first time; now from the cache, {cache}' in said
+        and 'compiled in' not in said
+    )
     for i, one in enumerate(kept):
         whole = pathlib.Path(one).read_bytes()
         foreign = hashlib.sha256(whole[:99]).digest() + whole[:99]  # whole, and no program

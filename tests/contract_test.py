@@ -417,7 +417,7 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     if name == 'dcgan_digits':  # its figures are the critic's, whose weights sampling does not load
         loaded = run.load(parts)
         assert np.isfinite(loaded.evaluate()['discriminator']['value'])
-        earlier = dataclasses.replace(loaded, state=loaded.state.replace(step=jnp.int32(2)))
+        earlier = dataclasses.replace(loaded, state=loaded.state.replace(step=jnp.int32(3)))
         with pytest.raises(UserError, match='gone on to step 4: load it again'):
             earlier.evaluate()
         with pytest.raises(UserError, match='leave --weights out'):  # its batch statistics are of the averaged ones
@@ -535,7 +535,7 @@ def test_main_trains_samples_and_evaluates(tmp_path):
     (folder,) = [
         os.path.join(workdir, 'samples', f) for f in os.listdir(os.path.join(workdir, 'samples')) if 'seed5' in f
     ]
-    assert sorted(os.listdir(folder)) == ['grid.png', 'images', 'samples.npz']
+    assert sorted(os.listdir(folder)) == ['grid.png', 'images', 'samples.json', 'samples.npz']
     assert sorted(os.listdir(os.path.join(folder, 'images'))) == ['00000.png', '00001.png', '00002.png']
     images = np.load(os.path.join(folder, 'samples.npz'))['images']
     assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8

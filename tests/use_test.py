@@ -356,7 +356,7 @@ def test_out_holds_the_samples_of_one_call_and_what_was_there(vae, tmp_path, cap
     (out / 'notes.txt').write_text('mine')
     use('sample', vae, f'--out={out}', '--n=3')
     use('sample', vae, f'--out={out}', '--n=2', '--seed=1')
-    assert sorted(os.listdir(out)) == ['grid.png', 'images', 'notes.txt', 'samples.npz']
+    assert sorted(os.listdir(out)) == ['grid.png', 'images', 'notes.txt', 'samples.json', 'samples.npz']
     assert sorted(os.listdir(out / 'images')) == ['00000.png', '00001.png']
     assert (out / 'notes.txt').read_text() == 'mine'
     capfd.readouterr()

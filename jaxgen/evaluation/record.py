@@ -1,14 +1,17 @@
-"""evaluation.json: metrics, with all that they depend on."""
+"""How results were made: evaluation.json, and what stands beside samples and sheets."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
 
 import jaxgen
-from jaxgen import files, log, outputs
+from jaxgen import config as configs
+from jaxgen import files, log, outputs, sharding
+from jaxgen.metrics import features
 
 
 def line(name: str, metric: dict) -> str:
@@ -19,9 +22,21 @@ def line(name: str, metric: dict) -> str:
     return f'{name}: {metric["value"]:.6g}{deviation}, n = {metric["n"]}{reference}{best}'
 
 
-def devices() -> str:
-    """Number and kind of the devices: '8 x NVIDIA H100'."""
-    return f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+def made(run, **settings) -> dict[str, Any]:
+    """How outputs of a run are made, as JSON: step and weights, with their SHA-256, every field of config.model that
+    may differ after training (samplers, guidance, likelihoods), and the `settings` of the call. All hosts must call it.
+    """
+    weights = features.digest((run.state.ema, run.state.extra, run.assembled.frozen))
+    fields = configs.flat({'model': run.config.model.to_dict(), 'train': {'dtype': run.config.train.dtype}})
+    free = ['train.dtype', *(f'model.{name}' for name in run.assembled.family.free)]
+    used = {key: value for key, value in fields.items() if any(key == f or key.startswith(f'{f}.') for f in free)}
+    return {'step': run.step, 'weights': run.weights, **settings, 'weights_sha256': weights, 'config': used}
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions and devices."""
+    versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
+    return {'versions': versions, 'device': sharding.devices()}
 
 
 def save(folder: str, record: dict, metrics: dict[str, dict]) -> None:
@@ -34,8 +49,7 @@ def save(folder: str, record: dict, metrics: dict[str, dict]) -> None:
         return
     for name, metric in metrics.items():
         print(line(name, metric))
-    versions = {'jax': jax.__version__, 'jaxgen': jaxgen.__version__, 'numpy': np.__version__}
-    whole = {**record, 'metrics': metrics, 'versions': versions, 'device': devices()}
+    whole = {**record, 'metrics': metrics, **surroundings()}
     kind = [f'step{record["step"]}', record['weights']] if 'step' in record else ['images']
     name = '_'.join([*kind, outputs.digest(record)])
     for path in (os.path.join('results', f'{name}.json'), 'evaluation.json'):
