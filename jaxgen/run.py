@@ -289,6 +289,11 @@ class Run:
         batch = conditions.first(self.assembled, self.config, n, condition or {})
         return sample.film(self.model, batch, seed, frames)
 
+    @functools.cached_property
+    def features(self) -> features.Features:
+        """The network that distances between images may be measured in; see metrics.features.of_run for errors."""
+        return features.of_run(self)
+
     def encode(self, images, seed: int = 0) -> Any:
         """Latents or features of images, float32 [n, ...], or a tuple of int32 [n, h, w], coarse grids first.
 
@@ -505,7 +510,7 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
                 f'config.evaluate.features = {which!r}: no run in {path}; train it first{command}, or --features=none '
                 'for the metrics that need no other network'
             )
-        network = features.of_run(load(path, mesh=mesh))
+        network = load(path, mesh=mesh).features
     evaluator = samples.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)
     network.shapes(evaluator.image)  # whether it reads such images
     return evaluator
