@@ -9,6 +9,7 @@ from jaxgen import arguments, interrupt
 
 def command() -> int:
     """Runs the command; the exit code."""
+    arguments.check_platform()
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
     arguments.begin(sys.argv)
     from jaxgen import main

@@ -11,7 +11,7 @@ import textwrap
 from absl import flags
 
 import jaxgen
-from jaxgen import interrupt, options
+from jaxgen import interrupt, locks, options
 from jaxgen.errors import UserError
 
 MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields', 'list')
@@ -203,6 +203,14 @@ def say_mistake(e: UserError) -> int:
 
 # Modes that compute, and what they begin with.
 DOING = {'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring'}
+
+
+def check_platform() -> None:
+    """Ends the process with a line on a system that is not supported."""
+    try:
+        locks.check_platform()
+    except UserError as e:
+        sys.exit(say_mistake(e))
 
 
 def begin(argv: list[str]) -> None:

@@ -33,6 +33,7 @@ import sys
 from jaxgen import arguments, interrupt, options
 
 if __name__ == '__main__':
+    arguments.check_platform()
     interrupt.install()  # before jax is imported, which takes a second and has threads of its own
     arguments.begin(sys.argv)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from jaxgen import (
     files,
     hosts,
     interrupt,
+    locks,
     log,
     origin,
     randomness,
@@ -57,6 +57,7 @@ Callback = Callable[[int, dict[str, float], Run], object]
 @contextlib.contextmanager
 def only_one(workdir: str):
     """Holds the run directory; a second training in it is refused."""
+    locks.check_platform()
     try:
         os.makedirs(workdir, exist_ok=True)
         origin.check_layout(workdir)
@@ -65,7 +66,7 @@ def only_one(workdir: str):
         raise UserError(f'--workdir={workdir} cannot be written to: {e.strerror}') from e
     with lock as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.hold(file.fileno())
         except OSError as e:
             raise UserError(f'another training is running in {workdir}: wait for it, or give another --workdir') from e
         yield

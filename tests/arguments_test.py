@@ -9,7 +9,7 @@ import time
 import pytest
 from support import ROOT, main, path
 
-from jaxgen import arguments
+from jaxgen import arguments, locks
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 
@@ -108,3 +108,28 @@ def test_a_mistake_that_jax_is_needed_for_comes_after_it():
     done = main('--mode=train', f'--config={path("ddpm_digits")}', '--config.optim.lr=-1')
     assert done.returncode == 2
     assert [line.partition(' ')[0] for line in done.stderr.splitlines()] == ['jaxgen:', 'jaxgen:']
+
+
+def test_a_system_without_file_locks_is_one_line():
+    code = "import sys; sys.modules['fcntl'] = None; from jaxgen import __main__ as m; sys.exit(m.command())"
+    command = [sys.executable, '-c', code, f'--config={path("vae_digits")}']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'use Linux or macOS' in done.stderr
+
+
+def test_a_program_without_file_locks_trains_nothing(tmp_path, monkeypatch):
+    from jaxgen.train import train
+
+    monkeypatch.setattr(locks, 'fcntl', None)
+    with pytest.raises(UserError, match='is not supported'):
+        train(configs.load(path('vae_digits')), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_lock_is_held_once(tmp_path):
+    with open(tmp_path / 'lock', 'wb') as first, open(tmp_path / 'lock', 'wb') as second:
+        locks.hold(first.fileno())
+        with pytest.raises(BlockingIOError):
+            locks.hold(second.fileno())
+        first.close()
+        locks.hold(second.fileno(), wait=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -34,7 +33,7 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen import addresses
+from jaxgen import addresses, locks
 from jaxgen.data import builders, folder, gaussians, guard, idx, records, shapes
 from jaxgen.data.records import Feature, root
 from jaxgen.errors import RunError, UserError
@@ -408,10 +407,10 @@ def lock(builder) -> Iterator[None]:
         raise UserError(f'cannot write to {e.filename}: {e.strerror}; name another directory by config.data.dir') from e
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.hold(file)
         except BlockingIOError:
             print(f'waiting for another process that prepares {builder.name}', file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locks.hold(file, wait=True)
         yield
     finally:
         os.close(file)
