@@ -127,6 +127,28 @@ def speeds(records: list[dict]) -> str:
     return markdown(heads, table)
 
 
+def loader(record: dict) -> str:
+    """Images a second out of the data loader: a row for each kind of file and size."""
+    rows = record['rows']
+    threads, processes = (sorted({int(n) for r in rows for n in r.get(what, ())}) for what in ('threads', 'processes'))
+
+    def name(r: dict) -> str:
+        kept = ', kept in memory' if r['fields']['cache_mb'] else ''
+        draft = f', `data.draft={r["fields"]["draft"]}`' if 'draft' in r['fields'] else ''
+        kind = {'jpeg': 'JPEG', 'png': 'PNG', 'photo': 'JPEG of 512 × 384'}[r['kind']]
+        return f'{kind}{draft}{kept}'
+
+    heads = ['files', 'pixels', 'bytes', 'a core']
+    heads += [f'{n} thread{"s" if n > 1 else ""}' for n in threads] + [f'{n} processes' for n in processes]
+    table = []
+    for r in rows:
+        rates = [r['per_core'], *(r['threads'].get(str(n)) for n in threads)]
+        rates += [r.get('processes', {}).get(str(n)) for n in processes]
+        cells = ['' if rate is None else f'{rate:,}' for rate in rates]
+        table.append([name(r), str(r['size']), f'{r["bytes"]:,}', *cells])
+    return markdown(heads, table)
+
+
 def shown_command(command: str) -> str:
     return command.partition(' --out=')[0]
 
@@ -196,6 +218,8 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
+    if kind == 'loader':
+        return loader(records[0])
     if kind in ('trilemma', 'likelihoods'):
         return globals()[kind](records[0]['rows'])
     if kind in ('ratios', 'speeds'):

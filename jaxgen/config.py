@@ -60,7 +60,7 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples)'
-    r'|sample\..*|evaluate\..*|data\.(dir|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
+    r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
 FREE_IN_USE = re.compile(

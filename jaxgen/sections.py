@@ -73,6 +73,8 @@ class Data:
       validation_fraction: fraction of the training examples held out for validation, by class; 0 is none.
       validation_source: a source of the validation split, as test_source; '' is the split validation (a folder's val)
         that `source` has beside a test split.
+      direct: images of a folder at most that are read once to verify them, and copied into a prepared set; those of a
+        larger one are read where they lie, and its identity is their names and sizes.
       max_corrupt: largest fraction of unreadable images in a source that is trained on all the same.
       max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
       threads: of the loader; 0 is as many as there are cores, from 4 to 16.
@@ -112,6 +114,7 @@ class Data:
     test_source: str = ''
     validation_fraction: Annotated[float, '[0, 1)'] = 0.0
     validation_source: str = ''
+    direct: Annotated[int, '[0, inf)'] = 100_000
     max_corrupt: Annotated[float, '[0, 1]'] = 0.01
     max_pixels: Annotated[int, '[1, inf)'] = 2**26
     threads: Annotated[int, '[0, 1024]'] = 0

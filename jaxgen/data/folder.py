@@ -77,17 +77,38 @@ def scan(path: str, links: bool = False) -> Listing:
     Raises:
       UserError: no such folder, or no image in it.
     """
-    root = os.path.realpath(os.path.expanduser(path))
-    if not os.path.isdir(root):
-        what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
-        raise UserError(f'the folder {root} {what}')
-    counts: Counter = Counter()  # of what is left out, by reason
-    files = into_splits(image_files(root, links, counts), counts)
+    root, counts = root_of(path), Counter()
+    return listing(root, trees.walk(root, links, counts), counts)
+
+
+def listing(root: str, listed: trees.Listed, counts: Counter) -> Listing:
+    """The listing of a folder whose images are known; `counts` are of what is left out, by reason."""
+    counts = Counter(counts)
+    files = into_splits(as_files(listed), counts)
     own = [file for file in files if file.split not in HELD_OUT]
     classes = ordered({top(file.inner) for file in own}) if all('/' in file.inner for file in own) else ()
     if classes:
         files = of_classes(root, files, classes, counts)
     return Listing(root, tuple(files), classes, tuple(f'{n} {what}' for what, n in counts.items() if n))
+
+
+def as_files(listed: trees.Listed) -> list[File]:
+    """The images, by path."""
+    columns = (listed.sizes.tolist(), listed.times.tolist())
+    return sorted(File(*row) for row in zip(listed.names, *columns, strict=True))
+
+
+def root_of(path: str) -> str:
+    """A folder's path, absolute, links followed.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    root = os.path.realpath(os.path.expanduser(path))
+    if not os.path.isdir(root):
+        what = 'is a file, not a folder' if os.path.exists(root) else 'does not exist'
+        raise UserError(f'the folder {root} {what}')
+    return root
 
 
 def image_files(root: str, links: bool, counts: Counter) -> list[File]:
@@ -96,9 +117,7 @@ def image_files(root: str, links: bool, counts: Counter) -> list[File]:
     Raises:
       UserError: there are none.
     """
-    listed = trees.walk(root, links, counts)
-    columns = (listed.sizes.tolist(), listed.times.tolist())
-    return sorted(File(*row) for row in zip(listed.names, *columns, strict=True))
+    return as_files(trees.walk(root, links, counts))
 
 
 def of_classes(root: str, files: list[File], classes: tuple[str, ...], counts: Counter) -> list[File]:
@@ -185,10 +204,21 @@ def read_file(path: str, max_pixels: int = MAX_PIXELS) -> bytes:
     Raises:
       OSError, ValueError: it is not there, no regular file, or has more bytes than an image of max_pixels.
     """
-    most = BYTES_PER_PIXEL * max_pixels + OTHER_BYTES
-    with open_regular(path) as file:
-        content = b'' if os.fstat(file.fileno()).st_size > most else file.read(most + 1)
-    if (not content and os.path.getsize(path)) or len(content) > most:
+    most, content = BYTES_PER_PIXEL * max_pixels + OTHER_BYTES, b''
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError('it is no regular file')
+        # In one piece as a rule: a file of its size ends where one byte more is not there.
+        while about.st_size <= most >= len(content):
+            part = os.read(handle, (about.st_size - len(content) if about.st_size else 2**16) + 1)
+            content += part
+            if not part or len(content) == about.st_size:
+                break
+    finally:
+        os.close(handle)
+    if about.st_size > most or len(content) > most:
         raise ValueError(f'it has more than the {most} bytes of an image of config.data.max_pixels = {max_pixels}')
     return content
 
@@ -234,11 +264,16 @@ def check_aspects(listing: Listing, sizes: dict[str, tuple[int, int]], pairs) ->
             )
 
 
+def title(root: str) -> str:
+    """What the names of sets begin with that are prepared of a folder."""
+    return re.sub(r'[^A-Za-z0-9]+', '_', os.path.basename(root))[:32].strip('_') or 'folder'
+
+
 def key(listing: Listing, test_fraction: float, max_pixels: int, parts: tuple[str, ...] = ()) -> str:
     """A name for the set prepared from this listing: another one as soon as a file changes."""
-    title = re.sub(r'[^A-Za-z0-9]+', '_', os.path.basename(listing.folder))[:32].strip('_') or 'folder'
     files = (field for file in listing.files for field in file)
-    return f'{title}-{digest(listing.folder, test_fraction, max_pixels, *listing.classes, *parts, *files)[:16]}'
+    known = digest(listing.folder, test_fraction, max_pixels, *listing.classes, *parts, *files)
+    return f'{title(listing.folder)}-{known[:16]}'
 
 
 def content_digest(files: dict[File, Read], test_fraction: float, parts: tuple[str, ...]) -> str:

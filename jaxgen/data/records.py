@@ -103,12 +103,11 @@ Reader = Callable[[Address, dict], Contents]
 class ReadRecords:
     """Records of one split of what a reader has read."""
 
-    shuffled = False  # see sources.PreparedRecords
-
     def __init__(self, contents: Contents, split: Split, chosen: dict[str, Feature], numbers, identity: Callable):
         self.path, self.chosen, self.split, self.numbers = contents.path, chosen, split, numbers
         self.example = split.open(tuple({f.path[0] for f in chosen.values()}))
         self.make_identity = identity
+        self.shuffled = split.ranks is not None  # see sources.PreparedRecords; what has ranks is in their order
 
     @functools.cached_property
     def identity(self) -> str:

@@ -34,7 +34,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jaxgen import addresses, locks
-from jaxgen.data import builders, folder, gaussians, guard, idx, records, shapes
+from jaxgen.data import archives, arrayrecords, builders, folder, gaussians, guard, idx, records, shapes, tars, zips
 from jaxgen.data.records import Feature, root
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
@@ -59,7 +59,8 @@ class Source(NamedTuple):
     captioned: tuple[int, ...] = ()  # entries of the feature 'factors' whose values the feature 'caption' states
     test_scenes: str = ''  # test examples of one number show one scene in all sources with the same name here
     sample_metrics: Callable[[np.ndarray], dict[str, dict]] | None = None  # see the function of this name
-    contents: Callable[[], records.Contents] | None = None  # of files that are read as they are
+    # Of files that are read as they are; None: that is settled when they are looked at, and the builder is there too.
+    contents: Callable[[], records.Contents | None] | None = None
     confined: bool = False  # nothing is written through links out of the directory: a run's config may have named it
 
 
@@ -136,8 +137,18 @@ def read_contents(data) -> records.Contents:
         contents = READERS[address.kind](address._replace(path=path), data)
     except OSError as e:
         raise UserError(f'config.data.source: cannot read {e.filename or path}: {e.strerror or e}') from e
-    folder.announce(folder.Listing(contents.path, (), (), contents.notes), [])
+    announce(contents)
     return contents
+
+
+def announce(contents: records.Contents) -> None:
+    """One line on stderr of what is left out, see folder.announce."""
+    folder.announce(folder.Listing(contents.path, (), (), contents.notes), [])
+
+
+def contents_of(source: Source) -> records.Contents | None:
+    """What the source's files hold where they are read as they are; None where the set is prepared."""
+    return source.contents() if source.contents else None
 
 
 def gaussians_source(data, here: str) -> Source:
@@ -177,28 +188,53 @@ def same_test_scenes(data) -> bool:
 
 
 def folder_source(data, here: str) -> Source:
-    scan = functools.cache(lambda: folder.scan(data['source'].partition(':')[2]))
+    """A folder that is verified and prepared, or, where it holds more images than data.direct, read as it is."""
+    path = data['source'].partition(':')[2]
+    images = functools.cache(lambda: archives.listed(path, data['direct']))
+    scan = functools.cache(lambda: folder.listing(images().root, images().listed, images().counts))
 
     def features() -> dict[str, Feature]:
         # Where the config is complete without it, the folder is not read: it may be on another machine.
         if 'label' not in data['features']:
             return {'image': Feature(('image',), image=True)}
-        elsewhere = data['classes'] and not os.path.isdir(os.path.expanduser(data['source'].partition(':')[2]))
-        names = () if elsewhere else scan().classes
+        elsewhere = data['classes'] and not os.path.isdir(os.path.expanduser(path))
+        names = () if elsewhere else (direct().tree if direct() else scan()).classes
         n = data['classes'] or len(names)
         label = {'label': Feature(('label',), dtype=np.int32, classes=n, names=names)} if n else {}
         return {'image': Feature(('image',), image=True), **label}
 
+    def check_classes(n: int) -> None:
+        if 'label' in data['features'] and not n:
+            raise UserError(f'{images().root} has no labels: put every image into a sub-folder named after its class')
+        if 'label' in data['features'] and 0 < data['classes'] < n:
+            raise UserError(f'config.data.classes = {data["classes"]}, but {images().root} has {n} sub-folders')
+
     @functools.cache
     def config() -> builders.FolderConfig:
-        n = len(scan().classes)
-        if 'label' in data['features'] and not n:
-            raise UserError(f'{scan().folder} has no labels: put every image into a sub-folder named after its class')
-        if 'label' in data['features'] and 0 < data['classes'] < n:
-            raise UserError(f'config.data.classes = {data["classes"]}, but {scan().folder} has {n} sub-folders')
+        check_classes(len(scan().classes))
         return folder_config(data, here, scan())
 
-    return from_folder(data['source'], features, config, here)
+    @functools.cache
+    def direct() -> archives.Folder | None:
+        """The folder, if it is read as it is. One that was prepared before stays as it was."""
+        if len(images().listed.names) <= data['direct']:
+            return None
+        prepared = glob.glob(
+            os.path.join(glob.escape(here), builders.JaxgenFolder.name, f'{folder.title(images().root)}-*')
+        )
+        if prepared and complete(builders.JaxgenFolder(config=config(), data_dir=here)):
+            return None
+        return images()
+
+    def contents() -> records.Contents | None:
+        if not direct():
+            return None
+        check_classes(len(images().tree.classes))
+        found = archives.of_folder(images(), data)
+        announce(found)
+        return found
+
+    return from_folder(data['source'], features, config, here)._replace(contents=contents)
 
 
 def pairs_source(data, here: str) -> Source:
@@ -253,7 +289,10 @@ SOURCES: dict[str, Callable[[Any, str], Source]] = {
     **dict.fromkeys(addresses.READ, read_source),
 }
 READERS: dict[str, records.Reader] = {
+    'arrayrecord': arrayrecords.read,
     'idx': idx.read,
+    'tar': tars.read,
+    'zip': zips.read,
 }
 
 
@@ -554,8 +593,8 @@ def open_records(source: Source, data, split: str) -> records.Records:
       UserError: it cannot be prepared or read, or has no such split.
     """
     chosen = choose(source, data)
-    if source.contents:
-        return records.open_split(source.contents(), chosen, data, split, root(data))
+    if contents := contents_of(source):
+        return records.open_split(contents, chosen, data, split, root(data))
     builder = prepare(source)
     guard.check_shards(builder)
     part = split_name(source, builder, split, data['test_fraction'])
@@ -584,8 +623,8 @@ def open_records(source: Source, data, split: str) -> records.Records:
 
 def has_split(source: Source, split: str) -> bool:
     """Whether a set comes with one of the splits of `own_splits`. It is prepared for that."""
-    if source.contents:
-        return bool(records.own_splits([name for name, part in source.contents().splits.items() if part.n]).get(split))
+    if contents := contents_of(source):
+        return bool(records.own_splits([name for name, part in contents.splits.items() if part.n]).get(split))
     return bool(own_splits(prepare(source)).get(split))
 
 

@@ -1,0 +1,415 @@
+"""Many image files together, whatever holds them: a large folder, a zip, the shards of a tar. Examples, classes,
+captions and splits by the files' names.
+
+    cat/1.png, dog/2.jpg                 classes are the first-level folders; train/ and test/ are splits
+    dataset.json                         EDM's and StyleGAN's {"labels": [["00000/img0.png", 3], ...]}, or null
+    0001.jpg, 0001.cls, 0001.txt         WebDataset's: files of one stem are one example: its class, its caption;
+    0001.jpg, 0001.json                  or both in {"label": 3, "caption": "a cat"}
+
+A file's name is never a path here: nothing is unpacked, and files are read by number, some at once, into memory. A file
+has at most the bytes of an image of data.max_pixels, whatever its header says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgen.data import arrays, folder, trees
+from jaxgen.data.records import Contents, Feature, Split, classes_of
+from jaxgen.errors import UserError
+
+MOST_JSON = 2**28  # bytes of a dataset.json; that of ImageNet has 2^26
+MOST_SMALL = 2**20  # bytes of a caption, a label, or both, in a file
+LABELS = ('label', 'cls', 'class')  # fields of the .json beside an image, in the order of preference
+CAPTIONS = ('caption', 'text', 'txt')
+TEXTS = ('.txt', '.caption')
+HIDDEN = re.compile(r'(?:^|/)\.(?!\.?(?:/|$))')  # '.a' and 'a/.b', but not '../a'
+
+
+class Entries(NamedTuple):
+    """Regular files that are read by number."""
+
+    names: trees.Names
+    sizes: np.ndarray  # int64, bytes, as declared
+    # (number, most bytes) -> the file's bytes. ValueError: it is damaged, or has more. Called from several threads.
+    read: Callable[[int, int], bytes]
+    notes: tuple[str, ...] = ()  # what is left out, and why
+    group: np.ndarray | None = None  # of each, by number: files of two groups are never one example
+
+
+class Sidecars(NamedTuple):
+    """Files beside the images that tell their classes and captions, -1 where there is none, by number of the image."""
+
+    classes: np.ndarray
+    captions: np.ndarray
+    both: np.ndarray  # .json
+
+
+def contents(
+    where: str, entries: Entries, data, recipe: str, digest: Callable[[], str], paths: tuple[str, ...] = ()
+) -> Contents:
+    """What an archive holds.
+
+    Args:
+      where: the archive, in messages.
+      recipe, digest, paths: see records.Contents.
+
+    Raises:
+      UserError: no images, or labels that do not fit them.
+    """
+    chosen, notes = image_numbers(entries, where)
+    names = entries.names.take(chosen)
+    about = dataset_json(entries, where)
+    sidecars = beside(entries, chosen) if len(chosen) < len(entries.names) else None
+    values, vectors = None, None
+    if about is not None:
+        values = labels_of_json(about[0], about[1], names, where)
+        if values is not None and values.ndim == 2:
+            values, vectors = from_vectors(values)
+    elif sidecars is not None:
+        values = labels_beside(entries, names, sidecars, where)
+    tree = trees.arranged(trees.without_top(names), labelled=values is None and about is None)
+    if values is not None:
+        numbers, titles, n = classes_of(values, data['classes'], where)
+        label = Feature(('label',), dtype=np.int32, classes=n, names=titles)
+    else:
+        numbers, label = tree.labels, label_of(tree, data, where)
+    features = {'image': Feature(('image',), image=True)} | ({'label': label} if label else {})
+    columns: dict[str, Callable[[int], Any]] = {
+        'image': lambda i: entries.read(int(chosen[i]), most_bytes(data)),
+        'label': lambda i: numbers[i],
+    }
+    if vectors is not None:
+        features['vector'] = Feature(('vector',), shape=vectors.shape[1:], dtype=np.float32)
+        columns['vector'] = lambda i: vectors[i]
+    captions = caption_files(sidecars)
+    if captions is not None and (captions >= 0).any():
+        features['caption'] = Feature(('caption',), shape=(arrays.CAPTION,))
+        columns['caption'] = lambda i: caption(entries, int(captions[i]))
+        if n := int((captions < 0).sum()):
+            notes.append(f'the captions of {n} images that have none')
+    splits = {
+        title: split(part, names, tree, columns, numbers if label else None) for title, part in tree.splits.items()
+    }
+    return Contents(where, features, splits, paths, recipe, (*entries.notes, *notes, *tree.notes), digest)
+
+
+def label_of(tree: trees.Tree, data, where: str) -> Feature | None:
+    """The class by the first-level folder; None where these are none.
+
+    Raises:
+      UserError: data.classes is fewer than there are.
+    """
+    if not tree.classes:
+        return None
+    if 0 < data['classes'] < len(tree.classes):
+        raise UserError(f'config.data.classes = {data["classes"]}, but {where} has {len(tree.classes)} sub-folders')
+    n = max(data['classes'], len(tree.classes))
+    return Feature(('label',), dtype=np.int32, classes=n, names=tree.classes)
+
+
+def most_bytes(data) -> int:
+    """That an image's file may have."""
+    return folder.BYTES_PER_PIXEL * data['max_pixels'] + folder.OTHER_BYTES
+
+
+def split(
+    part: np.ndarray,
+    names: trees.Names,
+    tree: trees.Tree,
+    columns: dict[str, Callable[[int], Any]],
+    labels: np.ndarray | None,
+) -> Split:
+    """A split of these images, numbers of the names in order of their ranks.
+
+    Args:
+      columns: of each feature the function from the number of an image to its value.
+      labels: int32, by number of the image.
+    """
+
+    def opened(wanted: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
+        readers = [(name, columns[name]) for name in wanted]
+        return lambda i: {name: value(part[i]) for name, value in readers}
+
+    def label() -> np.ndarray:
+        assert labels is not None
+        return labels[part]
+
+    return Split(
+        len(part),
+        opened,
+        None if labels is None else label,
+        lambda i: ascii(names[int(part[i])]),
+        lambda: tree.ranks[part],
+    )
+
+
+def image_numbers(entries: Entries, where: str) -> tuple[np.ndarray, list[str]]:
+    """(numbers of the files that are images by their names, what else there is).
+
+    Raises:
+      UserError: there are none.
+    """
+    chosen, others = [], Counter()
+    for i, name in enumerate(entries.names):
+        base = name.rpartition('/')[2]
+        suffix = base[base.rfind('.') :].lower() if '.' in base else ''
+        if '__MACOSX' in name or HIDDEN.search(name):
+            continue
+        if suffix in trees.SUFFIXES:
+            chosen.append(i)
+        elif suffix not in ('.json', '.cls', *TEXTS):
+            others[suffix or 'without one'] += 1
+    if not chosen:
+        raise UserError(f'{where} holds no images (.png, .jpg, .webp, ...), but {len(entries.names)} other files')
+    notes = []
+    notes += [f'{others.total()} {trees.other_endings(others)}'] if others else []
+    return np.array(chosen, np.int64), notes
+
+
+# --- classes
+
+
+def dataset_json(entries: Entries, where: str) -> tuple[Any, str] | None:
+    """(the parsed dataset.json, the folder that it lies in, with a slash) of an archive that has one, at the top or in
+    a folder that is.
+
+    Raises:
+      UserError: it is no JSON.
+    """
+    for i, name in enumerate(entries.names):
+        if name.endswith('dataset.json') and name.rpartition('/')[2] == 'dataset.json' and name.count('/') <= 1:
+            try:
+                return json.loads(entries.read(i, MOST_JSON)), name.removesuffix('dataset.json')
+            except (ValueError, RecursionError) as e:
+                raise UserError(f'{where}: its dataset.json cannot be read: {" ".join(str(e).split())[:200]}') from e
+    return None
+
+
+def labels_of_json(about: Any, below: str, names: trees.Names, where: str) -> np.ndarray | None:
+    """The labels in a dataset.json by number of the image, integers [n] or vectors [n, k]; None where it has none.
+
+    Raises:
+      UserError: they are of another form, or an image has none.
+    """
+    labels = about.get('labels') if isinstance(about, dict) else None
+    if labels is None and isinstance(about, dict):
+        return None
+    form = f'{where}: the labels of its dataset.json must be a list of [name, class or vector]'
+    if not isinstance(labels, list) or not all(
+        isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in labels
+    ):
+        raise UserError(form)
+    by_name = {below + name.replace('\\', '/'): value for name, value in labels}
+    missing = next((name for name in names if name not in by_name), None)
+    if missing is not None:
+        raise UserError(f'{where}: its dataset.json has no label for {missing!a}')
+    values = [by_name[name] for name in names]
+    if all(type(value) is int for value in values):
+        try:
+            return np.array(values, np.int64)
+        except OverflowError as e:
+            raise UserError(form) from e
+    lengths = {len(value) if isinstance(value, list) else -1 for value in values}
+    if len(lengths) != 1 or min(lengths) < 1 or not all(type(x) in (int, float) for v in values for x in v):
+        raise UserError(f'{form}, all of one length')
+    return np.array(values, np.float64)
+
+
+def from_vectors(vectors: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(classes, None) of vectors that are 1 at one place and 0 elsewhere, else (None, the vectors in float32)."""
+    one = ((vectors == 0) | (vectors == 1)).all() and (vectors.sum(1) == 1).all()
+    return (vectors.argmax(1), None) if one and vectors.shape[1] > 1 else (None, vectors.astype(np.float32))
+
+
+def beside(entries: Entries, chosen: np.ndarray) -> Sidecars | None:
+    """The files of labels and captions that have the stem of an image; None where there are none."""
+    kinds = {'.cls': 0, **dict.fromkeys(TEXTS, 1), '.json': 2}
+    files: dict[tuple[int, str] | str, list[int]] = {}
+
+    def stem(i: int, name: str):
+        text = name[: name.rfind('.')]
+        return text if entries.group is None else (int(entries.group[i]), text)
+
+    for i, name in enumerate(entries.names):
+        kind = kinds.get(name[name.rfind('.') :].lower())
+        if kind is not None:
+            files.setdefault(stem(i, name), [-1, -1, -1])[kind] = i
+    if not files:
+        return None
+    none = [-1, -1, -1]
+    table = np.array([files.get(stem(i, entries.names[i]), none) for i in chosen.tolist()], np.int64)
+    return Sidecars(*table.T) if (table >= 0).any() else None
+
+
+def labels_beside(entries: Entries, names: trees.Names, sidecars: Sidecars, where: str) -> np.ndarray | None:
+    """The classes in the files beside the images, integers or texts [n]; None where these hold none.
+
+    Raises:
+      UserError: an image has none where others have, or one cannot be read.
+    """
+    files = sidecars.classes
+    key = ''
+    if not (files >= 0).any():
+        files = sidecars.both
+        if not (files >= 0).any():
+            return None
+        first = small_json(entries, int(files[files >= 0][0]), where)
+        key = next((key for key in LABELS if type(first.get(key)) in (int, str)), '')
+        if not key:
+            return None
+    if (files < 0).any():
+        n, name = int((files < 0).sum()), names[int(np.argmin(files))]
+        raise UserError(f'{where}: {n} of {len(names)} images have no class beside them, like {name!a}')
+    values = []
+    for i in files.tolist():
+        value = small_json(entries, i, where).get(key) if key else small(entries, i, where).strip()
+        if type(value) not in (int, str) or value == '':
+            raise UserError(f'{where}: {entries.names[i]!a} holds no class')
+        values.append(value)
+    texts = [str(value) for value in values]
+    if all(len(text) < 10 and text.isascii() and text.removeprefix('-').isdecimal() for text in texts):
+        return np.array([int(text) for text in texts])
+    return np.array(texts)
+
+
+def small(entries: Entries, i: int, where: str) -> str:
+    """A short text.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        return entries.read(i, MOST_SMALL).decode()
+    except ValueError as e:
+        raise UserError(f'{where}: {entries.names[i]!a} cannot be read: {e}') from e
+
+
+def small_json(entries: Entries, i: int, where: str) -> dict:
+    """A JSON object.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        value = json.loads(small(entries, i, where))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{where}: {entries.names[i]!a} is no JSON: {e}') from e
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: {entries.names[i]!a} must hold a JSON object')
+    return value
+
+
+# --- captions
+
+
+def caption_files(sidecars: Sidecars | None) -> np.ndarray | None:
+    """The file with the caption of each image, -1 where there is none."""
+    if sidecars is None:
+        return None
+    return np.where(sidecars.captions >= 0, sidecars.captions, sidecars.both)
+
+
+def caption(entries: Entries, i: int) -> np.ndarray:
+    """The caption in a file, uint8 [1024]; of a .json, its field; empty where there is none (i = -1)."""
+    if i < 0:
+        return arrays.padded('', arrays.CAPTION)
+    text = entries.read(i, MOST_SMALL).decode('utf-8', 'replace')
+    if entries.names[i].lower().endswith('.json'):
+        fields = json.loads(text)
+        text = next((fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)), '')
+    return arrays.padded(text.strip(), arrays.CAPTION)
+
+
+# --- a large folder
+
+
+class Folder:
+    """A folder's images, listed and not read."""
+
+    def __init__(self, root: str, listed: trees.Listed, counts: Counter):
+        self.root, self.listed, self.counts = root, listed, counts  # of what is left out, by reason
+
+    @functools.cached_property
+    def tree(self) -> trees.Tree:
+        return trees.arranged(self.listed.names)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the names and sizes, not of what is in the files: that would take reading all of them."""
+        return sizes_digest(self.listed.names, self.listed.sizes)
+
+    def is_current(self) -> bool:
+        """Whether no file has come, gone or been renamed."""
+        return all(modified(path) == time for path, time in self.listed.directories)
+
+
+def modified(path: str) -> int:
+    """The time at which an entry of a folder was changed, in ns; 0 where it cannot be looked at."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return 0
+
+
+MOST_KEPT = 4
+folders: dict[str, Folder] = {}  # by path; listed by this process
+lock = threading.Lock()
+
+
+def listed(path: str, most: int) -> Folder:
+    """A folder by its path. One of more images than `most` is listed once, as long as no file comes or goes.
+
+    Raises:
+      UserError: no such folder, or no image in it.
+    """
+    root = folder.root_of(path)
+    with lock:
+        known = folders.get(root)
+        if known and len(known.listed.names) > most and known.is_current():
+            return known
+        counts: Counter = Counter()
+        new = Folder(root, trees.walk(root, False, counts), counts)
+        folders.pop(root, None)
+        if len(new.listed.names) > most:
+            folders[root] = new
+            while len(folders) > MOST_KEPT:
+                folders.pop(next(iter(folders)))
+        return new
+
+
+def of_folder(source: Folder, data) -> Contents:
+    """What a folder holds whose files are read as they are."""
+    root, names, tree = source.root, source.listed.names, source.tree
+
+    def image(i: int) -> bytes:
+        try:
+            return folder.read_file(os.path.join(root, names[i]), data['max_pixels'])
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as e:  # of this file, not of the disk
+            raise ValueError(f'it cannot be opened: {e.strerror}') from e
+
+    label = label_of(tree, data, root)
+    features = {'image': Feature(('image',), image=True)} | ({'label': label} if label else {})
+    columns = {'image': image, 'label': lambda i: tree.labels[i]}
+    labels = tree.labels if label else None
+    splits = {title: split(part, names, tree, columns, labels) for title, part in tree.splits.items()}
+    notes = (*(f'{n} {what}' for what, n in source.counts.items() if n), *tree.notes)
+    return Contents(root, features, splits, (), 'folder 1', notes, lambda: source.digest)
+
+
+def sizes_digest(names: trees.Names, *columns: np.ndarray) -> str:
+    """64 hexadecimal digits that are the same for the same names and columns (sizes, checksums), in any order."""
+    digest = hashlib.sha256()
+    for i in sorted(range(len(names)), key=names.encoded):
+        digest.update(names.encoded(i) + b'\0' + b' '.join(b'%d' % int(column[i]) for column in columns) + b'\0')
+    return digest.hexdigest()
