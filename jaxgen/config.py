@@ -186,6 +186,17 @@ def one_size(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return height if height == width else size
 
 
+def data_section(fields: dict) -> dict[str, Any]:
+    """The section `data` of these fields, complete and checked: for its images alone.
+
+    Raises:
+      UserError: as `make`.
+    """
+    resolved = options.complete(Config, {'data': dict(fields)}, '')
+    check(resolved)
+    return with_absolute_paths(resolved)['data']
+
+
 def path_of(field: str, value: str) -> str:
     """The path that the value of a field names, '' where it names none: 'idx:/digits?layout=NWH' -> '/digits'."""
     prefixes = ('',) if field.startswith('stages.') else PATHS.get(field, ())

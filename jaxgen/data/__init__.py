@@ -1,7 +1,7 @@
 """Data sets: from a name in the config to batches of uint8 images.
 
-    from jaxgen import config, data
-    c = config.DEFAULTS['data'] | {'source': 'shapes', 'size': 32, 'channels': 3, 'features': ('image', 'label')}
+    from jaxgen import data
+    c = {'source': 'shapes', 'size': 32, 'channels': 3, 'features': ('image', 'label')}  # the other fields: defaults
     data.spec(c)  # shapes and number of classes; prepares nothing
     data.dataset(c, 'test')[0]['image']  # uint8 [32, 32, 3]
     for batch in data.batches(c, 'train', seed=0, start=1000):

@@ -23,6 +23,7 @@ from PIL import Image
 
 from jaxgen.data import folder, sources, splits, transforms
 from jaxgen.data.records import Feature, Records, name_of
+from jaxgen.data.section import completes
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
 
@@ -104,11 +105,12 @@ def spec_from_json(stored: Any) -> Spec:
     return Spec(features, classes, tuple(names), tuple(captioned))
 
 
+@completes
 def spec(data) -> Spec:
     """Shapes and types of one example. Prepares nothing and needs no network.
 
     Args:
-      data: the section `data` of a config.
+      data: the section `data` of a config, or some of its fields.
 
     Raises:
       UserError: an unknown source, a feature that it lacks, or a class.
@@ -348,6 +350,7 @@ class UnpairedExamples:
         return {**self.examples.take_cyclic(numbers), OTHER: self.others.take_cyclic(numbers)['image']}
 
 
+@completes
 def dataset(data, split: str) -> Examples | UnpairedExamples:
     """The examples of split 'train', 'validation' or 'test' in stored order, cut and resized as for evaluation.
 
@@ -458,6 +461,7 @@ def number_of_threads(threads: int) -> int:
     return threads or min(max(cores, 4), 16)
 
 
+@completes
 def batches(
     data,
     split: str = 'train',
@@ -475,7 +479,7 @@ def batches(
     blocks together are the batch of one process.
 
     Args:
-      data: the section `data` of a config.
+      data: the section `data` of a config, or some of its fields.
       seed: of order and augmentation, 0 to 2^64 - 1.
       start: number of the first batch; it is gone to at once.
       batch: examples of one batch over all processes; data.batch by default.

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxgen.data import sources, transforms
 from jaxgen.data.records import Feature, Records
+from jaxgen.data.section import completes
 from jaxgen.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -223,6 +224,7 @@ def stored_labels(data: dict) -> np.ndarray:
     return read_labels(sources.open_records(sources.resolve(section), section, part(data, 'train')))
 
 
+@completes
 def labels(data, split: str) -> np.ndarray:
     """The class of every example of a split, int32 [n], whatever data.features are.
 
