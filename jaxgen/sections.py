@@ -43,7 +43,8 @@ class Data:
     """The images, and what is done to them before they are trained on.
 
     Attributes:
-      source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH, idx:PATH or a TFDS name, see jaxgen/data.
+      source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH, idx:PATH, npz:FILE, npy:PATH, mat:FILE,
+        parquet:PATH, cifar:PATH or a TFDS name, see jaxgen/data.
       other: a second source, whose images come unpaired as the feature 'other'.
       size: pixels of each side of square images, 28, or (height, width), (28, 20).
       channels: of an image.

@@ -17,6 +17,8 @@
   folder:PATH  a person's own images, any size and mode; classes from sub-folders
   pairs:PATH   images that belong together: PATH/image/NAME.png and, as features, others in sub-folders named as they
                like, PATH/edges/NAME.png
+  idx:PATH     MNIST's files, gzipped or not; npz:FILE, npy:PATH and mat:FILE, arrays: see arrays.py; parquet:PATH, the
+               hub's sets of images; cifar:PATH, the archives of CIFAR. These are read as they are, see records.py
   a TFDS name  cifar10, celeb_a, imagenet2012, 'name/config', ...
 and `data.other` names a second one, whose images are the feature 'other': of another domain, and unpaired. Of any
 source `data.low_resolution` makes a feature of that name, the image at so many pixels. Where a source has labels,

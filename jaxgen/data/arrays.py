@@ -80,13 +80,40 @@ def by_split(names) -> dict[str, dict[str, str]]:
     return out
 
 
+def of_names(address: Address, data, stored: dict[str, Stored], paths: tuple[str, ...], **about) -> Contents:
+    """`contents` of arrays whose names say their splits, {'x_train': array}. An array that the address names is one of
+    the training split by its whole name."""
+    splits = by_split(stored)
+    train, options = splits.setdefault('train', {}), dict(address.options)
+    for option, array in address.options.items():
+        if array in train.values():  # the same name without 'train' is that of the test split, too
+            options[option] = next(rest for rest, name in train.items() if name == array)
+        elif array in stored:
+            train[array] = array
+    return contents(
+        address._replace(options=options),
+        data,
+        {split: {rest: stored[name] for rest, name in names.items()} for split, names in splits.items()},
+        paths,
+        **about,
+    )
+
+
 def contents(
-    address: Address, data, splits: dict[str, dict[str, Stored]], paths: tuple[str, ...], last: bool = False
+    address: Address,
+    data,
+    splits: dict[str, dict[str, Stored]],
+    paths: tuple[str, ...],
+    last: bool = False,
+    notes: tuple[str, ...] = (),
+    class_names: dict[str, tuple[str, ...]] | None = None,
 ) -> Contents:
     """What a file holds whose arrays are `splits`, {'train': {'image': array}}.
 
     Args:
       last: examples are along the last axis where an array has three or four, as MATLAB has them.
+      notes: what is left out, and why.
+      class_names: of the numbers in an array of labels, by its name.
 
     Raises:
       UserError: it is not said which array is what, or they do not fit together.
@@ -94,7 +121,9 @@ def contents(
     options = {PLURALS.get(name, name): value for name, value in address.options.items()}
     where, train = address.path, splits.get('train', {})
     if not train:
-        raise UserError(f'{where} has no arrays to train on, only {", ".join(splits) or "none"}')
+        others = [split for split, arrays in splits.items() if arrays]
+        left = f'; left out: {"; ".join(notes)}' if notes else ''
+        raise UserError(f'{where} has no arrays to train on, only {", ".join(others) or "none of numbers"}{left}')
     names = roles(where, options, train)
     rules = {name: Rules(options, name) for name in names}
     layouts: dict[str, Layout] = {}
@@ -108,12 +137,16 @@ def contents(
     if len(sizes := {(x.sizes['H'], x.sizes['W'], x.sizes.get('C', 1)) for x in layouts.values()}) > 1:
         raise UserError(f'{where}: images of its splits differ in size: {sorted(sizes)}')
     columns = {split: Columns(where, sets[split], layouts[split], rules) for split in sets}
-    features, labels = features_of(where, columns, data['classes'])
+    own = (class_names or {}).get(names.get('label', ''), ())
+    features, labels = features_of(where, columns, data['classes'] or len(own))
+    if own and features['label'].classes == len(own) and not features['label'].names:
+        features['label'] = features['label']._replace(names=own)
     return Contents(
         where,
         features,
         {split: split_of(columns[split], features, labels.get(split)) for split in sets},
         paths,
+        notes=notes,
         recipe=repr(({n: names[n] for n in features}, layouts['train'].axes, sorted(options.items()), last)),
     )
 
@@ -250,7 +283,7 @@ class Columns:
         """
         # MATLAB's vectors are [1, n] or [n, 1].
         n = max(x.shape, default=0) if len(x.shape) == 2 and 1 in x.shape else x.shape[0] if x.shape else 0
-        if n == self.n or (self.is_image(name, x)):
+        if n == self.n or self.is_image(name, x) or (name == 'label' and len(x.shape) == 2 and self.n in x.shape):
             return True
         if name in ('label', 'caption') or self.rules[name].layout:
             raise UserError(f'{self.where}: {self.n} images, but {x.name} is {x.dtype} {list(x.shape)}')
@@ -285,9 +318,17 @@ class Columns:
             return self.loaded[name]
 
     def vector(self, name: str) -> np.ndarray:
-        """An array with the examples along its first axis."""
+        """An array with the examples along its first axis; labels as one number each."""
         x = self.array(name)
-        return x.reshape(-1) if x.ndim == 2 and 1 in x.shape and x.size == self.n else x
+        if x.ndim == 2 and 1 in x.shape and x.size == self.n:
+            return x.reshape(-1)
+        if name == 'label' and x.ndim == 2:
+            x = np.asarray(x if len(x) == self.n else x.T)
+            if not ((x == 0) | (x == 1)).all() or not (x.sum(1) == 1).all():
+                raise UserError(f'{self.where}: labels {self.stored[name].name} {list(x.shape)} are neither numbers '
+                                'nor one-hot: name others by ?label=NAME')  # fmt: skip
+            return x.argmax(1)
+        return x
 
 
 def features_of(

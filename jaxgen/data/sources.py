@@ -34,7 +34,23 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jaxgen import addresses, locks
-from jaxgen.data import archives, arrayrecords, builders, folder, gaussians, guard, idx, records, shapes, tars, zips
+from jaxgen.data import (
+    archives,
+    arrayrecords,
+    builders,
+    cifar,
+    folder,
+    gaussians,
+    guard,
+    idx,
+    matlab,
+    numpy_files,
+    parquet,
+    records,
+    shapes,
+    tars,
+    zips,
+)
 from jaxgen.data.records import Feature, root
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
@@ -45,6 +61,7 @@ OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in shapes.STYLES[1:]), 
 GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
 CLASS_MAPS = re.compile('mask|seg|label|class')  # in the name of a part of pairs: a palette's indices are classes
 PROBE_SECONDS = 5  # to find out whether a host answers
+ENDINGS = {f'.{kind}': kind for kind in addresses.READ} | {'.gz': 'idx', '.tgz': 'cifar'}  # of files, usually
 EXTRA = {'tensorflow': 'TensorFlow', 'bs4': 'Beautiful Soup'}  # what the extra 'prepare' installs
 
 
@@ -290,7 +307,12 @@ SOURCES: dict[str, Callable[[Any, str], Source]] = {
 }
 READERS: dict[str, records.Reader] = {
     'arrayrecord': arrayrecords.read,
+    'cifar': cifar.read,
     'idx': idx.read,
+    'mat': matlab.read,
+    'npy': numpy_files.read_npy,
+    'npz': numpy_files.read_npz,
+    'parquet': parquet.read,
     'tar': tars.read,
     'zip': zips.read,
 }
@@ -310,11 +332,16 @@ def tfds_builder(name: str, here: str) -> tfds.core.DatasetBuilder:
         raise
     except Exception as e:
         raise UserError(f'config.data.source: {name} cannot be had: {reason(e)}') from e
-    if os.path.isdir(os.path.expanduser(name)):
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
         raise UserError(f'config.data.source: for the images in a folder write folder:{name}')
+    if os.path.isfile(path):
+        kind = ENDINGS.get(os.path.splitext(path)[1].lower(), 'KIND')
+        raise UserError(f'config.data.source: for a file write {kind}:{name}; kinds: {", ".join(addresses.READ)}')
     known = [*OWN, *tfds.list_builders(with_community_datasets=False)]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    listed = 'digits, shapes, folder:PATH, pairs:PATH, gaussians:1, gaussians:2 and the names of TFDS'
+    kinds = ', '.join(f'{kind}:PATH' for kind in addresses.KINDS)
+    listed = f'digits, shapes, {kinds}, gaussians:1, gaussians:2 and the names of TFDS'
     hint = f'did you mean {" or ".join(close)}?' if close else f'known: {listed}'
     raise UserError(f'config.data.source: no source {name!r}; {hint}')
 

@@ -43,7 +43,7 @@ def test_unknown_names(tmp_path):
     for name, match in {
         'cifa10': 'did you mean cifar10',
         'digit': 'did you mean digits',
-        'zzzzzzzz': 'known: digits, shapes, folder:PATH',
+        'zzzzzzzz': 'known: digits, shapes, folder:PATH, pairs:PATH, .*idx:PATH',
         'mnist/nosuch': 'mnist/nosuch cannot be had',
         'nowhere:mnist': 'no source',
         'two words': 'no source',
