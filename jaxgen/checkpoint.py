@@ -171,6 +171,23 @@ def stopped(workdir: str, e: OSError) -> RunError:
     )
 
 
+class Kept:
+    """Orbax's policy of which checkpoints stay: the newest, those at multiples of an interval, and the best."""
+
+    def __init__(self, keep: int, keep_every: int):
+        self.keep, self.keep_every = keep, keep_every
+        self.best = -1  # its step; -1: there is none
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        newest = len(checkpoints) - self.keep
+        periodic = [self.keep_every and info.step % self.keep_every == 0 for info in checkpoints]
+        return [
+            i >= newest or bool(at) or info.step == self.best
+            for i, (info, at) in enumerate(zip(checkpoints, periodic, strict=True))
+        ]
+
+
 class Checkpoints:
     """The checkpoints of one run. With `keep` = 0 it only reads."""
 
@@ -182,9 +199,9 @@ class Checkpoints:
         if self.writes:
             os.makedirs(self.folder, exist_ok=True)
             os.makedirs(self.digests, exist_ok=True)
+        self.kept = Kept(keep, keep_every)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None,
-            keep_period=keep_every or None,
+            preservation_policy=self.kept if self.writes else None,
             create=self.writes,
             read_only=not self.writes,
             cleanup_tmp_directories=self.writes,

@@ -35,6 +35,9 @@ from jaxgen.sections import Config, sides
 # Schedules that end at the last update: there a run's length is part of what its updates compute.
 ENDING = ('linear', 'cosine', 'half_linear')
 
+# Fields of `train` that must be multiples of updates_per_call.
+INTERVALS = ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every', 'evaluate_every', 'held_out_every')
+
 # {section: {field: default}}, of the sections that all families share.
 DEFAULTS = options.complete(Config, {}, '')
 # What every config's variant `tiny` begins with: a run of seconds, for tests. The variant's own fields come on top.
@@ -59,13 +62,12 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
-    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples)'
+    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
+    r'|held_out_every|held_out_examples|stop_on|patience)|data\.validation_source'
     r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
-FREE_IN_USE = re.compile(
-    rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)|data\.(test_source|validation_source)'
-)
+FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)|data\.test_source')
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
 SOURCES = tuple(f'{kind}:' for kind in addresses.KINDS)
@@ -368,7 +370,7 @@ def check(resolved: dict) -> None:
         check_recipe(where, fields)
     check_augmentation(data)
     k = train['updates_per_call']
-    for name in ('steps', 'log_every', 'save_every', 'keep_every', 'sample_every', 'evaluate_every'):
+    for name in INTERVALS:
         if train[name] % k:
             raise UserError(
                 f'config.train.{name} = {train[name]} must be a multiple of config.train.updates_per_call = {k}'
@@ -389,6 +391,7 @@ def check(resolved: dict) -> None:
         if (value := get(resolved, field)) and value in prefixes:
             what = 'a file or directory' if value.removesuffix(':') in addresses.READ else 'a directory'
             raise UserError(f'config.{field} = {value!r} must name {what}, {value}PATH')
+    check_stopping(train)
     if train['evaluate_every'] and resolved['evaluate']['features'] == 'none':
         raise UserError('config.train.evaluate_every needs config.evaluate.features: run:PATH of a classifier, say')
 
@@ -402,6 +405,28 @@ def check_low_resolution(data: dict) -> None:
         raise UserError(
             f'config.data.low_resolution = {data["low_resolution"]} must divide config.data.size = {data["size"]}{both}'
         )
+
+
+def check_stopping(train: dict) -> None:
+    """Raises UserError for a metric to stop on that is never evaluated, and for patience without one."""
+    metric, patience = train['stop_on'], train['patience']
+    if patience and not metric:
+        raise UserError(
+            f'config.train.patience = {patience} needs config.train.stop_on: the metric that is to improve, '
+            'validation/NAME, say'
+        )
+    if metric.startswith('test/'):
+        raise UserError(
+            f'config.train.stop_on = {metric!r}: a run that stops on test examples is chosen by them; hold validation '
+            'examples out (config.data.validation_fraction), and stop on validation/NAME'
+        )
+    if metric and '/' not in metric:
+        raise UserError(
+            f'config.train.stop_on = {metric!r} must be validation/NAME, of the family, or METRIC/NETWORK, of samples'
+        )
+    interval = 'held_out_every' if metric.startswith('validation/') else 'evaluate_every'
+    if metric and not train[interval]:
+        raise UserError(f'config.train.stop_on = {metric!r} needs config.train.{interval}: updates between evaluations')
 
 
 def check_recipe(where: str, fields: dict) -> None:

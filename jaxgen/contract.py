@@ -176,6 +176,9 @@ class Family(NamedTuple):
     latents: Latents = Latents()
     captions: Captions = Captions()
     image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `run.assemble` says it
+    larger: tuple[
+        str, ...
+    ] = ()  # metrics of `evaluate` of which larger values are better; 'accuracy' also 'accuracy/0'
     statistics: bool = False  # State.extra holds batch statistics or norms of the averaged weights: no others sample
 
 

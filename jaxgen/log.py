@@ -18,6 +18,7 @@ from jaxgen.files import replacing
 
 # Fields of a line of metrics.jsonl that depend on the clock; all others repeat bit for bit.
 CLOCK = ('images_per_second', 'seconds')
+HELD_OUT = ('validation/', 'test/')  # how the names of metrics of held-out examples begin
 _importing = threading.Lock()
 
 
@@ -148,17 +149,17 @@ class Writer:
             self.board.add_scalar(name, value, step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """A line of its own for the metrics of samples at a step."""
+        """A line of its own for the metrics of samples or of held-out examples at a step."""
         self.file.write(json.dumps({'step': step, 'examples': step * self.images_per_step, **values}) + '\n')
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def has_metrics(self, step: int) -> bool:
-        """Whether `metrics` has written for this step."""
+    def has_metrics(self, step: int, held_out: bool = False) -> bool:
+        """Whether `metrics` has written those of samples, or of held-out examples, for this step."""
         with open(self.path, encoding='utf-8') as file:
-            records = filter(None, map(as_record, file))
-            return any(record['step'] == step and 'seconds' not in record for record in records)
+            records = [r for r in map(as_record, file) if r and r['step'] == step and 'seconds' not in r]
+        return any(held_out == any(name.startswith(HELD_OUT) for name in record) for record in records)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """An image, uint8 [H, W, C], for TensorBoard."""

@@ -26,7 +26,7 @@ NAME = 'origin.json'
 # The entries of a run's directory. Through links there, files outside of it would be read and written.
 OWN = (
     *('config.json', NAME, 'data.json', 'lock', 'metrics.jsonl', 'checkpoints', 'digests', 'damaged', 'samples'),
-    *('explore', 'evaluation', 'evaluation.json', 'results', 'tensorboard', 'profile', 'stages'),
+    *('explore', 'evaluation', 'evaluation.json', 'best.json', 'results', 'tensorboard', 'profile', 'stages'),
 )
 
 

@@ -218,6 +218,11 @@ class Train:
       samples: images of a grid.
       evaluate_every: updates between two evaluations of samples, by config.evaluate.features; 0 is never.
       evaluate_samples: samples that are drawn for these.
+      held_out_every: updates between two evaluations of the family's own metrics on validation examples, or on test
+        examples where there are none; 0 is never.
+      held_out_examples: of these; 0 is all.
+      stop_on: metric by which the best checkpoint is kept, 'validation/NAME', or one of samples; '' is none.
+      patience: evaluations without an improvement of it after which training stops; 0 is never.
     """
 
     steps: Annotated[int, '[1, inf)'] = 1000
@@ -232,6 +237,10 @@ class Train:
     samples: Annotated[int, '[1, inf)'] = 64
     evaluate_every: Annotated[int, '[0, inf)'] = 0
     evaluate_samples: Annotated[int, '[1, inf)'] = 2000
+    held_out_every: Annotated[int, '[0, inf)'] = 0
+    held_out_examples: Annotated[int, '[0, inf)'] = 0
+    stop_on: str = ''
+    patience: Annotated[int, '[0, inf)'] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

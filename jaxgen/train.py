@@ -27,6 +27,7 @@ from jaxgen import (
     randomness,
     sample,
     sharding,
+    stopping,
 )
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, stopped
@@ -134,6 +135,14 @@ class Training:
         self.job, self.seconds = compilation.job(config, a.mesh), 0.0  # what is compiled, and for how long
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
         moved = check_resume(workdir, config, a.family.free) if self.checkpoints.steps() else []
+        if config.data.test_source:
+            a.dataset('test')  # its mistakes come before anything is computed
+        self.held_out = stopping.HeldOut(config, a) if config.train.held_out_every else None
+        self.evaluator = None
+        if config.train.evaluate_every and a.family.sample is not None:
+            self.evaluator = make_evaluator(config, a.mesh)
+            self.evaluator.check(config.train.evaluate_samples)
+        self.best, self.larger = stopping.start(config, a, self.held_out, self.evaluator)
         restored = self.checkpoints.restore(a.abstract, a.mesh)
         identity, images = self.look_at_data()
         self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
@@ -146,18 +155,18 @@ class Training:
             if about.get('data', self.about['data']) != self.about['data']:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
+            self.best = stopping.resumed(self.best, about.get('best'))
             self.introduce(images, f'going on from step {about["step"]} of {config.train.steps}')
         else:
             self.introduce(images, f'from step 0 to {config.train.steps}')
             began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
             self.seconds = time.monotonic() - began
+        self.checkpoints.kept.best = self.best.step
         if self.first:
             save_config(workdir, config, a.spec)
-        self.evaluator = None
-        if config.train.evaluate_every and a.family.sample is not None:
-            self.evaluator = make_evaluator(config, a.mesh)
-            self.evaluator.check(config.train.evaluate_samples)
+            stopping.write(workdir, self.best)
+        if self.evaluator:
             _ = self.evaluator.reference  # computed now, where a signal loses nothing
         self.step = int(self.state.step)
         self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
@@ -259,7 +268,8 @@ class Training:
         if not all_finite(self.state):
             raise self.not_finite(f'weights or optimiser state are not finite at step {self.step}: not saved')
         examples = self.step * self.config.data.batch
-        self.checkpoints.save(self.state, {'examples': examples, 'meter': self.meter.state(), **self.about})
+        about = {'examples': examples, 'meter': self.meter.state(), 'best': self.best._asdict(), **self.about}
+        self.checkpoints.save(self.state, about)
 
     def save_and_leave(self) -> None:
         """Saves and ends the process with the exit code of an interruption."""
@@ -278,11 +288,14 @@ class Training:
         """The file of the samples of this step."""
         return os.path.join(self.workdir, 'samples', f'step_{self.step:07d}.png')
 
+    def model(self) -> BoundModel:
+        """The family with its present weights."""
+        return BoundModel(self.a.family, self.state, self.frozen, self.a.mesh)
+
     def draw(self, n: int):
         """n samples, from the same noise each time."""
-        model = BoundModel(self.a.family, self.state, self.frozen, self.a.mesh)
         provide = conditions.provider(self.a, self.config, {})
-        return sample.draw(model, provide, n, self.config.sample.batch, 0)
+        return sample.draw(self.model(), provide, n, self.config.sample.batch, 0)
 
     def grid(self) -> None:
         """Draws samples and writes their grid."""
@@ -295,30 +308,83 @@ class Training:
             self.writer.image(self.step, 'samples', sheet)
             self.writer.pause()
 
-    def evaluate(self, evaluator) -> None:
-        """Draws samples and writes their metrics."""
+    def evaluate(self, evaluator) -> dict[str, float]:
+        """Metrics of samples."""
         n = self.config.train.evaluate_samples
         metrics = evaluator.compare((evaluator.extract(piece, n) for piece in self.draw(n)), n)
-        if self.writer:
-            self.writer.metrics(self.step, {name: metric['value'] for name, metric in metrics.items()})
+        return {name: metric['value'] for name, metric in metrics.items()}
+
+    def write(self, metrics: dict[str, float], held_out: bool, again: bool) -> None:
+        """Writes the metrics of this step, unless they are there since before the training was stopped."""
+        if self.writer and not (again and self.writer.has_metrics(self.step, held_out)):
+            self.writer.metrics(self.step, metrics)
             self.writer.pause()
 
     def report(self, again: bool = False) -> None:
-        """The grid and the metrics that are due at this step.
+        """The grid and the metrics of samples that are due at this step.
 
         again: only those that are not there, since the training was stopped while they were made.
         """
-        train, end = self.config.train, self.step >= self.config.train.steps
+        train, end = self.config.train, self.ends
 
         def is_due(every: int, there: Callable[[], bool]) -> bool:  # all hosts say the same
             return (self.due(every) or end) and not (again and sharding.any_host(self.first and there()))
 
         if is_due(train.sample_every, lambda: os.path.exists(self.grid_path())):
             self.grid()
-        if self.evaluator and is_due(
-            train.evaluate_every, lambda: bool(self.writer and self.writer.has_metrics(self.step))
+        counted = self.due(train.evaluate_every) and stopping.on_samples(self.config)  # by `watch`
+        if (
+            self.evaluator
+            and not counted
+            and is_due(train.evaluate_every, lambda: bool(self.writer and self.writer.has_metrics(self.step)))
         ):
-            self.evaluate(self.evaluator)
+            self.write(self.evaluate(self.evaluator), held_out=False, again=again)
+
+    def watch(self, again: bool = False) -> bool:
+        """Makes the evaluations that are due at this step and that the end of the training may depend on, before the
+        checkpoint of the step is saved: it holds what they came to. Returns whether the step is the best so far.
+
+        again: the training was stopped at this step, and only what is not in its checkpoint or metrics is made.
+        """
+        train, best = self.config.train, self.best
+        if self.held_out and self.due(train.held_out_every):
+            stops = train.stop_on.startswith('validation/')
+            if not (again and (best.last >= self.step if stops else self.has_held_out())):
+                metrics = self.held_out.evaluate(self.model())
+                self.write(metrics, held_out=True, again=again)
+                self.count(metrics, stops)
+        on_samples = self.due(train.evaluate_every) and stopping.on_samples(self.config)
+        if self.evaluator and on_samples and not (again and best.last >= self.step):
+            metrics = self.evaluate(self.evaluator)
+            self.write(metrics, held_out=False, again=again)
+            self.count(metrics)
+        return self.best.step > best.step
+
+    def has_held_out(self) -> bool:
+        """Whether held-out metrics of this step are written. All hosts say the same."""
+        return sharding.any_host(bool(self.writer and self.writer.has_metrics(self.step, held_out=True)))
+
+    def count(self, metrics: dict[str, float], stops: bool = True) -> None:
+        """Counts an evaluation of the metric that the training stops on."""
+        if not stops:
+            return
+        value = metrics.get(self.best.metric, float('nan'))
+        # One host decides for all: their sums might be rounded differently.
+        better = sharding.any_host(self.first and stopping.is_better(self.best, value, self.larger))
+        self.best = stopping.counted(self.best, self.step, value, better)
+        self.checkpoints.kept.best = self.best.step
+        if self.first:
+            log.say(stopping.count_line(self.best, self.step, value, self.config.train.patience))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the training has ended early."""
+        return 0 < self.config.train.patience <= self.best.waited
+
+    @property
+    def ends(self) -> bool:
+        """Whether this step is the last one."""
+        return self.step >= self.config.train.steps or self.stopped
 
     def due(self, every: int) -> bool:
         """Whether this step is a multiple of an interval; 0: none is."""
@@ -343,8 +409,8 @@ class Training:
         closing.enter_context(contextlib.closing(stream))
 
         if self.step:
-            self.report(again=True)
-        while self.step < train.steps:
+            self.go_on()
+        while not self.ends:
             batches = [next(stream) for _ in range(self.k)]
             stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
             placed = sharding.put_batch(self.a.mesh, stacked, leading=1)
@@ -361,19 +427,53 @@ class Training:
             if profile and calls == PROFILED_CALLS[1]:
                 jax.block_until_ready(self.state)
                 jax.profiler.stop_trace()
-            if self.due(train.save_every) or self.step >= train.steps:
+            better = self.is_watched() and self.watch_still()
+            if self.due(train.save_every) or self.ends or better:
                 self.save()
+            if better:
+                self.write_best()
             agree = jax.process_count() == 1 or calls % CALLS_PER_AGREEMENT == 0
             if agree and sharding.any_host(interrupt.requested()):
                 self.save_and_leave()
-            if self.due(train.sample_every) or self.due(train.evaluate_every) or self.step >= train.steps:
+            if self.due(train.sample_every) or self.due(train.evaluate_every) or self.ends:
                 self.look_at_logs()
                 with self.still():
                     self.report()
         self.look_at_logs()
         self.call_back()
-        if calls == 0:
+        if self.stopped:
+            log.say(stopping.stop_line(self.best, self.step, train.steps))
+        elif calls == 0:
             log.say(f'already at step {self.step} of {train.steps}; for more: --config.train.steps=N')
+
+    def go_on(self) -> None:
+        """What a training that was stopped at this step has not done there."""
+        if self.is_watched() and self.watch(again=True):
+            self.write_best()
+        self.report(again=True)
+
+    def is_watched(self) -> bool:
+        """Whether `watch` has something to do at this step."""
+        train = self.config.train
+        return self.due(train.held_out_every) or (self.due(train.evaluate_every) and stopping.on_samples(self.config))
+
+    def watch_still(self) -> bool:
+        """`watch`; the state is saved where the evaluation fails."""
+        self.look_at_logs()
+        try:
+            with self.still():
+                return self.watch()
+        except Exception:
+            if jax.process_count() == 1:  # others do not know of it
+                self.save()
+                self.checkpoints.wait()
+            raise
+
+    def write_best(self) -> None:
+        """Says in best.json that this step is the best, once its checkpoint is there."""
+        self.checkpoints.wait()
+        if self.first:
+            stopping.write(self.workdir, self.best)
 
     def close(self) -> None:
         if self.writer:

@@ -25,6 +25,15 @@ def program(family) -> Callable:
     return sharding.jit(evaluate)
 
 
+def metric_names(assembled, size: int) -> list[str]:
+    """Names of the family's own metrics, by abstract evaluation of a batch of this size."""
+    features = assembled.spec.features
+    batch = {name: jax.ShapeDtypeStruct((size, *f.shape), f.dtype) for name, f in features.items()}
+    batch['index'] = jax.ShapeDtypeStruct((size,), np.int32)
+    with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):
+        return list(jax.eval_shape(program(assembled.family), assembled.abstract, assembled.frozen, batch, 0))
+
+
 @functools.cache
 def encoder(family) -> Callable:
     """The jitted encoder of a family: (state, frozen, batch, seed) -> {'latents': [n, ...]}."""
@@ -37,7 +46,7 @@ def encoder(family) -> Callable:
 
 
 def map_examples(
-    program: Callable, model: BoundModel, source, n: int, batch: int, seed: int, title: str = ''
+    program: Callable, model: BoundModel, source, n: int, batch: int, seed: int, title: str = '', quiet: bool = False
 ) -> dict[str, np.ndarray]:
     """Outputs of a jitted program for the first n examples of `source`, float64 {name: [n, ...]}.
 
@@ -48,10 +57,11 @@ def map_examples(
       program: (state, frozen, batch, seed) -> {name: [b, ...]}.
       batch: examples at a time.
       title: of the progress bar.
+      quiet: without one.
     """
     size = model.batch_size(batch, n)
     outputs: dict[str, list] = {}
-    with log.bar(n, title, jax.process_index() != 0) as bar:
+    with log.bar(n, title, quiet or jax.process_index() != 0) as bar:
         for start in range(0, n, size):
             index = np.arange(start, min(start + size, n), dtype=np.int32)
             values = model.apply(program, {**source.take(index), 'index': index}, size, seed)

@@ -27,6 +27,8 @@ from jaxgen.metrics.statistics import Statistics, cached, gather
 from jaxgen.sections import sides
 
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
+# Metrics of which larger values are better.
+LARGER: tuple[str, ...] = ('inception_score', 'precision', 'recall', 'density', 'coverage', 'authenticity', 'modes')
 ENOUGH = 10  # images per dimension: with fewer, the Frechet distance is mostly bias
 
 
@@ -131,6 +133,13 @@ class Evaluator:
                 'so compare it with others of as many images only'
             )
 
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that `compare` gives in any case."""
+        outputs = self.features.shapes(self.image)
+        names = ['frechet', *(['sfid'] if 'spatial' in outputs else []), 'kid']
+        names += ['inception_score', 'modes', 'class_kl'] if 'logits' in outputs else []
+        return [f'{name}/{self.features.name}' for name in (*names, 'precision', 'recall', 'density', 'coverage')]
+
     def batch(self, n: int) -> int:
         """Images in one batch, of n in all."""
         return sharding.round_up(self.mesh, min(self.size, n))
@@ -176,9 +185,10 @@ class Evaluator:
     def about(self) -> dict:
         """The entries of evaluation.json on the network and the data set."""
         outputs = self.features.shapes(self.image)
+        source = self.section.get(f'{self.split}_source') or self.section['source']
         return {
             'features': {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs},
-            'reference': {'source': self.section['source'], 'split': self.split, 'n': len(self.source)},
+            'reference': {'source': source, 'split': self.split, 'n': len(self.source)},
         }
 
 

@@ -396,4 +396,5 @@ def build(
         statistics=True,
         latents=Latents(shape=(latent,)),
         captions=Captions(length),
+        larger=('match',),
     )

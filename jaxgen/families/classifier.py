@@ -136,4 +136,4 @@ def build(
             raise UserError('this classifier was not trained on noise: guidance needs the run of a noisy_classifier')
         return factor_logits(averaged(state, batch)[1], sizes)[0]
 
-    return Family(init, update, None, evaluate, encode, classify=classify, divisor=divisor)
+    return Family(init, update, None, evaluate, encode, classify=classify, divisor=divisor, larger=('accuracy',))

@@ -350,4 +350,5 @@ def build(
         trajectory=trajectory,
         divisor=divisor,
         free=('sample_steps', 'start'),
+        larger=('below', 'accuracy'),
     )

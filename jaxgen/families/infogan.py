@@ -290,4 +290,5 @@ def build(
         divisor=2**levels,
         statistics=True,
         latents=Latents(shape=(len(categories) + continuous,)),
+        larger=('information',),
     )

@@ -76,6 +76,7 @@ def build(
         functools.partial(evaluate, model),
         classify=functools.partial(classify, model),
         divisor=denoisers.divisor_of(section),
+        larger=('accuracy',),
     )
 
 

@@ -330,4 +330,5 @@ def build(
         conditions=('label', 'domain', 'image', *((mask,) if mask else ())),
         divisor=divisor,
         latents=Latents(shape=(latent,)),
+        larger=('diversity',),
     )
