@@ -14,7 +14,7 @@ import jaxgen
 from jaxgen import interrupt, locks, options
 from jaxgen.errors import UserError
 
-MODES = ('train', 'sample', 'evaluate', 'explore', 'describe', 'fields', 'list')
+MODES = ('train', 'sample', 'evaluate', 'explore', 'pack', 'describe', 'fields', 'list')
 
 
 def define_flags() -> flags.FlagValues:
@@ -32,7 +32,7 @@ def define_flags() -> flags.FlagValues:
     string(
         'out',
         '',
-        'sample, explore: where the images go; default WORKDIR/samples/..., WORKDIR/explore',
+        'sample, explore: where the images go, default WORKDIR/samples, WORKDIR/explore; pack: FILE.zip or FOLDER',
         flag_values=values,
     )
     string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
@@ -42,7 +42,7 @@ def define_flags() -> flags.FlagValues:
         'how many samples; default 64, in evaluate config.evaluate.samples; explore: rows, default 8',
         flag_values=values,
     )
-    string('step', '', 'sample, evaluate, explore: of the checkpoint; default the newest', flag_values=values)
+    string('step', '', 'of the checkpoint that is used; default the newest', flag_values=values)
     integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
     string('features', '', 'evaluate: inception | run:PATH | none, the network to evaluate with', flag_values=values)
@@ -73,6 +73,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=sample --workdir=runs/ddpm_digits --n=16   draw images
   jaxgen --mode=evaluate --workdir=runs/ddpm_digits        metrics, of the run and its samples
   jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
+  jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
 
@@ -150,6 +151,7 @@ READS = {
     'evaluate': (*USING, 'features', 'inception'),
     'evaluate --images': ('config', 'workdir', 'images', 'out', 'features', 'inception', 'cache', 'multihost'),
     'explore': (*USING, 'out'),
+    'pack': ('config', 'workdir', 'step', 'out'),
     'describe': ('config',),
     'fields': ('config',),
     'list': (),
@@ -202,7 +204,7 @@ def say_mistake(e: UserError) -> int:
 
 
 # Modes that compute, and what they begin with.
-DOING = {'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring'}
+DOING = {'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'}
 
 
 def check_platform() -> None:

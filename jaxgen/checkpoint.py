@@ -431,6 +431,12 @@ class Checkpoints:
                     f'the checkpoint of step {step} is of another model: {key} is {saved.get(key, "absent")} there '
                     f'and {here.get(key, "absent")} by this config'
                 )
+        absent = [item for item in expected if not os.path.isdir(os.path.join(self.folder, str(step), item))]
+        if absent and self.is_intact(step):  # left out by pack.py
+            raise UserError(
+                f'the checkpoint of step {step} was packed without {", ".join(absent)}: it is there to be used, and '
+                'cannot be trained on'
+            )
         shardings = sharding.over_weights(mesh, expected)
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, shardings)
         args = {item: ocp.args.StandardRestore(value) for item, value in target.items()}

@@ -8,6 +8,7 @@ Modes:
             --images=FOLDER, against the data of --config: evaluation.json
   explore   sheets of a trained run: reconstructions, interpolations, traversals and maps of its latent space,
             its samples beside their nearest training images: PNG files
+  pack      a run, its newest checkpoint and its stages into one folder or archive, --out: to move or to share
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
   list      print the configs that come with jaxgen, a line each: those with all the words that follow
   fields    print every field of a config: value, meaning, type, allowed values, default
@@ -48,7 +49,20 @@ import jax
 import numpy as np
 
 import jaxgen
-from jaxgen import catalogue, checkpoint, compilation, data, describe, fields, files, hosts, log, outputs, sharding
+from jaxgen import (
+    catalogue,
+    checkpoint,
+    compilation,
+    data,
+    describe,
+    fields,
+    files,
+    hosts,
+    log,
+    outputs,
+    pack,
+    sharding,
+)
 from jaxgen import config as configs
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
@@ -130,6 +144,14 @@ def explore_mode(run, n: int, seed: int, out: str) -> None:
     log.say(f'written to {out}')
 
 
+def pack_mode(workdir: str, config, named: set[str], step: int | None, out: str) -> None:
+    """A run and its stages in one folder or archive."""
+    pack.check_out(out)
+    run = runs.load(workdir, config=config, named=named, step=step)
+    count, size = pack.pack(run, out)
+    log.say(f'step {run.step} of {workdir}, {count} files, {size:,} bytes: {out}')
+
+
 def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     """The metrics of a folder of images against the data set of a config."""
     if config.evaluate.features == 'none':
@@ -201,6 +223,9 @@ def main(argv: list[str]) -> None:
     if values.images:
         config, _, unnamed = runs.read(workdir, config, named)
         images_mode(config, unnamed, values.images, values.out)
+        return
+    if mode == 'pack':
+        pack_mode(workdir, config, named, int(values.step) if values.step else None, values.out)
         return
     condition = dict(parse_condition(text) for text in values.condition)
     if jax.process_index() == 0:

@@ -23,6 +23,7 @@ from jaxgen import files
 from jaxgen.errors import UserError
 
 NAME = 'origin.json'
+LONGEST = 2**16  # characters of it that are read
 # The entries of a run's directory. Through links there, files outside of it would be read and written.
 OWN = (
     *('config.json', NAME, 'data.json', 'lock', 'metrics.jsonl', 'checkpoints', 'digests', 'damaged', 'samples'),
@@ -48,29 +49,66 @@ def secret(create: bool = False) -> bytes:
     return b''
 
 
-def signature(config, key: bytes) -> str:
-    """HMAC-SHA256, in hexadecimal digits, of the paths that a config names."""
-    text = json.dumps(configs.paths(config), sort_keys=True)
+def signature(config, key: bytes, relative: dict[str, str] | None = None) -> str:
+    """HMAC-SHA256, in hexadecimal digits, of the paths that a config names, and of those of its stages that are
+    relative to the run, where these are given."""
+    named: dict = configs.paths(config)
+    signed = named if relative is None else {'paths': named, 'stages': relative}
+    text = json.dumps(signed, sort_keys=True)
     return hmac.new(key, text.encode('utf-8', 'surrogateescape'), hashlib.sha256).hexdigest()
 
 
 def sign(workdir: str, config) -> None:
-    """Writes this person's signature of a run's paths into its directory."""
+    """Writes this person's signature of a run's paths into its directory, and where its stages lie from there."""
     key = secret(create=True)
     if key:
-        files.save_json(os.path.join(workdir, NAME), {'paths': signature(config, key)})
+        run = os.path.realpath(workdir)
+        relative = {name: os.path.relpath(os.path.realpath(path), run) for name, path in config.stages.items()}
+        signed: dict = {'paths': signature(config, key)}
+        if relative:
+            signed |= {'stages': relative, 'stages_signature': signature(config, key, relative)}
+        files.save_json(os.path.join(workdir, NAME), signed)
+
+
+def read(workdir: str) -> dict:
+    """What `sign` has written, or anything else that lies there; {} where it is no JSON object."""
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not block
+        with open(os.open(os.path.join(workdir, NAME), flags), encoding='utf-8') as file:
+            signed = json.loads(file.read(LONGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return signed if isinstance(signed, dict) else {}
+
+
+def is_signature(text, *of) -> bool:
+    """Whether a text is this person's signature of the arguments of `signature` but the key."""
+    key = secret()
+    try:
+        return bool(key) and hmac.compare_digest(text, signature(of[0], key, *of[1:]))
+    except TypeError:
+        return False
 
 
 def is_own(workdir: str, config) -> bool:
     """Whether a run has this person's signature of these paths."""
-    key = secret()
-    try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not block
-        with open(os.open(os.path.join(workdir, NAME), flags), encoding='utf-8') as file:
-            saved = json.loads(file.read(1000))['paths']
-        return bool(key) and hmac.compare_digest(saved, signature(config, key))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return is_signature(read(workdir).get('paths'), config)
+
+
+def stage(workdir: str, config, name: str) -> str:
+    """Where a stage of a run lies, which may have been moved, if nobody names another place: in RUN/stages/NAME, which
+    is the run's own; in a run of this person at its place relative to the run, or beside the run under its name; where
+    it lay in training."""
+    path, signed = config.stages[name], read(workdir)
+    places = [os.path.join(workdir, 'stages', name)]
+    if is_signature(signed.get('paths'), config):
+        relative: dict = signed.get('stages') or {}
+        if is_signature(signed.get('stages_signature'), config, relative) and name in relative:
+            places.append(os.path.join(os.path.realpath(workdir), relative[name]))
+        if not os.path.isdir(path):
+            places.append(os.path.join(os.path.dirname(os.path.realpath(workdir)), os.path.basename(path)))
+    found = (place for place in places if os.path.isfile(os.path.join(place, 'config.json')))
+    return files.absolute(next(found, path))
 
 
 def outside(workdir: str, path: str) -> bool:

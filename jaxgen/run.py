@@ -526,8 +526,18 @@ def saved_config(workdir: str) -> ConfigDict:
     workdir = os.path.expanduser(workdir)
     path = os.path.join(workdir, 'config.json')
     if not os.path.isfile(path):
+        check_no_archive(workdir)
         raise UserError(f'no run in {workdir}: train one first, or give its --workdir')
     return configs.read_json(path)
+
+
+def check_no_archive(workdir: str) -> None:
+    """Raises UserError where a run's archive is named in place of its directory."""
+    unpack = {'.zip': 'python -m zipfile -e', '.tar': 'tar -xf', '.tar.gz': 'tar -xf', '.tgz': 'tar -xf'}
+    command = next((c for ending, c in unpack.items() if workdir.endswith(ending)), '')
+    if command and os.path.isfile(workdir):
+        into = ' FOLDER' if 'zipfile' in command else ' -C FOLDER'
+        raise UserError(f'{workdir} is an archive: unpack it, {command} {workdir}{into}, and name the run in FOLDER')
 
 
 def save_config(workdir: str, config: ConfigDict, spec: data.Spec) -> None:
@@ -554,8 +564,8 @@ def saved_spec(workdir: str) -> data.Spec | None:
 def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: Set[str]):
     """(config, unnamed): the config that a run is used with, and paths in it that are not to be read; see `load`.
 
-    A stage lies where the person says, or else in RUN/stages/NAME, or else where it lay in training. Where prepared
-    data lie is a question of the machine, so a stranger's run does not say it.
+    A stage lies where the person says, or else where `origin.stage` finds it. Where prepared data lie is a question of
+    the machine, so a stranger's run does not say it.
     """
     if isinstance(config, dict):
         named, sections = configs.flat(config).keys(), configs.deep_update(saved.to_dict(), config)
@@ -563,9 +573,8 @@ def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | Non
         sections = (saved if config is None else config).to_dict()
     used = configs.complete(sections)
     for name, path in used.stages.items():
-        within = os.path.join(workdir, 'stages', name)
-        if f'stages.{name}' not in named and path == saved.stages.get(name) and os.path.isdir(within):
-            used.stages[name] = files.absolute(within)
+        if f'stages.{name}' not in named and path == saved.stages.get(name):
+            used.stages[name] = origin.stage(workdir, saved, name)
     unnamed = origin.unnamed(workdir, saved, used, named)
     origin.check_named(unnamed, *(f'stages.{name}' for name in used.stages))
     if unnamed.pop('data.dir', ''):
