@@ -11,7 +11,9 @@ with z = mean + exp(log_var / 2) eps, or, with `samples` = k > 1, the tighter im
     L_k = E log 1/k sum_i p(x, z_i) / q(z_i | x),  ELBO = L_1 <= L_k <= log p(x).
 
 `beta` other than 1 weights the KL term (beta-VAE, Higgins et al. 2017): no bound any more, but latents that are more
-disentangled. `beta_warmup` lets the weight rise from 0. Metrics are of the bound (beta = 1) always.
+disentangled. `beta_warmup` lets the weight rise from 0 (Sonderby et al. 2016, arXiv 1602.02282). With `free_bits` = f
+the KL term is sum_j max(f, KL_j), KL_j the mean over the batch of that of latent j: below f it costs nothing, so that
+no latent is given up early (Kingma et al. 2016, arXiv 1606.04934, eq. 15). Metrics are of the bound (beta = 1) always.
 
 The prior p(z) is N(0, I), or a mixture of the encoder's own posteriors at K learned images u_k, the pseudo-inputs
 (VampPrior, Tomczak & Welling 2017, arXiv 1705.07120, eq. 9):
@@ -35,8 +37,10 @@ Pixels, and what the units mean:
   compare it with nothing else.
 - 'gaussian': density of x in [-1, 1], in nats per image. It depends on the pixels' scale and has no
   upper bound.
-- 'discretised_gaussian': probability of the 256 quantisation levels; bits per dimension are measured too.
-One log standard deviation is shared by all pixels (Rybkin et al. 2020), learned or fixed at `scale`.
+- 'discretised_gaussian', 'discretised_logistic': probability of the 256 quantisation levels, as the mass in a level's
+  bin; bits per dimension are measured too.
+One scale (the standard deviation, or a logistic's scale) is shared by all pixels (Rybkin et al. 2020), learned or fixed
+at `scale`, or the decoder puts out one for each pixel of each image (Kingma & Welling; Tomczak & Welling).
 
 Samples and reconstructions are the decoder's mean images, not draws from p(x | z): no pixel noise.
 """
@@ -57,7 +61,7 @@ from jaxgen.checks import check_labels, check_size
 from jaxgen.contract import Aux, Context, Family, Latents, State, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
-from jaxgen.losses.divergences import normal_kl
+from jaxgen.losses.divergences import normal_kl, normal_kl_by_latent
 from jaxgen.networks.vae import (
     ConvDecoder,
     ConvEncoder,
@@ -67,7 +71,7 @@ from jaxgen.networks.vae import (
     MlpEncoder,
     PixelDistribution,
 )
-from jaxgen.options import Count, NonNegative, OneOf, Positive
+from jaxgen.options import Count, NonNegative, OneOf, Positive, Rule
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
@@ -79,6 +83,7 @@ LIKELIHOODS = {
     'bernoulli': lambda logits, log_scale, x: likelihoods.bernoulli(logits, x),
     'gaussian': likelihoods.gaussian,
     'discretised_gaussian': likelihoods.discretised_gaussian,
+    'discretised_logistic': likelihoods.discretised_logistic,
 }
 
 # --- distributions of latents
@@ -90,6 +95,7 @@ class Inference(NamedTuple):
     mean: Array  # [n, d]; of two levels that of q(z | x, z2) at the mean z2 of q(z2 | x), and behind it z2
     draw: Callable  # standard normal noise [n, d] -> z ~ q(z | x) [n, d], and log p(z) - log q(z | x) [n], nats
     kl: Array | None  # KL(q(z | x) || p(z)) [n], nats, where it has a closed form
+    kl_by_latent: Array | None = None  # the same of each dimension, [n, d]
 
 
 def reparameterise(mean: Array, log_var: Array, noise: Array) -> Array:
@@ -119,7 +125,9 @@ def infer(posterior: Moments, prior: Moments) -> Inference:
         z = reparameterise(*posterior, noise)
         return z, log_mixture(z, *prior) - log_normal(z, *posterior)
 
-    return Inference(posterior[0], draw, normal_kl(*posterior, *prior) if len(prior[0]) == 1 else None)
+    if len(prior[0]) > 1:
+        return Inference(posterior[0], draw, None)
+    return Inference(posterior[0], draw, normal_kl(*posterior, *prior), normal_kl_by_latent(*posterior, *prior))
 
 
 def infer_two_levels(posterior2: Moments, prior2: Moments, posterior: Callable, prior: Callable) -> Inference:
@@ -152,6 +160,33 @@ def importance_weight(log_likelihood: Callable, inference: Inference, noise: Arr
     z, log_ratio = inference.draw(noise)
     log_x = log_likelihood(z)
     return log_x + log_ratio, log_x
+
+
+def importance_sampled(
+    log_likelihood: Callable, inference: Inference, keys: Array, size: int, k: int
+) -> tuple[Array, Array, Array]:
+    """Of k importance samples z_i ~ q(z | x) with weights w_i: log 1/k sum_i w_i, 1/k sum_i log w_i and
+    1/k sum_i log p(x | z_i), [n] each, nats.
+
+    Samples are drawn one after another, and nothing of them is kept but these sums: memory does not grow with k.
+
+    Args:
+      keys: [n]; the noise of sample i is drawn by fold_in(key, i).
+      size: of the noise, [n, size].
+    """
+
+    def one(i: Array, run: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, mean_w, mean_x = run  # sum_i w_i = exp(largest) total
+        noise = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, i), (size,))
+        log_w, log_x = importance_weight(log_likelihood, inference, noise)
+        new = jnp.maximum(largest, log_w)
+        shift = jnp.where(jnp.isneginf(new), 0, new)  # weights of 0 alone, so far
+        total = total * jnp.exp(largest - shift) + jnp.exp(log_w - shift)
+        return new, total, mean_w + (log_w - mean_w) / (i + 1), mean_x + (log_x - mean_x) / (i + 1)
+
+    zero = jnp.zeros(len(keys))
+    largest, total, mean_w, mean_x = jax.lax.fori_loop(0, k, one, (zero - jnp.inf, zero, zero, zero))
+    return largest + jnp.log(total) - math.log(k), mean_w, mean_x
 
 
 # --- pixels
@@ -254,7 +289,10 @@ class Model(NamedTuple):
         return self.pixels.mean_image(self.decode(params, z, condition)[0])
 
 
-def loss(model: Model, beta: float, beta_warmup: int, samples: int, params, state: State, frozen, batch, rng):
+def loss(
+    model: Model, beta: float, beta_warmup: int, free_bits: float, samples: int,
+    params, state: State, frozen, batch, rng,
+):  # fmt: skip
     """Minus the bound, nats per image: KL + reconstruction (eq. 10), or with samples > 1 -L_k (Burda et al., eq. 8)."""
     weight = beta * jnp.minimum(1, (state.step + 1) / beta_warmup) if beta_warmup else beta
     pixel_rng, z_rng = jax.random.split(rng)
@@ -266,6 +304,9 @@ def loss(model: Model, beta: float, beta_warmup: int, samples: int, params, stat
         log_w, log_x = importance_weight(log_p, inference, noise)
         kl = log_x - log_w if inference.kl is None else inference.kl
         value = (weight * kl - log_x).mean()
+        if free_bits:
+            cost = jnp.maximum(inference.kl_by_latent.mean(0), free_bits).sum()
+            value = weight * cost - log_x.mean()
     else:
         log_w, log_x = jax.vmap(lambda noise: importance_weight(log_p, inference, noise))(noise)  # [k, n]
         kl = (log_x - log_w).mean(0) if inference.kl is None else inference.kl
@@ -320,25 +361,23 @@ def evaluate(model: Model, iwae_samples: int, state: State, frozen, batch, rng) 
 
     'nll_elbo' and 'nll_iwae', upper bounds on -log p(x), the second with iwae_samples; 'kl'; 'reconstruction' =
     E_q -log p(x | z); 'squared_error', of the image decoded from q's mean, mean over pixels in [-1, 1]; 'bits_per_dim'
-    for 'discretised_gaussian', from 'nll_iwae'.
+    for the discretised likelihoods, from 'nll_iwae'.
     """
     pixel_rng, z_rng = jax.random.split(rng)
     x, condition = model.pixels.target(batch['image'], example_keys(pixel_rng, batch)), model.condition(batch)
     inference, log_p = model.infer(state.ema, x, condition), model.log_likelihood(state.ema, x, condition)
-    # One sample after another: [k, n] weights are kept, never k batches of images.
-    keys = jax.vmap(jax.random.split, (0, None), 1)(example_keys(z_rng, batch), iwae_samples)  # [k, n]
-    log_w, log_x = jax.lax.map(lambda keys: importance_weight(log_p, inference, normal(keys, (model.size,))), keys)
-    kl = (log_x - log_w).mean(0) if inference.kl is None else inference.kl
-    reconstruction = -log_x.mean(0)
+    keys = example_keys(z_rng, batch)
+    bound, log_w, log_x = importance_sampled(log_p, inference, keys, model.size, iwae_samples)
+    kl, reconstruction = log_x - log_w if inference.kl is None else inference.kl, -log_x
     mean_image = model.mean_image(state.ema, inference.mean, condition)
     metrics = {
         'nll_elbo': reconstruction + kl,
-        'nll_iwae': -log_mean_exp(log_w),
+        'nll_iwae': -bound,
         'kl': kl,
         'reconstruction': reconstruction,
         'squared_error': jnp.square(mean_image - model.pixels.signed(x)).mean((1, 2, 3)),
     }
-    if model.pixels.likelihood == 'discretised_gaussian':
+    if model.pixels.likelihood.startswith('discretised'):
         metrics['bits_per_dim'] = metrics['nll_iwae'] / (math.prod(model.image) * math.log(2))
     return metrics
 
@@ -354,22 +393,24 @@ def decode(model: Model, state: State, frozen, batch, latents, rng) -> Array:
 
 
 def make_networks(
-    context: Context, network: str, latent: int, latent2: int, width: int, levels: int, activation: str, hidden: tuple
-) -> tuple[dict[str, nn.Module], nn.Module]:
-    """Encoders and decoder2 by name, and the decoder of images; arguments are those of `build`."""
-    dtype, unit = context.dtype, ACTIVATIONS[activation]
+    context: Context, network: str, latent: int, latent2: int, width: int, levels: int, activation: str, hidden: tuple,
+    outputs: int,
+) -> tuple[dict[str, nn.Module], nn.Module]:  # fmt: skip
+    """Encoders and decoder2 by name, and the decoder of images, with `outputs` channels; the other arguments are those
+    of `build`."""
+    dtype, unit, image = context.dtype, ACTIVATIONS[activation], (*context.image[:2], outputs)
     if network == 'conv':
         encoder = ConvEncoder(latent, width, levels, unit, dtype, context.remat)
-        return {'encoder': encoder}, ConvDecoder(context.image, width, levels, unit, dtype, context.remat)
+        return {'encoder': encoder}, ConvDecoder(image, width, levels, unit, dtype, context.remat)
     unit = None if network == 'gated' else unit  # None: gated layers
     if not latent2:
-        return {'encoder': MlpEncoder(latent, hidden, unit, dtype)}, MlpDecoder(context.image, hidden, unit, dtype)
+        return {'encoder': MlpEncoder(latent, hidden, unit, dtype)}, MlpDecoder(image, hidden, unit, dtype)
     networks = {
         'encoder': JoinedEncoder(latent, hidden, unit, dtype),
         'encoder2': MlpEncoder(latent2, hidden, unit, dtype),
         'decoder2': MlpEncoder(latent, hidden[::-1], unit, dtype),
     }
-    return networks, JoinedDecoder(context.image, latent, hidden, unit, dtype)
+    return networks, JoinedDecoder(image, latent, hidden, unit, dtype)
 
 
 def check(pixels: Pixels, network: str, latent2: int, hidden: tuple[int, ...], conditional: bool, prior: str) -> None:
@@ -385,6 +426,21 @@ def check(pixels: Pixels, network: str, latent2: int, hidden: tuple[int, ...], c
             'config.model.conditional needs one level of latents and a normal prior: set latent2 to 0 and prior to '
             "'normal'"
         )
+
+
+def is_scale_range(values: tuple) -> bool:
+    return not values or (len(values) == 2 and 0 < values[0] < values[1])
+
+
+def check_scales(likelihood: str, learn_scale: bool, scales: str, scale_range: tuple, bounded_mean: bool) -> None:
+    """Raises UserError where options of the pixels' scales do not go together."""
+    if likelihood == 'bernoulli' and (scales != 'shared' or scale_range or bounded_mean):
+        others = ', '.join(map(repr, (name for name in LIKELIHOODS if name != 'bernoulli')))
+        raise UserError(
+            f'config.model.scales, scale_range and bounded_mean need a config.model.likelihood with a scale: {others}'
+        )
+    if scales == 'pixel' and not learn_scale:
+        raise UserError("config.model.scales = 'pixel' are learned: set config.model.learn_scale to True")
 
 
 @options.checked
@@ -410,8 +466,12 @@ def build(
     encoder_range: Annotated[str, OneOf('signed', 'unit')] = 'signed',
     scale: Positive = 0.1,
     learn_scale: bool = True,
+    scales: Annotated[str, OneOf('shared', 'pixel')] = 'shared',
+    scale_range: Annotated[tuple[float, ...], Rule(is_scale_range, '(least, most), above 0')] = (),
+    bounded_mean: bool = False,
     beta: NonNegative = 1.0,
     beta_warmup: Annotated[int, '[0, inf)'] = 0,
+    free_bits: NonNegative = 0.0,
     samples: Count = 1,
     iwae_samples: Count = 64,
 ) -> Family:
@@ -438,9 +498,14 @@ def build(
         With 'bernoulli' only.
       encoder_range: of the encoder's input of bits and grey levels x, 'signed': 2 x - 1 in [-1, 1]; 'unit': x in
         [0, 1], as in the papers. With 'bernoulli' only.
-      scale, learn_scale: standard deviation of the gaussian ones, at the start or fixed.
+      scale, learn_scale: standard deviation of the gaussian ones, scale of the logistic one, at the start or fixed.
+      scales: 'shared' by all pixels, or 'pixel': one for each pixel of each image, by the decoder; learned both.
+      scale_range: least and most scale; (): any.
+      bounded_mean: means of the gaussian ones and the logistic one lie in (-1, 1), by a sigmoid.
       beta: weight of the KL term in training.
       beta_warmup: updates in which it rises linearly to that; 0: none.
+      free_bits: nats of the KL of each latent, mean over the batch, that cost nothing in training. It needs the prior
+        'normal', one level and samples = 1.
       samples: k of the bound that is trained; 1: the ELBO.
       iwae_samples: k of 'nll_iwae' in evaluate; also the draws by which a KL without a closed form is estimated.
 
@@ -449,18 +514,26 @@ def build(
     """
     pixels = Pixels(likelihood, binarise, white, encoder_range)
     check(pixels, network, latent2, hidden, conditional, prior)
+    check_scales(likelihood, learn_scale, scales, scale_range, bounded_mean)
     if samples > 1 and (beta != 1 or beta_warmup):
         raise UserError(
             'config.model.samples > 1 trains a bound without a KL term: set config.model.beta to 1 and beta_warmup to 0'
+        )
+    if free_bits and (samples > 1 or latent2 or prior != 'normal'):
+        raise UserError(
+            'config.model.free_bits needs a KL of each latent: set config.model.samples to 1, latent2 to 0 and prior '
+            "to 'normal'"
         )
     check_labels(context, conditional)
     divisor = 2**levels if network == 'conv' else 1
     check_size(context.image, divisor, f'config.model.levels = {levels}')
 
-    networks, decoder = make_networks(context, network, latent, latent2, width, levels, activation, hidden)
-    learn_scale = learn_scale and likelihood != 'bernoulli'
+    outputs = context.image[2] * (2 if scales == 'pixel' else 1)
+    networks, decoder = make_networks(context, network, latent, latent2, width, levels, activation, hidden, outputs)
+    learned = scales if learn_scale and likelihood != 'bernoulli' else 'fixed'
+    log_range = tuple(map(math.log, scale_range))
     model = Model(
-        networks={**networks, 'decoder': PixelDistribution(decoder, math.log(scale), learn_scale)},
+        networks={**networks, 'decoder': PixelDistribution(decoder, math.log(scale), learned, log_range, bounded_mean)},
         pixels=pixels,
         image=context.image,
         latent=latent,
@@ -468,11 +541,12 @@ def build(
         classes=context.classes if conditional else 0,
         pseudo_inputs=pseudo_inputs if prior == 'vamp' else 0,
     )
+    objective = functools.partial(loss, model, beta, beta_warmup, free_bits, samples)
     start = functools.partial(start_pseudo_inputs, model, pseudo_mean, pseudo_std, pseudo_data)
     trained = (*model.networks, *(['prior'] if prior == 'vamp' else []))
     return Family(
         init=functools.partial(init, model, context.optim, start),
-        update=make_update(functools.partial(loss, model, beta, beta_warmup, samples), context.optim, *trained),
+        update=make_update(objective, context.optim, *trained),
         sample=functools.partial(sample, model),
         evaluate=functools.partial(evaluate, model, iwae_samples),
         encode=None if conditional else functools.partial(encode, model),

@@ -90,6 +90,20 @@ def discretised_gaussian(mean: Array, log_scale: Array, x: Array, levels: int = 
     return sum_per_example(jnp.where(narrow, series, log_p))
 
 
+def discretised_logistic(mean: Array, log_scale: Array, x: Array, levels: int = 256) -> Array:
+    """Log P(x) of pixels with `levels` values, as the logistic's mass in each pixel's bin (Kingma et al. 2016, arXiv
+    1606.04934, appendix C.1); the first and the last bin extend to -inf and +inf.
+
+    Args:
+      mean: [n, ...].
+      log_scale: log of the scale in units of x, broadcast against mean; SMALLEST_LOG_SCALE or more.
+      x: [n, ...] in [-1, 1], at the levels -1, -1 + 2 / (levels - 1), ..., 1.
+    """
+    log_scale = jnp.broadcast_to(log_scale, mean.shape)
+    one = jnp.stack([jnp.zeros_like(mean), mean, log_scale], -1)  # a mixture of one
+    return discretised_logistic_mixture(one, x[..., None], levels)
+
+
 def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0) -> Array:
     """-log p(label) of each label, float32 [...].
 

@@ -202,15 +202,31 @@ class JoinedDecoder(nn.Module):
 
 
 class PixelDistribution(nn.Module):
-    """A decoder and the log standard deviation of all pixels: z -> ([n, H, W, C], scalar)."""
+    """A decoder with what else the distribution of pixels has: z -> means, or logits of bits, float32 [n, H, W, C], and
+    log scales, a scalar or of the same shape.
+
+    Attributes:
+      decoder: z -> [n, H, W, C], or [n, H, W, 2 C] where each pixel has a scale of its own.
+      log_scale: at the start, or fixed.
+      scales: 'fixed', 'shared', one learned number, or 'pixel', by the decoder.
+      log_range: least and most log scale; (): any.
+      bounded: means are bounded to (-1, 1) by a sigmoid.
+    """
 
     decoder: nn.Module
     log_scale: float
-    learn_scale: bool
+    scales: str
+    log_range: tuple[float, ...] = ()
+    bounded: bool = False
 
     @nn.compact
     def __call__(self, z: Array) -> tuple[Array, Array]:
-        log_scale = jnp.float32(self.log_scale)
-        if self.learn_scale:
+        output, log_scale = self.decoder(z), jnp.float32(self.log_scale)
+        if self.scales == 'shared':
             log_scale = self.param('log_scale', nn.initializers.constant(self.log_scale), ())
-        return self.decoder(z), log_scale
+        elif self.scales == 'pixel':
+            output, change = jnp.split(output, 2, -1)
+            log_scale = self.log_scale + change
+        if self.log_range:
+            log_scale = jnp.clip(log_scale, *self.log_range)
+        return 2 * nn.sigmoid(output) - 1 if self.bounded else output, log_scale

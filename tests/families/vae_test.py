@@ -207,6 +207,147 @@ def test_pixels():
     np.testing.assert_allclose(real.mean_image(jnp.array([-2.0, 0.3])), [-1, 0.3])
 
 
+# --- a linear model, whose likelihood is known, through the family itself
+
+
+LINEAR = dict(network='mlp', hidden=(), latent=2, likelihood='gaussian', scale=0.6, learn_scale=False)
+
+
+def linear_family(k: int, seed: int = 0):
+    """A linear encoder and decoder with random weights, an image, its exact -log p(x), and KL(q(z | x) || p(z | x))."""
+    f = family((2, 2, 1), **{**LINEAR, 'iwae_samples': k})
+    one = images(1, (2, 2, 1))
+    state = begin(f, one)
+    rng = np.random.default_rng(seed)
+    state = state.replace(ema=jax.tree.map(lambda a: jnp.float32(0.5 * rng.normal(size=a.shape)), state.ema))
+    w, b = (np.asarray(state.ema['decoder']['decoder']['Dense_0'][k], np.float64) for k in ('kernel', 'bias'))
+    x = np.asarray(one['image'], np.float64).reshape(4)
+    exact = -stats.multivariate_normal(b, w.T @ w + 0.36 * np.eye(4)).logpdf(x)
+    # The exact posterior, and its distance from q = N(mean, diag(var)).
+    precision = np.eye(2) + w @ w.T / 0.36
+    where = np.linalg.solve(precision, w @ (x - b) / 0.36)
+    p = state.ema['encoder']['Dense_0']
+    mean, log_var = np.split(x @ np.asarray(p['kernel'], np.float64) + np.asarray(p['bias']), 2)
+    away = mean - where
+    kl = 0.5 * (np.trace(precision * np.exp(log_var)) + away @ precision @ away - 2)
+    kl -= 0.5 * (log_var.sum() + np.linalg.slogdet(precision)[1])
+    return f, state, one, exact, kl
+
+
+def repeated(one, n: int) -> dict:
+    return {'image': jnp.repeat(one['image'], n, 0)}
+
+
+def test_bounds_of_a_linear_model_are_the_exact_ones():
+    """-ELBO = -log p(x) + KL(q(z | x) || p(z | x)); with 5,000 importance samples -log p(x) itself."""
+    f, state, one, exact, kl = linear_family(5000)
+    assert kl > 0.3, 'q is not the posterior'
+    metrics = evaluate(f, state, repeated(one, 8))
+    np.testing.assert_allclose(metrics['nll_elbo'].mean(), exact + kl, atol=0.05)
+    np.testing.assert_allclose(metrics['nll_iwae'].mean(), exact, atol=0.03)
+
+
+def test_one_importance_sample_is_the_elbo_and_more_are_tighter():
+    means, errors = {}, {}
+    for k in (1, 5):
+        f, state, one, exact, kl = linear_family(k)
+        nll = evaluate(f, state, repeated(one, 4000))['nll_iwae']
+        means[k], errors[k] = float(nll.mean()), 4 * float(nll.std()) / math.sqrt(4000)
+    assert abs(means[1] - exact - kl) < errors[1], 'S = 1 is the ELBO in expectation'
+    assert exact - errors[5] < means[5] < means[1] - errors[1]
+
+
+def test_memory_does_not_grow_with_importance_samples():
+    sizes = set()
+    for k in (8, 4000):
+        f, state, one, *_ = linear_family(k)
+        batch = {**repeated(one, 8), 'index': jnp.arange(8)}
+        program = jax.jit(f.evaluate).lower(state, {}, batch, jax.random.key(0)).compile()
+        sizes.add(program.memory_analysis().temp_size_in_bytes)
+    assert len(sizes) == 1
+
+
+def test_sums_of_importance_weights_are_stable():
+    """Log weights a thousand nats apart, as far as minus infinity: the sums are those of numpy in float64."""
+    log_w = np.array([[-1000.0, 3.0, -np.inf, 80.0], [-2000.0, -500.0, -np.inf, 80.0], [-1001.0, 2.0, -3.0, 81.0]])
+    at = iter(range(3))
+    with jax.disable_jit():  # so that the scan is a loop, and the weights come one after another
+        bound, mean_w, mean_x = vae.importance_sampled(
+            lambda z: jnp.float32(log_w[next(at)]),
+            vae.Inference(None, lambda noise: (noise, jnp.zeros(4)), None),
+            *(jax.random.split(jax.random.key(0), 4), 1, 3),
+        )
+    np.testing.assert_allclose(bound, np.logaddexp.reduce(log_w, 0) - math.log(3), rtol=1e-5)
+    finite = np.isfinite(log_w).all(0)
+    np.testing.assert_allclose(mean_w[finite], log_w.mean(0)[finite], rtol=1e-5)
+    np.testing.assert_allclose(mean_x[finite], log_w.mean(0)[finite], rtol=1e-5)
+
+
+def test_free_bits_are_a_floor_of_each_latents_kl():
+    plain, batch = family(), images()
+    state = begin(plain, batch)
+    model = plain.evaluate.args[0]
+    target = model.pixels.target(batch['image'], jax.random.split(jax.random.key(0), 6))
+    mean, log_var = model.apply(state.params, 'encoder', model.pixels.encoder_input(target))
+    each = np.asarray(0.5 * (mean**2 + jnp.exp(log_var) - log_var - 1)).mean(0)
+    assert each.shape == (3,)
+    low, middle, high = np.sort(each)
+    for free, expected in (
+        (low / 2, each.sum()),
+        ((low + middle) / 2, (low + middle) / 2 + middle + high),
+        (2 * high, 6 * high),
+    ):
+        after, logs = updated(family(free_bits=float(free)), state, batch)
+        np.testing.assert_allclose(logs['loss'] - logs['reconstruction'], expected, rtol=1e-3)
+        np.testing.assert_allclose(logs['kl'], each.sum(), rtol=1e-4)
+    nothing, _ = updated(family(beta=0.0), state, batch)  # all are below it: no gradient of the KL
+    chex.assert_trees_all_close(after.params, nothing.params, atol=1e-6)
+
+
+@pytest.mark.parametrize('likelihood', ['gaussian', 'discretised_logistic'])
+def test_scales_of_each_pixel_by_the_decoder(likelihood):
+    model = {**LINEAR, 'likelihood': likelihood, 'learn_scale': True, 'scales': 'pixel', 'iwae_samples': 1}
+    f, batch = family((2, 3, 1), **model, scale_range=(0.4, 0.8), bounded_mean=True), images(5, (2, 3, 1))
+    batch = {'image': jnp.round((batch['image'] + 1) * 127.5) / 127.5 - 1}
+    state = begin(f, batch)
+    rng = np.random.default_rng(0)
+    state = state.replace(ema=jax.tree.map(lambda a: jnp.float32(0.3 * rng.normal(size=a.shape)), state.ema))
+    assert set(state.ema['decoder']) == {'decoder'}, 'no scale that is shared'
+    metrics, x = evaluate(f, state, batch), np.asarray(batch['image'], np.float64)
+
+    def linear(p, inputs):
+        return inputs @ np.asarray(p['kernel'], np.float64) + np.asarray(p['bias'])
+
+    mean, log_var = np.split(linear(state.ema['encoder']['Dense_0'], x.reshape(5, 6)), 2, -1)
+    z = mean + np.exp(log_var / 2) * noises(0, 5, 2)
+    outputs = linear(state.ema['decoder']['decoder']['Dense_0'], z).reshape(5, 2, 3, 2)
+    where, scale = 2 / (1 + np.exp(-outputs[..., :1])) - 1, np.clip(0.6 * np.exp(outputs[..., 1:]), 0.4, 0.8)
+    assert scale.min() < 0.5 < 0.7 < scale.max()
+    if likelihood == 'gaussian':
+        log_p = stats.norm.logpdf(x, where, scale)
+    else:
+        above = np.where(x > 1 - 1 / 255, 1, stats.logistic.cdf(x + 1 / 255, where, scale))
+        log_p = np.log(above - np.where(x < -1 + 1 / 255, 0, stats.logistic.cdf(x - 1 / 255, where, scale)))
+    np.testing.assert_allclose(metrics['reconstruction'], -log_p.sum((1, 2, 3)), rtol=1e-3)
+    drawn = f.decode(state, {}, {}, jnp.float32(z), jax.random.key(0))
+    np.testing.assert_allclose(drawn, where, atol=1e-5)
+
+
+@pytest.mark.parametrize('model, message', [
+    (dict(scales='pixel'), 'need a config.model.likelihood with a scale'),
+    (dict(bounded_mean=True), 'need a config.model.likelihood with a scale'),
+    (dict(likelihood='gaussian', scales='pixel', learn_scale=False), 'learn_scale'),
+    (dict(likelihood='gaussian', scale_range=(2.0, 1.0)), 'scale_range'),
+    (dict(likelihood='gaussian', scale_range=(0.0, 1.0)), 'scale_range'),
+    (dict(free_bits=0.1, samples=2), 'free_bits needs a KL of each latent'),
+    (dict(free_bits=0.1, prior='vamp'), 'free_bits needs a KL of each latent'),
+])  # fmt: skip
+def test_options_of_likelihoods_that_do_not_go_together(model, message):
+    with pytest.raises(UserError, match=message) as caught:
+        family(**model)
+    assert '\n' not in str(caught.value)
+
+
 # --- the mixture of posteriors as a prior, and two levels of latents
 
 

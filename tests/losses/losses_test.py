@@ -127,6 +127,20 @@ def test_discretised_gaussian_against_scipy():
         np.testing.assert_allclose(every_level(mean, scale), slow, rtol=2e-3, atol=2e-3, err_msg=f'{mean} {scale}')
 
 
+def test_discretised_logistic_against_scipy():
+    inner = (LEVELS[:-1] + LEVELS[1:]) / 2
+    lower, upper = np.append(-np.inf, inner), np.append(inner, np.inf)
+    x = jnp.linspace(-1, 1, 256)[:, None]
+    for mean, scale in ((-0.4, 0.1), (0.5, 0.3), (1.2, 0.05), (0.0, 0.01), (0.3, 2.0)):
+        a, b = (lower - mean) / scale, (upper - mean) / scale
+        a, b = np.where(a > 0, -b, a), np.where(a > 0, -a, b)  # by the lower tail
+        log_b = stats.logistic.logcdf(b)
+        slow = log_b + np.log1p(-np.exp(stats.logistic.logcdf(a) - log_b))
+        actual = likelihoods.discretised_logistic(jnp.full((256, 1), mean), jnp.log(scale), x)
+        np.testing.assert_allclose(actual, slow, rtol=2e-3, atol=2e-3, err_msg=f'{mean} {scale}')
+        assert abs(np.exp(np.asarray(actual, np.float64)).sum() - 1) < 2e-4
+
+
 @pytest.mark.parametrize('log_scale', [1, 5, 12, 30, 90, 300])
 def test_discretised_gaussian_of_any_width(log_scale):
     """A bin beside a wide normal has the density at its middle times its width."""
