@@ -26,7 +26,7 @@ Inside, images are NHWC float32 in [-1, 1]; outside (data sets, files) they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -79,16 +79,18 @@ class Sample(Protocol):
     """Samples, float32 [n, H, W, C] in [-1, 1].
 
     `batch` holds 'index' int32 [n], the number of each sample, which alone decides its noise, and the arrays named in
-    `Family.conditions`.
+    `Family.conditions`. Where there are `Family.settings`, one more argument is such a tree.
     """
 
-    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> Array: ...
+    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array, *settings: PyTree) -> Array: ...
 
 
 class Trajectory(Protocol):
-    """What sampling passes through, {name: [steps, n, H, W, C]}; `batch` as for `Sample`."""
+    """What sampling passes through, {name: [steps, n, H, W, C]}; arguments as for `Sample`."""
 
-    def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> dict[str, Array]: ...
+    def __call__(
+        self, state: State, frozen: Frozen, batch: Batch, rng: Array, *settings: PyTree
+    ) -> dict[str, Array]: ...
 
 
 class Evaluate(Protocol):
@@ -173,6 +175,9 @@ class Family(NamedTuple):
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # fields and sections of config.model that no update reads: they may change on resume
+    sampling: tuple[str, ...] = ()  # those of them that sample reads
+    settings: Callable[[], PyTree] | None = None  # values of fields marked TRACED, as `sample` takes them
+    program: Hashable = None  # equal for families whose programs differ in nothing but settings; `run.assemble` says it
     latents: Latents = Latents()
     captions: Captions = Captions()
     image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `run.assemble` says it
@@ -180,6 +185,19 @@ class Family(NamedTuple):
         str, ...
     ] = ()  # metrics of `evaluate` of which larger values are better; 'accuracy' also 'accuracy/0'
     statistics: bool = False  # State.extra holds batch statistics or norms of the averaged weights: no others sample
+
+
+def by_settings(function: Callable, settings: Callable[[], PyTree]) -> Callable:
+    """`function`, the last argument of which is a tree like `settings()`, with that one where none is given.
+
+    So the settings of a family are arguments of its compiled sampler: Python numbers, and tables that were computed
+    from the options beforehand. Of an option that is off there is no entry.
+    """
+
+    def sample(state: State, frozen: Frozen, batch: Batch, rng: Array, given: PyTree = None):
+        return function(state, frozen, batch, rng, settings() if given is None else given)
+
+    return sample
 
 
 class Context(NamedTuple):

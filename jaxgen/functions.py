@@ -6,8 +6,7 @@ Images are uint8 [n, H, W, C], or floats in [-1, 1]. What comes out is on the ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +16,11 @@ from jaxgen import data, log, options, randomness, sharding
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.sample import to_inside
+from jaxgen.sample import Program, batch_size, to_inside
 
 # Functions of a Family that a Run offers, and what they need beside themselves.
 OFFERED = ('sample', 'encode', 'decode', 'classify', 'denoise')
-MOST_BATCHES = 8  # that some arrays are cut into before a larger batch is compiled for them
-MOST_PADDING = 16  # times as large as the arrays a batch may be before a smaller one is compiled for them
 SLACK = 1e-3  # by which rounding may bring a pixel out of [-1, 1]
-
-
-class Program(NamedTuple):
-    """A jitted function (state, frozen, arrays, seed) -> arrays, and the sizes of batches that it is compiled for."""
-
-    call: Callable
-    sizes: set[tuple[jax.sharding.Mesh, int]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,17 +48,7 @@ def program(family: Family, name: str) -> Program:
     def call(state, frozen, arrays, seed):
         return function(state, frozen, arrays, randomness.stream(jax.random.key(seed), name))
 
-    return Program(sharding.jit(call), set())
-
-
-def batch_size(model: BoundModel, compiled: Program, n: int, most: int) -> int:
-    """The size of the batches that n examples are cut into: one that the program is compiled for already, if it is
-    about right; so other numbers than the first compile nothing."""
-    new = model.batch_size(most, n)
-    sizes = {size for mesh, size in compiled.sizes if mesh == model.mesh}
-    fit = [size for size in sizes if size <= MOST_PADDING * new and -(-n // size) <= MOST_BATCHES]
-    fit += [new] if new in sizes or not fit else []
-    return min(fit, key=lambda size: (-(-n // size) * size, -size))
+    return Program(sharding.jit(call))
 
 
 def apply(model: BoundModel, name: str, arrays: dict[str, np.ndarray], most: int, seed: int) -> Any:

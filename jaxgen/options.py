@@ -88,6 +88,14 @@ class Rule(NamedTuple):
         return self.requirement
 
 
+class Traced(NamedTuple):
+    """No constraint but a mark, written TRACED: the field is read in sampling alone, and only through
+    `Family.settings`. A new value is another argument of a compiled program and needs no new one, unless it changes the
+    structure of these settings."""
+
+
+TRACED = Traced()
+
 Count = Annotated[int, Range('[1, inf)')]
 Fraction = Annotated[float, Range('[0, 1]')]
 Rate = Annotated[float, Range('[0, 1)')]
@@ -191,6 +199,7 @@ class Field(NamedTuple):
     constraints: tuple = ()
     meaning: str = ''
     section: AnySection | None = None
+    traced: bool = False  # see Traced
 
 
 @functools.cache
@@ -219,8 +228,9 @@ def fields(target: Callable | None) -> dict[str, Field]:
         kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         notes = [Range(note) if isinstance(note, str) else note for note in notes]
         section = next((n for n in notes if isinstance(n, AnySection)), None)
-        rules = tuple(n for n in notes if n is not section)
-        out[name] = Field(name, kind, default, rules, meanings.get(name, ''), section)
+        rules = tuple(n for n in notes if n is not section and not isinstance(n, Traced))
+        traced = any(isinstance(n, Traced) for n in notes)
+        out[name] = Field(name, kind, default, rules, meanings.get(name, ''), section, traced)
     return out
 
 
@@ -484,6 +494,21 @@ def checked(function: Callable) -> Callable:
         return function(*args, **complete(function, given, 'model'))
 
     return call
+
+
+def untraced(known: dict[str, Field], values: dict) -> dict[str, Any]:
+    """The values of complete sections without those of traced fields."""
+    out = {}
+    for name, field in known.items():
+        section, value = field.section, values[name]
+        if isinstance(section, Component):
+            own = untraced(section.fields(value[section.key]), own_fields(value, section.key))
+            out[name] = {section.key: value[section.key], **own}
+        elif isinstance(section, Fields):
+            out[name] = untraced(section.fields(), value)
+        elif not field.traced:
+            out[name] = value
+    return out
 
 
 class Described(NamedTuple):

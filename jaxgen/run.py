@@ -30,6 +30,7 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
 
+MOST_FAMILIES = 64  # that an `Assembled` keeps beside its own
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
 DECIDES = re.compile(
     r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
@@ -46,6 +47,7 @@ class Assembled:
     spec: data.Spec
     mesh: Any
     unnamed: dict[str, str] = dataclasses.field(default_factory=dict)  # paths that are not to be read; see origin.py
+    context: Context | None = None  # that `build` got
 
     def dataset(self, split: str, **changes):
         """The examples of config.data, some of its fields changed.
@@ -55,6 +57,22 @@ class Assembled:
         """
         origin.check_named(self.unnamed, *configs.DATA_PATHS)
         return data.dataset({**self.config.data.to_dict(), **changes}, split)
+
+    def with_model(self, model: dict[str, Any]) -> Assembled:
+        """The same with another config.model, which says of the weights what it said before."""
+        config = ConfigDict({**self.config.to_dict(), 'model': model})
+        assert self.context is not None, 'made by `assemble`'
+        text, families = json.dumps(model), self.families
+        if text not in families:
+            if len(families) >= MOST_FAMILIES:
+                del families[next(iter(families))]
+            families[text] = make_family(config, self.context)
+        return dataclasses.replace(self, config=config, family=families[text])
+
+    @functools.cached_property
+    def families(self) -> dict[str, Family]:
+        """Those of `with_model`, the newest ones, by config.model."""
+        return {}
 
     @functools.cached_property
     def abstract(self) -> State:
@@ -197,13 +215,30 @@ def assemble(
     )
     if 'first' in stages:
         check_stage_image(context, 'first')
-    family = configs.builder(config.family)(context, **config.model.to_dict())._replace(image=context.image)
+    family = make_family(config, context)
     check_size(context.image, family.divisor, 'this network')
     missing = sorted(set(family.conditions) - set(spec.features))
     if missing:
         raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
     frozen = {name: (state, its_frozen) for name, (_, state, its_frozen) in stages.items()}
-    return Assembled(config, family, frozen, spec, mesh)
+    return Assembled(config, family, frozen, spec, mesh, context=context)
+
+
+def make_family(config: ConfigDict, context: Context) -> Family:
+    """The family of a config, and what its programs depend on.
+
+    Raises:
+      UserError: values that do not fit each other.
+    """
+    build = configs.builder(config.family)
+    model = config.model.to_dict()
+    family = build(context, **model)
+    known = options.fields(build)
+    fixed = options.untraced(known, options.complete(build, model, 'model'))
+    sections = [config[name].to_dict() for name in ('data', 'optim', 'train', 'mesh')]
+    stages = tuple(context.stages.items())  # with their settings, which are constants here
+    program = (build, json.dumps([fixed, *sections]), context.image, context.classes, stages)
+    return family._replace(image=context.image, program=program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,32 +297,66 @@ class Run:
         """Height, width and channels of an image."""
         return tuple(self.assembled.spec.features['image'].shape)
 
+    def with_sampling(self, **sampling) -> Run:
+        """The run with other options of sampling, on the same weights: fields of config.model that sampling reads,
+        temperature=0.7, sampler={'name': 'heun', 'steps': 20} or sampler='ddim', guidance={'scale': 3.0} or
+        **{'guidance.scale': 3.0}. No file is read.
+
+        Raises:
+          UserError: an option that there is not, one that training depends on, or a value that it cannot have.
+        """
+        if not sampling:
+            return self
+        a, build = self.assembled, configs.builder(self.config.family)
+        assembled = a.with_model(sample.with_options(build, self.config.model.to_dict(), a.family, sampling))
+        return dataclasses.replace(self, config=assembled.config, assembled=assembled)
+
     def sample(
-        self, n: int = 16, seed: int = 0, condition: dict[str, int | str] | None = None, latents: Any = None
+        self,
+        n: int | None = None,
+        seed: int | Sequence[int] = 0,
+        condition: dict[str, int | str] | None = None,
+        latents: Any = None,
+        **sampling,
     ) -> np.ndarray:
-        """n images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n.
+        """Images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n but for rounding.
 
         Args:
+          n: images of each seed; 16, or 1 where there are several seeds.
+          seed: a number, or several of them: n images of each, in their order.
           condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
           latents: images of these, [n, ...], in place of random ones; see `decode`.
+          sampling: options of sampling, see `with_sampling`. The first call compiles. Later ones do only where an
+            option changes the program: its steps, the name of a sampler, something that was off; and to go back to what
+            was compiled costs nothing.
         """
+        run = self.with_sampling(**sampling)
         if latents is not None:
-            return self.decode(latents, condition)
-        parts = list(self.draw(check_integer('n', n, 0), seed, condition))
+            return run.decode(latents, condition)
+        several: Any = seed if np.ndim(seed) else [seed]
+        seeds = [check_integer('seed', one, 0) for one in several]
+        n = check_integer('n', (1 if np.ndim(seed) else 16) if n is None else n, 0)
+        parts = [part for one in seeds for part in run.draw(n, one, condition)]
         return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
 
     def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
-        """As `sample`, in pieces of at most config.sample.batch images."""
+        """As `sample` of one seed, in pieces of at most config.sample.batch images."""
         seed = check_integer('seed', seed, 0)
         provide = conditions.provider(self.assembled, self.config, condition or {})
-        return sample.draw(self.model, provide, n, self.config.sample.batch, seed)
+        compiled = sample.program(self.assembled.family)
+        size = sample.batch_size(self.model, compiled, n, self.config.sample.batch)
+        return sample.draw(self.model, provide, n, size, seed)
 
-    def film(self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None) -> np.ndarray:
-        """Trajectories of the first n images of `sample`; see sample.film."""
+    def film(
+        self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None, **sampling
+    ) -> np.ndarray:
+        """Trajectories of the first n images of `sample` with the same options; see sample.film."""
         seed, n = check_integer('seed', seed, 0), check_integer('n', n, 1)
         frames = check_integer('frames', frames, 1)
-        batch = conditions.first(self.assembled, self.config, n, condition or {})
-        return sample.film(self.model, batch, seed, frames)
+        run = self.with_sampling(**sampling)
+        batch = conditions.first(run.assembled, run.config, n, condition or {})
+        size = sample.batch_size(run.model, sample.program(run.assembled.family, 'trajectory'), n, n)
+        return sample.film(run.model, batch, size, seed, frames)
 
     @functools.cached_property
     def features(self) -> features.Features:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, randomness, sharding
+from jaxgen import data, options, randomness, sharding
+from jaxgen.contract import Family, PyTree
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 
@@ -20,24 +23,140 @@ def to_inside(batch: dict) -> dict:
     return {k: data.to_float(v) if v.dtype == jnp.uint8 and v.ndim == 4 else v for k, v in batch.items()}
 
 
-@functools.cache
-def program(family):
-    """The jitted sampler of a family: -> uint8 [n, H, W, C], and bool [n], whether all its pixels are finite."""
+def with_options(build: Callable, model: dict, family: Family, given: dict[str, Any]) -> dict[str, Any]:
+    """config.model with options of sampling put in, complete and checked.
 
-    def draw(state, frozen, batch, seed):
-        images = family.sample(state, frozen, to_inside(batch), randomness.stream(jax.random.key(seed), 'sample'))
-        return data.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
+    Args:
+      build: the family's.
+      model: {field: value}, complete.
+      given: {field: value}; a section as a dict of what differs, or its fields with dots, 'guidance.scale'.
 
-    return sharding.jit(draw)
+    Raises:
+      UserError: an option that there is not, one that training depends on, or a value that it cannot have.
+    """
+    nested: dict[str, Any] = {}
+    for path, value in given.items():
+        first, *rest = path.split('.')
+        if first not in family.sampling:
+            raise UserError(f'sampling takes no option {path!r}: {refusal(build, family, first)}')
+        for name in reversed(rest):
+            value = {name: value}
+        nested[first] = both(nested[first], plain(value)) if first in nested else plain(value)
+    return options.complete(build, options.update(build, model, nested), 'model')
 
 
-def draw(model: BoundModel, provide: Callable, n: int, batch: int, seed: int) -> Iterator[np.ndarray]:
-    """The first n images in pieces of at most `batch`, uint8, under the conditions of a `conditions.provider`.
+def refusal(build: Callable, family: Family, name: str) -> str:
+    """Why a field is no option of sampling."""
+    has = f'its options are {", ".join(family.sampling)}' if family.sampling else 'this family has no options of it'
+    if name in family.free:
+        return f'it does not read config.model.{name}; {has}'
+    return f'training depends on config.model.{name}; {has}' if name in options.fields(build) else has
+
+
+def both(one, other):
+    """The fields of two sections; a component's name may stand for its section."""
+    one, other = ({'name': section} if isinstance(section, str) else section for section in (one, other))
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return other
+    return {**one, **{k: both(one[k], v) if isinstance(v, dict) and k in one else v for k, v in other.items()}}
+
+
+def plain(value):
+    """Numbers and arrays of numpy or jax as Python's."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(one) for one in value)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return plain(np.asarray(value).tolist())
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a family, (state, frozen, batch, seed, settings) -> arrays.
+
+    Attributes:
+      sizes: of the batches that it was called on, with the mesh of each: for these it is compiled.
+    """
+
+    call: Callable
+    sizes: set[tuple[jax.sharding.Mesh, int]] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A function of a family, equal to another where one compiled program serves both."""
+
+    function: str  # of `Family`, 'sample' or 'trajectory'
+    program: Hashable
+    structure: Hashable  # of the settings
+    family: Family = dataclasses.field(compare=False)
+
+
+def settings_of(family: Family) -> PyTree:
+    """The settings that programs of the family get, () where it has none."""
+    return family.settings() if family.settings else ()
+
+
+def program(family: Family, function: str = 'sample') -> Program:
+    """The jitted sampler of a family: -> uint8 [n, H, W, C], and bool [n], whether all its pixels are finite; or its
+    'trajectory'. Families that differ in nothing but settings have one."""
+    leaves, structure = jax.tree.flatten(settings_of(family))
+    kinds = tuple((np.shape(leaf), np.asarray(leaf).dtype, isinstance(leaf, np.ndarray)) for leaf in leaves)
+    return requested(Request(function, family.program or family, (structure, kinds), family))
+
+
+@functools.lru_cache(maxsize=64)
+def requested(request: Request) -> Program:
+    """The program of a request; the least recently used ones are forgotten."""
+    family = request.family
+    function: Any = getattr(family, request.function)
+
+    def draw(state, frozen, batch, seed, settings):
+        rng = randomness.stream(jax.random.key(seed), 'sample')
+        more = (settings,) if family.settings else ()
+        outputs = function(state, frozen, to_inside(batch), rng, *more)
+        if request.function == 'trajectory':
+            return outputs
+        return data.to_uint8(outputs), jnp.isfinite(outputs).all((1, 2, 3))
+
+    return Program(sharding.jit(draw))
+
+
+MOST_BATCHES = 8  # that examples are cut into before a larger batch is compiled for them
+MOST_PADDING = 16  # times as large as the examples a batch may be before a smaller one is compiled for them
+
+
+def batch_size(model: BoundModel, compiled: Program, n: int, most: int) -> int:
+    """The size of the batches that n examples are cut into: one that is compiled already, if it is about right.
+
+    Of these the one that wastes least; if none is, that of `model.batch_size` with at most `most`. So the first call
+    decides, and others with about as many examples compile nothing.
+    """
+    new = model.batch_size(most, n)
+    sizes = {size for mesh, size in compiled.sizes if mesh == model.mesh}
+    fit = [size for size in sizes if size <= MOST_PADDING * new and -(-n // size) <= MOST_BATCHES]
+    fit += [new] if new in sizes or not fit else []
+    return min(fit, key=lambda size: (-(-n // size) * size, -size))
+
+
+def run_program(model: BoundModel, function: str, size: int) -> Callable:
+    """The program of the model's family for batches of this size, its settings put in."""
+    compiled, settings = program(model.family, function), settings_of(model.family)
+    compiled.sizes.add((model.mesh, size))
+    return lambda *arguments: compiled.call(*arguments, settings)
+
+
+def draw(model: BoundModel, provide: Callable, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """The first n images in pieces of at most `size`, uint8, under the conditions of a `conditions.provider`.
+
+    Args:
+      size: of the batches, a multiple of the number of devices.
 
     Raises:
       RunError: an image is not finite; uint8 would hide it.
     """
-    size = model.batch_size(batch, n)
     for start in range(0, n, size):
         numbers = np.arange(start, min(start + size, n))
         yield draw_batch(model, provide(numbers), size, seed)
@@ -45,32 +164,40 @@ def draw(model: BoundModel, provide: Callable, n: int, batch: int, seed: int) ->
 
 def draw_batch(model: BoundModel, batch: dict[str, np.ndarray], size: int, seed: int) -> np.ndarray:
     """Images of `batch` (host arrays [n, ...], n <= size), uint8; the program runs on `size` of them."""
-    images, finite = model.apply(program(model.family), batch, size, seed)
+    images, finite = model.apply(run_program(model, 'sample', size), batch, size, seed)
     if not finite.all():
         raise RunError(f'sample {batch["index"][np.argmin(finite)]} is not finite: stopped')
     return images
 
 
-def film(model: BoundModel, batch: dict[str, np.ndarray], seed: int, frames: int) -> np.ndarray:
+def film(model: BoundModel, batch: dict[str, np.ndarray], size: int, seed: int, frames: int) -> np.ndarray:
     """Trajectories of the images of `batch`, uint8 [n, rows, frames, H, W, C]: frames evenly in steps, the last one
     last. Rows: the sampler's states, and where there is one its estimate of the end.
 
     Noise is displayed as grey as images are: what is wider than they are is scaled down.
 
+    Args:
+      size: of the batches, a multiple of the number of devices.
+
     Raises:
       UserError: the family draws in one step.
     """
-    family, n = model.family, len(batch['index'])
-    if family.trajectory is None:
+    if model.family.trajectory is None:
         raise UserError('--film shows the steps of a sampler, and this family draws in one step')
-    placed, _ = sharding.put_padded(model.mesh, batch, model.batch_size(n, n))
-    rng = randomness.stream(jax.random.key(seed), 'sample')
-    trajectories = sharding.jit(family.trajectory)(model.state, model.frozen, to_inside(placed), rng)
-    rows = []
-    for x in trajectories.values():
-        # From the last one back, so that one frame is the last one.
-        steps = np.round(np.linspace(len(x) - 1, 0, min(frames, len(x)))).astype(int)[::-1]
-        x = sharding.to_host(x[steps])[:, :n]
-        std = x.std(axis=(2, 3, 4), keepdims=True)
-        rows.append(np.asarray(data.to_uint8(jnp.asarray(x / np.maximum(1, 1.3 * std)))))
+    pieces = []
+    for start in range(0, len(batch['index']), size):
+        piece = {name: values[start : start + size] for name, values in batch.items()}
+        placed, n = sharding.put_padded(model.mesh, piece, size)
+        trajectories = run_program(model, 'trajectory', size)(model.state, model.frozen, placed, seed)
+        pieces.append([frames_of(x, n, frames) for x in trajectories.values()])
+    rows = [np.concatenate(row, 1) for row in zip(*pieces, strict=True)]
     return einops.rearrange(rows, 'rows frames n h w c -> n rows frames h w c')
+
+
+def frames_of(x: jax.Array, n: int, frames: int) -> np.ndarray:
+    """Frames uint8 [frames, n, H, W, C] of the first n trajectories of x [steps, ..., H, W, C]."""
+    # From the last one back, so that one frame is the last one.
+    steps = np.round(np.linspace(len(x) - 1, 0, min(frames, len(x)))).astype(int)[::-1]
+    shown = sharding.to_host(x[steps])[:, :n]
+    std = shown.std(axis=(2, 3, 4), keepdims=True)
+    return np.asarray(data.to_uint8(jnp.asarray(shown / np.maximum(1, 1.3 * std))))

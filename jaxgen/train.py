@@ -295,7 +295,8 @@ class Training:
     def draw(self, n: int):
         """n samples, from the same noise each time."""
         provide = conditions.provider(self.a, self.config, {})
-        return sample.draw(self.model(), provide, n, self.config.sample.batch, 0)
+        model = self.model()
+        return sample.draw(model, provide, n, model.batch_size(self.config.sample.batch, n), 0)
 
     def grid(self) -> None:
         """Draws samples and writes their grid."""

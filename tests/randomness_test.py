@@ -153,7 +153,9 @@ def record(config) -> Recorder:
     numbers = {'index': jnp.arange(n, dtype=jnp.int32)}
     if family.sample is not None:
         given = {k: batch[k] for k in family.conditions} | numbers
-        recorder.program('sample', lambda *x: sample.program(family)(*x), state, frozen, given, seed)
+        recorder.program(
+            'sample', lambda *x: sample.program(family).call(*x, sample.settings_of(family)), state, frozen, given, seed
+        )
     recorder.program('evaluate', lambda *x: held_out.program(family)(*x), state, frozen, batch | numbers, seed)
     return recorder
 

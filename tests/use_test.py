@@ -19,6 +19,7 @@ from support import ROOT, assert_same, devices, mistake, path, saved_state
 from jaxgen import arguments as command
 from jaxgen import config as configs
 from jaxgen import origin, outputs, run, sample
+from jaxgen.contract import Family
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import held_out
@@ -454,10 +455,10 @@ def test_captions_that_are_no_text():
 def test_a_film_ends_with_the_last_step():
     """Step k of the sampler is an image of the value k / 8; frames are evenly spaced and one frame is the end."""
     states = jnp.linspace(0, 1, 9)[:, None, None, None, None] * jnp.ones((9, 2, 4, 4, 1))
-    family = types.SimpleNamespace(trajectory=lambda *_: {'x': states})
+    family = Family(None, None, None, None, trajectory=lambda *_: {'x': states})
     model = BoundModel(family, {}, {}, jax.make_mesh((1, 1), ('data', 'fsdp')))
     for frames, steps in ((1, [8]), (2, [0, 8]), (3, [0, 4, 8]), (9, range(9)), (50, range(9))):
-        film = sample.film(model, {'index': np.arange(2)}, 0, frames)
+        film = sample.film(model, {'index': np.arange(2)}, 2, 0, frames)
         grey = np.round((np.array([*steps]) / 8 + 1) * 127.5)
         assert film.shape == (2, 1, len(grey), 4, 4, 1)
         np.testing.assert_allclose(film[0, 0, :, 0, 0, 0], grey, atol=1)

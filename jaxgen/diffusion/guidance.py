@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxgen.diffusion.samplers import noise_levels
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
-from jaxgen.options import Fraction, NonNegative
+from jaxgen.options import TRACED, Fraction, NonNegative
 
 Array = jax.Array
 
@@ -47,22 +47,37 @@ class Guidance:
         (Dhariwal & Nichol 2021); 0: none.
     """
 
-    scale: float = 1.0
+    scale: Annotated[float, TRACED] = 1.0
     conditions: tuple[str, ...] = ()
-    scales: tuple[float, ...] = ()
-    low: float = 0.0
-    high: float = UNLIMITED
-    rescale: Fraction = 0.0
+    scales: Annotated[tuple[float, ...], TRACED] = ()
+    low: Annotated[float, TRACED] = 0.0
+    high: Annotated[float, TRACED] = UNLIMITED
+    rescale: Annotated[Fraction, TRACED] = 0.0
     channels: Annotated[int, '[0, inf)'] = 0
-    classifier_scale: NonNegative = 0.0
+    classifier_scale: Annotated[NonNegative, TRACED] = 0.0
 
     @property
     def off(self) -> bool:
         """Whether the network's own output is taken as it is."""
-        return self.scale == 1 and not self.conditions
+        return not (self.conditions or differs(self.scale, 1))
 
 
 OFF = Guidance()
+
+
+def differs(number: float | Array, off: float) -> bool:
+    """Whether a number, which may be traced, is on; a traced one is: see `settings_of`."""
+    return isinstance(number, jax.Array) or number != off
+
+
+def settings_of(guidance: Guidance) -> dict[str, Any]:
+    """The numbers of guidance that are on, by their fields, to be put in with `dataclasses.replace`; the program of
+    what is off has no place for them."""
+    on = {} if guidance.off else {'low': guidance.low, 'high': guidance.high}
+    if not guidance.off:
+        on |= {'scales': guidance.scales} if guidance.conditions else {'scale': guidance.scale}
+        on |= {'rescale': guidance.rescale} if guidance.rescale else {}
+    return on | ({'classifier_scale': guidance.classifier_scale} if guidance.classifier_scale else {})
 
 
 def check(guidance: Guidance, conditioning: Conditioning, channels: int) -> None:
@@ -97,8 +112,7 @@ def in_interval(alpha: Array, sigma: Array, low: float, high: float) -> Array:
     """bool, where low <= sigma / alpha <= high, the interval that guidance is limited to (Kynkaanniemi et al. 2024,
     arXiv 2404.07724). At alpha 0 the ratio is infinite: in no interval but those without an upper end,
     UNLIMITED or more."""
-    above = sigma >= low * alpha
-    return above if high >= UNLIMITED else above & (sigma <= high * alpha)
+    return (sigma >= low * alpha) & ((high >= UNLIMITED) | (sigma <= high * alpha))
 
 
 def guided(
@@ -134,7 +148,7 @@ def guided(
         result = u + sum(s * (one - u) for s, one in zip(guidance.scales, singles, strict=True))
     else:
         result = u + guidance.scale * (c - u)
-    if guidance.rescale:
+    if differs(guidance.rescale, 0):
         result = rescaled(result, c, guidance.rescale)
     if guidance.channels:
         result = jnp.concatenate([result[..., : guidance.channels], c[..., guidance.channels :]], -1)
@@ -185,7 +199,7 @@ class Classifier(NamedTuple):
 
 
 def bind_classifier(
-    classify: Callable, label: Array, process: Process, shape: tuple[int, ...], ancestral: Schedule | None
+    classify: Callable, label: Array, process: Process, shape: tuple[int, ...], moves: dict[str, Array] | None
 ) -> Classifier:
     """The classifier of a process and of labels.
 
@@ -193,8 +207,8 @@ def bind_classifier(
       classify: {'image': image + sigma eps, 'sigma': [n]} -> logits [n, classes].
       label: int32 [n].
       shape: of one x.
-      ancestral: the noise levels of an ancestral sampler, whose steps have means to move (algorithm 1); None: the score
-        is moved (algorithm 2).
+      moves: of an ancestral sampler, whose steps have means to move (algorithm 1), see `moves_of`; None: the score is
+        moved (algorithm 2).
     """
     # Where alpha falls to 0 the estimate moves as it does at FARTHEST.
     least = 1 / FARTHEST if ends_at_noise(process) else 0.0
@@ -209,11 +223,16 @@ def bind_classifier(
 
     def scale_at(t: Array) -> Array:
         alpha, sigma = level(t)
-        if ancestral is None:
+        if moves is None:
             return sigma**2 / alpha
-        # The mean of a step from t to the level below moves by the posterior's variance times the gradient.
-        _, _, alpha_s, sigma_s = noise_levels(ancestral)
-        index = jnp.searchsorted(jnp.asarray(ancestral.t), t)
-        return jnp.asarray(np.asarray(sigma_s**2 / alpha_s), jnp.float32)[index].reshape(alpha.shape)
+        return jnp.asarray(moves['scale'])[jnp.searchsorted(jnp.asarray(moves['t']), t)].reshape(alpha.shape)
 
     return Classifier(log_probability, scale_at)
+
+
+def moves_of(schedule: Schedule) -> dict[str, np.ndarray]:
+    """'t' and 'scale' of the levels of an ancestral sampler: the mean of its step from t to the level below moves by
+    the posterior's variance times the gradient, and the estimate of x_0 by scale times it."""
+    _, _, alpha_s, sigma_s = noise_levels(schedule)
+    kind = np.int32 if schedule.t.dtype.kind == 'i' else np.float32
+    return {'t': schedule.t.astype(kind), 'scale': (sigma_s**2 / alpha_s).astype(np.float32)}

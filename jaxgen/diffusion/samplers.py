@@ -1,10 +1,17 @@
-"""Samplers: free functions of the callable `denoise(x, t) -> x_0`, each one `lax.scan`.
+"""Samplers: each is a table of weights, made of the noise levels that it visits, and `run` takes its steps in one
+`lax.scan` of the callable `denoise(x, t) -> x_0`.
 
-All have one signature: (denoise, x, schedule, keys, options) -> x_0 [n, ...]. `x` is noise at the
-schedule's last level (alpha 0 or small; where alpha is 1 all the way, sigma_max times noise); `keys` [n]
-is one key per sample, so that a sample does not depend on what is drawn with it. Any (alpha, sigma) will
-do, with sigma / alpha increasing. A step leads from a level to the one below, the last one to the data
-(alpha 1, sigma 0): it is the estimate itself. Fewer steps come from a subset of the schedule.
+    table = ddim.table(schedule, eta=0.5)  # on the host, in float64; kept in float32
+    x_0 = run(denoise, x, table, keys)
+    x_0 = ddim(denoise, x, schedule, keys, eta=0.5)  # the same
+
+`x` [n, ...] is noise at the schedule's last level (alpha 0 or small; where alpha is 1 all the way, sigma_max times
+noise); `keys` [n] is one key per sample, so that a sample does not depend on what is drawn with it. Any (alpha, sigma)
+will do, with sigma / alpha increasing. A step leads from a level to the one below, the last one to the data (alpha 1,
+sigma 0): it is the estimate itself. Fewer steps come from a subset of the schedule.
+
+A table is an argument of a compiled sampler: other noise levels or weights need no other program, where they do not
+change its shapes.
 
 `denoise` may return a pair (x_0, fraction): where between the smallest and the largest the variance of a
 reverse step lies. Only `ancestral` with variance 'learned' looks at it.
@@ -22,7 +29,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +39,7 @@ from jaxgen.diffusion import schedules
 from jaxgen.diffusion.processes import Process, ends_at_noise
 from jaxgen.diffusion.schedules import Schedule, posterior
 from jaxgen.errors import UserError
-from jaxgen.options import Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate, own_fields
+from jaxgen.options import TRACED, Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate, own_fields
 from jaxgen.randomness import normal
 
 Array = jax.Array
@@ -40,16 +47,28 @@ Array = jax.Array
 VARIANCES = ('fixed_large', 'fixed_small', 'learned')
 PREDICTORS = ('reverse_diffusion', 'euler_maruyama', 'none')
 
+# Weights of the steps of a sampler by name, in the order of the steps: see `entries` and `run`.
+Table = dict[str, Any]
 
+
+def by_table(make: Callable[..., Table]) -> Callable:
+    """The sampler (denoise, x, schedule, keys, trajectory=False, **options) that takes the steps of the table
+    `make(schedule, **options)`; its attribute `table` is `make`."""
+
+    @functools.wraps(make)
+    def draw(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, trajectory: bool = False, **options):
+        return run(denoise, x, make(schedule, **options), keys, trajectory)
+
+    draw.table = make
+    return draw
+
+
+@by_table
 def ancestral(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     variance: Annotated[str, OneOf('', *VARIANCES)] = '',
-    trajectory: bool = False,
-) -> Array:
+) -> Table:
     """Algorithm 2 of Ho et al. 2020: draws each x_s from p(x_s | x_t). The last step adds no noise.
 
     Args:
@@ -64,12 +83,11 @@ def ancestral(
     if variance == 'learned':
         growth[1:] = 0.5 * np.log(moves.forward[1:] / moves.variance[1:])
     weights = moves.x_t_weight, moves.x_0_weight, std, growth
-    return linear(denoise, x, schedule.t, keys, *weights, trajectory=trajectory)
+    return linear(schedule.t, *weights)
 
 
-def ddim(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: Fraction = 0.0, trajectory: bool = False
-) -> Array:
+@by_table
+def ddim(schedule: Schedule, *, eta: Annotated[Fraction, TRACED] = 0.0) -> Table:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
     Args:
@@ -80,7 +98,7 @@ def ddim(
     # x_s = alpha_s x_0 + direction eps + std noise, with eps = (x_t - alpha x_0) / sigma
     direction = np.sqrt(sigma_s**2 - std**2)
     weights = direction / sigma, alpha_s - direction * alpha / sigma
-    return linear(denoise, x, schedule.t, keys, *weights, std, trajectory=trajectory)
+    return linear(schedule.t, *weights, std)
 
 
 def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, trajectory: bool = False) -> Array:
@@ -96,40 +114,38 @@ def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, traject
     weights = ratio, np.where(first, -alpha, alpha - ratio * alpha_s)
     t = np.concatenate([schedule.t[:1], schedule.t[:-1]])
     x = jnp.float32(alpha[0]) * x_0
-    return linear(denoise, x, t[::-1], None, *(w[::-1] for w in weights), np.zeros(len(t)), trajectory=trajectory)
+    table = linear(t[::-1], *(w[::-1] for w in weights), np.zeros(len(t)))
+    return run(denoise, x, table, None, trajectory)
 
 
-def euler(denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, trajectory: bool = False) -> Array:
+@by_table
+def euler(schedule: Schedule) -> Table:
     """Euler's method for x / alpha as a function of sigma / alpha (Karras et al. 2022, arXiv 2206.00364,
     section 3). For a flow it is Euler's method on the velocity; in each case it is `ddim` without noise."""
-    return ddim(denoise, x, schedule, keys, trajectory=trajectory)
+    return ddim.table(schedule)
 
 
-def euler_ancestral(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, eta: Fraction = 1.0, trajectory: bool = False
-) -> Array:
+@by_table
+def euler_ancestral(schedule: Schedule, *, eta: Annotated[Fraction, TRACED] = 1.0) -> Table:
     """Euler's method to a level below the next (sigma_down), then noise up to the next (sigma_up), as in
     the package k-diffusion.
 
     With sigma_up = eta sigma_s sqrt(1 - sigma_s^2 / sigma_t^2), sigmas in units of alpha, it is `ddim`.
     """
-    return ddim(denoise, x, schedule, keys, eta=eta, trajectory=trajectory)
+    return ddim.table(schedule, eta=eta)
 
 
+@by_table
 def heun(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     straight: bool = False,
-    s_churn: NonNegative = 0.0,
-    s_min: float = 0.0,
-    s_max: float = 1e9,
-    s_noise: NonNegative = 1.0,
+    s_churn: Annotated[NonNegative, TRACED] = 0.0,
+    s_min: Annotated[float, TRACED] = 0.0,
+    s_max: Annotated[float, TRACED] = 1e9,
+    s_noise: Annotated[NonNegative, TRACED] = 1.0,
     level: Callable[[np.ndarray], Schedule] | None = None,
-    trajectory: bool = False,
-) -> Array:
+) -> Table:
     """Heun's method, 2N - 1 evaluations for N levels (Karras et al. 2022, arXiv 2206.00364, algorithm 1), and
     with churn the stochastic sampler of algorithm 2. The step to the data is Euler's, and so is one that
     comes from alpha 0 unless `straight`.
@@ -170,21 +186,17 @@ def heun(
     x_0_weight[::2, 0] = alpha_s - sigma_s * hat.alpha / hat.sigma
     x_0_weight[1::2] = (scale[:-1] * weight[1:])[:, None] * [1, -1]
     noise[1::2] = std[:-1]
-    if std[-1]:
-        x = jnp.float32(scale[-1]) * x + jnp.float32(std[-1]) * noise_of(keys, 2 * n - 1, x)
-    return linear(denoise, x, t, keys, x_t_weight, x_0_weight, noise, trajectory=trajectory)
+    first = {'first': {'x_t_weight': float(scale[-1]), 'std': float(std[-1])}} if std[-1] else {}
+    return linear(t, x_t_weight, x_0_weight, noise) | first
 
 
+@by_table
 def euler_maruyama(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
-    strength: NonNegative = 1.0,
-    last_step: Rate = 0.0,
-    trajectory: bool = False,
-) -> Array:
+    strength: Annotated[NonNegative, TRACED] = 1.0,
+    last_step: Annotated[Rate, TRACED] = 0.0,
+) -> Table:
     """Euler-Maruyama's method for a reverse SDE with the marginals of the ODE: Euler's step for the velocity
     alpha' x_0 + sigma' eps, a step along the score, and noise. The last step, to the data, is the estimate.
 
@@ -206,19 +218,16 @@ def euler_maruyama(
     std[0] = 0
     if not last_step:
         x_t_weight[0], x_0_weight[0] = 0, 1
-    return linear(denoise, x, schedule.t, keys, x_t_weight, x_0_weight, std, trajectory=trajectory)
+    return linear(schedule.t, x_t_weight, x_0_weight, std)
 
 
+@by_table
 def dpm_solver_pp(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     order: Annotated[int, '[1, 2]'] = 2,
     sde: bool = False,
-    trajectory: bool = False,
-) -> Array:
+) -> Table:
     """DPM-Solver++ (2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095), of first order in its first and last step.
 
     Args:
@@ -236,18 +245,15 @@ def dpm_solver_pp(
     x_0_weight = -alpha_s * np.expm1(-k)
     std = sigma_s * np.sqrt(-np.expm1(-2 * h)) if sde else np.zeros(len(h))
     both = np.stack([x_0_weight * (1 + beyond), -x_0_weight * beyond], -1)
-    return linear(denoise, x, schedule.t, keys, x_t_weight, both, std, trajectory=trajectory)
+    return linear(schedule.t, x_t_weight, both, std)
 
 
+@by_table
 def unipc(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     order: Annotated[int, '[1, 9]'] = 2,
-    trajectory: bool = False,
-) -> Array:
+) -> Table:
     """UniPC-p with B(h) = e^h - 1 and x_0 prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2): a
     step is made by UniP, then made again by UniC with the estimate at its end, which serves the next step too.
     The order rises from 1 in the first steps and falls to 1 in the last.
@@ -271,7 +277,7 @@ def unipc(
             # that difference is all that is added here, and no earlier x need be kept.
             *earlier, here = bh2_weights(h[i + 1], np.append(nodes[i + 1], 1), alpha[i])
             x_0_weight[i, : p[i + 1] + 1] += sigma_s[i] / sigma[i] * np.array([here, *(earlier - uni_p[i + 1])])
-    return linear(denoise, x, schedule.t, keys, sigma_s / sigma, x_0_weight, np.zeros(n), trajectory=trajectory)
+    return linear(schedule.t, sigma_s / sigma, x_0_weight, np.zeros(n))
 
 
 def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
@@ -297,17 +303,14 @@ def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
     return np.array([-alpha_s * scale - weights.sum(), *weights])
 
 
+@by_table
 def predictor_corrector(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     predictor: Annotated[str, Choice(PREDICTORS)] = 'reverse_diffusion',
     corrector_steps: Annotated[int, '[0, inf)'] = 1,
-    snr: Positive = 0.16,
-    trajectory: bool = False,
-) -> Array:
+    snr: Annotated[Positive, TRACED] = 0.16,
+) -> Table:
     """Langevin steps at each level, then a step of the reverse SDE to the next (Song et al. 2021, arXiv 2011.13456,
     algorithms 2 to 5); corrector_steps + 1 evaluations a level. The step to the data removes the noise.
 
@@ -339,35 +342,22 @@ def predictor_corrector(
         'std': np.append(0, np.sqrt(diffusion)[1:]),
     }
     if corrector_steps == 0:
-        return linear(denoise, x, keys=keys, **table, trajectory=trajectory)
+        return linear(**table)
+    # Of the corrections, size = 2 (snr alpha / alpha_s)^2 over the mean square of the score.
     table |= {'alpha': alpha, 'precision': 1 / sigma**2, 'size': 2 * (snr * alpha / alpha_s) ** 2}
     table = {name: np.repeat(values, corrector_steps + 1) for name, values in table.items()}
-    table['correct'] = np.arange(len(table['t'])) % (corrector_steps + 1) > 0
-
-    def step(carry, at):
-        (x,) = carry
-        x_0, _ = estimate(denoise, x, at['t'])
-        noise = noise_of(keys, at['number'], x)
-        score = at['precision'] * (at['alpha'] * x_0 - x)
-        size = at['size'] / jnp.square(score).mean(tuple(range(1, x.ndim)), keepdims=True)
-        corrected = x + size * score + jnp.sqrt(2 * size) * noise
-        predicted = at['x_t_weight'] * x + at['x_0_weight'] * x_0 + at['std'] * noise
-        return (jnp.where(at['correct'], corrected, predicted),), x_0
-
-    return run_sampler(step, (x,), table, trajectory)
+    correct = np.arange(len(table['t'])) % (corrector_steps + 1) > 0
+    return entries({**table, 'x_0_weight': table['x_0_weight'][:, None], 'correct': correct})
 
 
+@by_table
 def annealed_langevin(
-    denoise: Callable,
-    x: Array,
     schedule: Schedule,
-    keys: Array,
     *,
     langevin_steps: Annotated[int, '[1, inf)'] = 100,
-    langevin_size: Annotated[float, '[0, inf)'] = 8e-5,
+    langevin_size: Annotated[float, '[0, inf)', TRACED] = 8e-5,
     final_denoising: bool = True,
-    trajectory: bool = False,
-) -> Array:
+) -> Table:
     """Annealed Langevin dynamics, algorithm 1 of Song & Ermon 2019 (arXiv 1907.05600), of x / alpha.
 
     Args:
@@ -381,16 +371,15 @@ def annealed_langevin(
     at = np.repeat(np.arange(len(alpha)), langevin_steps)
     to = np.append(0, at[:-1])
     move = alpha[to] / alpha[at]
-    entries = schedule.t[at], (1 - rate) * move, rate * alpha[to], np.sqrt(2 * rate) * sigma[at] * move
+    columns = schedule.t[at], (1 - rate) * move, rate * alpha[to], np.sqrt(2 * rate) * sigma[at] * move
     if final_denoising:
-        entries = (np.append(*pair) for pair in zip((schedule.t[0], 0, 1, 0), entries, strict=True))
-    t, *weights = entries
-    return linear(denoise, x, t, keys, *weights, trajectory=trajectory)
+        columns = (np.append(*pair) for pair in zip((schedule.t[0], 0, 1, 0), columns, strict=True))
+    t, *weights = columns
+    return linear(t, *weights)
 
 
-def consistency(
-    denoise: Callable, x: Array, schedule: Schedule, keys: Array, *, sigma_min: float = 0.0, trajectory: bool = False
-) -> Array:
+@by_table
+def consistency(schedule: Schedule, *, sigma_min: float = 0.0) -> Table:
     """Multistep consistency sampling, algorithm 1 of Song et al. 2023 (arXiv 2303.01469): the estimate, noise up to
     the next level, the estimate there; with one level it is the estimate.
 
@@ -399,22 +388,23 @@ def consistency(
     """
     _, _, alpha_s, sigma_s = noise_levels(schedule)
     std = np.sqrt(np.maximum(sigma_s**2 - (alpha_s * sigma_min) ** 2, 0))
-    return linear(denoise, x, schedule.t, keys, np.zeros(len(std)), alpha_s, std, trajectory=trajectory)
+    return linear(schedule.t, np.zeros(len(std)), alpha_s, std)
 
 
+# {name: function from a Schedule and options to a Table}
 SAMPLERS = {
-    'ancestral': ancestral,
-    'ddim': ddim,
-    'euler': euler,
-    'euler_ancestral': euler_ancestral,
-    'heun': heun,
-    'dpm_solver_pp': functools.partial(dpm_solver_pp, sde=False),
-    'dpm_solver_pp_sde': functools.partial(dpm_solver_pp, sde=True),
-    'unipc': unipc,
-    'euler_maruyama': euler_maruyama,
-    'predictor_corrector': predictor_corrector,
-    'annealed_langevin': annealed_langevin,
-    'consistency': consistency,
+    'ancestral': ancestral.table,
+    'ddim': ddim.table,
+    'euler': euler.table,
+    'euler_ancestral': euler_ancestral.table,
+    'heun': heun.table,
+    'dpm_solver_pp': functools.partial(dpm_solver_pp.table, sde=False),
+    'dpm_solver_pp_sde': functools.partial(dpm_solver_pp.table, sde=True),
+    'unipc': unipc.table,
+    'euler_maruyama': euler_maruyama.table,
+    'predictor_corrector': predictor_corrector.table,
+    'annealed_langevin': annealed_langevin.table,
+    'consistency': consistency.table,
 }
 CONTINUOUS_SPACINGS = ('uniform', 'karras')
 
@@ -432,20 +422,20 @@ class Visits:
     """
 
     steps: Annotated[int, '[0, inf)'] = 0
-    spacing: Annotated[str, OneOf('uniform', 'trailing', 'respaced', 'quadratic', 'karras')] = 'uniform'
-    shift: Positive = 1.0
+    spacing: Annotated[str, OneOf('uniform', 'trailing', 'respaced', 'quadratic', 'karras'), TRACED] = 'uniform'
+    shift: Annotated[Positive, TRACED] = 1.0
     clip: bool = True
 
 
 # Arguments of samplers that follow from the process.
-DERIVED = ('trajectory', 'straight', 'level', 'sigma_min')
+DERIVED = ('straight', 'level', 'sigma_min')
 COMPONENT = Component(SAMPLERS, Visits, DERIVED)
 
 
 class Sampler(NamedTuple):
     """A sampler bound to its options and to the noise levels that it visits."""
 
-    run: Callable  # (denoise, x, keys, trajectory=False) -> x_0, or (x_0, trajectory)
+    table: Table
     schedule: Schedule
     clip: bool
 
@@ -469,10 +459,7 @@ def make(section: dict, process: Process, learned: bool = False) -> Sampler:
     if name == 'heun':
         own |= {'straight': process.straight, 'level': lambda ratio: process.at(process.time(ratio))}
 
-    def run(denoise: Callable, x: Array, keys: Array, trajectory: bool = False):
-        return SAMPLERS[name](denoise, x, schedule, keys, **own, trajectory=trajectory)
-
-    return Sampler(run, schedule, visits.clip)
+    return Sampler(SAMPLERS[name](schedule, **own), schedule, visits.clip)
 
 
 def model_variance(variance: str, process: Process, learned: bool) -> str:
@@ -546,17 +533,8 @@ def log_ratio(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def linear(
-    denoise: Callable,
-    x: Array,
-    t: np.ndarray,
-    keys: Array | None,
-    x_t_weight: np.ndarray,
-    x_0_weight: np.ndarray,
-    std: np.ndarray,
-    growth: np.ndarray | None = None,
-    *,
-    trajectory: bool = False,
-) -> Array:
+    t: np.ndarray, x_t_weight: np.ndarray, x_0_weight: np.ndarray, std: np.ndarray, growth: np.ndarray | None = None
+) -> Table:
     """Steps x = x_t_weight x + sum of x_0_weight and the newest estimates + std noise, from the last entry down.
 
     Args:
@@ -565,36 +543,44 @@ def linear(
       x_0_weight: [M], or [M, p] for p estimates, the newest first.
       growth: [M], of std, which is multiplied by e^(growth fraction), fraction as denoise returns it.
     """
-    x_0_weight = x_0_weight.reshape(len(t), -1)
-    table = {'t': t, 'x_t_weight': x_t_weight, 'x_0_weight': x_0_weight, 'std': std}
-    learned = growth is not None and growth.any()
-    if learned:
-        table['growth'] = growth
+    table = {'t': t, 'x_t_weight': x_t_weight, 'x_0_weight': x_0_weight.reshape(len(t), -1)}
+    table |= {'std': std} if std.any() else {}
+    return entries(table | ({'growth': growth} if growth is not None and growth.any() else {}))
+
+
+def entries(columns: dict[str, np.ndarray]) -> Table:
+    """The table of columns [M, ...], float64 from the level next to the data up: float32, in the order of steps."""
+    columns = {'number': np.arange(len(columns['t'])), **columns}
+    kinds = {'f': np.float32, 'i': np.int32, 'b': bool}
+    return {name: np.ascontiguousarray(v[::-1], kinds[v.dtype.kind]) for name, v in columns.items()}
+
+
+def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajectory: bool = False):
+    """x_0 [n, ...], or with `trajectory` (x_0, what was passed through): the steps of a table from x.
+
+    Where the table has 'correct', these entries are Langevin steps along the score in place of the sum.
+    """
+    columns = {name: jnp.asarray(values) for name, values in table.items() if name != 'first'}
+    if 'first' in table:  # x at a higher level than it is given at
+        noise = noise_of(keys, len(columns['t']), x)
+        x = table['first']['x_t_weight'] * x + table['first']['std'] * noise
 
     def step(carry, at):
         x, *earlier = carry
         x_0, fraction = estimate(denoise, x, at['t'])
         estimates = (x_0, *earlier)
-        x = at['x_t_weight'] * x + sum(at['x_0_weight'][k] * value for k, value in enumerate(estimates))
-        if std.any():
-            noise = at['std'] * noise_of(keys, at['number'], x)
-            x = x + (noise * jnp.exp(at['growth'] * fraction) if learned else noise)
-        return (x, *estimates[:-1]), x_0
+        moved = at['x_t_weight'] * x + sum(at['x_0_weight'][k] * value for k, value in enumerate(estimates))
+        if 'std' in at:
+            noise = noise_of(keys, at['number'], x)
+            moved = moved + at['std'] * noise * (jnp.exp(at['growth'] * fraction) if 'growth' in at else 1)
+        if 'correct' in at:
+            score = at['precision'] * (at['alpha'] * x_0 - x)
+            size = at['size'] / jnp.square(score).mean(tuple(range(1, x.ndim)), keepdims=True)
+            moved = jnp.where(at['correct'], x + size * score + jnp.sqrt(2 * size) * noise, moved)
+        return (moved, *estimates[:-1]), {'x': moved, 'x_0': x_0} if trajectory else None
 
-    return run_sampler(step, (x, *[jnp.zeros_like(x)] * (x_0_weight.shape[1] - 1)), table, trajectory)
-
-
-def run_sampler(step: Callable, carry: tuple, table: dict[str, np.ndarray], trajectory: bool) -> Array:
-    """Scans step(carry, entry of the table) -> (carry, x_0) from the last entry to the first; carry[0] is x.
-    An entry's 'number' is its index in the table."""
-    table = {'number': np.arange(len(table['t'])), **table}
-    table = {name: v[::-1].astype(np.float32 if v.dtype.kind == 'f' else v.dtype) for name, v in table.items()}
-
-    def one(carry, at):
-        carry, x_0 = step(carry, at)
-        return carry, {'x': carry[0], 'x_0': x_0} if trajectory else None
-
-    (x, *_), passed = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, table))
+    start = (x, *[jnp.zeros_like(x)] * (columns['x_0_weight'].shape[1] - 1))
+    (x, *_), passed = jax.lax.scan(step, start, columns)
     return (x, passed) if trajectory else x
 
 

@@ -37,7 +37,7 @@ import numpy as np
 
 from jaxgen import options
 from jaxgen.checks import check_stage_image
-from jaxgen.contract import Aux, Context, Family, State, advance, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, State, advance, by_settings, gradient_step, new_state
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import samplers
@@ -48,7 +48,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses import perceptual
 from jaxgen.networks import denoisers
 from jaxgen.networks.denoisers import Network
-from jaxgen.options import Component, Count, Fields, OneOf, Positive, Section, own_fields
+from jaxgen.options import TRACED, Component, Count, Fields, OneOf, Positive, Section, own_fields
 from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
@@ -290,7 +290,7 @@ class Sampling:
     """
 
     steps: Count = 1
-    levels: tuple[float, ...] = ()
+    levels: Annotated[tuple[float, ...], TRACED] = ()
     clip: bool = True
 
 
@@ -327,7 +327,8 @@ class Model(NamedTuple):
     by_gap: bool  # the distance is weighted by 1 / (sigma_high - sigma_low)
     target: Target | None  # None: the weights themselves
     lower: Callable  # (frozen, batch, eps, x, high, low) -> x at the level below
-    schedule: Schedule  # of samples
+    table: samplers.Table  # of samples
+    start: float  # standard deviation of the noise that they start from
     clip: bool
 
 
@@ -374,6 +375,7 @@ def build(
     bound = conditions.make(conditioning, context, module)
     ends = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
     distillation, sampling = Distillation(**teacher), Sampling(**sampler)
+    schedule = visited(sampling, sigma_min, sigma_max)
     model = Model(
         shape=context.image,
         network=denoisers.bind(module, bound),
@@ -389,22 +391,29 @@ def build(
         lower=functools.partial(ode_step, context.stages['teacher'].denoise, distillation.solver)
         if 'teacher' in context.stages
         else same_noise,
-        schedule=visited(sampling, sigma_min, sigma_max),
+        table=samplers.consistency.table(schedule, sigma_min=sigma_min),
+        start=float(schedule.sigma[-1]),
         clip=sampling.clip,
     )
     number = functools.partial(number_of_levels, *first_updates(model.discretisation))
     step = gradient_step(functools.partial(loss, model, number), context.optim, 'denoiser')
     initial = 'teacher' in context.stages and distillation.initialise
+
+    def settings():
+        return {'start': model.start, 'table': model.table}
+
     return Family(
         functools.partial(init, model, context, initial),
         functools.partial(update, model, context, number, step),
-        functools.partial(sample, model),
+        by_settings(functools.partial(sample, model), settings),
         functools.partial(evaluate, model),
         denoise=functools.partial(denoise, model),
-        trajectory=functools.partial(trajectory, model),
+        trajectory=by_settings(functools.partial(trajectory, model), settings),
         conditions=tuple(c.name for c in bound if not c.optional),
         divisor=denoisers.divisor_of(network),
         free=('sampler',),
+        sampling=('sampler',),
+        settings=settings,
     )
 
 
@@ -533,28 +542,27 @@ def update(model: Model, context: Context, number: Callable, step: Callable, sta
     return advance(state, context.optim), {**logs, 'levels': n.astype(jnp.float32)}
 
 
-def run_sampler(model: Model, state: State, batch, rng, **options):
+def run_sampler(model: Model, state: State, batch, rng, settings: dict, **options):
     """x_0 [n, ...] of the samples of a batch (algorithm 1); with `trajectory` (x_0, what was passed through)."""
     rng_start, rng_steps = jax.random.split(rng)
-    x = model.schedule.sigma[-1] * normal(example_keys(rng_start, batch), model.shape)
+    x = settings['start'] * normal(example_keys(rng_start, batch), model.shape)
     values = conditions.values_of(model.conditioning, batch)
 
     def denoise(x: Array, sigma: Array) -> Array:
         x_0 = estimate(model, state.ema['denoiser'], x, jnp.broadcast_to(sigma, (len(x),)), values)
         return jnp.clip(x_0, -1, 1) if model.clip else x_0
 
-    keys = example_keys(rng_steps, batch)
-    return samplers.consistency(denoise, x, model.schedule, keys, sigma_min=model.sigma_min, **options)
+    return samplers.run(denoise, x, settings['table'], example_keys(rng_steps, batch), **options)
 
 
-def sample(model: Model, state: State, frozen, batch, rng) -> Array:
+def sample(model: Model, state: State, frozen, batch, rng, settings: dict) -> Array:
     """Samples, float32 [n, H, W, C] in [-1, 1]."""
-    return jnp.clip(run_sampler(model, state, batch, rng), -1, 1)
+    return jnp.clip(run_sampler(model, state, batch, rng, settings), -1, 1)
 
 
-def trajectory(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:
+def trajectory(model: Model, state: State, frozen, batch, rng, settings: dict) -> dict[str, Array]:
     """'x': after each evaluation of the network, and 'x_0': its estimates, [steps, n, H, W, C]."""
-    return run_sampler(model, state, batch, rng, trajectory=True)[1]
+    return run_sampler(model, state, batch, rng, settings, trajectory=True)[1]
 
 
 def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:

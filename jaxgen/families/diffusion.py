@@ -36,6 +36,7 @@ measured is then 'eps_error', the mean square error of the noise, at ten levels 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -46,7 +47,7 @@ import jax.numpy as jnp
 from jaxgen import options
 from jaxgen.augmentation import edm
 from jaxgen.checks import check_stage_image
-from jaxgen.contract import Aux, Context, Family, State, advance, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, State, advance, by_settings, gradient_step, new_state
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
@@ -79,7 +80,7 @@ class Model(NamedTuple):
     conditioning: Conditioning
     sampler: samplers.Sampler
     guidance: Guidance
-    classifier: Callable | None  # (frozen, label) -> guidance.Classifier
+    classifier: Callable | None  # (frozen, label, moves) -> guidance.Classifier
     evaluation: dict  # options of the likelihood
 
 
@@ -132,7 +133,8 @@ def build(
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
-        bound = bound._replace(classifier=functools.partial(classifier_of, bound, context, sampler['name']))
+        bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
+    settings = functools.partial(settings_of, bound, sampler['name'])
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = not space.latent and all(condition.absent for condition in conditioning)
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, 'denoiser')
@@ -140,15 +142,17 @@ def build(
     return Family(
         functools.partial(init, bound, context),
         functools.partial(update, bound, context, step),
-        functools.partial(sample, bound),
+        by_settings(functools.partial(sample, bound), settings),
         functools.partial(evaluate, bound),
         encode=functools.partial(encode, bound) if invertible else None,
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
-        trajectory=functools.partial(trajectory, bound),
+        trajectory=by_settings(functools.partial(trajectory, bound), settings),
         conditions=tuple(c.name for c in conditioning if not c.optional) + label,
         divisor=divisor,
         free=('sampler', 'guidance', 'likelihood'),
+        sampling=('sampler', 'guidance'),
+        settings=settings,
     )
 
 
@@ -291,37 +295,48 @@ def denoiser_of(model: Model, state: State, values: Values, guidance: Guidance, 
     return objective.denoiser(f, network, state.ema['denoiser'], model.conditioning, values, guidance, clip)
 
 
-def classifier_of(model: Model, context: Context, sampler: str, frozen, label: Array) -> guides.Classifier:
+def settings_of(model: Model, sampler: str) -> dict[str, Any]:
+    """What sampling reads beside the weights: the standard deviation of the noise that it starts from, the sampler's
+    table, the numbers of guidance, and those of an ancestral sampler that a classifier guides."""
+    schedule, guidance = model.sampler.schedule, guides.settings_of(model.guidance)
+    settings = {'start': float(schedule.sigma[-1]), 'table': model.sampler.table, 'guidance': guidance}
+    moved = model.classifier is not None and sampler == 'ancestral'
+    return settings | ({'moves': guides.moves_of(schedule)} if moved else {})
+
+
+def classifier_of(model: Model, context: Context, frozen, label: Array, moves: dict | None) -> guides.Classifier:
     """The noisy classifier of `config.stages.classifier`, of these labels."""
     params, its_frozen = frozen['classifier']
 
     def classify(batch):
         return context.stages['classifier'].classify(params, its_frozen, batch, jax.random.key(0))
 
-    ancestral = model.sampler.schedule if sampler == 'ancestral' else None
-    return guides.bind_classifier(classify, label, model.formulation.process, model.space.shape, ancestral)
+    return guides.bind_classifier(classify, label, model.formulation.process, model.space.shape, moves)
 
 
-def run_sampler(model: Model, state: State, frozen, batch, rng, **options):
+def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, **options):
     """x_0 [n, ...] of the samples of a batch; with `trajectory` (x_0, what was passed through)."""
     rng_start, rng_steps = jax.random.split(rng)
-    x = model.sampler.schedule.sigma[-1] * normal(example_keys(rng_start, batch), model.space.shape)
+    x = settings['start'] * normal(example_keys(rng_start, batch), model.space.shape)
     values = conditions.values_of(model.conditioning, batch)
-    denoise = denoiser_of(model, state, values, model.guidance, model.sampler.clip)
+    guidance = dataclasses.replace(model.guidance, **settings['guidance'])
+    denoise = denoiser_of(model, state, values, guidance, model.sampler.clip)
     if model.classifier is not None:
-        classifier, scale = model.classifier(frozen, batch['label']), model.guidance.classifier_scale
+        classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
+        scale = guidance.classifier_scale
         denoise = guides.classifier_guided(denoise, classifier.log_probability, classifier.scale_at, scale)
-    return model.sampler.run(denoise, x, example_keys(rng_steps, batch), **options)
+    return samplers.run(denoise, x, settings['table'], example_keys(rng_steps, batch), **options)
 
 
-def sample(model: Model, state: State, frozen, batch, rng) -> Array:
+def sample(model: Model, state: State, frozen, batch, rng, settings: dict) -> Array:
     """Samples, float32 [n, H, W, C] in [-1, 1]."""
-    return model.space.decode(frozen, run_sampler(model, state, frozen, batch, rng), stream(rng, 'decoder'))
+    return model.space.decode(frozen, run_sampler(model, state, frozen, batch, rng, settings), stream(rng, 'decoder'))
 
 
-def trajectory(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:
+def trajectory(model: Model, state: State, frozen, batch, rng, settings: dict) -> dict[str, Array]:
     """'x': after each evaluation of the network, and 'x_0': its estimates, [steps, n, H, W, C]; latents decoded."""
-    passed, decoder_rng = run_sampler(model, state, frozen, batch, rng, trajectory=True)[1], stream(rng, 'decoder')
+    passed = run_sampler(model, state, frozen, batch, rng, settings, trajectory=True)[1]
+    decoder_rng = stream(rng, 'decoder')
     if not model.space.latent:
         return passed
     return {k: jax.lax.map(lambda x: model.space.decode(frozen, x, decoder_rng), v) for k, v in passed.items()}

@@ -351,4 +351,5 @@ def build(
         divisor=divisor,
         free=('sample_steps', 'start'),
         larger=('below', 'accuracy'),
+        sampling=('sample_steps', 'start'),
     )

@@ -52,6 +52,7 @@ from jaxgen.contract import (
     Family,
     Latents,
     advance,
+    by_settings,
     gradient_step,
     new_state,
     repeat,
@@ -65,7 +66,7 @@ from jaxgen.networks.gan import NETWORKS
 from jaxgen.networks.layers import STATISTICS_DECAY, apply_averaged, apply_in_training
 from jaxgen.networks.spectral import normalise, orthogonality, start
 from jaxgen.optim import Optim, steps_within_update
-from jaxgen.options import Component, Count, NonNegative, OneOf, Section
+from jaxgen.options import TRACED, Component, Count, NonNegative, OneOf, Section
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -230,18 +231,18 @@ def update(networks: Networks, optim: Optim, steps: Steps, state, frozen, batch,
     return after.replace(extra=extra), discriminator_aux.logs | generator_aux.logs
 
 
-def draw_latents(keys: Array, latent: int, truncation: float) -> Array:
-    """z [n, latent] by keys [n], of N(0, I); numbers beyond `truncation` are drawn again where it is not 0."""
+def draw_latents(keys: Array, latent: int, truncation: Array | None) -> Array:
+    """z [n, latent] by keys [n], of N(0, I); numbers beyond `truncation` are drawn again where it is not None."""
 
     def draw(key: Array) -> Array:
-        if truncation:
+        if truncation is not None:
             return jax.random.truncated_normal(key, -truncation, truncation, (latent,))
         return jax.random.normal(key, (latent,))
 
     return jax.vmap(draw)(keys)
 
 
-def standing_statistics(networks: Networks, truncation: float, state):
+def standing_statistics(networks: Networks, truncation: Array, state):
     """Batch statistics of the averaged generator on truncated latents, the same in any call and for any seed."""
     weights, _ = normalise(state.ema['generator'], state.extra['average']['vectors'])
 
@@ -264,11 +265,12 @@ def generate(networks: Networks, state, z: Array, c: Array | None, statistics=No
     return networks.generator.apply({'params': weights, 'batch_stats': statistics or average['batch_stats']}, z, c)
 
 
-def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
+def sample(networks: Networks, state, frozen, batch, rng, settings: dict):
     """Images [n, H, W, C] of the latents drawn for the samples of a batch."""
+    truncation = settings.get('truncation')
     z = draw_latents(example_keys(rng, batch), networks.latent, truncation)
     # Those of training are of N(0, I), and with truncation the generator's activations have other ones.
-    gather = truncation and state.extra['average']['batch_stats']
+    gather = truncation is not None and state.extra['average']['batch_stats']
     statistics = standing_statistics(networks, truncation, state) if gather else None
     return generate(networks, state, z, networks.condition(batch), statistics)
 
@@ -318,7 +320,7 @@ def build(
     orthogonal: NonNegative = 0.0,
     augmentation: Annotated[tuple[str, ...], OneOf(*AUGMENTATIONS)] = (),
     dequantise: bool = False,
-    truncation: NonNegative = 0.0,
+    truncation: Annotated[NonNegative, TRACED] = 0.0,
 ) -> Family:
     """A generative adversarial network.
 
@@ -358,6 +360,10 @@ def build(
     objective = Objective(adversarial, penalty, one_sided, r1, r1_every, orthogonal, augmentation, dequantise)
     optim = clipped(context.optim, weight_clip) if weight_clip else context.optim
     partial = functools.partial
+
+    def settings():
+        return {'truncation': truncation} if truncation else {}
+
     steps = Steps(
         network_step(partial(discriminator_loss, networks, objective), optim, 'discriminator', discriminator_steps),
         network_step(partial(generator_loss, networks, objective), optim, 'generator'),
@@ -367,12 +373,14 @@ def build(
     return Family(
         partial(init, networks, optim, spectral, discriminator_steps),
         partial(update, networks, optim, steps),
-        partial(sample, networks, truncation),
+        by_settings(partial(sample, networks), settings),
         partial(evaluate, networks),
         decode=partial(decode, networks),
         conditions=('label',) if conditional else (),
         divisor=pair.divisor,
         free=('truncation',),
+        sampling=('truncation',),
+        settings=settings,
         statistics=network['name'] != 'mlp' or 'generator' in spectral,
         latents=Latents(shape=(latent,)),
     )

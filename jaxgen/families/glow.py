@@ -30,11 +30,11 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels, check_size
-from jaxgen.contract import Aux, Context, Family, Latents, State, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, Latents, State, by_settings, make_update, new_state
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import bits_per_dim, mean_bits_per_dim, to_image, to_unit
 from jaxgen.networks.glow import Flow, Top, latent_shapes
-from jaxgen.options import Count, NonNegative, OneOf
+from jaxgen.options import TRACED, Count, NonNegative, OneOf
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
@@ -107,7 +107,7 @@ def build(
     edge: bool = True,
     learn_top: bool = True,
     conditional: bool = False,
-    temperature: NonNegative = 1.0,
+    temperature: Annotated[NonNegative, TRACED] = 1.0,
     draws: Count = 1,
 ) -> Family:
     """Glow. The defaults are those for CIFAR-10.
@@ -144,8 +144,8 @@ def build(
 
         return {'bits_per_dim': mean_bits_per_dim(log_p, example_keys(rng, batch), context.image, draws)}
 
-    def sample(state, frozen, batch, rng):
-        latents = temperature * normal(example_keys(rng, batch), (model.size,))
+    def sample(state, frozen, batch, rng, settings):
+        latents = settings['temperature'] * normal(example_keys(rng, batch), (model.size,))
         return model.images(state, latents, model.label(batch))
 
     def encode(state, frozen, batch, rng):
@@ -159,10 +159,13 @@ def build(
         """Logits, float32 [n, classes]."""
         return class_logits(top, state.ema['flow']['top'], encode(state, frozen, batch, rng))
 
+    def settings():
+        return {'temperature': temperature}
+
     return Family(
         functools.partial(init, model, context.optim),
         make_update(functools.partial(loss, model), context.optim, 'flow'),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         encode,
         decode,
@@ -170,5 +173,7 @@ def build(
         conditions=('label',) if conditional else (),
         divisor=2**levels,
         free=('temperature', 'draws'),
+        sampling=('temperature',),
+        settings=settings,
         latents=Latents(shape=(model.size,)),
     )

@@ -22,11 +22,19 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
-from jaxgen.networks.transformer import MaskedTransformer, categorical, check_prior, filtered, flatten, unflatten
-from jaxgen.options import Count, NonNegative, OneOf, Positive, Rate
+from jaxgen.networks.transformer import (
+    MaskedTransformer,
+    categorical,
+    check_prior,
+    flatten,
+    truncated,
+    truncation_settings,
+    unflatten,
+)
+from jaxgen.options import TRACED, Count, NonNegative, OneOf, Positive, Rate
 from jaxgen.randomness import example_keys, stream
 
 Array = jax.Array
@@ -84,13 +92,13 @@ class Tokens(NamedTuple):
 
 
 def sample_codes(
-    tokens: Tokens, weights, batch: dict, keys: Array, length: int, steps: int, choice_temperature: float, **truncation
+    tokens: Tokens, weights, batch: dict, keys: Array, length: int, steps: int, top_k: int, settings: dict
 ) -> Array:
     """Codes int32 [n, length] by parallel decoding (section 3.2).
 
     Args:
       keys: [n].
-      truncation: see `networks.transformer.filtered`.
+      settings: 'choice_temperature', and those of `networks.transformer.truncated`.
     """
 
     def one(codes, t):
@@ -98,13 +106,13 @@ def sample_codes(
         draw_keys, choice_keys = step_keys[:, 0], step_keys[:, 1]
         logits = tokens.logits(weights, codes, batch)[..., : tokens.codes]
         masked = codes == tokens.mask
-        sampled = jnp.where(masked, categorical(draw_keys, filtered(logits, **truncation)), codes)
+        sampled = jnp.where(masked, categorical(draw_keys, truncated(logits, top_k, settings)), codes)
         confidence = jnp.where(masked, -cross_entropy(logits, sampled), jnp.inf)
         r = (t + 1) / steps
         # At least one code is settled in each step, and none is left after the last.
         count = jnp.minimum(jnp.floor(mask_ratio(r) * length), masked.sum(1, keepdims=True) - 1)
         count = jnp.where(t + 1 < steps, jnp.maximum(count, 0), 0)
-        again = least_confident(choice_keys, confidence, choice_temperature * (1 - r), count)
+        again = least_confident(choice_keys, confidence, settings['choice_temperature'] * (1 - r), count)
         return jnp.where(again, tokens.mask, sampled), None
 
     codes, _ = jax.lax.scan(one, jnp.full((len(keys), length), tokens.mask, jnp.int32), jnp.arange(steps))
@@ -136,10 +144,10 @@ def build(
     smoothing: Rate = 0.1,
     mean: Annotated[str, OneOf('batch', 'image')] = 'batch',
     steps: Count = 8,
-    choice_temperature: NonNegative = 4.5,
-    temperature: Positive = 1.0,
+    choice_temperature: Annotated[NonNegative, TRACED] = 4.5,
+    temperature: Annotated[Positive, TRACED] = 1.0,
     top_k: Annotated[int, '[0, inf)'] = 0,
-    top_p: Annotated[float, '(0, 1]'] = 1.0,
+    top_p: Annotated[float, '(0, 1]', TRACED] = 1.0,
 ) -> Family:
     """MaskGIT over the codes of `config.stages.first`.
 
@@ -192,11 +200,14 @@ def build(
         params = net.init(rng, jnp.zeros((1, net.length), jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
 
-    def sample(state, frozen, batch, rng):
+    def settings():
+        return truncation_settings(temperature, top_p) | {'choice_temperature': choice_temperature}
+
+    def sample(state, frozen, batch, rng, settings):
         draw_rng, first_rng = jax.random.split(rng)
         sequences = sample_codes(
-            tokens, state.ema['transformer'], batch, example_keys(draw_rng, batch), length, steps, choice_temperature,
-            temperature=temperature, top_k=top_k, top_p=top_p,
+            tokens, state.ema['transformer'], batch, example_keys(draw_rng, batch), length, steps, top_k,
+            settings,
         )  # fmt: skip
         codes = unflatten(sequences, first.latents.grids)
         return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
@@ -209,9 +220,11 @@ def build(
     return Family(
         init,
         make_update(loss, context.optim, 'transformer'),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('steps', 'choice_temperature', 'temperature', 'top_k', 'top_p'),
+        sampling=('steps', 'choice_temperature', 'temperature', 'top_k', 'top_p'),
+        settings=settings,
     )

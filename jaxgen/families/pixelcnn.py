@@ -26,12 +26,12 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import SAMPLERS, with_cache
 from jaxgen.networks.pixelcnn import NETWORKS, ConditioningStack, GridModel
-from jaxgen.options import Component, Count, OneOf, Positive, Section, own_fields
+from jaxgen.options import TRACED, Component, Count, OneOf, Positive, Section, own_fields
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -174,7 +174,7 @@ def build(
     conditional: bool = False,
     embedding: Count = 64,
     coarser_blocks: Annotated[int, '[0, inf)'] = 2,
-    temperature: Positive = 1.0,
+    temperature: Annotated[Positive, TRACED] = 1.0,
     sampler: Annotated[str, OneOf(*SAMPLERS)] = 'cached',
 ) -> Family:
     """PixelCNN.
@@ -247,10 +247,13 @@ def build(
         }
         return new_state(params, context.optim)
 
-    def sample(state, frozen, batch, rng):
+    def settings():
+        return {'temperature': temperature}
+
+    def sample(state, frozen, batch, rng, settings):
         rng_codes, rng_decode = jax.random.split(rng)
         keys = example_keys(rng_codes, batch)
-        values = sample_grids(grids, state.ema, keys, batch.get('label'), temperature, sampler)
+        values = sample_grids(grids, state.ema, keys, batch.get('label'), settings['temperature'], sampler)
         if first is None:
             return 2 * values[0].astype(jnp.float32) / (levels - 1) - 1
         return jnp.clip(first.decode(*frozen['first'], batch, codes_of(values), rng_decode), -1, 1)
@@ -266,8 +269,10 @@ def build(
     return Family(
         init,
         make_update(loss, context.optim, *names),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         conditions=('label',) if conditional else (),
         free=('temperature', 'sampler'),
+        sampling=('temperature', 'sampler'),
+        settings=settings,
     )

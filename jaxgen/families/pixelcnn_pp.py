@@ -21,12 +21,12 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels, check_size
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.losses import likelihoods
 from jaxgen.networks.masked import SAMPLERS, with_cache
 from jaxgen.networks.pixelcnn import Condition
 from jaxgen.networks.pixelcnn_pp import PixelCNNpp
-from jaxgen.options import Count, OneOf, Positive, Rate
+from jaxgen.options import TRACED, Count, OneOf, Positive, Rate
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -102,7 +102,7 @@ def build(
     mixtures: Count = 10,
     dropout: Rate = 0.5,
     conditional: bool = False,
-    temperature: Positive = 1.0,
+    temperature: Annotated[Positive, TRACED] = 1.0,
     sampler: Annotated[str, OneOf(*SAMPLERS)] = 'cached',
 ) -> Family:
     """PixelCNN++.
@@ -148,9 +148,13 @@ def build(
         params = net.init(rng, with_ones(batch['image']), Condition(label))['params']
         return new_state({'pixelcnn': params}, context.optim)
 
-    def sample(state, frozen, batch, rng):
+    def settings():
+        return {'temperature': temperature}
+
+    def sample(state, frozen, batch, rng, settings):
         keys, label = example_keys(rng, batch), batch.get('label')
-        return sample_images(net, state.ema['pixelcnn'], keys, context.image, label, temperature, sampler)
+        weights, temperature = state.ema['pixelcnn'], settings['temperature']
+        return sample_images(net, weights, keys, context.image, label, temperature, sampler)
 
     def evaluate(state, frozen, batch, rng):
         nll = negative_log_likelihood(net, state.ema['pixelcnn'], batch['image'], batch.get('label'))
@@ -159,9 +163,11 @@ def build(
     return Family(
         init,
         make_update(loss, context.optim, 'pixelcnn'),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         conditions=('label',) if conditional else (),
         divisor=divisor,
         free=('temperature', 'sampler'),
+        sampling=('temperature', 'sampler'),
+        settings=settings,
     )

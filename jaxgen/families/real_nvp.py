@@ -31,12 +31,23 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, Latents, State, advance, gradient_step, new_state, running_mean
+from jaxgen.contract import (
+    Aux,
+    Context,
+    Family,
+    Latents,
+    State,
+    advance,
+    by_settings,
+    gradient_step,
+    new_state,
+    running_mean,
+)
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import gaussian
 from jaxgen.networks.couplings import bits_per_dim, mean_bits_per_dim, sum_per_example, to_image, to_unit
 from jaxgen.networks.real_nvp import Flow
-from jaxgen.options import Count, NonNegative
+from jaxgen.options import TRACED, Count, NonNegative
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
@@ -141,7 +152,7 @@ def build(
     norm: bool = True,
     constraint: Annotated[float, '(0, 1)'] = 0.9,
     scale_penalty: NonNegative = 5e-5,
-    temperature: NonNegative = 1.0,
+    temperature: Annotated[NonNegative, TRACED] = 1.0,
     draws: Count = 1,
 ) -> Family:
     """Real NVP. The defaults are those for CIFAR-10.
@@ -186,18 +197,24 @@ def build(
     def decode(state, frozen, batch, latents, rng):
         return to_image(from_logit(model.apply(state, latents, inverse=True)[0], constraint))
 
-    def sample(state, frozen, batch, rng):
-        return decode(state, frozen, batch, temperature * normal(example_keys(rng, batch), (model.size,)), rng)
+    def sample(state, frozen, batch, rng, settings):
+        latents = settings['temperature'] * normal(example_keys(rng, batch), (model.size,))
+        return decode(state, frozen, batch, latents, rng)
+
+    def settings():
+        return {'temperature': temperature}
 
     return Family(
         functools.partial(init, model, context.optim),
         update,
-        sample,
+        by_settings(sample, settings),
         evaluate,
         encode,
         decode,
         divisor=2 ** (scales - 1),
         free=('temperature', 'draws'),
+        sampling=('temperature',),
+        settings=settings,
         statistics=True,
         latents=Latents(shape=(model.size,)),
     )

@@ -43,6 +43,7 @@ from jaxgen.contract import (
     Latents,
     State,
     advance,
+    by_settings,
     gradient_step,
     new_state,
     running_mean,
@@ -55,7 +56,7 @@ from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vani
 from jaxgen.networks.layers import downsample_mean
 from jaxgen.networks.stylegan2 import Discriminator, Generator, noise_sizes, styles
 from jaxgen.optim import Optim
-from jaxgen.options import Count, Fraction, NonNegative, OneOf
+from jaxgen.options import TRACED, Count, Fraction, NonNegative, OneOf
 from jaxgen.randomness import example_keys, normal
 
 Array = jax.Array
@@ -306,13 +307,13 @@ def update(networks: Networks, optim: Optim, steps: Steps, adaptation: Adaptatio
 # --- samples
 
 
-def sample(networks: Networks, truncation: float, state, frozen, batch, rng):
+def sample(networks: Networks, state, frozen, batch, rng, settings: dict):
     """Images [n, H, W, C] at w' = mean + truncation (w - mean), each with noise of its own."""
     weights, mean = state.ema['generator'], state.extra['w']
     keys = jax.vmap(jax.random.split)(example_keys(rng, batch))
     w = networks.map(weights, normal(keys[:, 0], (networks.generator.latent,)), networks.label(batch))
     noise = jax.vmap(lambda key: [one[0] for one in networks.noise(key, 1)])(keys[:, 1])
-    return jnp.clip(networks.synthesise(weights, mean + truncation * (w - mean), noise), -1, 1)
+    return jnp.clip(networks.synthesise(weights, mean + settings['truncation'] * (w - mean), noise), -1, 1)
 
 
 def decode(networks: Networks, state, frozen, batch, latents, rng):
@@ -438,7 +439,7 @@ def build(
     augment_target: Fraction = 0.6,
     augment_every: Count = 4,
     augment_images: Count = 500_000,
-    truncation: NonNegative = 1.0,
+    truncation: Annotated[NonNegative, TRACED] = 1.0,
     projection_steps: Count = 1000,
     lpips: tuple[str, ...] = (),
 ) -> Family:
@@ -485,15 +486,21 @@ def build(
     measure = perceptual.measure(context.stages, lpips, context.image)  # (frozen, x, y) -> [n]
     distance = functools.partial(image_distance, measure, 256 if lpips else 0)  # VGG-16 was trained on such images
     partial = functools.partial
+
+    def settings():
+        return {'truncation': truncation}
+
     return Family(
         partial(init, networks, context.optim, path, augment_p),
         partial(update, networks, context.optim, steps, adaptation),
-        partial(sample, networks, truncation),
+        by_settings(partial(sample, networks), settings),
         partial(evaluate, networks),
         partial(encode, networks, distance, projection_steps),
         partial(decode, networks),
         conditions=('label',) if conditional else (),
         divisor=4,
         free=('truncation', 'projection_steps', 'lpips'),
+        sampling=('truncation',),
+        settings=settings,
         latents=Latents(shape=(latent,)),
     )

@@ -24,11 +24,19 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
-from jaxgen.networks.transformer import CausalTransformer, categorical, check_prior, filtered, flatten, unflatten
-from jaxgen.options import Count, NonNegative, Rate
+from jaxgen.networks.transformer import (
+    CausalTransformer,
+    categorical,
+    check_prior,
+    flatten,
+    truncated,
+    truncation_settings,
+    unflatten,
+)
+from jaxgen.options import TRACED, Count, NonNegative, Rate
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
@@ -62,13 +70,13 @@ def corrupted(keep_rng: Array, code_rng: Array, codes: Array, keep: float, vocab
     return jnp.where(jax.random.bernoulli(keep_rng, keep, codes.shape), codes, uniform)
 
 
-def draw_code(keys: Array, logits: Array, i: Array, **truncation) -> Array:
+def draw_code(keys: Array, logits: Array, i: Array, top_k: int, settings: dict) -> Array:
     """One code for each example, int32 [n], from logits [n, V], by its own key and the code's index.
 
-    truncation: see `networks.transformer.filtered`.
+    top_k, settings: see `networks.transformer.truncated`.
     """
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-    return categorical(own, filtered(logits, **truncation))
+    return categorical(own, truncated(logits, top_k, settings))
 
 
 def sample_codes(net: CausalTransformer, weights, start: Array, keys: Array, draw: Callable) -> Array:
@@ -128,9 +136,9 @@ def build(
     attention_dropout: Rate = 0.0,
     conditional: bool = False,
     keep: Annotated[float, '(0, 1]'] = 1.0,
-    temperature: NonNegative = 1.0,
+    temperature: Annotated[NonNegative, TRACED] = 1.0,
     top_k: Annotated[int, '[0, inf)'] = 0,
-    top_p: Annotated[float, '(0, 1]'] = 1.0,
+    top_p: Annotated[float, '(0, 1]', TRACED] = 1.0,
     enlarge: Count = 1,
 ) -> Family:
     """Transformer over the codes of `config.stages.first`.
@@ -163,7 +171,6 @@ def build(
         vocabulary=vocabulary, length=length, channels=channels, blocks=blocks, heads=heads, dropout=dropout,
         attention_dropout=attention_dropout, remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
-    draw = functools.partial(draw_code, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def encode(frozen, batch, rng) -> tuple[Array, Array]:
         """Codes int32 [n, T], and the token in front."""
@@ -181,7 +188,11 @@ def build(
         params = net.init(rng, jnp.zeros((1, length), jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
 
-    def sample(state, frozen, batch, rng):
+    def settings():
+        return truncation_settings(temperature, top_p)
+
+    def sample(state, frozen, batch, rng, settings):
+        draw = functools.partial(draw_code, top_k=top_k, settings=settings)
         draw_rng, first_rng = jax.random.split(rng)
         keys, start = example_keys(draw_rng, batch), start_token(batch, len(batch['index']), conditional)
         weights = state.ema['transformer']
@@ -199,9 +210,11 @@ def build(
     return Family(
         init,
         make_update(loss, context.optim, 'transformer'),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('temperature', 'top_k', 'top_p', 'enlarge'),
+        sampling=('temperature', 'top_k', 'top_p', 'enlarge'),
+        settings=settings,
     )

@@ -13,9 +13,10 @@ of K, from 0, logits are (1 + t) those with the class - t those without, with t 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import einops
 import jax
@@ -23,19 +24,19 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.multiscale import shrunk
-from jaxgen.networks.transformer import categorical, check_prior, filtered, flatten
+from jaxgen.networks.transformer import categorical, check_prior, flatten, truncated, truncation_settings
 from jaxgen.networks.var import VARTransformer
-from jaxgen.options import Count, NonNegative, Rate
+from jaxgen.options import TRACED, Count, NonNegative, Rate
 from jaxgen.randomness import example_keys
 
 Array = jax.Array
 
 
-def guided(conditional: Array, unconditional: Array, guidance: float, scale: int, scales: int) -> Array:
+def guided(conditional: Array, unconditional: Array, guidance: Any, scale: int, scales: int) -> Array:
     """Guided logits [n, T, V] of the scale with this index, of those with and without the class."""
     t = guidance * scale / max(scales - 1, 1)
     return (1 + t) * conditional - t * unconditional
@@ -84,26 +85,27 @@ def code_nats(net: VARTransformer, weights, inputs: Array | None, label: Array, 
 
 
 def sample_codes(
-    net: VARTransformer, weights, scales: Scales, label: Array, keys: Array, guidance: float, truncate: Callable
+    net: VARTransformer, weights, scales: Scales, label: Array, keys: Array, guidance: Array | None, truncate: Callable
 ) -> tuple[Array, ...]:
     """Codes of each scale, int32 [n, h, w]: every token goes through the network once.
 
     Args:
       label: int32 [n].
       keys: [n].
-      truncate: of logits, see `networks.transformer.filtered`.
+      guidance: None: there is none.
+      truncate: of logits, see `networks.transformer.truncated`.
     """
     n, grids = len(keys), scales.grids
-    if guidance:
+    if guidance is not None:
         label = jnp.concatenate([label, jnp.full(n, net.classes)])
     total, inputs, cache, codes = 0.0, None, net.empty_cache(len(label)), []
     for k, grid in enumerate(grids):  # not a scan: no two scales have one shape
         if k:
             total = scales.added(total, codes[-1], k - 1)
             inputs = scales.inputs(total, k)
-            inputs = jnp.concatenate([inputs, inputs]) if guidance else inputs
+            inputs = jnp.concatenate([inputs, inputs]) if guidance is not None else inputs
         logits, cache = net.apply({'params': weights}, inputs, label, cache, k)
-        if guidance:
+        if guidance is not None:
             logits = guided(logits[:n], logits[n:], guidance, k, len(grids))
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         codes.append(categorical(own, truncate(logits)).reshape(n, *grid))
@@ -124,10 +126,10 @@ def build(
     gate: NonNegative = 1e-3,
     conditional: bool = False,
     label_dropout: Rate = 0.1,
-    guidance: NonNegative = 0.0,
-    temperature: NonNegative = 1.0,
+    guidance: Annotated[NonNegative, TRACED] = 0.0,
+    temperature: Annotated[NonNegative, TRACED] = 1.0,
     top_k: Annotated[int, '[0, inf)'] = 0,
-    top_p: Annotated[float, '(0, 1]'] = 1.0,
+    top_p: Annotated[float, '(0, 1]', TRACED] = 1.0,
 ) -> Family:
     """VAR over the codes of `config.stages.first`.
 
@@ -184,14 +186,15 @@ def build(
         params = net.init(rng, inputs, jnp.zeros(1, jnp.int32))['params']
         return new_state({'transformer': params}, context.optim)
 
-    def sample(state, frozen, batch, rng):
-        def truncate(logits):
-            return filtered(logits, temperature, top_k, top_p)
+    def settings():
+        return truncation_settings(temperature, top_p) | ({'guidance': guidance} if guidance else {})
 
+    def sample(state, frozen, batch, rng, settings):
+        truncate = functools.partial(truncated, top_k=top_k, settings=settings)
         draw_rng, first_rng = jax.random.split(rng)
         keys, scales = example_keys(draw_rng, batch), Scales(first, frozen['first'])
         label = label_of(batch, len(keys), conditional)
-        codes = sample_codes(net, state.ema['transformer'], scales, label, keys, guidance, truncate)
+        codes = sample_codes(net, state.ema['transformer'], scales, label, keys, settings.get('guidance'), truncate)
         return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
@@ -202,9 +205,11 @@ def build(
     return Family(
         init,
         make_update(loss, context.optim, 'transformer'),
-        sample,
+        by_settings(sample, settings),
         evaluate,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('guidance', 'temperature', 'top_k', 'top_p'),
+        sampling=('guidance', 'temperature', 'top_k', 'top_p'),
+        settings=settings,
     )

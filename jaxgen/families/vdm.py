@@ -169,6 +169,7 @@ def build(
         trajectory=functools.partial(trajectory, model),
         conditions=tuple(c.name for c in bound if not c.optional),
         free=('sampler', 'likelihood'),
+        sampling=('sampler',),
     )
 
 

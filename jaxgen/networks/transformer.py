@@ -214,24 +214,34 @@ def unflatten(sequence: Array, grids: tuple[tuple[int, int], ...]) -> tuple[Arra
     return tuple(part.reshape(-1, h, w) for part, (h, w) in zip(parts, grids, strict=True))
 
 
-def filtered(logits: Array, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+def truncation_settings(temperature: float, top_p: float) -> dict[str, float]:
+    """Those of temperature and top_p that are on, by name; see `filtered` and `Family.settings`."""
+    return ({'temperature': temperature} if temperature else {}) | ({'top_p': top_p} if top_p < 1 else {})
+
+
+def truncated(logits: Array, top_k: int, settings: dict[str, Any]) -> Array:
+    """`filtered` by the numbers of `truncation_settings`, which may be traced."""
+    return filtered(logits, settings.get('temperature', 0), top_k, settings.get('top_p', 1))
+
+
+def filtered(logits: Array, temperature: Any = 1.0, top_k: int = 0, top_p: Any = 1.0) -> Array:
     """Logits [..., V] of the truncated distribution, -inf for the tokens that are left out.
 
     Args:
-      temperature: logits are divided by it; 0: the likeliest token alone.
+      temperature: logits are divided by it; 0, not traced: the likeliest token alone.
       top_k: only the k likeliest tokens; 0: all.
       top_p: only the likeliest tokens that together have at least this probability, the nucleus (Holtzman et al. 2019,
-        arXiv 1904.09751); 1: all.
+        arXiv 1904.09751); 1, not traced: all.
     """
     # At temperature 0 ties would leave several tokens: the first of them is taken.
     logits = (
         logits / temperature
-        if temperature
+        if isinstance(temperature, jax.Array) or temperature
         else jnp.where(jnp.arange(logits.shape[-1]) == logits.argmax(-1)[..., None], 0.0, -jnp.inf)
     )
     if 0 < top_k < logits.shape[-1]:
         logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
-    if top_p < 1:
+    if isinstance(top_p, jax.Array) or top_p < 1:
         order = jnp.argsort(-logits, -1)
         probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, -1))
         # A token is kept if those before it have less than top_p together: the likeliest always is.

@@ -906,7 +906,7 @@ def test_arrays_of_any_rank(shape, learned):
     for x, noise in ((x_0, eps), (x_0.reshape(3, flat), eps.reshape(3, flat))):
         values, _ = objective.errors(formulation, network, 0.3, x, t, noise, {})
         denoise = objective.denoiser(formulation, network, 0.3, (), {}, guidance.OFF, clip=False)
-        drawn = sampler.run(denoise, noise, keys)
+        drawn = samplers.run(denoise, noise, sampler.table, keys)
         error = likelihood.noise_error(denoise, x, formulation.process, keys, 2)
         assert drawn.shape == x.shape and values.shape == error.shape == (3,)
         results.append((values, drawn.reshape(3, flat)))
