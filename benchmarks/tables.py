@@ -149,6 +149,28 @@ def loader(record: dict) -> str:
     return markdown(heads, table)
 
 
+def first_samples(rows: list[dict]) -> str:
+    """Seconds to samples: a row for each config, a column for each kind of call, with what it compiled."""
+    kinds = {
+        'first': 'first',
+        'second': 'second',
+        'number': 'one image more',
+        'option': 'other option',
+        'program': 'other program',
+        'back': 'back again',
+    }
+
+    def cell(call: dict | None) -> str:
+        if call is None:
+            return ''
+        seconds = call['seconds']
+        text = f'{seconds:.1f} s' if seconds >= 1 else f'{1000 * seconds:.0f} ms'
+        return f'{text}, {call["compiled"]} compiled' if call['compiled'] else text
+
+    table = [[f'`{r["config"]}`, {r["n"]} images', *(cell(r['calls'].get(kind)) for kind in kinds)] for r in rows]
+    return markdown(['run', *kinds.values()], table)
+
+
 def shown_command(command: str) -> str:
     return command.partition(' --out=')[0]
 
@@ -220,7 +242,7 @@ def make(kind: str, names: list[str]) -> str:
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
     if kind == 'loader':
         return loader(records[0])
-    if kind in ('trilemma', 'likelihoods'):
+    if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])
     if kind in ('ratios', 'speeds'):
         return globals()[kind](records)
