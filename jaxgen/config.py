@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxgen
-from jaxgen import addresses, options
+from jaxgen import addresses, imports, options
 from jaxgen import configs as shipped
 from jaxgen.errors import UserError
 from jaxgen.files import absolute, check_local
@@ -110,15 +110,17 @@ def one_line(e: BaseException, limit: int = 300) -> str:
 
 
 def module(family: str):
-    """The family's module, by the family's name."""
+    """The family's module, by the family's name or its dotted path; see imports.py."""
+    if imports.is_dotted(family):
+        return imports.family(family)[0]
     if family not in families():
         raise UserError(f'config.family: no family {family!r}{near(family, families())}')
     return importlib.import_module(f'jaxgen.families.{family}')
 
 
 def builder(family: str) -> Callable:
-    """The family's build function, by the family's name."""
-    return module(family).build
+    """The family's build function, by the family's name or its dotted path."""
+    return imports.family(family)[1] if imports.is_dotted(family) else module(family).build
 
 
 def deep_update(base: dict, over: dict) -> dict:
@@ -153,6 +155,8 @@ def make(variant: str = '', /, variants: dict[str, dict] | None = None, **sectio
       UserError: an unknown field, a wrong type, a value out of range.
     """
     variants = variants or {}
+    for written in (sections, *variants.values()):  # by a person, in Python
+        imports.name_those_of(written)
     for name in filter(None, variant.split(',')):
         if name not in variants:
             raise UnknownVariant(name, list(variants))
@@ -273,8 +277,8 @@ def with_present_names(sections: dict) -> dict:
       UserError: a field is there under both names.
       ValueError: config.model is none that the family ever had.
     """
-    family = sections.get('family')
-    if family not in families() or not isinstance(sections.get('model', {}), dict):
+    family: Any = sections.get('family')
+    if not (family in families() or imports.is_dotted(family)) or not isinstance(sections.get('model', {}), dict):
         return sections  # `complete` says what is wrong
     if hasattr(module(family), 'former'):
         try:
@@ -499,6 +503,7 @@ def load(path: str) -> ConfigDict:
         raise UserError(f'{position_in(file, e)}: {one_line(e)}') from e
     if not isinstance(config, ConfigDict):
         raise UserError(f'{file}: get_config must return what jaxgen.config.make returns; it is {shown(config)}')
+    imports.name_those_of(config.to_dict())
     return complete(config.to_dict())
 
 
@@ -528,6 +533,7 @@ def override(config: ConfigDict, texts: list[str]) -> ConfigDict:
                 raise UserError(f'{text} needs a value: {text}=VALUE')
             value = 'true'
         given = joined(given, nested('.'.join(keys), parsed(value, keys, sections)))
+    imports.name_those_of(given)
     return complete(update_sections(sections, given))
 
 
@@ -563,6 +569,11 @@ def joined(first: dict, second: dict) -> dict:
             before = {'name': before}
         out[key] = joined(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return out
+
+
+def name_imports(texts: list[str]) -> None:
+    """Lets the families and networks that overrides name be imported; see imports.py."""
+    imports.name(*(text.partition('=')[2] for text in texts))
 
 
 def fields_of(texts: list[str]) -> set[str]:

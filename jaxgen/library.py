@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import files, options
+from jaxgen import files, imports, options
 from jaxgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ def plain(value):
         return tuple(plain(one) for one in value)
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
-    return (
-        value.item() if isinstance(value, np.generic) else os.fspath(value) if isinstance(value, os.PathLike) else value
-    )
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, type | types.FunctionType | types.ModuleType):  # a family or network of the person's own
+        return imports.path_of(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,12 +68,13 @@ def config(name: str | os.PathLike | ConfigDict = '', /, **overrides) -> ConfigD
       name: of a config that comes with jaxgen, 'ddpm_digits' or 'ddpm_digits:tiny,conditional'; or of a file,
         'mine.py:small'; or a config, whose fields are checked again; '' begins with the defaults.
       **overrides: the fields that differ, as sections, `optim={'lr': 1e-3}`, or by their paths,
-        `**{'optim.lr': 1e-3}`.
+        `**{'optim.lr': 1e-3}`. A family or network of your own is a dotted path, or the module, function or class.
 
     Raises:
       UserError: no such config or field, or a value that it does not take: one line that says what it takes.
     """
     given = nested_fields(plain(overrides))
+    imports.name_those_of(given)
     if isinstance(name, ConfigDict | dict):
         sections = plain(name)
     elif not isinstance(name, str | os.PathLike):

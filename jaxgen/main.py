@@ -213,6 +213,7 @@ def main(argv: list[str]) -> None:
             print(json.dumps(describe.describe(config, runs.assemble(config, stage=runs.abstract_stage)), indent=2))
         return
     named = configs.fields_of(overrides)
+    configs.name_imports(overrides)
     if values.images and not values.workdir:
         images_mode(configs.override(configs.load(values.config), overrides), {}, values.images, values.out)
         return

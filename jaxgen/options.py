@@ -36,6 +36,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
+from jaxgen import imports
 from jaxgen.errors import UserError
 
 LARGEST = 2**31 - 1  # of any integer: most of them become int32 on a device
@@ -411,7 +412,10 @@ def component_section(component: Component, default: Section, value, path: str) 
     name: Any = own.get(key, usual.get(key))
     if not name and not own.get(key):
         raise UserError(f'config.{path}.{key} is missing: one of {", ".join(component.table)}')
-    check_choice(f'{path}.{key}', name, tuple(component.table))
+    if isinstance(component.table, imports.OwnToo) and imports.is_dotted(name):
+        imports.load(name, f'{path}.{key}')
+    else:
+        check_choice(f'{path}.{key}', name, tuple(component.table))
     base = own_fields(usual, key) if name == usual.get(key) else {}
     given = base | own_fields(own, key)
     return {key: name, **completed(component.fields(name), given, path)}
@@ -562,11 +566,17 @@ def described_component(component: Component, default: Section, value: dict, pat
     """The lines of one component's section."""
     key = component.key
     usual = {key: default} if isinstance(default, str) else default
-    first = Described(f'{path}.{key}', 'str', usual.get(key, ''), 'one of ' + ', '.join(component.table), meaning)
+    first = Described(f'{path}.{key}', 'str', usual.get(key, ''), names_of(component), meaning)
     known = component.fields(value[key])
     if value[key] == usual.get(key):  # the section's own defaults
         known = {k: f._replace(default=usual.get(k, f.default)) for k, f in known.items()}
     return [first, *described(known, value, path)]
+
+
+def names_of(component: Component) -> str:
+    """The allowed names of a component, in words."""
+    own = ', or the dotted path of your own' if isinstance(component.table, imports.OwnToo) else ''
+    return 'one of ' + ', '.join(component.table) + own
 
 
 def type_name(field: Field) -> str:

@@ -3,7 +3,8 @@
 A run directory is data. Its config names paths outside of it: a folder of images, earlier stages, a feature network.
 The person who trained the run named these, so training signs them with the person's own secret
 (`~/.config/jaxgen/key`), and the signature moves with the run. In a run with another signature, or none, such a path is
-used only where the person names it on the command line or in the call.
+used only where the person names it on the command line or in the call. Likewise the modules that it names
+(imports.py), of a family or a network outside of jaxgen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Set
 
 from jaxgen import config as configs
-from jaxgen import files
+from jaxgen import files, imports
 from jaxgen.errors import UserError
 
 NAME = 'origin.json'
@@ -50,11 +51,13 @@ def secret(create: bool = False) -> bytes:
 
 
 def signature(config, key: bytes, relative: dict[str, str] | None = None) -> str:
-    """HMAC-SHA256, in hexadecimal digits, of the paths that a config names, and of those of its stages that are
-    relative to the run, where these are given."""
-    named: dict = configs.paths(config)
-    signed = named if relative is None else {'paths': named, 'stages': relative}
-    text = json.dumps(signed, sort_keys=True)
+    """HMAC-SHA256, in hexadecimal digits, of the paths and modules that a config names, and of those of its stages that
+    are relative to the run, where these are given."""
+    sections = config.to_dict() if hasattr(config, 'to_dict') else config
+    named: dict = configs.paths(sections)
+    modules = imports.of_sections(sections)
+    more = ({} if relative is None else {'stages': relative}) | ({'modules': modules} if modules else {})
+    text = json.dumps({'paths': named, **more} if more else named, sort_keys=True)
     return hmac.new(key, text.encode('utf-8', 'surrogateescape'), hashlib.sha256).hexdigest()
 
 
@@ -86,7 +89,7 @@ def is_signature(text, *of) -> bool:
     key = secret()
     try:
         return bool(key) and hmac.compare_digest(text, signature(of[0], key, *of[1:]))
-    except TypeError:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError):  # of what is no config, either
         return False
 
 
@@ -109,6 +112,16 @@ def stage(workdir: str, config, name: str) -> str:
             places.append(os.path.join(os.path.dirname(os.path.realpath(workdir)), os.path.basename(path)))
     found = (place for place in places if os.path.isfile(os.path.join(place, 'config.json')))
     return files.absolute(next(found, path))
+
+
+def name_modules(workdir: str) -> None:
+    """Lets the modules that a run's config.json names be imported, where it is this person's own; see imports.py."""
+
+    def parse(sections) -> None:
+        if imports.of_sections(sections) and is_own(workdir, sections):
+            imports.name_those_of(sections)
+
+    configs.parse_json(os.path.join(workdir, 'config.json'), parse, 'put back the config of this run')
 
 
 def outside(workdir: str, path: str) -> bool:

@@ -19,7 +19,7 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 import jaxgen
-from jaxgen import conditions, data, files, functions, log, optim, options, origin, sample, sharding
+from jaxgen import conditions, data, files, functions, imports, log, optim, options, origin, sample, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
@@ -597,6 +597,7 @@ def saved_config(workdir: str) -> ConfigDict:
     if not os.path.isfile(path):
         check_no_archive(workdir)
         raise UserError(f'no run in {workdir}: train one first, or give its --workdir')
+    origin.name_modules(workdir)
     return configs.read_json(path)
 
 
@@ -721,6 +722,8 @@ def load(
     """
     workdir = os.path.expanduser(workdir)
     check_weights_name(weights)
+    if isinstance(config, dict):
+        imports.name_those_of(config)
     saved = saved_config(workdir)
     used, spec, unnamed = read(workdir, config, named)
     check_cycle(workdir, used)

@@ -45,6 +45,7 @@ from jaxgen.diffusion.conditioning import Conditioning, Embeddings, Values
 from jaxgen.diffusion.processes import expanded
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
+from jaxgen.imports import OwnToo
 from jaxgen.losses import perceptual
 from jaxgen.networks import denoisers
 from jaxgen.networks.denoisers import Network
@@ -56,7 +57,7 @@ Array = jax.Array
 former = formats.consistency  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['consistency']
 EMPTY: dict[str, Any] = {}
-NETWORKS = {name: network for name, network in denoisers.NETWORKS.items() if name != 'refinenet'}
+NETWORKS = OwnToo({name: network for name, network in denoisers.NETWORKS.items() if name != 'refinenet'})
 RHO = 7  # of the noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)
 LEAST_SIDE = 224  # pixels; smaller images are enlarged to it for LPIPS, as in the published code
 # Of the noise levels that evaluate reports, as fractions of the way from sigma_min^(1/7) to sigma_max^(1/7).

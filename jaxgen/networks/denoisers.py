@@ -3,6 +3,10 @@ size.
 
 Their fields are `config.model.network`, the attributes of their modules. A network is used as the pair `Network(init,
 apply)`, which adapters wrap: functions Network -> Network.
+
+One of a person's own is named by its dotted path: a linen module with __call__(x, t, *, vector=None, tokens=None,
+train=False), of which vector and tokens are given where there are such conditions. `out_channels`, `dtype` and `remat`
+are set where it has such attributes; the image's sides must be multiples of an attribute `divisor` of the class.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from jaxgen.contract import Context
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Embeddings, Values
 from jaxgen.errors import UserError
+from jaxgen.imports import OwnToo, is_dotted
 from jaxgen.networks.adm import ADMUNet
 from jaxgen.networks.dit import DiT
 from jaxgen.networks.layers import check_groups
@@ -30,7 +35,7 @@ from jaxgen.randomness import stream
 
 Array = jax.Array
 
-NETWORKS = {'unet': UNet, 'adm': ADMUNet, 'ncsnpp': NCSNpp, 'dit': DiT, 'refinenet': RefineNet}
+NETWORKS = OwnToo({'unet': UNet, 'adm': ADMUNet, 'ncsnpp': NCSNpp, 'dit': DiT, 'refinenet': RefineNet})
 # Attributes of the networks that others decide: the prediction, the process, the shared machinery.
 GIVEN = ('out_channels', 'levels', 'sigmas', 'remat', 'dtype')
 COMPONENT = Component(NETWORKS, omit=GIVEN)
@@ -55,7 +60,10 @@ def make_module(section: dict, shape: tuple[int, ...], out_channels: int, contex
     """
     check_network(section, shape)
     made = NETWORKS[section['name']]
-    return made(**own_fields(section), **given, out_channels=out_channels, remat=context.remat, dtype=context.dtype)
+    given |= dict(out_channels=out_channels, remat=context.remat, dtype=context.dtype)
+    if is_dotted(section['name']):  # a person's own has those of these attributes that it reads
+        given = {name: value for name, value in given.items() if name in getattr(made, '__dataclass_fields__', {})}
+    return made(**own_fields(section), **given)
 
 
 def bind(module: nn.Module, conditioning: Conditioning) -> Network:
@@ -84,6 +92,8 @@ def with_planes(x: Array, embeddings: Embeddings) -> tuple[Array, Embeddings]:
 
 def divisor_of(section: dict) -> int:
     """Number of which an image's height and width must be multiples, for a complete section."""
+    if is_dotted(section['name']):
+        return getattr(NETWORKS[section['name']], 'divisor', 1)
     if section['name'] == 'dit':
         return section['patch']
     if section['name'] == 'refinenet':
@@ -105,7 +115,7 @@ def check_network(section: dict, shape: tuple[int, ...], where: str = 'config.mo
         )
     if name == 'dit' and section['channels'] % section['heads']:
         raise UserError(f'{where}: channels {section["channels"]} must be a multiple of heads {section["heads"]}')
-    if 'multipliers' in section:
+    if 'multipliers' in section and not is_dotted(name):
         check_levels(name, section, shape[0] // section.get('patch', 1), where)
 
 

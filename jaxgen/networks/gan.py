@@ -30,6 +30,7 @@ from einops import rearrange
 
 from jaxgen.checks import check_size
 from jaxgen.errors import UserError
+from jaxgen.imports import OwnToo
 from jaxgen.networks.layers import (
     BatchNorm,
     Conv,
@@ -450,9 +451,11 @@ def residual(
 
 
 # {name: (image, projection, dtype, remat, *, its own fields) -> Pair}
-NETWORKS = {
-    'mlp': mlp,
-    'dcgan': dcgan,
-    'resnet': functools.partial(residual, big=False, embedding=0),
-    'biggan': functools.partial(residual, big=True),
-}
+NETWORKS = OwnToo(
+    {
+        'mlp': mlp,
+        'dcgan': dcgan,
+        'resnet': functools.partial(residual, big=False, embedding=0),
+        'biggan': functools.partial(residual, big=True),
+    }
+)

@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.imports import OwnToo
 from jaxgen.networks.layers import Conv, Dense, Embed, variance_scaling
 from jaxgen.networks.masked import (
     CausalAttention,
@@ -369,7 +370,7 @@ class Snail(nn.Module):
         return to_logits(h, 1)
 
 
-NETWORKS = {'pixelcnn': PixelCNN, 'gated': GatedPixelCNN, 'snail': Snail}
+NETWORKS = OwnToo({'pixelcnn': PixelCNN, 'gated': GatedPixelCNN, 'snail': Snail})
 
 
 class ConditioningStack(nn.Module):
