@@ -14,7 +14,7 @@ import jaxgen
 from jaxgen import interrupt, locks, options
 from jaxgen.errors import UserError
 
-MODES = ('train', 'sample', 'evaluate', 'explore', 'pack', 'describe', 'fields', 'list')
+MODES = ('train', 'sample', 'evaluate', 'explore', 'pack', 'describe', 'data', 'fields', 'list')
 
 
 def define_flags() -> flags.FlagValues:
@@ -32,7 +32,8 @@ def define_flags() -> flags.FlagValues:
     string(
         'out',
         '',
-        'sample, explore: where the images go, default WORKDIR/samples, WORKDIR/explore; pack: FILE.zip or FOLDER',
+        'sample, explore, data: where the images go, default WORKDIR/samples, .../explore, .../data; pack: FILE.zip or '
+        'FOLDER',
         flag_values=values,
     )
     string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
@@ -75,6 +76,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
   jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
+  jaxgen --mode=data --config=ddpm_digits                  counts, sizes, classes, an image grid of the data
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
 
 Options:
@@ -153,10 +155,11 @@ READS = {
     'explore': (*USING, 'out'),
     'pack': ('config', 'workdir', 'step', 'out'),
     'describe': ('config',),
+    'data': ('config', 'workdir', 'out'),
     'fields': ('config',),
     'list': (),
 }
-WITHOUT_RUN = ('train', 'describe', 'fields')  # modes of a config
+WITHOUT_RUN = ('train', 'describe', 'data', 'fields')  # modes of a config
 PATHS = ('workdir', 'out', 'images', 'cache')  # options in which ~ is the home directory; the config knows its own
 
 

@@ -10,6 +10,8 @@ Modes:
             its samples beside their nearest training images: PNG files
   pack      a run, its newest checkpoint and its stages into one folder or archive, --out: to move or to share
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
+  data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
+            grid of a training batch and of test examples: PNG and JSON
   list      print the configs that come with jaxgen, a line each: those with all the words that follow
   fields    print every field of a config: value, meaning, type, allowed values, default
 
@@ -21,6 +23,7 @@ Outputs, of other settings beside each other:
   explore   WORKDIR/explore/stepSTEP_WEIGHTS_seedSEED[_...]/ with explore.json and the sheets, or --out
   evaluate  WORKDIR/results/stepSTEP_WEIGHTS_DIGEST.json, the newest also WORKDIR/evaluation.json;
             --images: runs/images_FOLDER/, or --out
+  data      WORKDIR/data/ with grid.png and summary.json, or --out
 In --out a later call replaces what an earlier one wrote there, and nothing else.
 
 Exit codes: 0 done; 1 a fault stopped the run; 2 a mistake in the command or its config; 75 stopped by a
@@ -65,6 +68,7 @@ from jaxgen import (
 )
 from jaxgen import config as configs
 from jaxgen import run as runs
+from jaxgen.data import summary
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
 
@@ -166,6 +170,18 @@ def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
 
 
+def data_mode(config, out: str) -> None:
+    """What the data of a config look like: text, summary.json and grid.png."""
+    files.check_writable(out, '--out')
+    outputs.written(out, 'summary.json')
+    about, grid = summary.summarise(config.data, config.seed)
+    with outputs.directory(out, 'summary.json') as folder:
+        files.save_json(os.path.join(folder, 'summary.json'), about)
+        files.save_png(os.path.join(folder, 'grid.png'), grid)
+    lines = [*summary.text(about), f'image grid    {os.path.join(out, "grid.png")}']
+    arguments.show('\n'.join(map(arguments.printable, lines)))
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
     values, overrides, words = arguments.parse(argv)
@@ -202,8 +218,11 @@ def main(argv: list[str]) -> None:
     sharding.check_devices()
     if mode in arguments.DOING:
         compilation.use(values.cache, values.multihost)
-    if mode in ('train', 'describe'):
+    if mode in ('train', 'describe', 'data'):
         config = configs.override(configs.load(values.config), overrides)
+        if mode == 'data':
+            data_mode(config, values.out or os.path.join(workdir, 'data'))
+            return
         if mode == 'train':
             from jaxgen.train import train
 

@@ -17,6 +17,7 @@ from jaxgen.errors import UserError
 # {file that every call writes: the paths of all that it may write}.
 WRITTEN = {
     'samples.npz': re.compile(r'samples\.npz|samples\.json|grid\.png|film\.png|images/\d{5,}\.png'),
+    'summary.json': re.compile(r'summary\.json|grid\.png'),
     'explore.json': re.compile(
         r'explore\.json|(reconstructions|interpolation_linear|interpolation_spherical|traversals|map_pca|map_tsne'
         r'|neighbours)\.png'
