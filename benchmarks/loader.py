@@ -31,7 +31,7 @@ from jaxgen.config import DEFAULTS
 
 KINDS = {'jpeg': ('JPEG', {'quality': 90}), 'png': ('PNG', {}), 'photo': ('JPEG', {'quality': 90})}
 PHOTO = (384, 512)
-COUNT = {32: 2000, 64: 2000, 128: 1000, 256: 400}  # images of a folder, by size
+COUNT = {'photo': 300, 32: 2000, 64: 1000, 128: 500, 256: 200}  # images of a folder, of a kind or by size
 
 
 def drawn(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -50,7 +50,7 @@ def write(folder: str, kind: str, size: int) -> str:
     if not os.path.isdir(path):
         os.makedirs(path)
         rng = np.random.default_rng(size)
-        for i in range(COUNT.get(size, 400)):
+        for i in range(COUNT['photo'] if kind == 'photo' else COUNT.get(size, 200)):
             file = io.BytesIO()
             drawn(rng, *(PHOTO if kind == 'photo' else (size, size))).save(file, form, **options)
             with open(os.path.join(path, f'{i:06d}.{form.lower()}'), 'wb') as out:
@@ -129,7 +129,7 @@ def main() -> None:
                     row['threads'][n] = round(max(one['images_per_second'] for one in best))
                     if n == 1:
                         row['per_core'] = round(max(one['per_core'] for one in best))
-                if not fields['cache_mb']:
+                if kind == 'jpeg':
                     row['processes'] = {
                         n: round(max(side_by_side({**base, 'threads': 1}, arguments.seconds, n) for _ in range(2)))
                         for n in processes

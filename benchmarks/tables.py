@@ -33,6 +33,7 @@ COLUMNS = (
     ('authenticity', 'authenticity', 2, True),
     ('modes', 'modes', 0, True),
 )
+START_OF_A_CORE = 'seconds_of_a_core_to_first_batch'
 FRACTIONS = ('accuracy', 'conditional accuracy')  # shown in per cent
 
 
@@ -171,6 +172,23 @@ def first_samples(rows: list[dict]) -> str:
     return markdown(['run', *kinds.values()], table)
 
 
+def folder(record: dict) -> str:
+    """Start, memory and throughput of the loader on a large folder."""
+    wall, core = ([f'{s:.1f} s' for s in record[key]] for key in ('seconds_to_first_batch', START_OF_A_CORE))
+    memory = {name: f'{value:,.0f} MB' for name, value in record['megabytes'].items()}
+    rows = [
+        ['first batch, by the clock', ', '.join(wall)],
+        ['first batch, time of a core', ', '.join(core)],
+        ['memory: all imported', memory['imported']],
+        ['memory: at the first batch', memory['started']],
+        [f'memory: after {record["batches"]:,} batches of {record["batch"]}', memory['after_batches']],
+        ['most memory at any time', memory['most']],
+        ['images/s', f'{record["images_per_second"]:,.0f}'],
+        ['images/s a core', f'{record["images_per_second_of_a_core"]:,.0f}'],
+    ]
+    return markdown([f'{record["files"]:,} files', 'measured'], rows)
+
+
 def shown_command(command: str) -> str:
     return command.partition(' --out=')[0]
 
@@ -240,8 +258,8 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind == 'loader':
-        return loader(records[0])
+    if kind in ('loader', 'folder'):
+        return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])
     if kind in ('ratios', 'speeds'):

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgen.data import arrays, folder, trees
-from jaxgen.data.records import Contents, Feature, Split, classes_of
+from jaxgen.data import arrays, folder, transforms, trees
+from jaxgen.data.records import Contents, Feature, Split, classes_of, text_digest
 from jaxgen.errors import UserError
 
 MOST_JSON = 2**28  # bytes of a dataset.json; that of ImageNet has 2^26
+MOST_LABEL = 2**15  # bytes of an image's name and label, a vector of a thousand numbers, in it
 MOST_SMALL = 2**20  # bytes of a caption, a label, or both, in a file
 LABELS = ('label', 'cls', 'class')  # fields of the .json beside an image, in the order of preference
 CAPTIONS = ('caption', 'text', 'txt')
@@ -70,7 +71,7 @@ def contents(
     """
     chosen, notes = image_numbers(entries, where)
     names = entries.names.take(chosen)
-    about = dataset_json(entries, where)
+    about = dataset_json(entries, len(chosen), where)
     sidecars = beside(entries, chosen) if len(chosen) < len(entries.names) else None
     values, vectors = None, None
     if about is not None:
@@ -99,10 +100,14 @@ def contents(
         columns['caption'] = lambda i: caption(entries, int(captions[i]))
         if n := int((captions < 0).sum()):
             notes.append(f'the captions of {n} images that have none')
-    splits = {
-        title: split(part, names, tree, columns, numbers if label else None) for title, part in tree.splits.items()
-    }
-    return Contents(where, features, splits, paths, recipe, (*entries.notes, *notes, *tree.notes), digest)
+    labels = numbers if label else None
+    splits = {title: split(part, names, tree, columns, labels) for title, part in tree.splits.items()}
+
+    def with_labels() -> str:
+        stored = [hashlib.sha256(x.tobytes()).hexdigest() for x in (values, vectors) if x is not None]
+        return text_digest(digest(), *stored)
+
+    return Contents(where, features, splits, paths, recipe, (*entries.notes, *notes, *tree.notes), with_labels)
 
 
 def label_of(tree: trees.Tree, data, where: str) -> Feature | None:
@@ -181,9 +186,12 @@ def image_numbers(entries: Entries, where: str) -> tuple[np.ndarray, list[str]]:
 # --- classes
 
 
-def dataset_json(entries: Entries, where: str) -> tuple[Any, str] | None:
+def dataset_json(entries: Entries, n: int, where: str) -> tuple[Any, str] | None:
     """(the parsed dataset.json, the folder that it lies in, with a slash) of an archive that has one, at the top or in
     a folder that is.
+
+    Args:
+      n: images, which bound its size.
 
     Raises:
       UserError: it is no JSON.
@@ -191,7 +199,9 @@ def dataset_json(entries: Entries, where: str) -> tuple[Any, str] | None:
     for i, name in enumerate(entries.names):
         if name.endswith('dataset.json') and name.rpartition('/')[2] == 'dataset.json' and name.count('/') <= 1:
             try:
-                return json.loads(entries.read(i, MOST_JSON)), name.removesuffix('dataset.json')
+                return json.loads(entries.read(i, min(MOST_JSON, MOST_SMALL + n * MOST_LABEL))), name.removesuffix(
+                    'dataset.json'
+                )
             except (ValueError, RecursionError) as e:
                 raise UserError(f'{where}: its dataset.json cannot be read: {" ".join(str(e).split())[:200]}') from e
     return None
@@ -350,6 +360,21 @@ class Folder:
         """Of the names and sizes, not of what is in the files: that would take reading all of them."""
         return sizes_digest(self.listed.names, self.listed.sizes)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f'{n} {what}' for what, n in self.counts.items() if n)
+
+    def read(self, i: int, max_pixels: int) -> bytes:
+        """The bytes of image i.
+
+        Raises:
+          ValueError: it cannot be read, or has more pixels.
+        """
+        try:
+            return folder.read_file(os.path.join(self.root, self.listed.names[i]), max_pixels)
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as e:  # of this file, not of the disk
+            raise ValueError(f'it cannot be opened: {e.strerror}') from e
+
     def is_current(self) -> bool:
         """Whether no file has come, gone or been renamed."""
         return all(modified(path) == time for path, time in self.listed.directories)
@@ -363,26 +388,29 @@ def modified(path: str) -> int:
 
 
 MOST_KEPT = 4
-folders: dict[str, Folder] = {}  # by path; listed by this process
+folders: dict[tuple[str, bool], Folder] = {}  # by path and whether links are followed; listed by this process
 lock = threading.Lock()
 
 
-def listed(path: str, most: int) -> Folder:
+def listed(path: str, most: int, links: bool = False) -> Folder:
     """A folder by its path. One of more images than `most` is listed once, as long as no file comes or goes.
+
+    Args:
+      links: take a file as often as there are links to it.
 
     Raises:
       UserError: no such folder, or no image in it.
     """
     root = folder.root_of(path)
     with lock:
-        known = folders.get(root)
+        known = folders.get((root, links))
         if known and len(known.listed.names) > most and known.is_current():
             return known
         counts: Counter = Counter()
-        new = Folder(root, trees.walk(root, False, counts), counts)
-        folders.pop(root, None)
+        new = Folder(root, trees.walk(root, links, counts), counts)
+        folders.pop((root, links), None)
         if len(new.listed.names) > most:
-            folders[root] = new
+            folders[root, links] = new
             while len(folders) > MOST_KEPT:
                 folders.pop(next(iter(folders)))
         return new
@@ -390,21 +418,88 @@ def listed(path: str, most: int) -> Folder:
 
 def of_folder(source: Folder, data) -> Contents:
     """What a folder holds whose files are read as they are."""
-    root, names, tree = source.root, source.listed.names, source.tree
-
-    def image(i: int) -> bytes:
-        try:
-            return folder.read_file(os.path.join(root, names[i]), data['max_pixels'])
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as e:  # of this file, not of the disk
-            raise ValueError(f'it cannot be opened: {e.strerror}') from e
-
-    label = label_of(tree, data, root)
+    tree, label = source.tree, label_of(source.tree, data, source.root)
     features = {'image': Feature(('image',), image=True)} | ({'label': label} if label else {})
-    columns = {'image': image, 'label': lambda i: tree.labels[i]}
+    columns = {'image': lambda i: source.read(i, data['max_pixels']), 'label': lambda i: tree.labels[i]}
     labels = tree.labels if label else None
-    splits = {title: split(part, names, tree, columns, labels) for title, part in tree.splits.items()}
-    notes = (*(f'{n} {what}' for what, n in source.counts.items() if n), *tree.notes)
-    return Contents(root, features, splits, (), 'folder 1', notes, lambda: source.digest)
+    splits = {title: split(part, source.listed.names, tree, columns, labels) for title, part in tree.splits.items()}
+    return Contents(source.root, features, splits, (), 'folder 1', (*source.notes, *tree.notes), lambda: source.digest)
+
+
+# --- a large folder of pairs
+
+
+def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
+    """What a folder holds whose sub-folders hold an image of every example, as folder.paired has it. Whether partners
+    are of one aspect ratio is seen when they are read: those that are not are damaged.
+
+    Raises:
+      UserError: a feature has no sub-folder, or an image no partner.
+    """
+    names, tree = source.listed.names, source.tree
+    required = tuple(features)
+    missing = next((part for part in required if part not in tree.classes), None)
+    if missing is not None:
+        outside = next((name for name in names if name.count('/') <= tree.below), None)
+        what = f'{outside!r} lies outside of all sub-folders' if outside is not None else f'{missing} is not there'
+        raise UserError(f'the folder {source.root} must hold its images in {", ".join(required)}: {what}')
+    tables = {title: partners(source, numbers) for title, numbers in tree.splits.items()}
+    parts = {name: tree.classes.index(name) for name in required}
+
+    def split_of(table: np.ndarray) -> Split:
+        def opened(wanted: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
+            def example(i: int) -> dict[str, Any]:
+                out = {name: source.read(int(table[i, parts[name]]), data['max_pixels']) for name in wanted}
+                check_aspects(out, data['max_pixels'])
+                return out
+
+            return example
+
+        image = table[:, parts['image']]
+        return Split(len(table), opened, None, lambda i: ascii(names[int(image[i])]), lambda: tree.ranks[image])
+
+    splits = {title: split_of(table) for title, table in tables.items()}
+    return Contents(source.root, features, splits, (), 'pairs 1', (*source.notes, *tree.notes), lambda: source.digest)
+
+
+def partners(source: Folder, numbers: np.ndarray) -> np.ndarray:
+    """The files of a split as [examples, sub-folders], in the order of the ranks of those in image/.
+
+    Raises:
+      UserError: a file has no partner, or two have one name.
+    """
+    names, tree = source.listed.names, source.tree
+    rows: dict[str, list[int]] = {}
+    for i in numbers.tolist():
+        row = rows.setdefault(os.path.splitext(names[i].split('/', tree.below + 1)[-1])[0], [-1] * len(tree.classes))
+        if row[tree.labels[i]] >= 0:
+            one, other = sorted((names[row[tree.labels[i]]], names[i]))
+            raise UserError(f'{source.root}: {one} and {other} have one name')
+        row[tree.labels[i]] = i
+    table = np.array(list(rows.values()), np.int64)
+    for one, part in enumerate(tree.classes):
+        for other, beside in enumerate(tree.classes):
+            alone = table[(table[:, one] >= 0) & (table[:, other] < 0), one]
+            if len(alone):
+                raise UserError(
+                    f'{source.root}: {len(alone)} of the images in {part}/ have no partner in {beside}/, like '
+                    f'{min(names[int(i)] for i in alone)!r}'
+                )
+    return table[np.argsort(tree.ranks[table[:, tree.classes.index('image')]], kind='stable')]
+
+
+def check_aspects(images: dict[str, bytes], max_pixels: int) -> None:
+    """Raises ValueError where crops of partners would not correspond, see folder.check_aspects."""
+    try:
+        sizes = (
+            [transforms.displayed_size(content, max_pixels) for content in images.values()] if len(images) > 1 else []
+        )
+    except Exception as e:  # some are OSErrors, as those of the disk are
+        raise ValueError(str(e)) from e
+    for size in sizes[1:]:
+        (w, h), (v, g) = max(sizes[0], size), min(sizes[0], size)
+        if abs(w * g - v * h) >= max(w, h):
+            raise ValueError(f'its partners have {sizes[0][0]} x {sizes[0][1]} and {size[0]} x {size[1]} pixels')
 
 
 def sizes_digest(names: trees.Names, *columns: np.ndarray) -> str:

@@ -205,8 +205,7 @@ def held_out(split: Split, fraction: float, path: str) -> tuple[np.ndarray, np.n
     out = ranks < fraction
     out[order[0]], out[order[-1]] = True, False
     if split.labels and len(labels := split.labels()):
-        last = {int(label): i for i, label in zip(order, labels[order], strict=True)}  # the one of the highest rank
-        keep = np.fromiter(last.values(), int)
+        keep = order[::-1][np.unique(labels[order[::-1]], return_index=True)[1]]  # of each the one of the highest rank
         out[keep] = False
         if not out.any():
             rest = np.setdiff1d(order, keep, assume_unique=True)

@@ -231,17 +231,7 @@ def folder_source(data, here: str) -> Source:
         check_classes(len(scan().classes))
         return folder_config(data, here, scan())
 
-    @functools.cache
-    def direct() -> archives.Folder | None:
-        """The folder, if it is read as it is. One that was prepared before stays as it was."""
-        if len(images().listed.names) <= data['direct']:
-            return None
-        prepared = glob.glob(
-            os.path.join(glob.escape(here), builders.JaxgenFolder.name, f'{folder.title(images().root)}-*')
-        )
-        if prepared and complete(builders.JaxgenFolder(config=config(), data_dir=here)):
-            return None
-        return images()
+    direct = functools.cache(lambda: images() if is_direct(images(), config, data, here) else None)
 
     def contents() -> records.Contents | None:
         if not direct():
@@ -254,6 +244,15 @@ def folder_source(data, here: str) -> Source:
     return from_folder(data['source'], features, config, here)._replace(contents=contents)
 
 
+def is_direct(images: archives.Folder, config: Callable[[], builders.FolderConfig], data, here: str) -> bool:
+    """Whether a folder is read as it is. One that was prepared before stays as it was."""
+    if len(images.listed.names) <= data['direct']:
+        return False
+    pattern = f'{folder.title(images.root)}-*'
+    prepared = glob.glob(os.path.join(glob.escape(here), builders.JaxgenFolder.name, pattern))
+    return not prepared or not complete(builders.JaxgenFolder(config=config(), data_dir=here))
+
+
 def pairs_source(data, here: str) -> Source:
     """A folder whose sub-folders hold the image features of an example in files of one name."""
 
@@ -263,14 +262,25 @@ def pairs_source(data, here: str) -> Source:
     if labels := {'label', 'domain'} & set(required):
         raise UserError(f'config.data.features: {data["source"]} has images alone, and no {min(labels)}')
 
+    path = data['source'].partition(':')[2]
+    images = functools.cache(lambda: archives.listed(path, data['direct'], links=True))
+
     @functools.cache
     def config() -> builders.FolderConfig:
-        listing = folder.scan(data['source'].partition(':')[2], links=True)
+        listing = folder.listing(images().root, images().listed, images().counts)
         return folder_config(data, here, listing, folder.paired(listing, required))
 
     # What the config names is taken to exist: it may be on another machine.
     features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in required}
-    return from_folder(data['source'], lambda: features, config, here)
+
+    def contents() -> records.Contents | None:
+        if not is_direct(images(), config, data, here):
+            return None
+        found = archives.of_pairs(images(), features, data)
+        announce(found)
+        return found
+
+    return from_folder(data['source'], lambda: features, config, here)._replace(contents=functools.cache(contents))
 
 
 def folder_config(data, here: str, listing: folder.Listing, parts: tuple[str, ...] = ()) -> builders.FolderConfig:

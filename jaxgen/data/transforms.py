@@ -105,6 +105,15 @@ def load_reduced(
     return image, Reduction(factor, size, left, top)
 
 
+def displayed_size(encoded: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image after the rotation of its EXIF data, by its header."""
+    image = opened(encoded, max_pixels)
+    with contextlib.suppress(Exception):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+            return image.height, image.width
+    return image.size
+
+
 def opened(encoded: bytes, max_pixels: int) -> Image.Image:
     """An image's file whose header has been read, and no pixel yet."""
     check_icon(encoded, max_pixels)

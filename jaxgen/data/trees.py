@@ -90,6 +90,7 @@ class Tree(NamedTuple):
     splits: dict[str, np.ndarray]
     labels: np.ndarray  # int32, by number of the name; -1: no class, or the name is in no split
     classes: tuple[str, ...]  # (): the names have none
+    below: int  # folders around those of the classes: 1 where the first-level ones are splits
     ranks: np.ndarray  # float64 in [0, 1), by number of the name
     notes: tuple[str, ...]  # what is left out, and why
 
@@ -246,6 +247,7 @@ def arranged(names: Names, labelled: bool = True) -> Tree:
         {title: numbers for title, numbers in divided.items() if len(numbers)},
         labels,
         classes,
+        1 if splits else 0,
         ranks,
         tuple(f'{n} {what}' for what, n in notes.items() if n),
     )
@@ -262,7 +264,7 @@ def by_folder(names: Names) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[st
         first.append(tops.setdefault(parts[0], len(tops)) if len(parts) > 1 else -1)
         second.append(inner.setdefault(parts[1], len(inner)) if len(parts) > 2 else -1)
         depths.append(name.count('/'))
-        ranks.append(int(hashlib.sha256(names.encoded(i)).hexdigest()[:13], 16) / RANKS)
+        ranks.append((int.from_bytes(hashlib.sha256(names.encoded(i)).digest()[:7], 'big') >> 4) / RANKS)
     columns = (column(x, np.int32) for x in (first, second, depths))
     return *columns, list(tops), list(inner), column(ranks, np.float64)
 

@@ -153,6 +153,7 @@ def test_labels_of_a_dataset_json(tmp_path, below):
         (b'[' * 100_000, 'dataset.json cannot be read'),
         (b'\xff\xfe{', 'dataset.json cannot be read'),
         (b'[1, 2]', 'must be a list of'),
+        (b'[' + b'0,' * 10**6 + b'0]', 'dataset.json cannot be read: it has 2000003 bytes'),
     ],
 )
 def test_a_dataset_json_of_another_form(tmp_path, about, match):

@@ -13,10 +13,16 @@ from jaxgen import data
 from jaxgen.data import transforms
 
 
-def test_pairs_stay_together(tmp_path):
+@pytest.fixture(params=[100_000, 0], ids=['prepared', 'direct'])
+def direct(request) -> int:
+    """config.data.direct: the pairs are prepared, or read where they lie."""
+    return request.param
+
+
+def test_pairs_stay_together(tmp_path, direct):
     """Under any order, crop, window and mirroring."""
     source = write_pairs(tmp_path / 'in', range(5), edges=range(5))
-    config = make(tmp_path, source=source, size=6, features=('image', 'edges'), test_fraction=0.3)
+    config = make(tmp_path, direct=direct, source=source, size=6, features=('image', 'edges'), test_fraction=0.3)
     assert data.spec(config).features['edges'].shape == (6, 6, 1)
     splits = [data.dataset(config, split) for split in ('train', 'test')]
     assert len(splits[0]) + len(splits[1]) == 5 and min(map(len, splits)) > 0
@@ -40,14 +46,14 @@ def test_pairs_stay_together(tmp_path):
     (dict(mask=[0, 1, 2, 3]), 'must hold its images in image, edges: edges is not there'),
     (dict(edges=[0, 1, 2, 3], **{'': [9]}), 'lies outside of all sub-folders'),
 ])  # fmt: skip
-def test_pairs_that_are_none(tmp_path, parts, match):
+def test_pairs_that_are_none(tmp_path, parts, match, direct):
     source = write_pairs(tmp_path / 'in', range(4), **parts)
     with refused(match):
-        data.dataset(make(tmp_path, source=source, features=('image', 'edges')), 'train')
+        data.dataset(make(tmp_path, direct=direct, source=source, features=('image', 'edges')), 'train')
 
 
-def test_pairs_without_a_folder_or_with_two_of_a_name(tmp_path):
-    config = make(tmp_path, source='pairs:/not/here', features=('image', 'edges'))
+def test_pairs_without_a_folder_or_with_two_of_a_name(tmp_path, direct):
+    config = make(tmp_path, direct=direct, source='pairs:/not/here', features=('image', 'edges'))
     assert data.spec(config).features['edges'].shape == (8, 8, 1), 'described where the folder is not'
     with refused('/not/here does not exist'):
         data.dataset(config, 'train')
@@ -68,10 +74,10 @@ def test_pairs_of_which_one_cannot_be_read(tmp_path, capfd):
     assert sorted(values) == [0, 1, 2, 4, 5] and '1 of 12 files' in capfd.readouterr().err
 
 
-def test_pairs_in_splits(tmp_path):
+def test_pairs_in_splits(tmp_path, direct):
     for split, n in (('train', 4), ('val', 2)):
         write_pairs(tmp_path / 'in' / split, range(n), edges=range(n))
-    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'edges'))
+    config = make(tmp_path, direct=direct, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'edges'))
     assert [len(data.dataset(config, split)) for split in ('train', 'test')] == [4, 2]
     for split in ('train', 'test'):
         x = data.dataset(config, split)[1]
@@ -96,7 +102,26 @@ def test_pairs_of_other_aspect_ratios(tmp_path):
     assert len(data.dataset(config, 'train')) + len(data.dataset(config, 'test')) == 4
 
 
-def test_masks_with_a_palette_keep_their_classes(tmp_path):
+def test_pairs_of_other_aspect_ratios_are_damaged_where_they_are_read(tmp_path, capfd):
+    source = write_pairs(tmp_path / 'in', range(12), edges=range(12))
+    grey(7, 12, 12).save(tmp_path / 'in' / 'edges' / '3.png')
+    (tmp_path / 'in' / 'edges' / '5.png').write_bytes(b'')
+    config = make(tmp_path, source=source, size=12, features=('image', 'edges'), max_corrupt=0.5, direct=0)
+    splits = [data.dataset(config, split) for split in ('train', 'test')]
+    for x in (examples[i] for examples in splits for i in range(len(examples))):
+        np.testing.assert_array_equal(x['image'] + 100, x['edges'])
+    message = capfd.readouterr().err
+    assert (
+        'its partners have 20 x 12 and 12 x 12 pixels' in message and message.count('another one takes its place') == 2
+    )
+    prepared = {**config, 'direct': 100, 'dir': str(tmp_path / 'other')}
+    os.remove(tmp_path / 'in' / 'edges' / '3.png'), os.remove(tmp_path / 'in' / 'image' / '3.bmp')
+    os.remove(tmp_path / 'in' / 'edges' / '5.png'), os.remove(tmp_path / 'in' / 'image' / '5.bmp')
+    for one, other in zip(take(prepared, 5), take(config, 5), strict=True):
+        assert all((one[name] == other[name]).all() for name in one), 'the same examples in the same order'
+
+
+def test_masks_with_a_palette_keep_their_classes(tmp_path, direct):
     """Numbers stay what they are, at every size: red and this blue are of one grey, and no class lies between two."""
     classes = np.random.default_rng(0).integers(0, 3, (4, 12, 12), np.uint8)
     for part in ('image', 'mask'):
@@ -105,7 +130,14 @@ def test_masks_with_a_palette_keep_their_classes(tmp_path):
             image = Image.fromarray(x)
             image.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 255, 255, 255, 255])
             image.save(tmp_path / 'in' / part / f'{i}.png', transparency=2 if i else b'\0\xff')
-    config = make(tmp_path, source=f'pairs:{tmp_path / "in"}', size=12, features=('image', 'mask'), test_fraction=0.3)
+    config = make(
+        tmp_path,
+        direct=direct,
+        source=f'pairs:{tmp_path / "in"}',
+        size=12,
+        features=('image', 'mask'),
+        test_fraction=0.3,
+    )
     examples = [
         x for s in ('train', 'test') for x in (data.dataset(config, s)[i] for i in range(len(data.dataset(config, s))))
     ]
