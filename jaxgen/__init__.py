@@ -46,14 +46,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *LAZY})
 
 
-def load(workdir: str | os.PathLike, *, config=None, weights: str = 'ema', step: int | None = None) -> Run:
+def load(workdir: str | os.PathLike, *, config=None, weights: str = 'ema', step: int | str | None = None) -> Run:
     """The trained run in `workdir`, ready to sample and evaluate. See `jaxgen.run.load` and `jaxgen.run.Run`.
 
     Args:
       config: fields that differ from the saved ones, {'model': {'sampler': 'ddim'}}: such as training does not depend
         on, and paths that have changed.
       weights: 'ema', 'params', or the width of an average that was kept, '0.07'.
-      step: of the checkpoint, one of those that were kept; None: the newest.
+      step: of the checkpoint, one of those that were kept; 'best', by config.train.stop_on; None: the newest.
     """
     from jaxgen.run import load as load_run
 

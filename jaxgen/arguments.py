@@ -43,7 +43,7 @@ def define_flags() -> flags.FlagValues:
         'how many samples; default 64, in evaluate config.evaluate.samples; explore: rows, default 8',
         flag_values=values,
     )
-    string('step', '', 'of the checkpoint that is used; default the newest', flag_values=values)
+    string('step', '', 'of the checkpoint that is used, or best; default the newest', flag_values=values)
     integer('seed', 0, 'sample, evaluate, explore: of the noise', flag_values=values)
     integer('film', 0, 'sample: frames of film.png, the steps of the first 8 samples', flag_values=values)
     string('features', '', 'evaluate: inception | run:PATH | none, the network to evaluate with', flag_values=values)
@@ -180,8 +180,8 @@ def check_flags(values: flags.FlagValues) -> None:
     for name in ('n', 'film', 'seed'):
         if values[name].present:
             options.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
-    if values.step and not (values.step.isdecimal() and values.step.isascii()):
-        raise UserError(f'--step must be the step of a checkpoint; it is {options.shown(values.step)}')
+    if values.step not in ('', 'best') and not (values.step.isdecimal() and values.step.isascii()):
+        raise UserError(f'--step must be the step of a checkpoint, or best; it is {options.shown(values.step)}')
     if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
         need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')

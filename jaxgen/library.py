@@ -95,10 +95,11 @@ def train(
     Args:
       config: a config, or the name of one; see `jaxgen.config`.
       workdir: the run's directory; 'runs/NAME' by default, where the config is named.
-      callbacks: functions (step, logs, run), called where a line is written to metrics.jsonl: `logs` are its means,
-        {name: number}. `run` is a Run of the present weights; it can be used until the function returns. Weights and
-        metrics are the same, bit for bit, as without callbacks. What a callback raises ends the training, once the
-        state is saved. With several hosts they are called on each.
+      callbacks: functions (step, logs, run), called where a line is written to metrics.jsonl: `logs` are its numbers,
+        {name: number}, means of the updates' logs, or held-out metrics, or metrics of samples. `run` is a Run of the
+        present weights; it can be used until the function returns. Weights and metrics are the same, bit for bit, as
+        without callbacks. What a callback raises ends the training, once the state is saved. With several hosts they
+        are called on each.
 
     Raises:
       UserError: the config does not fit itself, the devices or the run in `workdir`.

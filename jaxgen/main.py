@@ -148,7 +148,7 @@ def explore_mode(run, n: int, seed: int, out: str) -> None:
     log.say(f'written to {out}')
 
 
-def pack_mode(workdir: str, config, named: set[str], step: int | None, out: str) -> None:
+def pack_mode(workdir: str, config, named: set[str], step: int | str | None, out: str) -> None:
     """A run and its stages in one folder or archive."""
     pack.check_out(out)
     run = runs.load(workdir, config=config, named=named, step=step)
@@ -244,8 +244,9 @@ def main(argv: list[str]) -> None:
         config, _, unnamed = runs.read(workdir, config, named)
         images_mode(config, unnamed, values.images, values.out)
         return
+    step = int(values.step) if values.step.isdecimal() else values.step or None  # or 'best'
     if mode == 'pack':
-        pack_mode(workdir, config, named, int(values.step) if values.step else None, values.out)
+        pack_mode(workdir, config, named, step, values.out)
         return
     condition = dict(parse_condition(text) for text in values.condition)
     if jax.process_index() == 0:
@@ -256,7 +257,7 @@ def main(argv: list[str]) -> None:
         weights=values.weights,
         all_weights=mode == 'evaluate',
         named=named,
-        step=int(values.step) if values.step else None,
+        step=step,
     )
     if jax.process_index() == 0:
         log.say(f'{compilation.devices()}; step {run.step}, {run.weights} weights; {compilation.notice()}')

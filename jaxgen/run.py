@@ -19,7 +19,7 @@ from jax.extend import core
 from ml_collections import ConfigDict
 
 import jaxgen
-from jaxgen import conditions, data, files, functions, imports, log, optim, options, origin, sample, sharding
+from jaxgen import conditions, data, files, functions, imports, log, optim, options, origin, sample, sharding, stopping
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
@@ -698,7 +698,7 @@ def load(
     all_weights: bool = False,
     mesh=None,
     named: Set[str] = frozenset(),
-    step: int | None = None,
+    step: int | str | None = None,
 ):
     """The run in `workdir` with the weights of its newest checkpoint, or of that of a step, a Run.
 
@@ -712,7 +712,7 @@ def load(
         standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
       all_weights: restore `params` too, which `evaluate` reads and otherwise restores by itself.
       named: fields of a whole config that the person set, though it may be to what they were, {'data.source', ...}.
-      step: of the checkpoint, one of those that were kept.
+      step: of the checkpoint, one of those that were kept, or 'best', by config.train.stop_on.
 
     Raises:
       UserError: no run there, no checkpoint yet, none of this step, weights of another model, weights that have no
@@ -737,8 +737,10 @@ def load(
             'fit no others: leave --weights out'
         )
     items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
+    if step is not None:
+        step = stopping.best_step(workdir) if step == 'best' else check_integer('step', step, 0)
     checkpoints = Checkpoints(workdir)
-    find = checkpoints.restore if step is None else functools.partial(checkpoints.restore_step, step)
+    find = checkpoints.restore if step is None else functools.partial(checkpoints.restore_step, int(step))
     restored = find(assembled.abstract, assembled.mesh, items)
     if restored is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')

@@ -147,7 +147,7 @@ def best_step(workdir: str) -> int:
     """
     path = os.path.join(workdir, NAME)
     if not os.path.isfile(path):
-        raise UserError(f'{workdir} has no best checkpoint: it was trained without config.train.stop_on')
+        raise UserError(f'{workdir} has no best checkpoint: none is kept without config.train.stop_on')
 
     def parse(saved) -> int:
         if not isinstance(saved, dict) or type(saved.get('step')) is not int or saved['step'] < 0:
@@ -159,7 +159,9 @@ def best_step(workdir: str) -> int:
 
 def stop_line(best: Best, step: int, steps: int) -> str:
     """What is said where training has stopped early."""
-    so_far = f'the best, {best.value:.6g}, is of step {best.step}' if best.step >= 0 else 'it was never finite'
+    so_far = (
+        f'the best, {best.value:.6g}, is of step {best.step} (--step=best)' if best.step >= 0 else 'it was never finite'
+    )
     return (
         f'stopped early at step {step} of {steps}: {best.metric} has not improved in {best.waited} evaluations; '
         f'{so_far}; for more: a larger --config.train.patience'

@@ -179,8 +179,9 @@ class Training:
         examples = data.dataset(self.config.data, 'train')
         count = f'{len(examples):,} training'
         if time.monotonic() - began < 1:  # a folder of a million files is not listed twice for a number
-            with contextlib.suppress(UserError):
-                count += f' and {len(data.dataset(self.config.data, "test")):,} test'
+            for split in ('validation', 'test'):
+                with contextlib.suppress(UserError):
+                    count += f', {len(data.dataset(self.config.data, split)):,} {split}'
         return examples.identity, f'{count} images'
 
     def introduce(self, images: str, where: str) -> None:
@@ -317,7 +318,11 @@ class Training:
 
     def write(self, metrics: dict[str, float], held_out: bool, again: bool) -> None:
         """Writes the metrics of this step, unless they are there since before the training was stopped."""
-        if self.writer and not (again and self.writer.has_metrics(self.step, held_out)):
+        if again and sharding.any_host(bool(self.writer and self.writer.has_metrics(self.step, held_out))):
+            return
+        if self.callbacks:
+            self.lines.append((self.step, metrics))
+        if self.writer:
             self.writer.metrics(self.step, metrics)
             self.writer.pause()
 
@@ -440,6 +445,7 @@ class Training:
                 self.look_at_logs()
                 with self.still():
                     self.report()
+            self.call_back()  # with the metrics of these evaluations
         self.look_at_logs()
         self.call_back()
         if self.stopped:

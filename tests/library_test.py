@@ -147,7 +147,7 @@ def test_what_a_callback_raises_is_raised_once_the_state_is_saved(config, plain,
     workdir = str(tmp_path / 'run')
     with pytest.raises(Pruned, match='no good'):
         jaxgen.train(config, workdir, callbacks=[callback])
-    lines = [line for line in capfd.readouterr().err.splitlines() if 'callback' in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if 'a callback' in line]
     assert len(lines) == 1 and 'stopped and saved at step 3' in lines[0]
     assert os.listdir(os.path.join(workdir, 'checkpoints')) == ['3']
     jaxgen.train(config, workdir)

@@ -107,7 +107,7 @@ def test_stops_where_the_curve_says(curve, tmp_path, capfd):
     assert stopping.best_step(workdir) == 6
     said = capfd.readouterr().err
     assert 'stopped early at step 10 of 20: validation/curve has not improved in 2 evaluations' in said
-    assert 'the best, 3, is of step 6' in said
+    assert 'the best, 3, is of step 6 (--step=best)' in said
     lines = metrics(workdir)
     assert [(line['step'], line['validation/curve']) for line in lines if 'validation/curve' in line] == [
         (step, CURVE[step]) for step in (2, 4, 6, 8, 10)
@@ -235,12 +235,15 @@ def test_another_metric_begins_anew(curve, tmp_path, capfd):
     assert not os.path.exists(tmp_path / 'best.json')
 
 
-def test_validation_changes_no_update_and_is_what_evaluate_says(tmp_path):
+def test_validation_changes_no_update_and_is_what_evaluate_says(tmp_path, capfd):
     """Of a real family, whose metrics are random estimates."""
     fields = {'data': {'validation_fraction': 0.1}, 'evaluate': {'examples': 0}}
     plain, watched = str(tmp_path / 'plain'), str(tmp_path / 'watched')
     loop.train(tiny('vae_digits', **fields, train={'save_every': 4}), plain)
-    loop.train(tiny('vae_digits', **fields, train={'save_every': 4, 'held_out_every': 2}), watched)
+    intervals = {'save_every': 4, 'held_out_every': 2, 'stop_on': 'validation/kl'}
+    called = []
+    config = tiny('vae_digits', **fields, train=intervals)
+    loop.train(config, watched, callbacks=[lambda step, logs, run: called.append((step, *logs))])
     assert_same(saved_state(plain, 4), saved_state(watched, 4))
     lines = metrics(watched)
     assert [line for line in lines if 'loss' in line] == metrics(plain)
@@ -252,6 +255,15 @@ def test_validation_changes_no_update_and_is_what_evaluate_says(tmp_path):
         assert metric['n'] == 144
         np.testing.assert_allclose(metric['value'], newest[f'validation/{name}'], rtol=1e-6)
     assert evaluated != run.load(watched).evaluate()  # on the test split
+    kl = {line['step']: line['validation/kl'] for line in lines if 'validation/kl' in line}
+    best = min(kl, key=kl.get)
+    assert list(kl) == [2, 4] and run.load(watched, step='best').step == best and best_of(watched)['value'] == kl[best]
+    assert [names[0] for names in called if 'validation/kl' in names] == [2, 4]
+    assert [names[0] for names in called if 'loss' in names] == [1, 2, 3, 4]
+    capfd.readouterr()
+    assert 'none is kept without config.train.stop_on' in mistake(
+        capfd, '--mode=sample', f'--workdir={plain}', '--step=best'
+    )
 
 
 def test_without_a_validation_split_the_test_split_is_logged(curve, tmp_path):
