@@ -55,7 +55,10 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        'condition', [], "sample: NAME=VALUE, e.g. label=3 or caption='a small red heart'", flag_values=values
+        'condition',
+        [],
+        "sample: NAME=VALUE, e.g. label=3, caption='a small red heart', image=photo.png or a folder; may be repeated",
+        flag_values=values,
     )
     string('cache', '', 'directory of compiled programs, or off; default ~/.cache/jaxgen/compiled', flag_values=values)
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)

@@ -78,8 +78,9 @@ class Loss(Protocol):
 class Sample(Protocol):
     """Samples, float32 [n, H, W, C] in [-1, 1].
 
-    `batch` holds 'index' int32 [n], the number of each sample, which alone decides its noise, and the arrays named in
-    `Family.conditions`. Where there are `Family.settings`, one more argument is such a tree.
+    `batch` holds 'index' int32 [n], the number of each sample, which alone decides its noise, the arrays named in
+    `Family.conditions`, and those of `Family.inputs` that a person gives. Where there are `Family.settings`, one more
+    argument is such a tree.
     """
 
     def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array, *settings: PyTree) -> Array: ...
@@ -154,6 +155,14 @@ class Captions(NamedTuple):
     words: int = 0  # at most; longer ones are refused on the command line. 0: any number
 
 
+class Input(NamedTuple):
+    """An image that `sample` and `trajectory` read where the batch holds it, and do without otherwise."""
+
+    name: str
+    shape: tuple[int, int, int]  # of one example's
+    instead_of: str = ''  # the condition that the batch need not hold then
+
+
 class Family(NamedTuple):
     """The pure functions that `build` returns, and facts about them. All are traced: no Python side effects.
 
@@ -173,6 +182,8 @@ class Family(NamedTuple):
     embed: Embed | None = None  # of integer latents whose grids are scales of one map
     encode_sampled: Encode | None = None  # as encode, drawn from the posterior of which encode gives the mean
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
+    inputs: tuple[Input, ...] = ()  # further images, that a person may give beside or in place of these
+    displayed: tuple[str, ...] = ()  # names in `batch` that trajectory displays too, where they are there
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # fields and sections of config.model that no update reads: they may change on resume
     sampling: tuple[str, ...] = ()  # those of them that sample reads

@@ -77,32 +77,71 @@ def parse_condition(text: str) -> tuple[str, str]:
     """(name, value) of NAME=VALUE."""
     name, equals, value = text.partition('=')
     if not name or not equals:
-        raise UserError(f"write --condition=label=NUMBER or --condition=caption='some words'; it is {text!r}")
+        raise UserError(
+            "write --condition=label=NUMBER, --condition=caption='some words' or --condition=image=FILE; it is "
+            f'{text!r}'
+        )
     return name, value
 
 
-def sample_mode(run, n: int, seed: int, condition: dict[str, str], out: str, frames: int) -> None:
-    """Samples as PNG files, a grid of them, an .npz and a film, into WORKDIR/samples/NAME; NAME says the settings."""
+def parse_conditions(texts: list[str]) -> dict[str, str | list[str]]:
+    """{name: value} of texts NAME=VALUE; several of one name are values of one sample each."""
+    condition: dict[str, list[str]] = {}
+    for name, value in map(parse_condition, texts):
+        condition.setdefault(name, []).append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in condition.items()}
+
+
+def beside_sources(given, images: np.ndarray) -> np.ndarray:
+    """A grid of images uint8 [n, H, W, C], each behind the images that a person gave for it."""
+    n, height, width, channels = images.shape
+    shown = []
+    for one in given.images.values():
+        x = one.take(np.arange(n))
+        rows, columns = (np.arange(size) * x.shape[axis] // size for axis, size in ((1, height), (2, width)))
+        x = x[:, rows[:, None], columns]
+        x = x if x.shape[-1] == channels else np.rint(x.mean(-1, keepdims=True)).astype(np.uint8).repeat(channels, -1)
+        shown.append(x)
+    tiles = einops.rearrange([*shown, images], 'k n h w c -> (n k) h w c')
+    k = len(shown) + 1
+    return files.grid(tiles, k * max(1, round(math.sqrt(n / k))))
+
+
+def sample_mode(run, n: int, seed: int, condition: dict[str, str | list[str]], out: str, frames: int) -> None:
+    """Samples as PNG files, a grid of them, an .npz and a film, into WORKDIR/samples/NAME; NAME says the settings.
+    Samples of a person's own images are named after these, which stand beside them in the grid."""
+    given = run.given(condition, n or None)
     numbers = {**({'n': n} if n else {}), **({'film': frames} if frames else {})}
-    n = n or 64
-    name = outputs.name(run, run.changes(), seed, condition, **numbers)
+    n = given.n or 64
+    name = outputs.name(run, run.changes(), seed, given.texts, **numbers)
     out, first = out or os.path.join(run.workdir, 'samples', name), jax.process_index() == 0
     outputs.written(out, 'samples.npz')  # its mistakes come before anything is computed
-    about = record.made(run, n=n, seed=seed, condition=condition, **({'film': frames} if frames else {}))
-    film = run.film(min(n, 8), frames, seed, condition) if frames else None
-    pieces = run.draw(n, seed, condition)
+    about = record.made(run, n=n, seed=seed, condition=given.texts, **({'film': frames} if frames else {}))
+    for line in (*given.lines(), *given.doubts()) if first else ():
+        log.say(line)
+    film = run.film(min(n, 8), frames, seed, given) if frames else None
+    pieces = run.draw(n, seed, given)
+    names = given.names(n) or [f'{i:05d}' for i in range(n)]
+    made: dict[str, dict] = {}
     with outputs.directory(out, 'samples.npz') if first else contextlib.nullcontext('') as folder:
         images: list[np.ndarray] = []
         with log.bar(n, quiet=not first) as bar:
             for piece in pieces:
                 for image in piece:
                     if first:
-                        files.save_png(os.path.join(folder, 'images', f'{len(images):05d}.png'), image)
+                        file = f'{names[len(images)]}.png'
+                        files.save_png(os.path.join(folder, 'images', file), image)
+                        if sources := given.sources(len(images)):
+                            sha256 = outputs.file_digest(os.path.join(folder, 'images', file))
+                            made[file] = {'sources': sources, 'sha256': sha256}
                     images.append(image)
                 bar.update(len(piece))
         if not first:
             return
-        files.save_png(os.path.join(folder, 'grid.png'), files.grid(np.stack(images[:256])))
+        shown = np.stack(images[:256])
+        files.save_png(os.path.join(folder, 'grid.png'), beside_sources(given, shown) if made else files.grid(shown))
+        if made:
+            files.save_json(os.path.join(folder, outputs.SOURCES), made)
         if film is not None:
             states = einops.rearrange(film, 'n rows frames h w c -> (n rows frames) h w c')
             files.save_png(os.path.join(folder, 'film.png'), files.grid(states, film.shape[2]))
@@ -248,7 +287,7 @@ def main(argv: list[str]) -> None:
     if mode == 'pack':
         pack_mode(workdir, config, named, step, values.out)
         return
-    condition = dict(parse_condition(text) for text in values.condition)
+    condition = parse_conditions(values.condition)
     if jax.process_index() == 0:
         files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
     run = runs.load(

@@ -8,15 +8,18 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from jaxgen.errors import UserError
 
-# {file that every call writes: the paths of all that it may write}.
+SOURCES = 'sources.json'  # of samples named after a person's files: {name: {'sha256': its own, 'sources': paths}}
+MOST_SOURCES = 2**28  # bytes of it that are read
+# {file that every call writes: the paths of all that it may write, beside the files in images/ that SOURCES lists}.
 WRITTEN = {
-    'samples.npz': re.compile(r'samples\.npz|samples\.json|grid\.png|film\.png|images/\d{5,}\.png'),
+    'samples.npz': re.compile(r'samples\.npz|samples\.json|sources\.json|grid\.png|film\.png|images/\d{5,}\.png'),
     'summary.json': re.compile(r'summary\.json|grid\.png'),
     'explore.json': re.compile(
         r'explore\.json|(reconstructions|interpolation_linear|interpolation_spherical|traversals|map_pca|map_tsne'
@@ -48,6 +51,28 @@ def name(run, changed: dict, seed: int, condition: dict[str, str] | None = None,
     return '_'.join([*parts, *([digest(exact)] if exact else [])])
 
 
+def is_regular(path: str) -> bool:
+    return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
+
+
+def file_digest(path: str) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def listed(folder: str) -> dict[str, str]:
+    """{name: SHA-256} of the files in images/ that an earlier call named after a person's, by its SOURCES; {} where it
+    is none of ours."""
+    path = os.path.join(folder, SOURCES)
+    if not is_regular(path) or os.path.getsize(path) > MOST_SOURCES:
+        return {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            return {name: str(about['sha256']) for name, about in json.load(file).items()}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return {}
+
+
 def written(folder: str, index: str) -> list[str]:
     """The files in `folder` that an earlier call wrote, relative to it.
 
@@ -60,9 +85,16 @@ def written(folder: str, index: str) -> list[str]:
             if entry.is_symlink() or not entry.is_dir():
                 foreign = entry.name
                 continue
-            inside = [f'images/{one}' for one in os.listdir(entry.path)]
-            ours += [one for one in inside if pattern.fullmatch(one)]
-            foreign = next((one for one in inside if not pattern.fullmatch(one)), foreign)
+            named = listed(folder)
+            for one in os.listdir(entry.path):
+                path = os.path.join(entry.path, one)
+                # What a person has changed since is theirs.
+                if pattern.fullmatch(f'images/{one}') or (
+                    one in named and is_regular(path) and file_digest(path) == named[one]
+                ):
+                    ours.append(f'images/{one}')
+                else:
+                    foreign = f'images/{one}'
         elif pattern.fullmatch(entry.name):
             ours.append(entry.name)
     if ours and index not in ours:

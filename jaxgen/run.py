@@ -24,6 +24,7 @@ from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
 from jaxgen.contract import Context, Family, State
+from jaxgen.data.own_images import OwnImages
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, conditional, held_out, samples
 from jaxgen.evaluation.bound import BoundModel
@@ -217,7 +218,7 @@ def assemble(
         check_stage_image(context, 'first')
     family = make_family(config, context)
     check_size(context.image, family.divisor, 'this network')
-    missing = sorted(set(family.conditions) - set(spec.features))
+    missing = sorted({*family.conditions, *family.displayed} - set(spec.features))
     if missing:
         raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
     frozen = {name: (state, its_frozen) for name, (_, state, its_frozen) in stages.items()}
@@ -311,20 +312,29 @@ class Run:
         assembled = a.with_model(sample.with_options(build, self.config.model.to_dict(), a.family, sampling))
         return dataclasses.replace(self, config=assembled.config, assembled=assembled)
 
+    def given(self, condition: dict[str, Any] | conditions.Given | None, n: int | None = None) -> conditions.Given:
+        """The conditions of n samples, read and checked; see conditions.read."""
+        n = None if n is None else check_integer('n', n, 0)
+        return conditions.read(self.assembled, self.config, {} if condition is None else condition, n)
+
     def sample(
         self,
         n: int | None = None,
         seed: int | Sequence[int] = 0,
-        condition: dict[str, int | str] | None = None,
+        condition: dict[str, Any] | None = None,
         latents: Any = None,
         **sampling,
     ) -> np.ndarray:
         """Images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n but for rounding.
 
         Args:
-          n: images of each seed; 16, or 1 where there are several seeds.
+          n: images of each seed; None: as many as a condition has values, else 16, or 1 where there are several seeds.
           seed: a number, or several of them: n images of each, in their order.
-          condition: {name: value} for all images, e.g. {'label': 3} or {'caption': 'a small red heart'}.
+          condition: {name: value}, of which there is one for all images or a list of one for each: {'label': 3},
+            {'label': [1, 2, 3]}, {'caption': 'a small red heart'}, {'image': 'photo.png'}. Labels are numbers or names
+            of classes. Images are paths of files or folders, images of PIL, or arrays [h, w], [h, w, c], [n, h, w, c]
+            of uint8 or of real numbers in [-1, 1], of any size; see docs/own_images.md. Where no condition is an
+            image, and the model encodes and decodes, 'image' is reconstructed.
           latents: images of these, [n, ...], in place of random ones; see `decode`.
           sampling: options of sampling, see `with_sampling`. The first call compiles. Later ones do only where an
             option changes the program: its steps, the name of a sampler, something that was off; and to go back to what
@@ -335,26 +345,42 @@ class Run:
             return run.decode(latents, condition)
         several: Any = seed if np.ndim(seed) else [seed]
         seeds = [check_integer('seed', one, 0) for one in several]
-        n = check_integer('n', (1 if np.ndim(seed) else 16) if n is None else n, 0)
-        parts = [part for one in seeds for part in run.draw(n, one, condition)]
+        given = self.given(condition, n)
+        for line in given.doubts():
+            log.say(line)
+        n = given.n if n is not None else given.n or (1 if np.ndim(seed) else 16)
+        parts = [part for one in seeds for part in run.draw(n, one, given)]
         return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
 
-    def draw(self, n: int, seed: int = 0, condition: dict[str, int | str] | None = None):
+    def draw(self, n: int, seed: int = 0, condition: dict[str, Any] | conditions.Given | None = None):
         """As `sample` of one seed, in pieces of at most config.sample.batch images."""
-        seed = check_integer('seed', seed, 0)
-        provide = conditions.provider(self.assembled, self.config, condition or {})
+        seed, given = check_integer('seed', seed, 0), self.given(condition, n)
+        if given.reconstructs:
+            return self.reconstructions(given.images['image'], n, seed)
+        provide = conditions.provider(self.assembled, self.config, given)
         compiled = sample.program(self.assembled.family)
         size = sample.batch_size(self.model, compiled, n, self.config.sample.batch)
         return sample.draw(self.model, provide, n, size, seed)
 
+    def reconstructions(self, images: OwnImages, n: int, seed: int = 0):
+        """The first n images encoded and decoded, in pieces of at most config.sample.batch, uint8."""
+        size = self.model.batch_size(self.config.sample.batch, n)
+        for start in range(0, n, size):
+            yield self.reconstruct(images.take(np.arange(start, min(start + size, n))), seed)
+
     def film(
-        self, n: int, frames: int, seed: int = 0, condition: dict[str, int | str] | None = None, **sampling
+        self,
+        n: int,
+        frames: int,
+        seed: int = 0,
+        condition: dict[str, Any] | conditions.Given | None = None,
+        **sampling,
     ) -> np.ndarray:
         """Trajectories of the first n images of `sample` with the same options; see sample.film."""
         seed, n = check_integer('seed', seed, 0), check_integer('n', n, 1)
         frames = check_integer('frames', frames, 1)
         run = self.with_sampling(**sampling)
-        batch = conditions.first(run.assembled, run.config, n, condition or {})
+        batch = conditions.first(run.assembled, run.config, n, run.given(condition), film=True)
         size = sample.batch_size(run.model, sample.program(run.assembled.family, 'trajectory'), n, n)
         return sample.film(run.model, batch, size, seed, frames)
 

@@ -476,7 +476,7 @@ def test_weights_of_another_model_are_named(copy, capfd):
 
 def test_conditions_that_do_not_exist(copy, capfd):
     assert 'no condition' in mistake(capfd, '--mode=sample', f'--workdir={copy}', '--condition=label=3')
-    assert 'NUMBER' in mistake(capfd, '--mode=sample', f'--workdir={copy}', '--condition=label=three')
+    assert 'no condition' in mistake(capfd, '--mode=sample', f'--workdir={copy}', '--condition=label=three')
 
 
 def test_samples_that_are_not_numbers_stop(trained):

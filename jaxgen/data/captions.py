@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,12 +24,12 @@ def known(data) -> set[bytes]:
     return {word for i in range(len(records)) for word in words(bytes(records[i]['caption']))}
 
 
-def check(text: str, room: int, most: int, data) -> np.ndarray:
+def check(text: str, room: int, most: int, known: Callable[[], set[bytes]]) -> np.ndarray:
     """A caption as data sets hold it, uint8 [room]: UTF-8, zeros behind the text.
 
     Args:
       most: words that the model reads; 0: any number.
-      data: the section `data` of the config that it was trained with.
+      known: gives all words of the training captions.
 
     Raises:
       UserError: it is empty, too long, or has a word that no training caption has.
@@ -41,7 +42,7 @@ def check(text: str, room: int, most: int, data) -> np.ndarray:
         raise UserError(f'condition caption: {len(encoded)} bytes are more than the {room} that captions have here')
     if most and len(read) > most:
         raise UserError(f'condition caption: {len(read)} words are more than the {most} that this model reads')
-    vocabulary = {word.decode() for word in known(data)}
+    vocabulary = {word.decode() for word in known()}
     for word in (w.decode() for w in read):
         if word not in vocabulary:
             close = difflib.get_close_matches(word, vocabulary, n=3, cutoff=0.6)

@@ -15,7 +15,8 @@ is d + P x - P d, whose means of squares, luma or pixels outside the hole are th
 The loss is the squared error against the clean image, so that where several images fit the input, the optimum is their
 mean: blurred edges and pale colours. Nothing shapes the latents' distribution: without corruption `sample` decodes
 latents from N(0, I), which shows that an autoencoder alone is no generative model. With one, `sample` restores held-out
-images, corrupted by each sample's key.
+images, corrupted by each sample's key; or images that are corrupted already ('corrupted', 'low_resolution'), or under a
+mask of one's own ('mask').
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import chex
+import einops
 import jax
 import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.augmentation.corruptions import grey, holes, low_resolution
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, Latents, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, Input, Latents, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.networks.resnet_autoencoder import Pyramid, PyramidDecoder
 from jaxgen.options import Count, OneOf, Positive
@@ -70,6 +72,16 @@ def corrupted(x: Array, keys: Array, corruption: str, noise: float, factor: int,
     if corruption == 'mask':
         return jnp.where(holes(keys, x.shape[1:3], hole), 0.0, x)
     return x
+
+
+def own_inputs(image: tuple[int, int, int], corruption: str, factor: int) -> tuple[Input, ...]:
+    """The images that `sample` takes in place of a corruption by its keys."""
+    height, columns, channels = image
+    return {
+        'noise': (Input('corrupted', image, 'image'),),
+        'low_resolution': (Input('low_resolution', (height // factor, columns // factor, channels), 'image'),),
+        'mask': (Input('mask', (height, columns, 1)),),
+    }.get(corruption, ())
 
 
 def restored(nets: Networks, params, y: Array, keys: Array, projection: Callable | None) -> Array:
@@ -171,15 +183,31 @@ def build(
     def decode(state, frozen, batch, latents, rng):
         return jnp.clip(nets.decode(state.ema, latents), -1, 1)
 
+    def corruption_of(batch) -> Callable:
+        """The corruption (x, keys) -> y of a batch: as in training, but by its own masks where it holds some."""
+        if corruption != 'mask' or 'mask' not in batch:
+            return corrupt
+        hidden_pixels = batch['mask'] > 0
+        return lambda x, keys: jnp.where(hidden_pixels, 0.0, x)
+
+    def corrupted_images(batch, keys: Array) -> Array:
+        """The encoder's inputs [n, H, W, C]: images of the batch corrupted by keys [n], or what is so already."""
+        if corruption == 'noise' and 'corrupted' in batch:
+            return batch['corrupted']
+        if corruption == 'low_resolution' and 'low_resolution' in batch:
+            return einops.repeat(batch['low_resolution'], 'n h w c -> n (h a) (w b) c', a=factor, b=factor)
+        return corruption_of(batch)(batch['image'], keys)
+
     def sample(state, frozen, batch, rng):
         keys = example_keys(rng, batch)
         if corruption == 'none':
             return decode(state, frozen, batch, normal(keys, shape), rng)
-        return jnp.clip(restore(state.ema, corrupt(batch['image'], keys), keys), -1, 1)
+        projection = corruption_of(batch) if corruption in PROJECTIONS else None
+        return jnp.clip(restored(nets, state.ema, corrupted_images(batch, keys), keys, projection), -1, 1)
 
     def trajectory(state, frozen, batch, rng):
         """{'image': [2, n, H, W, C]}: the corrupted images, and their restorations by `sample`."""
-        y = corrupt(batch['image'], example_keys(rng, batch))
+        y = corrupted_images(batch, example_keys(rng, batch))
         return {'image': jnp.stack([y, sample(state, frozen, batch, rng)])}
 
     def evaluate(state, frozen, batch, rng):
@@ -198,6 +226,7 @@ def build(
         decode,
         trajectory=trajectory if restores else None,
         conditions=('image',) if restores else (),
+        inputs=own_inputs(context.image, corruption, factor),
         divisor=divisor,
         latents=Latents(shape=shape),
     )

@@ -18,7 +18,8 @@ some of each domain. While it is not full, new translations are inputs and kept;
 not kept, and the others replace an older one, which is the input instead. It is saved with the weights, and filled
 image by image in the order of the batch, so that neither stopping nor the number of devices changes what is in it.
 
-There is no noise: a sample is G(x), of the domain of `image`, and a function of its x in the test split.
+There is no noise: a sample is G(x), of the domain of `image`, and a function of its x in the test split. Of a person's
+own images those called 'image' are translated the other way, F(y).
 
 The published generators have instance norms, which remove the mean of every map. In photographs much else is left; in
 drawings with flat colours hardly anything, and `norm` = 'group', of several channels at once, keeps it. The same holds
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch
+from jaxgen.contract import Aux, Context, Family, Input, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import least_squares_discriminator, least_squares_generator
 from jaxgen.networks import patchgan
@@ -124,9 +125,11 @@ def discriminator_loss(nets: Networks, params, state, frozen, batch, rng):
 
 
 def reconstructions(nets: Networks, weights, batch: dict) -> dict[str, Array]:
-    """{domain: [3, n, H, W, C]}: its images, these translated, and translated back."""
+    """{domain: [3, n, H, W, C]}: its images, these translated, and translated back, of the domains in the batch."""
     out = {}
     for domain, (back, from_it) in GENERATORS.items():
+        if domain not in batch:
+            continue
         translated = nets.translate(weights[from_it], batch[domain])
         out[domain] = jnp.stack([batch[domain], translated, nets.translate(weights[back], translated)])
     return out
@@ -225,19 +228,21 @@ def build(
         return advance(state, context.optim), generator.logs | discriminator.logs
 
     def sample(state, frozen, batch, rng):
-        return nets.translate(state.ema['forward'], batch['other'])
+        domain = 'other' if 'other' in batch else 'image'
+        return nets.translate(state.ema[GENERATORS[domain][1]], batch[domain])
 
     def trajectory(state, frozen, batch, rng):
         cycles = reconstructions(nets, state.ema, batch)
-        return {domain: cycles[domain] for domain in ('other', 'image')}
+        return {domain: cycles[domain] for domain in ('other', 'image') if domain in cycles}
 
-    # trajectory reads 'image' for the second cycle.
     return Family(
         init,
         update,
         sample,
         functools.partial(evaluate, nets),
         trajectory=trajectory,
-        conditions=('other', 'image'),
+        conditions=('other',),
+        inputs=(Input('image', context.image, 'other'),),
+        displayed=('image',),
         divisor=divisor,
     )

@@ -11,7 +11,8 @@ whose input is the mask too, has values for parts of it at several scales:
 are State.extra and go on with each of D's steps, which come first.
 
 Masks are strokes of a brush that goes to and fro, as free-form as a person's, and a square (section 3.4); or they are a
-feature of the data, for masks of one's own. `sample` completes test images, each under the mask of its own key.
+feature of the data, for training on masks of one's own. `sample` completes test images, each under the mask of its own
+key, or under 'mask' where the batch holds it.
 Unlike in the authors' code squares are of one size, and each image of a batch has a mask of its own.
 """
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jaxgen import options
 from jaxgen.augmentation.corruptions import holes, strokes
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state, shard_batch, store
+from jaxgen.contract import Aux, Context, Family, Input, advance, gradient_step, new_state, shard_batch, store
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import hinge_discriminator, wasserstein_generator
 from jaxgen.networks import spectral
@@ -150,11 +151,11 @@ def build(
     )
     generator_step = gradient_step(functools.partial(generator_loss, nets, l1=l1), context.optim, 'generator')
 
-    def masked(batch, keys: Array) -> Array:
-        """Masks [n, H, W, 1] by keys [n], or those of the data."""
-        if masks in MASKS:
+    def masked(batch, keys: Array, own: str = '') -> Array:
+        """Masks [n, H, W, 1] by keys [n], or those of the data, or a person's of the name `own`."""
+        if masks in MASKS and own not in batch:
             return draw_masks(keys, size, masks, brush, hole)
-        return (batch[masks].mean(-1, keepdims=True) > 0).astype(jnp.float32)
+        return (batch[own if masks in MASKS else masks].mean(-1, keepdims=True) > 0).astype(jnp.float32)
 
     def init(rng, batch, frozen):
         generator_rng, discriminator_rng, vectors_rng = jax.random.split(rng, 3)
@@ -180,18 +181,18 @@ def build(
         state, generator_aux = generator_step(state, frozen, batch, generator_rng)
         return advance(state, context.optim), discriminator_aux.logs | generator_aux.logs
 
-    def completed(state, batch, rng) -> tuple[Array, Array, Array]:
+    def completed(state, batch, rng, own: str = '') -> tuple[Array, Array, Array]:
         """Masks, coarse images and completed ones, by the averaged weights."""
-        mask = masked(batch, example_keys(rng, batch))
+        mask = masked(batch, example_keys(rng, batch), own)
         coarse, _, y = nets.complete(state.ema['generator'], batch['image'], mask)
         return mask, coarse, y
 
     def sample(state, frozen, batch, rng):
-        return completed(state, batch, rng)[2]
+        return completed(state, batch, rng, 'mask')[2]
 
     def trajectory(state, frozen, batch, rng):
         """{'image': [4, n, H, W, C]}: the masked image, completed coarsely, completed finely, and the ground truth."""
-        mask, coarse, y = completed(state, batch, rng)
+        mask, coarse, y = completed(state, batch, rng, 'mask')
         x = batch['image']
         return {'image': jnp.stack([x * (1 - mask), x + (coarse - x) * mask, y, x])}
 
@@ -199,5 +200,13 @@ def build(
         mask, _, y = completed(state, batch, rng)
         return errors(batch['image'], y, mask)
 
-    conditions = ('image',) if masks in MASKS else ('image', masks)
-    return Family(init, update, sample, evaluate, trajectory=trajectory, conditions=conditions, divisor=divisor)
+    return Family(
+        init,
+        update,
+        sample,
+        evaluate,
+        trajectory=trajectory,
+        conditions=('image',) if masks in MASKS else ('image', masks),
+        inputs=(Input('mask', (*size, 1)),) if masks in MASKS else (),
+        divisor=divisor,
+    )

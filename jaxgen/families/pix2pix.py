@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxgen import options
 from jaxgen.augmentation.corruptions import blurred
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, advance, gradient_step, new_state
+from jaxgen.contract import Aux, Context, Family, Input, advance, gradient_step, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, vanilla_discriminator
 from jaxgen.networks import patchgan
@@ -118,9 +118,10 @@ def build(
       l1: weight of the absolute error.
       discriminator_channels, discriminator_layers, discriminator_norm: see networks/patchgan.py.
 
-    sample translates inputs of the test split, each with noise and dropout by its own key. evaluate returns for each
-    image 'squared_error' and 'absolute_error' of the translation against the image, means over pixels in [-1, 1], and
-    for recovery 'squared_error/input', that of the degraded image itself.
+    sample translates inputs of the test split, each with noise and dropout by its own key; for recovery also images
+    that are degraded already, 'corrupted' in the batch, in place of 'image'. evaluate returns for each image
+    'squared_error' and 'absolute_error' of the translation against the image, means over pixels in [-1, 1], and for
+    recovery 'squared_error/input', that of the degraded image itself.
 
     Raises:
       UserError: a value that cannot work.
@@ -163,17 +164,18 @@ def build(
     def translated(state, batch, rng) -> tuple[Array, Array]:
         """Inputs and their translations, [n, H, W, C], each by its own key and the averaged weights."""
         keys = example_keys(rng, batch)
-        c = degraded(batch[condition], keys, blur, noise)
+        already = condition == 'image' and 'corrupted' in batch
+        c = batch['corrupted'] if already else degraded(batch[condition], keys, blur, noise)
         return c, nets.translate(state.ema['generator'], c, keys)
 
     def sample(state, frozen, batch, rng):
         return translated(state, batch, rng)[1]
 
     def trajectory(state, frozen, batch, rng):
-        """{'image': [3, n, H, W, C]}: the input, its translation, and the ground truth."""
+        """{'image': [3, n, H, W, C]}: the input, its translation, and the ground truth, where the batch has it."""
         c, y = translated(state, batch, rng)
         displayed = c if c.shape == y.shape else jnp.broadcast_to(c.mean(-1, keepdims=True), y.shape)
-        return {'image': jnp.stack([displayed, y, batch['image']])}
+        return {'image': jnp.stack([displayed, y, *([batch['image']] if 'image' in batch else [])])}
 
     def evaluate(state, frozen, batch, rng):
         x = batch['image']
@@ -184,5 +186,14 @@ def build(
         }
         return metrics | ({'squared_error/input': jnp.square(x - c).mean((1, 2, 3))} if condition == 'image' else {})
 
-    conditions = tuple(dict.fromkeys((condition, 'image')))  # trajectory displays the image itself
-    return Family(init, update, sample, evaluate, trajectory=trajectory, conditions=conditions, divisor=divisor)
+    return Family(
+        init,
+        update,
+        sample,
+        evaluate,
+        trajectory=trajectory,
+        conditions=(condition,),
+        inputs=(Input('corrupted', context.image, 'image'),) if condition == 'image' else (),
+        displayed=('image',),
+        divisor=divisor,
+    )

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size, size_text
-from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, new_state, shard_batch
+from jaxgen.contract import Aux, Context, Family, Input, Latents, advance, gradient_step, new_state, shard_batch
 from jaxgen.errors import UserError
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks import stargan2 as networks
@@ -170,13 +170,16 @@ def decode(nets: Networks, mask: str, state, frozen, batch, latents, rng):
 
 def trajectory(nets: Networks, mask: str, latent: int, state, frozen, batch, rng):
     """Rows [1 + domains, n, H, W, C], the image itself first: in every domain by one z ('latent'), and in the domains
-    and styles ('results') of the images that come after it in the batch ('references')."""
+    and styles ('results') of the images that come after it in the batch ('references'), where their domains are
+    known."""
     x, where = batch['image'], edge_mask(batch, mask)
     z = normal(example_keys(rng, batch), (latent,))
-    rows = {'latent': [x], 'references': [x], 'results': [x]}
+    rows = {'latent': [x], **({'references': [x], 'results': [x]} if 'domain' in batch else {})}
     for i in range(nets.mapping.domains):
         s = nets.mapped(state.ema, z, jnp.full(len(x), i))
         rows['latent'].append(nets.translate(state.ema, x, s, where))
+        if 'domain' not in batch:
+            continue
         reference, its_domain = (jnp.roll(batch[name], -1 - i, 0) for name in ('image', 'domain'))
         rows['references'].append(reference)
         s = nets.encoded(state.ema, reference, its_domain)
@@ -267,7 +270,8 @@ def build(
       style_weight, diversity, cycle: weights of the objectives above.
       diversity_steps: updates until that of the diversity is 0.
 
-    sample translates images of the test split into the domain 'label', each in a style from its own noise. trajectory
+    sample translates images of the test split into the domain 'label', each in a style from its own noise, or in that
+    of 'reference', an image of this domain, where the batch holds one. trajectory
     displays translations into every domain, see there. evaluate translates each image into another domain and returns
     'cycle_error', 'style_error' and 'diversity', the absolute errors and differences of the objectives above: means
     over pixels in [-1, 1], or over the dimensions of s.
@@ -318,7 +322,10 @@ def build(
         return advance(state, context.optim), logs
 
     def sample(state, frozen, batch, rng):
-        return decode(nets, mask, state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
+        if 'reference' not in batch:
+            return decode(nets, mask, state, frozen, batch, normal(example_keys(rng, batch), (latent,)), rng)
+        s = nets.encoded(state.ema, batch['reference'], batch['label'])
+        return jnp.clip(nets.translate(state.ema, batch['image'], s, edge_mask(batch, mask)), -1, 1)
 
     return Family(
         init,
@@ -327,7 +334,9 @@ def build(
         functools.partial(evaluate, nets, mask, latent),
         decode=functools.partial(decode, nets, mask),
         trajectory=functools.partial(trajectory, nets, mask, latent),
-        conditions=('label', 'domain', 'image', *((mask,) if mask else ())),
+        conditions=('label', 'image', *((mask,) if mask else ())),
+        inputs=(Input('reference', context.image),),
+        displayed=('domain',),
         divisor=divisor,
         latents=Latents(shape=(latent,)),
         larger=('diversity',),

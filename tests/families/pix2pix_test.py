@@ -171,7 +171,7 @@ def test_update_is_a_step_of_each_network():
 @slow
 def test_samples_are_of_inputs_of_the_data():
     f, state, b = family(), start(), batch()
-    assert f.conditions == ('edges', 'image') and f.divisor == 8
+    assert f.conditions == ('edges',) and f.divisor == 8
     key = jax.random.key(5)
     y = f.sample(state, {}, b, key)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(b['index'])

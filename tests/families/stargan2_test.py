@@ -283,7 +283,7 @@ def test_update_is_four_steps():
 def test_samples_are_of_the_target_domain():
     f, state, b, key = family(), start(), batch(), jax.random.key(5)
     ema, x, y = state.ema, b['image'], b['domain']
-    assert f.conditions == ('label', 'domain', 'image') and f.divisor == 2
+    assert f.conditions == ('label', 'image') and f.divisor == 2
     z = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (3,)) for i in range(4)])
     images = f.sample(state, {}, b, key)
     made = translate(ema, x, mapped(ema, z, b['label']))
@@ -327,7 +327,7 @@ def test_metrics_are_of_other_domains():
 @slow
 def test_masks_are_features():
     f = build((4, 4, 3), mask='mask', high_pass=1.0, skips=(4,))
-    assert f.conditions == ('label', 'domain', 'image', 'mask')
+    assert f.conditions == ('label', 'image', 'mask')
     b = {k: v[:, :, :4] if v.ndim == 4 else v for k, v in batch().items()}
     key = jax.random.key(0)
     b['mask'] = jnp.ones((4, 4, 4, 1))
