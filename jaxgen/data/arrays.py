@@ -20,6 +20,7 @@ import math
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +77,8 @@ def by_split(names) -> dict[str, dict[str, str]]:
     for name in names:
         found = SPLIT.fullmatch(name)
         word, rest = ((found[1], found[2]) if found[1] else (found[4], found[3])) if found else ('train', name)
+        if name in WORDS:
+            word, rest = name, 'images'
         out.setdefault(WORDS[word], {})[rest] = name
     return out
 
@@ -408,11 +411,17 @@ def scaling(columns: Columns, name: str) -> Callable[[np.ndarray], np.ndarray]:
             valid = False
         if not valid:
             raise UserError(f'{columns.where}: ?{title}={text} must be BLACK,WHITE: 0,1 or -1,1 or 0,255')
+        limits = [(one.min(), one.max()) for one in sample(columns, name)]
+        outside = [one for one in limits if not is_inside(*one, low, high)]
+        if len(outside) > len(limits) / 2:  # fewer may be damaged
+            raise UserError(
+                f'{columns.where}: ?{title}={text}: the images {columns.stored[name].name} have values from '
+                f'{min(one[0] for one in limits):g} to {max(one[1] for one in limits):g} (of {len(limits)} of them)'
+            )
     elif x.dtype.kind == 'b':
         low, high = 0.0, 1.0
     else:
-        how, step = columns.layout_of(name), max(1, columns.n // SAMPLED)
-        some = [how.image(x, i) for i in range(0, columns.n, step)]
+        some = sample(columns, name)
         least, most = min(one.min() for one in some), max(one.max() for one in some)
         if x.dtype != np.uint8 or most <= 1:
             raise UserError(
@@ -425,6 +434,18 @@ def scaling(columns: Columns, name: str) -> Callable[[np.ndarray], np.ndarray]:
     return functools.partial(to_uint8, low=low, high=high)
 
 
+def sample(columns: Columns, name: str) -> list[np.ndarray]:
+    """Some of the images, as they are stored."""
+    x, how = columns.array(name), columns.layout_of(name)
+    return [how.image(x, i) for i in range(0, columns.n, max(1, columns.n // SAMPLED))]
+
+
+def is_inside(least: float, most: float, low: float, high: float) -> bool:
+    """Whether values are from black to white, but for rounding."""
+    room = abs(high - low) / 510
+    return bool(min(low, high) - room <= least and most <= max(low, high) + room)
+
+
 def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values from `low`, black, to `high`, white, as 0 to 255.
 
@@ -432,12 +453,15 @@ def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
       ValueError: some are further outside than rounding brings them.
     """
     y = (np.asarray(x, np.float64) - low) * (255 / (high - low))
-    if not (y >= -0.5).all() or not (y <= 255.5).all():
+    if not is_inside(np.min(x), np.max(x), low, high):
         raise ValueError(f'it has values from {np.min(x):g} to {np.max(x):g}, outside of range={low:g},{high:g}')
     return np.clip(np.rint(y), 0, 255).astype(np.uint8)
 
 
 # --- compressed arrays
+
+
+unpacked: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # arrays in memory, while somebody uses them
 
 
 def unpack(what: str, path: str, part: str, n_bytes: int, data, open_stream: Callable[[], Any]) -> np.ndarray:
@@ -453,13 +477,15 @@ def unpack(what: str, path: str, part: str, n_bytes: int, data, open_stream: Cal
     """
     if n_bytes > INFLATION * os.path.getsize(path):
         raise UserError(f'{what} is damaged: by its header it has {n_bytes} bytes, more than the file can hold')
+    about, directory = os.stat(path), os.path.join(root(data), UNPACKED)
+    key = text_digest(os.path.realpath(path), part, str(about.st_size), str(about.st_mtime_ns))
     if n_bytes <= data['cache_mb'] * 2**20:
+        if (known := unpacked.get(key)) is not None:
+            return known
         content = bytearray()
         for chunk in chunks(what, n_bytes, open_stream):
             content += chunk
-        return np.frombuffer(content, np.uint8)
-    about, directory = os.stat(path), os.path.join(root(data), UNPACKED)
-    key = text_digest(os.path.realpath(path), part, str(about.st_size), str(about.st_mtime_ns))
+        return unpacked.setdefault(key, np.frombuffer(content, np.uint8))
     kept = os.path.join(directory, key)
     if not os.path.isfile(kept) or os.path.islink(kept) or os.path.getsize(kept) != n_bytes:
         if data['dir']:

@@ -101,12 +101,11 @@ def resolve(data) -> Source:
 
 def named_source(data) -> Source:
     name, here = data['source'], root(data)
-    address = addresses.parse(name)
+    address = addresses.parse(f'{name}:' if name in addresses.KINDS else name)
     if address and not address.path:
         what = 'folder' if address.kind in addresses.PREPARED else 'file or folder'
         raise UserError(f'config.data.source: name the {what}, as in {address.kind}:/home/me/images')
-    make = tfds_source if name in ('folder', 'pairs') else SOURCES.get(name.partition(':')[0], tfds_source)
-    return make(data, here)
+    return SOURCES.get(name.partition(':')[0], tfds_source)(data, here)
 
 
 def digits_source(data, here: str) -> Source:
@@ -147,11 +146,18 @@ def read_source(data, here: str) -> Source:
 
 
 def read_contents(data) -> records.Contents:
-    """What the reader of the kind that data.source names has read of it: no image."""
+    """What the reader of the kind that data.source names has read of it: no image. That of a few sources is kept while
+    their files stay as they are."""
     address = addresses.parse(data['source'])
     path = os.path.realpath(os.path.expanduser(address.path))
+    key = str(sorted((name, data[name]) for name in READ_BY))
     try:
-        contents = READERS[address.kind](address._replace(path=path), data)
+        stamps, contents = _contents.get(key, ((), None))
+        if contents is None or stamps != stamps_of(path, contents):
+            contents = READERS[address.kind](address._replace(path=path), data)
+            while len(_contents) >= KEPT:
+                _contents.pop(next(iter(_contents)), None)
+            _contents[key] = stamps_of(path, contents), contents
     except OSError as e:
         raise UserError(f'config.data.source: cannot read {e.filename or path}: {e.strerror or e}') from e
     announce(contents)
@@ -166,6 +172,21 @@ def announce(contents: records.Contents) -> None:
 def contents_of(source: Source) -> records.Contents | None:
     """What the source's files hold where they are read as they are; None where the set is prepared."""
     return source.contents() if source.contents else None
+
+
+# Fields of config.data that readers may depend on.
+READ_BY = (
+    *('source', 'dir', 'features', 'classes', 'keep_classes', 'test_fraction', 'max_pixels', 'cache_mb', 'channels'),
+    *('size', 'threads', 'max_corrupt'),
+)
+KEPT = 4  # contents of sources
+_contents: dict[str, tuple] = {}  # by the fields that they depend on, with the stamps of their files
+
+
+def stamps_of(path: str, contents: records.Contents) -> tuple:
+    """What changes when the files of a source do."""
+    about = [os.stat(one) for one in (*({path} if os.path.exists(path) else ()), *contents.files)]
+    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in about)
 
 
 def gaussians_source(data, here: str) -> Source:

@@ -18,7 +18,7 @@ from data_sets import encoded, grey, make, random_image, refused, take, write_fo
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxgen import data
-from jaxgen.data import tars
+from jaxgen.data import sources, tars
 from jaxgen.errors import RunError
 
 
@@ -223,6 +223,7 @@ def test_an_index_that_is_something_else_is_made_anew(tmp_path):
         line + b'\n' + rest[::-1],
     ):
         kept.write_bytes(content)
+        sources._contents.clear()
         assert values(config) == expected
         assert kept.read_bytes() == whole
 

@@ -262,8 +262,9 @@ def test_what_is_not_there(kind, tmp_path):
     kind = source.partition(':')[0]
     with refused('No such file|holds no'):
         use(tmp_path, f'{kind}:{tmp_path}/nowhere')
-    with refused('config.data.source: name the file'):
-        use(tmp_path, f'{kind}:')
+    for bare in (kind, f'{kind}:', f'{kind}:?range=0,1'):
+        with refused('config.data.source: name the file'):
+            use(tmp_path, bare)
     os.mkfifo(tmp_path / 'pipe')
     with refused('no regular file'):
         use(tmp_path, f'{kind}:{tmp_path}/pipe')

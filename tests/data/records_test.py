@@ -11,6 +11,7 @@ import pytest
 from data_sets import encoded, grey, make, refused, take
 
 from jaxgen import addresses, data
+from jaxgen import config as configs
 from jaxgen.data import records, sources
 from jaxgen.errors import RunError
 
@@ -61,6 +62,30 @@ def test_an_address_is_what_it_is_written_as():
     )
     assert addresses.parse('folder:a?b=c').path == 'a?b=c' and addresses.parse('npz:a?b=c/d.npz').path == 'a?b=c/d.npz'
     assert all(addresses.parse(name) is None for name in ('digits', 'shapes:outlined', 'mnist', 'idx', ''))
+
+
+@pytest.mark.parametrize('field', ['source', 'other', 'test_source', 'validation_source'])
+@pytest.mark.parametrize('kind', addresses.KINDS)
+def test_a_config_knows_the_path_of_every_kind(kind, field, tmp_path, monkeypatch):
+    """So a stranger's run cannot choose it, it may be moved, and the config is the same in every directory."""
+    monkeypatch.chdir(tmp_path)
+    for options in ('', '?range=0,1&layout=N(HW)') if kind in addresses.READ else ('',):
+        section = {'source': 'digits', field: f'{kind}:in/set{options}'}
+        section |= {'features': ('image', 'other')} if field == 'other' else {}
+        config = configs.make('', family='vae', model={'latent': 2}, data=section)
+        assert config.data[field] == f'{kind}:{tmp_path}/in/set{options}'
+        assert configs.paths(config) == {f'data.{field}': f'{tmp_path}/in/set'}
+        assert data.canonical(config.data[field]) == config.data[field]
+        other = configs.override(config, [f'--config.data.{field}={kind}:{tmp_path}/elsewhere{options}'])
+        assert configs.moved(config, other) == [f'data.{field}']
+
+
+def test_contents_are_read_anew_when_a_file_changes(tmp_path):
+    config = make(tmp_path / 'sets', source=f'npz:{tmp_path}/a.npz', test_fraction=0.5)
+    for n in (4, 9):
+        np.savez(tmp_path / 'a.npz', images=np.full((n, 8, 8), 7 * n, np.uint8))
+        sets = [data.dataset(config, split) for split in ('train', 'test')]
+        assert sum(map(len, sets)) == n and sets[0][0]['image'].min() == 7 * n
 
 
 def test_held_out_examples_stay_held_out_when_others_are_added():
