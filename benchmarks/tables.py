@@ -128,6 +128,21 @@ def speeds(records: list[dict]) -> str:
     return markdown(heads, table)
 
 
+def startup(record: dict) -> str:
+    """Seconds from the command to the first update."""
+    seconds = record['seconds']
+    rows = []
+    for name, runs in (
+        ('first start', [seconds['cold']]),
+        ('second start', seconds['warm']),
+        ('going on', seconds['resumed']),
+    ):
+        least = {key: min(run[key] for run in runs) for key in runs[0]}
+        cells = [least[key] for key in ('first_line', 'compiling', 'first_update', 'processor')]
+        rows.append([f'{name} of `{record["config"]}`', *(f'{cell:.1f}' for cell in cells)])
+    return markdown(['seconds to', 'first line', 'all but the compile', 'first update', 'of the processor'], rows)
+
+
 def loader(record: dict) -> str:
     """Images a second out of the data loader: a row for each kind of file and size."""
     rows = record['rows']
@@ -258,7 +273,7 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind in ('loader', 'folder'):
+    if kind in ('loader', 'folder', 'startup'):
         return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])

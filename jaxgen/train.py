@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -148,6 +149,7 @@ class Training:
         self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
         self.shardings = sharding.over_weights(a.mesh, a.abstract)
+        self.call = make_call(a, self.shardings, self.k, config.seed)
         if restored:
             self.state, about = restored
             check_stages(about, a, workdir, moved)
@@ -204,10 +206,37 @@ class Training:
         Made in place: no device ever holds the whole of a sharded one."""
         with contextlib.closing(self.batches(0)) as stream:
             one = sharding.put_batch(self.a.mesh, next(stream))
+        ahead = self.compile_ahead(one)
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         init = sharding.jit(self.a.init, out_shardings=self.shardings, compiler_options=once)
-        return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
+        state = init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
+        ahead.join()
+        return state
+
+    def compile_ahead(self, one: dict) -> threading.Thread:
+        """A thread that traces and compiles the first call, while the initial state is compiled and computed: XLA
+        compiles, and takes programs from the cache, beside Python. The call itself then finds the program.
+
+        one: a batch on the devices, of which the call takes `updates_per_call`.
+        """
+        mesh, k = self.a.mesh, self.k
+
+        def shapes(tree, places):
+            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+        def compile_call() -> None:
+            stacked = {name: jax.ShapeDtypeStruct((k, *x.shape), x.dtype) for name, x in one.items()}
+            places = jax.tree.map(lambda _: sharding.over_batch(mesh, leading=1), stacked)
+            with contextlib.suppress(Exception):  # the call raises the same, in the main thread
+                state, batches = shapes(self.a.abstract, self.shardings), shapes(stacked, places)
+                self.call.trace(state, self.frozen, batches).lower().compile()
+
+        # Several hosts compile in one order; on GPUs `sharding.jit` chooses the program at the call.
+        beside = jax.process_count() == 1 and hasattr(self.call, 'trace')
+        thread = threading.Thread(target=compile_call if beside else lambda: None, name='compile', daemon=True)
+        thread.start()
+        return thread
 
     def not_finite(self, what: str) -> RunError:
         """The error that stops the training, which names the last good checkpoint."""
@@ -410,7 +439,7 @@ class Training:
     def loop(self, profile: bool, closing: contextlib.ExitStack) -> None:
         """Updates up to train.steps. What `closing` holds at the end is closed by the caller."""
         train = self.config.train
-        call = make_call(self.a, self.shardings, self.k, self.config.seed)
+        call = self.call
         stream, calls = self.batches(self.step), 0
         closing.enter_context(contextlib.closing(stream))
 
