@@ -63,6 +63,8 @@ class Data:
       shift: fraction of the side by which training images are moved up or down, left or right, at most.
       fill: pixels beyond the border, of pad and shift.
       flip: mirror half of the training images left to right.
+      white: the stored pixel value that is white, of 0 to 255: 1 where bits are stored as 0 and 1, as TFDS's
+        binarized_mnist has them. Of the image alone, before anything else.
       binarise: pixels of black and white, 0 and 255: 'threshold', at half; 'fixed', bits drawn once for each image with
         the grey level x / 255 as P(white); 'dynamic', drawn anew each time that an example is trained on, and else
         those of 'fixed'. Of the image alone, not of features beside it.
@@ -108,6 +110,7 @@ class Data:
     shift: Annotated[float, '[0, 0.5)'] = 0.0
     fill: Annotated[str, OneOf('reflect', 'edge')] = 'reflect'
     flip: bool = False
+    white: Annotated[int, '[1, 255]'] = 255
     binarise: Annotated[str, OneOf('none', 'threshold', 'fixed', 'dynamic')] = 'none'
     low_resolution: Annotated[int, '[0, inf)'] = 0
     dir: str = ''

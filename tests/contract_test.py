@@ -64,6 +64,9 @@ PUBLISHED = {
     'vqgan_imagenet256': {'total': 72_141_699 + 2_765_633},
     'vq_f4_celebahq256': {'total': 55_322_782 + 2_765_633},
     'vampprior_mnist': {'total': 1_508_864},
+    # 784-200-200-(2 x 50) and 50-200-200-784; 560-300-300-(2 x 40), gated, and 40-300-300-(2 x 560), 500 pseudo-inputs.
+    'iwae_mnist': {'total': 425_284},
+    'vae_frey': {'total': 1_363_600},
     'inpainting_places2': {'generator': 4_052_478},
     'pix2pix_facades': {'generator': 54_413_955, 'discriminator': 2_768_705},
     'cyclegan_horse2zebra': {

@@ -191,6 +191,7 @@ class Examples:
         d = self.data
         rest = '' if d['binarise'] == 'none' else f' binarise={d["binarise"]}'
         rest += f' draft={d["draft"]}' if d['draft'] else ''
+        rest += f' white={d["white"]}' if d['white'] < 255 else ''
         return f'{self.records.identity} box={tuple(d["box"])} size={d["size"]} channels={d["channels"]}{rest}'
 
     def __len__(self) -> int:
@@ -291,6 +292,8 @@ class Examples:
             image, reduction = transforms.load_reduced(stored, draft_size(d), *options)
         else:
             image = transforms.load(stored, *options)
+        if d['white'] < 255 and name in ('image', 'low_resolution'):
+            image = transforms.brightened(image, d['white'])
         x = cropped(transforms.cut(image, d['box']), d, crop, channels, reduction)
         return x if crop.down is None else transforms.moved(x, int(crop.down), int(crop.right), d['fill'])
 

@@ -142,7 +142,17 @@ def tfds_source(data, here: str) -> Source:
 def read_source(data, here: str) -> Source:
     """The source of files that are read as they are."""
     contents = functools.cache(lambda: read_contents(data))
-    return Source(data['source'], lambda: contents().features, contents=contents)
+
+    def features() -> dict[str, Feature]:
+        # As of a folder: where the config is complete without the files, these may be on another machine.
+        path = os.path.expanduser(addresses.parse(data['source']).path)
+        if set(data['features']) <= {'image', 'label'} and not os.path.lexists(path):
+            label = {'label': Feature(('label',), dtype=np.int32, classes=data['classes'])} if data['classes'] else {}
+            if set(data['features']) <= {'image', *label}:
+                return {'image': Feature(('image',), image=True), **label}
+        return contents().features
+
+    return Source(data['source'], features, contents=contents)
 
 
 def read_contents(data) -> records.Contents:

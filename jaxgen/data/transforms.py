@@ -166,6 +166,11 @@ def from_array(x: np.ndarray, channels: int) -> Image.Image:
     return image.convert('L' if channels == 1 else 'RGB')
 
 
+def brightened(image: Image.Image, white: int) -> Image.Image:
+    """The image with the pixel value `white` at 255, and those between 0 and it in proportion."""
+    return image.point([min(round(255 * x / white), 255) for x in range(256)] * len(image.getbands()))
+
+
 def check_icon(encoded: bytes, most: int) -> None:
     """Raises ValueError where a PNG or JPEG 2000 file within an icon has more pixels than `most`.
 

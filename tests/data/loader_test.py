@@ -344,6 +344,23 @@ def test_bits_are_of_the_image_and_not_of_what_is_beside_it(five):
     np.testing.assert_array_equal(bits['image'], np.where(grey['image'] > 127, 255, 0))
 
 
+def test_bits_that_are_stored_as_ones(tmp_path):
+    """With white = 1 an image of 0 and 1 is black and white; values between 0 and white are in proportion."""
+    for i in range(4):
+        bits = np.random.default_rng(i).integers(0, 2, (8, 8)).astype(np.uint8)
+        os.makedirs(tmp_path / 'images', exist_ok=True)
+        Image.fromarray(bits).save(tmp_path / 'images' / f'{i}.png')
+    config = make(tmp_path / 'sets', source=f'folder:{tmp_path / "images"}', test_fraction=0.5)
+    for split in ('train', 'test'):
+        stored, white = (data.dataset({**config, 'white': w}, split) for w in (255, 1))
+        for i in range(len(stored)):
+            np.testing.assert_array_equal(white[i]['image'], 255 * stored[i]['image'])
+        assert stored.identity != white.identity
+    grey = Image.fromarray(np.array([[0, 1, 15, 16, 255]], np.uint8))
+    assert np.asarray(transforms.brightened(grey, 15)).tolist() == [[0, 17, 255, 255, 255]]
+    assert np.asarray(transforms.brightened(grey.convert('RGB'), 15))[0, 1].tolist() == [17] * 3
+
+
 @pytest.fixture
 def coordinates(tmp_path):
     """Ten images of 16 rows and 24 columns: red is 4 * the row, green 4 * the column, blue the image's number."""

@@ -20,7 +20,9 @@ import scipy.io
 from data_sets import encoded, make, refused, take
 from PIL import Image
 from pyarrow import parquet
+from support import path
 
+from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.data import arrays, cifar
 
@@ -580,3 +582,58 @@ def test_pickles_of_anything_else_are_refused(value, tmp_path, monkeypatch):
         with pytest.raises(ValueError):
             print(cifar.unpickled(pickle.dumps(value, protocol)))
     assert not os.listdir(tmp_path)
+
+
+# --- the files of published protocols
+
+
+def section_of(name: str, folder, variant: str = '', **fields) -> dict:
+    """The section `data` of a config, its file in this folder."""
+    section = configs.load(path(name, variant)).data.to_dict()
+    return {**section, 'source': section['source'].replace(os.getcwd(), str(folder)), 'dir': str(folder), **fields}
+
+
+def test_the_frey_faces(tmp_path):
+    """1,965 faces of 28 x 20 pixels, one a column: none is lost, and each is what numpy makes of its column."""
+    faces = RNG.integers(0, 256, (560, 1965), np.uint8)
+    scipy.io.savemat(tmp_path / 'frey_rawface.mat', {'ff': faces})
+    section = section_of('vae_frey', tmp_path)
+    splits = [data.dataset(section, split) for split in ('train', 'validation', 'test')]
+    assert [round(len(split), -2) for split in splits] == [1600, 200, 200] and sum(map(len, splits)) == 1965
+    seen = np.concatenate([split.take(np.arange(len(split)))['image'] for split in splits])
+    assert seen.shape == (1965, 28, 20, 1)
+    np.testing.assert_array_equal(np.unique(seen.reshape(1965, -1), axis=0), np.unique(faces.T, axis=0))
+
+
+def test_silhouettes_and_characters(tmp_path):
+    """Caltech's silhouettes are stored white on black and trained on the other way round, as in the papers."""
+    parts = {'train': RNG.integers(0, 2, (9, 28, 28)), 'val': RNG.integers(0, 2, (4, 28, 28)),
+             'test': RNG.integers(0, 2, (5, 28, 28))}  # fmt: skip
+    by_column = {f'{k}_data': x.transpose(0, 2, 1).reshape(len(x), -1).astype(np.uint8) for k, x in parts.items()}
+    labels = {f'{k}_labels': np.arange(len(x))[:, None] % 3 + 1 for k, x in parts.items()}
+    scipy.io.savemat(tmp_path / 'caltech101_silhouettes_28_split1.mat', {**by_column, **labels})
+    section = section_of('vampprior_mnist', tmp_path, 'caltech')
+    for split, part in (('train', 'train'), ('validation', 'val'), ('test', 'test')):
+        x = data.dataset(section, split).take(np.arange(len(parts[part])))['image']
+        np.testing.assert_array_equal(x[..., 0], 255 * (1 - parts[part]))
+    grey = {name: RNG.random((n, 28, 28)) for name, n in (('data', 40), ('testdata', 6))}
+    flat = {name: x.transpose(0, 2, 1).reshape(len(x), -1).T for name, x in grey.items()}
+    scipy.io.savemat(tmp_path / 'chardata.mat', flat)
+    section = section_of('vampprior_mnist', tmp_path, 'omniglot')
+    assert [len(data.dataset(section, split)) for split in ('train', 'validation', 'test')] == [38, 2, 6]
+    bits = data.dataset(section, 'test').take(np.arange(6))['image']
+    levels = data.dataset({**section, 'binarise': 'none'}, 'test').take(np.arange(6))['image']
+    np.testing.assert_array_equal(levels[..., 0], np.rint(255 * grey['testdata']))
+    assert set(bits.ravel()) == {0, 255} and np.corrcoef(bits.ravel(), levels.ravel())[0, 1] > 0.5
+
+
+def test_files_may_be_elsewhere_where_the_config_is_complete(tmp_path):
+    """As of a folder: what a model is built of is known without them, and training says that they are not there."""
+    gone = make(tmp_path, source=f'mat:{tmp_path}/gone.mat?image=ff', size=(28, 20))
+    assert data.spec(gone).features['image'].shape == (28, 20, 1)
+    assert data.spec({**gone, 'features': ('image', 'label'), 'classes': 7}).classes == 7
+    for features in (('image', 'label'), ('image', 'angle')):
+        with refused('No such file'):
+            data.spec({**gone, 'features': features})
+    with refused('No such file'):
+        data.dataset(gone, 'train')
