@@ -449,7 +449,8 @@ def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
     def split_of(table: np.ndarray) -> Split:
         def opened(wanted: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
             def example(i: int) -> dict[str, Any]:
-                out = {name: source.read(int(table[i, parts[name]]), data['max_pixels']) for name in wanted}
+                names = (name for name in required if name in wanted)
+                out = {name: source.read(int(table[i, parts[name]]), data['max_pixels']) for name in names}
                 check_aspects(out, data['max_pixels'])
                 return out
 
@@ -496,10 +497,11 @@ def check_aspects(images: dict[str, bytes], max_pixels: int) -> None:
         )
     except Exception as e:  # some are OSErrors, as those of the disk are
         raise ValueError(str(e)) from e
-    for size in sizes[1:]:
+    for name, size in zip(images, sizes, strict=False):
         (w, h), (v, g) = max(sizes[0], size), min(sizes[0], size)
         if abs(w * g - v * h) >= max(w, h):
-            raise ValueError(f'its partners have {sizes[0][0]} x {sizes[0][1]} and {size[0]} x {size[1]} pixels')
+            (w, h), (v, g) = sizes[0], size
+            raise ValueError(f'it has {w} x {h} pixels and its partner in {name}/ {v} x {g}')
 
 
 def sizes_digest(names: trees.Names, *columns: np.ndarray) -> str:

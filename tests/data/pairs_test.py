@@ -112,7 +112,7 @@ def test_pairs_of_other_aspect_ratios_are_damaged_where_they_are_read(tmp_path, 
         np.testing.assert_array_equal(x['image'] + 100, x['edges'])
     message = capfd.readouterr().err
     assert (
-        'its partners have 20 x 12 and 12 x 12 pixels' in message and message.count('another one takes its place') == 2
+        'it has 20 x 12 pixels and its partner in edges/ 12 x 12' in message and message.count('takes its place') == 2
     )
     prepared = {**config, 'direct': 100, 'dir': str(tmp_path / 'other')}
     os.remove(tmp_path / 'in' / 'edges' / '3.png'), os.remove(tmp_path / 'in' / 'image' / '3.bmp')
