@@ -637,3 +637,59 @@ def test_files_may_be_elsewhere_where_the_config_is_complete(tmp_path):
             data.spec({**gone, 'features': features})
     with refused('No such file'):
         data.dataset(gone, 'train')
+
+
+def write_svhn(path, images):
+    scipy.io.savemat(path / 'train_32x32.mat', {'X': images.transpose(1, 2, 3, 0), 'y': np.arange(9)[:, None] % 3 + 1})
+    return f'mat:{path}/train_32x32.mat'
+
+
+def write_frey(path, images):
+    scipy.io.savemat(path / 'frey.mat', {'ff': images[..., 0].reshape(9, -1).T})
+    return f'mat:{path}/frey.mat?image=ff&layout=(HW)N&size=5x7'
+
+
+def write_medmnist(path, images):
+    label = np.arange(3)[:, None]
+    parts = {f'{split}_images': images[3 * k : 3 * k + 3] for k, split in enumerate(('train', 'val', 'test'))}
+    np.savez_compressed(path / 'a.npz', **parts, **{name.replace('images', 'labels'): label for name in parts})
+    return f'npz:{path}/a.npz'
+
+
+def write_emnist(path, images):
+    for name in ('balanced', 'letters'):
+        for split, rows in (('train', images[:6, :, :, 0]), ('test', images[6:, :, :, 0])):
+            x = rows.transpose(0, 2, 1) if name == 'balanced' else 255 - rows.transpose(0, 2, 1)
+            write(f'{path}/emnist-{name}-{split}-images-idx3-ubyte.gz', gzip.compress(idx_bytes(x)))
+            labels = np.arange(len(x)).astype(np.uint8)
+            write(f'{path}/emnist-{name}-{split}-labels-idx1-ubyte.gz', gzip.compress(idx_bytes(labels)))
+    return f'idx:{path}/emnist-balanced-train-images-idx3-ubyte.gz?layout=NWH'
+
+
+PUBLISHED = {write_svhn: {}, write_frey: {}, write_medmnist: {'train': 3, 'validation': 3, 'test': 3},
+             write_emnist: {'train': 6, 'test': 3}}  # fmt: skip
+
+
+@pytest.mark.parametrize('write_set', PUBLISHED)
+def test_sets_as_they_are_published(write_set, tmp_path):
+    """Their axes, names and splits, on a few small images of three levels of grey or colour."""
+    images = RNG.integers(0, 256, (9, 5, 7, 3), np.uint8)
+    source = write_set(tmp_path, images)
+    channels = 3 if write_set in (write_svhn, write_medmnist) else 1
+    config = make(tmp_path / 'sets', source=source, size=(5, 7), channels=channels)
+    sizes = PUBLISHED[write_set]
+    sets = [data.dataset(config, split) for split in sizes or ('train', 'test')]
+    assert not sizes or [len(one) for one in sets] == list(sizes.values())
+    seen = [one[i]['image'].tobytes() for one in sets for i in range(len(one))]
+    assert sorted(seen) == sorted(x[..., :channels].tobytes() for x in images)
+
+
+def test_a_short_section_in_a_program(tmp_path):
+    """As docs/data.md has it."""
+    np.savez(tmp_path / 'cells.npz', images=GREY['train'] / 255, labels=LABELS['train'])
+    section = {'source': f'npz:{tmp_path}/cells.npz?range=0,1', 'size': 6, 'features': ('image', 'label'), 'batch': 4}
+    assert data.spec(section).classes == 4
+    assert data.dataset(section, 'test')[0]['image'].shape == (6, 6, 1)
+    with contextlib.closing(data.batches(section, seed=0)) as batches:
+        x = data.to_float(next(batches)['image'])
+    assert x.shape == (4, 6, 6, 1) and -1 <= x.min() < x.max() <= 1
