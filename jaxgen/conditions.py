@@ -153,15 +153,15 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     reconstructs = 'image' in condition and is_reconstructed(family)
     if family.sample is None and not reconstructs:
         raise UserError(f'a {config.family} draws no images: there is nothing to sample')
-    values: dict[str, Any] = {}
-    images: dict[str, OwnImages] = {}
-    for name, value in condition.items():
-        shape = image_shape(assembled, name)
+    for name in condition:
         if name not in allowed(family):
             refuse(family, name)
         if reconstructs and name != 'image':
             raise UserError(f'condition {name!r}: this run reconstructs the image, and reads nothing beside it')
-        if shape:
+    values: dict[str, Any] = {}
+    images: dict[str, OwnImages] = {}
+    for name, value in condition.items():
+        if shape := image_shape(assembled, name):
             images[name] = values[name] = OwnImages(name, value, shape, config.data)
         else:
             values[name] = numbers(assembled, config, name, value)

@@ -136,7 +136,7 @@ def build(
         bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
     settings = functools.partial(settings_of, bound, sampler['name'])
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
-    invertible = not space.latent and all(condition.absent for condition in conditioning)
+    invertible = all(condition.absent for condition in conditioning)
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, 'denoiser')
     divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
@@ -374,13 +374,14 @@ def unconditional(model: Model, state: State, n: int) -> Callable:
 
 
 def encode(model: Model, state: State, frozen, batch, rng) -> Array:
-    """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion."""
-    x, schedule = batch['image'], model.sampler.schedule
+    """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion; of the first
+    stage's latents where there is one."""
+    x, schedule = model.space.encode(frozen, batch, stream(rng, 'encoder')), model.sampler.schedule
     return samplers.ddim_inversion(unconditional(model, state, len(x)), x, schedule) / schedule.sigma[-1]
 
 
 def decode(model: Model, state: State, frozen, batch, latents, rng) -> Array:
-    """Images [n, H, W, C] of noise [n, H, W, C], by DDIM without any condition."""
+    """Images [n, H, W, C] of noise as `encode` gives it, by DDIM without any condition."""
     schedule = model.sampler.schedule
     x = samplers.ddim(unconditional(model, state, len(latents)), schedule.sigma[-1] * latents, schedule, None)
-    return jnp.clip(x, -1, 1)
+    return model.space.decode(frozen, x, stream(rng, 'decoder'))

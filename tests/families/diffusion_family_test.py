@@ -691,7 +691,7 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
         f._replace(update=jax.jit(f.update), sample=jax.jit(f.sample), trajectory=jax.jit(f.trajectory))
         for f in (latent, plain)
     )
-    assert latent.divisor == 2 and latent.encode is None
+    assert latent.divisor == 2
     state = jax.jit(latent.init)(jax.random.key(0), batch, frozen)
     state = jax.tree.map(lambda x: x + 0.1 if x.ndim else x, state)
     _, logs = latent.update(state, frozen, batch, jax.random.key(1))
@@ -703,6 +703,11 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
     np.testing.assert_allclose(first.encode(1.0, {}, {'image': drawn}, None), in_latents, atol=1e-4)
     film = latent.trajectory(state, frozen, batch, jax.random.key(2))
     np.testing.assert_allclose(film['x'][-1], drawn, atol=1e-5)
+    noise = latent.encode(state, frozen, batch, jax.random.key(3))
+    np.testing.assert_allclose(noise, plain.encode(state, {}, reshaped, jax.random.key(3)), atol=1e-4)
+    decoded = latent.decode(state, frozen, {}, noise, jax.random.key(4))
+    in_latents = plain.decode(state, {}, {}, noise, jax.random.key(4))
+    np.testing.assert_allclose(first.encode(1.0, {}, {'image': decoded}, None), in_latents, atol=1e-4)
 
 
 def test_training_draws_latents_from_the_posterior(monkeypatch):
