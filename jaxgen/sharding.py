@@ -22,18 +22,18 @@ from jaxgen.errors import UserError
 SMALLEST_SHARDED = 2**12
 
 
+def overlaps(eqn) -> bool:
+    """Whether an equation may write several numbers to one index at once: gradients of look-ups and of maxima over
+    windows do, and histograms."""
+    name = eqn.primitive.name
+    if name.startswith('scatter'):
+        return math.prod(eqn.invars[1].aval.shape[:-1]) > 1 and not eqn.params['unique_indices']
+    return name.startswith('select_and_scatter')
+
+
 def overlapping_writes(jaxpr) -> bool:
-    """Whether a jaxpr may write several numbers to one index at once: gradients of look-ups and of maxima over windows
-    do, and histograms."""
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name.startswith('scatter'):
-            rows = math.prod(eqn.invars[1].aval.shape[:-1])
-            if rows > 1 and not eqn.params['unique_indices']:
-                return True
-        if name.startswith('select_and_scatter') or any(map(overlapping_writes, core.jaxprs_in_params(eqn.params))):
-            return True
-    return False
+    """Whether an equation of a jaxpr `overlaps`, in loops and calls too."""
+    return any(overlaps(eqn) or any(map(overlapping_writes, core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns)
 
 
 def jit(function, **options):

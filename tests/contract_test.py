@@ -26,7 +26,7 @@ from support import (
     tiny_stage,
 )
 
-from jaxgen import conditions, data, describe, run, sample, sharding
+from jaxgen import conditions, data, describe, run, sample, sharding, testing
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import UserError
@@ -307,17 +307,13 @@ def test_updates_sample_and_evaluate(name, tmp_path):
     config = tiny(name)
     assembled = assemble(config)
     family, frozen, batch = assembled.family, assembled.frozen, first_batch(config)
-    init = jax.jit(family.init)
-    start = init(jax.random.key(0), batch, frozen)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), assembled.abstract
-    ), 'init gives another tree from a batch than from the specification'
-    update = jax.jit(family.update)
-    state = start
-    for i in range(2):
-        state, logs = update(state, frozen, batch, jax.random.key(i))
-        assert all(np.isfinite(v) and v.shape == () for v in logs.values()), logs
-    assert int(state.step) == 2
+    wanted = {}
+    if family.sample is not None:
+        conditional = conditions.first(assembled, config, 4, {})
+        wanted = sample.to_inside({k: jnp.asarray(v) for k, v in conditional.items()})
+    subject = testing.Subject(family, frozen, batch, wanted)
+    start = testing.check_init(subject, assembled.abstract)
+    state, update = testing.check_update(subject, start), jax.jit(family.update)
     # A checkpoint holds all that an update reads: from it the next one is the same, bit for bit.
     checkpoints = Checkpoints(str(tmp_path), keep=1)
     checkpoints.save(state, {})
@@ -325,13 +321,6 @@ def test_updates_sample_and_evaluate(name, tmp_path):
     restored, _ = Checkpoints(str(tmp_path)).restore(assembled.abstract, assembled.mesh)
     again, once = (update(s, frozen, batch, jax.random.key(2)) for s in (jax.device_get(restored), state))
     assert_same(again, once)
-    for field in ('params', 'ema'):
-        for network, weights in getattr(state, field).items():
-            changed = [not np.array_equal(a, b) for a, b in zip(
-                jax.tree.leaves(weights), jax.tree.leaves(getattr(start, field)[network]), strict=True
-            )]  # fmt: skip
-            assert any(changed), f'{field} of {network} did not change'
-
     if figure := FALLS[config.family]:  # on a fixed batch, with the same draws at the start and at the end
         learnt, seen = state, []
         for key in jnp.tile(jax.random.split(jax.random.key(1), 40), 4):
@@ -341,47 +330,9 @@ def test_updates_sample_and_evaluate(name, tmp_path):
         assert after < 0.9 * before, f'{figure} does not fall'
 
     if family.sample is not None:
-        wanted = {k: jnp.asarray(v) for k, v in conditions.first(assembled, config, 4, {}).items()}
-        wanted = sample.to_inside(wanted)
-        draw = jax.jit(family.sample)
-        images = draw(state, frozen, wanted, jax.random.key(1))
-        assert images.shape == (4, *batch['image'].shape[1:])
-        assert np.isfinite(images).all() and np.abs(images).max() <= 1.0001
-        # A sample is a function of the seed and its number: not of its place, nor of what is drawn beside it.
-        turned = draw(state, frozen, {k: v[::-1] for k, v in wanted.items()}, jax.random.key(1))
-        np.testing.assert_allclose(images, turned[::-1], atol=2e-4)
-        # Where pictures are given, there need be no other noise in it: other ones are given too.
-        others = {k: v[::-1] if v.ndim == 4 else v for k, v in wanted.items()} | {'index': wanted['index'] + 4}
-        other = draw(state, frozen, others, jax.random.key(1))
-        assert np.abs(images - other).max() > 1e-3, 'all samples are one sample'
-
-    numbered = {**batch, 'index': jnp.arange(len(batch['image']), dtype=jnp.int32)}
-    measure = jax.jit(family.evaluate)
-    figures = measure(state, frozen, numbered, jax.random.key(2))
-    assert figures
-    turned = measure(state, frozen, {k: v[::-1] for k, v in numbered.items()}, jax.random.key(2))
-    for figure, values in figures.items():
-        assert values.shape == (len(batch['image']),) and np.isfinite(values).all(), figure
-        # An example's figure is a function of the seed and its number too.
-        np.testing.assert_allclose(values, turned[figure][::-1], rtol=1e-3, atol=1e-4, err_msg=figure)
-    pictures = {'image': batch['image']}
-    if family.encode is not None:
-        z = jax.jit(family.encode)(state, frozen, pictures, jax.random.key(3))
-        if family.latents.grids:
-            assert [a.shape for a in z] == [(len(batch['image']), *grid) for grid in family.latents.grids]
-            assert all(a.dtype == jnp.int32 and a.min() >= 0 and a.max() < family.latents.vocabulary for a in z)
-        else:
-            assert z.shape == (len(batch['image']), *(family.latents.shape or z.shape[1:])) and np.isfinite(z).all()
-    if family.decode is not None:
-        n = 4 if family.encode is None else len(batch['image'])
-        given = wanted if family.encode is None and family.conditions else {}
-        if family.encode is None:
-            z = jax.ShapeDtypeStruct((n, *family.latents.shape), jnp.float32)
-        decoded = jax.eval_shape(family.decode, state, frozen, given, z, jax.random.key(3))
-        assert decoded.shape == (n, *batch['image'].shape[1:])
-    if family.classify is not None:
-        told = jax.eval_shape(family.classify, state, frozen, pictures, jax.random.key(3))
-        assert told.shape[0] == len(batch['image'])
+        testing.check_sample(subject, state, fewer=False)
+    testing.check_evaluate(subject, state)
+    testing.check_latents(subject, state)
 
 
 def train_stages(config, folder) -> None:
