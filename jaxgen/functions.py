@@ -16,16 +16,25 @@ from jaxgen import data, log, options, randomness, sharding
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.sample import Program, batch_size, to_inside
+from jaxgen.sample import Program, Request, batch_size, settings_of, to_inside
 
 # Functions of a Family that a Run offers, and what they need beside themselves.
 OFFERED = ('sample', 'encode', 'decode', 'classify', 'denoise')
 SLACK = 1e-3  # by which rounding may bring a pixel out of [-1, 1]
 
 
-@functools.lru_cache(maxsize=64)
 def program(family: Family, name: str) -> Program:
-    """The program of a function of the family: encode, decode, classify or denoise."""
+    """The program of a function of the family: encode, decode, classify or denoise. Families of the same options have
+    one."""
+    leaves, structure = jax.tree.flatten(settings_of(family))  # constants in these functions
+    values = tuple((np.shape(x), np.asarray(x).dtype.str, np.asarray(x).tobytes()) for x in leaves)
+    return requested(Request(name, family.program or family, (structure, values), family))
+
+
+@functools.lru_cache(maxsize=64)
+def requested(request: Request) -> Program:
+    """The program of a request; the least recently used ones are forgotten."""
+    family, name = request.family, request.function
     functions: Any = family
 
     def encode(state, frozen, arrays, rng):

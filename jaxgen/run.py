@@ -328,7 +328,8 @@ class Run:
         """Images, uint8 [n, H, W, C]. Image i depends on the seed and on i, not on n but for rounding.
 
         Args:
-          n: images of each seed; None: as many as a condition has values, else 16, or 1 where there are several seeds.
+          n: images of each seed; None: as many as a condition has values or latents, else 16, or 1 where there are
+            several seeds.
           seed: a number, or several of them: n images of each, in their order.
           condition: {name: value}, of which there is one for all images or a list of one for each: {'label': 3},
             {'label': [1, 2, 3]}, {'caption': 'a small red heart'}, {'image': 'photo.png'}. Labels are numbers or names
@@ -342,7 +343,10 @@ class Run:
         """
         run = self.with_sampling(**sampling)
         if latents is not None:
-            return run.decode(latents, condition)
+            images = run.decode(latents, condition)
+            if n not in (None, len(images)):
+                raise UserError(f'n = {options.shown(n)}, and there are {len(images)} latents: leave n out')
+            return images
         several: Any = seed if np.ndim(seed) else [seed]
         seeds = [check_integer('seed', one, 0) for one in several]
         given = self.given(condition, n)

@@ -53,6 +53,8 @@ def test_any_number_is_as_one_batch(n):
     np.testing.assert_allclose(r.decode(z, dtype=np.float32), decoded, atol=1e-5)
     assert np.abs(r.decode(z).astype(int) - np.asarray(data.to_uint8(decoded)).astype(int)).max() <= 1
     np.testing.assert_array_equal(r.sample(latents=z), r.decode(z))
+    with pytest.raises(UserError, match='leave n out'):
+        r.sample(n + 1, latents=z)
 
 
 def test_other_numbers_compile_nothing():
@@ -71,6 +73,14 @@ def test_other_numbers_compile_nothing():
     assert not compiled
     sizes = functions.program(r.assembled.family, 'encode').sizes
     assert [size for _, size in sizes] == [3]
+
+
+def test_options_of_sampling_have_a_program_each():
+    r = run('ddpm_digits').with_sampling(sampler={'name': 'ddim', 'steps': 3})
+    programs = [
+        functions.program(r.with_sampling(**{'sampler.steps': k}).assembled.family, 'decode') for k in (3, 4, 3)
+    ]
+    assert programs[0] is programs[2] is not programs[1]
 
 
 def test_floats_are_from_minus_one_to_one_and_come_back():
