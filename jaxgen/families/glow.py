@@ -16,7 +16,7 @@ half. A step is
 Mean and standard deviation of the last z are learned as well, and depend on the class with `conditional`.
 
 Training minimises -log p(y) of images with uniform noise between their 256 quantisation levels, in bits per dimension:
-an upper bound on -log P of the levels. Bits are those of 256 levels always.
+an upper bound on -log P of the levels. With `bits` = 5 images have 32 levels, as the paper's of 256 pixels.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Model(NamedTuple):
 
     flow: Flow
     conditional: bool
+    levels: int  # of quantisation
 
     @property
     def size(self) -> int:
@@ -59,7 +60,7 @@ class Model(NamedTuple):
 
     def density(self, params, extra, x: Array, label: Array | None, noise: Array | float) -> tuple[Array, Array]:
         """Latents [n, D] and log p(y), nats [n], of images in [-1, 1]."""
-        return self.apply(params, extra, to_unit(x, noise) - 0.5, label)
+        return self.apply(params, extra, to_unit(x, noise, self.levels) - 0.5, label)
 
     def images(self, state: State, latents: Array, label: Array | None = None) -> Array:
         """Images in [-1, 1] of latents [n, D]."""
@@ -67,20 +68,20 @@ class Model(NamedTuple):
         # The scales of couplings have no lower bound: an unlikely draw can overflow float32 on its way back. The
         # inverse itself is that of the density, exactly; only here, where values are clipped to an image's, NaN
         # becomes grey.
-        return to_image(jnp.nan_to_num(y, posinf=1.0, neginf=-1.0) + 0.5)
+        return to_image(jnp.nan_to_num(y, posinf=1.0, neginf=-1.0) + 0.5, self.levels)
 
 
 def loss(model: Model, params, state: State, frozen, batch, rng) -> tuple[Array, Aux]:
     """Bits per dimension."""
     x = batch['image']
     _, log_p = model.density(params, state.extra, x, model.label(batch), jax.random.uniform(rng, x.shape))
-    bits = bits_per_dim(log_p, model.size).mean()
+    bits = bits_per_dim(log_p, model.size, model.levels).mean()
     return bits, Aux({'loss': bits})
 
 
 def init(model: Model, optim, rng: Array, batch: dict, frozen: dict) -> State:
     weights_rng, noise_rng = jax.random.split(rng)
-    y = to_unit(batch['image'], jax.random.uniform(noise_rng, batch['image'].shape)) - 0.5
+    y = to_unit(batch['image'], jax.random.uniform(noise_rng, batch['image'].shape), model.levels) - 0.5
     extra = model.flow.init(weights_rng, y, model.label(batch))
     return new_state({'flow': extra.pop('params')}, optim, extra=extra or None)
 
@@ -108,6 +109,7 @@ def build(
     learn_top: bool = True,
     conditional: bool = False,
     temperature: Annotated[NonNegative, TRACED] = 1.0,
+    bits: Annotated[int, '[1, 8]'] = 8,
     draws: Count = 1,
 ) -> Family:
     """Glow. The defaults are those for CIFAR-10.
@@ -121,6 +123,7 @@ def build(
       learn_top: learn the last z's mean and standard deviation.
       conditional: they depend on the class, `batch['label']`, too.
       temperature: factor of the noise of samples. Below 1 samples are less diverse and of higher quality.
+      bits: of a value: the highest of the 8 that are stored. Bits per dimension are of 2^bits levels.
       draws: noises between levels over which `evaluate` takes the mean, for each image.
 
     `evaluate` returns 'bits_per_dim'. `encode` puts every pixel into the middle of its level and returns latents, which
@@ -136,13 +139,13 @@ def build(
     top_shape = latent_shapes(context.image, levels)[-1]
     top = Top(top_shape, context.classes if conditional else 0, learn_top, edge)
     flow = Flow(context.image, width, depth, levels, coupling, mixing, edge, top, context.dtype, context.remat)
-    model = Model(flow, conditional)
+    model = Model(flow, conditional, 2**bits)
 
     def evaluate(state, frozen, batch, rng):
         def log_p(noise):
             return model.density(state.ema, state.extra, batch['image'], model.label(batch), noise)[1]
 
-        return {'bits_per_dim': mean_bits_per_dim(log_p, example_keys(rng, batch), context.image, draws)}
+        return {'bits_per_dim': mean_bits_per_dim(log_p, example_keys(rng, batch), context.image, draws, 2**bits)}
 
     def sample(state, frozen, batch, rng, settings):
         latents = settings['temperature'] * normal(example_keys(rng, batch), (model.size,))

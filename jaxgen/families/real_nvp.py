@@ -13,7 +13,7 @@ couplings by checkerboards.
 Pixels: the input of the flow is logit((1 - a)/2 + a y) of y in (0, 1), a = 0.9 (section 4.1), whose derivative is in
 log p(y). A little of the density lies outside of the image's range: bits are too high by it, never too low. Training
 minimises -log p(y) of images with uniform noise between their 256 quantisation levels, in bits per dimension: an upper
-bound on -log P of the levels.
+bound on -log P of the levels. With fewer `bits` there are 2^bits of them.
 
 Batch norm stands in the networks and, with its determinant, after each coupling (section 3.7). In training it has the
 statistics of the batch, and then no example has a density of its own. Evaluation and sampling have fixed statistics,
@@ -74,6 +74,7 @@ class Model(NamedTuple):
 
     flow: Flow
     constraint: float
+    levels: int  # of quantisation
 
     @property
     def size(self) -> int:
@@ -81,7 +82,7 @@ class Model(NamedTuple):
 
     def logits(self, x: Array, noise: Array | float) -> tuple[Array, Array]:
         """Logits of images in [-1, 1] with noise in [0, 1) between levels, and the log-determinant [n]."""
-        return to_logit(to_unit(x, noise), self.constraint)
+        return to_logit(to_unit(x, noise, self.levels), self.constraint)
 
     def noisy_logits(self, rng: Array, x: Array) -> tuple[Array, Array]:
         return self.logits(x, jax.random.uniform(rng, x.shape))
@@ -116,7 +117,7 @@ def loss(model: Model, scale_penalty: float, params, state: State, frozen, batch
     """Bits per dimension, and the penalty of weight normalisation's scales in the same unit."""
     logits, log_slope = model.noisy_logits(rng, batch['image'])
     (latents, log_det), _ = model.apply_train(params['flow'], logits)
-    bits = bits_per_dim(log_density(latents, log_det, log_slope), model.size).mean()
+    bits = bits_per_dim(log_density(latents, log_det, log_slope), model.size, model.levels).mean()
     scales = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params['flow']) if is_scale(path)]
     nats = scale_penalty * sum(jnp.square(scale).sum() for scale in scales)
     penalty = nats / (model.size * math.log(2))
@@ -153,6 +154,7 @@ def build(
     constraint: Annotated[float, '(0, 1)'] = 0.9,
     scale_penalty: NonNegative = 5e-5,
     temperature: Annotated[NonNegative, TRACED] = 1.0,
+    bits: Annotated[int, '[1, 8]'] = 8,
     draws: Count = 1,
 ) -> Family:
     """Real NVP. The defaults are those for CIFAR-10.
@@ -165,6 +167,7 @@ def build(
       scale_penalty: of the sum of squares of weight normalisation's scales, added to the nats of an image, as the
         authors do: here to the bits per dimension, it is divided by H W C log 2.
       temperature: factor of the noise of samples. Below 1 samples are less diverse and of higher quality.
+      bits: of a value: the highest of the 8 that are stored. Bits per dimension are of 2^bits levels.
       draws: noises between levels over which `evaluate` takes the mean, for each image.
 
     `evaluate` returns 'bits_per_dim'. `encode` puts every pixel into the middle of its level and returns latents, which
@@ -174,7 +177,7 @@ def build(
       UserError: a value out of range.
     """
     check(context.image, scales)
-    model = Model(Flow(context.image, scales, width, blocks, norm, context.dtype, context.remat), constraint)
+    model = Model(Flow(context.image, scales, width, blocks, norm, context.dtype, context.remat), constraint, 2**bits)
     step = gradient_step(functools.partial(loss, model, scale_penalty), context.optim, 'flow')
 
     def update(state, frozen, batch, rng):
@@ -188,14 +191,14 @@ def build(
 
     def evaluate(state, frozen, batch, rng):
         log_p = functools.partial(model.log_density, state, batch['image'])
-        return {'bits_per_dim': mean_bits_per_dim(log_p, example_keys(rng, batch), context.image, draws)}
+        return {'bits_per_dim': mean_bits_per_dim(log_p, example_keys(rng, batch), context.image, draws, 2**bits)}
 
     def encode(state, frozen, batch, rng):
         """Latents, float32 [n, H W C]."""
         return model.apply(state, model.logits(batch['image'], 0.5)[0])[0]
 
     def decode(state, frozen, batch, latents, rng):
-        return to_image(from_logit(model.apply(state, latents, inverse=True)[0], constraint))
+        return to_image(from_logit(model.apply(state, latents, inverse=True)[0], constraint), model.levels)
 
     def sample(state, frozen, batch, rng, settings):
         latents = settings['temperature'] * normal(example_keys(rng, batch), (model.size,))

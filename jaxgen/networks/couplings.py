@@ -6,7 +6,7 @@ of the networks inside the couplings: an inverse cannot be better than its input
 
 Pixels: a quantisation level k in 0 .. 255 becomes y = (k + u) / 256 with u uniform in [0, 1). By Jensen the density of
 y bounds the probability of the level: log P(k) >= E log p(y) - log 256 (Theis et al. 2015, arXiv 1511.01844, section
-3.1).
+3.1). With fewer levels, 2^b of b bits, k is the highest b bits of the stored value.
 """
 
 from __future__ import annotations
@@ -26,25 +26,32 @@ from jaxgen.networks.layers import Conv
 
 Array = jax.Array
 
-LEVELS = 256  # of quantisation
+LEVELS = 256  # of quantisation, in the data
 
 
-def to_unit(x: Array, noise: Array | float = 0.5) -> Array:
-    """Images in [-1, 1] to (level + noise) / 256, in [0, 1). noise: u in [0, 1); 0.5 is the middle of the level."""
-    return ((x + 1) * ((LEVELS - 1) / 2) + noise) / LEVELS
+def to_unit(x: Array, noise: Array | float = 0.5, levels: int = LEVELS) -> Array:
+    """Images in [-1, 1] to (level + noise) / levels, in [0, 1). noise: u in [0, 1); 0.5 is the middle of the level."""
+    stored = (x + 1) * ((LEVELS - 1) / 2)
+    level = stored if levels == LEVELS else jnp.floor(jnp.round(stored) * (levels / LEVELS))
+    return (level + noise) / levels
 
 
-def to_image(y: Array) -> Array:
-    """The inverse of `to_unit` without noise, cut off at -1 and 1. Rounded to levels it is floor(256 y)."""
+def to_image(y: Array, levels: int = LEVELS) -> Array:
+    """Images in [-1, 1], of `levels` values where these are fewer than 256. Of 256 it is the inverse of `to_unit`
+    without noise, cut off at -1 and 1; rounded to levels it is floor(256 y)."""
+    if levels < LEVELS:
+        return jnp.clip(jnp.floor(levels * y), 0, levels - 1) * (2 / (levels - 1)) - 1
     return jnp.clip((LEVELS * y - 0.5) * (2 / (LEVELS - 1)) - 1, -1, 1)
 
 
-def bits_per_dim(log_p: Array, size: int) -> Array:
-    """Bits per dimension at 256 levels, from log p(y) in nats of `size` values in the units of `to_unit`."""
-    return (math.log(LEVELS) - log_p / size) / math.log(2)
+def bits_per_dim(log_p: Array, size: int, levels: int = LEVELS) -> Array:
+    """Bits per dimension at so many levels, from log p(y) in nats of `size` values in the units of `to_unit`."""
+    return (math.log(levels) - log_p / size) / math.log(2)
 
 
-def mean_bits_per_dim(log_p: Callable, keys: Array, image: tuple[int, int, int], draws: int) -> Array:
+def mean_bits_per_dim(
+    log_p: Callable, keys: Array, image: tuple[int, int, int], draws: int, levels: int = LEVELS
+) -> Array:
     """Bits per dimension [n], the mean over `draws` noises between levels for each image.
 
     Args:
@@ -54,7 +61,7 @@ def mean_bits_per_dim(log_p: Callable, keys: Array, image: tuple[int, int, int],
 
     def draw(keys: Array) -> Array:
         noise = jax.vmap(lambda key: jax.random.uniform(key, image))(keys)
-        return bits_per_dim(log_p(noise), math.prod(image))
+        return bits_per_dim(log_p(noise), math.prod(image), levels)
 
     return jax.lax.map(draw, jax.vmap(jax.random.split, (0, None), 1)(keys, draws)).mean(0)  # of [draws, n]
 

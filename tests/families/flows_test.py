@@ -133,6 +133,43 @@ def test_pixels_and_bits():
     np.testing.assert_allclose(real_nvp.from_logit(logits, 0.9)[:, 0], y, atol=1e-6)
 
 
+@pytest.mark.parametrize('bits', [1, 5, 7])
+def test_pixels_of_fewer_bits(bits):
+    """The highest bits of the stored value; an even density is the code of so many bits."""
+    levels, x = 2**bits, jnp.arange(256) / 127.5 - 1
+    kept = np.arange(256) >> (8 - bits)
+    np.testing.assert_allclose(couplings.to_unit(x, 0.25, levels) * levels, kept + 0.25, atol=1e-4)
+    image = couplings.to_image(couplings.to_unit(x, np.float32(0.999), levels), levels)
+    np.testing.assert_allclose(image, 2 * kept / (levels - 1) - 1, atol=1e-6)
+    np.testing.assert_allclose(couplings.to_image(jnp.array([-3.0, 5.0]), levels), [-1, 1])
+    np.testing.assert_allclose(couplings.bits_per_dim(jnp.zeros(3), 48, levels), bits, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('small', [small_glow, small_real_nvp])
+def test_flows_of_five_bits(small):
+    """Against the net itself, by hand; images that are made have 32 values, and latents keep the highest five bits."""
+    batch, key, f = images(), jax.random.key(2), small(bits=5)
+    state = f.init(jax.random.key(0), batch, {})
+    kept = np.round((np.asarray(batch['image']) + 1) * 127.5) // 8
+    noise = jnp.stack([
+        jax.random.uniform(jax.random.split(jax.random.fold_in(key, i), 1)[0], IMAGE) for i in range(6)
+    ])  # fmt: skip
+    y = (kept + noise) / 32
+    if small is small_glow:
+        _, log_p = glow_flow().apply({'params': state.ema['flow']}, y - 0.5)
+    else:
+        p = 0.05 + 0.9 * y
+        z, log_det = real_nvp_flow().apply({'params': state.ema['flow'], **state.extra}, jnp.log(p / (1 - p)))
+        log_p = log_normal(z) + log_det + np.log(0.9 / (p * (1 - p))).reshape(6, -1).sum(-1)
+    expected = -(log_p / 16 - math.log(32)) / math.log(2)
+    np.testing.assert_allclose(f.evaluate(state, {}, batch, key)['bits_per_dim'], expected, rtol=1e-4)
+    decoded = f.decode(state, {}, {}, f.encode(state, {}, batch, key), key)
+    np.testing.assert_allclose(decoded, 2 * kept / 31 - 1, atol=1e-6)
+    drawn = (np.asarray(f.sample(state, {}, {'index': jnp.arange(4)}, key)) + 1) * 15.5
+    np.testing.assert_allclose(drawn, np.round(drawn), atol=1e-4)
+
+
 def test_scales_of_weight_normalisation():
     tree = {'conv1': {'scale': 1, 'bias': 2}, 'norm1': {'scale': 3}, 'blocks': {'skip': {'scale': 4}}}
     assert [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if real_nvp.is_scale(path)] == [4, 1]
