@@ -7,6 +7,8 @@ load(workdir)                    a trained run, see run.Run
 list_configs('digits', 'vae')    the configs that there are
 config(name, **overrides)        one of them with fields changed, see library.config
 train(config, workdir)           the run that it makes, see library.train
+import_weights(path, name, ...)  a run of published weights, see library.import_weights
+published()                      the published weights that are known
 metrics.frechet_distance(a, b)   and others, of arrays of images or features
 testing.check_family(build)      the contract, held against a family of one's own
 """
@@ -66,3 +68,17 @@ def list_configs(*words: str) -> list[Entry]:
     from jaxgen import catalogue
 
     return catalogue.entries(words)
+
+
+def import_weights(path: str | os.PathLike, *, name: str = '', config=None, workdir: str = '', names: str = '') -> Run:
+    """The run that holds published weights, which is made in `workdir`. See `jaxgen.library.import_weights`."""
+    from jaxgen import library
+
+    return library.import_weights(path, name=name, config=config, workdir=workdir, names=names)
+
+
+def published() -> tuple:
+    """Published weights that the zoo can take, each with `name`, `config`, `names`, `where`, `licence`, `sha256`."""
+    from jaxgen.weights.published import PUBLISHED
+
+    return PUBLISHED

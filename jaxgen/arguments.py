@@ -14,7 +14,7 @@ import jaxgen
 from jaxgen import interrupt, locks, options
 from jaxgen.errors import UserError
 
-MODES = ('train', 'sample', 'evaluate', 'explore', 'pack', 'describe', 'data', 'fields', 'list')
+MODES = (*('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'data', 'fields', 'list'),)
 
 
 def define_flags() -> flags.FlagValues:
@@ -60,6 +60,9 @@ def define_flags() -> flags.FlagValues:
         "sample: NAME=VALUE, e.g. label=3, caption='a small red heart', image=photo.png or a folder; may be repeated",
         flag_values=values,
     )
+    string('from', '', 'import: file or folder of published weights', flag_values=values)
+    string('to', '', 'export: FILE.safetensors, FILE.pt or a new folder', flag_values=values)
+    string('names', '', 'import, export: the source whose names the weights have', flag_values=values)
     string('cache', '', 'directory of compiled programs, or off; default ~/.cache/jaxgen/compiled', flag_values=values)
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
@@ -81,6 +84,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
   jaxgen --mode=data --config=ddpm_digits                  counts, sizes, classes, an image grid of the data
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
+  jaxgen --mode=import --config=dit_imagenet256 --from=DiT-XL-2-256x256.pt    a run of published weights
 
 Options:
 {options}
@@ -161,9 +165,12 @@ READS = {
     'data': ('config', 'workdir', 'out'),
     'fields': ('config',),
     'list': (),
+    'import': ('config', 'workdir', 'from', 'names'),
+    'export': ('config', 'workdir', 'weights', 'step', 'to', 'names'),
 }
-WITHOUT_RUN = ('train', 'describe', 'data', 'fields')  # modes of a config
-PATHS = ('workdir', 'out', 'images', 'cache')  # options in which ~ is the home directory; the config knows its own
+WITHOUT_RUN = ('train', 'describe', 'data', 'fields', 'import')  # modes of a config
+# Options in which ~ is the home directory; the config knows its own.
+PATHS = ('workdir', 'out', 'images', 'from', 'to', 'cache')
 
 
 def check_flags(values: flags.FlagValues) -> None:
@@ -185,6 +192,9 @@ def check_flags(values: flags.FlagValues) -> None:
             options.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
     if values.step not in ('', 'best') and not (values.step.isdecimal() and values.step.isascii()):
         raise UserError(f'--step must be the step of a checkpoint, or best; it is {options.shown(values.step)}')
+    for name in {'import': ('from',), 'export': ('to',)}.get(mode, ()):
+        if not values[name].value:
+            raise UserError(f'--mode={mode} needs --{name}: {values[name].help.partition(": ")[2]}')
     if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
         need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
         raise UserError(f'--mode={mode} needs {need}')
@@ -210,7 +220,10 @@ def say_mistake(e: UserError) -> int:
 
 
 # Modes that compute, and what they begin with.
-DOING = {'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'}
+DOING = {
+    **{'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'},
+    **{'import': 'importing', 'export': 'exporting'},
+}
 
 
 def check_platform() -> None:

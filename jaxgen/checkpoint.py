@@ -82,6 +82,22 @@ def describe_tree(tree) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves}
 
 
+# Published weights have no optimiser's state, and are one set: what is averaged in training, `ema`.
+IMPORTED_ITEMS = ('ema', 'extra')
+
+
+def with_dtypes(tree, saved: dict[str, list]):
+    """Shapes with the dtypes that a checkpoint of published weights says, where both are real numbers: a file's dtype
+    is kept."""
+
+    def one(path, leaf):
+        dtype = saved.get(jax.tree_util.keystr(path), [None, ''])[1]
+        real = dtype in ('float16', 'bfloat16', 'float32') and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype)) if real else leaf
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def has_arrays(tree) -> bool:
     """Whether a tree has leaves."""
     return bool(jax.tree.leaves(tree))
@@ -421,9 +437,14 @@ class Checkpoints:
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
         if about.get('step') != step or not isinstance(about.get('tree'), dict):
             raise ValueError('its description is not that of this step')
+        weights_only = 'imported' in about and not any(key.startswith("['params']") for key in about['tree'])
+        if weights_only:
+            items = tuple(item for item in items if item in IMPORTED_ITEMS)
         expected = {item: getattr(abstract, item) for item in items if has_arrays(getattr(abstract, item))}
         names = [f"['{item}']" for item in items]
         saved = {k: v for k, v in about['tree'].items() if any(k.startswith(n) for n in names)}
+        if weights_only:
+            expected = with_dtypes(expected, saved)
         here = describe_tree(expected)
         for key in sorted(saved.keys() | here.keys()):
             if saved.get(key) != here.get(key):

@@ -122,3 +122,42 @@ def train(
 
 
 configs_of = config  # under a name that no argument has
+
+
+def import_weights(
+    path: str | os.PathLike,
+    *,
+    name: str = '',
+    config: str | os.PathLike | ConfigDict | None = None,
+    workdir: str | os.PathLike = '',
+    names: str = '',
+) -> Run:
+    """The run at step 0 that holds the weights of a published file or folder, which is made in `workdir`.
+
+    Args:
+      path: a .safetensors file, a file of torch, or a folder of the hub.
+      name: of published weights, see `jaxgen.published()`: it says config and source.
+      config: of the network that the weights are of, where they have no such name.
+      workdir: the run's directory; 'runs/NAME' by default, of the config.
+      names: of the source, where the names in the file fit several.
+
+    Raises:
+      UserError: no such weights, or they do not fit the config; a file that only code could open.
+    """
+    from jaxgen import run as runs
+    from jaxgen.weights import importing
+    from jaxgen.weights import published as known
+
+    if bool(name) == (config is not None):
+        raise UserError('name the published weights, or give the config of their network: one of them')
+    if name:
+        one = known.find(name)
+        checked, names, base = known.config_of(one), names or one.names, one.config
+    else:
+        checked = configs_of(config)
+        base = configs.name(os.fspath(config)) if isinstance(config, str | os.PathLike) else ''
+    workdir = os.fspath(workdir) or (os.path.join('runs', base) if base else '')
+    if not workdir:
+        raise UserError("name the run's directory: jaxgen.import_weights(..., workdir='runs/NAME')")
+    importing.import_weights(checked, os.fspath(path), workdir, names)
+    return runs.load(workdir)

@@ -28,9 +28,9 @@ def say(message: str) -> None:
         tqdm.write(f'jaxgen: {message}', file=sys.stderr)
 
 
-def bar(total: int, what: str = '', quiet: bool = False) -> tqdm:
-    """A progress bar over images, on stderr."""
-    return tqdm(total=total, desc=what or None, unit='image', dynamic_ncols=True, file=sys.stderr, disable=quiet)
+def bar(total: int, what: str = '', quiet: bool = False, unit: str = 'image') -> tqdm:
+    """A progress bar over images, or another unit, on stderr."""
+    return tqdm(total=total, desc=what or None, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=quiet)
 
 
 def steps_bar(step: int, steps: int) -> tqdm:

@@ -10,6 +10,8 @@ Modes:
             its samples beside their nearest training images: PNG files
   pack      a run, its newest checkpoint and its stages into one folder or archive, --out: to move or to share
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
+  import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]
+  export    write a run's weights with the names of a source: --to=FILE_OR_FOLDER [--names=SOURCE]
   data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
             grid of a training batch and of test examples: PNG and JSON
   list      print the configs that come with jaxgen, a line each: those with all the words that follow
@@ -71,6 +73,7 @@ from jaxgen import run as runs
 from jaxgen.data import summary
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
+from jaxgen.weights import exporting, importing
 
 
 def parse_condition(text: str) -> tuple[str, str]:
@@ -257,12 +260,14 @@ def main(argv: list[str]) -> None:
     sharding.check_devices()
     if mode in arguments.DOING:
         compilation.use(values.cache, values.multihost)
-    if mode in ('train', 'describe', 'data'):
+    if mode in ('train', 'describe', 'data', 'import'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'data':
             data_mode(config, values.out or os.path.join(workdir, 'data'))
             return
-        if mode == 'train':
+        if mode == 'import':
+            importing.import_weights(config, str(values['from'].value), workdir, values.names)
+        elif mode == 'train':
             from jaxgen.train import train
 
             train(config, workdir, values.profile)
@@ -300,7 +305,9 @@ def main(argv: list[str]) -> None:
     )
     if jax.process_index() == 0:
         log.say(f'{compilation.devices()}; step {run.step}, {run.weights} weights; {compilation.notice()}')
-    if mode == 'sample':
+    if mode == 'export':
+        exporting.export_weights(run, values.to, values.names)
+    elif mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     elif mode == 'explore':
         explore_mode(run, values.n, values.seed, values.out)

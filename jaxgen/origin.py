@@ -28,7 +28,8 @@ LONGEST = 2**16  # characters of it that are read
 # The entries of a run's directory. Through links there, files outside of it would be read and written.
 OWN = (
     *('config.json', NAME, 'data.json', 'lock', 'metrics.jsonl', 'checkpoints', 'digests', 'damaged', 'samples'),
-    *('data', 'explore', 'evaluation', 'evaluation.json', 'best.json', 'results', 'tensorboard', 'profile', 'stages'),
+    *('data', 'explore', 'evaluation', 'evaluation.json', 'best.json', 'weights.json', 'results', 'tensorboard'),
+    *('profile', 'stages'),
 )
 
 

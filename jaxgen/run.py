@@ -778,6 +778,8 @@ def load(
     check_stages(about, assembled, workdir, configs.moved(saved, used))
     check_moved_data(about, used, workdir, configs.moved(saved, used), saved.data.test_source)
     names = [name for name in state.ema if '@' not in name]
+    if weights != 'ema' and int(state.step) == 0:
+        raise UserError(f'{workdir} holds published weights, which are one set: leave --weights out')
     if weights == 'params':
         ema = {name: state.params[name] for name in names}
     elif weights == 'ema':
@@ -785,7 +787,7 @@ def load(
     else:
         ema = averaged_afterwards(checkpoints, assembled, names, int(state.step), float(weights))
     checkpoints.close()
-    if weights == 'ema':
+    if weights == 'ema' and 'imported' not in about:
         say_if_initial(workdir, used, int(state.step), assembled.family.statistics)
     state = state.replace(ema=ema)
     return Run(workdir, used, assembled, state, weights)

@@ -32,6 +32,7 @@ from jaxgen import (
 )
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, stopped
+from jaxgen.contract import State
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.run import (
@@ -82,13 +83,18 @@ def check_fits(config, mesh) -> None:
         sharding.check_batch(mesh, 'config.data.batch / config.optim.accumulate', part)
 
 
-def check_resume(workdir: str, config, free: tuple[str, ...]) -> list[str]:
+def check_resume(workdir: str, config, free: tuple[str, ...], imported: bool = False) -> list[str]:
     """The fields whose folders or runs have moved.
+
+    Args:
+      imported: the run holds published weights and was not trained yet: data, optimiser and loop may be any.
 
     Raises:
       UserError: the run in `workdir` was started with another config.
     """
     changed = configs.differences_that_matter(saved_config(workdir), config, free)
+    if imported:
+        changed = [line for line in changed if line.startswith(('family:', 'model.', 'stages.'))]
     if changed:
         raise UserError(
             f'the run in {workdir} was started with another config: {"; ".join(changed)}; '
@@ -135,7 +141,8 @@ class Training:
         self.k = config.train.updates_per_call
         self.job, self.seconds = compilation.job(config, a.mesh), 0.0  # what is compiled, and for how long
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
-        moved = check_resume(workdir, config, a.family.free) if self.checkpoints.steps() else []
+        imported = self.checkpoints.steps() == [0]  # training saves none before its first update
+        moved = check_resume(workdir, config, a.family.free, imported) if self.checkpoints.steps() else []
         if config.data.test_source:
             a.dataset('test')  # its mistakes come before anything is computed
         self.held_out = stopping.HeldOut(config, a) if config.train.held_out_every else None
@@ -153,7 +160,12 @@ class Training:
         if restored:
             self.state, about = restored
             check_stages(about, a, workdir, moved)
-            check_moved_data(about, config, workdir, moved)
+            if self.state.params is None:
+                self.state = self.from_imported(self.state)
+            else:
+                check_moved_data(about, config, workdir, moved)
+            if 'imported' in about:
+                self.about['imported'] = about['imported']
             if about.get('data', self.about['data']) != self.about['data']:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
@@ -237,6 +249,19 @@ class Training:
         thread = threading.Thread(target=compile_call if beside else lambda: None, name='compile', daemon=True)
         thread.start()
         return thread
+
+    def from_imported(self, published: State) -> State:
+        """State before the first update that starts from published weights: those that are averaged, and the averages,
+        are the published ones in float32; other networks and the optimisers start as in any run."""
+        state = self.fresh()
+
+        def start(state: State, published: State) -> State:
+            ema = jax.tree.map(lambda new, old: new.astype(old.dtype), published.ema, state.ema)
+            params = {name: jax.tree.map(jnp.copy, ema.get(name, own)) for name, own in state.params.items()}
+            extra = state.extra if published.extra is None else published.extra
+            return state.replace(params=params, ema=ema, extra=extra)
+
+        return sharding.jit(start, donate_argnums=0, out_shardings=self.shardings)(state, published)
 
     def not_finite(self, what: str) -> RunError:
         """The error that stops the training, which names the last good checkpoint."""
@@ -533,7 +558,7 @@ def train(config, workdir: str, profile: bool = False, callbacks: Sequence[Callb
             stack.callback(training.close)
             training.loop(profile, stack)
             training.checkpoints.close()
-            if training.first:
+            if training.first and 'imported' not in training.about:
                 say_if_initial(workdir, config, training.step, training.a.family.statistics)
         except OSError as e:
             raise stopped(workdir, e) from e

@@ -96,6 +96,11 @@ class Formulation(NamedTuple):
         return self.bound_weight is not None
 
 
+def scaled(c_noise: Callable, scale: float, shift: float) -> Callable:
+    """t -> scale c_noise(t) + shift."""
+    return c_noise if (scale, shift) == (1.0, 0.0) else lambda t: scale * c_noise(t) + shift
+
+
 def formulate(
     process: Process,
     logarithmic: bool = False,
@@ -105,6 +110,8 @@ def formulate(
     weighting: Annotated[Section, Component(WEIGHTINGS)] = 'none',
     variance: Annotated[Section, Component(VARIANCES)] = 'fixed',
     augmentation: Fraction = 0.0,
+    time_scale: float = 1.0,
+    time_shift: float = 0.0,
 ) -> Formulation:
     """The formulation of complete sections.
 
@@ -117,6 +124,8 @@ def formulate(
       variance: of a chain's reverse steps, 'fixed' | 'learned'.
       augmentation: probability of each change of the training images that the network is conditioned on, see
         jaxgen/augmentation/edm.py; 0: none.
+      time_scale, time_shift: the network's time embedding reads time_scale c_noise(t) + time_shift: for published
+        weights that count time otherwise (SiT's run from noise at 0 to the image at 1: -0.001 and 1).
 
     Raises:
       UserError: parts that do not go together.
@@ -140,7 +149,7 @@ def formulate(
     draw = TIMES[times['name']]
     return Formulation(
         process=process,
-        c_noise=lambda t: processes.network_time(process, t, name, logarithmic),
+        c_noise=scaled(lambda t: processes.network_time(process, t, name, logarithmic), time_scale, time_shift),
         prediction=name,
         data_std=prediction.get('data_std', 0.5),
         draw_times=draw and draw(process, **own_fields(times)),

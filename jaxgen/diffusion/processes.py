@@ -23,7 +23,7 @@ import numpy as np
 from jaxgen.diffusion import schedules
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
-from jaxgen.options import own_fields
+from jaxgen.options import Rule, own_fields
 
 # The least and the largest sigma over images in [-1, 1]: of score_sde's VE (0.01 and 50 over images in [0, 1]), of
 # NCSN's 2019 CIFAR-10 model (0.01 and 1 over [0, 1]) and of EDM (stated over [-1, 1]).
@@ -94,6 +94,42 @@ def scaled_linear(
     check_ordered('beta_start', beta_start, 'beta_end', beta_end)
     betas = schedules.linear_betas(timesteps, math.sqrt(beta_start), math.sqrt(beta_end)) ** 2
     return chain(schedules.variance_preserving(betas, zero_terminal))
+
+
+def sigmoid(
+    *,
+    timesteps: Steps = 1000,
+    beta_start: Beta = 1e-4,
+    beta_end: Beta = 0.02,
+    zero_terminal: bool = False,
+) -> Process:
+    """The chain whose betas follow the logistic function between -6 and 6 (Xu et al. 2022, arXiv 2203.02923; 'sigmoid'
+    of diffusers).
+
+    Args:
+      timesteps: T, steps of the chain.
+      beta_start, beta_end: variances that the first and the last forward step tend to.
+      zero_terminal: alpha_bar is moved and stretched to end at 0 exactly (Lin et al. 2023, algorithm 1).
+    """
+    check_ordered('beta_start', beta_start, 'beta_end', beta_end)
+    betas = beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, timesteps)))
+    return chain(schedules.variance_preserving(betas, zero_terminal))
+
+
+def listed(
+    *,
+    betas: Annotated[tuple[float, ...], '(0, 1)', Rule(lambda b: len(b) >= 2, 'two variances or more')] = (1e-4, 0.02),
+    zero_terminal: bool = False,
+    rescale_timesteps: bool = False,
+) -> Process:
+    """The chain of any variances of the forward steps.
+
+    Args:
+      betas: variance of each forward step.
+      zero_terminal: alpha_bar is moved and stretched to end at 0 exactly (Lin et al. 2023, algorithm 1).
+      rescale_timesteps: the network embeds t 1000 / timesteps.
+    """
+    return chain(schedules.variance_preserving(np.asarray(betas, np.float64), zero_terminal), rescale_timesteps)
 
 
 def cosine(*, timesteps: Steps = 1000, zero_terminal: bool = False, rescale_timesteps: bool = False) -> Process:
@@ -176,13 +212,15 @@ PROCESSES = {
     'linear': linear,
     'scaled_linear': scaled_linear,
     'cosine': cosine,
+    'sigmoid': sigmoid,
+    'listed': listed,
     'geometric': geometric,
     'vp': vp,
     'sub_vp': sub_vp,
     've': ve,
     'flow': flow,
 }
-CHAINS = ('linear', 'scaled_linear', 'cosine', 'geometric')
+CHAINS = ('linear', 'scaled_linear', 'cosine', 'sigmoid', 'listed', 'geometric')
 
 
 def make(section: dict, prediction: str = '') -> Process:

@@ -211,10 +211,10 @@ def check(model: Model, context: Context, process: dict) -> None:
         raise UserError(
             'config.model.conditioning: images are concatenated to images; config.stages.first gives latents'
         )
-    if model.formulation.process.steps and not model.evaluation['steps'] < process['timesteps']:
+    timesteps = model.formulation.process.steps
+    if timesteps and not model.evaluation['steps'] < timesteps:
         raise UserError(
-            f'config.model.likelihood.steps must be from 0 to {process["timesteps"] - 1}; it is '
-            f'{model.evaluation["steps"]}'
+            f'config.model.likelihood.steps must be from 0 to {timesteps - 1}; it is {model.evaluation["steps"]}'
         )
     if not classifier_scale:
         return

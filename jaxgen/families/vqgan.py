@@ -323,8 +323,9 @@ def init(networks: Networks, terms: Terms, optim, first_log_var: float, rng: Arr
             params['phi'] = networks.quantiser.init(stream(rng, 'phi'), z, codebook)['params']
         extra = {'count': jnp.ones(networks.count_shape)}
     else:
-        bias = params['encoder']['to_latent']['bias']
-        params['encoder']['to_latent'] |= {'bias': bias.at[latent:].add(first_log_var)}
+        moments = 'to_latent' if 'to_latent' in params['encoder'] else 'last'  # the layer that puts them out
+        bias = params['encoder'][moments]['bias']
+        params['encoder'][moments] |= {'bias': bias.at[latent:].add(first_log_var)}
         extra = {'latents': {'mean': jnp.zeros(latent), 'square': jnp.ones(latent)}}
     if terms.learn_scale:
         params['scale'] = {'log_scale': jnp.zeros(())}
@@ -496,7 +497,8 @@ def build(
     group_size: Annotated[int, '[0, inf)'] = 4,
     eps: Positive = 1e-6,
     latent: Count = 4,
-    latent_kernel: Count = 1,
+    latent_kernel: Annotated[int, '[0, inf)'] = 1,
+    middle_attention: bool = True,
     kl_weight: NonNegative = 1e-6,
     first_log_var: float = 0.0,
     learn_scale: bool = False,
@@ -523,10 +525,11 @@ def build(
       channels: of encoder and decoder at full size.
       multipliers: channels of each resolution level over `channels`; every level but the last halves the image.
       blocks: residual blocks per level of the encoder; the decoder has one more.
-      attention: heights in pixels of the maps at which blocks are followed by attention; the middle has it always.
+      attention: heights in pixels of the maps at which blocks are followed by attention.
+      middle_attention: at the smallest size, in the middle.
       groups, group_size, eps: of group norms, see networks/layers.py; published is group_size 0.
       latent: channels of the latents, or dimensions of a code.
-      latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's.
+      latent_kernel: of the convolutions on either side of the latents: 1, or 3 in VAR's; 0: none, as in SD3's, FLUX's.
       kl_weight: of 'kl': weight of the KL term, in nats per image.
       first_log_var: of 'kl': log variance of the posterior before the first update, about. At the published 0 the noise
         is louder than the latents at first, and a short training learns to do without them: colours are the last thing
@@ -568,6 +571,7 @@ def build(
     grids = grids_of(scales, grid) if scales else (grid,)
     sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
     sizes |= dict(groups=groups, group_size=group_size, eps=eps, latent_kernel=latent_kernel)
+    sizes['middle_attention'] = middle_attention
     rest = dict(height=height, remat=context.remat, dtype=context.dtype)
     networks = Networks(
         encoder=Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest),

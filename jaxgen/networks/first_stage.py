@@ -52,11 +52,11 @@ class Stack(nn.Module):
         width.
       blocks: residual blocks per level of the encoder; the decoder has one more.
       height: of the images that it is trained on; 0: of its input.
-      attention: heights in pixels, of maps in training, at which every residual block is followed by attention. The
-        middle, at the smallest size, always has it.
+      attention: heights in pixels, of maps in training, at which every residual block is followed by attention.
+      middle_attention: attention in the middle, at the smallest size.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
         at every width, group_size 0.
-      latent_kernel: height and width of the convolutions on either side of the latents.
+      latent_kernel: height and width of the convolutions on either side of the latents; 0: there are none.
       remat: recompute each block's activations in the backward pass.
     """
 
@@ -69,6 +69,7 @@ class Stack(nn.Module):
     group_size: int = 4
     eps: float = 1e-6
     latent_kernel: int = 1
+    middle_attention: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -76,6 +77,8 @@ class Stack(nn.Module):
         return functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
 
     def at_latents(self, x: Array, name: str) -> Array:
+        if not self.latent_kernel:
+            return x
         size = x.shape[-1]
         options = dict(init=INIT, dtype=self.dtype, name=name)
         return (Conv(size, self.latent_kernel, **options) if self.latent_kernel > 1 else Dense(size, **options))(x)
@@ -97,7 +100,7 @@ class Stack(nn.Module):
 
     def middle(self, x: Array) -> Array:
         x = self.block(x, x.shape[-1], 'middle_0')
-        x = self.attend(x, 'middle_attention')
+        x = self.attend(x, 'middle_attention') if self.middle_attention else x
         return self.block(x, x.shape[-1], 'middle_1')
 
     def end(self, x: Array) -> Array:

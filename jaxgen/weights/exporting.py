@@ -1,0 +1,169 @@
+"""A run's weights as a file with the names of a published source, and its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+import jaxgen
+from jaxgen import files, log, sharding
+from jaxgen.errors import UserError
+from jaxgen.run import Run
+from jaxgen.weights import diffusers, sources
+from jaxgen.weights.importing import RECORD, flat_shapes, published_part
+from jaxgen.weights.source import Source
+
+WEIGHTS = 'diffusion_pytorch_model.safetensors'  # in a folder of the hub
+FOLDER = (WEIGHTS, 'config.json', 'README.md')
+
+
+def source_of(run: Run, names: str) -> Source:
+    """The source whose names the weights get.
+
+    Raises:
+      UserError: there are several, and none is named.
+    """
+    fitting = sources.for_config(run.config, names)
+    record = imported_record(run)
+    own = [source for source in fitting if source.name == record.get('source')]
+    chosen = fitting if names else own or fitting
+    if len(chosen) > 1 and len({source.name for source in chosen}) > 1:
+        raise UserError(f'name the names that the file gets: --names={" | ".join(source.name for source in chosen)}')
+    return chosen[0]
+
+
+def imported_record(run: Run) -> dict[str, Any]:
+    """Where the weights that the run began with are from; {} where it began with random ones."""
+    path = os.path.join(run.workdir, RECORD)
+    try:
+        with open(path, encoding='utf-8') as file:
+            record = json.loads(file.read(100_000))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def tensors_of(run: Run, source: Source) -> dict[str, np.ndarray]:
+    """{name: tensor} of the run's averaged weights, by the names of a source."""
+    part = published_part(run.state)
+    leaves = {path: leaf for path, leaf in flatten_dict(part, sep='/').items() if leaf is not None}
+    tensors: dict[str, np.ndarray] = {}
+    for entry in sources.entries_of(source, run.config, flat_shapes(part)):
+        tensors |= entry.write(sharding.to_host(leaves[entry.path]))
+    return tensors
+
+
+def export_weights(run: Run, to: str, names: str = '') -> None:
+    """Writes the weights of a run: a .safetensors file, a .pt file of torch, or a folder of the hub with a model card.
+
+    Args:
+      to: FILE.safetensors, FILE.pt, or a folder that is not there or empty.
+      names: of the source, one of `sources.SOURCES`; '': the only one, or the one that the run was imported from.
+
+    Raises:
+      UserError: there is something already, or several sources have names for this config.
+    """
+    to = os.path.expanduser(to)
+    source = source_of(run, names)
+    if os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
+        raise UserError(f'--to={to} is there already: name another file or folder')
+    tensors = tensors_of(run, source)
+    metadata = {'format': 'pt', 'jaxgen': jaxgen.__version__, 'step': str(run.step), 'names': source.name}
+    if to.endswith('.safetensors'):
+        with files.replacing(to) as file:
+            file.write(safetensors.numpy.save(tensors, metadata))
+    elif to.endswith(('.pt', '.pth')):
+        write_torch(to, tensors)
+    else:
+        write_folder(to, run, source, tensors, metadata)
+    log.say(f'exported {sum(x.size for x in tensors.values()):,} numbers with the names of {source.title}: {to}')
+
+
+def write_torch(to: str, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a state dict of torch.
+
+    Raises:
+      UserError: there is no torch.
+    """
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(f'writing {to} needs torch: pip install torch, or name a .safetensors file') from e
+
+    def tensor(x: np.ndarray):
+        if x.dtype.name == 'bfloat16':
+            return torch.from_numpy(np.array(x.view(np.int16))).view(torch.bfloat16)
+        return torch.from_numpy(np.array(x))
+
+    with files.replacing(to) as file:
+        torch.save({name: tensor(x) for name, x in tensors.items()}, file)
+
+
+def write_folder(to: str, run: Run, source: Source, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes weights, config.json and README.md into a new folder: all of them or none."""
+    parent = os.path.dirname(os.path.abspath(to))
+    os.makedirs(parent, exist_ok=True)
+    new = os.path.join(parent, f'.{uuid.uuid4().hex}.export')
+    try:
+        os.mkdir(new)
+        safetensors.numpy.save_file(tensors, os.path.join(new, WEIGHTS), metadata)
+        if source.name == 'diffusers':
+            files.save_json(os.path.join(new, 'config.json'), diffusers.model_config(run.config, run.assembled))
+        else:
+            files.save_json(os.path.join(new, 'config.json'), json.loads(run.config.to_json_best_effort()))
+        with files.replacing(os.path.join(new, 'README.md')) as file:
+            file.write(card(run, source).encode())
+        if os.path.isdir(to):
+            os.rmdir(to)  # it is empty
+        os.rename(new, to)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def card(run: Run, source: Source) -> str:
+    """The model card, Markdown."""
+    record, config = imported_record(run), run.config
+    count = sum(leaf.size for leaf in flatten_dict(published_part(run.state), sep='/').values() if leaf is not None)
+    licence = record.get('licence', '')
+    network = config.model.get('network')
+    rows = {
+        'family': config.family,
+        'network': network.get('name', '') if hasattr(network, 'get') else '',
+        'parameters': f'{count:,}',
+        'images': ' x '.join(map(str, run.assembled.spec.features['image'].shape)),
+        'training data': config.data.source,
+        'updates': f'{run.step:,}' + (' after the imported weights' if record else ''),
+        'weights': run.weights,
+        'imported from': f'{record["file"]} (SHA-256 {record["sha256"]})' if record else '',
+        'names': source.title,
+    }
+    front = ['---', 'library_name: jaxgen', f'license: {licence or "unknown"}', '---', '']
+    table = ['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items() if value), '']
+    licence_line = f'The licence of the imported weights is {licence}.' if licence else 'No licence is stated.'
+    lines = [
+        f'# {os.path.basename(os.path.abspath(run.workdir))}', '', *table, licence_line, '', *metrics_of(run),
+        '## Use', '', '```python', 'import jaxgen', '',
+        f"run = jaxgen.import_weights(FOLDER, config=..., names='{source.name}', workdir='runs/imported')",
+        'images = run.sample(16)', '```', '', '## Config', '', '```json', run.config.to_json_best_effort(indent=2),
+        '```', '',
+    ]  # fmt: skip
+    return '\n'.join([*front, *lines])
+
+
+def metrics_of(run: Run) -> list[str]:
+    """A table of the metrics in evaluation.json; nothing where the run was not evaluated."""
+    path = os.path.join(run.workdir, 'evaluation.json')
+    try:
+        with open(path, encoding='utf-8') as file:
+            metrics = json.load(file)['metrics']
+        rows = [f'| {name} | {one["value"]:.5g} | {one.get("n", "")} |' for name, one in metrics.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return ['## Metrics', '', '| metric | value | n |', '|---|---|---|', *rows, '']

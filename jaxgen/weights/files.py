@@ -1,0 +1,258 @@
+"""Files of published weights, opened lazily: the names, shapes and dtypes at once, each tensor when it is read.
+
+A file comes from a stranger and is data: safetensors hold no code, and files of torch are read by `weights_only`, which
+runs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes  # registers bfloat16 as a dtype, which safetensors returns
+import numpy as np
+import safetensors
+
+from jaxgen.errors import UserError
+
+SAFE_TORCH = (2, 6)  # before it, `weights_only` could be made to run code (CVE-2025-32434)
+TORCH = ('.pt', '.pth', '.ckpt', '.bin')
+DTYPES = {
+    **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
+    **{'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8},
+}
+# The weights in a folder of the hub, the first that is there.
+IN_FOLDER = (
+    'diffusion_pytorch_model.safetensors.index.json',
+    'diffusion_pytorch_model.safetensors',
+    'model.safetensors.index.json',
+    'model.safetensors',
+    'diffusion_pytorch_model.bin',
+    'pytorch_model.bin',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Mapping):
+    """The tensors of a file or folder by their names there, and what the file says of itself."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # config.json beside the weights
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a safetensors file
+    files: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file; of several files, that of their digests in order."""
+        digests = []
+        for path in self.files:
+            with open(path, 'rb') as file:
+                digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
+
+    def below(self, prefix: str) -> Weights:
+        """The tensors whose names begin with `prefix`, without it."""
+        inside = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return dataclasses.replace(self, tensors=inside)
+
+
+def open_weights(path: str) -> Weights:
+    """The weights in a .safetensors file, a file of torch, or a folder of the hub (one model: its weights, whole or in
+    shards with their index, and config.json).
+
+    Raises:
+      UserError: there is nothing of that kind, it cannot be read, or reading it would run code.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return open_folder(path)
+    if not os.path.isfile(path):
+        raise UserError(f'--from={path}: no such file or folder')
+    if path.endswith('.safetensors'):
+        tensors, metadata = open_safetensors(path)
+        return Weights(path, tensors, beside(path), metadata, (path,))
+    if path.endswith('.index.json'):
+        return open_shards(path)
+    if path.endswith(('.pkl', '.pickle')):
+        raise UserError(
+            f'--from={path}: a pickle runs code when it is opened, so it is not read: save its state_dict as '
+            'safetensors where you trust it (docs/weights.md shows how)'
+        )
+    if not path.endswith(TORCH):
+        raise UserError(f'--from={path}: weights are read from .safetensors, {", ".join(TORCH)} or a folder of the hub')
+    return Weights(path, open_torch(path), beside(path), {}, (path,))
+
+
+def open_folder(path: str) -> Weights:
+    """The weights in a folder of the hub."""
+    for name in IN_FOLDER:
+        inside = os.path.join(path, name)
+        if os.path.isfile(inside):
+            return dataclasses.replace(open_weights(inside), path=path)
+    whole = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
+    if len(whole) == 1:
+        return dataclasses.replace(open_weights(os.path.join(path, whole[0])), path=path)
+    what = f'{len(whole)} files of weights: name one of them' if whole else f'none of {", ".join(IN_FOLDER)}'
+    raise UserError(f'--from={path} holds {what}')
+
+
+def beside(path: str) -> dict[str, Any]:
+    """config.json in the same folder, or {}."""
+    file = os.path.join(os.path.dirname(path), 'config.json')
+    return read_json(file) if os.path.isfile(file) else {}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            value = json.load(file)
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from e
+    if not isinstance(value, dict):
+        raise UserError(f'{path} holds no JSON object')
+    return value
+
+
+def open_shards(index: str) -> Weights:
+    """The weights of a sharded model by its index, {'weight_map': {name: file in the same folder}}.
+
+    Raises:
+      UserError: a shard is missing, lies elsewhere or lacks what the index says.
+    """
+    folder, shards = os.path.dirname(index), read_json(index).get('weight_map')
+    if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
+        raise UserError(f'{index} has no weight_map')
+    opened: dict[str, dict[str, Tensor]] = {}
+    for file in sorted({*shards.values()}):
+        inside = os.path.join(folder, file)
+        if os.path.basename(file) != file or not os.path.isfile(inside):
+            raise UserError(f'{index}: the shard {file!r} is not in its folder')
+        opened[file] = open_safetensors(inside)[0]
+    for name, file in shards.items():
+        if name not in opened[file]:
+            raise UserError(f'{index}: {file} lacks {name}')
+    tensors = {name: opened[file][name] for name, file in shards.items()}
+    return Weights(index, tensors, beside(index), {}, tuple(os.path.join(folder, file) for file in opened))
+
+
+def open_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """({name: Tensor}, metadata) of a .safetensors file.
+
+    Raises:
+      UserError: it is truncated or something else.
+    """
+
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, 'numpy') as file:
+            return file.get_tensor(name)
+
+    try:
+        with safetensors.safe_open(path, 'numpy') as file:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                part = file.get_slice(name)
+                tensors[name] = Tensor(
+                    tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]), functools.partial(read, name)
+                )
+            return tensors, file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f'{path} is no whole safetensors file ({" ".join(str(e).split())[:200]})') from e
+    except KeyError as e:
+        raise UserError(f'{path} holds numbers of type {e}, which are not read') from e
+
+
+def open_torch(path: str) -> dict[str, Tensor]:
+    """{name: Tensor} of a file of torch, names of nested dictionaries joined by dots; its arrays are mapped from disk.
+
+    Raises:
+      UserError: there is no torch, one too old to read it safely, or the file is something else or holds code.
+    """
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
+    version = tuple(int(part) for part in torch.__version__.split('+')[0].split('.')[:2])
+    if version < SAFE_TORCH:
+        raise UserError(
+            f'reading {path} needs torch 2.6 or newer, since a file can make older ones run code; this is '
+            f'{torch.__version__}: pip install -U torch, or give the weights as .safetensors'
+        )
+
+    def load(mapped: bool) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # on archives that are then refused
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+
+    try:
+        try:
+            tree = load(True)
+        except (RuntimeError, ValueError):  # files of torch before 1.6 are no archives and cannot be mapped
+            tree = load(False)
+    except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
+        text = str(e)
+        if 'Unsupported global' in text or 'weights_only' in text.lower() or 'WeightsUnpickler' in text:
+            named = re.search(r'GLOBAL ([\w.]+)', text)
+            what = f' ({named[1]})' if named else ''
+            raise UserError(
+                f'{path} holds objects that only code could make{what}, so it is not read: save its state_dict as '
+                'safetensors where you trust it (docs/weights.md shows how)'
+            ) from e
+        raise UserError(f'{path} cannot be read as a file of weights ({type(e).__name__})') from e
+
+    def numpy(tensor) -> np.ndarray:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def dtype(tensor) -> np.dtype:
+        name = str(tensor.dtype).removeprefix('torch.')
+        return np.dtype({'bool': np.bool_, 'bfloat16': ml_dtypes.bfloat16}.get(name, name))
+
+    out: dict[str, Tensor] = {}
+
+    def flatten(value, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            out[name] = Tensor(tuple(value.shape), dtype(value), functools.partial(numpy, value))
+        elif isinstance(value, dict):
+            for key, inside in value.items():
+                flatten(inside, f'{name}.{key}' if name else str(key))
+        elif isinstance(value, (list, tuple)):
+            for i, inside in enumerate(value):
+                flatten(inside, f'{name}.{i}')
+
+    flatten(tree, '')
+    if not out:
+        raise UserError(f'{path} holds no tensors')
+    return out

@@ -1,0 +1,152 @@
+"""Published weights as a run at step 0, and a run's weights as a published file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+import jaxgen
+from jaxgen import config as configs
+from jaxgen import files, log, randomness, sharding
+from jaxgen import run as runs
+from jaxgen.checkpoint import Checkpoints
+from jaxgen.contract import State
+from jaxgen.errors import UserError
+from jaxgen.weights import mapping, sources
+from jaxgen.weights.files import open_weights
+
+RECORD = 'weights.json'  # in a run's directory: where its weights are from
+
+
+def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the leaves of {'network': ..., 'extra': ...}."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep='/').items() if leaf is not None}
+
+
+def published_part(state: State) -> dict[str, Any]:
+    """What a file of weights holds of a state: its averaged networks by name, and 'extra'."""
+    networks = {name: tree for name, tree in state.ema.items() if '@' not in name}
+    return {**networks, **({'extra': state.extra} if isinstance(state.extra, dict) else {})}
+
+
+def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
+    """Raises UserError where the config has other values than the source of fields that names cannot tell."""
+    resolved = config.to_dict()
+    wrong = {
+        field: (value, configs.get(resolved, field))
+        for field, value in fit.source.fields(config, fit.weights).items()
+        if configs.contains(resolved, field) and configs.get(resolved, field) != value
+    }
+    if wrong:
+        flags = ' '.join(f'--config.{field}={value}' for field, (value, _) in wrong.items())
+        present = ', '.join(f'{field} = {ours}' for field, (_, ours) in wrong.items())
+        raise UserError(
+            f'{fit.weights.path}: the weights would load and compute something else, since {present} here: set {flags}'
+        )
+
+
+def placed(fit: sources.Fit, shardings: dict[str, Any]) -> dict[str, jax.Array]:
+    """{path: array on the mesh} of a file's weights, read one after another, in the file's dtype."""
+    arrays = {}
+    with log.bar(len(fit.entries), 'reading', unit='array') as bar:
+        for entry in fit.entries:
+            arrays[entry.path] = jax.device_put(entry.read(fit.weights), shardings[entry.path])
+            bar.update()
+    return arrays
+
+
+def initial(assembled: runs.Assembled, paths: set[str], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+    """{path: array} of those arrays that no file holds, as before the first update."""
+    if not paths:
+        return {}
+    spec = assembled.spec.features
+    n = assembled.config.data.batch
+
+    def init(rng, frozen):
+        batch = {name: jnp.zeros((n, *feature.shape), feature.dtype) for name, feature in spec.items()}
+        state = runs.init_state(assembled.family, rng, batch, frozen)
+        leaves = flatten_dict(published_part(state), sep='/')
+        return {path: leaves[path] for path in paths}
+
+    key = randomness.stream(jax.random.key(assembled.config.seed), 'init')
+    made = sharding.jit(init, out_shardings={path: shardings[path] for path in paths})
+    return made(key, assembled.frozen)
+
+
+def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '') -> None:
+    """Writes the run `workdir`, at step 0, with the weights of a published file or folder.
+
+    Args:
+      config: of the network that the weights are of.
+      names: of the source, one of `sources.SOURCES`; '': by the names in the file.
+
+    Raises:
+      UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
+    """
+    workdir = os.path.expanduser(workdir)
+    if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
+        raise UserError(f'--workdir={workdir} is there already and not empty: name another directory for the import')
+    weights = open_weights(path)
+    assembled = runs.assemble(config)
+    part = published_part(assembled.abstract)
+    fit = sources.choose(config, flat_shapes(part), weights, names)
+    check_fields(config, fit)
+    mapping.check(fit.entries, fit.weights, fit.source.skip, f'{path} (names of {fit.source.name})')
+    shardings = flatten_dict(sharding.over_weights(assembled.mesh, part), sep='/')
+    kept = {path for path in shardings if fit.source.keeps_initial(path)}
+    arrays = placed(fit, shardings) | initial(assembled, kept, shardings)
+    empty = {path: x for path, x in flatten_dict(part, sep='/', keep_empty_nodes=True).items() if x is empty_node}
+    tree = unflatten_dict({**arrays, **empty}, sep='/')
+    extra = tree.pop('extra', None)
+    averages = {f'{name}@{std}': tree[name] for name in list(tree) for std in config.optim.ema_std}
+    step = jax.device_put(np.int32(0), sharding.replicated(assembled.mesh))
+    state = State(step=step, params={}, opt={}, ema={**tree, **averages}, extra=extra)
+    record = {
+        'source': fit.source.name,
+        'title': fit.source.title,
+        'file': os.path.basename(os.path.abspath(path)),
+        'sha256': weights.sha256,
+        'licence': fit.source.licence,
+        'jaxgen': jaxgen.__version__,
+    }
+    write_run(workdir, assembled, state, record)
+    if 'non-commercial' in fit.source.licence.lower() or '-NC' in fit.source.licence:
+        log.say(
+            f'NOTE: the published weights of {fit.source.title} are under {fit.source.licence}: not for commercial use'
+        )
+    log.say(f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}: {workdir}')
+
+
+def write_run(workdir: str, assembled: runs.Assembled, state: State, record: dict[str, Any]) -> None:
+    """Writes a run at step 0, whole or not at all."""
+    parent = os.path.dirname(os.path.abspath(workdir))
+    os.makedirs(parent, exist_ok=True)
+    new = os.path.join(parent, f'.{uuid.uuid4().hex}.import')
+    try:
+        os.mkdir(new)
+        about = {
+            'jax': jax.__version__,
+            'stages': assembled.stage_digests,
+            'imported': record,
+            'meter': log.Meter().state(),
+            'examples': 0,
+        }
+        checkpoints = Checkpoints(new, keep=1)
+        checkpoints.save(state, about)
+        checkpoints.close()
+        files.save_json(os.path.join(new, RECORD), record)
+        runs.save_config(new, assembled.config, assembled.spec)
+        if os.path.isdir(workdir):
+            os.rmdir(workdir)  # it is empty
+        os.rename(new, workdir)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

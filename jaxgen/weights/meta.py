@@ -1,0 +1,108 @@
+"""Names of DiT and SiT (timm's transformer blocks), and of VAR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxgen.weights.files import Weights
+from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.source import Shapes, Source, network
+
+LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
+
+
+def dit(config: ConfigDict, shapes: Shapes) -> Table:
+    """DiT and SiT."""
+    patch = config.model.network.patch
+    names: list[Substitution] = [
+        ('^denoiser/', ''),
+        ('^first/', 'x_embedder.proj/'),
+        ('^time1/', 't_embedder.mlp.0/'),
+        ('^time2/', 't_embedder.mlp.2/'),
+        ('^label/', 'y_embedder.embedding_table/'),
+        ('^blocks/qkv/', 'blocks.*.attn.qkv/'),
+        ('^blocks/out/', 'blocks.*.attn.proj/'),
+        ('^blocks/mlp1/', 'blocks.*.mlp.fc1/'),
+        ('^blocks/mlp2/', 'blocks.*.mlp.fc2/'),
+        ('^blocks/modulation/', 'blocks.*.adaLN_modulation.1/'),
+        ('^modulation/', 'final_layer.adaLN_modulation.1/'),
+        ('^last/', 'final_layer.linear/'),
+    ]
+    first = Layout('denoiser/first/kernel', 'o c a b -> (a b c) o', {'a': patch, 'b': patch})
+    return Table([*names, *LEAVES], [first])
+
+
+def sit(config: ConfigDict, shapes: Shapes) -> Table:
+    """SiT: the velocity points to the data, and the last layer has outputs for a variance, which nothing reads."""
+    areas = config.model.network.patch**2
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        outputs = x.reshape(*x.shape[:-1], areas, -1)
+        return -outputs[..., : outputs.shape[-1] // 2].reshape(*x.shape[:-1], -1)
+
+    def backward(x: np.ndarray) -> np.ndarray:
+        outputs = x.reshape(*x.shape[:-1], areas, -1)
+        return np.concatenate([-outputs, np.zeros_like(outputs)], -1).reshape(*x.shape[:-1], -1)
+
+    table = dit(config, shapes)
+    last = [
+        Layout('denoiser/last/kernel', 'o i -> i o', {}, forward, backward),
+        Layout('denoiser/last/bias', 'o -> o', {}, forward, backward),
+    ]
+    return Table(table.names, [*table.layouts, *last])
+
+
+def var(config: ConfigDict, shapes: Shapes) -> Table:
+    """VAR's transformer; queries and values have biases, keys none."""
+    names: list[Substitution] = [
+        ('^transformer/', ''),
+        ('^blocks/bias$', 'blocks.*.attn.{q,v}_bias'),
+        ('^blocks/log_scale$', 'blocks.*.attn.scale_mul_1H11'),
+        ('^blocks/qkv/', 'blocks.*.attn.mat_qkv/'),
+        ('^blocks/out/', 'blocks.*.attn.proj/'),
+        ('^blocks/mlp', 'blocks.*.ffn.fc'),
+        ('^blocks/modulation$', 'blocks.*.ada_gss'),
+        ('^blocks/modulation/', 'blocks.*.ada_lin.1/'),
+        ('^modulation/', 'shared_ada_lin.1/'),
+        ('^head_modulation/', 'head_nm.ada_lin.1/'),
+        ('^label/', 'class_emb/'),
+        ('^levels$', 'lvl_embed/kernel'),
+        ('^positions$', 'pos_1LC'),
+        ('^start$', 'pos_start'),
+        ('^words/', 'word_embed/'),
+    ]
+    layouts = [
+        Layout('.*/blocks/bias', '(l j) c -> l j c'),
+        Layout('.*/blocks/log_scale', '1 h 1 1 -> h'),
+        Layout('.*/blocks/modulation', '1 1 m c -> (m c)', {'m': 6}),
+        Layout('.*/(positions|start)', '1 p c -> p c'),
+    ]
+    return Table([*names, *LEAVES], layouts)
+
+
+def sit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Time from the noise at 0 to the image at 1."""
+    return {'model.training.time_scale': -0.001, 'model.training.time_shift': 1.0}
+
+
+def is_dit(config: ConfigDict, flow: bool) -> bool:
+    return network(config) == 'dit' and (config.model.process.name == 'flow') == flow
+
+
+SOURCES = (
+    Source(
+        'dit', 'DiT of facebookresearch', lambda c: is_dit(c, False), dit, roots=('', 'ema.', 'model.'),
+        skip='pos_embed', licence='CC BY-NC 4.0',
+    ),
+    Source(
+        'sit', 'SiT of willisma', lambda c: is_dit(c, True), sit, roots=('', 'ema.', 'model.'), skip='pos_embed',
+        fields=sit_fields, licence='MIT',
+    ),
+    Source(
+        'var', 'VAR of FoundationVision', lambda c: c.family == 'var', var, roots=('', 'trainer.var_wo_ddp.'),
+        skip=r'lvl_1L|attn_bias_for_masking|.*zero_k_bias', licence='MIT',
+    ),
+)  # fmt: skip

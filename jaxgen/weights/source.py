@@ -1,0 +1,78 @@
+"""A source of published weights: a repository or library whose files have one set of names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxgen.weights.files import Weights
+from jaxgen.weights.mapping import Substitution, Table
+
+Shapes = Mapping[str, tuple[int, ...]]  # {path of one of our arrays: shape}
+
+
+def no_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is known of the files of one repository or library.
+
+    Attributes:
+      name: of the source, as --names takes it.
+      title: what it is, in a line.
+      fits: config -> whether its networks have a table here.
+      table: (config, shapes of our arrays) -> Table.
+      roots: prefixes under which a file may hold the weights; of those with the most expected names the first is taken,
+        so averaged weights come before the others.
+      renamed: substitutions that turn names of older files into the present ones.
+      prepare: weights -> weights under the names of the table, where substitutions do not do.
+      skip: regular expression of names that a file may hold beside the weights.
+      initial: regular expression of our arrays that such a file does not hold; they keep their initial values.
+      fields: (config, weights) -> {field: value} that names and shapes cannot tell and that the source has, as
+        'model.network.groups'. A config with other values would load and compute something else.
+      distinct: what another source with the same names does otherwise; where this is set the person has to say which
+        one a file is of.
+      licence: of the published files, '' where it differs from file to file.
+    """
+
+    name: str
+    title: str
+    fits: Callable[[ConfigDict], bool]
+    table: Callable[[ConfigDict, Shapes], Table]
+    roots: tuple[str, ...] = ('',)
+    renamed: tuple[Substitution, ...] = ()
+    prepare: Callable[[Weights], Weights] | None = None
+    skip: str = ''
+    initial: str = ''
+    fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
+    distinct: str = ''
+    licence: str = ''
+
+    def keeps_initial(self, path: str) -> bool:
+        """Whether one of our arrays is in no such file."""
+        return bool(self.initial) and bool(re.fullmatch(self.initial, path))
+
+    def normalised(self, weights: Weights) -> Weights:
+        """The weights under their present names."""
+        if self.prepare:
+            weights = self.prepare(weights)
+        if not self.renamed:
+            return weights
+        names = {}
+        for name, tensor in weights.tensors.items():
+            for pattern, replacement in self.renamed:
+                name = re.sub(pattern, replacement, name)
+            names[name] = tensor
+        return dataclasses.replace(weights, tensors=names)
+
+
+def network(config: ConfigDict) -> str:
+    """The name of the denoiser's network, '' in other families."""
+    section = config.model.get('network')
+    return section.get('name', '') if config.family == 'diffusion' and section is not None else ''

@@ -1,0 +1,103 @@
+"""All sources of published weights, and which of them a file is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from jaxgen.errors import UserError
+from jaxgen.options import near
+from jaxgen.weights import compvis, diffusers, edm, gans, guided, mapping, meta, numbered
+from jaxgen.weights.files import Weights
+from jaxgen.weights.mapping import Entry
+from jaxgen.weights.source import Shapes, Source
+
+SOURCES: tuple[Source, ...] = (
+    *diffusers.SOURCES,
+    *guided.SOURCES,
+    *compvis.SOURCES,
+    *meta.SOURCES,
+    *edm.SOURCES,
+    *numbered.SOURCES,
+    *gans.SOURCES,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A source's names for a config, and the weights under its names."""
+
+    source: Source
+    entries: list[Entry]
+    weights: Weights
+    present: float  # fraction of the expected names that the file has
+
+
+def for_config(config: ConfigDict, name: str = '') -> list[Source]:
+    """The sources that have names for a config's networks.
+
+    Args:
+      name: only the source of this name; '' all.
+
+    Raises:
+      UserError: there are none.
+    """
+    fitting = [source for source in SOURCES if source.fits(config)]
+    chosen = [source for source in fitting if name in ('', source.name)]
+    if chosen:
+        return chosen
+    names = sorted({source.name for source in SOURCES})
+    if name and name not in names:
+        raise UserError(f'--names={name}: no such source{near(name, names)}')
+    there = ', '.join(sorted({source.name for source in fitting}))
+    raise UserError(
+        f'--names={name} has no names for this config; these have: {there}'
+        if there
+        else f'no published weights are known for the networks of a {config.family} like this one'
+    )
+
+
+def entries_of(source: Source, config: ConfigDict, shapes: Shapes) -> list[Entry]:
+    """The tensors of a source that our arrays are made of; those of `source.initial` have none."""
+    kept = {path: shape for path, shape in shapes.items() if not source.keeps_initial(path)}
+    return mapping.entries(source.table(config, kept), kept)
+
+
+def fit(source: Source, config: ConfigDict, shapes: Shapes, weights: Weights) -> Fit:
+    """A source with a file, under the root where most of the expected names are."""
+    entries = entries_of(source, config, shapes)
+    named = source.normalised(weights)
+    fits = []
+    for root in source.roots:
+        inside = named.below(root)
+        fits.append(Fit(source, entries, inside, mapping.count_present(entries, inside)))
+    return max(fits, key=lambda one: one.present)  # the first of equal ones
+
+
+def choose(config: ConfigDict, shapes: Shapes, weights: Weights, name: str = '') -> Fit:
+    """The source that a file is of.
+
+    Raises:
+      UserError: the file fits none of them, or fits two that compute something else with it.
+    """
+    fits = [fit(source, config, shapes, weights) for source in for_config(config, name)]
+    best = max(fits, key=lambda one: one.present)
+    others = [f for f in fits if f.present == best.present and f.source.distinct and differ(f.entries, best.entries)]
+    if best.present and others:
+        lines = '; '.join(f'--names={f.source.name} for {f.source.distinct}' for f in (best, *others))
+        raise UserError(f'{weights.path}: names and shapes do not say which of these it is of: {lines}')
+    return best
+
+
+def differ(a: Sequence[Entry], b: Sequence[Entry]) -> bool:
+    """Whether two lists of entries lay out a tensor in different ways: the order of heads, where there are several."""
+
+    def layouts(entries):
+        return [(e.names, e.pattern, e.sizes) for e in entries if e.sizes.get('h', 2) > 1]
+
+    mine, theirs = ({names: (p, s) for names, p, s in layouts(entries)} for entries in (a, b))
+    return any(mine.get(names, layout) != layout for names, layout in theirs.items() if 'h' in layout[1]) or any(
+        theirs.get(names, layout) != layout for names, layout in mine.items() if 'h' in layout[1]
+    )

@@ -1,0 +1,124 @@
+"""Files of weights: what is read, and what is refused in one line without running anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxgen.errors import UserError
+from jaxgen.weights.files import open_weights
+
+ARRAYS = {'a.weight': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.array([1, 2], np.int64)}
+
+
+def saved(path) -> str:
+    safetensors.numpy.save_file(ARRAYS, path, {'format': 'pt'})
+    return str(path)
+
+
+def test_safetensors_with_config_beside_it(tmp_path):
+    path = saved(tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text('{"_class_name": "UNet2DModel"}')
+    for name in (path, str(tmp_path)):
+        weights = open_weights(name)
+        assert {n: t.shape for n, t in weights.items()} == {'a.weight': (2, 3), 'b': (2,)}
+        np.testing.assert_array_equal(weights['a.weight'].read(), ARRAYS['a.weight'])
+        assert weights.config == {'_class_name': 'UNet2DModel'} and weights.metadata == {'format': 'pt'}
+        assert len(weights.sha256) == 64
+
+
+def test_shards(tmp_path):
+    for i, (name, array) in enumerate(ARRAYS.items()):
+        safetensors.numpy.save_file({name: array}, tmp_path / f'{i}.safetensors')
+    index = tmp_path / 'diffusion_pytorch_model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': {n: f'{i}.safetensors' for i, n in enumerate(ARRAYS)}}))
+    weights = open_weights(str(tmp_path))
+    np.testing.assert_array_equal(weights['b'].read(), ARRAYS['b'])
+    os.remove(tmp_path / '1.safetensors')
+    with pytest.raises(UserError, match=r"shard '1\.safetensors' is not in its folder"):
+        open_weights(str(tmp_path))
+    index.write_text(json.dumps({'weight_map': {'a.weight': '../outside.safetensors'}}))
+    with pytest.raises(UserError, match='is not in its folder'):
+        open_weights(str(tmp_path))
+
+
+def test_bfloat16_stays(tmp_path):
+    torch = pytest.importorskip('torch')
+    from safetensors.torch import save_file
+
+    x = torch.tensor([1.0, 1 / 3], dtype=torch.bfloat16)
+    save_file({'x': x}, tmp_path / 'x.safetensors')
+    torch.save({'x': x}, tmp_path / 'x.pt')
+    for name in ('x.safetensors', 'x.pt'):
+        tensor = open_weights(str(tmp_path / name))['x']
+        assert tensor.dtype.name == 'bfloat16' and tensor.read().dtype.name == 'bfloat16'
+        np.testing.assert_array_equal(tensor.read().astype(np.float32), x.float().numpy())
+
+
+def test_torch_dictionaries_are_joined_by_dots(tmp_path):
+    torch = pytest.importorskip('torch')
+    tree = {'ema': {'w': torch.ones(2)}, 'list': [torch.zeros(1), torch.ones(1)], 'step': 3}
+    torch.save(tree, tmp_path / 'x.ckpt')
+    torch.save(tree, tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    for name in ('x.ckpt', 'old.pth'):
+        weights = open_weights(str(tmp_path / name))
+        assert set(weights) == {'ema.w', 'list.0', 'list.1'}
+        np.testing.assert_array_equal(weights.below('list.')['1'].read(), [1])
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ('touch RAN',)
+
+
+@pytest.mark.parametrize('name', ['x.pt', 'x.pth', 'x.ckpt', 'x.bin', 'x.pkl', 'x.pickle'])
+def test_pickles_with_code_are_refused_and_not_run(tmp_path, monkeypatch, name):
+    pytest.importorskip('torch')
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    pickle.dump({'w': Code()}, buffer)
+    with zipfile.ZipFile(tmp_path / name, 'w') as archive:  # as torch writes them
+        archive.writestr('archive/data.pkl', buffer.getvalue())
+        archive.writestr('archive/version', '3')
+    with pytest.raises(UserError, match='safetensors'):
+        open_weights(str(tmp_path / name))
+    (tmp_path / name).write_bytes(buffer.getvalue())
+    with pytest.raises(UserError):
+        open_weights(str(tmp_path / name))
+    assert not (tmp_path / 'RAN').exists()
+
+
+@pytest.mark.parametrize('size', [0, 7, 20, 60, -1])
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pt'])
+def test_truncated_files_are_refused(tmp_path, name, size):
+    path = tmp_path / name
+    if name.endswith('.pt'):
+        torch = pytest.importorskip('torch')
+        torch.save({'a': torch.ones(3)}, path)
+    else:
+        saved(path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r'x\.(safetensors|pt)'):
+        open_weights(str(path))
+
+
+def test_other_files_and_folders_are_refused(tmp_path):
+    (tmp_path / 'x.txt').write_text('hello')
+    for path, line in {
+        tmp_path / 'nothing.pt': 'no such file',
+        tmp_path / 'x.txt': 'weights are read from .safetensors',
+        tmp_path: 'none of diffusion_pytorch_model',
+    }.items():
+        with pytest.raises(UserError, match=line):
+            open_weights(str(path))
+    saved(tmp_path / 'a.safetensors')
+    saved(tmp_path / 'b.safetensors')
+    with pytest.raises(UserError, match='2 files of weights: name one'):
+        open_weights(str(tmp_path))

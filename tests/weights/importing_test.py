@@ -1,0 +1,228 @@
+"""Published weights as runs, and back: against the source's own code on the same weights and noise."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from support import run_main
+
+import jaxgen
+from jaxgen import config as configs
+from jaxgen.diffusion import processes, samplers
+from jaxgen.errors import UserError
+from jaxgen.weights import exporting
+from jaxgen.weights.importing import import_weights
+
+UNET = [
+    'data.size=16',
+    'data.source=shapes',
+    'model.network.channels=32',
+    'model.network.multipliers=(1,2)',
+    'model.network.blocks=1',
+    'model.network.attention=(8,)',
+    'model.sampler.name=ddim',
+    'model.sampler.steps=10',
+    'model.sampler.eta=0.0',
+]
+KL = ['data.size=16', 'data.source=shapes', 'model.channels=32', 'model.multipliers=(1,2)', 'model.blocks=1']
+
+
+def config_of(name: str, fields: list[str]):
+    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
+
+
+def randomise(torch, model):
+    """No weight is special: norms have other scales than 1 and biases other values than 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.ndim > 1 else 20
+            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
+    return model.eval()
+
+
+def nchw(torch, x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def nhwc(x):
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def unet(**options):
+    diffusers = pytest.importorskip('diffusers')
+    sizes = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1)
+    ddpm = {
+        'norm_eps': 1e-6,
+        'downsample_padding': 0,
+        'flip_sin_to_cos': False,
+        'freq_shift': 1,
+        'attention_head_dim': None,
+    }
+    return diffusers.UNet2DModel(
+        **sizes,
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+        **{**ddpm, **options},
+    )
+
+
+@pytest.mark.slow
+def test_ddim_pipeline_and_back(tmp_path):
+    """Ten steps of the pipeline of diffusers from the same noise; then an export that diffusers loads."""
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    theirs = randomise(torch, unet())
+    theirs.save_pretrained(tmp_path / 'hub')
+    config = config_of('ddpm_cifar10', UNET)
+    import_weights(config, str(tmp_path / 'hub'), str(tmp_path / 'run'))
+    run = jaxgen.load(str(tmp_path / 'run'))
+    assert run.step == 0
+
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
+    scheduler = diffusers.DDIMScheduler(clip_sample=True, steps_offset=0)
+    scheduler.set_timesteps(10)
+    schedule = schedule_of(config)
+    assert scheduler.timesteps.tolist() == np.asarray(schedule.t)[::-1].tolist()
+    x = nchw(torch, noise * np.float32(schedule.sigma[-1]))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(theirs(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    reference = nhwc(x)
+    assert reference.std() > 0.1
+    latents = jnp.asarray(noise)
+    family = run.assembled.family
+    ours = family.decode(run.state, {}, {}, latents, jax.random.key(0))
+    np.testing.assert_allclose(ours, np.clip(reference, -1, 1), atol=1e-3)
+
+    exporting.export_weights(run, str(tmp_path / 'out'))
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / 'out')
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
+    assert '| imported from | hub (SHA-256' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def schedule_of(config):
+    """The noise levels that the config's sampler visits, rising."""
+    process = processes.make(config.model.process.to_dict(), 'eps')
+    return samplers.make(config.model.sampler.to_dict(), process, False).schedule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['AutoencoderKL', 'VQModel', 'without convolutions at the latents'])
+def test_first_stages_and_back(tmp_path, kind):
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    plain = kind.startswith('without')
+    options = dict(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False) if plain else {}
+    if kind == 'VQModel':
+        options = dict(num_vq_embeddings=16, vq_embed_dim=4)
+    kind = 'AutoencoderKL' if plain else kind
+    theirs = getattr(diffusers, kind)(
+        down_block_types=('DownEncoderBlock2D', 'AttnDownEncoderBlock2D') if kind == 'VQModel' else (
+            'DownEncoderBlock2D', 'DownEncoderBlock2D'),
+        up_block_types=('AttnUpDecoderBlock2D', 'UpDecoderBlock2D') if kind == 'VQModel' else (
+            'UpDecoderBlock2D', 'UpDecoderBlock2D'),
+        block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, sample_size=16, **options,
+    )  # fmt: skip
+    randomise(torch, theirs).save_pretrained(tmp_path / 'hub')
+    fields = [*KL, 'model.latent=4', 'model.adversarial=0.0']
+    if kind == 'VQModel':
+        fields += ['model.regulariser=vq', 'model.vocabulary=16', 'model.interface=latents', 'model.attention=(8,)']
+    if plain:
+        fields += ['model.latent_kernel=0', 'model.middle_attention=False']
+    import_weights(config_of('kl_f8_imagenet256', fields), str(tmp_path / 'hub'), str(tmp_path / 'run'))
+    run = jaxgen.load(str(tmp_path / 'run'))
+    family, x = run.assembled.family, np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    z = family.encode(run.state, {}, {'image': jnp.asarray(x)}, jax.random.key(0))
+    with torch.no_grad():
+        out = theirs.encode(nchw(torch, x))
+        reference = nhwc(out.latents if kind == 'VQModel' else out.latent_dist.mode())
+        np.testing.assert_allclose(z, reference, atol=1e-3 * reference.std())
+        image = nhwc(theirs.decode(nchw(torch, reference)).sample)
+    ours = family.decode(run.state, {}, {}, jnp.asarray(reference), jax.random.key(0))
+    np.testing.assert_allclose(ours, np.clip(image, -1, 1) if np.abs(ours).max() <= 1 else image, atol=1e-3)
+    exporting.export_weights(run, str(tmp_path / 'out'), 'diffusers')
+    again = getattr(diffusers, kind).from_pretrained(tmp_path / 'out')
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def small(tmp_path, changes=None, name='x.safetensors') -> str:
+    """A file of random weights of the network of UNET, changed by a function."""
+    torch = pytest.importorskip('torch')
+    state = {n: w.numpy() for n, w in randomise(torch, unet()).state_dict().items()}
+    if changes:
+        changes(state)
+    safetensors.numpy.save_file(state, tmp_path / name)
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize(('change', 'line'), [
+    (lambda s: s.pop('conv_in.bias'), r'missing: conv_in\.bias \[32\]'),
+    (lambda s: s.update(other=np.zeros(3)), r'left over: other \[3\]'),
+    (lambda s: s.update({'conv_in.bias': np.zeros(7)}), r'conv_in\.bias is \[7\] and \[32\] by the config'),
+])  # fmt: skip
+def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path, change, line):
+    with pytest.raises(UserError, match=line):
+        import_weights(config_of('ddpm_cifar10', UNET), small(tmp_path, change), str(tmp_path / 'run'))
+    assert sorted(os.listdir(tmp_path)) == ['x.safetensors']
+
+
+def test_a_config_that_names_cannot_tell_from_the_file_s(tmp_path):
+    pytest.importorskip('torch')
+    unet(norm_eps=1e-5).save_pretrained(tmp_path / 'hub')
+    with pytest.raises(UserError, match=r'set --config\.model\.network\.eps=1e-05'):
+        import_weights(config_of('ddpm_cifar10', UNET), str(tmp_path / 'hub'), str(tmp_path / 'run'))
+    unet(flip_sin_to_cos=True, freq_shift=0, downsample_padding=1).save_pretrained(tmp_path / 'adm')
+    with pytest.raises(UserError, match="name the network 'adm'"):
+        import_weights(config_of('ddpm_cifar10', UNET), str(tmp_path / 'adm'), str(tmp_path / 'run'))
+
+
+@pytest.mark.slow
+def test_half_precision_is_kept_and_training_goes_on_in_full(tmp_path):
+    torch = pytest.importorskip('torch')
+    unet().to(torch.bfloat16).save_pretrained(tmp_path / 'hub')
+    config = config_of('ddpm_cifar10', UNET)
+    import_weights(config, str(tmp_path / 'hub'), str(tmp_path / 'run'))
+    run = jaxgen.load(str(tmp_path / 'run'))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(run.state.ema)} == {'bfloat16'}
+    with pytest.raises(UserError, match='which are one set'):
+        jaxgen.load(str(tmp_path / 'run'), weights='params')
+    more = ['train.steps=1', 'data.batch=8', 'train.samples=1', 'model.sampler.steps=2', 'optim.ema=0.5']
+    trained = jaxgen.train(config_of('ddpm_cifar10', [*UNET, *more]), str(tmp_path / 'run'))
+    assert trained.step == 1
+    for leaf, before in zip(jax.tree.leaves(trained.state.ema), jax.tree.leaves(run.state.ema), strict=True):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, before.astype(jnp.float32), atol=1e-3)  # one update of lr 2e-4
+
+
+@pytest.mark.slow
+def test_command(tmp_path, capsys):
+    """Import, sample and export by the command; the file that comes out holds what went in."""
+    file, run = small(tmp_path), str(tmp_path / 'run')
+    fields = [f'--config.{field}' for field in UNET]
+    common = ['jaxgen', f'--workdir={run}']
+    assert run_main([*common, '--mode=import', '--config=ddpm_cifar10', f'--from={file}', *fields]) == 0
+    with open(os.path.join(run, 'weights.json'), encoding='utf-8') as record:
+        assert json.load(record)['source'] == 'diffusers'
+    assert run_main([*common, '--mode=sample', '--n=2', '--config.model.sampler.steps=2']) == 0
+    assert run_main([*common, '--mode=export', f'--to={tmp_path}/out.safetensors']) == 0
+    before, after = (safetensors.numpy.load_file(path) for path in (file, tmp_path / 'out.safetensors'))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    capsys.readouterr()
+    assert run_main([*common, '--mode=import', '--config=ddpm_cifar10', f'--from={file}', *fields]) == 2
+    assert 'is there already' in capsys.readouterr().err
+    assert run_main([*common, '--mode=export', f'--to={tmp_path}/out.safetensors']) == 2
+    assert 'is there already' in capsys.readouterr().err
+    assert run_main(['jaxgen', '--mode=import', '--config=ddpm_cifar10']) == 2
+    assert '--mode=import needs --from' in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""Names and layouts of published weights: the table's language, and each source against the names of its state dict."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from jaxgen import config as configs
+from jaxgen import run as runs
+from jaxgen.errors import UserError
+from jaxgen.weights import mapping, published, sources
+from jaxgen.weights.files import Tensor, Weights
+from jaxgen.weights.importing import flat_shapes, published_part
+from jaxgen.weights.mapping import Layout, Table
+
+# Names and shapes of state dicts of small networks of each source's own classes.
+with open(os.path.join(os.path.dirname(__file__), 'names.json'), encoding='utf-8') as file:
+    NAMES = json.load(file)
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+
+
+def test_convolution_dense_and_bias_have_the_layout_of_torch():
+    rng = np.random.default_rng(0)
+    theirs = {
+        'conv.weight': rng.normal(size=(5, 3, 2, 4)),
+        'dense.weight': rng.normal(size=(7, 6)),
+        'dense.bias': rng.normal(size=7),
+    }
+    table = Table([(r'/kernel$', '.weight'), (r'/bias$', '.bias')])
+    shapes = {'conv/kernel': (2, 4, 3, 5), 'dense/kernel': (6, 7), 'dense/bias': (7,)}
+    for entry in mapping.entries(table, shapes):
+        ours = entry.read(tensors(theirs))
+        assert ours.shape == shapes[entry.path]
+        np.testing.assert_array_equal(entry.write(ours)[entry.names[0]], theirs[entry.names[0]])
+    conv = mapping.entry(table, 'conv/kernel', (2, 4, 3, 5)).read(tensors(theirs))
+    assert conv[1, 3, 2, 4] == theirs['conv.weight'][4, 2, 1, 3]
+
+
+def test_joined_and_stacked_tensors():
+    rng = np.random.default_rng(0)
+    theirs = {f'blocks.{i}.{q}.weight': rng.normal(size=(4, 3)) for i in range(2) for q in 'qkv'}
+    table = Table([('^blocks/qkv/', 'blocks.*.{q,k,v}/'), ('/kernel$', '.weight')])
+    entry = mapping.entry(table, 'blocks/qkv/kernel', (2, 3, 12))
+    assert entry.names == tuple(theirs)
+    ours = entry.read(tensors(theirs))
+    for i in range(2):
+        for j, q in enumerate('qkv'):
+            np.testing.assert_array_equal(ours[i][:, 4 * j : 4 * j + 4], theirs[f'blocks.{i}.{q}.weight'].T)
+    for name, written in entry.write(ours).items():
+        np.testing.assert_array_equal(written, theirs[name])
+
+
+def test_heads_that_stand_one_after_another():
+    """q, k and v of each of two heads in turn, as guided-diffusion has them."""
+    rows = np.arange(12.0)[:, None] * np.ones((1, 4))  # [heads 2 x (q, k, v) x 2, 4]
+    layout = Layout('qkv/kernel', '(h j c) i 1 -> i (j h c)', {'h': 2, 'j': 3})
+    entry = mapping.entry(Table([('/kernel$', '.weight')], [layout]), 'qkv/kernel', (4, 12))
+    ours = entry.read(tensors({'qkv.weight': rows[:, :, None]}))
+    assert ours[0].tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]  # q of both heads, k of both, v of both
+
+
+def test_copies_must_be_equal():
+    table = Table([('^time/', 'block.@.time/'), ('/kernel$', '.weight')], copies=2)
+    entry = mapping.entry(table, 'time/kernel', (3, 4))
+    same = {f'block.{i}.time.weight': np.ones((4, 3)) for i in range(2)}
+    assert entry.read(tensors(same)).shape == (3, 4)
+    assert set(entry.write(np.ones((3, 4)))) == set(same)
+    with pytest.raises(UserError, match=r'block\.1\.time\.weight is not equal to block\.0'):
+        entry.read(tensors(same | {'block.1.time.weight': np.zeros((4, 3))}))
+
+
+def test_check_names_what_is_missing_left_over_and_of_another_shape():
+    table = Table([('/kernel$', '.weight')])
+    entries = mapping.entries(table, {'a/kernel': (2, 3), 'b/kernel': (2, 3)})
+    file = tensors({'a.weight': np.zeros((3, 5)), 'c.weight': np.zeros(1), 'step': np.zeros(())})
+    with pytest.raises(UserError) as error:
+        mapping.check(entries, file, 'step', 'FILE')
+    assert str(error.value) == (
+        'FILE does not fit the config: of another shape: a.weight is [3, 5] and [3, 2] by the config; '
+        'missing: b.weight [3, 2]; left over: c.weight [1]'
+    )
+
+
+def case(name: str) -> tuple:
+    """(config, shapes of our arrays, file) of one of NAMES, its tensors zeros that take no memory."""
+    one = NAMES[name]
+    config = configs.override(configs.load(one['config']), [f'--config.{text}' for text in one['overrides']])
+    file = tensors({n: np.broadcast_to(np.float32(0), shape) for n, shape in one['tensors'].items()})
+    return config, shapes_of(config), Weights(name, file)
+
+
+def shapes_of(config) -> dict[str, tuple[int, ...]]:
+    return flat_shapes(published_part(runs.assemble(config, stage=runs.abstract_stage).abstract))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+def test_source_has_the_names_and_shapes_of_its_state_dict(name):
+    config, shapes, weights = case(name)
+    fit = sources.choose(config, shapes, weights, NAMES[name]['source'])
+    mapping.check(fit.entries, fit.weights, fit.source.skip, name)
+    for entry in fit.entries:
+        ours = entry.read(fit.weights)
+        assert ours.shape == entry.shape
+        for tensor, written in entry.write(ours).items():
+            assert mapping.same_numbers(written.shape, fit.weights[tensor].shape)
+    for source in sources.for_config(config):
+        names = [n for entry in sources.entries_of(source, config, shapes) for n in entry.all_names]
+        assert len(names) == len({*names}), f'{source.name} names a tensor twice'
+
+
+def test_order_of_heads_has_to_be_said():
+    config, shapes, weights = case('ADM')
+    with pytest.raises(UserError, match=r'--names=guided for q, k and v head by head.*--names=guided_new_order'):
+        sources.choose(config, shapes, weights)
+    assert sources.choose(config, shapes, weights, 'guided').source.name == 'guided'
+    with pytest.raises(UserError, match=r'--names=guidde: no such source; did you mean guided'):
+        sources.choose(config, shapes, weights, 'guidde')
+    config.model.network.head_channels = 64  # one head has one order
+    assert sources.choose(config, shapes, weights).source.name == 'guided'
+
+
+def test_averages_are_preferred_to_weights():
+    config, shapes, weights = case('DiT')
+    both = {f'{root}.{n}': t for root in ('model', 'ema') for n, t in weights.tensors.items()}
+    fit = sources.choose(config, shapes, Weights('both', both))
+    assert fit.weights['pos_embed'] is both['ema.pos_embed']
+
+
+def test_published_weights_have_configs_with_the_fields_of_their_source():
+    for one in published.PUBLISHED:
+        config = published.config_of(one)
+        source, resolved = sources.for_config(config, one.names)[0], config.to_dict()
+        for field, value in source.fields(config, None).items():
+            assert configs.get(resolved, field) == value, (one.name, field)
+
+
+def test_published_weights_are_found_by_name():
+    assert published.find('facebook/DiT-XL-2-256').config == 'dit_imagenet256'
+    with pytest.raises(UserError, match='did you mean google/ddpm-cifar10-32'):
+        published.find('google/ddpm-cifar10')
