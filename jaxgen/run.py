@@ -226,7 +226,8 @@ def assemble(
 
 
 def make_family(config: ConfigDict, context: Context) -> Family:
-    """The family of a config, and what its programs depend on.
+    """The family of a config, and what its programs depend on: config.model but for fields that are arguments of them,
+    and this context. Another call of `assemble` has another one, since code may have changed meanwhile in a notebook.
 
     Raises:
       UserError: values that do not fit each other.
@@ -236,10 +237,7 @@ def make_family(config: ConfigDict, context: Context) -> Family:
     family = build(context, **model)
     known = options.fields(build)
     fixed = options.untraced(known, options.complete(build, model, 'model'))
-    sections = [config[name].to_dict() for name in ('data', 'optim', 'train', 'mesh')]
-    stages = tuple(context.stages.items())  # with their settings, which are constants here
-    program = (build, json.dumps([fixed, *sections]), context.image, context.classes, stages)
-    return family._replace(image=context.image, program=program)
+    return family._replace(image=context.image, program=(json.dumps(fixed), context.optim))
 
 
 @dataclasses.dataclass(frozen=True)
