@@ -301,6 +301,8 @@ def notice(name: str = '') -> str:
     """
     if _entries is None:
         return 'compiling'
+    if not name:
+        return f'compiling what is not in the cache, {_entries.root}'
     known = seconds(name)
     first = f'about {known:.0f} s the first time; now' if known else 'the next start takes it'
     return f'compiling ({first} from the cache, {_entries.root})'

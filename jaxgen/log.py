@@ -28,9 +28,24 @@ def say(message: str) -> None:
         tqdm.write(f'jaxgen: {message}', file=sys.stderr)
 
 
+class AfterFirst(tqdm):
+    """A progress bar whose rate and time left are those after the first update: before it a program is compiled."""
+
+    began = False
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if not self.began and not self.disable:
+            self.began, self.initial, self.start_t = True, self.n, self._time()
+            self.refresh()
+        return shown
+
+
 def bar(total: int, what: str = '', quiet: bool = False, unit: str = 'image') -> tqdm:
     """A progress bar over images, or another unit, on stderr."""
-    return tqdm(total=total, desc=what or None, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=quiet)
+    return AfterFirst(
+        total=total, desc=what or None, unit=unit, dynamic_ncols=True, file=sys.stderr, smoothing=0, disable=quiet
+    )
 
 
 def steps_bar(step: int, steps: int) -> tqdm:

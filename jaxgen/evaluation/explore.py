@@ -237,7 +237,7 @@ def explore(run, n: int, seed: int, out: str) -> dict[str, dict]:
     def write(name: str, sheet: np.ndarray) -> None:
         if jax.process_index() == 0:
             files.save_png(os.path.join(out, f'{name}.png'), sheet)
-            log.say(f'written to {os.path.join(out, name)}.png')
+            log.say(f'{name}.png')
 
     if family.encode is not None:
         metrics |= explore_encoder(space, test, n, seed, write)
