@@ -162,7 +162,8 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     images: dict[str, OwnImages] = {}
     for name, value in condition.items():
         if shape := image_shape(assembled, name):
-            images[name] = values[name] = OwnImages(name, value, shape, config.data)
+            binary = name == 'mask' and name in inputs(family)  # where these are only bits to the family
+            images[name] = values[name] = OwnImages(name, value, shape, config.data, binary)
         else:
             values[name] = numbers(assembled, config, name, value)
     if 'domain' in values and 'image' not in images:

@@ -150,7 +150,7 @@ def sample_mode(run, n: int, seed: int, condition: dict[str, str | list[str]], o
             files.save_png(os.path.join(folder, 'film.png'), files.grid(states, film.shape[2]))
         files.save_json(os.path.join(folder, 'samples.json'), {**about, **record.surroundings()})
         files.save_npz(os.path.join(folder, 'samples.npz'), {'images': np.stack(images)}, compressed=True)
-    log.say(f'{n} samples by the {run.weights} weights of step {run.step}: {out}')
+    log.say(f'{n} sample{"s" * (n != 1)} by the {run.weights} weights of step {run.step}: {out}')
 
 
 def evaluate_mode(run, seed: int) -> None:

@@ -18,7 +18,7 @@ from support import assemble, first_batch, tiny
 from jaxgen import conditions, data, outputs, run, sample
 from jaxgen import main as command
 from jaxgen.config import DEFAULTS
-from jaxgen.data.own_images import OwnImages
+from jaxgen.data.own_images import OwnImages, Reduced
 from jaxgen.errors import RunError, UserError
 
 SECTION = {**DEFAULTS['data'], 'source': 'digits', 'size': 8, 'channels': 1}
@@ -113,6 +113,15 @@ def test_many_files_are_read_again_instead_of_kept(tmp_path):
     save(tmp_path / '1.png', noise(8, 8, 1, seed=7))
     with pytest.raises(RunError, match='changed'):
         images.take(np.array([1]))
+
+
+def test_bits_where_the_data_are_bits():
+    """Of the image alone; a small copy is of its grey levels, as in the data."""
+    x = noise(8, 8)
+    np.testing.assert_array_equal(own(x, binarise='threshold')[0, ..., 0], np.where(x > 127, 255, 0))
+    np.testing.assert_array_equal(own(x, name='edges', binarise='threshold')[0, ..., 0], x)
+    small = Reduced(OwnImages('image', x, (8, 8, 1), {**SECTION, 'binarise': 'fixed'}), 4)
+    np.testing.assert_allclose(small.take(np.arange(1)), means(x[None, ..., None], 4), atol=0.5)
 
 
 def test_a_folder_with_files_that_are_no_images(tmp_path):
@@ -335,6 +344,9 @@ def test_a_hole_of_ones_own_is_completed():
     np.testing.assert_array_equal(y[:, ~mask], x[:, ~mask])
     assert (y[:, mask] != x[:, mask]).any()
     np.testing.assert_array_equal(y, drawn('completing_digits', seed=3, image=x, mask=mask))
+    # The brighter half of a mask is the hole.
+    grey = np.where(mask, 128, 127).astype(np.uint8)
+    np.testing.assert_array_equal(y, drawn('completing_digits', image=x, mask=grey))
 
 
 def test_an_image_is_made_larger(tmp_path):

@@ -11,6 +11,7 @@ data.max_pixels is held before decoding.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import Counter
@@ -61,7 +62,7 @@ class OwnImages:
         read. Of other folders the unreadable files are left out.
     """
 
-    def __init__(self, feature: str, value, shape: tuple[int, ...], section):
+    def __init__(self, feature: str, value, shape: tuple[int, ...], section, binary: bool = False):
         """
         Args:
           feature: its name; where it holds 'mask', images of 0 and 1 are of black and white.
@@ -69,8 +70,11 @@ class OwnImages:
             or a list of these.
           shape: (H, W, C) of the feature.
           section: the section `data` of the run's config.
+          binary: pixels become black or white, the brighter half white.
         """
         self.feature, self.shape, self.section = feature, tuple(shape), section
+        bits = 'threshold' if binary else section['binarise'] if feature in BINARISED else 'none'
+        self.bits = functools.partial(transforms.binarised, how=bits) if bits != 'none' else None
         self.palette = section['source'].startswith('pairs:') and bool(sources.CLASS_MAPS.search(feature))
         found = list(items(feature, value))
         if not found:
@@ -138,8 +142,8 @@ class OwnImages:
         return [item.path for item in self.items]
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
-        images, how = self.grey(numbers), self.section['binarise']
-        return transforms.binarised(images, how) if how != 'none' and self.feature in BINARISED else images
+        images = self.grey(numbers)
+        return self.bits(images) if self.bits else images
 
     def grey(self, numbers: np.ndarray) -> np.ndarray:
         """As `take`, before pixels become bits."""
