@@ -76,6 +76,7 @@ def measure(name: str, n: int, turns: int) -> dict:
         steps['option'] = several(n, changed)
         began = time.perf_counter()
         for _ in range(10):
+            made.assembled.variants.clear()
             made.with_sampling(**changed)
         steps['family'] = {'seconds': (time.perf_counter() - began) / 10, 'compiled': 0}
     if program:

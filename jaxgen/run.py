@@ -31,7 +31,7 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
 
-MOST_FAMILIES = 64  # that an `Assembled` keeps beside its own
+MOST_VARIANTS = 64  # of an `Assembled` that it keeps
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
 DECIDES = re.compile(
     r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
@@ -63,16 +63,22 @@ class Assembled:
         """The same with another config.model, which says of the weights what it said before."""
         config = ConfigDict({**self.config.to_dict(), 'model': model})
         assert self.context is not None, 'made by `assemble`'
-        text, families = json.dumps(model), self.families
-        if text not in families:
-            if len(families) >= MOST_FAMILIES:
-                del families[next(iter(families))]
-            families[text] = make_family(config, self.context)
-        return dataclasses.replace(self, config=config, family=families[text])
+        return dataclasses.replace(self, config=config, family=make_family(config, self.context))
+
+    def with_options(self, given: dict[str, Any]) -> Assembled:
+        """The same with other options of sampling, see sample.with_options; the newest ones are kept."""
+        text, kept = repr(given), self.variants
+        if text not in kept:
+            build, model = configs.builder(self.config.family), self.config.model.to_dict()
+            new = self.with_model(sample.with_options(build, model, self.family, given))
+            if len(kept) >= MOST_VARIANTS:
+                del kept[next(iter(kept))]
+            kept[text] = new
+        return kept[text]
 
     @functools.cached_property
-    def families(self) -> dict[str, Family]:
-        """Those of `with_model`, the newest ones, by config.model."""
+    def variants(self) -> dict[str, Assembled]:
+        """Those of `with_options`, by the options as a text."""
         return {}
 
     @functools.cached_property
@@ -306,8 +312,7 @@ class Run:
         """
         if not sampling:
             return self
-        a, build = self.assembled, configs.builder(self.config.family)
-        assembled = a.with_model(sample.with_options(build, self.config.model.to_dict(), a.family, sampling))
+        assembled = self.assembled.with_options(sample.plain(sampling))
         return dataclasses.replace(self, config=assembled.config, assembled=assembled)
 
     def given(self, condition: dict[str, Any] | conditions.Given | None, n: int | None = None) -> conditions.Given:
@@ -328,7 +333,7 @@ class Run:
         Args:
           n: images of each seed; None: as many as a condition has values or latents, else 16, or 1 where there are
             several seeds.
-          seed: a number, or several of them: n images of each, in their order.
+          seed: a number, or several of them: n images of each, in their order, each time under the same conditions.
           condition: {name: value}, of which there is one for all images or a list of one for each: {'label': 3},
             {'label': [1, 2, 3]}, {'caption': 'a small red heart'}, {'image': 'photo.png'}. Labels are numbers or names
             of classes. Images are paths of files or folders, images of PIL, or arrays [h, w], [h, w, c], [n, h, w, c]
@@ -347,7 +352,7 @@ class Run:
             return images
         several: Any = seed if np.ndim(seed) else [seed]
         seeds = [check_integer('seed', one, 0) for one in several]
-        given = self.given(condition, n)
+        given = run.given(condition, n)
         for line in given.doubts():
             log.say(line)
         n = given.n if n is not None else given.n or (1 if np.ndim(seed) else 16)

@@ -29,7 +29,8 @@ def with_options(build: Callable, model: dict, family: Family, given: dict[str, 
     Args:
       build: the family's.
       model: {field: value}, complete.
-      given: {field: value}; a section as a dict of what differs, or its fields with dots, 'guidance.scale'.
+      given: {field: value} of Python's own types, see `plain`; a section as a dict of what differs, or its fields with
+        dots, 'guidance.scale'.
 
     Raises:
       UserError: an option that there is not, one that training depends on, or a value that it cannot have.
@@ -41,7 +42,7 @@ def with_options(build: Callable, model: dict, family: Family, given: dict[str, 
             raise UserError(f'sampling takes no option {path!r}: {refusal(build, family, first)}')
         for name in reversed(rest):
             value = {name: value}
-        nested[first] = both(nested[first], plain(value)) if first in nested else plain(value)
+        nested[first] = both(nested[first], value) if first in nested else value
     return options.complete(build, options.update(build, model, nested), 'model')
 
 

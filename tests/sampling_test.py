@@ -282,6 +282,7 @@ def test_mistakes_in_options(no_compile):
         ({'temperature': 'high'}, 'config.model.temperature must be float'),
         ({'temperature': np.nan}, 'config.model.temperature must be a finite number'),
         ({'temperature.x': 1}, 'config.model.temperature must be'),
+        ({'temperature': {(1, 2): 3}}, 'config.model.temperature must be float'),
         ({'seed': [1, -1]}, 'seed must be from 0'),
         ({'seed': 'x'}, 'seed must be an integer'),
     ):
