@@ -190,7 +190,9 @@ def class_names(path: str, parts: dict[str, bytes]) -> dict[str, tuple[str, ...]
             for label, keys in KEYS.items():
                 for key in keys:
                     if isinstance(about.get(key), list):
-                        names[label] = tuple(x.decode() if isinstance(x, bytes) else str(x) for x in about[key])
+                        names[label] = tuple(
+                            x.decode('utf-8', 'replace') if isinstance(x, bytes) else str(x) for x in about[key]
+                        )
     return names
 
 

@@ -128,7 +128,8 @@ class ReadRecords:
         try:
             example = self.example(self.number(i))
         except OSError as e:  # a file that is gone
-            raise RunError(f'{self.path}: cannot read {self.name(i)} ({e.strerror or e})') from e
+            why = ' '.join(str(e.strerror or e).split())
+            raise RunError(f'{self.path}: cannot read {self.name(i)} ({why})') from e
         return {name: example[f.path[0]] for name, f in self.chosen.items()}
 
 

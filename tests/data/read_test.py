@@ -24,7 +24,7 @@ from support import path
 
 from jaxgen import config as configs
 from jaxgen import data
-from jaxgen.data import arrays, cifar
+from jaxgen.data import arrays, cifar, matlab
 
 RNG = np.random.default_rng(0)
 GREY = {split: RNG.integers(0, 256, (n, 6, 6), np.uint8) for split, n in (('train', 12), ('test', 8))}
@@ -183,7 +183,7 @@ def test_examples_are_those_of_the_file(kind, cache_mb, tmp_path):
             np.testing.assert_array_equal(example['image'].reshape(images[split][i].shape), images[split][i])
             assert example['label'] == labels[split][i]
     unpacked = os.path.isdir(tmp_path / 'sets' / arrays.UNPACKED)
-    assert unpacked == (cache_mb == 0 and kind in ('idx gzipped', 'npz compressed'))
+    assert unpacked == (cache_mb == 0 and kind in ('idx gzipped', 'npz compressed', 'mat compressed'))
     # Elsewhere it is the same set, and with other images another.
     identity = data.dataset(config, 'train').identity
     moved = shutil.move(source.partition(':')[2].partition('?')[0], tmp_path / ('moved' + source.split('?')[0][-7:]))
@@ -582,6 +582,26 @@ def test_pickles_of_anything_else_are_refused(value, tmp_path, monkeypatch):
         with pytest.raises(ValueError):
             print(cifar.unpickled(pickle.dumps(value, protocol)))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('form, compress', [('5', False), ('5', True), ('4', False)])
+def test_arrays_of_matlab_are_those_that_scipy_reads(form, compress, tmp_path):
+    values = {f'a_{name}': (RNG.random((5, 3)) * 100).astype(name) for name in ('f8', 'f4', 'i2', 'u2', 'i4', 'u1')}
+    values |= {'scalar': np.float64(7), 'text': 'abc', 'complex': np.ones((2, 2)) * 1j, 'i': np.array([[1, 2]], 'u1')}
+    if form == '5':
+        values |= {'four': RNG.random((2, 3, 4, 5)), 'i8': np.arange(4), 'bits': np.eye(3) > 0, 's': {'x': 1}}
+        values |= {'empty': np.zeros((0, 3)), 'one': np.array([[5]], 'i2'), 'large': RNG.random((200, 300))}
+    scipy.io.savemat(tmp_path / 'a.mat', values, format=form, do_compression=compress)
+    expected = scipy.io.loadmat(tmp_path / 'a.mat')
+    found = {one.name: one for one in matlab.variables(str(tmp_path / 'a.mat'))}
+    assert set(found) == set(values)
+    assert {name for name, one in found.items() if one.kind} == {'text', 'complex', 's'} & set(values)
+    for name, one in found.items():
+        if not one.kind:
+            x = matlab.load(str(tmp_path / 'a.mat'), one, make(tmp_path))
+            assert x.shape == one.shape and x.dtype == one.dtype
+            assert x.dtype == (bool if name == 'bits' else expected[name].dtype)
+            np.testing.assert_array_equal(x, expected[name])
 
 
 # --- the files of published protocols
