@@ -115,7 +115,7 @@ def test_what_no_one_signed_is_not_followed(change, moved, tmp_path, monkeypatch
 UNPACK = {'zip': ['-m', 'zipfile', '-e'], 'tar.gz': ['-m', 'tarfile', '-e']}
 
 
-@pytest.mark.parametrize('kind', ['zip', 'tar.gz', 'folder'])
+@pytest.mark.parametrize('kind', ['zip', *(pytest.param(k, marks=pytest.mark.slow) for k in ('tar.gz', 'folder'))])
 def test_a_pack_is_used_anywhere(kind, trained, tmp_path, monkeypatch):
     root, samples = trained
     out = tmp_path / f'shared.{kind}' if kind != 'folder' else tmp_path / 'new' / 'shared'
