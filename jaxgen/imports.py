@@ -127,6 +127,10 @@ def family(path: str) -> tuple[Any, Any]:
     Raises:
       UserError: there is none.
     """
+    if path.startswith('jaxgen.'):
+        raise UserError(
+            f'config.family: no family {path!r}: those of jaxgen have one word, {path.rpartition(".")[2]!r}'
+        )
     target = load(path, 'family')
     if inspect.ismodule(target):
         module, build = target, getattr(target, 'build', None)

@@ -409,7 +409,7 @@ def check_family(
     """Holds a family to the contract.
 
     Args:
-      build: the family's function, (context, **options) -> Family, or its dotted path.
+      build: the family's function, (context, **options) -> Family, or its name or dotted path.
       image: height, width and channels.
       classes: of batch['label']; 0: there are no labels.
       batch: arrays [n, ...] that it reads beside image and label.

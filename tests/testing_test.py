@@ -199,5 +199,5 @@ def test_on_several_devices():
 
 
 @pytest.mark.slow
-def test_a_family_of_jaxgen_by_its_dotted_path():
-    check_family('jaxgen.families.vae', width=4, latent=2, levels=2)
+def test_a_family_of_jaxgen_by_its_name():
+    check_family('vae', width=4, latent=2, levels=2)
