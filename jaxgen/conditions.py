@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxgen import config as configs
 from jaxgen import origin
-from jaxgen.data import captions, folder
+from jaxgen.data import captions, folder, numpy_files
 from jaxgen.data.loader import OTHER
 from jaxgen.data.own_images import OwnImages, Reduced, reason
 from jaxgen.errors import UserError
@@ -295,6 +295,10 @@ def arrays(name: str, value, feature) -> Values:
         path = os.path.expanduser(os.fsdecode(value))
         try:
             with folder.open_regular(path) as file:
+                shape, _, dtype, start = numpy_files.header(path, file)
+                if start + math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size:
+                    raise ValueError('its header says more than it holds')
+                file.seek(0)
                 value = np.lib.format.read_array(file, allow_pickle=False)
         except MemoryError:
             raise

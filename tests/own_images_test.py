@@ -144,7 +144,7 @@ def test_a_folder_with_files_that_are_no_images(tmp_path):
 MISTAKES = {
     'nowhere.png': 'no file nowhere.png',
     'https://example.com/a.png': 'address',
-    '': 'no file',
+    '': 'name a file',
     b'no image': 'cannot be read as an image',
     b'': 'cannot be read as an image',
     '/dev/zero': 'no regular file',
@@ -226,6 +226,29 @@ def test_says_what_is_wrong_with_conditions(name, condition, message, no_compile
     with pytest.raises(UserError, match=message) as error:
         read(name, condition)
     assert '\n' not in str(error.value)
+
+
+def test_arrays_that_are_no_images(tmp_path):
+    """Any feature of the data; from a file, which is not unpickled and may not claim more than it holds."""
+    shape = jax.ShapeDtypeStruct((3,), np.float32)
+    rows = np.arange(6.0).reshape(2, 3)
+    for value, wanted in [(rows, rows), (rows[0], rows[:1]), ([1, 2, 3], [[1, 2, 3]]), (rows.tolist(), rows)]:
+        np.testing.assert_array_equal(conditions.arrays('embedding', value, shape).array, wanted)
+    path = str(tmp_path / 'x.npy')
+    np.save(path, rows)
+    np.testing.assert_array_equal(conditions.arrays('embedding', path, shape).array, rows)
+    with open(path, 'r+b') as file:
+        content = file.read().replace(b"'shape': (2, 3)", b"'shape': (9, 3)")
+    for damaged in (content, content[:20], b''):
+        (tmp_path / 'damaged.npy').write_bytes(damaged)
+        with pytest.raises(UserError, match='cannot be read as an array'):
+            conditions.arrays('embedding', str(tmp_path / 'damaged.npy'), shape)
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    for value in (path, rows[:, :2], [[1, 2, 3], [4]], [np.nan, 1, 2], 'nowhere', np.zeros((0, 3)), ['a', 'b', 'c']):
+        with pytest.raises(UserError, match='condition embedding'):
+            conditions.arrays('embedding', value, shape)
+    with pytest.raises(UserError, match='int32'):
+        conditions.arrays('factors', [0.5, 1, 2], jax.ShapeDtypeStruct((3,), np.int32))
 
 
 def test_pairs_are_in_the_order_of_their_names(tmp_path):

@@ -213,6 +213,8 @@ def items(feature: str, value) -> Iterator[Item]:
     """
     if isinstance(value, str | os.PathLike):
         path = os.path.expanduser(os.fsdecode(value))
+        if not path:
+            raise UserError(f'condition {feature}: name a file or a folder')
         if '://' in path and not os.path.exists(path):
             raise UserError(f'condition {feature}: {path} is an address; name a file or folder of this machine')
         if os.path.isdir(path):
