@@ -108,6 +108,8 @@ def test_closed_form_kl_is_the_weights_mean():
     dict(network='conv', width=4, levels=1),
     dict(network='conv', width=4, levels=2, likelihood='discretised_gaussian', samples=3),
     dict(likelihood='gaussian', hidden=(9, 7)),
+    dict(network='conv', width=4, levels=1, likelihood='discretised_logistic', scales='pixel', bounded_mean=True),
+    dict(hidden=(), likelihood='discretised_gaussian', scales='pixel', scale_range=(0.5, 2.0), scale=1.0),
     dict(network='gated', hidden=(9, 7), latent2=2, prior='vamp', pseudo_inputs=4, beta_warmup=3),
     dict(network='mlp', hidden=(9, 7), latent2=2, samples=3),
 ])  # fmt: skip
@@ -257,6 +259,7 @@ def test_one_importance_sample_is_the_elbo_and_more_are_tighter():
     assert exact - errors[5] < means[5] < means[1] - errors[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_importance_samples():
     sizes = set()
     for k in (8, 4000):
@@ -304,7 +307,7 @@ def test_free_bits_are_a_floor_of_each_latents_kl():
     chex.assert_trees_all_close(after.params, nothing.params, atol=1e-6)
 
 
-@pytest.mark.parametrize('likelihood', ['gaussian', 'discretised_logistic'])
+@pytest.mark.parametrize('likelihood', [pytest.param('gaussian', marks=pytest.mark.slow), 'discretised_logistic'])
 def test_scales_of_each_pixel_by_the_decoder(likelihood):
     model = {**LINEAR, 'likelihood': likelihood, 'learn_scale': True, 'scales': 'pixel', 'iwae_samples': 1}
     f, batch = family((2, 3, 1), **model, scale_range=(0.4, 0.8), bounded_mean=True), images(5, (2, 3, 1))
