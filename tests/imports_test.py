@@ -10,6 +10,7 @@ import os
 import sys
 import types
 
+import jax
 import pytest
 from support import mistake, path
 
@@ -119,7 +120,7 @@ def trained(package, workdir, family='family') -> str:
     return str(workdir)
 
 
-@pytest.mark.parametrize('family', ['family', 'family.own_build'])
+@pytest.mark.parametrize('family', ['family', pytest.param('family.own_build', marks=pytest.mark.slow)])
 def test_a_family_of_ones_own(family, package, tmp_path, new_process):
     workdir = trained(package, tmp_path / 'run', family)
     new_process()
@@ -151,7 +152,12 @@ def test_the_run_of_a_stranger_imports_nothing_unless_it_is_named(package, tmp_p
 
 
 @pytest.mark.parametrize(
-    'change', [{'family': 'own_package_x.family'}, {'model': {'width': 3, 'x': 'os.path'}}, {'family': 'os.system'}]
+    'change',
+    [
+        {'family': 'own_package_x.family'},
+        pytest.param({'model': {'width': 3, 'x': 'os.path'}}, marks=pytest.mark.slow),
+        pytest.param({'family': 'os.system'}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signature_is_of_the_modules_too(change, package, tmp_path, new_process):
     """Also of another one that is installed, and of a name within the model."""
@@ -173,6 +179,7 @@ def test_signatures_without_modules_are_those_of_before():
     assert origin.signature(config, key) == hmac.new(key, text, hashlib.sha256).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own(package, tmp_path, new_process, capfd):
     name = f'{package}.family.Net'
     config = jaxgen.config(path('ddpm_digits'), model={'network': {'name': name, 'channels': 6}})
@@ -253,3 +260,27 @@ def test_mistakes(package, tmp_path):
         jaxgen.config(path('ddpm_digits'), **{'model.network': 'unett'})
     with pytest.raises(UserError, match=r'config\.model\.sampler\.name must be one of'):
         jaxgen.config(path('ddpm_digits'), **{'model.sampler': f'{package}.family.Net'})
+
+
+NETWORKS = '''
+from typing import Annotated
+
+from jaxgen.networks import gan, pixelcnn
+
+
+def pair(image, projection, dtype, remat, *, width: Annotated[int, '[1, inf)'] = 4, multipliers=(2, 1)):
+    return gan.dcgan(image, projection, dtype, remat, width=width, multipliers=multipliers)
+
+
+class Pixels(pixelcnn.PixelCNN):
+    """A network of one's own."""
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('base, name', [('dcgan_digits', 'pair'), ('pixelcnn_digits', 'Pixels')])
+def test_networks_of_other_families(base, name, package, tmp_path, no_compile):
+    (tmp_path / 'site' / package / 'nets.py').write_text(NETWORKS)
+    config = jaxgen.config(path(base), **{'model.network': f'{package}.nets.{name}'})
+    own, original = (run.assemble(c).abstract for c in (config, configs.load(path(base))))
+    assert jax.tree.map(lambda x: x.shape, own.params) == jax.tree.map(lambda x: x.shape, original.params)

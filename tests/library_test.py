@@ -32,6 +32,7 @@ def plain(config, tmp_path_factory):
     return jaxgen.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, jaxgen; assert 'jax' not in sys.modules; assert 'config' in dir(jaxgen); jaxgen.config; "
@@ -91,6 +92,7 @@ def test_mistakes_are_one_line(name, overrides, message):
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.slow
 def test_list_configs():
     entries = jaxgen.list_configs('vae', 'DIGITS')
     assert {'vae_digits', 'conditional_vae_digits'} <= {entry.name for entry in entries}
@@ -123,6 +125,7 @@ def test_callbacks_see_the_lines_and_change_nothing(config, plain, tmp_path):
     assert run.step == STEPS
 
 
+@pytest.mark.slow
 def test_the_returned_run_is_the_saved_one(plain):
     loaded = jaxgen.load(pathlib.Path(plain.workdir))
     assert_same((plain.state.ema, plain.state.extra, plain.step), (loaded.state.ema, loaded.state.extra, loaded.step))
@@ -130,6 +133,7 @@ def test_the_returned_run_is_the_saved_one(plain):
     assert plain.config == loaded.config and plain.evaluate() == loaded.evaluate()
 
 
+@pytest.mark.slow
 def test_a_view_is_gone_with_the_next_update(config, tmp_path):
     kept = []
     jaxgen.train(config, str(tmp_path / 'run'), callbacks=[lambda step, logs, run: kept.append(run)])
@@ -185,6 +189,7 @@ def test_a_signal_saves_and_takes_its_course(config, plain, tmp_path):
     assert_same(saved_state(workdir, STEPS), saved_state(plain.workdir, STEPS))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     reached = []
 
@@ -198,6 +203,7 @@ def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     assert not reached
 
 
+@pytest.mark.slow
 def test_trainings_in_threads(config, plain, tmp_path):
     """Two at once, each in its own directory; signals are left to the main thread."""
     trained = []

@@ -47,6 +47,7 @@ def test_frechet_distance_of_points_on_a_line():
     assert metrics.frechet_distance(a, a) == 0
 
 
+@pytest.mark.slow
 def test_as_torch_fidelity_has_them():
     torch_fidelity()
     import torch
@@ -101,6 +102,7 @@ def test_small_sets_take_smaller_subsets():
     assert metrics.kernel_distance(a, b) == metrics.kernel_distance(a, b, size=20)
 
 
+@pytest.mark.slow
 def test_two_calls_compile_once(monkeypatch):
     run, compiled = classifier(), []
     metrics.extract(images(6), run)
