@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = '0.2.0'
 
 # Modules that are imported at their first use, so that `import jaxgen` does not import jax.
-LAZY = ('config', 'data', 'metrics', 'testing', 'train')
+LAZY = ('compilation', 'config', 'data', 'errors', 'files', 'metrics', 'testing', 'train')
 
 
 class CallableModule(types.ModuleType):

@@ -36,7 +36,8 @@ def plain(config, tmp_path_factory):
 def test_import_is_light():
     code = (
         "import sys, jaxgen; assert 'jax' not in sys.modules; assert 'config' in dir(jaxgen); jaxgen.config; "
-        "assert 'jax' not in sys.modules; jaxgen.metrics, jaxgen.data; print(jaxgen.config('vae_digits:tiny').family)"
+        "jaxgen.errors.UserError; assert 'jax' not in sys.modules; jaxgen.metrics, jaxgen.data, "
+        "jaxgen.compilation.use; print(jaxgen.config('vae_digits:tiny').family)"
     )
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == 'vae\n', done.stderr
