@@ -31,6 +31,7 @@ from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import UserError
 from jaxgen.sections import sides
+from jaxgen.stopping import larger_is_better
 from jaxgen.train import train
 
 # Parameters of the published systems (papers and reference code), by network.
@@ -245,6 +246,7 @@ def check_traces(config, assembled, complete: bool = True) -> None:
     numbered = {**batch, 'index': jax.ShapeDtypeStruct((len(batch['image']),), jnp.int32)}
     figures = jax.eval_shape(family.evaluate, state, frozen, numbered, key)
     assert figures and all(v.shape == (len(batch['image']),) for v in figures.values())
+    assert all(any(larger_is_better(name, (one,)) for name in figures) for one in family.larger)
     pictures = {'image': batch['image']}
     z = jax.ShapeDtypeStruct((4, *family.latents.shape), jnp.float32)
     if family.encode is not None:

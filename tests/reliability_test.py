@@ -528,6 +528,24 @@ def test_two_hosts_equal_one(tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_hosts_stop_early_at_one_step(tmp_path):
+    """One decides for both; the second start knows that the training has ended."""
+    more = {'data.validation_fraction': 0.2, 'train.held_out_every': 2, 'train.stop_on': 'validation/kl'}
+    command = long_run('vae_digits', tmp_path, steps=60, **more, **{'train.patience': 2, 'optim.lr': 0.1})
+    for _ in range(2):
+        said = []
+        for process in two_hosts(*command):
+            _, stderr = process.communicate(timeout=180)
+            assert process.returncode == 0, stderr
+            said.append(stderr)
+        values = {line['step']: line['validation/kl'] for line in metrics(tmp_path) if 'validation/kl' in line}
+        best = min(values, key=values.get)
+        assert max(values) == best + 4 < 60, values
+        assert f'stopped early at step {best + 4} of 60' in said[0]
+        assert checkpoints(tmp_path)[-1] == best + 4 and best in checkpoints(tmp_path)
+
+
 def test_hosts_stop_together(tmp_path):
     """SIGTERM to one of two: both stop, at one step, and it is saved."""
     hosts = two_hosts(*long_run('vae_digits', tmp_path, steps=1_000_000, save_every=1_000_000))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import assert_same, metrics, mistake, path, saved_state, tiny
 
+from jaxgen import config as configs
 from jaxgen import run, stopping
 from jaxgen import train as loop
 from jaxgen.contract import Aux, Family, make_update, new_state
-from jaxgen.errors import RunError
+from jaxgen.errors import RunError, UserError
 from jaxgen.run import assemble
 
 # By step, every second of which is evaluated: 5, 4, 3 (the best), 3 (no better), 6, 2.5 (better), ...
@@ -137,6 +139,41 @@ def test_larger_values_of_a_metric_may_be_better(monkeypatch, tmp_path):
     assert stopping.best_step(workdir) == 2 and int(state_of(workdir)[0].step) == 8
     assert stopping.larger_is_better('validation/accuracy/0', ('validation/accuracy',))
     assert not stopping.larger_is_better('validation/accuracy_error', ('validation/accuracy',))
+
+
+def test_stops_on_a_metric_of_samples(monkeypatch, tmp_path, capfd):
+    """Kept and counted as those of validation examples, in the checkpoint that they precede."""
+    known = ['frechet/net', 'precision/net']
+    evaluator = types.SimpleNamespace(check=lambda n: None, reference=None, metric_names=lambda: known)
+    made = make()
+
+    def assembled(*args, **kwargs):
+        a = made(*args, **kwargs)
+        return dataclasses.replace(a, family=a.family._replace(sample=lambda *args: None))
+
+    monkeypatch.setattr(loop, 'assemble', assembled)
+    monkeypatch.setattr(loop, 'make_evaluator', lambda *args: evaluator)
+    monkeypatch.setattr(loop.Training, 'grid', lambda self: None)
+    evaluated = []
+
+    def evaluate(self, evaluator):
+        evaluated.append(self.step)
+        return {'frechet/net': CURVE[self.step], 'precision/net': -CURVE[self.step]}
+
+    monkeypatch.setattr(loop.Training, 'evaluate', evaluate)
+    fields = {'held_out_every': 0, 'evaluate_every': 2, 'stop_on': 'precision/net'}  # the larger the better
+    changed = {'train': fields, 'evaluate': {'features': 'run:x'}}
+    config = configs.make(**configs.deep_update(config_of().to_dict(), changed))
+    workdir = str(tmp_path)
+    loop.train(config, workdir)
+    assert evaluated == [2, 4, 6, 8, 10] and stopping.best_step(workdir) == 6 and kept(workdir) == [6, 10]
+    assert best_of(workdir) == {'step': 6, 'metric': 'precision/net', 'value': -3.0, 'n': 2000}
+    loop.train(config, workdir)
+    assert evaluated == [2, 4, 6, 8, 10], 'a finished run was evaluated again'
+    assert [line['step'] for line in metrics(workdir) if 'frechet/net' in line] == evaluated
+    config.train.stop_on = 'frechet/nets'
+    with pytest.raises(UserError, match='no such metric; did you mean frechet/net'):
+        loop.train(config, workdir)
 
 
 class Killed(BaseException):

@@ -31,8 +31,12 @@ class Selected:
     """Some of a split's records, and all else as theirs."""
 
     def __init__(self, records: Records, numbers: np.ndarray, which: str):
-        self.records, self.numbers = records, numbers
-        self.path, self.chosen, self.identity = records.path, records.chosen, f'{records.identity} {which}'
+        self.records, self.numbers, self.which = records, numbers, which
+        self.path, self.chosen = records.path, records.chosen
+
+    @property
+    def identity(self) -> str:
+        return f'{self.records.identity} {self.which}'
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -47,7 +51,10 @@ class Relabelled:
     def __init__(self, records: Records, classes: np.ndarray):
         self.records, self.classes = records, classes
         self.path, self.chosen = records.path, records.chosen
-        self.identity = f'{records.identity} classes numbered {tuple(classes.tolist())}'
+
+    @property
+    def identity(self) -> str:
+        return f'{self.records.identity} classes numbered {tuple(self.classes.tolist())}'
 
     def __len__(self) -> int:
         return len(self.records)

@@ -350,6 +350,6 @@ def build(
         trajectory=trajectory,
         divisor=divisor,
         free=('sample_steps', 'start'),
-        larger=('below', 'accuracy'),
+        larger=('below', *(('accuracy',) if joint else ())),
         sampling=('sample_steps', 'start'),
     )
