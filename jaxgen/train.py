@@ -316,6 +316,8 @@ class Training:
                 self.checkpoints.wait()
                 log.say(f'a callback raised an exception: stopped and saved at step {self.step}; train again to go on')
                 raise error or RunError('a callback raised an exception on another host')
+        if lines and self.writer:
+            self.writer.pause()
 
     def save(self) -> None:
         """Saves the state, unless it is not finite."""
