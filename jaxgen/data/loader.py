@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from jaxgen.data import folder, sources, splits, transforms
-from jaxgen.data.records import Feature, Records, name_of
+from jaxgen.data.records import Feature, Records, blocks_of, name_of
 from jaxgen.data.section import completes
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
@@ -398,6 +398,34 @@ def order(seed: int, n: int, stream: int = transforms.ORDER) -> Callable[[np.nda
     return examples
 
 
+def order_in_blocks(seed: int, blocks: np.ndarray, together: int, apart: int) -> Callable[[np.ndarray], np.ndarray]:
+    """As `order`, of examples that are read in blocks: every epoch takes the blocks in a random order, and the examples
+    of `together` blocks at a time in a random order.
+
+    Args:
+      blocks: of each example, int [n].
+      apart: added to the streams of randomness.
+    """
+    n, count = len(blocks), int(blocks.max()) + 1
+
+    @functools.lru_cache(maxsize=4)
+    def epoch(e: int) -> np.ndarray:
+        keys = transforms.uniform(seed, e * count + np.arange(count), transforms.BLOCKS + apart)
+        rank = np.empty(count, int)
+        rank[np.argsort(keys, kind='stable')] = np.arange(count)
+        keys = transforms.uniform(seed, e * n + np.arange(n), transforms.ORDER + apart)
+        return np.lexsort((keys, rank[blocks] // together))
+
+    def examples(numbers: np.ndarray) -> np.ndarray:
+        epochs, positions = np.divmod(numbers, n)
+        out = np.empty_like(numbers)
+        for e in np.unique(epochs):
+            out[epochs == e] = epoch(int(e))[positions[epochs == e]]
+        return out
+
+    return examples
+
+
 def rectangles(uniform: Callable) -> np.ndarray:
     """Numbers of transforms.rectangle, [n, tries, 4]."""
     return np.stack([np.stack([uniform(t + k) for k in range(4)], -1) for t in transforms.TRIES], 1)
@@ -428,7 +456,11 @@ def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[
     Args:
       apart: added to the streams of randomness: another order and another augmentation.
     """
-    which = order(seed, len(examples), transforms.ORDER + apart)
+    blocks = blocks_of(examples.records)
+    if blocks is None:
+        which = order(seed, len(examples), transforms.ORDER + apart)
+    else:
+        which = order_in_blocks(seed, *blocks, apart)
     images = [name for name, feature in examples.records.chosen.items() if feature.image]
 
     def take(numbers: np.ndarray) -> dict[str, np.ndarray]:

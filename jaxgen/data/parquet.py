@@ -3,7 +3,8 @@
 A column of images holds the bytes of their files, or structs {bytes, path}. Names of classes come from the ClassLabel
 that the hub's files describe; other labels, integers or texts, are read first. parquet:PATH?image=img&label=fine_label
 names columns. A shard's split is in its name or its folder's: train-00000-of-00002.parquet, default/test/0000.parquet.
-An example is read with its whole row group, of which as many stay in memory as data.cache_mb has room for.
+An example is read with its whole row group. Of sets of more than 256 MB training mixes the examples of so many row
+groups at a time, other ones in each epoch; these stay in memory.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgen.addresses import Address
-from jaxgen.data import arrays, folder
+from jaxgen.data import arrays
 from jaxgen.data.records import Contents, Feature, Split, classes_of, open_file
 from jaxgen.errors import UserError
 
 SPLIT = re.compile(r'(?:^|[^a-z])(train|test|validation|valid|val|dev)(?:[^a-z]|$)')
 SPLITS = {**arrays.WORDS, 'dev': 'validation'}
 CAPTIONS = (*arrays.ROLES['caption'], 'prompt')
-LARGE = 2**25  # bytes of a row group: more of them are slow to read for one example
+WINDOW = 2**28  # bytes of the row groups whose examples training mixes; twice as many are in memory
 
 
 class Shard(NamedTuple):
@@ -57,23 +58,13 @@ def read(address: Address, data) -> Contents:
     described = hub_features(schema)
     names = roles(path, address.options, schema, described, pa)
     columns = {
-        split: Columns(split, shards, data['cache_mb'] * 2**20, names, described) for split, shards in splits.items()
+        split: Columns(split, shards, max(data['cache_mb'] * 2**20, 2 * WINDOW), names, described)
+        for split, shards in splits.items()
     }
     notes = []
     for split in [split for split in columns if split != 'train' and 'label' in names and columns[split].unlabelled()]:
         notes.append(f'the split {split}, which has no labels')
         del columns[split]
-    sizes = [one.metadata.row_group(i).total_byte_size for one in splits.get('train', []) for i in range(min(
-        one.metadata.num_row_groups, 8))]  # fmt: skip
-    total = sum(
-        one.metadata.row_group(i).total_byte_size
-        for one in splits.get('train', []) for i in range(one.metadata.num_row_groups)
-    )  # fmt: skip
-    if sizes and max(sizes) > LARGE and total > data['cache_mb'] * 2**20:
-        folder.say(
-            f'{path}: row groups have {max(sizes) // 2**20} MB, and one is read for each example, which is slow: raise '
-            f'config.data.cache_mb to {total // 2**20 + 1}, or write them anew with row_group_size=100'
-        )
     features, labels = features_of(path, columns, schema, names, described, data, pa)
     return Contents(
         path,
@@ -183,8 +174,15 @@ class Columns:
         self.groups = [(k, i) for k, i, _ in groups]
         self.ends = np.cumsum([n for _, _, n in groups], dtype=np.int64)
         self.n = int(self.ends[-1]) if groups else 0
+        size = sum(s.metadata.row_group(i).total_byte_size for s in shards for i in range(s.metadata.num_row_groups))
+        # Row groups that are mixed; 0: all of them fit into memory.
+        self.together = max(2, WINDOW * len(groups) // size) if size > WINDOW else 0
         self.kept: collections.OrderedDict = collections.OrderedDict()
         self.lock, self.reading = threading.Lock(), collections.defaultdict(threading.Lock)
+
+    def blocks(self) -> tuple[np.ndarray, int]:
+        """The row group of each row, and how many of them are mixed."""
+        return np.searchsorted(self.ends, np.arange(self.n), side='right'), self.together
 
     def column(self, name: str) -> list:
         """All values of a column."""
@@ -320,7 +318,7 @@ def split_of(columns: Columns, features: dict[str, Feature], labels: Callable[[s
         return example
 
     own = None if labels is None else functools.partial(labels, columns.split)
-    return Split(columns.n, open_examples, own, columns.name)
+    return Split(columns.n, open_examples, own, columns.name, blocks=columns.blocks if columns.together else None)
 
 
 def value_of(value, feature: Feature):

@@ -83,6 +83,10 @@ class Split(NamedTuple):
     names: Callable[[int], str] | None = None  # of an example, for messages: 'a/b.png'
     # float64 [n] in [0, 1), a function of each example alone: the least are held out for testing. None: of its number.
     ranks: Callable[[], np.ndarray] | None = None
+    # Where examples are read in blocks, each of which takes long: (block of each, int [n], how many blocks fit into
+    # memory). Training then mixes the examples of so many blocks at a time, other ones in each epoch. A function of
+    # the files alone, since the order of the examples must be one.
+    blocks: Callable[[], tuple[np.ndarray, int]] | None = None
 
 
 class Contents(NamedTuple):
@@ -148,6 +152,16 @@ def own_splits(names) -> dict[str, str]:
     return {'own_test': test, 'validation': validation if test != validation else '', 'rest': validation}
 
 
+def blocks_of(records: Records) -> tuple[np.ndarray, int] | None:
+    """`Split.blocks` of the examples of these records; None where any order of reading is as quick."""
+    if isinstance(records, ReadRecords):
+        found = records.split.blocks() if records.split.blocks else None
+    else:  # a part of others, see splits.py
+        found = blocks_of(records.records) if hasattr(records, 'records') else None
+    numbers = getattr(records, 'numbers', None)
+    return found if found is None or numbers is None else (found[0][numbers], found[1])
+
+
 def open_split(contents: Contents, chosen: dict[str, Feature], data, split: str, directory: str) -> ReadRecords:
     """The records of a split, by the names of `sources.open_records`: of the files' own, or, where they have no other
     than 'train', a part of this one.
@@ -182,6 +196,8 @@ def open_split(contents: Contents, chosen: dict[str, Feature], data, split: str,
     if split in ('train', 'test', 'own_test') and not own['own_test']:
         fraction = data['test_fraction']
         numbers = held_out(splits[title], fraction, contents.path)[split != 'train']
+        if splits[title].blocks:  # in the order of the files, which is quick
+            numbers = np.sort(numbers)
         which = f'train without {fraction}' if split == 'train' else f'{fraction} of train'
 
     def identity() -> str:

@@ -25,6 +25,7 @@ from support import path
 from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.data import arrays, cifar, matlab
+from jaxgen.data import parquet as read_parquet
 
 RNG = np.random.default_rng(0)
 GREY = {split: RNG.integers(0, 256, (n, 6, 6), np.uint8) for split, n in (('train', 12), ('test', 8))}
@@ -602,6 +603,33 @@ def test_arrays_of_matlab_are_those_that_scipy_reads(form, compress, tmp_path):
             assert x.shape == one.shape and x.dtype == one.dtype
             assert x.dtype == (bool if name == 'bits' else expected[name].dtype)
             np.testing.assert_array_equal(x, expected[name])
+
+
+def test_large_sets_of_row_groups_are_read_a_window_at_a_time(tmp_path, monkeypatch):
+    """Every epoch has each example once, mixed within windows of random row groups; a later start goes on."""
+    n = 60
+    images = [encoded(Image.fromarray(np.full((6, 6), i, np.uint8))) for i in range(n)]
+    table = pa.table({'image': images, 'label': np.arange(n) % 3})
+    os.makedirs(tmp_path / 'set')
+    parquet.write_table(table, tmp_path / 'set' / 'train-0.parquet', row_group_size=5)
+    parquet.write_table(table[:8], tmp_path / 'set' / 'test-0.parquet')
+    size = sum(parquet.read_metadata(tmp_path / 'set' / 'train-0.parquet').row_group(i).total_byte_size
+               for i in range(12))  # fmt: skip
+    monkeypatch.setattr(read_parquet, 'WINDOW', size // 3)
+    config = make(tmp_path / 'sets', source=f'parquet:{tmp_path}/set', size=6, cache_mb=0, batch=10)
+    order = np.concatenate([b['image'][:, 0, 0, 0] for b in take(config, 12)])
+    epochs = order.reshape(2, n)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(n))
+        windows = [set(part // 5) for part in epoch.reshape(3, 20)]
+        assert all(len(groups) == 4 for groups in windows), 'of four row groups each'
+        assert list(epoch[:20]) != sorted(epoch[:20])
+    assert set(epochs[0][:20] // 5) != set(epochs[1][:20] // 5), 'other ones in another epoch'
+    again = [b['image'][:, 0, 0, 0] for b in take({**config, 'cache_mb': 512, 'threads': 2}, 7, start=5)]
+    np.testing.assert_array_equal(np.concatenate(again), order[50:])
+    kept = take({**config, 'keep_classes': (1,), 'features': ('image', 'label')}, 2)
+    seen = np.concatenate([b['image'][:, 0, 0, 0] for b in kept])
+    assert sorted(seen) == [i for i in range(n) if i % 3 == 1]
 
 
 # --- the files of published protocols
