@@ -94,7 +94,7 @@ BASES = {
             for sampler in samplers.SAMPLERS
         ],
         *[('score_vp_digits', {'sampler': {'name': s, 'steps': 3, 'eta': 0.5}}) for s in ('ddim', 'euler_ancestral')],
-        ('score_vp_digits', {'sampler': {'name': 'heun', 'steps': 3, 's_churn': 0.5, 's_min': 0.01, 's_max': 1e3}}),
+        ('score_vp_digits', {'sampler': {'name': 'heun', 'steps': 4, 's_churn': 0.5, 's_min': 0.01, 's_max': 10.0}}),
     ],
     'gan': [('conditional_gan_digits', {'truncation': 0.5})],
     'glow': [('glow_digits', {})],
@@ -106,6 +106,10 @@ BASES = {
     'transformer': [('transformer_digits', {'top_p': 0.9})],
     'var': [('var_digits', {'top_p': 0.9, 'guidance': 1.5})],
 }
+
+
+# The shift is of flows, which end where alpha is 0; these two divide by alpha.
+IMPOSSIBLE = {'diffusion': {('sampler=predictor_corrector', 'shift'), ('sampler=annealed_langevin', 'shift')}}
 
 
 def config_of(name: str, model: dict):
@@ -173,7 +177,8 @@ def test_marked_fields_reach_the_program_by_settings_alone(family):
                 assert len(constants) == len(first[1]) and all(map(np.array_equal, constants, first[1])), where
                 seen.add(where)
                 break
-    assert seen == MARKED[family], f'no base in which these do anything: {MARKED[family] - seen}'
+    expected = MARKED[family] - IMPOSSIBLE.get(family, set())
+    assert seen == expected, f'no base in which these do anything: {expected - seen}'
 
 
 def test_all_families_with_marked_fields_have_bases():
@@ -329,16 +334,16 @@ def test_sizes_of_batches():
 
 
 @pytest.mark.slow
-def test_films_take_the_same_options(compiled):
+def test_films_take_the_same_options():
     made = untrained('flow_digits')
     options_of = {'sampler': {'name': 'ddim', 'steps': 4}}
     film = made.film(2, 5, **options_of, **{'sampler.shift': 2.0})
-    del compiled[:]
     longer = made.film(3, 5, **options_of, **{'sampler.shift': 1.5})
     assert film.shape[:3] == (2, 2, 4) and longer.shape[0] == 3
     assert distance(made.film(2, 5, **options_of, **{'sampler.shift': 2.0}), film) == 0
     np.testing.assert_array_less(5, distance(longer[:2], film))
-    assert distance(film[:, 0, -1], made.sample(2, **options_of, **{'sampler.shift': 2.0})) <= 1
+    baked = with_config(made, {'sampler': {'name': 'ddim', 'steps': 4, 'shift': 2.0}}).film(2, 5)
+    assert distance(baked, film) <= 1
 
 
 @pytest.mark.slow
