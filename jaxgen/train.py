@@ -222,9 +222,10 @@ class Training:
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         init = sharding.jit(self.a.init, out_shardings=self.shardings, compiler_options=once)
-        state = init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
-        ahead.join()
-        return state
+        try:
+            return init(randomness.stream(jax.random.key(self.config.seed), 'init'), one, self.frozen)
+        finally:
+            ahead.join()  # a process must not end while a thread compiles
 
     def compile_ahead(self, one: dict) -> threading.Thread:
         """A thread that traces and compiles the first call, while the initial state is compiled and computed: XLA
