@@ -290,10 +290,11 @@ class Model(NamedTuple):
 
 
 def loss(
-    model: Model, beta: float, beta_warmup: int, free_bits: float, samples: int,
+    model: Model, beta: float, beta_warmup: int, free_bits: float, samples: int, bound: str,
     params, state: State, frozen, batch, rng,
 ):  # fmt: skip
-    """Minus the bound, nats per image: KL + reconstruction (eq. 10), or with samples > 1 -L_k (Burda et al., eq. 8)."""
+    """Minus the bound, nats per image: KL + reconstruction (eq. 10), the mean over samples, or -L_k (Burda et al., eq.
+    8)."""
     weight = beta * jnp.minimum(1, (state.step + 1) / beta_warmup) if beta_warmup else beta
     pixel_rng, z_rng = jax.random.split(rng)
     x = model.pixels.target(batch['image'], jax.random.split(pixel_rng, len(batch['image'])))
@@ -310,7 +311,7 @@ def loss(
     else:
         log_w, log_x = jax.vmap(lambda noise: importance_weight(log_p, inference, noise))(noise)  # [k, n]
         kl = (log_x - log_w).mean(0) if inference.kl is None else inference.kl
-        value = -log_mean_exp(log_w).mean()
+        value = -log_mean_exp(log_w).mean() if bound == 'importance' else (weight * kl - log_x.mean(0)).mean()
     return value, Aux({'loss': value, 'kl': kl.mean(), 'reconstruction': -log_x.mean()})
 
 
@@ -473,6 +474,7 @@ def build(
     beta_warmup: Annotated[int, '[0, inf)'] = 0,
     free_bits: NonNegative = 0.0,
     samples: Count = 1,
+    bound: Annotated[str, OneOf('importance', 'elbo')] = 'importance',
     iwae_samples: Count = 64,
 ) -> Family:
     """VAE.
@@ -507,6 +509,7 @@ def build(
       free_bits: nats of the KL of each latent, mean over the batch, that cost nothing in training. It needs the prior
         'normal', one level and samples = 1.
       samples: k of the bound that is trained; 1: the ELBO.
+      bound: of k > 1: 'importance', L_k, or 'elbo', the mean of k estimates of the ELBO.
       iwae_samples: k of 'nll_iwae' in evaluate; also the draws by which a KL without a closed form is estimated.
 
     Raises:
@@ -515,9 +518,10 @@ def build(
     pixels = Pixels(likelihood, binarise, white, encoder_range)
     check(pixels, network, latent2, hidden, conditional, prior)
     check_scales(likelihood, learn_scale, scales, scale_range, bounded_mean)
-    if samples > 1 and (beta != 1 or beta_warmup):
+    if samples > 1 and bound == 'importance' and (beta != 1 or beta_warmup):
         raise UserError(
-            'config.model.samples > 1 trains a bound without a KL term: set config.model.beta to 1 and beta_warmup to 0'
+            'config.model.samples > 1 trains a bound without a KL term: set config.model.beta to 1 and beta_warmup to '
+            "0, or bound to 'elbo'"
         )
     if free_bits and (samples > 1 or latent2 or prior != 'normal'):
         raise UserError(
@@ -541,7 +545,7 @@ def build(
         classes=context.classes if conditional else 0,
         pseudo_inputs=pseudo_inputs if prior == 'vamp' else 0,
     )
-    objective = functools.partial(loss, model, beta, beta_warmup, free_bits, samples)
+    objective = functools.partial(loss, model, beta, beta_warmup, free_bits, samples, bound)
     start = functools.partial(start_pseudo_inputs, model, pseudo_mean, pseudo_std, pseudo_data)
     trained = (*model.networks, *(['prior'] if prior == 'vamp' else []))
     return Family(

@@ -286,6 +286,18 @@ def test_sums_of_importance_weights_are_stable():
     np.testing.assert_allclose(mean_x[finite], log_w.mean(0)[finite], rtol=1e-5)
 
 
+def test_means_of_elbos_are_looser_than_the_bound_of_as_many_samples():
+    """On the same draws, by Jensen; the mean of ELBOs is of the KL and so may weigh it, the bound is not."""
+    state = begin(family(), images())
+    tight, loose, weighed = (
+        updated(family(samples=4, **model), state, images())[1]
+        for model in ({}, dict(bound='elbo'), dict(bound='elbo', beta=3.0, beta_warmup=2))
+    )
+    np.testing.assert_allclose(loose['loss'], loose['reconstruction'] + loose['kl'], rtol=1e-5)
+    np.testing.assert_allclose(weighed['loss'], loose['reconstruction'] + 1.5 * loose['kl'], rtol=1e-5)
+    assert tight['loss'] < loose['loss'] and tight['reconstruction'] == loose['reconstruction']
+
+
 def test_free_bits_are_a_floor_of_each_latents_kl():
     plain, batch = family(), images()
     state = begin(plain, batch)
