@@ -144,25 +144,17 @@ def startup(record: dict) -> str:
 
 
 def loader(record: dict) -> str:
-    """Images a second out of the data loader: a row for each kind of file and size."""
+    """Images per second of a core out of the data loader: a row for each kind of file, a column for each size."""
     rows = record['rows']
-    threads, processes = (sorted({int(n) for r in rows for n in r.get(what, ())}) for what in ('threads', 'processes'))
-
-    def name(r: dict) -> str:
+    sizes = sorted({r['size'] for r in rows})
+    table: dict[str, dict[int, str]] = {}
+    for r in rows:
         kept = ', kept in memory' if r['fields']['cache_mb'] else ''
         draft = f', `data.draft={r["fields"]["draft"]}`' if 'draft' in r['fields'] else ''
         kind = {'jpeg': 'JPEG', 'png': 'PNG', 'photo': 'JPEG of 512 × 384'}[r['kind']]
-        return f'{kind}{draft}{kept}'
-
-    heads = ['files', 'pixels', 'bytes', 'a core']
-    heads += [f'{n} thread{"s" if n > 1 else ""}' for n in threads] + [f'{n} processes' for n in processes]
-    table = []
-    for r in rows:
-        rates = [r['per_core'], *(r['threads'].get(str(n)) for n in threads)]
-        rates += [r.get('processes', {}).get(str(n)) for n in processes]
-        cells = ['' if rate is None else f'{rate:,}' for rate in rates]
-        table.append([name(r), str(r['size']), f'{r["bytes"]:,}', *cells])
-    return markdown(heads, table)
+        table.setdefault(f'{kind}{draft}{kept}', {})[r['size']] = f'{r["per_core"]:,}'
+    heads = ['files', *(f'{size} × {size}' for size in sizes)]
+    return markdown(heads, [[name, *(cells.get(size, '') for size in sizes)] for name, cells in table.items()])
 
 
 def first_samples(rows: list[dict]) -> str:
