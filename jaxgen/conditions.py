@@ -31,6 +31,7 @@ from jaxgen.errors import UserError
 
 LOW_RESOLUTION = 'low_resolution'
 APART = (OTHER, 'reference', LOW_RESOLUTION)  # images that need not lie over the others, pixel by pixel
+MOST_BYTES = 80  # of a file's name that are part of another's; file systems take 255
 SECOND = ('mask', 'reference')  # images after which a sample is named only where there is no other
 
 
@@ -89,7 +90,7 @@ class Given:
         named = []
         for i in range(n):
             stems = dict.fromkeys(stem(files[name].paths[i % len(files[name])]) for name in several)
-            named.append('_'.join(stems))
+            named.append(shortened('_'.join(stems), 2 * MOST_BYTES))
         return unique(named)
 
     def sources(self, i: int) -> dict[str, str]:
@@ -101,7 +102,12 @@ class Given:
 def stem(path: str) -> str:
     """A file's name without its ending, as part of the name of another one."""
     name = os.path.splitext(os.path.basename(path))[0]
-    return re.sub(r'[^\w.()+ -]|^\.', '_', name)[:80] or '_'
+    return shortened(re.sub(r'[^\w.()+ -]|^\.', '_', name), MOST_BYTES) or '_'
+
+
+def shortened(name: str, most: int) -> str:
+    """As much of a name as fits into `most` bytes."""
+    return name.encode()[:most].decode(errors='ignore')
 
 
 def unique(names: Sequence[str]) -> list[str]:

@@ -274,6 +274,7 @@ def test_samples_are_named_after_their_files(tmp_path):
     assert [conditions.stem(path) for path in ('/x/..png', '.hidden.png', 'a\nb.png', 'ä/ö ü.x.png', 'x' * 300)] == [
         '_.png', '_hidden', 'a_b', 'ö ü.x', 'x' * 80
     ]  # fmt: skip
+    assert conditions.stem('字' * 300) == '字' * 26 and conditions.stem(os.fsdecode(b'a\xff.png')) == 'a_'
     named = conditions.unique(['a', 'a', 'a-2', 'A', 'a'])
     assert len({name.casefold() for name in named}) == 5 and named[0] == 'a' and named[2] == 'a-2'
 
