@@ -82,9 +82,10 @@ jaxgen {version}: generative models for images
   jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
   jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
-  jaxgen --mode=data --config=ddpm_digits                  counts, sizes, classes, an image grid of the data
+  jaxgen --mode=data --config=ddpm_digits                  counts, classes, a grid of images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
-  jaxgen --mode=import --config=dit_imagenet256 --from=DiT-XL-2-256x256.pt    a run of published weights
+  jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
+  jaxgen --mode=export --workdir=runs/ddpm_digits --to=x.pt  its weights, for other programs
 
 Options:
 {options}
@@ -99,7 +100,9 @@ def help_text(values: flags.FlagValues) -> str:
     for name in (name for name in values if name != 'h'):
         value = '' if values[name].boolean else '=' + name.upper()
         first = f'  --{name + value:<20}'
-        lines += textwrap.wrap(values[name].help, 96, initial_indent=first, subsequent_indent=' ' * 24)
+        lines += textwrap.wrap(
+            values[name].help.partition(';\n')[0], 96, initial_indent=first, subsequent_indent=' ' * 24
+        )
     return HELP.format(version=jaxgen.__version__, options='\n'.join(lines)).rstrip()
 
 
