@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from jaxgen.addresses import Address
 from jaxgen.data import arrays
-from jaxgen.data.records import Contents, open_file
+from jaxgen.data.records import Contents, open_file, text_digest
 from jaxgen.errors import UserError
 
 DTYPES = {0x08: 'u1', 0x09: 'i1', 0x0B: '>i2', 0x0C: '>i4', 0x0D: '>f4', 0x0E: '>f8'}  # by the third byte
@@ -34,7 +35,15 @@ def read(address: Address, data) -> Contents:
     paths = files_of(address.path)
     splits = {split: {what: stored(path, what, data) for what, path in parts.items()} for split, parts in paths.items()}
     used = tuple(path for parts in paths.values() for path in parts.values())
-    return arrays.contents(address, data, splits, used)
+
+    def digest() -> str:
+        """Of the values, so that it does not matter whether they are gzipped."""
+        about = [
+            (split, what, x.shape, x.dtype.str, x.load()) for split, one in splits.items() for what, x in one.items()
+        ]
+        return text_digest(*(f'{one} {hashlib.sha256(np.ascontiguousarray(x)).hexdigest()}' for *one, x in about))
+
+    return arrays.contents(address, data, splits, used)._replace(digest=digest)
 
 
 def files_of(path: str) -> dict[str, dict[str, str]]:

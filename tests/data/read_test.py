@@ -193,6 +193,15 @@ def test_examples_are_those_of_the_file(kind, cache_mb, tmp_path):
     assert data.dataset(config | {'source': elsewhere}, 'test').identity != identity
 
 
+def test_gzipped_or_not_it_is_one_set(tmp_path):
+    sets = [GOOD[kind](f'{tmp_path}/{i}') for i, kind in enumerate(('idx', 'idx gzipped'))]
+    configs_of = [make(tmp_path / 'sets', source=source, size=6) for source in sets]
+    first, second = (data.dataset(config, 'train').identity for config in configs_of)
+    assert first == second
+    damage(tmp_path / '0' / 'train-images-idx3-ubyte', lambda x: x[:-1] + bytes([x[-1] ^ 1]))
+    assert data.dataset(configs_of[0], 'train').identity != second
+
+
 def test_two_processes_and_a_later_start_divide_one_order(tmp_path):
     config = make(tmp_path / 'sets', source=write_parquet(f'{tmp_path}/set'), size=6, crop='random', cache_mb=0)
     config |= {'features': ('image', 'label')}
