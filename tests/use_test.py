@@ -165,6 +165,7 @@ def test_seeds(seed, vae):
 def test_options_that_a_mode_does_not_read():
     """Each of them, in each mode, is read or refused."""
     values = {'n': '2', 'seed': '5', 'film': '2', 'profile': 'true', 'multihost': 'true', 'condition': 'label=1'}
+    values['step'] = '4'
     shared = {'mode', 'help', 'version', 'config', 'workdir'}
     for which, names in command.READS.items():
         mode = which.partition(' ')[0]
@@ -178,6 +179,8 @@ def test_options_that_a_mode_does_not_read():
             ]
             if '--images' in which:
                 text.append('--images=here')
+            needed = {'import': 'from', 'export': 'to'}.get(mode, name)
+            text += [f'--{needed}=here'] * (needed != name)
             given, *_ = command.parse(['jaxgen', *text])
             if name in names:
                 command.check_flags(given)
