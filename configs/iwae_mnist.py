@@ -2,10 +2,10 @@
 
     python -m jaxgen.main --config=configs/iwae_mnist.py
 
-Trained on the bound of k = 50 importance samples; the variants `k5` and `k1` have 5 and 1, the latter the ELBO, of
-whose k samples the mean is taken in the variants `elbo` and `k5,elbo`, the VAEs of the paper's table. 59,600
-images train, 400 are held out for validation. The learning rate falls by 10^(1/7) after 1, 4, 13, ... epochs, the 8
-stages having 3^0 to 3^7 epochs.
+Trained on the bound of k = 50 importance samples; the variants `k5` and `k1` have 5 and 1, the latter the ELBO. The
+variants `elbo` and `k5,elbo` take the mean of k ELBOs instead, as the VAEs of the paper's table do. 59,600 images
+train, 400 are held out for validation. The learning rate falls by 10^(1/7) after 1, 4, 13, ... epochs: the 8 stages
+have 3^0 to 3^7 epochs.
 
 Differs: the release rounds its learning rates to two digits, adds Adam's epsilon before the correction of the bias and
 averages no weights; its decoder's last bias starts from the logits of the mean image; test images are there drawn anew
