@@ -154,6 +154,8 @@ def test_marked_fields_reach_the_program_by_settings_alone(family):
             assembled = assemble(config_of(name, model))
         except UserError:  # a sampler that does not go with this process
             continue
+        assert {where[0].partition('=')[0] for where in MARKED[family]} <= set(assembled.family.sampling)
+        assert set(assembled.family.sampling) <= set(assembled.family.free)
         build, own = configs.builder(family), assembled.config.model.to_dict()
         given = {k: np.asarray(v) for k, v in conditions.first(assembled, assembled.config, 2, {}).items()}
         given = jax.eval_shape(sample.to_inside, given)
