@@ -72,11 +72,11 @@ def apply(model: BoundModel, name: str, arrays: dict[str, np.ndarray], most: int
         outputs = jax.eval_shape(compiled.call, model.state, model.frozen, one, seed)
         return jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), outputs)
     size = batch_size(model, compiled, n, most)
-    compiled.sizes.add((model.mesh, size))
     pieces = []
     for start in range(0, n, size):
         piece = {key: a[start : start + size] for key, a in arrays.items()}
         pieces.append(model.apply(compiled.call, piece, size, seed))
+    compiled.sizes.add((model.mesh, size))  # now that it was not too large for the device
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 

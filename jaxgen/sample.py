@@ -145,8 +145,13 @@ def batch_size(model: BoundModel, compiled: Program, n: int, most: int) -> int:
 def run_program(model: BoundModel, function: str, size: int) -> Callable:
     """The program of the model's family for batches of this size, its settings put in."""
     compiled, settings = program(model.family, function), settings_of(model.family)
-    compiled.sizes.add((model.mesh, size))
-    return lambda *arguments: compiled.call(*arguments, settings)
+
+    def run(*arguments):
+        outputs = jax.block_until_ready(compiled.call(*arguments, settings))
+        compiled.sizes.add((model.mesh, size))  # now that it was not too large for the device
+        return outputs
+
+    return run
 
 
 def draw(model: BoundModel, provide: Callable, n: int, size: int, seed: int) -> Iterator[np.ndarray]:
