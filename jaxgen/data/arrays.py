@@ -188,7 +188,7 @@ def roles(where: str, options: dict[str, str], train: dict[str, Stored]) -> dict
 
 def listed(arrays: dict[str, Stored], near: str = '') -> str:
     close = difflib.get_close_matches(near, arrays, n=1, cutoff=0.6) if near else []
-    some = ', '.join(f'{name} {x.dtype} {list(x.shape)}' for name, x in list(arrays.items())[:8])
+    some = ', '.join(f'{ascii(name[:60])[1:-1]} {x.dtype} {list(x.shape)}' for name, x in list(arrays.items())[:8])
     return f'did you mean {close[0]}?' if close else f'it has {some}{", ..." if len(arrays) > 8 else ""}'
 
 

@@ -36,6 +36,7 @@ LOGICAL, COMPLEX = 0x0200, 0x0800  # flags
 HEADER = 128  # bytes, of a file
 BEGIN = 2**16  # bytes that hold the header of any array
 MOST = 10_000  # arrays
+NAME = 63  # characters of a name
 
 
 class Variable(NamedTuple):
@@ -120,6 +121,8 @@ def matrix(begin: bytes, order: str, length: int) -> Variable:
     shape = struct.unpack_from(f'{order}{n // 4}i', begin, at)
     _, n, at, after = tag(begin, after, order)
     name = begin[at : at + n].decode('ascii', 'replace')
+    if len(name) > NAME:
+        raise ValueError(f'an array has a name of {len(name)} characters')
     kind = flags & 0xFF
     if kind not in CLASSES or flags & COMPLEX:
         return Variable(name, 'complex' if kind in CLASSES else OTHERS.get(kind, 'unknown'))

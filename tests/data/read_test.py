@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 
@@ -506,6 +507,13 @@ def test_other_arrays_are_features_by_their_names(tmp_path):
         assert bytes(example['caption']).rstrip(b'\0').decode() == ['a dog', 'eine Kuh', 'é' * 3][number % 3]
     with refused(r"has no 'constant'"):
         data.spec({**config, 'features': ('image', 'constant')})
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    source = write_parquet(f'{tmp_path}/set')
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    with refused(r"pip install 'jaxgen\[parquet\]'"):
+        use(tmp_path, source)
 
 
 def test_captions_and_columns_of_parquet(tmp_path):
