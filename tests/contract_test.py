@@ -63,6 +63,7 @@ PUBLISHED = {
     'vqvae2_imagenet256': {'total': 1_388_867},
     'kl_f8_imagenet256': {'encoder': 34_163_664, 'decoder': 49_490_199},
     'vqgan_imagenet256': {'total': 72_141_699 + 2_765_633},
+    'ldm_celebahq256': {'denoiser': 274_056_163},
     'vq_f4_celebahq256': {'total': 55_322_782 + 2_765_633},
     'vampprior_mnist': {'total': 1_508_864},
     # 784-200-200-(2 x 50) and 50-200-200-784; 560-300-300-(2 x 40), gated, and 40-300-300-(2 x 560), 500 pseudo-inputs.

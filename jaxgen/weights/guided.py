@@ -5,6 +5,7 @@ One network whose blocks are numbered in the order in which they are built.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -115,14 +116,23 @@ def fits(config: ConfigDict) -> bool:
     return network(config) == 'adm' or config.family == 'noisy_classifier'
 
 
-# CompVis' checkpoints hold averaged weights under names without dots.
-DOTLESS = r'(state_dict\.)?model_ema\.(?!decay|num_updates)'
+def averages(weights: Weights) -> Weights:
+    """The weights with the averages of CompVis' checkpoints in their place: these stand beside the trained weights, under
+    the same names without dots, model_ema.diffusion_modelinput_blocks00weight."""
+    tensors = dict(weights.tensors)
+    for name in weights:
+        root, found, path = name.partition('model.diffusion_model.')
+        average = f'{root}model_ema.diffusion_model{path.replace(".", "")}'
+        if found and average in weights:
+            tensors[name] = weights[average]
+    return dataclasses.replace(weights, tensors=tensors)
 
 
 SOURCES = (
     Source(
         'guided', 'improved-diffusion, guided-diffusion and latent-diffusion, q, k, v head by head', fits, table(True),
-        roots=('', 'state_dict.', 'model.diffusion_model.', 'state_dict.model.diffusion_model.'), fields=fields,
+        roots=('', 'state_dict.', 'model.diffusion_model.', 'state_dict.model.diffusion_model.'), prepare=averages,
+        fields=fields,
         distinct="q, k and v head by head: all published ones but ADM at 64 pixels", licence='MIT',
     ),
     Source(

@@ -63,6 +63,8 @@ PUBLISHED: tuple[Published, ...] = (
     Published('stabilityai/sd-vae-ft-mse', 'kl_f8_imagenet256', 'diffusers', HUB + 'stabilityai/sd-vae-ft-mse', 'MIT'),
     Published('kl-f8', 'kl_f8_imagenet256', 'compvis', LDM, 'MIT'),
     Published('vq-f4', 'vq_f4_celebahq256', 'compvis', LDM, 'MIT'),
+    Published('ldm celeba256', 'ldm_celebahq256', 'guided', LDM, 'MIT'),
+    Published('ldm ffhq256', 'ldm_celebahq256', 'guided', LDM, 'MIT'),
     Published('vqgan_imagenet_f16_1024', 'vqgan_imagenet256', 'compvis', TAMING, 'MIT'),
     Published('DiT-XL-2-256x256.pt', 'dit_imagenet256', 'dit', f'{GITHUB}facebookresearch/DiT', NC_DIT),
     Published('facebook/DiT-XL-2-256', 'dit_imagenet256', 'diffusers', HUB + 'facebook/DiT-XL-2-256', NC_DIT),

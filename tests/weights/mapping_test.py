@@ -145,3 +145,15 @@ def test_published_weights_are_found_by_name():
     assert published.find('facebook/DiT-XL-2-256').config == 'dit_imagenet256'
     with pytest.raises(UserError, match='did you mean google/ddpm-cifar10-32'):
         published.find('google/ddpm-cifar10')
+
+
+def test_averages_of_compvis_are_preferred():
+    """They stand beside the trained weights, under names without dots."""
+    config, shapes, weights = case('IDDPM')
+    trained = {f'state_dict.model.diffusion_model.{n}': t for n, t in weights.tensors.items()}
+    averages = {f'state_dict.model_ema.diffusion_model{n.replace(".", "")}': t for n, t in weights.tensors.items()}
+    averages |= {n: Tensor(t.shape, t.dtype, lambda t=t: t.read() + 1) for n, t in averages.items()}
+    others = tensors({'state_dict.model_ema.decay': np.zeros(()), 'state_dict.first_stage_model.x': np.zeros(2)})
+    fit = sources.choose(config, shapes, Weights('ldm', {**trained, **averages, **others}), 'guided')
+    mapping.check(fit.entries, fit.weights, fit.source.skip, 'ldm')
+    assert all((entry.read(fit.weights) == 1).all() for entry in fit.entries[:10])
