@@ -183,3 +183,26 @@ def torch_fidelity():
             for name in stand_ins:
                 del sys.modules[name]
             sys.modules.update(before)
+
+
+def from_source(table, shapes, state: dict, network: str = 'denoiser', **fields) -> dict:
+    """Weights of a torch module as ours, by a table of jaxgen/weights, which users' files are read with.
+
+    Args:
+      table: (config, shapes) -> Table, like weights.diffusers.unet.
+      shapes: tree of our weights' shapes.
+      state: the module's state dict.
+      network: name of our network.
+      fields: of config.model and config.model.network that the table reads.
+    """
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from jaxgen.weights import mapping
+    from jaxgen.weights.files import Tensor
+
+    model = types.SimpleNamespace(network=types.SimpleNamespace(**fields), **fields)
+    flat = {f'{network}/{path}': leaf.shape for path, leaf in flatten_dict(shapes, sep='/').items()}
+    arrays = {name: tensor.detach().numpy() for name, tensor in state.items()}
+    tensors = {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+    entries = mapping.entries(table(types.SimpleNamespace(model=model), flat), flat)
+    return unflatten_dict({e.path.removeprefix(f'{network}/'): e.read(tensors) for e in entries}, sep='/')

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from labelled import labelled
+from support import from_source
 
 from jaxgen.networks.adm import ADMClassifier, ADMUNet
 from jaxgen.networks.embeddings import cosines_first
+from jaxgen.weights import diffusers as diffusers_names
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -20,47 +22,6 @@ rng = np.random.default_rng(1)
 X = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
 T = np.array([3, 977])
 LABEL = np.array([2, 0])
-
-
-def from_diffusers(weights, levels: int) -> dict:
-    """Weights of a diffusers UNet2DModel as ours: names, axes and q, k, v in one matrix."""
-    names = {'conv_shortcut': 'shortcut', 'time_emb_proj': 'embedding', 'group_norm': 'norm', 'to_out.0': 'out'}
-    names |= {'conv_in': 'first', 'conv_norm_out': 'norm', 'conv_out': 'last', 'class_embedding': 'label'}
-    names |= {'time_embedding.linear_1': 'time1', 'time_embedding.linear_2': 'time2'}
-    ours: dict = {}
-    for name, value in weights.items():
-        module, _, kind = name.rpartition('.')
-        parameter = 'bias' if kind == 'bias' else {1: 'scale', 2: 'kernel', 4: 'kernel'}[value.ndim]
-        value = value.detach().numpy()
-        if value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)
-            value = value[0, 0] if 'shortcut' in module else value
-        elif value.ndim == 2:
-            value = value.T
-        if module == 'class_embedding':
-            parameter, value = 'embedding', value.T
-        place = []
-        if inside := re.fullmatch(r'(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)', module):
-            side, i, what, j, module = inside.groups()
-            level = int(i or 0) if side == 'down' else levels - 1 - int(i or 0)
-            place = {
-                'resnets': f'{side}{level}_{j}',
-                'attentions': f'{side}{level}_{j}_attention',
-                'downsamplers': f'down{level}',
-                'upsamplers': f'up{level}',
-            }[what]
-            place = [re.sub(r'mid\d+', 'middle', place)]
-        if module != 'conv':  # that of a resampler, which has the resampler's name here
-            place.append(names.get(module, module))
-        node = ours
-        for part in place:
-            node = node.setdefault(part, {})
-        node[parameter] = value
-    for name, module in ours.items():
-        if name.endswith('_attention'):
-            parts = [module.pop(f'to_{which}') for which in 'qkv']
-            module['qkv'] = {k: np.concatenate([part[k] for part in parts], -1) for k in ('kernel', 'bias')}
-    return ours
 
 
 def theirs(torch, widths, attention, head_channels, resample_in_blocks, scale_shift=True, **options):
@@ -134,8 +95,10 @@ def test_equals_diffusers(ours, reference):
     label = torch.from_numpy(LABEL) if classes else None
     with torch.no_grad():
         y = network(torch.from_numpy(X.transpose(0, 3, 1, 2)), torch.from_numpy(T), label).sample.numpy()
-    params = from_diffusers(dict(network.named_parameters()), 2)
-    assert_close(labelled(ADMUNet, **ours), params, y.transpose(0, 2, 3, 1), X, T, LABEL)
+    unet = labelled(ADMUNet, **ours)
+    shapes = jax.eval_shape(lambda: unet.init(jax.random.key(0), X, T, LABEL, train=False))['params']
+    params = from_source(diffusers_names.unet, shapes, network.state_dict(), **ours)
+    assert_close(unet, params, y.transpose(0, 2, 3, 1), X, T, LABEL)
 
 
 def test_classifier_equals_diffusers_and_torch():
@@ -166,15 +129,16 @@ def test_classifier_equals_diffusers_and_torch():
         y, _ = torch.nn.functional.multi_head_attention_forward(
             h[:1], h, h, 128, 4, qkv, qkv_bias, None, None, False, 0.0, out, out_bias
         )
-    params = from_diffusers(dict(network.named_parameters()), 2)
-    params = {k: v for k, v in params.items() if not k.startswith('up') and k != 'last'}
+    classifier = ADMClassifier(128, (0.5, 1), 1, (4,), head_channels=32, classes=5)
+    shapes = jax.eval_shape(lambda: classifier.init(jax.random.key(0), X, T, train=False))['params']
+    shapes = {name: shape for name, shape in shapes.items() if name not in ('norm', 'pool')}
+    params = from_source(diffusers_names.unet, shapes, network.state_dict(), multipliers=(0.5, 1))
     params['norm'] = {'scale': norm.weight.detach().numpy(), 'bias': norm.bias.detach().numpy()}
     params['pool'] = {
         'positions': positions.numpy(),
         'qkv': {'kernel': qkv.numpy().T, 'bias': qkv_bias.numpy()},
         'out': {'kernel': out.numpy().T, 'bias': out_bias.numpy()},
     }
-    classifier = ADMClassifier(128, (0.5, 1), 1, (4,), head_channels=32, classes=5)
     assert_close(classifier, params, y[0].numpy(), X, T)
 
 

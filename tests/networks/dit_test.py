@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from labelled import labelled
+from support import from_source
 
 from jaxgen.networks.dit import DiT, position_embedding
+from jaxgen.weights import diffusers as diffusers_names
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -52,41 +54,6 @@ def compiled(network, train=False):
     return lambda *args: np.asarray(apply(*args))  # numpy: what follows compiles nothing
 
 
-def from_diffusers(model) -> dict:
-    """Weights of a DiTTransformer2DModel, whose blocks all have the first one's embedders, as ours."""
-
-    def dense(*modules):
-        """Layers side by side as one."""
-        return {
-            'kernel': np.concatenate([m.weight.detach().numpy() for m in modules]).T,
-            'bias': np.concatenate([m.bias.detach().numpy() for m in modules]),
-        }
-
-    def block(b):
-        return {
-            'modulation': dense(b.norm1.linear),
-            'qkv': dense(b.attn1.to_q, b.attn1.to_k, b.attn1.to_v),
-            'out': dense(b.attn1.to_out[0]),
-            'mlp1': dense(b.ff.net[0].proj),
-            'mlp2': dense(b.ff.net[2]),
-        }
-
-    embedders = model.transformer_blocks[0].norm1.emb
-    patches = model.pos_embed.proj.weight.detach().numpy()  # [channels, C, patch, patch]
-    return {
-        'first': {
-            'kernel': patches.transpose(2, 3, 1, 0).reshape(-1, len(patches)),
-            'bias': model.pos_embed.proj.bias.detach().numpy(),
-        },
-        'time1': dense(embedders.timestep_embedder.linear_1),
-        'time2': dense(embedders.timestep_embedder.linear_2),
-        'label': {'embedding': embedders.class_embedder.embedding_table.weight.detach().numpy()},
-        'blocks': jax.tree.map(lambda *each: np.stack(each), *map(block, model.transformer_blocks)),
-        'modulation': dense(model.proj_out_1),
-        'last': dense(model.proj_out_2),
-    }
-
-
 def test_equals_diffusers():
     torch = pytest.importorskip('torch')
     diffusers = pytest.importorskip('diffusers')
@@ -108,13 +75,12 @@ def test_equals_diffusers():
     shared.time_proj.downscale_freq_shift = 0
     for block in theirs.transformer_blocks:
         block.norm1.emb = shared
-    params = from_diffusers(theirs)
 
     network = labelled(DiT, channels=32, blocks=3, heads=4, classes=11, out_channels=6)
     x = np.random.default_rng(0).normal(size=(4, 12, 12, 3)).astype(np.float32)
     t, label = np.array([0, 3, 500, 977]), np.array([0, 9, 10, 4])
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, label, train=False))['params']
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    params = from_source(diffusers_names.dit, shapes, theirs.state_dict(), patch=2, blocks=3)
     ours = compiled(network)({'params': params}, x, t, label)
     with torch.no_grad():
         reference = theirs(*map(torch.from_numpy, (x.transpose(0, 3, 1, 2), t, label))).sample

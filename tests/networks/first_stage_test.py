@@ -7,65 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import from_source
 
 from jaxgen.networks import quantise
 from jaxgen.networks.first_stage import Decoder, Encoder
+from jaxgen.weights import diffusers as diffusers_names
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
 SMALL = dict(channels=8, multipliers=(1, 2, 2), blocks=1, attention=(4,), groups=2)
-
-
-def conv(layer) -> dict:
-    """A convolution of theirs as ours; one of 1x1 is a dense layer here."""
-    kernel = layer.weight.detach().numpy()
-    kernel = (
-        kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 and kernel.shape[-1] > 1 else kernel.reshape(len(kernel), -1).T
-    )
-    return {'kernel': kernel, 'bias': layer.bias.detach().numpy()}
-
-
-def norm(layer) -> dict:
-    return {'scale': layer.weight.detach().numpy(), 'bias': layer.bias.detach().numpy()}
-
-
-def resnet(block) -> dict:
-    weights = {
-        'norm1': norm(block.norm1),
-        'conv1': conv(block.conv1),
-        'norm2': norm(block.norm2),
-        'conv2': conv(block.conv2),
-    }
-    return weights | ({'shortcut': conv(block.conv_shortcut)} if block.conv_shortcut is not None else {})
-
-
-def attention(block) -> dict:
-    parts = [conv(layer) for layer in (block.to_q, block.to_k, block.to_v)]
-    qkv = {name: np.concatenate([part[name] for part in parts], -1) for name in ('kernel', 'bias')}
-    return {'norm': norm(block.group_norm), 'qkv': qkv, 'out': conv(block.to_out[0])}
-
-
-def from_diffusers(network, one_by_one, side: str, levels: int) -> dict:
-    """Weights of one of their halves as ours. side: 'down' | 'up'."""
-    weights = {
-        'first': conv(network.conv_in),
-        'middle_0': resnet(network.mid_block.resnets[0]),
-        'middle_attention': attention(network.mid_block.attentions[0]),
-        'middle_1': resnet(network.mid_block.resnets[1]),
-        'norm': norm(network.conv_norm_out),
-        'last': conv(network.conv_out),
-        {'down': 'to_latent', 'up': 'from_latent'}[side]: conv(one_by_one),
-    }
-    for i, blocks in enumerate(network.down_blocks if side == 'down' else network.up_blocks):
-        level = i if side == 'down' else levels - 1 - i
-        for j, block in enumerate(blocks.resnets):
-            weights[f'{side}{level}_{j}'] = resnet(block)
-        for j, block in enumerate(getattr(blocks, 'attentions', None) or ()):
-            weights[f'{side}{level}_{j}_attention'] = attention(block)
-        resampler = blocks.downsamplers if side == 'down' else blocks.upsamplers
-        if resampler is not None:
-            weights[f'{side}{level}'] = conv(resampler[0].conv)
-    return weights
 
 
 def randomise(torch, model) -> None:
@@ -116,16 +66,14 @@ def test_equals_diffusers(kind, options, outputs):
     # The published networks have one number of groups at all widths.
     small = {**SMALL, 'groups': options.get('norm_num_groups', 2), 'group_size': 0}
     encoder, decoder = Encoder(outputs=outputs, **small), Decoder(**small)
-    weights = from_diffusers(model.encoder, model.quant_conv, 'down', 3)
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), X)['params']
-    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)
+    weights = from_source(diffusers_names.autoencoder, shapes, model.state_dict(), 'encoder', **small)
     z = jax.jit(encoder.apply)({'params': weights}, X)
     with torch.no_grad():
         compare(z, model.quant_conv(model.encoder(nchw(torch, X))))
 
-    weights = from_diffusers(model.decoder, model.post_quant_conv, 'up', 3)
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), Z)['params']
-    assert jax.tree.map(jnp.shape, weights) == jax.tree.map(jnp.shape, shapes)
+    weights = from_source(diffusers_names.autoencoder, shapes, model.state_dict(), 'decoder', **small)
     decode = jax.jit(decoder.apply)
     image, h = decode({'params': weights}, Z)
     with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,11 @@ import numpy as np
 import pytest
 import references
 from labelled import labelled
+from support import from_source
 
 from jaxgen.networks.layers import smooth, upsample_smooth
 from jaxgen.networks.ncsnpp import NCSNpp
+from jaxgen.weights import diffusers as diffusers_names
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -102,42 +103,6 @@ def test_equals_the_reference_in_torch(options):
     assert_close(apply(network, params, t=t, augment=AUGMENT), references.ncsnpp(network, params, X, t, LABEL, AUGMENT))
 
 
-def from_diffusers(weights: dict[str, np.ndarray], levels: int, blocks: int) -> dict:
-    """Weights of a diffusers UNet2DModel of Skip blocks as ours: names, axes and q, k, v in one matrix."""
-    names = [
-        *((f'down_blocks.{i}.resnets.', f'down{i}_') for i in range(levels)),
-        *((f'down_blocks.{i}.attentions.', f'down{i}_attention') for i in range(levels)),
-        *((f'down_blocks.{i}.resnet_down', f'down{i}') for i in range(levels)),
-        *((f'down_blocks.{i}.skip_conv', f'input{i}') for i in range(levels)),
-        *((f'up_blocks.{levels - 1 - i}.resnets.', f'up{i}_') for i in range(levels)),
-        *((f'up_blocks.{levels - 1 - i}.attentions.0', f'up{i}_{blocks}_attention') for i in range(levels)),
-        *((f'up_blocks.{levels - 1 - i}.resnet_up', f'up{i}') for i in range(levels)),
-        *((f'up_blocks.{levels - 1 - i}.skip_norm', f'norm{i}') for i in range(levels)),
-        *((f'up_blocks.{levels - 1 - i}.skip_conv', f'last{i}') for i in range(levels)),
-        *(('mid_block.resnets.', 'middle_'), ('mid_block.attentions.0', 'middle_0_attention')),
-        *(('time_embedding.linear_', 'time'), ('conv_in', 'first'), ('conv_norm_out', 'norm0'), ('conv_out', 'last0')),
-        *(('conv_shortcut', 'shortcut'), ('time_emb_proj', 'embedding'), ('group_norm', 'norm'), ('to_out.0', 'out')),
-    ]
-    out: dict = {'frequencies': weights.pop('time_proj.weight')}
-    for name, value in weights.items():
-        module, _, kind = name.rpartition('.')
-        for theirs, ours in names:
-            module = module.replace(theirs, ours)
-        module = re.sub(r'(down\d)_attention(\d)', r'\1_\2_attention', module)
-        parameter = {'weight': 'scale' if value.ndim == 1 else 'kernel', 'bias': 'bias'}[kind]
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        value = value[0, 0] if value.shape[:2] == (1, 1) else value
-        place = out
-        for part in module.split('.'):
-            place = place.setdefault(part, {})
-        place[parameter] = value
-    for name, module in out.items():
-        if name.endswith('_attention'):
-            parts = [module.pop(f'to_{which}') for which in 'qkv']
-            module['qkv'] = {k: np.concatenate([part[k] for part in parts], -1) for k in ('kernel', 'bias')}
-    return out
-
-
 def test_equals_diffusers():
     """The form of google/ncsnpp-celebahq-256 and its kin, every weight random."""
     torch = pytest.importorskip('torch')
@@ -158,9 +123,8 @@ def test_equals_diffusers():
     for name, weight in theirs.named_parameters():
         if 'norm' in name:  # the only ones that torch does not start at random
             weight.data += 0.2 * torch.randn_like(weight)
-    params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=2, blocks=1)
     network = labelled(NCSNpp, **options, embedding='fourier', resampling='fir', pyramid='skip')
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables(network))
+    params = from_source(diffusers_names.skip_unet, variables(network), theirs.state_dict(), **options)
 
     sigma = np.array([0.02, 1.0, 45.0], np.float32)
     with torch.no_grad():

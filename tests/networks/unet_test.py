@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from labelled import labelled
+from support import from_source
 
 from jaxgen.networks.embeddings import sinusoidal
 from jaxgen.networks.unet import UNet
+from jaxgen.weights import diffusers as diffusers_names
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -50,46 +50,6 @@ def compiled(network, train=False):
     )
 
 
-def from_diffusers(weights: dict[str, np.ndarray], levels: int) -> dict:
-    """Weights of a diffusers UNet2DModel as ours: names, axes and q, k, v in one matrix."""
-    blocks = {'conv_shortcut': 'shortcut', 'time_emb_proj': 'embedding', 'group_norm': 'norm', 'to_out.0': 'out'}
-    ends = {'conv_in': 'first', 'conv_norm_out': 'norm', 'conv_out': 'last'}
-    ends |= {'time_embedding.linear_1': 'time1', 'time_embedding.linear_2': 'time2'}
-    out: dict = {}
-
-    def put(module, parameter, value):
-        place = out
-        for part in module:
-            place = place.setdefault(part, {})
-        place[parameter] = value
-
-    for name, value in weights.items():
-        module, _, kind = name.rpartition('.')
-        parameter = {'weight': 'scale' if value.ndim == 1 else 'kernel', 'bias': 'bias'}[kind]
-        if value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)
-            value = value[0, 0] if 'shortcut' in module else value
-        elif value.ndim == 2:
-            value = value.T
-        if module in ends:
-            put([ends[module]], parameter, value)
-            continue
-        side, i, what, j, layer = re.fullmatch(r'(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)', module).groups()
-        level = {'down': int(i or 0), 'mid': 0, 'up': levels - 1 - int(i or 0)}[side]
-        ours = f'middle_{j}' if side == 'mid' else f'{side}{level}_{j}'
-        if what == 'resnets':
-            put([ours, blocks.get(layer, layer)], parameter, value)
-        elif what == 'attentions':
-            put([f'{ours}_attention', blocks.get(layer, layer)], parameter, value)
-        else:
-            put([f'{side}{level}'], parameter, value)
-    for name, module in out.items():
-        if name.endswith('_attention'):
-            parts = [module.pop(f'to_{which}') for which in 'qkv']
-            module['qkv'] = {k: np.concatenate([part[k] for part in parts], -1) for k in ('kernel', 'bias')}
-    return out
-
-
 def test_equals_diffusers_at_full_size():
     """The CIFAR-10 network of google/ddpm-cifar10-32, every weight random."""
     torch = pytest.importorskip('torch')
@@ -111,13 +71,11 @@ def test_equals_diffusers_at_full_size():
     for name, weight in theirs.named_parameters():
         if 'norm' in name:  # the only ones that torch does not start at random
             weight.data += 0.2 * torch.randn_like(weight)
-    params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=4)
-
     network = UNet()
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     t = np.array([3, 977])
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), x, t, train=False))['params']
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    params = from_source(diffusers_names.unet, shapes, theirs.state_dict(), multipliers=(1, 2, 2, 2))
     ours = jax.jit(lambda p, x, t: network.apply({'params': p}, x, t, train=False))(params, x, t)
     with torch.no_grad():
         reference = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t)).sample
@@ -150,15 +108,17 @@ def test_narrow_network_has_the_published_groups(eps):
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data += 0.2 * torch.randn_like(module.weight)
             module.eps = eps  # that of the attention is fixed there
-    params = from_diffusers({k: v.detach().numpy() for k, v in theirs.state_dict().items()}, levels=2)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     t = np.array([3, 977])
+    sizes = dict(channels=32, multipliers=(1, 2), blocks=1, attention=(4,))
+    shapes = jax.eval_shape(lambda: labelled(UNet, **sizes).init(jax.random.key(0), x, t, train=False))['params']
+    params = from_source(diffusers_names.unet, shapes, theirs.state_dict(), **sizes)
     with torch.no_grad():
         reference = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t)).sample
     reference = reference.numpy().transpose(0, 2, 3, 1)
 
     def ours(**fields):
-        network = labelled(UNet, channels=32, multipliers=(1, 2), blocks=1, attention=(4,), **fields)
+        network = labelled(UNet, **sizes, **fields)
         return jax.jit(lambda p: network.apply({'params': p}, x, t, train=False))(params)
 
     assert reference.std() > 0.05
