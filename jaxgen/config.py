@@ -83,6 +83,7 @@ PATHS = {
     'data.dir': ('',),
     'evaluate.features': ('run:',),
     'evaluate.inception': ('',),
+    'evaluate.reference': ('',),
 }
 DATA_PATHS = tuple(field for field in PATHS if field.startswith('data.') and field != 'data.dir')  # of images
 # Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for

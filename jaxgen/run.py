@@ -598,6 +598,7 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
       UserError: there is no such network, or it does not read such images.
     """
     origin.check_named(unnamed or {}, *configs.DATA_PATHS, 'evaluate.features')
+    origin.check_named(unnamed or {}, 'evaluate.reference')
     if config.evaluate.features == 'inception':
         origin.check_named(unnamed or {}, 'evaluate.inception')
     which, section = config.evaluate.features, config.data.to_dict()
@@ -613,7 +614,8 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
                 'for the metrics that need no other network'
             )
         network = load(path, mesh=mesh).features
-    evaluator = samples.Evaluator(network, section, config.evaluate.split, mesh, config.evaluate.batch)
+    c = config.evaluate
+    evaluator = samples.Evaluator(network, section, c.split, mesh, c.batch, os.path.expanduser(c.reference))
     network.shapes(evaluator.image)  # whether it reads such images
     return evaluator
 

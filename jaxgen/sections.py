@@ -280,6 +280,8 @@ class Evaluate:
       features: the feature network of these metrics.
       inception: file with the published weights, for 'inception'.
       split: images that samples are compared with; most papers take train.
+      reference: a published file of moments (.npz with mu and sigma, as EDM, guided-diffusion and pytorch-fid have
+        them) that samples are compared with in place of the images.
     """
 
     batch: Annotated[int, '[1, inf)'] = 256
@@ -289,6 +291,7 @@ class Evaluate:
     features: Annotated[str, Rule(is_features, "'inception', 'run:PATH' or 'none'")] = 'none'
     inception: str = ''
     split: Annotated[str, OneOf('train', 'validation', 'test')] = 'train'
+    reference: str = ''
 
 
 @dataclass(frozen=True, kw_only=True)

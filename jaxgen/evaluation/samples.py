@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from jaxgen.evaluation.held_out import mean
 from jaxgen.metrics import features as networks
 from jaxgen.metrics import neighbours, scores
 from jaxgen.metrics.moments import frechet
-from jaxgen.metrics.statistics import Statistics, cached, gather
+from jaxgen.metrics.statistics import Statistics, cached, gather, published
 from jaxgen.sections import sides
 
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
@@ -33,11 +34,14 @@ ENOUGH = 10  # images per dimension: with fewer, the Frechet distance is mostly 
 
 
 def distances(fake: Statistics, real: Statistics) -> dict[str, dict]:
-    """Distances between two sets: 'frechet', 'kid', and 'sfid' where the network has spatial features."""
-    n, n_reference = fake.moments.n, real.moments.n
-    metrics = {'frechet': {'value': frechet(fake.moments, real.moments), 'n': n, 'n_reference': n_reference}}
+    """Distances between two sets: 'frechet', 'sfid' of spatial features where there are any, and 'kid' where more than
+    moments is known."""
+    counts = {'n': fake.moments.n} | ({} if real.published else {'n_reference': real.moments.n})
+    metrics: dict[str, dict] = {'frechet': {'value': frechet(fake.moments, real.moments), **counts}}
     if fake.spatial is not None and real.spatial is not None:
-        metrics['sfid'] = {'value': frechet(fake.spatial, real.spatial), 'n': n, 'n_reference': n_reference}
+        metrics['sfid'] = {'value': frechet(fake.spatial, real.spatial), **counts}
+    if real.published:
+        return metrics
     subset = min(KID_SUBSET, len(fake.features), len(real.features))
     value, std = scores.kernel_distance(fake.features, real.features, size=subset)
     metrics['kid'] = {'value': value, 'std': std, 'n': len(fake.features), 'n_reference': len(real.features)}
@@ -84,6 +88,8 @@ def compare(fake: Statistics, real: Statistics, name: str, training: bool) -> di
     if fake.logits is not None:
         value, std = scores.inception_score(fake.logits)
         metrics['inception_score'] = {'value': value, 'std': std, 'n': len(fake.logits)}
+    if real.published:
+        return {f'{metric}/{name}': entry for metric, entry in metrics.items()}
     metrics |= fidelity_and_diversity(fake, real, training)
     if fake.logits is not None:
         modes, kl = scores.class_balance(fake.logits, real.counts)
@@ -101,6 +107,7 @@ class Evaluator:
     split: str
     mesh: Any
     size: int  # images in one batch of the network
+    published: str = ''  # a file of moments that images are compared with in place of the data set
 
     @functools.cached_property
     def source(self):
@@ -121,7 +128,12 @@ class Evaluator:
         """Raises UserError where n images, or the data set, are too few to be evaluated; warns where they are few."""
         outputs = self.features.shapes(self.image)
         widest = max(outputs['features'], outputs.get('spatial', 0))
-        for count, what in ((n, 'images'), (len(self.source), f'images in the split {self.split!r}')):
+        counts = [(n, 'images')]
+        if self.published:
+            _ = self.reference  # its mistakes come first
+        else:
+            counts.append((len(self.source), f'images in the split {self.split!r}'))
+        for count, what in counts:
             if count <= widest:
                 raise UserError(
                     f'{count} {what} are too few: the Frechet distance of {widest} features ({self.features.name}) '
@@ -136,6 +148,8 @@ class Evaluator:
     def metric_names(self) -> list[str]:
         """Names of the metrics that `compare` gives in any case."""
         outputs = self.features.shapes(self.image)
+        if self.published:
+            return [f'frechet/{self.features.name}']
         names = ['frechet', *(['sfid'] if 'spatial' in outputs else []), 'kid']
         names += ['inception_score', 'modes', 'class_kl'] if 'logits' in outputs else []
         return [f'{name}/{self.features.name}' for name in (*names, 'precision', 'recall', 'density', 'coverage')]
@@ -162,7 +176,9 @@ class Evaluator:
 
     @functools.cached_property
     def reference(self) -> Statistics:
-        """Statistics of the data set, from the cache if they are there."""
+        """Statistics of the data set, from the cache if they are there, or of a published file."""
+        if self.published:
+            return published(self.published, self.features.shapes(self.image))
         n, name = len(self.source), self.section['source']
 
         def make() -> Statistics:
@@ -185,9 +201,14 @@ class Evaluator:
     def about(self) -> dict:
         """The entries of evaluation.json on the network and the data set."""
         outputs = self.features.shapes(self.image)
+        network = {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs}
+        if self.published:
+            with open(self.published, 'rb') as file:
+                digest = hashlib.file_digest(file, 'sha256').hexdigest()
+            return {'features': network, 'reference': {'file': os.path.basename(self.published), 'sha256': digest}}
         source = self.section.get(f'{self.split}_source') or self.section['source']
         return {
-            'features': {'name': self.features.name, 'sha256': self.features.digest, 'dimensions': outputs},
+            'features': network,
             'reference': {'source': source, 'split': self.split, 'n': len(self.source)},
         }
 

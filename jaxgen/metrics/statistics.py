@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxgen import files, log, sharding
-from jaxgen.errors import RunError
+from jaxgen.errors import RunError, UserError
 from jaxgen.metrics.moments import Moments, merge
 
 KEPT = 50_000
@@ -38,6 +38,7 @@ class Statistics(NamedTuple):
     counts: np.ndarray  # int64 [c]: how many of all images the network puts into each class; [0] without classes
     logits: np.ndarray | None = None  # float32 [m, c]; None without classes, and for a data set from the cache
     spatial: Moments | None = None  # of sFID's features, where the network has them
+    published: bool = False  # moments alone, out of a file that does not say of how many images
 
 
 def gather(pieces: Iterable[dict[str, np.ndarray]], n: int) -> Statistics:
@@ -108,6 +109,49 @@ def cached(folder: str, title: str, key: str, make: Callable[[], Statistics]) ->
         except OSError as e:  # a set may lie where nothing can be written
             log.say(f'WARNING: {path} cannot be written ({e.strerror}): it will be computed again')
     return statistics
+
+
+def published(path: str, dimensions: dict[str, int]) -> Statistics:
+    """The moments in a published .npz: 'mu' [d] and 'sigma' [d, d], and of sFID's features 'mu_s' and 'sigma_s'.
+
+    Args:
+      dimensions: of the network's outputs, {'features': d, 'spatial': s}.
+
+    Raises:
+      UserError: it is no such file, or its moments are of another network.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in ('mu', 'sigma', 'mu_s', 'sigma_s'):
+                if name in file:
+                    arrays[name] = np.asarray(file[name], np.float64)
+    except FileNotFoundError as e:
+        raise UserError(f'config.evaluate.reference = {path}: no such file') from e
+    except Exception as e:  # a stranger's file can fail in any way
+        raise UserError(
+            f'config.evaluate.reference = {path} is no .npz of moments ({" ".join(str(e).split())[:200]})'
+        ) from e
+
+    def moments(mu: str, sigma: str, size: int) -> Moments:
+        if arrays[mu].shape != (size,) or arrays[sigma].shape != (size, size):
+            raise UserError(
+                f'config.evaluate.reference = {path}: {mu} and {sigma} are {arrays[mu].shape} and '
+                f'{arrays[sigma].shape}, and the network has {size} features'
+            )
+        if not (np.isfinite(arrays[mu]).all() and np.isfinite(arrays[sigma]).all()):
+            raise UserError(f'config.evaluate.reference = {path}: {mu} or {sigma} is not finite')
+        return Moments(2, arrays[mu], arrays[sigma])  # the covariance of two is the scatter
+
+    if not {'mu', 'sigma'} <= arrays.keys():
+        raise UserError(f'config.evaluate.reference = {path} has no mu and sigma')
+    spatial = None
+    if {'mu_s', 'sigma_s'} <= arrays.keys() and 'spatial' in dimensions:
+        spatial = moments('mu_s', 'sigma_s', dimensions['spatial'])
+    first = moments('mu', 'sigma', dimensions['features'])
+    return Statistics(
+        first, np.zeros((0, dimensions['features']), np.float32), np.zeros(0, np.int64), None, spatial, True
+    )
 
 
 def write(path: str, key: str, made: Statistics) -> None:

@@ -117,8 +117,8 @@ def fits(config: ConfigDict) -> bool:
 
 
 def averages(weights: Weights) -> Weights:
-    """The weights with the averages of CompVis' checkpoints in their place: these stand beside the trained weights, under
-    the same names without dots, model_ema.diffusion_modelinput_blocks00weight."""
+    """The averages in CompVis' checkpoints in place of the trained weights, beside which they stand under names without
+    dots, model_ema.diffusion_modelinput_blocks00weight."""
     tensors = dict(weights.tensors)
     for name in weights:
         root, found, path = name.partition('model.diffusion_model.')

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support import ROOT
 
-from jaxgen.errors import RunError
+from jaxgen.errors import RunError, UserError
+from jaxgen.evaluation import samples
 from jaxgen.metrics import statistics
 
 
@@ -110,3 +111,38 @@ def test_two_processes_write_one_cache(tmp_path):
             reads += 1
     assert all(process.returncode == 0 for process in processes)
     assert reads and os.listdir(tmp_path / 'cache') == ['one.npz']
+
+
+def test_published_moments_give_the_distance_of_the_images_that_they_are_of(tmp_path):
+    """Files as EDM and pytorch-fid (mu, sigma) and guided-diffusion (mu_s, sigma_s too) publish them."""
+    rng = np.random.default_rng(0)
+    real, fake = (
+        [{name: rng.normal(i, 1 + i, (n, d)) for name, d in (('features', 5), ('spatial', 3))}]
+        for i, n in ((0, 200), (1, 150))
+    )
+    mu, sigma = (lambda x: x.mean(0)), (lambda x: np.cov(x, rowvar=False))
+    moments = {'mu': mu(real[0]['features']), 'sigma': sigma(real[0]['features'])}
+    spatial = {'mu_s': mu(real[0]['spatial']), 'sigma_s': sigma(real[0]['spatial'])}
+    generated = statistics.gather(iter(fake), 150)
+    expected = samples.compare(generated, statistics.gather(iter(real), 200), 'net', False)
+    for arrays, names in ((moments, {'frechet/net'}), ({**moments, **spatial}, {'frechet/net', 'sfid/net'})):
+        np.savez(tmp_path / 'x.npz', **arrays, arr_0=np.zeros(3))
+        read = statistics.published(str(tmp_path / 'x.npz'), {'features': 5, 'spatial': 3})
+        compared = samples.compare(generated, read, 'net', True)
+        assert compared.keys() == names
+        for name in names:
+            assert compared[name] == {'value': pytest.approx(expected[name]['value'], rel=1e-6), 'n': 150}
+
+
+@pytest.mark.parametrize(('arrays', 'line'), [
+    ({'mu': np.zeros(4)}, 'has no mu and sigma'),
+    ({'mu': np.zeros(4), 'sigma': np.eye(4)}, r'and the network has 5 features'),
+    ({'mu': np.zeros(5), 'sigma': np.full((5, 5), np.nan)}, 'is not finite'),
+    ({'mu': np.array([None] * 5), 'sigma': np.eye(5)}, 'is no .npz of moments'),
+])  # fmt: skip
+def test_files_that_are_no_moments_are_one_line(tmp_path, arrays, line):
+    np.savez(tmp_path / 'x.npz', **arrays)
+    with pytest.raises(UserError, match=line):
+        statistics.published(str(tmp_path / 'x.npz'), {'features': 5})
+    with pytest.raises(UserError, match='no such file'):
+        statistics.published(str(tmp_path / 'y.npz'), {'features': 5})
