@@ -221,6 +221,7 @@ def data_mode(config, out: str) -> None:
         files.save_json(os.path.join(folder, 'summary.json'), about)
         files.save_png(os.path.join(folder, 'grid.png'), grid)
     lines = [*summary.text(about), f'image grid    {os.path.join(out, "grid.png")}']
+    lines = [arguments.printable(line) for line in lines]  # names of classes may be a stranger's
     arguments.show('\n'.join(map(arguments.printable, lines)))
 
 

@@ -35,6 +35,7 @@ MOST_SMALL = 2**20  # bytes of a caption, a label, or both, in a file
 LABELS = ('label', 'cls', 'class')  # fields of the .json beside an image, in the order of preference
 CAPTIONS = ('caption', 'text', 'txt')
 TEXTS = ('.txt', '.caption')
+REPLACED = 'files of which the archive has a later one of the same name'
 HIDDEN = re.compile(r'(?:^|/)\.(?!\.?(?:/|$))')  # '.a' and 'a/.b', but not '../a'
 
 
@@ -221,7 +222,7 @@ def labels_of_json(about: Any, below: str, names: trees.Names, where: str) -> np
         isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in labels
     ):
         raise UserError(form)
-    by_name = {below + name.replace('\\', '/'): value for name, value in labels}
+    by_name = {below + name.replace('\\', '/').removeprefix('./'): value for name, value in labels}
     missing = next((name for name in names if name not in by_name), None)
     if missing is not None:
         raise UserError(f'{where}: its dataset.json has no label for {missing!a}')
@@ -234,7 +235,13 @@ def labels_of_json(about: Any, below: str, names: trees.Names, where: str) -> np
     lengths = {len(value) if isinstance(value, list) else -1 for value in values}
     if len(lengths) != 1 or min(lengths) < 1 or not all(type(x) in (int, float) for v in values for x in v):
         raise UserError(f'{form}, all of one length')
-    return np.array(values, np.float64)
+    try:
+        vectors = np.array(values, np.float64)
+    except OverflowError as e:
+        raise UserError(form) from e
+    if not (np.abs(vectors) <= np.finfo(np.float32).max).all():
+        raise UserError(f'{form}, of finite numbers')
+    return vectors
 
 
 def from_vectors(vectors: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:

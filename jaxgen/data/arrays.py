@@ -392,7 +392,20 @@ def value_of(columns: Columns, name: str, feature: Feature, labels: np.ndarray |
     x = columns.vector(name)
     if x.dtype.kind in 'US':
         return lambda i: padded(x[i], feature.shape[0])
-    return lambda i: np.asarray(x[i]).astype(feature.dtype)
+    return lambda i: converted(np.asarray(x[i]), feature.dtype)
+
+
+def converted(x: np.ndarray, dtype) -> np.ndarray:
+    """Numbers of another type.
+
+    Raises:
+      ValueError: it has no such numbers.
+    """
+    limits = np.iinfo(dtype) if np.issubdtype(dtype, np.integer) else np.finfo(dtype)
+    finite = x[np.isfinite(x)]
+    if finite.size and not (limits.min <= finite.min() and finite.max() <= limits.max):
+        raise ValueError(f'it has {finite.min():g} to {finite.max():g}, which do not fit into {np.dtype(dtype).name}')
+    return x.astype(dtype)
 
 
 def scaling(columns: Columns, name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -402,6 +415,11 @@ def scaling(columns: Columns, name: str) -> Callable[[np.ndarray], np.ndarray]:
       UserError: which values are black and white cannot be known.
     """
     rules, x = columns.rules[name], columns.array(name)
+    if x.dtype.kind not in 'buif':
+        raise UserError(
+            f'{columns.where}: the images {columns.stored[name].name} are {str(x.dtype)[:40]}, no real numbers: name '
+            'another array by ?image=NAME'
+        )
     text, title = rules.range, 'range' if name == 'image' else f'{name}_range'
     if text:
         try:

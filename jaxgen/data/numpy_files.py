@@ -29,18 +29,32 @@ def read_npy(address: Address, data) -> Contents:
     """The array in a file, or the arrays in a folder's files."""
     path = address.path
     if not os.path.isdir(path):
-        return arrays.contents(address, data, {'train': {'images': npy_file(path, 'images')}}, (path,))
+        images = npy_file(path, 'images')
+        if images is None:
+            raise UserError(f'{path} is an array of Python objects, which is not unpickled')
+        return arrays.contents(address, data, {'train': {'images': images}}, (path,))
     names = [name for name in sorted(os.listdir(path)) if name.endswith('.npy')]
     if not names:
         raise UserError(f'{path} holds no .npy files')
-    stored = {name[:-4]: npy_file(os.path.join(path, name), name[:-4]) for name in names}
-    files = tuple(os.path.join(path, name) for name in names)
-    return arrays.of_names(address, data, stored, files)
+    found = {name[:-4]: npy_file(os.path.join(path, name), name[:-4]) for name in names}
+    stored = {name: x for name, x in found.items() if x is not None}
+    files = tuple(os.path.join(path, f'{name}.npy') for name in stored)
+    return arrays.of_names(address, data, stored, files, notes=without_objects([n for n in found if n not in stored]))
 
 
-def npy_file(path: str, name: str) -> arrays.Stored:
+def without_objects(names: list[str]) -> tuple[str, ...]:
+    """What is left out of a set with these arrays of Python objects."""
+    if not names:
+        return ()
+    return (f'arrays of Python objects ({", ".join(map(ascii, names[:5]))}), which are not unpickled',)
+
+
+def npy_file(path: str, name: str) -> arrays.Stored | None:
+    """The array in a file; None: of Python objects, whose bytes are addresses in memory and must never be mapped."""
     with open_file(path) as file:
         shape, fortran, dtype, start = header(path, file)
+        if dtype.hasobject:
+            return None
         if start + math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size:
             raise UserError(f'{path} is damaged: by its header it is {dtype} {list(shape)}, more than the file holds')
     return arrays.Stored(name, shape, dtype, functools.partial(mapped, path, dtype, start, shape, fortran))
@@ -65,7 +79,8 @@ def header(what: str, file) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 def mapped(path: str, dtype: np.dtype, start: int, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
-    if math.prod(shape) == 0:
+    assert not dtype.hasobject
+    if math.prod(shape) * dtype.itemsize == 0:
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype, 'r', start, shape, 'F' if fortran else 'C')
 
@@ -101,8 +116,7 @@ def read_npz(address: Address, data) -> Contents:
             if isinstance(e, UserError | OSError):
                 raise
             raise UserError(f'{path} is damaged: {type(e).__name__}: {" ".join(str(e).split())[:200]}') from e
-    notes = (f'arrays of Python objects ({", ".join(map(ascii, left_out[:5]))}), which are not unpickled',)
-    return arrays.of_names(address, data, stored, (path,), notes=notes if left_out else ())
+    return arrays.of_names(address, data, stored, (path,), notes=without_objects(left_out))
 
 
 def load_member(path: str, member: zipfile.ZipInfo, about: tuple, data) -> np.ndarray:

@@ -137,6 +137,8 @@ def is_text(kind, pa) -> bool:
 def roles(path: str, options: dict[str, str], schema, described: dict[str, Any], pa) -> dict[str, str]:
     """{feature: column}: those that the address names, those with usual names or types, all others by their own."""
     listed = ', '.join(f'{field.name} {str(field.type)[:40]}' for field in list(schema)[:10])
+    if twice := [name for name, n in collections.Counter(schema.names).items() if n > 1]:
+        raise UserError(f'{path} has several columns {twice[0]!a}: give each a name of its own')
     named = {arrays.PLURALS.get(name, name): column for name, column in options.items()}
     for name, column in named.items():
         if column not in schema.names:
@@ -204,7 +206,10 @@ class Columns:
         values = self.column('label')
         if None in values:
             raise UserError(f'{self.shards[0].path}: {values.count(None)} labels of {self.split} are null')
-        return np.asarray(values)
+        try:
+            return np.asarray(values)
+        except ValueError as e:
+            raise UserError(f'{self.shards[0].path}: labels must be integers or texts, not lists') from e
 
     def unlabelled(self) -> bool:
         """Whether it is a test split whose labels the hub keeps back."""
@@ -284,6 +289,9 @@ def label_feature(path: str, columns: dict[str, Columns], about: dict[str, Any],
         @functools.cache
         def numbers(split: str) -> np.ndarray:
             values = columns[split].labels
+            if values.ndim != 1 or values.dtype.kind not in 'biu':
+                raise UserError(f'{path}: labels of {split} are {values.dtype}, not the numbers of the {len(names)} '
+                                'classes that it describes')  # fmt: skip
             if len(values) and not (values.min() >= 0 and values.max() < len(names)):
                 raise UserError(
                     f'{path}: labels of {split} are {values.min()} to {values.max()}, of {len(names)} classes'
@@ -337,4 +345,4 @@ def value_of(value, feature: Feature):
         return arrays.padded(value or '', feature.shape[0])
     if value is None:
         raise ValueError('a value is null')
-    return feature.dtype(value)
+    return arrays.converted(np.asarray(value), feature.dtype)[()]

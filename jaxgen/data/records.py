@@ -301,7 +301,7 @@ def classes_of(labels: np.ndarray, classes: int, path: str) -> tuple[np.ndarray,
     """
     if labels.ndim == 2 and 1 in labels.shape:
         labels = labels.reshape(-1)
-    if labels.dtype.kind == 'f' and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
+    if labels.dtype.kind == 'f' and (np.abs(labels) < 2**53).all() and (labels == np.rint(labels)).all():
         labels = labels.astype(np.int64)  # MATLAB's numbers
     if labels.ndim != 1 or labels.dtype.kind not in 'biuUS':
         raise UserError(

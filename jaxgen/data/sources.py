@@ -589,7 +589,7 @@ def reason(e: BaseException) -> str:
                 return f"it needs {EXTRA[package]} to be prepared: pip install 'jaxgen[prepare]'"
             return f'it needs the package {package}, which is not installed'
         cause = cause.__cause__ or cause.__context__
-    text = ' '.join(str(e).split())
+    text = re.sub(r' ?<_io\.BytesIO object at 0x[0-9a-f]+>', '', ' '.join(str(e).split()))
     text = re.sub(r'^Failed to construct dataset .*?}": ', '', text)
     return f'{type(e).__name__}: {text[:200]}{"..." if len(text) > 200 else ""}'
 

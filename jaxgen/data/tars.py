@@ -34,7 +34,7 @@ BLOCK = 512
 MOST_SHARDS = 100_000
 MOST_NAME = 2**16  # bytes
 INDICES = 'jaxgen_indices'  # in the directory of prepared sets
-VERSION = 1  # of a kept index
+VERSION = 2  # of a kept index
 PACKED = {b'\x1f\x8b': 'gunzip', b'BZ': 'bunzip2', b'\xfd7': 'unxz', b'(\xb5': 'unzstd'}
 RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}')
 SPLIT = re.compile(r'(?:.*[-_.])?(train|training|test|testing|val|valid|validation)(?:[-_.].*)?\.tar', re.IGNORECASE)
@@ -205,6 +205,7 @@ def scan(handle: int, length: int, path: str) -> Index:
             raise UserError(
                 f'{path} is packed, so its files cannot be read by number: unpack it once, {program} {path}'
             )
+    by_name: dict[bytes, int] = {}
     at, name, long_size = 0, None, None
     while True:
         header = os.pread(handle, BLOCK, at)
@@ -238,8 +239,12 @@ def scan(handle: int, length: int, path: str) -> Index:
             prefix = header[345:500].split(b'\0', 1)[0] if header[257:263] == b'ustar\0' else b''
             own = header[:100].split(b'\0', 1)[0]
             full = name if name is not None else prefix + b'/' + own if prefix else own
-            full = full.removeprefix(b'./')
-            if not full.endswith(b'/'):
+            full = trees.inside(full)
+            if full in by_name:
+                notes[archives.REPLACED] += 1
+                offsets[by_name[full]], sizes[by_name[full]] = at, size
+            elif full and not full.endswith(b'/'):
+                by_name[full] = len(ends)
                 block += full
                 ends.append(len(block))
                 offsets.append(at)

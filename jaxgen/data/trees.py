@@ -192,6 +192,15 @@ def first_of_each(devices: np.ndarray, inodes: np.ndarray) -> np.ndarray:
     return np.sort(order[new])
 
 
+UPWARD = re.compile(rb'(?:\.{0,2}/)+')
+
+
+def inside(name: bytes) -> bytes:
+    """A file's name in an archive without a beginning like '/', './' and '../', as unpacking drops it."""
+    start = UPWARD.match(name)
+    return name[start.end() :] if start else name
+
+
 def without_top(names: Names) -> Names:
     """The names below the folders that all of them lie in: 'data/cat/1.png' and 'data/dog/1.png' without 'data/'."""
     common = names[0].rpartition('/')[0] if len(names) else ''

@@ -75,7 +75,7 @@ class Zip:
                 what = METHODS.get(method, f'method {method}')
                 raise UserError(f'{path}: {name!a} is packed by {what}: pack it by Deflate, as zip does, or store it')
             if name in by_name:
-                counts['files of which the archive has a later one of the same name'] += 1
+                counts[archives.REPLACED] += 1
                 at = by_name[name]
             else:
                 at = by_name[name] = len(names)
@@ -140,7 +140,8 @@ class Zip:
                 unpacked, packed, begin = self.long(extra, unpacked, packed, begin)
             if max(unpacked, packed, begin) >= 2**62:
                 raise self.damaged('its list of files is damaged')
-            text = name.decode('utf-8' if flags & 0x800 else 'cp437', 'surrogateescape').replace('\\', '/')
+            name = trees.inside(name.replace(b'\\', b'/'))
+            text = name.decode('utf-8' if flags & 0x800 else 'cp437', 'surrogateescape')
             yield (
                 text,
                 {

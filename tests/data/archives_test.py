@@ -8,6 +8,7 @@ import os
 import struct
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 
@@ -150,6 +151,9 @@ def test_labels_of_a_dataset_json(tmp_path, below):
         (b'{"labels": {"0.png": 1}}', 'must be a list of'),
         (json.dumps({'labels': [[f'{i}.png', [0.5] * (1 + i % 2)] for i in range(12)]}).encode(), 'all of one length'),
         (json.dumps({'labels': [[f'{i}.png', 10**30] for i in range(12)]}).encode(), 'must be a list of'),
+        (json.dumps({'labels': [[f'{i}.png', [10**400, 1]] for i in range(12)]}).encode(), 'must be a list of'),
+        (json.dumps({'labels': [[f'{i}.png', [float('nan'), 1]] for i in range(12)]}).encode(), 'finite numbers'),
+        (json.dumps({'labels': [[f'{i}.png', [1e40, 1]] for i in range(12)]}).encode(), 'finite numbers'),
         (b'[' * 100_000, 'dataset.json cannot be read'),
         (b'\xff\xfe{', 'dataset.json cannot be read'),
         (b'[1, 2]', 'must be a list of'),
@@ -276,12 +280,37 @@ def test_names_are_no_paths(tmp_path, capfd):
     assert added <= {'x.zip', 'x.tar', 'sets'}
 
 
-def test_of_files_of_one_name_the_last_is_taken(tmp_path, capfd):
-    with pytest.warns(UserWarning, match='Duplicate'), zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
-        for i in range(4):
-            archive.writestr('a.png', encoded(grey(i)))
-            archive.writestr(f'b{i}.png', encoded(grey(10 + i)))
-    config = make(tmp_path, source=f'zip:{tmp_path}/x.zip')
+def write_entries(path, entries) -> str:
+    """An archive of [(name, bytes)], of which names may be equal; the source's name."""
+    kind = path.suffix[1:]
+    if kind == 'zip':
+        with warnings.catch_warnings(), zipfile.ZipFile(path, 'w') as archive:
+            warnings.simplefilter('ignore')
+            for name, content in entries:
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(path, 'w') as archive:
+            for name, content in entries:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return f'{kind}:{path}'
+
+
+@pytest.mark.parametrize('kind', ['zip', 'tar'])
+@pytest.mark.parametrize('start', ['/', './', '../', '/.././/'])
+def test_how_names_begin_changes_no_classes(tmp_path, kind, start):
+    """As unpacking drops it."""
+    entries = [(f'{start}{"ab"[i % 2]}/{i}.png', encoded(grey(i))) for i in range(12)]
+    config = make(tmp_path, source=write_entries(tmp_path / f'x.{kind}', entries), features=('image', 'label'))
+    assert data.spec(config).names == ('a', 'b')
+    assert values(config) | values(config, 'test') == {i: i % 2 for i in range(12)}
+
+
+@pytest.mark.parametrize('kind', ['zip', 'tar'])
+def test_of_files_of_one_name_the_last_is_taken(tmp_path, capfd, kind):
+    entries = [(name, encoded(grey(v))) for i in range(4) for name, v in (('a.png', i), (f'b{i}.png', 10 + i))]
+    config = make(tmp_path, source=write_entries(tmp_path / f'x.{kind}', entries))
     assert set(values(config)) | set(values(config, 'test')) == {3, 10, 11, 12, 13}
     assert '3 files of which the archive has a later one of the same name' in capfd.readouterr().err
 

@@ -305,6 +305,19 @@ def objects() -> bytes:
     return file.getvalue()
 
 
+def of_addresses() -> bytes:
+    """An array of objects whose bytes, if they were mapped, would be taken for their addresses."""
+    header = objects()[:128].replace(b'(1,)', b'(4, 6, 6)')
+    return header[: header.index(b'}') + 1].ljust(127) + b'\n' + b'A' * (4 * 36 * 8)
+
+
+def write_columns(path, labels, names=()):
+    table = pa.table({'image': [encoded(Image.fromarray(GREY['train'][0]))] * 3, 'label': labels})
+    described = {'label': {'_type': 'ClassLabel', 'names': list(names)}} if names else {}
+    about = json.dumps({'info': {'features': described}})
+    parquet.write_table(table.replace_schema_metadata({'huggingface': about}), path)
+
+
 class Malicious:
     def __reduce__(self):
         return (os.system, ('touch executed',))
@@ -337,6 +350,23 @@ CASES = {
         lambda p: write(p / 'a.npy', large_npy()), 'npy:{p}/a.npy', 'more than the file holds'),
     'npz beyond the file': (lambda p: zipped(p / 'a.npz', images=large_npy()), 'npz:{p}/a.npz', 'by its header'),
     'objects alone': (lambda p: zipped(p / 'a.npz', images=objects()), 'npz:{p}/a.npz', 'no arrays.*Python objects'),
+    'objects in a file': (lambda p: write(p / 'a.npy', of_addresses()), 'npy:{p}/a.npy', 'Python objects'),
+    'objects in a folder': (lambda p: write(p / 'images.npy', of_addresses()), 'npy:{p}', 'no arrays.*Python objects'),
+    'texts for images': (
+        lambda p: np.savez(p / 'a.npz', x=GREY['train'].astype(str)), 'npz:{p}/a.npz', 'no real numbers'),
+    'structures for images': (
+        lambda p: np.savez(p / 'a.npz', x=np.zeros((4, 6, 6), 'u1,f4')), 'npz:{p}/a.npz?range=0,1', 'no real numbers'),
+    'complex images': (
+        lambda p: np.savez(p / 'a.npz', x=GREY['train'] * 1j), 'npz:{p}/a.npz?range=0,255', 'no real numbers'),
+    'labels beyond all integers': (
+        lambda p: np.savez(p / 'a.npz', x=GREY['train'], y=LABELS['train'] * 1e300), 'npz:{p}/a.npz', 'one integer'),
+    'texts for numbers of classes': (
+        lambda p: write_columns(p / 'a.parquet', ['cat'] * 3, ['cat']), 'parquet:{p}/a.parquet', 'not the numbers'),
+    'lists for labels': (
+        lambda p: write_columns(p / 'a.parquet', [[1], [2, 3], []]), 'parquet:{p}/a.parquet', 'not lists'),
+    'two columns of one name': (
+        lambda p: parquet.write_table(pa.Table.from_arrays([pa.array([b'x'])] * 2, ['image'] * 2), p / 'a.parquet'),
+        'parquet:{p}/a.parquet', 'several columns'),
     'no name of images': (
         lambda p: np.savez(p / 'a.npz', cells=GREY['train'], kind=LABELS['train']),
         'npz:{p}/a.npz', r'which array holds the images\? Write \?image=NAME.*it has cells uint8'),
