@@ -12,7 +12,6 @@ channels, each with its weight, and averaged over positions (eq. 1). The network
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -20,13 +19,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgen import log, torch_file
+from jaxgen import log
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.networks.vgg import CHANNELS, LEAST, VGG16
+from jaxgen.weights import mapping
+from jaxgen.weights.features import LPIPS_RENAMED
+from jaxgen.weights.features import lpips as lpips_names
+from jaxgen.weights.files import Tensor, Weights, open_weights
 
 Array = jax.Array
 
@@ -135,79 +137,44 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
             f'LPIPS needs images of {LEAST} x {LEAST} pixels or more: name a run of a classifier as '
             'config.stages.perceptual instead'
         )
-    weights, published = {}, set()
+    tensors: dict[str, Tensor] = {}
+    published: set[str] = set()
     for path in paths:
-        tensors, sha256 = read(path)
-        published |= {digits for digits in PUBLISHED.values() if sha256.startswith(digits)}
-        weights |= {canonical(name): a for name, a in tensors.items()}
-    for name, shape in shapes().items():
-        own = list(weights[name].shape) if name in weights else 'absent'
-        if own != shape:
-            raise UserError(
-                f'{", ".join(paths)}: no weights of LPIPS on VGG-16: {name} is {own} there and must be {shape}; '
-                + ADVICE
-            )
+        opened = read(path)
+        published |= {digits for digits in PUBLISHED.values() if opened.sha256.startswith(digits)}
+        tensors |= {renamed(name): tensor for name, tensor in opened.items()}
+    try:
+        mapping.check(entries(), tensors, '.*', ', '.join(paths), 'LPIPS on VGG-16')
+    except UserError as e:
+        raise UserError(f'{e}; {ADVICE}') from e
     if len(published) < len(PUBLISHED):
         log.say(f'WARNING: {", ".join(paths)} are not the published weights: distances by them are not LPIPS')
 
-    def layout(a):
-        return np.ascontiguousarray(a.transpose(2, 3, 1, 0) if a.ndim == 4 else a, np.float32)
-
-    vgg, last = {}, len(CHANNELS)
-    for path, name in names().items():
-        vgg[path] = layout(weights[name])
-    return {
-        'vgg': unflatten_dict(vgg, sep='/'),
-        'channels': [np.asarray(weights[f'lin{i}.weight'], np.float32).reshape(-1) for i in range(last)],
-    }
+    arrays = {entry.path: entry.read(tensors).astype(np.float32) for entry in entries()}
+    tree = unflatten_dict(arrays, sep='/')
+    return {'vgg': tree['vgg'], 'channels': [tree['channels'][str(i)] for i in range(len(CHANNELS))]}
 
 
-def canonical(name: str) -> str:
-    """Names of torchvision ('features.0.weight') and of lpips ('net.slice1.0.weight', 'lin0.model.1.weight') as one."""
-    name = re.sub(r'^(features|net\.slice\d+)\.(\d+)\.(weight|bias)$', r'features.\2.\3', name)
-    return re.sub(r'^lins?\.?(\d+)\.model\.\d+\.weight$', r'lin\1.weight', name)
+def renamed(name: str) -> str:
+    """The name of a tensor as torchvision and LPIPS 0.1 have it."""
+    for pattern, replacement in LPIPS_RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @functools.cache
-def names() -> dict[str, str]:
-    """{path among VGG16's params: name in torch}, where ReLUs and pools count as layers too."""
-    table, number = {}, 0
-    for i, group in enumerate(CHANNELS):
-        for j in range(len(group)):
-            table |= {
-                f'conv{i}_{j}/kernel': f'features.{number}.weight',
-                f'conv{i}_{j}/bias': f'features.{number}.bias',
-            }
-            number += 2
-        number += 1
-    return table
-
-
-@functools.cache
-def shapes() -> dict[str, list[int]]:
-    """{name in torch: shape in torch} of all that LPIPS needs."""
+def entries() -> list[mapping.Entry]:
+    """The tensors of all arrays that LPIPS needs."""
     image = jax.ShapeDtypeStruct((1, LEAST, LEAST, 3), jnp.float32)
     ours = flatten_dict(jax.eval_shape(VGG16().init, jax.random.key(0), image)['params'], sep='/')
-    table = {}
-    for path, name in names().items():
-        shape = ours[path].shape
-        table[name] = [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)
-    return table | {f'lin{i}.weight': [1, group[-1], 1, 1] for i, group in enumerate(CHANNELS)}
+    shapes = {f'vgg/{path}': leaf.shape for path, leaf in ours.items()}
+    shapes |= {f'channels/{i}': (group[-1],) for i, group in enumerate(CHANNELS)}
+    return mapping.entries(lpips_names(CHANNELS), shapes)
 
 
-def read(path: str) -> tuple[dict[str, np.ndarray], str]:
-    """{name: array} of a .safetensors file or of one that torch wrote, and the file's SHA-256."""
+def read(path: str) -> Weights:
+    """The tensors of a .safetensors file or of one that torch wrote."""
     try:
-        with open(path, 'rb') as file:
-            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        if path.endswith('.safetensors'):
-            return safetensors.numpy.load_file(path), sha256
-        return torch_file.read(path), sha256
-    except UserError:
-        raise
-    except OSError as e:
-        raise UserError(f'the weights {path} cannot be read ({e.strerror or e}): {ADVICE}') from e
-    except ImportError as e:
-        raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
-    except Exception as e:  # files without weights fail in many ways, some with advice that would be unsafe
-        raise UserError(f'{path} cannot be read as a file of weights ({type(e).__name__}): {ADVICE}') from e
+        return open_weights(path, 'config.model.lpips')
+    except UserError as e:
+        raise UserError(f'{e}; {ADVICE}') from e

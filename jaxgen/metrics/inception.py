@@ -19,9 +19,12 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgen import log, origin, torch_file
+from jaxgen import log, origin
 from jaxgen.errors import UserError
 from jaxgen.networks.inception import Inception
+from jaxgen.weights import mapping
+from jaxgen.weights.features import INCEPTION, INCEPTION_SKIP
+from jaxgen.weights.files import open_weights
 
 Array = jax.Array
 
@@ -39,16 +42,6 @@ def shapes() -> dict[str, tuple[int, ...]]:
     image = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), image)
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep='/').items()}
-
-
-def torch_name(path: str) -> str:
-    """'params/Mixed_5b.branch1x1/conv/kernel' to 'Mixed_5b.branch1x1.conv.weight'."""
-    module, _, leaf = path.partition('/')[2].replace('/', '.').rpartition('.')
-    leaf = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}.get(leaf, leaf)
-    return f'{module}.{leaf}'
-
-
-TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # axes by rank: HWIO to OIHW
 
 
 def load(path: str, cache: str) -> tuple[str, dict]:
@@ -153,34 +146,15 @@ def convert(path: str) -> dict[str, np.ndarray]:
     Raises:
       UserError: it cannot be read, or holds other names or shapes.
     """
-    tensors = {name: a for name, a in read(path).items() if not name.endswith('.num_batches_tracked')}
-    expected = {torch_name(path): [shape[axis] for axis in TO_TORCH[len(shape)]] for path, shape in shapes().items()}
-    actual = {name: list(a.shape) for name, a in tensors.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            other = ": this is torchvision's network, another one" if actual.get('fc.weight') == [1000, 2048] else ''
-            raise UserError(
-                f'{path} is not the weights of the Inception network of FID: {name} is {actual.get(name, "absent")} '
-                f'there and {expected.get(name, "absent")} in the network{other}; the weights are at {PUBLISHED["url"]}'
-            )
-
-    def layout(a):
-        return np.ascontiguousarray(a.transpose(np.argsort(TO_TORCH[a.ndim])), np.float32)
-
-    return {path: layout(tensors[torch_name(path)]) for path in shapes()}
-
-
-def read(path: str) -> dict[str, np.ndarray]:
-    """{name: array} of a .safetensors file or of one that torch wrote."""
     try:
-        if path.endswith('.safetensors'):
-            return safetensors.numpy.load_file(path)
-        return torch_file.read(path)
-    except UserError:
-        raise
-    except ImportError as e:
-        raise UserError(f'reading {path} needs torch: pip install torch, or give the weights as .safetensors') from e
-    except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
-        raise UserError(
-            f'{path} cannot be read as a file of weights ({type(e).__name__}); they are at {PUBLISHED["url"]}'
-        ) from e
+        tensors = open_weights(path, '--inception')
+    except UserError as e:
+        raise UserError(f'{e}; the weights are at {PUBLISHED["url"]}') from e
+    entries = mapping.entries(INCEPTION, shapes())
+    try:
+        mapping.check(entries, tensors, INCEPTION_SKIP, path, 'the Inception network of FID')
+    except UserError as e:
+        classes = tensors.tensors.get('fc.weight')
+        other = "; this is torchvision's network, another one" if classes and classes.shape == (1000, 2048) else ''
+        raise UserError(f'{e}{other}; the weights are at {PUBLISHED["url"]}') from e
+    return {entry.path: entry.read(tensors).astype(np.float32) for entry in entries}

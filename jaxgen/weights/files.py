@@ -28,6 +28,7 @@ DTYPES = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
     **{'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8},
 }
+PIPELINE = 'model_index.json'  # of a folder whose models lie in folders of their own
 # The weights in a folder of the hub, the first that is there.
 IN_FOLDER = (
     'diffusion_pytorch_model.safetensors.index.json',
@@ -82,18 +83,21 @@ class Weights(Mapping):
         return dataclasses.replace(self, tensors=inside)
 
 
-def open_weights(path: str) -> Weights:
+def open_weights(path: str, option: str = '--from') -> Weights:
     """The weights in a .safetensors file, a file of torch, or a folder of the hub (one model: its weights, whole or in
     shards with their index, and config.json).
+
+    Args:
+      option: that names the path, for messages.
 
     Raises:
       UserError: there is nothing of that kind, it cannot be read, or reading it would run code.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return open_folder(path)
+        return open_folder(path, option)
     if not os.path.isfile(path):
-        raise UserError(f'--from={path}: no such file or folder')
+        raise UserError(f'{option}={path}: no such file or folder')
     if path.endswith('.safetensors'):
         tensors, metadata = open_safetensors(path)
         return Weights(path, tensors, beside(path), metadata, (path,))
@@ -101,25 +105,31 @@ def open_weights(path: str) -> Weights:
         return open_shards(path)
     if path.endswith(('.pkl', '.pickle')):
         raise UserError(
-            f'--from={path}: a pickle runs code when it is opened, so it is not read: save its state_dict as '
+            f'{option}={path}: a pickle runs code when it is opened, so it is not read: save its state_dict as '
             'safetensors where you trust it (docs/weights.md shows how)'
         )
     if not path.endswith(TORCH):
-        raise UserError(f'--from={path}: weights are read from .safetensors, {", ".join(TORCH)} or a folder of the hub')
+        raise UserError(
+            f'{option}={path}: weights are read from .safetensors, {", ".join(TORCH)} or a folder of the hub'
+        )
     return Weights(path, open_torch(path), beside(path), {}, (path,))
 
 
-def open_folder(path: str) -> Weights:
-    """The weights in a folder of the hub."""
+def open_folder(path: str, option: str) -> Weights:
+    """The weights in a folder of the hub; see `open_weights`."""
     for name in IN_FOLDER:
         inside = os.path.join(path, name)
         if os.path.isfile(inside):
-            return dataclasses.replace(open_weights(inside), path=path)
+            return dataclasses.replace(open_weights(inside, option), path=path)
     whole = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
     if len(whole) == 1:
-        return dataclasses.replace(open_weights(os.path.join(path, whole[0])), path=path)
+        return dataclasses.replace(open_weights(os.path.join(path, whole[0]), option), path=path)
     what = f'{len(whole)} files of weights: name one of them' if whole else f'none of {", ".join(IN_FOLDER)}'
-    raise UserError(f'--from={path} holds {what}')
+    parts = read_json(os.path.join(path, PIPELINE)) if os.path.isfile(os.path.join(path, PIPELINE)) else {}
+    folders = [name for name in parts if os.path.isdir(os.path.join(path, name))]
+    if folders:
+        what = f'a pipeline: name one of its models, {option}={os.path.join(path, folders[0])}, of {", ".join(folders)}'
+    raise UserError(f'{option}={path} holds {what}')
 
 
 def beside(path: str) -> dict[str, Any]:
@@ -221,14 +231,17 @@ def open_torch(path: str) -> dict[str, Tensor]:
             tree = load(False)
     except Exception as e:  # what is no file of weights fails in many ways, some with advice that would be unsafe
         text = str(e)
-        if 'Unsupported global' in text or 'weights_only' in text.lower() or 'WeightsUnpickler' in text:
+        if 'Unsupported global' in text or 'GLOBAL' in text or 'Unsupported class' in text:
             named = re.search(r'GLOBAL ([\w.]+)', text)
             what = f' ({named[1]})' if named else ''
             raise UserError(
                 f'{path} holds objects that only code could make{what}, so it is not read: save its state_dict as '
                 'safetensors where you trust it (docs/weights.md shows how)'
             ) from e
-        raise UserError(f'{path} cannot be read as a file of weights ({type(e).__name__})') from e
+        raise UserError(
+            f'{path} cannot be read as a file of weights ({type(e).__name__}): it is damaged, or holds '
+            'objects that only code could make, and would be read as .safetensors'
+        ) from e
 
     def numpy(tensor) -> np.ndarray:
         tensor = tensor.detach().contiguous()

@@ -113,7 +113,7 @@ class Entry:
 def default_pattern(leaf: str, rank: int) -> str:
     """The pattern of a leaf of flax from one of torch: kernels of convolutions OIHW to HWIO, of dense layers OI to IO,
     all else as it is."""
-    if leaf == 'kernel' and rank in (2, 4):
+    if leaf.endswith('kernel') and rank in (2, 4):
         return {2: 'o i -> i o', 4: 'o i h w -> h w i o'}[rank]
     axes = ' '.join('abcdef'[:rank])
     return f'{axes} -> {axes}'
@@ -189,17 +189,19 @@ def same_numbers(a: Sequence[int], b: Sequence[int]) -> bool:
     return trimmed(a) == trimmed(b)
 
 
-def check(entries: Iterable[Entry], tensors: Mapping[str, Tensor], skip: str, where: str) -> None:
+def check(
+    entries: Iterable[Entry], tensors: Mapping[str, Tensor], skip: str, where: str, what: str = 'the config'
+) -> None:
     """Raises UserError where a file lacks a tensor, has one of another shape, or one that nothing here is made of.
 
     Args:
       skip: regular expression of names that a file may hold beside its weights.
-      where: the file, for the message.
+      where, what: the file, and what its weights should fit, for the message.
     """
     expected = {name: e.their_shape() for e in entries for name in e.all_names}
     missing = [f'{name} {list(shape)}' for name, shape in expected.items() if name not in tensors]
     other = [
-        f'{name} is {list(tensors[name].shape)} and {list(shape)} by the config'
+        f'{name} is {list(tensors[name].shape)} and {list(shape)} by {what}'
         for name, shape in expected.items()
         if name in tensors and not same_numbers(tensors[name].shape, shape)
     ]
@@ -214,7 +216,7 @@ def check(entries: Iterable[Entry], tensors: Mapping[str, Tensor], skip: str, wh
         if some
     ]
     if problems:
-        raise UserError(f'{where} does not fit the config: {"; ".join(problems)}')
+        raise UserError(f'{where} does not fit {what}: {"; ".join(problems)}')
 
 
 def count_present(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> float:

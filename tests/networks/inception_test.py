@@ -22,6 +22,8 @@ from support import assert_same, torch_fidelity
 from jaxgen.errors import UserError
 from jaxgen.metrics import inception
 from jaxgen.networks.inception import Inception, resize_tf1
+from jaxgen.weights import mapping
+from jaxgen.weights.features import INCEPTION
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -31,15 +33,15 @@ def weights() -> dict[str, np.ndarray]:
     """Random weights with torch's names and layout."""
     rng = np.random.default_rng(0)
     tensors = {}
-    for path, shape in inception.shapes().items():
-        leaf, fan_in = path.split('/')[-1], np.prod(shape[:-1])
+    for entry in mapping.entries(INCEPTION, inception.shapes()):
+        leaf, fan_in, shape = entry.path.split('/')[-1], np.prod(entry.shape[:-1]), entry.their_shape()
         if leaf in ('kernel', 'fc.kernel'):
-            value = rng.normal(scale=(2 / fan_in) ** 0.5, size=[shape[i] for i in inception.TO_TORCH[len(shape)]])
+            value = rng.normal(scale=(2 / fan_in) ** 0.5, size=shape)
         elif leaf in ('scale', 'var'):
             value = rng.uniform(0.5, 1.5, shape)
         else:
             value = rng.normal(scale=0.2, size=shape)
-        tensors[inception.torch_name(path)] = value.astype(np.float32)
+        tensors[entry.names[0]] = value.astype(np.float32)
     return tensors
 
 
@@ -202,15 +204,19 @@ class Hostile(NamedTuple):
 def test_not_weights(tmp_path):
     bad = tmp_path / 'bad.safetensors'
     bad.write_bytes(b'nothing')
-    assert 'cannot be read' in message(bad)
+    assert 'no whole safetensors file' in message(bad)
     torch = pytest.importorskip('torch')
     bad = tmp_path / 'bad.pth'
     for content in (b'', b'nothing'):
         bad.write_bytes(content)
         assert 'cannot be read' in message(bad)
-    for content in ([1, 2], {'a': 'text'}, {'a': Hostile(tmp_path / 'harm')}):
+    for content, line in (
+        ([1, 2], 'holds no tensors'),
+        ({'a': 'text'}, 'holds no tensors'),
+        ({'a': Hostile(tmp_path / 'harm')}, 'is not read'),
+    ):
         torch.save(content, bad)
-        assert 'cannot be read' in message(bad)
+        assert line in message(bad)
     assert not (tmp_path / 'harm').exists()
 
 
@@ -218,12 +224,12 @@ def test_other_weights(tmp_path):
     path = tmp_path / 'other.safetensors'
     small = {name: a for name, a in weights().items() if name.startswith('Conv2d_1a')}
     safetensors.numpy.save_file(small, path)
-    assert 'Conv2d_2a_3x3.bn.bias is absent there and [32] in the network' in message(path)
+    assert 'does not fit the Inception network of FID' in message(path) and 'missing: ' in message(path)
     safetensors.numpy.save_file({**small, 'Conv2d_1a_3x3.conv.weight': np.zeros((32, 1, 3, 3), np.float32)}, path)
-    assert 'Conv2d_1a_3x3.conv.weight is [32, 1, 3, 3] there and [32, 3, 3, 3] in the network' in message(path)
+    assert 'Conv2d_1a_3x3.conv.weight is [32, 1, 3, 3] and [32, 3, 3, 3] by the Inception network' in message(path)
     torchvision = {'AuxLogits.fc.bias': np.zeros(1000), 'fc.weight': np.zeros((1000, 2048))}
     safetensors.numpy.save_file(torchvision, path)
-    assert 'AuxLogits.fc.bias is [1000] there and absent' in message(path)
+    assert 'left over: AuxLogits.fc.bias [1000]' in message(path)
     assert "torchvision's network, another one" in message(path)
 
 
