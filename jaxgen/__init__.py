@@ -57,9 +57,10 @@ def load(workdir: str | os.PathLike, *, config=None, weights: str = 'ema', step:
       weights: 'ema', 'params', or the width of an average that was kept, '0.07'.
       step: of the checkpoint, one of those that were kept; 'best', by config.train.stop_on; None: the newest.
     """
+    from jaxgen import files
     from jaxgen.run import load as load_run
 
-    return load_run(os.fspath(workdir), config=config, weights=weights, step=step)
+    return load_run(files.as_path(workdir, 'workdir'), config=config, weights=weights, step=step)
 
 
 def list_configs(*words: str) -> list[Entry]:

@@ -233,7 +233,7 @@ def image_shape(assembled, name: str) -> tuple[int, ...]:
 
 def is_list(value) -> bool:
     """Whether these are values of several samples, and not one for all."""
-    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return isinstance(value, list | tuple | range) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def as_list(value) -> list:

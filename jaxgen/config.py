@@ -19,9 +19,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 import jaxgen
@@ -607,6 +609,40 @@ def named(run: str) -> str:
             if there(config):
                 return ':'.join([config, *filter(None, [','.join(words[k:])])])
     return ''
+
+
+def plain(value):
+    """A value of a field as JSON has it: numbers and arrays, and paths, as Python's own, sections as dicts."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(one) for one in value)
+    if isinstance(value, type | types.FunctionType | types.ModuleType):  # a family or network of the person's own
+        return imports.path_of(value)
+    if hasattr(value, '__array__'):  # of numpy, jax or torch
+        return plain(np.asarray(value).tolist())
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of fields of which some are given by their paths: {'optim.lr': 1e-3} -> {'optim': {'lr': 1e-3}}.
+
+    Raises:
+      UserError: a field is given twice.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in fields.items():
+        if not isinstance(path, str) or not all(path.split('.')):
+            raise UserError(f"a field is named by a text like 'optim.lr'; it is {shown(path)}")
+        own = nested_fields(value) if isinstance(value, Mapping) and value else value
+        more = nested(path, own)
+        twice = sorted(set(flat(tree)) & set(flat(more)))
+        if twice:
+            raise UserError(f'config.{twice[0]} is given twice')
+        tree = joined(tree, more)
+    return tree
 
 
 def flat(tree: dict, path: str = '') -> dict[str, Any]:

@@ -24,6 +24,17 @@ def absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def as_path(value, what: str) -> str:
+    """A path as a text.
+
+    Raises:
+      UserError: the value is none. `what` is its name.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f'{what} must be a path; it is {value!r}')
+    return os.fspath(value)
+
+
 def check_local(path: str, what: str) -> None:
     """Raises UserError for an address with a scheme, gs://bucket/run: only files of this machine are read and written.
 

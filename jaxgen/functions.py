@@ -105,6 +105,17 @@ def as_array(name: str, value) -> np.ndarray:
         raise UserError(f'{name} must be an array ({" ".join(str(e).split())[:200]})') from e
 
 
+def is_real(array: np.ndarray) -> bool:
+    """Whether these are integers or floats."""
+    return jnp.issubdtype(array.dtype, np.number) and not jnp.issubdtype(array.dtype, np.complexfloating)
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """The numbers as float32; what it does not hold is infinite."""
+    with np.errstate(over='ignore'):
+        return array.astype(np.float32)
+
+
 def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises UserError where an array is not [n, *shape]."""
     if array.shape[1:] != shape or not array.ndim:
@@ -129,7 +140,7 @@ def as_images(name: str, images, shape: tuple[int, ...], noisy: bool = False) ->
     check_shape(name, array, shape)
     if not real:
         return array
-    array = array.astype(np.float32)
+    array = as_float32(array)
     if not np.isfinite(array).all():
         raise UserError(f'{name} must be finite')
     if not noisy and array.size:
@@ -150,11 +161,11 @@ def as_levels(name: str, value, n: int) -> np.ndarray:
       UserError: they are of another shape, or not positive.
     """
     array = as_array(name, value)
-    if not jnp.issubdtype(array.dtype, np.number) or array.shape not in ((), (n,)):
+    if not is_real(array) or array.shape not in ((), (n,)):
         raise UserError(f'{name} must be a number or [{n}]; it is {options.shown(value)}')
-    array = np.broadcast_to(array.astype(np.float32), (n,))
+    array = np.broadcast_to(as_float32(array), (n,))
     if not (np.isfinite(array).all() and (array > 0).all()):
-        raise UserError(f'{name} must be more than 0; it is {options.shown(value)}')
+        raise UserError(f'{name} must be finite and more than 0; it is {options.shown(value)}')
     return array
 
 
@@ -180,10 +191,10 @@ def as_latents(model: BoundModel, name: str, latents, image: tuple[int, ...]) ->
     grids, vocabulary = model.family.latents.grids, model.family.latents.vocabulary
     if not grids:
         array = as_array(name, latents)
-        if not jnp.issubdtype(array.dtype, np.number):
-            raise UserError(f'{name} must be numbers; they are {array.dtype}')
+        if not is_real(array):
+            raise UserError(f'{name} must be real numbers; they are {array.dtype}')
         check_shape(name, array, latent_shape(model, image))
-        array = array.astype(np.float32)
+        array = as_float32(array)
         if not np.isfinite(array).all():
             raise UserError(f'{name} must be finite')
         return {'z': array}

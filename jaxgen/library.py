@@ -9,11 +9,9 @@
 from __future__ import annotations
 
 import os
-import types
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
@@ -23,42 +21,6 @@ from jaxgen.errors import UserError
 if TYPE_CHECKING:
     from jaxgen.run import Run
     from jaxgen.train import Callback
-
-
-def plain(value):
-    """A value of a field as JSON has it: numbers of NumPy and paths as Python's own, sections as dicts."""
-    if isinstance(value, ConfigDict):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(plain(one) for one in value)
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, type | types.FunctionType | types.ModuleType):  # a family or network of the person's own
-        return imports.path_of(value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def nested_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of fields of which some are given by their paths: {'optim.lr': 1e-3} -> {'optim': {'lr': 1e-3}}.
-
-    Raises:
-      UserError: a field is given twice.
-    """
-    tree: dict[str, Any] = {}
-    for path, value in fields.items():
-        if not isinstance(path, str) or not all(path.split('.')):
-            raise UserError(f"a field is named by a text like 'optim.lr'; it is {options.shown(path)}")
-        own = nested_fields(value) if isinstance(value, Mapping) and value else value
-        more = configs.nested(path, own)
-        twice = sorted(set(configs.flat(tree)) & set(configs.flat(more)))
-        if twice:
-            raise UserError(f'config.{twice[0]} is given twice')
-        tree = configs.joined(tree, more)
-    return tree
 
 
 def config(name: str | os.PathLike | ConfigDict = '', /, **overrides) -> ConfigDict:
@@ -73,10 +35,10 @@ def config(name: str | os.PathLike | ConfigDict = '', /, **overrides) -> ConfigD
     Raises:
       UserError: no such config or field, or a value that it does not take: one line that says what it takes.
     """
-    given = nested_fields(plain(overrides))
+    given = configs.nested_fields(configs.plain(overrides))
     imports.name_those_of(given)
     if isinstance(name, ConfigDict | dict):
-        sections = plain(name)
+        sections = configs.plain(name)
     elif not isinstance(name, str | os.PathLike):
         raise UserError(f"a config is named by a text like 'ddpm_digits'; it is {options.shown(name)}")
     else:
@@ -111,7 +73,7 @@ def train(
     if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
         raise UserError(f'callbacks must be a list of functions (step, logs, run); it is {options.shown(callbacks)}')
     checked = configs_of(config)
-    workdir = os.fspath(workdir)
+    workdir = files.as_path(workdir, 'workdir')
     if not workdir:
         if not isinstance(config, str | os.PathLike):
             raise UserError("name the run's directory: jaxgen.train(config, 'runs/NAME')")
@@ -156,8 +118,8 @@ def import_weights(
     else:
         checked = configs_of(config)
         base = configs.name(os.fspath(config)) if isinstance(config, str | os.PathLike) else ''
-    workdir = os.fspath(workdir) or (os.path.join('runs', base) if base else '')
+    workdir = files.as_path(workdir, 'workdir') or (os.path.join('runs', base) if base else '')
     if not workdir:
         raise UserError("name the run's directory: jaxgen.import_weights(..., workdir='runs/NAME')")
-    importing.import_weights(checked, os.fspath(path), workdir, names)
+    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names)
     return runs.load(workdir)

@@ -40,6 +40,7 @@ from jaxgen import imports
 from jaxgen.errors import UserError
 
 LARGEST = 2**31 - 1  # of any integer: most of them become int32 on a device
+LARGEST_FLOAT = 3.4028234e38  # of any other number: they become float32
 Section = str | dict[str, Any]  # a component's name, or its fields
 
 # --- constraints
@@ -625,8 +626,8 @@ def is_text(value: str) -> bool:
 def check_finite(path: str, value) -> None:
     """Raises UserError for NaN, infinity, an integer that no device holds, a text that no path can be, and what JSON
     does not hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f'config.{path} must be a finite number; it is {value}')
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        raise UserError(f'config.{path} must be a finite number, in float32; it is {value}')
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f'config.{path} must be from {-LARGEST} to {LARGEST}; it is {shown(value)}')
     if isinstance(value, str) and not is_text(value):

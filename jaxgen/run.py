@@ -312,7 +312,7 @@ class Run:
         """
         if not sampling:
             return self
-        assembled = self.assembled.with_options(sample.plain(sampling))
+        assembled = self.assembled.with_options(configs.plain(sampling))
         return dataclasses.replace(self, config=assembled.config, assembled=assembled)
 
     def given(self, condition: dict[str, Any] | conditions.Given | None, n: int | None = None) -> conditions.Given:
@@ -339,25 +339,27 @@ class Run:
             of classes. Images are paths of files or folders, images of PIL, or arrays [h, w], [h, w, c], [n, h, w, c]
             of uint8 or of real numbers in [-1, 1], of any size; see docs/own_images.md. Where no condition is an
             image, and the model encodes and decodes, 'image' is reconstructed.
-          latents: images of these, [n, ...], in place of random ones; see `decode`.
+          latents: images of these, [n, ...], in place of random ones; see `decode`. The seed is that of further noise.
           sampling: options of sampling, see `with_sampling`. The first call compiles. Later ones do only where an
             option changes the program: its steps, the name of a sampler, something that was off; and to go back to what
             was compiled costs nothing.
         """
         run = self.with_sampling(**sampling)
+        several = (isinstance(seed, Sequence) and not isinstance(seed, str)) or getattr(seed, 'ndim', 0) > 0
+        listed: Any = seed if several else [seed]
+        seeds = [check_integer('seed', one, 0) for one in listed]
+        nothing = np.zeros((0, *self.image), np.uint8)
         if latents is not None:
-            images = run.decode(latents, condition)
-            if n not in (None, len(images)):
-                raise UserError(f'n = {options.shown(n)}, and there are {len(images)} latents: leave n out')
-            return images
-        several: Any = seed if np.ndim(seed) else [seed]
-        seeds = [check_integer('seed', one, 0) for one in several]
+            decoded = [run.decode(latents, condition, seed=one) for one in seeds]
+            if n is not None and any(n != len(images) for images in decoded):
+                raise UserError(f'n = {options.shown(n)}, and there are {len(decoded[0])} latents: leave n out')
+            return np.concatenate([nothing, *decoded])
         given = run.given(condition, n)
         for line in given.doubts():
             log.say(line)
-        n = given.n if n is not None else given.n or (1 if np.ndim(seed) else 16)
+        n = given.n if n is not None else given.n or (1 if several else 16)
         parts = [part for one in seeds for part in run.draw(n, one, given)]
-        return np.concatenate(parts) if parts else np.zeros((0, *self.assembled.spec.features['image'].shape), np.uint8)
+        return np.concatenate([nothing, *parts])
 
     def draw(self, n: int, seed: int = 0, condition: dict[str, Any] | conditions.Given | None = None):
         """As `sample` of one seed, in pieces of at most config.sample.batch images."""
@@ -419,10 +421,10 @@ class Run:
         Raises:
           UserError: the family decodes nothing, or the latents are no such ones.
         """
-        family, dtype = self.assembled.family, np.dtype(dtype)
+        family = self.assembled.family
         functions.check_offered(family, 'decode', self.config.family)
-        if dtype not in (np.uint8, np.float32):
-            raise UserError(f'dtype must be uint8 or float32; it is {dtype}')
+        if dtype not in (np.uint8, np.float32, 'uint8', 'float32'):
+            raise UserError(f'dtype must be uint8 or float32; it is {options.shown(dtype)}')
         arrays = functions.as_latents(self.model, 'latents', latents, self.image)
         given = family.encode is None and bool(family.conditions)
         if condition and not given:
@@ -482,7 +484,7 @@ class Run:
         functions.check_offered(family, 'decode', self.config.family)
         if family.latents.grids:
             raise UserError(f'latents of a {self.config.family} are integers, and nothing lies between them')
-        if path not in functions.PATHS:
+        if path not in tuple(functions.PATHS):
             raise UserError(f'path must be {" or ".join(functions.PATHS)}; it is {options.shown(path)}')
         if family.encode is not None:
             a, b = self.encode(a), self.encode(b)
@@ -508,10 +510,12 @@ class Run:
         Raises:
           UserError: the path has another ending, or cannot be written to.
         """
-        path, state = os.path.expanduser(os.fspath(path)), self.model.state
+        path, state = os.path.expanduser(files.as_path(path, 'path')), self.model.state
         files.check_local(path, 'path')
         if not path.endswith('.safetensors'):
             raise UserError(f'path must end in .safetensors; it is {path}')
+        if os.path.isdir(path):
+            raise UserError(f'path={path} is a folder: name a file')
         leaves = jax.tree_util.tree_leaves_with_path({'ema': state.ema, 'extra': state.extra})
         arrays = {jax.tree_util.keystr(keys, simple=True, separator='/'): sharding.to_host(x) for keys, x in leaves}
         about = {
@@ -555,9 +559,13 @@ class Run:
             steps = checkpoints.steps()
             if steps and self.step not in steps:
                 raise UserError(f'the training in {self.workdir} has gone on to step {steps[-1]}: load it again')
-            saved, _ = checkpoints.restore_step(self.step, self.assembled.abstract, self.assembled.mesh, ('params',))
+            items = ('params', 'ema')
+            saved, _ = checkpoints.restore_step(self.step, self.assembled.abstract, self.assembled.mesh, items)
         finally:
             checkpoints.close()
+        averages = {name: saved.ema[name] for name in self.state.ema}
+        if self.weights == 'ema' and features.digest(averages) != features.digest(self.state.ema):
+            raise UserError(f'{self.workdir} has been trained anew: load it again')
         return saved.params
 
     def modes(self, n: int, seed: int = 0) -> dict[str, dict]:
@@ -673,7 +681,7 @@ def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | Non
     the machine, so a stranger's run does not say it.
     """
     if isinstance(config, dict):
-        named, sections = configs.flat(config).keys(), configs.deep_update(saved.to_dict(), config)
+        named, sections = configs.flat(config).keys(), configs.update_sections(saved.to_dict(), config)
     else:
         sections = (saved if config is None else config).to_dict()
     used = configs.complete(sections)
@@ -741,7 +749,8 @@ def load(
     unless it was trained by this person or the path is named in this call (see origin.py).
 
     Args:
-      config: fields that differ from the saved ones, {'model': {'sampler': 'ddim'}}, or a whole config in place of it.
+      config: fields that differ from the saved ones, {'model': {'sampler': 'ddim'}} or {'model.sampler': 'ddim'}, or a
+        whole config in place of it.
         Only what training does not depend on may differ; a folder of images or a stage may have moved.
       weights: 'ema' or 'params', which of them sampling and evaluation use; or a width, '0.07': the average of that
         standard deviation over the run, put together from all checkpoints kept (`config.optim.ema_std`).
@@ -758,7 +767,13 @@ def load(
     workdir = os.path.expanduser(workdir)
     check_weights_name(weights)
     if isinstance(config, dict):
+        config = configs.nested_fields(configs.plain(config))
         imports.name_those_of(config)
+    elif not isinstance(config, ConfigDict | None):
+        raise UserError(
+            "config must be the fields that differ, like {'model': {'sampler': 'ddim'}}, or a whole config; it is "
+            f'{options.shown(config)}'
+        )
     saved = saved_config(workdir)
     used, spec, unnamed = read(workdir, config, named)
     check_cycle(workdir, used)

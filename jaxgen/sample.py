@@ -29,8 +29,8 @@ def with_options(build: Callable, model: dict, family: Family, given: dict[str, 
     Args:
       build: the family's.
       model: {field: value}, complete.
-      given: {field: value} of Python's own types, see `plain`; a section as a dict of what differs, or its fields with
-        dots, 'guidance.scale'.
+      given: {field: value} of Python's own types, see `config.plain`; a section as a dict of what differs, or its
+        fields with dots, 'guidance.scale'.
 
     Raises:
       UserError: an option that there is not, one that training depends on, or a value that it cannot have.
@@ -60,17 +60,6 @@ def both(one, other):
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return other
     return {**one, **{k: both(one[k], v) if isinstance(v, dict) and k in one else v for k, v in other.items()}}
-
-
-def plain(value):
-    """Numbers and arrays of numpy or jax as Python's."""
-    if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(plain(one) for one in value)
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return plain(np.asarray(value).tolist())
-    return value
 
 
 @dataclasses.dataclass(frozen=True)

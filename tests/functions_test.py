@@ -121,6 +121,10 @@ def test_latents_under_conditions():
     drawn = r.sample(latents=z, condition={'label': 7})
     expected = direct(r, 'decode', {'label': jnp.full(3, 7), 'index': jnp.arange(3)}, jnp.asarray(z, jnp.float32))
     assert np.abs(drawn.astype(int) - np.asarray(data.to_uint8(expected)).astype(int)).max() <= 1
+    np.testing.assert_array_equal(r.sample(latents=z, seed=[0, 4], condition={'label': 7})[3:], drawn)
+    for wrong, message in ({'dtype': 'pixels'}, 'dtype must be'), ({'latents': z * 1j}, 'must be real numbers'):
+        with pytest.raises(UserError, match=message):
+            r.decode(**{'latents': z, 'condition': {'label': 7}, **wrong})
     with pytest.raises(UserError, match='condition label=11'):
         r.decode(z, {'label': 11})
     rows = r.interpolate(z[:2], z[1:], 4)
@@ -134,7 +138,7 @@ def test_interpolation_between_images():
     rows = r.interpolate(a, b, 3, path='linear')
     np.testing.assert_array_equal(rows[:, 0], r.reconstruct(a))
     np.testing.assert_array_equal(rows[:, 1], r.decode((r.encode(a) + r.encode(b)) / 2))
-    for wrong, message in [({'n': 1}, 'n must be from 2'), ({'path': 'round'}, 'linear or spherical')]:
+    for wrong, message in [({'n': 1}, 'n must be from 2'), ({'path': ['linear']}, 'linear or spherical')]:
         with pytest.raises(UserError, match=message):
             r.interpolate(a, b, **wrong)
     with pytest.raises(UserError, match='as many'):
@@ -160,7 +164,7 @@ def test_denoise():
     np.testing.assert_allclose(r.denoise(x, 0.7), expected, atol=1e-4)
     clean = r.denoise(images(2), [0.1, 0.2])
     assert clean.dtype == np.uint8 and clean.shape == (2, 8, 8, 1)
-    for wrong in (0, -1.0, [1, 2, 3], np.nan, 'much'):
+    for wrong in (0, -1.0, [1, 2, 3], np.nan, 'much', 1e39, 1j):
         with pytest.raises(UserError, match='sigma must be'):
             r.denoise(images(2), wrong)
 
@@ -226,6 +230,11 @@ def test_saved_weights_are_read_by_others(tmp_path):
     for wrong, message in [('weights.bin', 'must end in .safetensors'), ('gs://x/y.safetensors', 'is an address')]:
         with pytest.raises(UserError, match=message):
             r.save(wrong)
+    (tmp_path / 'folder.safetensors').mkdir()
+    with pytest.raises(UserError, match='is a folder'):
+        r.save(tmp_path / 'folder.safetensors')
+    with pytest.raises(UserError, match='path must be a path; it is None'):
+        r.save(None)
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot be written to'):
         r.save(tmp_path / 'file' / 'x.safetensors')

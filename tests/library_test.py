@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,23 @@ def test_the_returned_run_is_the_saved_one(plain):
     assert_same((plain.state.ema, plain.state.extra, plain.step), (loaded.state.ema, loaded.state.extra, loaded.step))
     np.testing.assert_array_equal(plain.sample(3), loaded.sample(3))
     assert plain.config == loaded.config and plain.evaluate() == loaded.evaluate()
+
+
+@pytest.mark.slow
+def test_evaluation_mixes_no_weights_of_two_trainings(config, plain, tmp_path):
+    """What sampling does not need is read when it is needed: by then the directory may hold another training."""
+    workdir = str(tmp_path / 'run')
+    shutil.copytree(plain.workdir, workdir)
+    loaded = jaxgen.load(workdir)
+    assert loaded.evaluate() == plain.evaluate()
+    jaxgen.train(jaxgen.config(config, **{'train.steps': STEPS + 4, 'train.keep': 1}), workdir)
+    with pytest.raises(UserError, match='has gone on to step 8'):
+        loaded.evaluate()
+    shutil.rmtree(workdir)
+    jaxgen.train(jaxgen.config(config, seed=3), workdir)
+    with pytest.raises(UserError, match='has been trained anew'):
+        loaded.evaluate()
+    assert len(loaded.sample(3)) == 3
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from support import path
 
 from jaxgen import config as configs
-from jaxgen import data, run
+from jaxgen import data, origin, run
 from jaxgen.errors import UserError
 
 
@@ -81,7 +81,7 @@ def test_links_and_pipes_anywhere_in_the_run_of_a_stranger(what, place, tmp_path
         os.mkfifo(workdir / place / 'x')
     else:
         os.symlink(tmp_path / target[what], workdir / place / 'x')
-    if place.partition('/')[0] not in ('checkpoints', 'samples'):  # where a run writes, links do harm to anybody
+    if place.partition('/')[0] not in origin.OWN:  # where a run writes, links do harm to anybody
         run.read(str(workdir))
     be_a_stranger()
     with pytest.raises(UserError, match=r'run/.*/x is .*: the files of a run must lie in its own directory'):

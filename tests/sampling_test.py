@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support import assemble, devices, first_batch, path
 
+import jaxgen
 from jaxgen import conditions, options, run, sample, sharding
 from jaxgen import config as configs
 from jaxgen.diffusion import samplers
@@ -292,6 +293,7 @@ def test_mistakes_in_options(no_compile):
         ({'temperature': {(1, 2): 3}}, 'config.model.temperature must be float'),
         ({'seed': [1, -1]}, 'seed must be from 0'),
         ({'seed': 'x'}, 'seed must be an integer'),
+        ({'seed': [[1, 2], [3]]}, 'seed must be an integer'),
     ):
         with pytest.raises(UserError, match=message) as e:
             made.sample(1, **given)
@@ -317,6 +319,46 @@ def test_sections_are_put_together_from_names_dicts_and_dots(no_compile):
     ):
         with pytest.raises(UserError, match=message):
             made.with_sampling(**given)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'model': {'sampler': {'name': 'ddim', 'steps': 7}}},
+        {'model': {'sampler': {'steps': np.int64(7)}}, 'model.sampler.name': 'ddim'},
+        {'model.sampler': 'ddim', 'model.sampler.steps': 7},
+    ],
+)
+def test_a_run_is_loaded_with_options_as_it_samples_with_them(fields, tmp_path, no_compile):
+    """Of the former sampler what the other one has stays, and nothing else."""
+    saved = config_of('ddpm_digits', {'sampler': {'clip': False, 'variance': 'fixed_large'}})
+    run.save_config(str(tmp_path), saved, run.data.spec(saved.data))
+    with pytest.raises(UserError, match='has no checkpoint yet'):
+        run.load(str(tmp_path), config=fields)
+    used, _ = run.used_config(str(tmp_path), saved, configs.nested_fields(configs.plain(fields)), frozenset())
+    sampled = run.Run('', saved, assemble(saved), None, 'ema').with_sampling(sampler={'name': 'ddim', 'steps': 7})
+    assert used.model == sampled.config.model
+    assert (used.model.sampler.clip, 'variance' in used.model.sampler) == (False, False)
+
+
+@pytest.mark.parametrize(
+    'path, fields, message',
+    [
+        (None, None, 'workdir must be a path; it is None'),
+        (b'run', None, 'workdir must be a path'),
+        ('run', 'ddpm_digits', "config must be the fields that differ.*it is 'ddpm_digits'"),
+        ('run', [('seed', 1)], 'config must be the fields that differ'),
+        ('run', {1: 2}, 'a field is named by a text'),
+        (
+            'run',
+            {'model.sampler.steps': 1, 'model': {'sampler': {'steps': 2}}},
+            'config.model.sampler.steps is given',
+        ),
+    ],
+)
+def test_mistakes_in_loading(path, fields, message, no_compile):
+    with pytest.raises(UserError, match=message):
+        jaxgen.load(path, config=fields)
 
 
 def test_sizes_of_batches():
