@@ -33,7 +33,7 @@ FIELDS = {
     'label': ('label', 'image/class/label', 'class', 'cls', 'target', 'labels'),
     'caption': ('caption', 'text', 'txt', 'image/caption', 'caption/text'),
 }
-VERSION = 1  # of kept labels
+VERSION = 2  # of kept labels
 
 
 def read(address: Address, data) -> Contents:
@@ -195,9 +195,15 @@ def labels_of(stored, field: str, paths: list[str], directory: str, confined: bo
     with contextlib.suppress(OSError, UserError):  # a directory that cannot be written to is no fault of the data
         if confined:
             guard.check_inside(directory, os.path.dirname(kept))
-        head = {'version': VERSION, 'n': len(labels), 'texts': [str(name) for name in names] if texts else None}
+        kind = '<f8' if numbers.dtype.kind == 'f' else '<i8'
+        head = {
+            'version': VERSION,
+            'n': len(labels),
+            'kind': kind,
+            'texts': [str(name) for name in names] if texts else None,
+        }
         with files.replacing(kept) as new:
-            new.write(json.dumps(head).encode() + b'\n' + np.asarray(numbers, '<f8').tobytes())
+            new.write(json.dumps(head).encode() + b'\n' + np.asarray(numbers, kind).tobytes())
     return labels
 
 
@@ -208,9 +214,9 @@ def load_labels(path: str, n: int) -> np.ndarray | None:
             line = file.readline(2**26)
             head = json.loads(line)
             content = file.read(8 * n + 1)
-        if head['version'] != VERSION or head['n'] != n or len(content) != 8 * n:
+        if head['version'] != VERSION or head['kind'] not in ('<f8', '<i8') or head['n'] != n or len(content) != 8 * n:
             return None
-        numbers = np.frombuffer(content, '<f8')
+        numbers = np.frombuffer(content, head['kind'])
         if head['texts'] is None:
             return numbers
         return np.array(head['texts'], str)[numbers.astype(int)]

@@ -30,7 +30,7 @@ from jaxgen import files
 from jaxgen.addresses import Address
 from jaxgen.data import guard
 from jaxgen.data.records import Contents, Feature, Split, classes_of, root, text_digest
-from jaxgen.errors import UserError
+from jaxgen.errors import RunError, UserError
 
 # Names of arrays that are taken for these features where the address names none, in the order of preference.
 ROLES = {
@@ -317,7 +317,10 @@ class Columns:
     def array(self, name: str) -> np.ndarray:
         with self.lock:
             if name not in self.loaded:
-                self.loaded[name] = self.stored[name].load()
+                try:
+                    self.loaded[name] = self.stored[name].load()
+                except ValueError as e:  # the file is shorter than it was a moment ago
+                    raise UserError(f'{self.where} has changed while it is read: {e}') from e
             return self.loaded[name]
 
     def vector(self, name: str) -> np.ndarray:
@@ -386,13 +389,53 @@ def value_of(columns: Columns, name: str, feature: Feature, labels: np.ndarray |
     """The function from an example's number to its value of one feature."""
     if name == 'label':
         return lambda i: labels[i]
+    check = unchanged(columns.array(name))
     if feature.image:
         x, how, scale = columns.array(name), columns.layout_of(name), scaling(columns, name)
-        return lambda i: scale(how.image(x, i))
+        return checked(check, lambda i: scale(how.image(x, i)))
     x = columns.vector(name)
     if x.dtype.kind in 'US':
-        return lambda i: padded(x[i], feature.shape[0])
-    return lambda i: converted(np.asarray(x[i]), feature.dtype)
+        return checked(check, lambda i: padded(x[i], feature.shape[0]))
+    return checked(check, lambda i: converted(np.asarray(x[i]), feature.dtype))
+
+
+def checked(check: Callable[[], None] | None, value: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The function `value`, with a check before and after each example."""
+    if check is None:
+        return value
+
+    def example(i: int) -> Any:
+        check()
+        out = value(i)
+        check()
+        return out
+
+    return example
+
+
+def unchanged(x: np.ndarray) -> Callable[[], None] | None:
+    """The function that raises RunError once the file that an array is mapped from has been written to; None: it is in
+    memory. Reading what a shorter file no longer has would end the process. A file that another one has replaced is
+    still the one that is mapped."""
+    if not isinstance(x, np.memmap):
+        return None
+    path = os.fspath(x.filename)
+
+    def stamp() -> tuple[int, ...] | None:
+        try:
+            about = os.stat(path)
+        except OSError:
+            return None
+        return about.st_ino, about.st_dev, about.st_size, int(about.st_mtime)
+
+    first = stamp()
+
+    def check() -> None:
+        now = stamp()
+        if now != first and now is not None and first is not None and now[:2] == first[:2]:
+            raise RunError(f'{path} has been written to while it is read: leave it as it is, or replace it by another')
+
+    return check
 
 
 def converted(x: np.ndarray, dtype) -> np.ndarray:

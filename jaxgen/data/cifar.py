@@ -12,6 +12,7 @@ import os
 import pickletools
 import re
 import tarfile
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,20 +36,21 @@ NAMES = {
     'batches.meta': '',
     'meta': '',
 }
+CLASSES = {False: {'label': 10}, True: {'label': 100, 'coarse': 20}}  # of CIFAR-10, and of CIFAR-100
 KEYS = {'label': ('fine_label_names', 'label_names'), 'coarse': ('coarse_label_names',)}
 
 
 def read(address: Address, data) -> Contents:
     """The images and labels of an archive, a folder or a file."""
     path = address.path
-    splits, names, paths = load(path, *stamp(path))
+    splits, names, paths, notes = load(path, *stamp(path))
 
     def stored(name: str, x: np.ndarray) -> arrays.Stored:
         return arrays.Stored(name, x.shape, x.dtype, lambda: x)
 
     options = {'layout': 'N(CHW)', 'size': '32x32', **address.options}
     named = {split: {name: stored(name, x) for name, x in one.items()} for split, one in splits.items()}
-    return arrays.contents(address._replace(options=options), data, named, paths, class_names=names)
+    return arrays.contents(address._replace(options=options), data, named, paths, notes=notes, class_names=names)
 
 
 def stamp(path: str) -> tuple[int, ...]:
@@ -73,6 +75,7 @@ class Loaded(NamedTuple):
     splits: dict[str, dict[str, np.ndarray]]
     names: dict[str, tuple[str, ...]]
     paths: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=2)
@@ -97,7 +100,18 @@ def load(path: str, *_: int) -> Loaded:
         split: {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         for split, batches in splits.items()
     }
-    return Loaded(joined, class_names(path, parts), paths)
+    for split, arrays_ in joined.items():
+        for name, n in CLASSES['coarse' in arrays_].items():
+            if name in arrays_ and arrays_[name].max(initial=0) >= n:
+                raise UserError(f'{path} is damaged: labels of {split} are up to {arrays_[name].max()}, of {n} classes')
+    return Loaded(joined, class_names(path, parts), paths, missing(images))
+
+
+def missing(names: Collection[str]) -> tuple[str, ...]:
+    """What is said of the batches of CIFAR-10 that are not there, where some are."""
+    numbers = {name.removesuffix('.bin')[-1] for name in names if name.startswith('data_batch_')}
+    lacking = sorted(set('12345') - numbers) if len(numbers) > 1 else []
+    return (f'data_batch_{", ".join(lacking)}, which {"are" if lacking[1:] else "is"} not there',) if lacking else ()
 
 
 def contents_of(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -167,6 +181,8 @@ def pickled(where: str, content: bytes) -> dict[str, np.ndarray]:
         if name != 'image':
             if not isinstance(out[name], list) or len(out[name]) != len(x) or {type(y) for y in out[name]} != {int}:
                 raise UserError(f'{where} is damaged: it has no {len(x)} labels')
+            if not all(0 <= y < 256 for y in out[name]):
+                raise UserError(f'{where} is damaged: it has labels that are no classes')
             out[name] = np.array(out[name], np.int64)
     return out
 

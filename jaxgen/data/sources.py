@@ -163,7 +163,7 @@ def read_contents(data) -> records.Contents:
     key = str(sorted((name, data[name]) for name in READ_BY))
     try:
         stamps, contents = _contents.get(key, ((), None))
-        if contents is None or stamps != stamps_of(path, contents):
+        if contents is None or stamps != latest(path, contents):
             contents = READERS[address.kind](address._replace(path=path), data)
             while len(_contents) >= KEPT:
                 _contents.pop(next(iter(_contents)), None)
@@ -191,6 +191,14 @@ READ_BY = (
 )
 KEPT = 4  # contents of sources
 _contents: dict[str, tuple] = {}  # by the fields that they depend on, with the stamps of their files
+
+
+def latest(path: str, contents: records.Contents) -> tuple:
+    """`stamps_of`, () where a file is gone."""
+    try:
+        return stamps_of(path, contents)
+    except OSError:
+        return ()
 
 
 def stamps_of(path: str, contents: records.Contents) -> tuple:

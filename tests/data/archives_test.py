@@ -515,6 +515,15 @@ def test_records_of_examples(tmp_path, fields, options, named):
     assert set(values({**config, 'features': ('image',)})) == set(values(config))
 
 
+def test_kept_labels_are_those_of_the_records(tmp_path):
+    """Also those that are no float64."""
+    numbers = [2**62 + i % 3 for i in range(12)]
+    records = [example(image=encoded(grey(i)), label=label) for i, label in enumerate(numbers)]
+    config = make(tmp_path / 'sets', source=write_records(tmp_path / 'x.array_record', records))
+    for features in (('image', 'label'), ('label',)):  # read, and kept
+        assert data.spec({**config, 'features': features}).names == tuple(str(2**62 + k) for k in range(3))
+
+
 def test_sets_of_tfds_are_named_as_such(tmp_path):
     directory = tmp_path / 'faces' / '1.0.0'
     directory.mkdir(parents=True)

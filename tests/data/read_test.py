@@ -27,6 +27,7 @@ from jaxgen import config as configs
 from jaxgen import data
 from jaxgen.data import arrays, cifar, matlab
 from jaxgen.data import parquet as read_parquet
+from jaxgen.errors import RunError
 
 RNG = np.random.default_rng(0)
 GREY = {split: RNG.integers(0, 256, (n, 6, 6), np.uint8) for split, n in (('train', 12), ('test', 8))}
@@ -788,3 +789,54 @@ def test_a_short_section_in_a_program(tmp_path):
     with contextlib.closing(data.batches(section, seed=0)) as batches:
         x = data.to_float(next(batches)['image'])
     assert x.shape == (4, 6, 6, 1) and -1 <= x.min() < x.max() <= 1
+
+
+@pytest.mark.parametrize('kind', ['npy', 'npz', 'mat', 'idx'])
+@pytest.mark.parametrize('how', ['cut off', 'overwritten', 'replaced'])
+def test_a_file_that_changes_while_it_is_mapped(kind, how, tmp_path):
+    """What a file no longer has must not be touched: the system would end the process."""
+    x = RNG.integers(0, 256, (40, 32, 32), np.uint8)
+    file, other = tmp_path / f'x.{kind}', tmp_path / f'other.{kind}'
+    for one, values in ((file, x), (other, 255 - x)):
+        with open(one, 'wb') as out:
+            if kind == 'idx':
+                out.write(idx_bytes(values))
+            elif kind == 'mat':
+                scipy.io.savemat(out, {'x': values.transpose(1, 2, 0)})
+            else:
+                np.save(out, values) if kind == 'npy' else np.savez(out, x=values)
+    os.utime(file, (1, 1))
+    examples = data.dataset(make(tmp_path, source=f'{kind}:{file}', size=32, cache_mb=0), 'train')
+    before = [examples[i]['image'] for i in range(len(examples))]
+    if how == 'replaced':
+        os.replace(other, file)  # the old one is still there for who has it open
+        np.testing.assert_array_equal([examples[i]['image'] for i in range(len(examples))], before)
+        return
+    if how == 'cut off':
+        os.truncate(file, 600)
+    else:
+        with open(file, 'r+b') as out:
+            out.write(other.read_bytes())
+    with pytest.raises(RunError, match='has been written to while it is read'):
+        examples[len(examples) - 1]
+
+
+def test_batches_of_cifar_that_are_not_there(tmp_path, capfd):
+    for name in ('data_batch_1', 'data_batch_3', 'test_batch'):
+        write(tmp_path / f'{name}.bin', np.full((4, 3073), 9, np.uint8).tobytes())
+    data.dataset(make(tmp_path / 'sets', source=f'cifar:{tmp_path}', size=32, channels=3), 'train')
+    assert 'left out data_batch_2, 4, 5, which are not there' in capfd.readouterr().err
+    write(tmp_path / 'data_batch_2.bin', np.full((4, 3073), 10, np.uint8).tobytes())
+    with refused('labels of train are up to 10, of 10 classes'):
+        data.dataset(make(tmp_path / 'sets', source=f'cifar:{tmp_path}', size=32, channels=3), 'train')
+
+
+def test_labels_that_are_gone_are_gone(tmp_path):
+    """What has been read before in the same process does not matter."""
+    source = write_idx(f'{tmp_path}/set')
+    config = make(tmp_path, source=source, size=6, features=('image', 'label'))
+    assert data.spec(config).classes == 4
+    for split in ('train', 't10k'):
+        os.remove(f'{tmp_path}/set/{split}-labels-idx1-ubyte')
+    with refused("has no 'label'"):
+        data.spec(config)
