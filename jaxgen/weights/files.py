@@ -28,6 +28,7 @@ DTYPES = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
     **{'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8},
 }
+HUB = 'hf:'
 PIPELINE = 'model_index.json'  # of a folder whose models lie in folders of their own
 # The weights in a folder of the hub, the first that is there.
 IN_FOLDER = (
@@ -93,7 +94,7 @@ def open_weights(path: str, option: str = '--from') -> Weights:
     Raises:
       UserError: there is nothing of that kind, it cannot be read, or reading it would run code.
     """
-    path = os.path.expanduser(path)
+    path = of_hub(path, option) if path.startswith(HUB) else os.path.expanduser(path)
     if os.path.isdir(path):
         return open_folder(path, option)
     if not os.path.isfile(path):
@@ -113,6 +114,29 @@ def open_weights(path: str, option: str = '--from') -> Weights:
             f'{option}={path}: weights are read from .safetensors, {", ".join(TORCH)} or a folder of the hub'
         )
     return Weights(path, open_torch(path), beside(path), {}, (path,))
+
+
+def of_hub(path: str, option: str) -> str:
+    """The folder of 'hf:ORGANISATION/NAME' or 'hf:ORGANISATION/NAME/SUBFOLDER' in the hub's cache, into which
+    huggingface_hub puts what is not there yet.
+
+    Raises:
+      UserError: it is not installed, or has no such model and cannot fetch it.
+    """
+    parts = path.removeprefix(HUB).split('/')
+    if len(parts) < 2 or not all(parts) or '..' in parts:
+        raise UserError(f'{option}={path}: write hf:ORGANISATION/NAME, or hf:ORGANISATION/NAME/SUBFOLDER')
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise UserError(f'{option}={path} needs pip install huggingface_hub, or name a folder of your own') from e
+    below = '/'.join([*parts[2:], ''])
+    wanted = [f'{below}{ending}' for ending in ('*.json', '*.safetensors', '*.bin')]
+    try:
+        folder = snapshot_download('/'.join(parts[:2]), allow_patterns=wanted)
+    except Exception as e:  # of the network, the hub or its cache
+        raise UserError(f'{option}={path} cannot be had: {" ".join(str(e).split())[:200]}') from e
+    return os.path.join(folder, *parts[2:])
 
 
 def open_folder(path: str, option: str) -> Weights:

@@ -6,11 +6,14 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from support import ROOT
 
 from jaxgen.errors import UserError
 from jaxgen.weights.files import open_weights
@@ -121,4 +124,35 @@ def test_other_files_and_folders_are_refused(tmp_path):
     saved(tmp_path / 'a.safetensors')
     saved(tmp_path / 'b.safetensors')
     with pytest.raises(UserError, match='2 files of weights: name one'):
+        open_weights(str(tmp_path))
+
+
+def test_models_of_the_hub_come_from_its_cache(tmp_path):
+    """Its layout: refs name a commit, whose snapshot is the folder. Without the network another model is one line."""
+    pytest.importorskip('huggingface_hub')
+    model = tmp_path / 'hub' / 'models--org--name'
+    (model / 'refs').mkdir(parents=True)
+    (model / 'refs' / 'main').write_text('a' * 40)
+    snapshot = model / 'snapshots' / ('a' * 40) / 'vae'
+    snapshot.mkdir(parents=True)
+    saved(snapshot / 'diffusion_pytorch_model.safetensors')
+    code = (
+        'from jaxgen.weights.files import open_weights; from jaxgen.errors import UserError\n'
+        "print(sorted(open_weights('hf:org/name/vae')))\n"
+        "for path in ('hf:org/other', 'hf:name', 'hf:org/../x'):\n"
+        '    try: open_weights(path)\n'
+        '    except UserError as e: print(str(e))\n'
+    )
+    environment = {**os.environ, 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+    run = subprocess.run([sys.executable, '-c', code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert lines[0] == "['a.weight', 'b']", run.stderr
+    assert lines[1].startswith('--from=hf:org/other cannot be had')
+    assert all('write hf:ORGANISATION/NAME' in line for line in lines[2:]) and len(lines) == 4
+
+
+def test_folder_of_a_pipeline_names_its_models(tmp_path):
+    (tmp_path / 'vae').mkdir()
+    (tmp_path / 'model_index.json').write_text('{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}')
+    with pytest.raises(UserError, match=r'a pipeline: name one of its models, --from=.*vae, of vae'):
         open_weights(str(tmp_path))
