@@ -112,8 +112,10 @@ def import_weights(
 
     if bool(name) == (config is not None):
         raise UserError('name the published weights, or give the config of their network: one of them')
+    licence = ''
     if name:
         one = known.find(name)
+        licence = one.licence
         checked, names, base = known.config_of(one), names or one.names, one.config
     else:
         checked = configs_of(config)
@@ -121,5 +123,5 @@ def import_weights(
     workdir = files.as_path(workdir, 'workdir') or (os.path.join('runs', base) if base else '')
     if not workdir:
         raise UserError("name the run's directory: jaxgen.import_weights(..., workdir='runs/NAME')")
-    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names)
+    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names, licence)
     return runs.load(workdir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -82,12 +83,25 @@ def initial(assembled: runs.Assembled, paths: set[str], shardings: dict[str, Any
     return made(key, assembled.frozen)
 
 
-def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '') -> None:
+def stated_licence(path: str) -> str:
+    """The licence in the front matter of the README.md beside the weights, or of the folder above; '' where none is."""
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    for readme in (os.path.join(folder, 'README.md'), os.path.join(os.path.dirname(folder), 'README.md')):
+        if os.path.isfile(readme):
+            with open(readme, encoding='utf-8', errors='replace') as file:
+                front = file.read(2**14).partition('---')[2].partition('---')[0]
+            if stated := re.search(r'^license(?:_name)?:[ \t]*([\w.+ -]{1,80})$', front, re.MULTILINE):
+                return stated[1].strip()
+    return ''
+
+
+def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '', licence: str = '') -> None:
     """Writes the run `workdir`, at step 0, with the weights of a published file or folder.
 
     Args:
       config: of the network that the weights are of.
       names: of the source, one of `sources.SOURCES`; '': by the names in the file.
+      licence: of the weights; '': that which a README.md beside them or else the source states.
 
     Raises:
       UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
@@ -108,6 +122,7 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '')
     tree = unflatten_dict({**arrays, **empty}, sep='/')
     extra = tree.pop('extra', None)
     averages = {f'{name}@{std}': tree[name] for name in list(tree) for std in config.optim.ema_std}
+    licence = licence or stated_licence(weights.path) or fit.source.licence
     step = jax.device_put(np.int32(0), sharding.replicated(assembled.mesh))
     state = State(step=step, params={}, opt={}, ema={**tree, **averages}, extra=extra)
     record = {
@@ -115,14 +130,12 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '')
         'title': fit.source.title,
         'file': os.path.basename(os.path.abspath(path)),
         'sha256': weights.sha256,
-        'licence': fit.source.licence,
+        'licence': licence,
         'jaxgen': jaxgen.__version__,
     }
     write_run(workdir, assembled, state, record)
-    if 'non-commercial' in fit.source.licence.lower() or '-NC' in fit.source.licence:
-        log.say(
-            f'NOTE: the published weights of {fit.source.title} are under {fit.source.licence}: not for commercial use'
-        )
+    if re.search(r'non-?commercial|\bnc\b', licence, re.IGNORECASE):
+        log.say(f'NOTE: these weights are under {licence}: not for commercial use')
     log.say(f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}: {workdir}')
 
 

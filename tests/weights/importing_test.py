@@ -80,6 +80,7 @@ def test_ddim_pipeline_and_back(tmp_path):
     diffusers = pytest.importorskip('diffusers')
     theirs = randomise(torch, unet())
     theirs.save_pretrained(tmp_path / 'hub')
+    (tmp_path / 'hub' / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n# A model')
     config = config_of('ddpm_cifar10', UNET)
     import_weights(config, str(tmp_path / 'hub'), str(tmp_path / 'run'))
     run = jaxgen.load(str(tmp_path / 'run'))
@@ -106,7 +107,8 @@ def test_ddim_pipeline_and_back(tmp_path):
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / 'out')
     for name, weight in theirs.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], weight, rtol=0, atol=0)
-    assert '| imported from | hub (SHA-256' in (tmp_path / 'out' / 'README.md').read_text()
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert '| imported from | hub (SHA-256' in card and 'The licence of the imported weights is cc-by-nc-4.0.' in card
 
 
 def schedule_of(config):
