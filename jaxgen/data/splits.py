@@ -221,7 +221,10 @@ def fraction_of(keys: np.ndarray, classes: np.ndarray, fraction: float) -> np.nd
 def is_stratified(data: dict, n: int) -> bool:
     """Whether each class is held out by the same fraction: the source has labels, and few enough to be read."""
     section = {**data, 'features': ('label',)}
-    label = sources.resolve(section).features().get('label')
+    try:
+        label = sources.resolve(section).features().get('label')
+    except UserError:  # pairs have no labels
+        return False
     return n <= MOST_STRATIFIED and label is not None and bool(label.classes or data['classes'])
 
 

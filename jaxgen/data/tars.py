@@ -27,7 +27,7 @@ from tqdm import tqdm
 from jaxgen import files
 from jaxgen.addresses import Address
 from jaxgen.data import archives, guard, trees
-from jaxgen.data.records import Contents, open_file, root, text_digest
+from jaxgen.data.records import Contents, file_digest, open_file, root, text_digest
 from jaxgen.errors import UserError
 
 BLOCK = 512
@@ -78,7 +78,12 @@ def read(address: Address, data) -> Contents:
     entries = archives.Entries(
         names, sizes, file, tuple(f'{n} {what}' for what, n in notes.items()), shard if len(paths) > 1 else None
     )
-    digest = lambda: archives.sizes_digest(names, sizes)  # noqa: E731
+
+    def digest() -> str:
+        bar = tqdm(paths, desc=f'reading {address.path}', disable=None, leave=False, delay=2)
+        digests = [file_digest(path, directory, bool(data['dir'])) for path in bar]
+        return text_digest(archives.sizes_digest(names, sizes), *sorted(digests))
+
     return archives.contents(address.path, entries, data, 'tar 1', digest, tuple(paths))
 
 

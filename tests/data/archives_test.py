@@ -552,3 +552,15 @@ def test_several_threads_read_what_one_does(tmp_path, kind):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not wrong
+
+
+@pytest.mark.parametrize('kind', ['zip', 'tar'])
+def test_a_pixel_more_is_another_set_and_another_place_is_none(tmp_path, kind):
+    """Also where the size of the file stays."""
+    files = {f'{i}.bmp': encoded(grey(i), 'BMP') for i in range(8)}
+    identities = []
+    for place, changed in (('a', {}), ('b', {}), ('c', {'3.bmp': encoded(grey(200), 'BMP')})):
+        os.makedirs(tmp_path / place)
+        source = write_entries(tmp_path / place / f'x.{kind}', list({**files, **changed}.items()))
+        identities.append(data.dataset(make(tmp_path / 'sets', source=source), 'train').identity)
+    assert identities[0] == identities[1] != identities[2]

@@ -154,3 +154,13 @@ def test_masks_with_a_palette_keep_their_classes(tmp_path, direct):
     two.putpalette([0, 0, 0, 255, 255, 255])
     black_and_white = transforms.load(encoded(two), 1, palette=True)
     assert transforms.to_array(black_and_white)[..., 0].tolist() == [[0, 255]]
+
+
+def test_pairs_for_validation(tmp_path, direct):
+    """They have no classes of which each keeps its share."""
+    source = write_pairs(tmp_path / 'in', range(9), edges=range(9))
+    config = make(tmp_path, direct=direct, source=source, size=6, features=('image', 'edges'))
+    config |= {'test_fraction': 0.2, 'validation_fraction': 0.3}
+    parts = {split: data.dataset(config, split) for split in ('train', 'validation', 'test')}
+    seen = [tuple(one[i]['image'].reshape(-1)) for one in parts.values() for i in range(len(one))]
+    assert len(seen) == len(set(seen)) == 9 and min(map(len, parts.values())) > 0
