@@ -11,7 +11,7 @@ import textwrap
 from absl import flags
 
 import jaxgen
-from jaxgen import interrupt, locks, options
+from jaxgen import configs, interrupt, locks, options
 from jaxgen.errors import UserError
 
 MODES = (*('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'data', 'fields', 'list'),)
@@ -149,10 +149,30 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str], list[str]]:
     try:
         words = values([argv[0], *[a for a in texts if a not in overrides]])[1:]
     except (flags.Error, ValueError) as e:  # absl raises the latter for --noNAME=VALUE
-        raise UserError(' '.join(str(e).split()) + '; see --help') from e
+        raise UserError(mistake(e, values)) from e
     if words and values.mode != 'list':
-        raise UserError(f'cannot use {words[0]!r}: options are --NAME=VALUE; see --help')
+        raise UserError(f'cannot use {words[0]!r}: {meant(words[0])}')
     return values, overrides, words
+
+
+def mistake(e: Exception, values: flags.FlagValues) -> str:
+    """What is wrong with an option, by the error of absl."""
+    text = ' '.join(str(e).split())
+    if isinstance(e, flags.UnrecognizedFlagError):
+        known = f'; did you mean --config.{e.flagname}?' if '.' in e.flagname else options.near(e.flagname, values)
+        return f'--{e.flagname}: no such option{known}'
+    if illegal := re.match(r'flag --(\w+)=(.*): (invalid literal|\W*Non-boolean)', text):
+        return f'--{illegal[1]} must be {"an integer" if illegal[3][0] == "i" else "true or false"}; it is {illegal[2]}'
+    return f'{text}; see --help'
+
+
+def meant(word: str) -> str:
+    """How a word is written as an option."""
+    if word in MODES:
+        return f'did you mean --mode={word}?'
+    if word.partition(':')[0] in configs.names() or word.endswith(('.py', '.json')):
+        return f'did you mean --config={word}?'
+    return 'options are --NAME=VALUE; see --help'
 
 
 # The options that each mode reads. Others would change nothing, so they are refused.
@@ -199,7 +219,8 @@ def check_flags(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise UserError(f'--mode={mode} needs --{name}: {values[name].help.partition(": ")[2]}')
     if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
-        need = '--config=FILE' if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=FILE'
+        config = '--config=NAME (--mode=list prints them) or --config=FILE.py'
+        need = config if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=NAME'
         raise UserError(f'--mode={mode} needs {need}')
 
 

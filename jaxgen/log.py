@@ -146,8 +146,9 @@ class Writer:
             self.mark, self.marked = time.monotonic(), step
         self.bar.update(step - self.bar.n)
         if loss is not None:
-            rate = self.bar.format_dict.get('rate') or 0.0
-            self.bar.set_postfix_str(f'loss {loss:.4f}, {rate * self.images_per_step:.0f} images/s', refresh=False)
+            rate = (self.bar.format_dict.get('rate') or 0.0) * self.images_per_step  # unknown at first
+            images = f', {rate:.{0 if rate >= 10 else 1}f} images/s' if rate else ''
+            self.bar.set_postfix_str(f'loss {loss:.4f}{images}', refresh=False)
 
     def line(self, step: int, means: dict[str, float]) -> None:
         """A line of the means of the updates' logs, and the clock."""

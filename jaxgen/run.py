@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
@@ -161,7 +162,8 @@ def check_moved_data(
     if fields and about.get('data') != data.dataset(config.data, 'train').identity:
         what = 'its images' if fields[0] in ('data.source', 'data.other') else 'with it the training images'
         raise UserError(
-            f'config.{fields[0]} = {configs.get(config, fields[0])}: {what} are not those that {workdir} was trained on'
+            f'config.{fields[0]} = {configs.get(config, fields[0])}: {what} are not those that {workdir} was trained '
+            'on; put it back, or give another --workdir'
         )
 
 
@@ -639,6 +641,9 @@ def saved_config(workdir: str) -> ConfigDict:
     path = os.path.join(workdir, 'config.json')
     if not os.path.isfile(path):
         check_no_archive(workdir)
+        if below := sorted(glob.glob(os.path.join(glob.escape(workdir), '*', 'config.json'))):
+            runs = ', '.join(os.path.dirname(file) for file in below[:8])
+            raise UserError(f'no run in {workdir}; below it there are {runs}{", ..." if len(below) > 8 else ""}')
         raise UserError(f'no run in {workdir}: train one first, or give its --workdir')
     origin.name_modules(workdir)
     return configs.read_json(path)

@@ -39,16 +39,19 @@ def with_options(build: Callable, model: dict, family: Family, given: dict[str, 
     for path, value in given.items():
         first, *rest = path.split('.')
         if first not in family.sampling:
-            raise UserError(f'sampling takes no option {path!r}: {refusal(build, family, first)}')
+            raise UserError(f'sampling takes no option {path!r}: {refusal(build, model, family, first)}')
         for name in reversed(rest):
             value = {name: value}
         nested[first] = both(nested[first], value) if first in nested else value
     return options.complete(build, options.update(build, model, nested), 'model')
 
 
-def refusal(build: Callable, family: Family, name: str) -> str:
+def refusal(build: Callable, model: dict, family: Family, name: str) -> str:
     """Why a field is no option of sampling."""
     has = f'its options are {", ".join(family.sampling)}' if family.sampling else 'this family has no options of it'
+    sections = [s for s in family.sampling if isinstance(model.get(s), dict) and name in model[s]]
+    if sections:
+        return f'did you mean {" or ".join(f"{s}={{{name!r}: ...}}" for s in sections)}? {has}'
     if name in family.free:
         return f'it does not read config.model.{name}; {has}'
     return f'training depends on config.model.{name}; {has}' if name in options.fields(build) else has

@@ -170,9 +170,9 @@ class Training:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
             self.meter = log.Meter(about['meter'])
             self.best = stopping.resumed(self.best, about.get('best'))
-            self.introduce(images, f'going on from step {about["step"]} of {config.train.steps}')
+            self.introduce(images, about['step'], f'going on from step {about["step"]} of {config.train.steps}')
         else:
-            self.introduce(images, f'from step 0 to {config.train.steps}')
+            self.introduce(images, 0, f'from step 0 to {config.train.steps}')
             began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
             self.seconds = time.monotonic() - began
@@ -198,14 +198,15 @@ class Training:
                     count += f', {len(data.dataset(self.config.data, split)):,} {split}'
         return examples.identity, f'{count} images'
 
-    def introduce(self, images: str, where: str) -> None:
+    def introduce(self, images: str, step: int, where: str) -> None:
         """Lines that say what is trained on what."""
         if not self.first:
             return
         c, parameters = self.config, describe.count(self.a.abstract.params)
         shape = 'x'.join(map(str, self.a.spec.features['image'].shape))
         log.say(f'{compilation.devices()}; {c.family}, {parameters:,} parameters; {c.data.source}: {images} of {shape}')
-        log.say(f'{self.workdir}: {where}; {compilation.notice(self.job)}')
+        compiling = f'; {compilation.notice(self.job)}' if step < c.train.steps else ''
+        log.say(f'{self.workdir}: {where}{compiling}')
 
     def batches(self, start: int):
         return data.batches(

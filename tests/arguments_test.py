@@ -11,6 +11,7 @@ from support import ROOT, main, path
 
 from jaxgen import arguments, locks
 from jaxgen import config as configs
+from jaxgen import run as runs
 from jaxgen.errors import UserError
 
 
@@ -48,7 +49,13 @@ def test_values_that_hold_spaces_and_signs():
         ('--workdir', '--workdir needs a value: --workdir=WORKDIR'),
         ('--workdir --n=3', '--workdir needs a value'),
         ('--config x.py --n', '--n needs a value: --n=N'),
-        ('--mode=sample --n five', 'five'),
+        ('--mode=sample --n five', r'--n must be an integer; it is five$'),
+        ('--mode=sample --n=4.0', r'--n must be an integer; it is 4\.0$'),
+        ('--profile=3', r'--profile must be true or false; it is 3$'),
+        ('--optim.lr=3', r'--optim\.lr: no such option; did you mean --config\.optim\.lr\?'),
+        ('--confg=x', '--confg: no such option; did you mean config'),
+        ('train --config=x', r"'train': did you mean --mode=train\?"),
+        ('vae_digits:tiny', r"'vae_digits:tiny': did you mean --config=vae_digits:tiny\?"),
         ('--mode=sample five', "cannot use 'five'"),
         ('--profile maybe --config x.py', "cannot use 'maybe'"),
     ],
@@ -133,3 +140,10 @@ def test_a_lock_is_held_once(tmp_path):
             locks.hold(second.fileno())
         first.close()
         locks.hold(second.fileno(), wait=True)
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path):
+    (tmp_path / 'packed' / 'mine').mkdir(parents=True)
+    (tmp_path / 'packed' / 'mine' / 'config.json').write_text('{}')
+    with pytest.raises(UserError, match=r'no run in .*packed; below it there are .*mine$'):
+        runs.saved_config(str(tmp_path / 'packed'))

@@ -56,7 +56,7 @@ def test_text_says_value_default_and_what_is_allowed(capsys, monkeypatch):
 
 
 def test_mistakes(capfd):
-    assert 'needs --config=FILE' in mistake(capfd, '--mode=fields')
+    assert 'needs --config=NAME' in mistake(capfd, '--mode=fields')
     assert '--workdir is read by' in mistake(capfd, '--mode=fields', f'--config={path("vae_digits")}', '--workdir=x')
     config = f'--config={path("vae_digits")}'
     assert 'no such field' in mistake(capfd, '--mode=fields', config, '--config.model.latnet=3')

@@ -298,6 +298,8 @@ def test_mistakes_in_options(no_compile):
         with pytest.raises(UserError, match=message) as e:
             made.sample(1, **given)
         assert '\n' not in str(e.value)
+    with pytest.raises(UserError, match=r"'steps': did you mean sampler=\{'steps': \.\.\.\}\?"):
+        without_weights('ddpm_digits').sample(1, steps=3)
 
 
 def test_sections_are_put_together_from_names_dicts_and_dots(no_compile):

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import stat
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from jaxgen import log
 from jaxgen.data import trees
 from jaxgen.data.transforms import FORMATS, MAX_PIXELS, load, to_array
 from jaxgen.data.trees import HELD_OUT, IRREGULAR, TEST, TRAIN, VALIDATION, is_folder, ordered
@@ -399,7 +399,7 @@ def say(line: str) -> None:
     """Writes one line to stderr, unless this process has written it before."""
     if line not in announced:
         announced.add(line)
-        print(ascii(line)[1:-1] if not line.isprintable() else line, file=sys.stderr)
+        log.say(ascii(line)[1:-1] if not line.isprintable() else line)  # whole lines, from threads too
 
 
 class FolderImages:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -74,7 +77,9 @@ def test_folder_of_all_kinds_of_files(tmp_path, capfd):
         for i in range(len(examples)):
             assert examples[i]['image'].shape == (6, 6, 3)
     out, message = capfd.readouterr()
-    assert not out and message == f'{path}: left out 1 folders linked twice, 1 files with other endings (1 .txt)\n'
+    assert (
+        not out and message == f'jaxgen: {path}: left out 1 folders linked twice, 1 files with other endings (1 .txt)\n'
+    )
 
 
 def damage(path) -> None:
@@ -333,3 +338,16 @@ def test_reports_are_not_written_through_links(tmp_path):
     os.symlink(victim, os.path.join(path, 'unreadable.txt'))
     data.dataset(config, 'train')
     assert victim.read_text() == 'mine' and not os.path.islink(os.path.join(path, 'unreadable.txt'))
+
+
+def test_lines_of_several_threads_are_whole(monkeypatch):
+    class Slow(io.StringIO):
+        def write(self, text):
+            time.sleep(0.0005)  # another thread's turn
+            return super().write(text)
+
+    monkeypatch.setattr('sys.stderr', stream := Slow())
+    lines = [f'whole lines of threads, {i}' for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(folder.say, lines))
+    assert sorted(stream.getvalue().splitlines()) == sorted(f'jaxgen: {line}' for line in lines)
