@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxgen.errors import UserError
+from jaxgen.networks.layers import group_count
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
@@ -28,7 +32,7 @@ def blocks(top: int) -> list[Substitution]:
 
     return [
         ('/shortcut/', '/conv_shortcut/'),
-        ('/embedding/', '/time_emb_proj/'),
+        (r'(?<=\d)/embedding/', '/time_emb_proj/'),
         ('(attention)/norm/', r'\1/group_norm/'),
         ('/qkv/', '/to_{q,k,v}/'),
         ('(attention)/out/', r'\1/to_out.0/'),
@@ -114,18 +118,55 @@ def dit(config: ConfigDict, shapes: Shapes) -> Table:
 # --- what config.json says
 
 
+# Of keys that change what is computed the values that the networks here have, where no field says them.
+UNET_VALUES: dict[str, tuple] = {
+    'act_fn': ('silu', 'swish'),
+    'center_input_sample': (False,),
+    'mid_block_scale_factor': (1,),
+    'time_embedding_type': ('positional',),
+    'class_embed_type': (None,),
+    'add_attention': (True,),
+}
+SKIP_UNET_VALUES = UNET_VALUES | {'mid_block_scale_factor': (2**0.5,), 'time_embedding_type': ('fourier',)}
+AUTOENCODER_VALUES: dict[str, tuple] = {'act_fn': ('silu', 'swish'), 'norm_type': ('group',)}
+DIT_VALUES: dict[str, tuple] = {
+    'activation_fn': ('gelu-approximate',),
+    'norm_type': ('ada_norm_zero',),
+    'norm_elementwise_affine': (False,),
+    'double_self_attention': (False,),
+    'only_cross_attention': (False,),
+}
+
+
+def check_values(said: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
+    """Raises UserError where config.json has another value than the networks here."""
+
+    def equal(a, b) -> bool:
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+        return math.isclose(a, b, rel_tol=1e-3) if numbers else type(a) is type(b) and a == b
+
+    for key, values in allowed.items():
+        if key in said and not any(equal(said[key], value) for value in values):
+            raise UserError(
+                f'{key} is {said[key]!r} in the config.json of the weights: the networks here have {values[0]!r}, and '
+                'would compute something else with them'
+            )
+
+
 def unet_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Fields of a UNet2DModel by its config.json; without one those that all published ones have."""
     net, where = config.model.network.name, 'model.network.'
-    said = weights.config if weights else {}
+    said = weights.config if weights is not None else {}
     if not said:
         return {f'{where}group_size': 0, f'{where}groups': 32} if net != 'ncsnpp' else {}
     fields: dict[str, Any] = {}
     widths = said.get('block_out_channels')
     if widths:
         fields[f'{where}blocks'] = said.get('layers_per_block', 2)
+    check_values(said, SKIP_UNET_VALUES if net == 'ncsnpp' else UNET_VALUES)
     if net == 'ncsnpp':
         return fields
+    check_values(said, {'attn_norm_num_groups': (None, said.get('norm_num_groups', 32))})
     fields |= {
         f'{where}groups': said.get('norm_num_groups', 32),
         f'{where}group_size': 0,
@@ -143,8 +184,9 @@ def unet_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     if net == 'adm':
         fields[f'{where}scale_shift'] = said.get('resnet_time_scale_shift', 'default') == 'scale_shift'
         fields[f'{where}resample_in_blocks'] = said.get('downsample_type', 'conv') == 'resnet'
-        if heads is not None:
-            fields[f'{where}head_channels'] = heads
+        fields[f'{where}head_channels'] = heads or 0
+        if heads is None:  # one head, as wide as the block
+            fields[f'{where}heads'] = 1
     elif heads is not None and any('Attn' in name for name in said.get('down_block_types', ())):
         raise UserError(f"attention_head_dim of the file is {heads}: the network 'unet' has one head; name 'adm'")
     return fields
@@ -152,12 +194,20 @@ def unet_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
 
 def autoencoder_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Fields of an AutoencoderKL or VQModel by its config.json; without one those of the published ones."""
-    said = weights.config if weights else {}
+    said = weights.config if weights is not None else {}
+    check_values(said, AUTOENCODER_VALUES)
     fields = {'model.groups': said.get('norm_num_groups', 32), 'model.group_size': 0, 'model.eps': 1e-6}
     for key, field in {'layers_per_block': 'blocks', 'latent_channels': 'latent'}.items():
         if key in said:
             fields[f'model.{field}'] = said[key]
     return fields
+
+
+def dit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Fields of a DiTTransformer2DModel by its config.json."""
+    said = weights.config if weights is not None else {}
+    check_values(said, DIT_VALUES)
+    return {'model.network.heads': said['num_attention_heads']} if 'num_attention_heads' in said else {}
 
 
 # --- config.json of what is exported
@@ -176,37 +226,72 @@ def model_config(config: ConfigDict, assembled) -> dict[str, Any]:
     return unet_config(config, assembled)
 
 
-def attends(assembled, level: int, multipliers) -> bool:
-    """Whether the blocks of a level are followed by attention."""
-    rows = assembled.spec.features['image'].shape[0] >> level
-    return rows in assembled.config.model.network.attention
+def group_counts(groups: int, group_size: int, shapes: Shapes) -> set[int]:
+    """The numbers of groups that the group norms of a network have."""
+    widths = {shape[-1] for path, shape in shapes.items() if path.endswith('/scale')}
+    return {group_count(width, groups, group_size) for width in widths}
+
+
+def one_group_count(section: ConfigDict, params: Any) -> int:
+    """The number of groups of every norm.
+
+    Raises:
+      UserError: they differ.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep='/').items()}
+    counts = group_counts(section.groups, section.group_size, shapes)
+    if len(counts) != 1:
+        raise UserError(
+            f'diffusers has one number of groups in all norms, and this network has {sorted(counts)}: name a file, '
+            '--to=FILE.safetensors'
+        )
+    return counts.pop()
+
+
+def map_shape(assembled) -> tuple[int, ...]:
+    """[h, w, c] of what the denoiser denoises: latents of the first stage, or images."""
+    stage = assembled.context.stages.get('first')
+    return tuple(stage.latents.shape if stage else assembled.spec.features['image'].shape)
+
+
+def sample_size(assembled) -> int | list[int]:
+    """The side of a square map, or [height, width]."""
+    height, width, _ = map_shape(assembled)
+    return height if height == width else [height, width]
 
 
 def unet_config(config: ConfigDict, assembled) -> dict[str, Any]:
-    """Of a UNet2DModel."""
-    net = config.model.network
-    height, width, channels = assembled.spec.features['image'].shape
-    levels = range(len(net.multipliers))
+    """Of a UNet2DModel; channels and attention are those of its arrays, since its input may have conditions beside it.
+
+    Raises:
+      UserError: it has no such network.
+    """
+    net, params = config.model.network, assembled.abstract.params['denoiser']
+    adm = net.name == 'adm'
     if net.name == 'ncsnpp' or net.get('patch', 1) > 1:
         raise UserError(
             f'diffusers has no network like {net.name!r} with such fields: name a file, --to=FILE.safetensors'
         )
-    adm = net.name == 'adm'
+    if adm and not net.head_channels and net.heads > 1:
+        raise UserError(
+            f'heads of diffusers have one width, config.model.network.head_channels, and here are {net.heads} heads at '
+            'every width: name a file, --to=FILE.safetensors'
+        )
+    groups = one_group_count(net, params)
     resampled = adm and net.resample_in_blocks
-    kinds = [('Attn' if attends(assembled, level, net.multipliers) else '') for level in levels]
+    kinds = [f'down{level}_0_attention' in params for level in range(len(net.multipliers))]
     plain = {'down': 'ResnetDownsampleBlock2D' if resampled else 'DownBlock2D'}
     plain['up'] = 'ResnetUpsampleBlock2D' if resampled else 'UpBlock2D'
-    outputs = channels * (2 if config.model.training.variance.name == 'learned' else 1)
     return {
         '_class_name': 'UNet2DModel',
-        'sample_size': [height, width] if height != width else height,
-        'in_channels': channels,
-        'out_channels': outputs,
+        'sample_size': sample_size(assembled),
+        'in_channels': params['first']['kernel'].shape[2],
+        'out_channels': params['last']['kernel'].shape[3],
         'block_out_channels': [int(net.channels * m) for m in net.multipliers],
         'layers_per_block': net.blocks,
         'down_block_types': ['AttnDownBlock2D' if kind else plain['down'] for kind in kinds],
         'up_block_types': ['AttnUpBlock2D' if kind else plain['up'] for kind in kinds[::-1]],
-        'norm_num_groups': net.groups,
+        'norm_num_groups': groups,
         'norm_eps': net.eps,
         'act_fn': 'silu',
         'dropout': net.dropout,
@@ -218,13 +303,15 @@ def unet_config(config: ConfigDict, assembled) -> dict[str, Any]:
         'downsample_type': 'resnet' if resampled else 'conv',
         'upsample_type': 'resnet' if resampled else 'conv',
         'num_class_embeds': class_rows(config, assembled),
-        **({'attn_norm_num_groups': net.groups} if adm else {}),
+        **({'attn_norm_num_groups': groups} if adm else {}),
     }
 
 
 def class_rows(config: ConfigDict, assembled) -> int | None:
     """Rows of the embedding of the class, None without one."""
     embedding = assembled.abstract.params['denoiser'].get('label')
+    if embedding is not None and 'embedding' not in embedding:
+        raise UserError('diffusers has no network like this one with such labels: name a file, --to=FILE.safetensors')
     return None if embedding is None else embedding['embedding'].shape[0]
 
 
@@ -232,7 +319,7 @@ def autoencoder_config(config: ConfigDict, assembled) -> dict[str, Any]:
     """Of an AutoencoderKL or a VQModel."""
     m, levels = config.model, len(config.model.multipliers)
     height, _, channels = assembled.spec.features['image'].shape
-    attention = [height >> level in m.attention for level in range(levels)]
+    attention = [f'down{level}_0_attention' in assembled.abstract.params['encoder'] for level in range(levels)]
     down = ['AttnDownEncoderBlock2D' if one else 'DownEncoderBlock2D' for one in attention]
     up = ['AttnUpDecoderBlock2D' if one else 'UpDecoderBlock2D' for one in attention[::-1]]
     common = {
@@ -242,7 +329,7 @@ def autoencoder_config(config: ConfigDict, assembled) -> dict[str, Any]:
         'layers_per_block': m.blocks,
         'down_block_types': down,
         'up_block_types': up,
-        'norm_num_groups': m.groups,
+        'norm_num_groups': one_group_count(m, assembled.abstract.params),
         'act_fn': 'silu',
         'sample_size': height,
         'latent_channels': m.latent,
@@ -261,10 +348,13 @@ def autoencoder_config(config: ConfigDict, assembled) -> dict[str, Any]:
 
 def dit_config(config: ConfigDict, assembled) -> dict[str, Any]:
     """Of a DiTTransformer2DModel."""
-    net, first = config.model.network, assembled.frozen.get('first')
+    net = config.model.network
     params = assembled.abstract.params['denoiser']
     channels = params['first']['kernel'].shape[0] // net.patch**2
-    rows = assembled.spec.features['image'].shape[0] // (assembled.family.divisor // net.patch if first else 1)
+    rows, columns, _ = map_shape(assembled)
+    rows_of_labels = class_rows(config, assembled)
+    if rows != columns or rows_of_labels is None:
+        raise UserError('diffusers has DiT with classes and square maps alone: name a file, --to=FILE.safetensors')
     return {
         '_class_name': 'DiTTransformer2DModel',
         'num_attention_heads': net.heads,
@@ -274,7 +364,7 @@ def dit_config(config: ConfigDict, assembled) -> dict[str, Any]:
         'num_layers': net.blocks,
         'sample_size': rows,
         'patch_size': net.patch,
-        'num_embeds_ada_norm': params['label']['embedding'].shape[0] - 1,
+        'num_embeds_ada_norm': rows_of_labels - 1,
         'activation_fn': 'gelu-approximate',
         'norm_type': 'ada_norm_zero',
         'norm_elementwise_affine': False,
@@ -300,5 +390,5 @@ SOURCES = (
         autoencoder, renamed=OLD_ATTENTION, initial='extra/.*', fields=autoencoder_fields,
     ),
     Source('diffusers', 'DiTTransformer2DModel of diffusers', lambda c: network(c) == 'dit', dit,
-           skip=r'pos_embed\.pos_embed'),
+           skip=r'pos_embed\.pos_embed', fields=dit_fields),
 )  # fmt: skip

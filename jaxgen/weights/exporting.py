@@ -17,7 +17,7 @@ from jaxgen import files, log, sharding
 from jaxgen.errors import UserError
 from jaxgen.run import Run
 from jaxgen.weights import diffusers, sources
-from jaxgen.weights.importing import RECORD, flat_shapes, published_part
+from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, published_part
 from jaxgen.weights.source import Source
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # in a folder of the hub
@@ -74,6 +74,14 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
     source = source_of(run, names)
     if os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
         raise UserError(f'--to={to} is there already: name another file or folder')
+    folder = not to.endswith(('.safetensors', '.pt', '.pth'))
+    wrong = other_fields(run.config, source, None, flat_shapes(published_part(run.state)))
+    if wrong and not (folder and source.name == 'diffusers'):  # whose config.json says them
+        there = ', '.join(f'{field} = {value} ({ours} here)' for field, (value, ours) in wrong.items())
+        raise UserError(
+            f'{source.title} would compute something else with these weights, since there {there}: '
+            'jaxgen --mode=pack takes the run as it is'
+        )
     tensors = tensors_of(run, source)
     metadata = {'format': 'pt', 'jaxgen': jaxgen.__version__, 'step': str(run.step), 'names': source.name}
     if to.endswith('.safetensors'):

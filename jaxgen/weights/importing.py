@@ -22,8 +22,10 @@ from jaxgen import run as runs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import State
 from jaxgen.errors import UserError
+from jaxgen.networks.layers import group_count
 from jaxgen.weights import mapping, sources
-from jaxgen.weights.files import open_weights
+from jaxgen.weights.files import Weights, open_weights
+from jaxgen.weights.source import Shapes, Source
 
 RECORD = 'weights.json'  # in a run's directory: where its weights are from
 
@@ -39,14 +41,34 @@ def published_part(state: State) -> dict[str, Any]:
     return {**networks, **({'extra': state.extra} if isinstance(state.extra, dict) else {})}
 
 
-def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
-    """Raises UserError where the config has other values than the source of fields that names cannot tell."""
+def groups_of(width: int, groups: int, group_size: int) -> int:
+    """The number of groups of a norm, 0 where they do not divide its channels."""
+    return group_count(width, groups, group_size) if group_size or width % groups == 0 else 0
+
+
+def other_fields(
+    config: ConfigDict, source: Source, weights: Weights | None, shapes: Shapes
+) -> dict[str, tuple[Any, Any]]:
+    """{field: (value of the source, value here)} of fields that names cannot tell and that differ; groups of norms only
+    where a norm of this width has another number of them."""
     resolved = config.to_dict()
     wrong = {
         field: (value, configs.get(resolved, field))
-        for field, value in fit.source.fields(config, fit.weights).items()
+        for field, value in source.fields(config, weights).items()
         if configs.contains(resolved, field) and configs.get(resolved, field) != value
     }
+    widths = {shape[-1] for path, shape in shapes.items() if path.endswith('/scale')}
+    for section in {field.rpartition('.')[0] for field in wrong if field.endswith(('.groups', '.group_size'))}:
+        here = {name: configs.get(resolved, f'{section}.{name}') for name in ('groups', 'group_size')}
+        there = {name: wrong.get(f'{section}.{name}', (value,))[0] for name, value in here.items()}
+        if all(groups_of(width, **here) == groups_of(width, **there) for width in widths):
+            wrong = {field: two for field, two in wrong.items() if field.rpartition('.')[2] not in here}
+    return wrong
+
+
+def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
+    """Raises UserError where the config has other values than the source of fields that names cannot tell."""
+    wrong = other_fields(config, fit.source, fit.weights, {entry.path: entry.shape for entry in fit.entries})
     if wrong:
         flags = ' '.join(f'--config.{field}={value}' for field, (value, _) in wrong.items())
         present = ', '.join(f'{field} = {ours}' for field, (_, ours) in wrong.items())

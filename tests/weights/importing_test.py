@@ -14,10 +14,13 @@ from support import run_main
 
 import jaxgen
 from jaxgen import config as configs
+from jaxgen import run as runs
 from jaxgen.diffusion import processes, samplers
 from jaxgen.errors import UserError
-from jaxgen.weights import exporting
-from jaxgen.weights.importing import import_weights
+from jaxgen.weights import diffusers as diffusers_names
+from jaxgen.weights import exporting, sources
+from jaxgen.weights.files import Weights
+from jaxgen.weights.importing import import_weights, other_fields
 
 UNET = [
     'data.size=16',
@@ -186,6 +189,52 @@ def test_a_config_that_names_cannot_tell_from_the_file_s(tmp_path):
     unet(flip_sin_to_cos=True, freq_shift=0, downsample_padding=1).save_pretrained(tmp_path / 'adm')
     with pytest.raises(UserError, match="name the network 'adm'"):
         import_weights(config_of('ddpm_cifar10', UNET), str(tmp_path / 'adm'), str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(('name', 'said', 'line'), [
+    ('ddpm_cifar10', {'center_input_sample': True}, 'center_input_sample is True'),
+    ('ddpm_cifar10', {'act_fn': 'gelu'}, "act_fn is 'gelu'"),
+    ('ddpm_cifar10', {'mid_block_scale_factor': 1.414}, 'mid_block_scale_factor is 1.414'),
+    ('ncsnpp_cifar10', {'mid_block_scale_factor': 1}, 'mid_block_scale_factor is 1'),
+    ('kl_f8_imagenet256', {'act_fn': 'relu'}, "act_fn is 'relu'"),
+    ('dit_imagenet256', {'activation_fn': 'gelu'}, "activation_fn is 'gelu'"),
+])  # fmt: skip
+def test_a_config_json_that_says_another_computation(name, said, line):
+    config = config_of(name, [])
+    weights = Weights('hub', {'x': None}, {'norm_num_groups': 32, **said})
+    with pytest.raises(UserError, match=line):
+        sources.for_config(config, 'diffusers')[0].fields(config, weights)
+
+
+def test_heads_by_config_json():
+    """attention_head_dim None is one head of any width; DiT's number of heads is in no shape."""
+    plain = {'attention_head_dim': None, 'flip_sin_to_cos': True, 'freq_shift': 0}
+    config = configs.load('adm_imagenet64')
+    fields = sources.for_config(config, 'diffusers')[0].fields(config, Weights('hub', {'x': None}, plain))
+    assert (fields['model.network.head_channels'], fields['model.network.heads']) == (0, 1)
+    config = configs.load('dit_imagenet256')
+    fields = sources.for_config(config, 'diffusers')[0].fields(
+        config, Weights('hub', {'x': None}, {'num_attention_heads': 12})
+    )
+    assert fields == {'model.network.heads': 12}
+
+
+def test_groups_are_compared_where_a_norm_has_others():
+    """min(32, C // 4) and 32 groups are the same from 128 channels on."""
+    source = sources.for_config(config_of('ddpm_cifar10', []), 'diffusers')[0]
+    config = config_of('ddpm_cifar10', ['model.network.group_size=4'])
+    assert other_fields(config, source, None, {'norm/scale': (128,), 'conv/kernel': (3, 3, 6, 6)}) == {}
+    assert other_fields(config, source, None, {'norm/scale': (64,)}) == {'model.network.group_size': (0, 4)}
+
+
+@pytest.mark.parametrize(('name', 'fields', 'line'), [
+    ('ddpm_cifar10', ['model.network.group_size=4'], r'this network has \[8, 16, 24, 32\]'),
+    ('adm_imagenet64', ['model.network.head_channels=0', 'model.network.heads=2'], 'here are 2 heads at every width'),
+])  # fmt: skip
+def test_no_config_json_for_what_diffusers_computes_otherwise(name, fields, line):
+    config = config_of(name, [*UNET[:6], *fields])
+    with pytest.raises(UserError, match=line):
+        diffusers_names.model_config(config, runs.assemble(config))
 
 
 @pytest.mark.slow
