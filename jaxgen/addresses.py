@@ -34,5 +34,9 @@ def parse(source: str) -> Address | None:
     if not colon or kind not in KINDS:
         return None
     if kind in READ and (found := OPTIONS.search(path)):
-        return Address(kind, path[: found.start()], dict(part.split('=') for part in found[1].split('&')))
+        options: dict[str, str] = {}
+        for part in found[1].split('&'):
+            name, value = part.split('=')
+            options[name] = f'{options[name]}&{name}={value}' if name in options else value
+        return Address(kind, path[: found.start()], options)
     return Address(kind, path)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgen.addresses import Address
 from jaxgen.data import arrays, folder, transforms, trees
 from jaxgen.data.records import Contents, Feature, Split, classes_of, text_digest
 from jaxgen.errors import UserError
@@ -56,6 +57,12 @@ class Sidecars(NamedTuple):
     classes: np.ndarray
     captions: np.ndarray
     both: np.ndarray  # .json
+
+
+def check_options(address: Address) -> None:
+    """Raises UserError where an address has options: the files' names say what is what."""
+    for name, value in address.options.items():
+        raise UserError(f'config.data.source: {address.kind}: takes no options, and has ?{name}={value}')
 
 
 def contents(

@@ -200,6 +200,8 @@ def layout(where: str, stored: dict[str, Stored], rules: Rules, last: bool) -> L
     x, label = stored['image'], stored.get('label')
     if rules.layout:
         return parse_layout(where, x, rules)
+    if rules.size:
+        raise UserError(f'{where}: ?size={rules.size} says how height and width share an axis: add layout=N(HW), say')
     n = max(label.shape, default=0) if label else 0
     fitting = []
     for axes in ('HWN', 'HWCN', 'NHW', 'NHWC', 'NCHW') if last else ('NHW', 'NHWC', 'NCHW', 'HWN', 'HWCN'):

@@ -210,7 +210,7 @@ def held_out(split: Split, fraction: float, path: str) -> tuple[np.ndarray, np.n
     """Numbers of the examples (to train on, held out), both by rank: classes that are stored one after another mix.
 
     Whether an example is held out depends on its own rank and the fraction alone, so it stays where it is when others
-    are added; but of each class at least one is trained on, and one example of the set is held out.
+    are added; but of each class one is trained on (unless all classes have only one), and at least one is held out.
 
     Raises:
       UserError: there is one example.
@@ -221,12 +221,13 @@ def held_out(split: Split, fraction: float, path: str) -> tuple[np.ndarray, np.n
     order = np.argsort(ranks, kind='stable')
     out = ranks < fraction
     out[order[0]], out[order[-1]] = True, False
+    by_rank = out.copy()
     if split.labels and len(labels := split.labels()):
         keep = order[::-1][np.unique(labels[order[::-1]], return_index=True)[1]]  # of each the one of the highest rank
         out[keep] = False
         if not out.any():
             rest = np.setdiff1d(order, keep, assume_unique=True)
-            out[rest[:1] if len(rest) else order[:1]] = True
+            out = by_rank if not len(rest) else np.isin(np.arange(split.n), rest[:1])
     return order[~out[order]], order[out[order]]
 
 

@@ -51,6 +51,7 @@ class Index(NamedTuple):
 
 def read(address: Address, data) -> Contents:
     """The images of all shards, their classes and captions, see archives.py."""
+    archives.check_options(address)
     paths = shards(address.path, '*.tar')
     directory = root(data)
     indices = [

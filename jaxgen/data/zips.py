@@ -34,6 +34,7 @@ LINK = 0o120000
 
 def read(address: Address, data) -> Contents:
     """A zip's images, classes and captions, see archives.py."""
+    archives.check_options(address)
     archive = Zip(address.path)
     digest = lambda: archives.sizes_digest(archive.names, archive.sizes, archive.checksums)  # noqa: E731
     entries = archives.Entries(archive.names, archive.sizes, archive.file, archive.notes)

@@ -555,6 +555,28 @@ def test_several_threads_read_what_one_does(tmp_path, kind):
 
 
 @pytest.mark.parametrize('kind', ['zip', 'tar'])
+def test_classes_of_one_image_each_are_held_out_as_in_a_folder(tmp_path, kind):
+    entries = [(f'{i}/{i}.png', encoded(grey(i))) for i in range(40)]
+    for name, content in entries:
+        os.makedirs(tmp_path / 'folder' / os.path.dirname(name))
+        (tmp_path / 'folder' / name).write_bytes(content)
+    source = write_entries(tmp_path / f'x.{kind}', entries)
+    config = make(tmp_path / 'sets', features=('image', 'label'), test_fraction=0.3)
+    parts = [
+        {split: set(values({**config, 'source': one, 'direct': direct}, split)) for split in ('train', 'test')}
+        for one, direct in ((source, 0), (f'folder:{tmp_path}/folder', 0), (f'folder:{tmp_path}/folder', 100))
+    ]
+    assert parts[0] == parts[1] == parts[2] and 4 < len(parts[0]['test']) < 20
+
+
+@pytest.mark.parametrize('kind', ['zip', 'tar'])
+def test_an_archive_takes_no_options(tmp_path, kind):
+    source = write_entries(tmp_path / f'x.{kind}', list(images().items()))
+    with refused(f'{kind}: takes no options.*label=x'):
+        data.spec(make(tmp_path / 'sets', source=f'{source}?label=x'))
+
+
+@pytest.mark.parametrize('kind', ['zip', 'tar'])
 def test_a_pixel_more_is_another_set_and_another_place_is_none(tmp_path, kind):
     """Also where the size of the file stays."""
     files = {f'{i}.bmp': encoded(grey(i), 'BMP') for i in range(8)}

@@ -353,6 +353,9 @@ CASES = {
     'objects alone': (lambda p: zipped(p / 'a.npz', images=objects()), 'npz:{p}/a.npz', 'no arrays.*Python objects'),
     'objects in a file': (lambda p: write(p / 'a.npy', of_addresses()), 'npy:{p}/a.npy', 'Python objects'),
     'objects in a folder': (lambda p: write(p / 'images.npy', of_addresses()), 'npy:{p}', 'no arrays.*Python objects'),
+    'an option twice': (
+        lambda p: np.savez(p / 'a.npz', x=GREY['train']), 'npz:{p}/a.npz?range=0,1&range=0,2', 'range=0,1&range=0,2'),
+    'a size alone': (lambda p: np.savez(p / 'a.npz', x=GREY['train']), 'npz:{p}/a.npz?size=6x6', 'add layout'),
     'texts for images': (
         lambda p: np.savez(p / 'a.npz', x=GREY['train'].astype(str)), 'npz:{p}/a.npz', 'no real numbers'),
     'structures for images': (
