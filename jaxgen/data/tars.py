@@ -113,6 +113,8 @@ def shards(pattern: str, inside: str) -> list[str]:
         return paths
     paths = []
     for name in spelled(pattern):
+        if '..' in name.split('/'):  # it would lead out of the folder that a pattern seems to name: of a stranger's run
+            raise UserError(f'config.data.source: {pattern}: a pattern must not stand for ..')
         some = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not some or not os.path.exists(some[0]):
             raise UserError(f'config.data.source: {name} does not exist')

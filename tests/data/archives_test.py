@@ -569,6 +569,17 @@ def test_classes_of_one_image_each_are_held_out_as_in_a_folder(tmp_path, kind):
     assert parts[0] == parts[1] == parts[2] and 4 < len(parts[0]['test']) < 20
 
 
+@pytest.mark.parametrize('kind', ['tar', 'arrayrecord'])
+@pytest.mark.parametrize('pattern', ['run/{..,..}/x.tar', 'run/{a,..}/x.tar', 'run/{.,a}{.,b}/x.tar'])
+def test_patterns_stay_in_the_folder_that_they_name(tmp_path, kind, pattern):
+    """Whether a path lies in a stranger's run is seen before it is spelled out."""
+    (tmp_path / 'run' / 'a').mkdir(parents=True)
+    write_tar(tmp_path / 'x.tar', images())
+    write_tar(tmp_path / 'run' / 'a' / 'x.tar', images())
+    with refused('must not stand for|does not exist'):
+        data.dataset(make(tmp_path / 'sets', source=f'{kind}:{tmp_path}/{pattern}'), 'train')
+
+
 @pytest.mark.parametrize('kind', ['zip', 'tar'])
 def test_an_archive_takes_no_options(tmp_path, kind):
     source = write_entries(tmp_path / f'x.{kind}', list(images().items()))
