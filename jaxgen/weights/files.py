@@ -23,6 +23,7 @@ import safetensors
 from jaxgen.errors import UserError
 
 SAFE_TORCH = (2, 6)  # before it, `weights_only` could be made to run code (CVE-2025-32434)
+DEEPEST, MOST = 50, 1_000_000  # levels of dictionaries in a file of torch, and objects in them
 TORCH = ('.pt', '.pth', '.ckpt', '.bin')
 DTYPES = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
@@ -46,7 +47,7 @@ class Tensor:
     """One tensor of a file, not read yet."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype  # object: numbers or a layout that numpy has not, which cannot be read
     read: Callable[[], np.ndarray]
 
 
@@ -275,21 +276,31 @@ def open_torch(path: str) -> dict[str, Tensor]:
 
     def dtype(tensor) -> np.dtype:
         name = str(tensor.dtype).removeprefix('torch.')
-        return np.dtype({'bool': np.bool_, 'bfloat16': ml_dtypes.bfloat16}.get(name, name))
+        dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+        return np.dtype({'bool': np.bool_, 'bfloat16': ml_dtypes.bfloat16}.get(name, name) if dense else object)
 
     out: dict[str, Tensor] = {}
+    seen = 0
 
-    def flatten(value, name: str) -> None:
+    def flatten(value, name: str, depth: int) -> None:
+        nonlocal seen
+        seen += 1
+        if depth > DEEPEST or seen > MOST:  # a list can hold itself
+            raise UserError(f'{path} is nested too deep, or holds too many objects, to be a file of weights')
         if isinstance(value, torch.Tensor):
-            out[name] = Tensor(tuple(value.shape), dtype(value), functools.partial(numpy, value))
+            try:
+                one = dtype(value)
+            except TypeError:  # numpy has no such numbers
+                one = np.dtype(object)
+            out[name] = Tensor(tuple(value.shape), one, functools.partial(numpy, value))
         elif isinstance(value, dict):
             for key, inside in value.items():
-                flatten(inside, f'{name}.{key}' if name else str(key))
+                flatten(inside, f'{name}.{key}' if name else str(key), depth + 1)
         elif isinstance(value, (list, tuple)):
             for i, inside in enumerate(value):
-                flatten(inside, f'{name}.{i}')
+                flatten(inside, f'{name}.{i}', depth + 1)
 
-    flatten(tree, '')
+    flatten(tree, '', 0)
     if not out:
         raise UserError(f'{path} holds no tensors')
     return out

@@ -26,6 +26,7 @@ import numpy as np
 from jaxgen.errors import UserError
 from jaxgen.weights.files import Tensor
 
+DTYPES = ('float16', 'bfloat16', 'float32', 'float64')  # of weights
 Substitution = tuple[str, str | Callable[[re.Match], str]]  # as of re.sub
 
 
@@ -192,7 +193,7 @@ def same_numbers(a: Sequence[int], b: Sequence[int]) -> bool:
 def check(
     entries: Iterable[Entry], tensors: Mapping[str, Tensor], skip: str, where: str, what: str = 'the config'
 ) -> None:
-    """Raises UserError where a file lacks a tensor, has one of another shape, or one that nothing here is made of.
+    """Raises UserError where a file lacks a tensor, or has one of another shape or type or of no use here.
 
     Args:
       skip: regular expression of names that a file may hold beside its weights.
@@ -205,6 +206,11 @@ def check(
         for name, shape in expected.items()
         if name in tensors and not same_numbers(tensors[name].shape, shape)
     ]
+    kinds = [
+        f'{name} is {"of numbers that are not read" if tensors[name].dtype == object else tensors[name].dtype.name}'
+        for name in expected
+        if name in tensors and tensors[name].dtype.name not in DTYPES
+    ]
     rest = [
         f'{name} {list(t.shape)}'
         for name, t in tensors.items()
@@ -212,7 +218,12 @@ def check(
     ]
     problems = [
         f'{what}: {"; ".join(some[:3])}{f" and {len(some) - 3} more" if len(some) > 3 else ""}'
-        for what, some in (('of another shape', other), ('missing', missing), ('left over', rest))
+        for what, some in (
+            ('of another shape', other),
+            (f'not of {", ".join(DTYPES)}', kinds),
+            ('missing', missing),
+            ('left over', rest),
+        )
         if some
     ]
     if problems:

@@ -28,8 +28,8 @@ class Source:
       title: what it is, in a line.
       fits: config -> whether its networks have a table here.
       table: (config, shapes of our arrays) -> Table.
-      roots: prefixes under which a file may hold the weights; of those with the most expected names the first is taken,
-        so averaged weights come before the others.
+      roots: prefixes under which a file may hold the weights, beside those that are seen in it (`sources.roots_of`); of
+        those with the most expected names averages are taken, else the first.
       renamed: substitutions that turn names of older files into the present ones.
       prepare: weights -> weights under the names of the table, where substitutions do not do.
       skip: regular expression of names that a file may hold beside the weights.

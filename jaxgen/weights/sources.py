@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -65,12 +66,22 @@ def entries_of(source: Source, config: ConfigDict, shapes: Shapes) -> list[Entry
     return mapping.entries(source.table(config, kept), kept)
 
 
+def roots_of(source: Source, entries: Sequence[Entry], weights: Weights) -> list[str]:
+    """Prefixes under which a file may hold the weights of a source: its own, and those before some of the expected
+    names, such as 'module.' and 'ema_model.'; averages first."""
+    names = [name for entry in entries for name in entry.all_names]
+    some = {*names[:: max(len(names) // 4, 1)]}
+    before = {name.removesuffix(end) for end in some for name in weights if name.endswith(f'.{end}')}
+    there = [*source.roots, *sorted(before - {*source.roots}, key=lambda root: (len(root), root))]
+    return sorted(there, key=lambda root: not re.search(r'(^|[._])ema[._]', root))
+
+
 def fit(source: Source, config: ConfigDict, shapes: Shapes, weights: Weights) -> Fit:
     """A source with a file, under the root where most of the expected names are."""
     entries = entries_of(source, config, shapes)
     named = source.normalised(weights)
     fits = []
-    for root in source.roots:
+    for root in roots_of(source, entries, named):
         inside = named.below(root)
         fits.append(Fit(source, entries, inside, mapping.count_present(entries, inside)))
     return max(fits, key=lambda one: one.present)  # the first of equal ones

@@ -156,3 +156,17 @@ def test_folder_of_a_pipeline_names_its_models(tmp_path):
     (tmp_path / 'model_index.json').write_text('{"_class_name": "DiTPipeline", "vae": ["diffusers", "AutoencoderKL"]}')
     with pytest.raises(UserError, match=r'a pipeline: name one of its models, --from=.*vae, of vae'):
         open_weights(str(tmp_path))
+
+
+def test_torch_with_numbers_that_are_not_read_or_without_an_end(tmp_path):
+    """They open, since a file may hold them beside its weights; a list that holds itself does not."""
+    torch = pytest.importorskip('torch')
+    tree = {'meta': torch.empty(3, device='meta'), 'sparse': torch.ones(3).to_sparse(), 'x': torch.ones(3)}
+    torch.save(tree, tmp_path / 'x.pt')
+    weights = open_weights(str(tmp_path / 'x.pt'))
+    assert {name: t.dtype.name for name, t in weights.items()} == {'meta': 'object', 'sparse': 'object', 'x': 'float32'}
+    endless: list = [torch.ones(3)]
+    endless.append(endless)
+    torch.save(endless, tmp_path / 'y.pt')
+    with pytest.raises(UserError, match='nested too deep'):
+        open_weights(str(tmp_path / 'y.pt'))

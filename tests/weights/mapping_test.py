@@ -78,6 +78,8 @@ def test_copies_must_be_equal():
 def test_check_names_what_is_missing_left_over_and_of_another_shape():
     table = Table([('/kernel$', '.weight')])
     entries = mapping.entries(table, {'a/kernel': (2, 3), 'b/kernel': (2, 3)})
+    with pytest.raises(UserError, match=r'not of float16, bfloat16, float32, float64: a\.weight is int64'):
+        mapping.check(entries[:1], tensors({'a.weight': np.zeros((3, 2), np.int64)}), '', 'FILE')
     file = tensors({'a.weight': np.zeros((3, 5)), 'c.weight': np.zeros(1), 'step': np.zeros(())})
     with pytest.raises(UserError) as error:
         mapping.check(entries, file, 'step', 'FILE')
@@ -131,6 +133,18 @@ def test_averages_are_preferred_to_weights():
     both = {f'{root}.{n}': t for root in ('model', 'ema') for n, t in weights.tensors.items()}
     fit = sources.choose(config, shapes, Weights('both', both))
     assert fit.weights['pos_embed'] is both['ema.pos_embed']
+
+
+@pytest.mark.parametrize(('others', 'root'), [
+    ((), 'module.'), (('model.',), 'ema.'), (('',), 'model_ema.module.'), ((), 'state_dict.net._orig_mod.'),
+])  # fmt: skip
+def test_names_under_any_prefix_averages_first(others, root):
+    config, shapes, weights = case('ADM')
+    file = {f'{r}{n}': t for r in (*others, root) for n, t in weights.tensors.items()}
+    both = {n: Tensor(t.shape, t.dtype, lambda t=t: t.read() + 1) if n.startswith(root) else t for n, t in file.items()}
+    fit = sources.choose(config, shapes, Weights('both', both), 'guided')
+    mapping.check(fit.entries, fit.weights, fit.source.skip, 'both')
+    assert fit.weights['out.2.bias'].read().all()
 
 
 def test_published_weights_have_configs_with_the_fields_of_their_source():
