@@ -23,11 +23,13 @@ import numpy as np
 from jaxgen.addresses import Address
 from jaxgen.data import arrays
 from jaxgen.data.records import Contents, Feature, Split, classes_of, open_file
-from jaxgen.errors import UserError
+from jaxgen.errors import RunError, UserError
 
 SPLIT = re.compile(r'(?:^|[^a-z])(train|test|validation|valid|val|dev)(?:[^a-z]|$)')
 SPLITS = {**arrays.WORDS, 'dev': 'validation'}
 CAPTIONS = (*arrays.ROLES['caption'], 'prompt')
+ROWS = 32  # that are read at a time
+PACKED = 100  # times the size of a file is what its values may have as a rule
 WINDOW = 2**28  # bytes of the row groups whose examples training mixes; twice as many are in memory
 
 
@@ -115,6 +117,28 @@ def shard(path: str) -> Shard:
     return Shard(path, metadata, metadata.num_rows)
 
 
+def read_groups(file, shard: Shard, groups: list[int], columns: list[str]):
+    """Some row groups. They are read a few rows at a time: a value that is stored once may stand in any number of rows,
+    each of which then has bytes of its own in memory.
+
+    Raises:
+      RunError: they have far more bytes than the file and its footer say.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    declared = sum(shard.metadata.row_group(i).total_byte_size for i in groups)
+    most = 2 * max(WINDOW, min(declared, PACKED * os.fstat(file.fileno()).st_size))
+    reader = parquet.ParquetFile(file, metadata=shard.metadata)
+    parts, total = [], 0
+    for part in reader.iter_batches(ROWS, row_groups=groups, columns=columns, use_threads=False):
+        total += part.nbytes
+        if total > most:
+            raise RunError(f'{shard.path}: its rows have more than {most} bytes, many times those of the file')
+        parts.append(part)
+    return pa.Table.from_batches(parts) if parts else reader.schema_arrow.empty_table().select(columns)
+
+
 def hub_features(schema) -> dict[str, Any]:
     """{column: what the hub's files say of it}, {'label': {'_type': 'ClassLabel', 'names': [...]}}."""
     try:
@@ -188,13 +212,11 @@ class Columns:
 
     def column(self, name: str) -> list:
         """All values of a column."""
-        from pyarrow import parquet
-
         values: list = []
         for one in self.shards:
             with open_file(one.path) as file:
                 try:
-                    table = parquet.ParquetFile(file, metadata=one.metadata).read([self.names[name]])
+                    table = read_groups(file, one, list(range(one.metadata.num_row_groups)), [self.names[name]])
                 except Exception as e:
                     raise UserError(f'{one.path} is damaged: {" ".join(str(e).split())[:200]}') from e
             values += table.column(0).to_pylist()
@@ -217,8 +239,6 @@ class Columns:
 
     def group(self, number: int, columns: tuple[str, ...]):
         """A row group; one that was read lately is in memory."""
-        from pyarrow import parquet
-
         key = number, columns
         with self.lock:
             if key in self.kept:
@@ -231,8 +251,7 @@ class Columns:
                     return self.kept[key]
             shard, i = self.groups[number]
             with open(self.shards[shard].path, 'rb') as file:
-                reader = parquet.ParquetFile(file, metadata=self.shards[shard].metadata)
-                table = reader.read_row_group(i, columns=list(columns), use_threads=False)
+                table = read_groups(file, self.shards[shard], [i], list(columns))
             with self.lock:
                 self.kept[key] = table
                 while len(self.kept) > 1 and sum(one.nbytes for one in self.kept.values()) > self.room:

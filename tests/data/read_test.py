@@ -843,3 +843,15 @@ def test_labels_that_are_gone_are_gone(tmp_path):
         os.remove(f'{tmp_path}/set/{split}-labels-idx1-ubyte')
     with refused("has no 'label'"):
         data.spec(config)
+
+
+def test_a_value_that_stands_in_many_rows_is_not_unfolded_without_end(tmp_path, monkeypatch):
+    """Parquet stores a value of a dictionary once: this file has 10 KB, its rows 100 MB."""
+    monkeypatch.setattr(read_parquet, 'WINDOW', 2**22)
+    value = RNG.bytes(8_000) + bytes(992_000)
+    images = pa.DictionaryArray.from_arrays(pa.array(np.zeros(110, np.int32)), pa.array([value]))
+    table = pa.table({'image': images, 'label': np.zeros(110, int)})
+    parquet.write_table(table, tmp_path / 'x.parquet', compression='zstd', store_schema=False)
+    assert os.path.getsize(tmp_path / 'x.parquet') < 30_000
+    with pytest.raises(RunError, match='more than 8388608 bytes'):
+        data.dataset(make(tmp_path / 'sets', source=f'parquet:{tmp_path}/x.parquet'), 'train')
