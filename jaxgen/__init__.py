@@ -68,7 +68,7 @@ def list_configs(*words: str) -> list[Entry]:
     `family`, `data`, `size`, `time`, `variants` and `title`, all texts."""
     from jaxgen import catalogue
 
-    return catalogue.entries(words)
+    return catalogue.entries([str(word) for word in words])
 
 
 def import_weights(path: str | os.PathLike, *, name: str = '', config=None, workdir: str = '', names: str = '') -> Run:

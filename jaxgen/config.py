@@ -617,7 +617,7 @@ def plain(value):
         value = value.to_dict()
     if isinstance(value, Mapping):
         return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return tuple(plain(one) for one in value)
     if isinstance(value, type | types.FunctionType | types.ModuleType):  # a family or network of the person's own
         return imports.path_of(value)

@@ -38,7 +38,7 @@ def config(name: str | os.PathLike | ConfigDict = '', /, **overrides) -> ConfigD
     given = configs.nested_fields(configs.plain(overrides))
     imports.name_those_of(given)
     if isinstance(name, ConfigDict | dict):
-        sections = configs.plain(name)
+        sections = configs.nested_fields(configs.plain(name))
     elif not isinstance(name, str | os.PathLike):
         raise UserError(f"a config is named by a text like 'ddpm_digits'; it is {options.shown(name)}")
     else:

@@ -138,6 +138,11 @@ def trace(name: str, function: Callable, *args):
     return traced.jaxpr.jaxpr, traced.out_info
 
 
+def require_array(name: str, output) -> None:
+    """Raises ContractError where what a function returns is no array."""
+    require(isinstance(output, jax.ShapeDtypeStruct), f'{name} must return an array; it is a {type(output).__name__}')
+
+
 def first_sentence(e: BaseException) -> str:
     """The first line of an exception."""
     return str(e).strip().split('\n')[0][:200]
@@ -200,8 +205,11 @@ def suffixes(state: State, name: str) -> list[str]:
 def check_update(subject: Subject, start: State, steps: int = 2, writes: bool = True) -> State:
     """The state after some updates, after checks of them."""
     family, key = subject.family, jax.random.key(0)
-    jaxpr, (after, logs) = trace('update', family.update, start, subject.frozen, subject.batch, key)
+    jaxpr, outputs = trace('update', family.update, start, subject.frozen, subject.batch, key)
     check_primitives('update', jaxpr, writes)
+    pair = type(outputs) is tuple and len(outputs) == 2 and isinstance(outputs[0], State)
+    require(pair, f'update must return (state, {{name: scalar}}); it returns a {type(outputs).__name__}')
+    after, logs = outputs
     changed = {path for path, kind in kinds_of(after) ^ kinds_of(start)}
     require(not changed, f'update changes shape, dtype or presence of State{min(changed, default="")}: keep the tree')
     require(isinstance(logs, dict) and logs, 'update must return (state, {name: scalar}), with one log or more')
@@ -261,6 +269,7 @@ def check_sample(subject: Subject, state: State, fewer: bool = True) -> jax.Arra
     jaxpr, shape = trace('sample', family.sample, state, subject.frozen, given, key)
     check_primitives('sample', jaxpr)
     expected = (n, *subject.image)
+    require_array('sample', shape)
     require(shape.shape == expected, f'sample must give {list(expected)}; it gives {list(shape.shape)}')
     require(shape.dtype == jnp.float32, f'samples are float32; they are {shape.dtype}')
     draw = jax.jit(family.sample)
@@ -323,10 +332,12 @@ def check_latents(subject: Subject, state: State) -> None:
         jaxpr, decoded = trace('decode', family.decode, state, frozen, given, z, key)
         check_primitives('decode', jaxpr)
         shape = (count, *subject.image)
+        require_array('decode', decoded)
         require(decoded.shape == shape, f'decode must give {list(shape)}; it gives {list(decoded.shape)}')
     if family.classify is not None:
         jaxpr, logits = trace('classify', family.classify, state, frozen, images, key)
         check_primitives('classify', jaxpr)
+        require_array('classify', logits)
         require(logits.ndim == 2 and logits.shape[0] == n, f'logits are [n, classes]; they are {list(logits.shape)}')
 
 
@@ -413,7 +424,7 @@ def check_family(
       image: height, width and channels.
       classes: of batch['label']; 0: there are no labels.
       batch: arrays [n, ...] that it reads beside image and label.
-      n: examples, a multiple of the number of devices where there are several.
+      n: examples, an even number, and a multiple of the number of devices where there are several.
       stages: {name: (family, state, its own frozen)} of earlier stages.
       **options: as in config.model; small ones, so that compiling takes seconds.
 
@@ -423,7 +434,18 @@ def check_family(
     if isinstance(build, str):
         imports.name(build)
         build = configs.builder(build)
+    require(callable(build), f'build must be a function, or the name of a family; it is {build!r}')
     make: Callable = build
+    whole = (
+        isinstance(image, list | tuple) and len(image) == 3 and all(type(size) is int and size > 0 for size in image)
+    )
+    require(whole, f'image must be (height, width, channels); it is {image!r}')
+    require(
+        type(n) is int and n > 0 and n % 2 == 0, f'n must be an even number, for gradients over halves; it is {n!r}'
+    )
+    require(type(classes) is int and classes >= 0, f'classes must be 0 or more; it is {classes!r}')
+    require(isinstance(batch, dict | None), f'batch must be {{name: array}}; it is {batch!r}')
+    image = (image[0], image[1], image[2])
     n = math.lcm(n, jax.device_count()) if jax.device_count() <= 64 else n
     data = random_batch(image, classes, n) | {k: jnp.asarray(v) for k, v in (batch or {}).items()}
     families = {name: family for name, (family, _, _) in (stages or {}).items()}
@@ -437,7 +459,8 @@ def check_family(
     adam = make_optim(100, batch=n, **configs.DEFAULTS['optim'] | {'ema': 0.5, 'lr': 1e-3})
     family = family_by(adam)
     for name, value in data.items():
-        require(len(value) == n, f'batch[{name!r}] must have {n} examples; it has {len(value)}')
+        count = len(value) if value.ndim else 0
+        require(count == n, f'batch[{name!r}] must have {n} examples; it has {count}')
     missing = sorted(set(family.conditions) - set(data))
     require(not missing, f'the family is conditioned on {", ".join(missing)}: give them in batch=')
     for side in image[:2]:

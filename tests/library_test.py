@@ -72,6 +72,8 @@ def test_a_component_and_its_field():
 
 
 def test_a_config_of_defaults_and_a_few_fields():
+    fields = {'family': 'vae', 'data': {'source': 'digits'}, 'data.keep_classes': range(3)}
+    assert jaxgen.config(fields) == jaxgen.config(**fields) and jaxgen.config(fields).data.keep_classes == (0, 1, 2)
     assert jaxgen.config(family='vae', data={'source': 'shapes', 'size': 16, 'channels': 3}).data.size == 16
 
 

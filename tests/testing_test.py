@@ -91,6 +91,8 @@ def build(context: Context, *, broken: str = '') -> Family:
         return z if broken == 'decode' else z.reshape(len(z), *image)
 
     update = make_update(loss, context.optim, 'net')
+    if broken == 'no pair':
+        return Family(init, lambda *_: None, sample, evaluate)
     if broken == 'no step':
         step = gradient_step(loss, context.optim, 'net')
 
@@ -125,6 +127,7 @@ BROKEN = {
     'log': "logs are scalars; 'loss' is ",
     'weights': r"weights are float32 always; .*'a'\] is bfloat16",
     'idle': "params of 'idle' did not change: pass its name to make_update",
+    'no pair': r'update must return \(state, \{name: scalar\}\); it returns a NoneType',
     'no step': '2 updates count 0 steps: end an update with advance',
     'tree': r"update changes shape, dtype or presence of State.*extra\['new'\]",
     'number': 'a sample must depend on its number alone',
@@ -162,11 +165,19 @@ def test_what_is_given_must_fit():
         ({}, 'conditioned on mask: give them in batch='),
         ({'batch': {'mask': np.zeros((3, 8, 8, 1))}}, "batch\\['mask'\\] must have 8 examples; it has 3"),
         ({'batch': {'mask': np.zeros((8, 8, 8, 1))}}, 'multiples of Family.divisor = 3'),
+        ({'batch': {'mask': 3}}, "batch\\['mask'\\] must have 8 examples; it has 0"),
+        ({'batch': 3}, 'batch must be'),
+        ({'image': (8, 8)}, r'image must be \(height, width, channels\); it is \(8, 8\)'),
+        ({'image': '8x8'}, 'image must be'),
+        ({'n': 3}, 'n must be an even number'),
+        ({'classes': -1}, 'classes must be 0 or more'),
     ]:
         with pytest.raises(ContractError, match=message):
             check_family(conditional, **changes)
     with pytest.raises(ContractError, match='build must return a Family; it is a NoneType'):
         check_family(lambda context: None)
+    with pytest.raises(ContractError, match='build must be a function, or the name of a family; it is None'):
+        check_family(None)
 
 
 def on_devices() -> None:

@@ -14,7 +14,7 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import detection, disentanglement
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def program(family) -> Callable:
     """The jitted evaluation of a family: (state, frozen, batch, seed) -> {metric: [n]}."""
 
@@ -34,7 +34,7 @@ def metric_names(assembled, size: int) -> list[str]:
         return list(jax.eval_shape(program(assembled.family), assembled.abstract, assembled.frozen, batch, 0))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def encoder(family) -> Callable:
     """The jitted encoder of a family: (state, frozen, batch, seed) -> {'latents': [n, ...]}."""
 
