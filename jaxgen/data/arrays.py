@@ -134,6 +134,9 @@ def contents(
     for split, arrays in splits.items():
         if names['image'] not in arrays:
             continue
+        if split != 'train' and 0 in arrays[names['image']].shape:
+            notes = (*notes, f'the split {split}, which is empty')
+            continue
         stored = {name: arrays[array] for name, array in names.items() if array in arrays}
         layouts[split] = layout(where, stored, rules['image'], last)
         sets[split] = stored
@@ -516,6 +519,8 @@ def to_uint8(x: np.ndarray, low: float, high: float) -> np.ndarray:
       ValueError: some are further outside than rounding brings them.
     """
     y = (np.asarray(x, np.float64) - low) * (255 / (high - low))
+    if not np.isfinite(x).all():
+        raise ValueError('it has values that are no finite numbers')
     if not is_inside(np.min(x), np.max(x), low, high):
         raise ValueError(f'it has values from {np.min(x):g} to {np.max(x):g}, outside of range={low:g},{high:g}')
     return np.clip(np.rint(y), 0, 255).astype(np.uint8)

@@ -824,6 +824,13 @@ def test_a_file_that_changes_while_it_is_mapped(kind, how, tmp_path):
         examples[len(examples) - 1]
 
 
+def test_a_split_that_is_empty_is_none(tmp_path, capfd):
+    np.savez(tmp_path / 'a.npz', x_train=GREY['train'], x_test=GREY['test'][:0], x_val=GREY['test'])
+    config = make(tmp_path / 'sets', source=f'npz:{tmp_path}/a.npz', size=6)
+    assert [len(data.dataset(config, split)) for split in ('train', 'test')] == [12, 8]
+    assert 'left out the split test, which is empty' in capfd.readouterr().err
+
+
 def test_batches_of_cifar_that_are_not_there(tmp_path, capfd):
     for name in ('data_batch_1', 'data_batch_3', 'test_batch'):
         write(tmp_path / f'{name}.bin', np.full((4, 3073), 9, np.uint8).tobytes())
