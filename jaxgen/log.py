@@ -37,6 +37,7 @@ class AfterFirst(tqdm):
         shown = super().update(n)
         if not self.began and not self.disable:
             self.began, self.initial, self.start_t = True, self.n, self._time()
+            self.last_print_n, self.last_print_t = self.n, self.start_t  # else close() takes it for one never drawn
             self.refresh()
         return shown
 

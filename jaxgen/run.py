@@ -199,6 +199,18 @@ def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
 
+def check_stages_trained(config: ConfigDict) -> None:
+    """Raises UserError where a stage is not there yet, or elsewhere."""
+    for name, path in config.stages.items():
+        if not os.path.isfile(os.path.join(os.path.expanduser(path), 'config.json')):
+            check_no_archive(path)
+            file = configs.named(path)
+            first = f'train it first (--config={file}), or' if file else 'train it first, or'
+            raise UserError(
+                f'config.stages.{name}: no run in {path}: {first} --config.stages.{name}=PATH says where it is'
+            )
+
+
 def assemble(
     config: ConfigDict, mesh=None, stage: Callable = restored_stage, spec: data.Spec | None = None
 ) -> Assembled:
@@ -213,6 +225,8 @@ def assemble(
     """
     spec = spec or data.spec(config.data)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    if stage is not abstract_stage:
+        check_stages_trained(config)
     stages = {name: stage(path, mesh) for name, path in config.stages.items()}
     context = Context(
         image=tuple(spec.features['image'].shape),

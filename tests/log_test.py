@@ -36,3 +36,14 @@ def test_the_bar_of_a_training_begins_after_its_first_call(tmp_path):
     # 10 steps in 5 s, so the other 80 take 40 s.
     assert log.tqdm.format_meter(**writer.bar.format_dict | {'rate': None}).partition('[')[2].startswith('00:05<00:40')
     writer.close()
+
+
+def test_a_short_bar_ends_full_and_with_its_line(capfd):
+    with log.bar(5) as bar:
+        bar.update(4)
+        bar.update(1)  # sooner than a bar is drawn again
+    assert capfd.readouterr().err.rpartition('\r')[2].startswith('100%') and bar.n == 5
+    with log.bar(5) as bar:
+        bar.update(5)
+    log.say('after it')
+    assert capfd.readouterr().err.endswith('\njaxgen: after it\n')

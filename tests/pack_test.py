@@ -206,3 +206,10 @@ def test_mistakes(trained, tmp_path, capfd, no_compile):
         said = mistake(capfd, f'--mode={mode}', f'--workdir={tmp_path}/archive.zip', f'--out={tmp_path}/y.zip')
         assert 'is an archive: unpack it, python -m zipfile -e' in said
     assert not (tmp_path / 'y.zip').exists()
+
+
+def test_a_stage_that_is_not_trained_is_named(tmp_path, capfd):
+    said = mistake(capfd, f'--config={path("vqvae_digits_prior")}', f'--workdir={tmp_path}/a',
+                   f'--config.stages.first={tmp_path}/vqvae_digits')  # fmt: skip
+    assert 'config.stages.first: no run in' in said and 'train it first (--config=' in said
+    assert '--config.stages.first=PATH' in said
