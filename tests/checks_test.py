@@ -12,7 +12,7 @@ from jaxgen.errors import UserError
 def test_size():
     for image in ((8, 16, 3), (8, 8, 1), (16, 4, 1)):
         checks.check_size(image, 4, 'config.model.levels = 2')
-    message = r'config\.data\.size = \d+ must be a multiple of 4 for config\.model\.levels = 2$'
+    message = r'config\.data\.size = (\d+|\(\d+, \d+\)) must be a multiple of 4 for config\.model\.levels = 2$'
     for image in ((6, 8, 3), (8, 6, 3), (2, 2, 1)):
         with pytest.raises(UserError, match=message):
             checks.check_size(image, 4, 'config.model.levels = 2')

@@ -50,6 +50,7 @@ def train(workdir, cache, steps: int) -> None:
     assert run_main([*arguments, f'--config.train.steps={steps}', '--config.train.save_every=1']) == 0
 
 
+@pytest.mark.slow
 def test_the_same_bits_cold_warm_damaged_and_resumed(tmp_path, fresh, capfd, monkeypatch):
     cache = tmp_path / 'cache'
     train(tmp_path / 'without', 'off', 2)

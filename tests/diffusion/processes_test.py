@@ -18,7 +18,8 @@ NAMES = tuple(processes.PROCESSES)
 
 
 def make(name, **given):
-    """A process by its name, with those of the given fields that it has."""
+    """A process by its name, with those of the given fields that it has. The listed betas are DDPM's."""
+    given = {'betas': tuple(np.linspace(1e-4, 0.02, 1000)), **given}
     known = options.fields(processes.PROCESSES[name])
     return processes.PROCESSES[name](**{k: v for k, v in given.items() if k in known})
 

@@ -234,7 +234,7 @@ def test_codes_that_no_scale_uses_are_restarted():
     ({'scales': (2, 1, 4)}, 'rise from 1'),
     ({'scales': (0, 4)}, 'rise from 1'),
     ({'scales': (1, 4), 'regulariser': 'kl'}, 'vq'),
-    ({'latent_kernel': 0}, 'latent_kernel'),
+    ({'latent_kernel': -1}, 'latent_kernel'),
 ])  # fmt: skip
 def test_first_stage_refuses(options, words):
     fine = dict(regulariser='vq', multipliers=(1, 1), perceptual=0.0, adversarial=0.0)
