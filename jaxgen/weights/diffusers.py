@@ -373,6 +373,13 @@ def dit_config(config: ConfigDict, assembled) -> dict[str, Any]:
     }
 
 
+# Its Timesteps have downscale_freq_shift=1: the i-th of 128 frequencies is 10000^(-i/127) in place of 10000^(-i/128).
+DIT_NOTE = (
+    'the embedding of time is that of the original DiT here, with which the published weights were trained; '
+    'DiTTransformer2DModel of diffusers has other frequencies, so its images from the same noise differ'
+)
+
+
 def is_unet(config: ConfigDict) -> bool:
     return network(config) in ('unet', 'adm')
 
@@ -390,5 +397,5 @@ SOURCES = (
         autoencoder, renamed=OLD_ATTENTION, initial='extra/.*', fields=autoencoder_fields,
     ),
     Source('diffusers', 'DiTTransformer2DModel of diffusers', lambda c: network(c) == 'dit', dit,
-           skip=r'pos_embed\.pos_embed', fields=dit_fields),
+           skip=r'pos_embed\.pos_embed', fields=dit_fields, note=DIT_NOTE),
 )  # fmt: skip

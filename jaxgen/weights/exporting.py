@@ -91,6 +91,8 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
         write_torch(to, tensors)
     else:
         write_folder(to, run, source, tensors, metadata)
+    if source.note:
+        log.say(f'NOTE: {source.note}')
     log.say(f'exported {sum(x.size for x in tensors.values()):,} numbers with the names of {source.title}: {to}')
 
 

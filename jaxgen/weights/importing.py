@@ -158,6 +158,8 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '',
     write_run(workdir, assembled, state, record)
     if re.search(r'non-?commercial|\bnc\b', licence, re.IGNORECASE):
         log.say(f'NOTE: these weights are under {licence}: not for commercial use')
+    if fit.source.note:
+        log.say(f'NOTE: {fit.source.note}')
     log.say(f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}: {workdir}')
 
 

@@ -38,6 +38,7 @@ class Source:
         'model.network.groups'. A config with other values would load and compute something else.
       distinct: what another source with the same names does otherwise; where this is set the person has to say which
         one a file is of.
+      note: what is said at import and export, where the source itself computes something else.
       licence: of the published files, '' where it differs from file to file.
     """
 
@@ -52,6 +53,7 @@ class Source:
     initial: str = ''
     fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
     distinct: str = ''
+    note: str = ''
     licence: str = ''
 
     def keeps_initial(self, path: str) -> bool:
