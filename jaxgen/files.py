@@ -35,6 +35,13 @@ def as_path(value, what: str) -> str:
     return os.fspath(value)
 
 
+def here() -> str:
+    """The present directory; '' where it has been removed."""
+    with contextlib.suppress(OSError):
+        return os.getcwd()
+    return ''
+
+
 def check_local(path: str, what: str) -> None:
     """Raises UserError for an address with a scheme, gs://bucket/run: only files of this machine are read and written.
 

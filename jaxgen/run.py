@@ -271,6 +271,12 @@ class Run:
     assembled: Assembled
     state: State  # without params and opt where they were not loaded
     weights: str  # 'ema', 'params' or the width of an average: what `state.ema` holds
+    above: str = dataclasses.field(default_factory=files.here, repr=False)  # the directory that workdir is relative to
+
+    @property
+    def folder(self) -> str:
+        """The run's directory, from wherever the program is by now."""
+        return os.path.join(self.above, self.workdir)
 
     @property
     def step(self) -> int:
@@ -570,7 +576,7 @@ class Run:
         Raises:
           UserError: it is gone.
         """
-        checkpoints = Checkpoints(self.workdir)
+        checkpoints = Checkpoints(self.folder)
         try:
             steps = checkpoints.steps()
             if steps and self.step not in steps:
@@ -600,7 +606,7 @@ class Run:
         batch = model.batch_size(c['sample']['batch'], n)
         weights = features.digest((self.state.ema, self.state.extra, a.frozen))
         decides = [c[name] for name in ('family', 'model', 'data', 'stages')] + [c['train']['dtype'], weights]
-        folder = cache.path(self.workdir, [*decides, evaluator.features.digest, seed, batch])
+        folder = cache.path(self.folder, [*decides, evaluator.features.digest, seed, batch])
         provide = conditions.provider(a, self.config, {})
         attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
         pieces = samples.sample_outputs(model, provide, evaluator, attributes, n, batch, seed, folder)
@@ -608,7 +614,7 @@ class Run:
 
     def changes(self) -> dict[str, Any]:
         """{field: value} of what samples depend on, where it is another than in the run's own config."""
-        different = configs.changed(saved_config(self.workdir), self.config)
+        different = configs.changed(saved_config(self.folder), self.config)
         return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
 
 

@@ -138,12 +138,16 @@ def test_the_returned_run_is_the_saved_one(plain):
 
 
 @pytest.mark.slow
-def test_evaluation_mixes_no_weights_of_two_trainings(config, plain, tmp_path):
+def test_evaluation_mixes_no_weights_of_two_trainings(config, plain, tmp_path, monkeypatch):
     """What sampling does not need is read when it is needed: by then the directory may hold another training."""
     workdir = str(tmp_path / 'run')
     shutil.copytree(plain.workdir, workdir)
     loaded = jaxgen.load(workdir)
     assert loaded.evaluate() == plain.evaluate()
+    monkeypatch.chdir(tmp_path)
+    relative = jaxgen.load('run')
+    monkeypatch.chdir('/')
+    assert relative.evaluate() == plain.evaluate() and relative.changes() == {}
     jaxgen.train(jaxgen.config(config, **{'train.steps': STEPS + 4, 'train.keep': 1}), workdir)
     with pytest.raises(UserError, match='has gone on to step 8'):
         loaded.evaluate()

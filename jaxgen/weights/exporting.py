@@ -41,7 +41,7 @@ def source_of(run: Run, names: str) -> Source:
 
 def imported_record(run: Run) -> dict[str, Any]:
     """Where the weights that the run began with are from; {} where it began with random ones."""
-    path = os.path.join(run.workdir, RECORD)
+    path = os.path.join(run.folder, RECORD)
     try:
         with open(path, encoding='utf-8') as file:
             record = json.loads(file.read(100_000))
@@ -169,7 +169,7 @@ def card(run: Run, source: Source) -> str:
 
 def metrics_of(run: Run) -> list[str]:
     """A table of the metrics in evaluation.json; nothing where the run was not evaluated."""
-    path = os.path.join(run.workdir, 'evaluation.json')
+    path = os.path.join(run.folder, 'evaluation.json')
     try:
         with open(path, encoding='utf-8') as file:
             metrics = json.load(file)['metrics']
