@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import files, log, randomness, sharding
+from jaxgen import files, interrupt, log, randomness, sharding
 from jaxgen import run as runs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import State
@@ -163,27 +165,40 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '',
     log.say(f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}: {workdir}')
 
 
+def abandon(folder: str) -> None:
+    """Removes what was written of a run and ends the process; it runs beside the writing."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            break
+        time.sleep(0.05)
+    interrupt.leave('stopped; nothing is left of the import')
+
+
 def write_run(workdir: str, assembled: runs.Assembled, state: State, record: dict[str, Any]) -> None:
     """Writes a run at step 0, whole or not at all."""
     parent = os.path.dirname(os.path.abspath(workdir))
     os.makedirs(parent, exist_ok=True)
     new = os.path.join(parent, f'.{uuid.uuid4().hex}.import')
     try:
-        os.mkdir(new)
-        about = {
-            'jax': jax.__version__,
-            'stages': assembled.stage_digests,
-            'imported': record,
-            'meter': log.Meter().state(),
-            'examples': 0,
-        }
-        checkpoints = Checkpoints(new, keep=1)
-        checkpoints.save(state, about)
-        checkpoints.close()
-        files.save_json(os.path.join(new, RECORD), record)
-        runs.save_config(new, assembled.config, assembled.spec)
-        if os.path.isdir(workdir):
-            os.rmdir(workdir)  # it is empty
-        os.rename(new, workdir)
+        with interrupt.on_signal(functools.partial(abandon, new)):
+            os.mkdir(new)
+            about = {
+                'jax': jax.__version__,
+                'stages': assembled.stage_digests,
+                'imported': record,
+                'meter': log.Meter().state(),
+                'examples': 0,
+            }
+            checkpoints = Checkpoints(new, keep=1)
+            try:
+                checkpoints.save(state, about)
+            finally:  # it may be writing still, when the import is stopped
+                checkpoints.close()
+            files.save_json(os.path.join(new, RECORD), record)
+            runs.save_config(new, assembled.config, assembled.spec)
+            if os.path.isdir(workdir):
+                os.rmdir(workdir)  # it is empty
+            os.rename(new, workdir)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -18,7 +18,7 @@ from jaxgen import run as runs
 from jaxgen.diffusion import conditioning, processes, samplers
 from jaxgen.errors import UserError
 from jaxgen.weights import diffusers as diffusers_names
-from jaxgen.weights import exporting, sources
+from jaxgen.weights import exporting, importing, sources
 from jaxgen.weights.files import Weights
 from jaxgen.weights.importing import import_weights, other_fields
 
@@ -318,3 +318,12 @@ def test_command(tmp_path, capsys):
     assert 'is there already' in capsys.readouterr().err
     assert run_main(['jaxgen', '--mode=import', '--config=ddpm_cifar10']) == 2
     assert '--mode=import needs --from' in capsys.readouterr().err
+
+
+def test_an_import_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
+    """What a signal runs while the checkpoint is written: the folder is removed, then the process ends."""
+    ended = []
+    monkeypatch.setattr(importing.interrupt, 'leave', ended.append)
+    (tmp_path / 'half' / 'checkpoints').mkdir(parents=True)
+    importing.abandon(str(tmp_path / 'half'))
+    assert os.listdir(tmp_path) == [] and ended == ['stopped; nothing is left of the import']
