@@ -225,7 +225,7 @@ def assemble(
     """
     spec = spec or data.spec(config.data)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
-    if stage is not abstract_stage:
+    if stage is restored_stage:
         check_stages_trained(config)
     stages = {name: stage(path, mesh) for name, path in config.stages.items()}
     context = Context(

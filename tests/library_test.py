@@ -195,7 +195,15 @@ def test_a_config_without_a_name_needs_a_directory(config, no_compile):
         jaxgen.train(config)
 
 
-def test_a_signal_saves_and_takes_its_course(config, plain, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C has its usual course, also in a process that was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_saves_and_takes_its_course(config, plain, ctrl_c, tmp_path):
     """Ctrl-C raises KeyboardInterrupt, and the program goes on; a handler of the program's own is called."""
     workdir, handlers = str(tmp_path / 'run'), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     received = []
@@ -215,7 +223,7 @@ def test_a_signal_saves_and_takes_its_course(config, plain, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(config, ctrl_c, tmp_path):
     reached = []
 
     def twice(step, logs, run):
