@@ -482,10 +482,10 @@ def test_conditions_that_do_not_exist(copy, capfd):
 def test_samples_that_are_not_numbers_stop(trained):
     import dataclasses
 
-    import jaxgen
+    import jaxgen.run
     from jaxgen.errors import RunError
 
-    run = jaxgen.load(str(trained))
+    run = jaxgen.run.load(str(trained), all_weights=True)
     broken = run.state.replace(ema=jax.tree.map(lambda x: x * np.nan, run.state.ema))
     with pytest.raises(RunError, match='sample 0 is not finite'):
         dataclasses.replace(run, state=broken).sample(n=2)

@@ -439,7 +439,7 @@ def test_a_fault_is_one_line(fault, says, monkeypatch, capfd):
     def fail(*_):
         raise fault
 
-    monkeypatch.setattr(command, 'main', fail)
+    monkeypatch.setattr(sys.modules[run_main.__module__], 'main', fail)
     assert run_main(['jaxgen']) == 1
     err = capfd.readouterr().err
     assert err.startswith('jaxgen: stopped: ') and says in err

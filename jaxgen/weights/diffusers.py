@@ -32,7 +32,7 @@ def blocks(top: int) -> list[Substitution]:
 
     return [
         ('/shortcut/', '/conv_shortcut/'),
-        (r'(?<=\d)/embedding/', '/time_emb_proj/'),
+        (r'(?<!quantize)/embedding/', '/time_emb_proj/'),
         ('(attention)/norm/', r'\1/group_norm/'),
         ('/qkv/', '/to_{q,k,v}/'),
         ('(attention)/out/', r'\1/to_out.0/'),

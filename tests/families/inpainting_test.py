@@ -225,7 +225,7 @@ def test_masks_of_the_data():
     with pytest.raises(UserError, match="'label' is neither"):
         g = build(masks='label')
         jax.eval_shape(g.init, jax.random.key(0), b | {'label': jnp.zeros(3, jnp.int32)}, {})
-    with pytest.raises(UserError, match=r"'mask' is neither .* nor an image of config\.data\.size = 8"):
+    with pytest.raises(UserError, match=r"'mask' is neither .* nor an image of config\.data\.size = \(8, 16\)"):
         jax.eval_shape(f.init, jax.random.key(0), b | {'mask': b['mask'][:, ::2, ::2]}, {})
 
 
