@@ -12,7 +12,6 @@ channels, each with its weight, and averaged over positions (eq. 1). The network
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 
 import chex
@@ -142,7 +141,7 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
     for path in paths:
         opened = read(path)
         published |= {digits for digits in PUBLISHED.values() if opened.sha256.startswith(digits)}
-        tensors |= {renamed(name): tensor for name, tensor in opened.items()}
+        tensors |= {mapping.substituted(name, LPIPS_RENAMED): tensor for name, tensor in opened.items()}
     try:
         mapping.check(entries(), tensors, '.*', ', '.join(paths), 'LPIPS on VGG-16')
     except UserError as e:
@@ -153,13 +152,6 @@ def load(paths: tuple[str, ...], image: tuple[int, int, int] = (256, 256, 3)) ->
     arrays = {entry.path: entry.read(tensors).astype(np.float32) for entry in entries()}
     tree = unflatten_dict(arrays, sep='/')
     return {'vgg': tree['vgg'], 'channels': [tree['channels'][str(i)] for i in range(len(CHANNELS))]}
-
-
-def renamed(name: str) -> str:
-    """The name of a tensor as torchvision and LPIPS 0.1 have it."""
-    for pattern, replacement in LPIPS_RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 @functools.cache

@@ -7,48 +7,43 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source
 
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
-ATTENTION = r'(encoder|decoder)/(?:\w+_attention)'
+FIRST_STAGE: list[Substitution] = [
+    ('^encoder/to_latent/', 'quant_conv/'),
+    ('^decoder/from_latent/', 'post_quant_conv/'),
+    ('^codebook/', 'quantize/embedding/'),
+    (r'^quantize/embedding/embedding$', 'quantize/embedding/kernel'),
+    ('/shortcut/', '/nin_shortcut/'),
+    ('attention/out/', 'attention/proj_out/'),
+    ('/first/', '/conv_in/'),
+    (r'^(\w+)/norm/', r'\1/norm_out/'),
+    ('/last/', '/conv_out/'),
+    ('/middle_0/', '/mid/block_1/'),
+    ('/middle_attention/', '/mid/attn_1/'),
+    ('/middle_1/', '/mid/block_2/'),
+    (r'/(down|up)(\d+)_(\d+)_attention/', r'/\1/\2/attn/\3/'),
+    (r'/(down|up)(\d+)_(\d+)/', r'/\1/\2/block/\3/'),
+    (r'/down(\d+)/', r'/down/\1/downsample/conv/'),
+    (r'/up(\d+)/', r'/up/\1/upsample/conv/'),
+]
+FIRST_STAGE_LAYOUTS = (
+    Layout('.*attention/qkv/kernel', 'o i 1 1 -> i o'),
+    Layout('.*(attention/out|shortcut|to_latent|from_latent)/kernel', 'o i 1 1 -> i o'),
+)
 
 
 def first_stage(config: ConfigDict, shapes: Shapes) -> Table:
     """Encoder, decoder and codebook of VQGAN and of the autoencoders of latent diffusion."""
-    names: list[Substitution] = [
-        ('^encoder/to_latent/', 'quant_conv/'),
-        ('^decoder/from_latent/', 'post_quant_conv/'),
-        ('^codebook/', 'quantize/embedding/'),
-        (r'^quantize/embedding/embedding$', 'quantize/embedding/kernel'),
-        ('/shortcut/', '/nin_shortcut/'),
-        ('attention/qkv/', 'attention/{q,k,v}/'),
-        ('attention/out/', 'attention/proj_out/'),
-        ('/first/', '/conv_in/'),
-        (r'^(\w+)/norm/', r'\1/norm_out/'),
-        ('/last/', '/conv_out/'),
-        ('/middle_0/', '/mid/block_1/'),
-        ('/middle_attention/', '/mid/attn_1/'),
-        ('/middle_1/', '/mid/block_2/'),
-        (r'/(down|up)(\d+)_(\d+)_attention/', r'/\1/\2/attn/\3/'),
-        (r'/(down|up)(\d+)_(\d+)/', r'/\1/\2/block/\3/'),
-        (r'/down(\d+)/', r'/down/\1/downsample/conv/'),
-        (r'/up(\d+)/', r'/up/\1/upsample/conv/'),
-    ]
-    layouts = [
-        Layout('.*attention/qkv/kernel', 'o i 1 1 -> i o'),
-        Layout('.*(attention/out|shortcut|to_latent|from_latent)/kernel', 'o i 1 1 -> i o'),
-    ]
-    return Table([*names, *LEAVES], layouts)
+    return Table([('attention/qkv/', 'attention/{q,k,v}/'), *FIRST_STAGE, *LEAVES], FIRST_STAGE_LAYOUTS)
 
 
 def var_first_stage(config: ConfigDict, shapes: Shapes) -> Table:
     """VAR's VQ-VAE: the same with q, k and v joined, and convolutions after enlarging, one of all scales or a list."""
     several = sum(path.endswith('kernel') for path in shapes if path.startswith('phi/')) > 1
     phi = r'quantize.quant_resi.qresi_ls.\1/' if several else 'quantize.quant_resi.qresi/'
-    names = [('attention/qkv/', 'attention/qkv_joined/'), (r'^phi/phi_(\d+)/', phi)]
-    table = first_stage(config, shapes)
-    return Table([*names, *table.names[:-3], ('/qkv_joined/', '/qkv/'), *LEAVES], table.layouts)
+    return Table([(r'^phi/phi_(\d+)/', phi), *FIRST_STAGE, *LEAVES], FIRST_STAGE_LAYOUTS)
 
 
 def gpt(config: ConfigDict, shapes: Shapes) -> Table:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
 
 # Attention of files that were written before diffusers 0.17.
@@ -21,7 +21,6 @@ OLD_ATTENTION = tuple(
     for old, new in {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}.items()
 )
 ONE_BY_ONE = Layout(r'.*/(shortcut|to_latent|from_latent|input\d+)/kernel', 'o i 1 1 -> i o')
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
 
 
 def blocks(top: int) -> list[Substitution]:

@@ -8,20 +8,19 @@ from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
 from jaxgen.weights.guided import heads_of
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
 
 INSIDE: list[Substitution] = [
-    (r'_attention/norm/', '_attention/norm2/'),
-    (r'_attention/out/', '_attention/proj/'),
-    (r'(?<!attention)/norm2/', '/norm1.'),
-    (r'/norm1/', '/norm0.'),
-    (r'/conv1/', '/conv0.'),
-    (r'/conv2/', '/conv1.'),
-    (r'(?<=\d)/embedding/', '/affine.'),
-    (r'/shortcut/', '/skip.'),
+    ('(?<!attention)/norm1/', '/norm0/'),
+    ('(?<!attention)/norm2/', '/norm1/'),
+    ('_attention/norm/', '_attention/norm2/'),
+    ('_attention/out/', '_attention/proj/'),
+    ('/conv1/', '/conv0/'),
+    ('/conv2/', '/conv1/'),
+    (r'(?<=\d)/embedding/', '/affine/'),
+    ('/shortcut/', '/skip/'),
 ]
-LEAVES: list[Substitution] = [(r'[/.](kernel|scale|embedding)$', '.weight'), (r'[/.]bias$', '.bias'), ('/', '.')]
 
 
 def table(config: ConfigDict, shapes: Shapes) -> Table:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source
-
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
 
 
 def turned(x: np.ndarray) -> np.ndarray:

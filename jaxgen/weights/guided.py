@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
 
 INSIDE: list[Substitution] = [
@@ -40,17 +40,11 @@ ENDS: list[Substitution] = [
     ('^middle_0_attention/', 'middle_block.1/'),
     ('^middle_1/', 'middle_block.2/'),
 ]
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
-
-
-def section(config: ConfigDict) -> ConfigDict:
-    """The fields of the network."""
-    return config.model.network
 
 
 def numbered(config: ConfigDict, shapes: Shapes) -> list[Substitution]:
     """Substitutions of the blocks on the way down and up."""
-    s = section(config)
+    s = config.model.network
     blocks, top = s.blocks, len(s.multipliers) - 1
 
     def down(m: re.Match) -> str:
@@ -74,7 +68,7 @@ def numbered(config: ConfigDict, shapes: Shapes) -> list[Substitution]:
 
 def heads_of(config: ConfigDict) -> Callable[[tuple[int, ...]], dict[str, int]]:
     """Shape of a joined q, k, v -> sizes of its heads."""
-    s = section(config)
+    s = config.model.network
 
     def sizes(shape: tuple[int, ...]) -> dict[str, int]:
         channels = shape[-1] // 3

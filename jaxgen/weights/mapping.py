@@ -28,6 +28,15 @@ from jaxgen.weights.files import Tensor
 
 DTYPES = ('float16', 'bfloat16', 'float32', 'float64')  # of weights
 Substitution = tuple[str, str | Callable[[re.Match], str]]  # as of re.sub
+# The last substitutions of files of torch.
+LEAVES: tuple[Substitution, ...] = ((r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.'))
+
+
+def substituted(name: str, substitutions: Iterable[Substitution]) -> str:
+    """A name after substitutions in their order."""
+    for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +160,7 @@ def expand(name: str, depth: int) -> list[str]:
 
 def entry(table: Table, path: str, shape: tuple[int, ...]) -> Entry:
     """The tensors of one of our arrays, by a table."""
-    name = path
-    for pattern, replacement in table.names:
-        name = re.sub(pattern, replacement, name)
+    name = substituted(path, table.names)
     depth = shape[0] if '*' in name else 0
     copies = [name.replace('@', str(i)) for i in range(table.copies)] if '@' in name else [name]
     names = expand(copies[0], depth)

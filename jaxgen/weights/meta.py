@@ -8,10 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
-
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
 
 
 def dit(config: ConfigDict, shapes: Shapes) -> Table:

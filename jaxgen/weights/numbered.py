@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Layout, Substitution, Table
+from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
 
 INSIDE: list[Substitution] = [
@@ -28,7 +28,6 @@ INSIDE: list[Substitution] = [
     ('/conv2/', '/Conv_1/'),
     (r'(?<=\d)/embedding/', '/Dense_0/'),
 ]
-LEAVES: list[Substitution] = [(r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.')]
 
 
 def order(modules: set[str], blocks: int, top: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
-from jaxgen.weights.mapping import Substitution, Table
+from jaxgen.weights.mapping import Substitution, Table, substituted
 
 Shapes = Mapping[str, tuple[int, ...]]  # {path of one of our arrays: shape}
 
@@ -66,11 +66,7 @@ class Source:
             weights = self.prepare(weights)
         if not self.renamed:
             return weights
-        names = {}
-        for name, tensor in weights.tensors.items():
-            for pattern, replacement in self.renamed:
-                name = re.sub(pattern, replacement, name)
-            names[name] = tensor
+        names = {substituted(name, self.renamed): tensor for name, tensor in weights.tensors.items()}
         return dataclasses.replace(weights, tensors=names)
 
 

@@ -105,10 +105,9 @@ def choose(config: ConfigDict, shapes: Shapes, weights: Weights, name: str = '')
 def differ(a: Sequence[Entry], b: Sequence[Entry]) -> bool:
     """Whether two lists of entries lay out a tensor in different ways: the order of heads, where there are several."""
 
-    def layouts(entries):
-        return [(e.names, e.pattern, e.sizes) for e in entries if e.sizes.get('h', 2) > 1]
-
-    mine, theirs = ({names: (p, s) for names, p, s in layouts(entries)} for entries in (a, b))
-    return any(mine.get(names, layout) != layout for names, layout in theirs.items() if 'h' in layout[1]) or any(
-        theirs.get(names, layout) != layout for names, layout in mine.items() if 'h' in layout[1]
+    others = {entry.names: entry for entry in b}
+    pairs = [(one, others[one.names]) for one in a if one.names in others]
+    return any(
+        (one.pattern, one.sizes) != (two.pattern, two.sizes) and max(e.sizes.get('h', 1) for e in (one, two)) > 1
+        for one, two in pairs
     )
