@@ -100,6 +100,7 @@ def main() -> None:
     import tables
 
     import jaxgen
+    from jaxgen import files
 
     rows = []
     for name in arguments.configs.split(','):
@@ -117,8 +118,7 @@ def main() -> None:
         'cores': len(os.sched_getaffinity(0)),
         'versions': {'jax': jax.__version__, 'jaxgen': jaxgen.__version__},
     }
-    with open(arguments.out, 'w', encoding='utf-8') as file:
-        file.write(json.dumps(record, indent=2) + '\n')
+    files.save_json(arguments.out, record)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,8 @@ import time
 import numpy as np
 from PIL import Image
 
+from jaxgen.files import save_json
+
 DIFFERENT = 200  # images; the files are as many as there are, each with a number behind its image
 
 
@@ -123,11 +125,9 @@ def main() -> None:
         'machine': platform.machine(),
         'python': platform.python_version(),
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(json.dumps(record, indent=2))
     if arguments.out:
-        with open(arguments.out, 'w', encoding='utf-8') as file:
-            file.write(text + '\n')
+        save_json(arguments.out, record)
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 import jaxgen
-from jaxgen import data
+from jaxgen import data, files
 from jaxgen.config import DEFAULTS
 
 KINDS = {'jpeg': ('JPEG', {'quality': 90}), 'png': ('PNG', {}), 'photo': ('JPEG', {'quality': 90})}
@@ -143,11 +143,9 @@ def main() -> None:
         'machine': platform.machine(),
         'versions': {'jaxgen': jaxgen.__version__, 'python': platform.python_version(), 'pillow': Image.__version__},
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(json.dumps(record, indent=2))
     if arguments.out:
-        with open(arguments.out, 'w', encoding='utf-8') as file:
-            file.write(text + '\n')
+        files.save_json(arguments.out, record)
 
 
 if __name__ == '__main__':

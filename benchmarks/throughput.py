@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
-from jaxgen import conditions, data, run, sample, sharding
+from jaxgen import conditions, data, files, run, sample, sharding
 from jaxgen import config as configs
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.train import make_call
@@ -244,11 +244,9 @@ def main() -> None:
         'versions': {'jaxgen': jaxgen.__version__, 'python': platform.python_version()}
         | {p: importlib.metadata.version(p) for p in packages},
     }
-    text = json.dumps(record, indent=2)
-    print(text)
+    print(json.dumps(record, indent=2))
     if arguments.out:
-        with open(arguments.out, 'w', encoding='utf-8') as file:
-            file.write(text + '\n')
+        files.save_json(arguments.out, record)
 
 
 if __name__ == '__main__':
