@@ -40,8 +40,8 @@ def measure(name: str, n: int, turns: int) -> dict:
     """Seconds and compiled programs of each call, for one config."""
     import jax
 
+    from jaxgen import assembly, run
     from jaxgen import config as configs
-    from jaxgen import run
     from jaxgen.contract import State
 
     compiles = []
@@ -51,7 +51,7 @@ def measure(name: str, n: int, turns: int) -> dict:
             compiles.append(duration)
 
     config = configs.load(os.path.join(os.path.dirname(HERE), 'configs', f'{name}.py'))
-    assembled = run.assemble(config)
+    assembled = assembly.assemble(config)
     state = jax.tree.map(lambda a: 0.05 * jax.random.normal(jax.random.key(0), a.shape), assembled.abstract.ema)
     extra = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), assembled.abstract.extra)
     state = State(jax.numpy.zeros((), int), None, None, jax.block_until_ready(state), extra)

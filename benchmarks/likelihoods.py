@@ -19,7 +19,7 @@ import tables
 from trilemma import ROOT, find_runs, images_per_second, training_seconds
 
 import jaxgen
-from jaxgen import describe, files, log, run
+from jaxgen import describe, directory, files, log, run
 from jaxgen.diffusion.processes import CHAINS
 
 # What each family's number is; a diffusion model in continuous time has an estimate by its ODE.
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=64, help='samples drawn at once when speed is measured')
     parser.add_argument('--turns', type=int, default=3)
     arguments = parser.parse_args()
-    like = run.saved_config(os.path.join(arguments.runs, f'classifier_{arguments.dataset}'))
+    like = directory.saved_config(os.path.join(arguments.runs, f'classifier_{arguments.dataset}'))
     rows = []
     candidates = find_runs(arguments.runs, like)
     for name, r in list(candidates.items()):

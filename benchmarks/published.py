@@ -15,8 +15,8 @@ import json
 import os
 import sys
 
+from jaxgen import assembly, describe, files
 from jaxgen import config as configs
-from jaxgen import describe, files, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATH = os.path.join(ROOT, 'benchmarks', 'results', 'published.json')
@@ -30,7 +30,7 @@ def count(row: dict) -> dict[str, int]:
     """{network: parameters} of a row's config."""
     variant = f':{row["variant"]}' if row['variant'] else ''
     config = configs.load(os.path.join(ROOT, 'configs', f'{row["config"]}.py{variant}'))
-    params = run.assemble(config, stage=run.abstract_stage).abstract.params
+    params = assembly.assemble(config, stage=assembly.abstract_stage).abstract.params
     return {network: describe.count(weights) for network, weights in params.items()}
 
 

@@ -21,7 +21,7 @@ import tables
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import files, log, run
+from jaxgen import directory, files, log, run
 from jaxgen.evaluation import cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,7 +64,7 @@ def points(dataset: str, evaluations: tuple[int, ...], many: bool):
 
 def measure(workdir: str, fields: dict, evaluator, n: int, batch: int) -> dict:
     """Metrics of n samples, and images per second once the program is compiled."""
-    config = run.saved_config(workdir)
+    config = directory.saved_config(workdir)
     sections = {'model': {'sampler': fields}, 'sample': {'batch': batch}}
     r = run.load(workdir, config=configs.complete(configs.update_sections(config.to_dict(), sections)))
     metrics = r.compare(evaluator, n)
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument('--most', type=int, default=1000, help='evaluations, at most')
     arguments = parser.parse_args()
     network = f'classifier_{arguments.dataset}'
-    like = run.saved_config(os.path.join(arguments.runs, network))
+    like = directory.saved_config(os.path.join(arguments.runs, network))
     like.evaluate.features = f'run:{os.path.join(arguments.runs, network)}'
 
     evaluations = tuple(n for n in EVALUATIONS if n <= arguments.most)
@@ -128,7 +128,7 @@ def main() -> None:
     bits = {}
     for name in sorted(there):
         workdir = os.path.join(arguments.runs, name)
-        config = run.saved_config(workdir)
+        config = directory.saved_config(workdir)
         config.evaluate.examples = arguments.examples
         metrics = run.load(workdir, config=config).evaluate()
         if 'bits_per_dim' in metrics:

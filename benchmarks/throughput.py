@@ -30,20 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgen
-from jaxgen import conditions, data, files, run, sample, sharding
+from jaxgen import assembly, conditions, data, files, sample, sharding
 from jaxgen import config as configs
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.train import make_call
 
 
 def untrained_stage(path: str, mesh):
-    """run.restored_stage without a run: first weights, which are as fast as trained ones."""
+    """assembly.restored_stage without a run: first weights, which are as fast as trained ones."""
     file = configs.named(path)
     if not file:
         sys.exit(f'no config is of the name of the stage {path}')
-    a = run.assemble(configs.load(file), mesh, untrained_stage)
+    a = assembly.assemble(configs.load(file), mesh, untrained_stage)
     batch = {k: np.zeros((a.config.data.batch, *v.shape), v.dtype) for k, v in a.spec.features.items()}
-    state = jax.jit(lambda *args: run.init_state(a.family, *args))(jax.random.key(0), batch, a.frozen)
+    state = jax.jit(lambda *args: assembly.init_state(a.family, *args))(jax.random.key(0), batch, a.frozen)
     return a.family, state.replace(params=None, opt=None), a.frozen
 
 
@@ -65,7 +65,9 @@ def jax_train(assembled):
         for k, v in shape.items()
     }
     batch = sharding.put_batch(assembled.mesh, one)
-    init = jax.jit(lambda key, b: run.init_state(assembled.family, key, b, assembled.frozen), out_shardings=shardings)
+    init = jax.jit(
+        lambda key, b: assembly.init_state(assembled.family, key, b, assembled.frozen), out_shardings=shardings
+    )
     holder = [init(jax.random.key(0), batch)]
     call = make_call(assembled, shardings, 1, 0)
     stacked = jax.tree.map(lambda x: x[None], batch)
@@ -166,7 +168,7 @@ def evaluations(model: dict) -> int:
 
 
 def measure(config, what: str, turns: int, vs: str) -> dict:
-    assembled = run.assemble(config, stage=untrained_stage)
+    assembled = assembly.assemble(config, stage=untrained_stage)
     action, state = jax_train(assembled)
     images, calls = config.data.batch, 1
     if what == 'sample':

@@ -33,7 +33,7 @@ import numpy as np
 import tables
 
 import jaxgen
-from jaxgen import conditions, data, describe, files, run, sample
+from jaxgen import assembly, conditions, data, describe, directory, files, run, sample
 from jaxgen import config as configs
 from jaxgen.evaluation import cache, samples
 
@@ -87,9 +87,9 @@ def find_runs(folder: str, like, only: Sequence[str] = ()) -> dict[str, run.Run]
         workdir = os.path.dirname(path)
         if only and os.path.basename(workdir) not in only:
             continue
-        config = run.saved_config(workdir)
+        config = directory.saved_config(workdir)
         same = all(config.data[key] == like.data[key] for key in ('source', 'size', 'channels', 'box', 'keep_classes'))
-        if same and trained(workdir, config) and run.assemble(config).family.sample is not None:
+        if same and trained(workdir, config) and assembly.assemble(config).family.sample is not None:
             runs[os.path.basename(workdir)] = run.load(workdir, all_weights=True)
     return runs
 

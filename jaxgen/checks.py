@@ -19,7 +19,7 @@ def check_labels(context: Context, conditional: bool) -> None:
 def check_stage_image(context: Context, name: str) -> None:
     """Raises UserError where a stage was trained on images of another size than the data's."""
     image = context.stages[name].image
-    if image not in ((), context.image):  # () before `run.assemble`
+    if image not in ((), context.image):  # () before `assembly.assemble`
         raise UserError(
             f'config.stages.{name} was trained on other images: they are {image} (height, width, channels), and those '
             f'of config.data {context.image}'

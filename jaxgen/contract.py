@@ -188,10 +188,10 @@ class Family(NamedTuple):
     free: tuple[str, ...] = ()  # fields and sections of config.model that no update reads: they may change on resume
     sampling: tuple[str, ...] = ()  # those of them that sample reads
     settings: Callable[[], PyTree] | None = None  # values of fields marked TRACED, as `sample` takes them
-    program: Hashable = None  # equal for families whose programs differ in nothing but settings; `run.assemble` says it
+    program: Hashable = None  # equal for families whose programs differ in settings alone; see assembly.make_family
     latents: Latents = Latents()
     captions: Captions = Captions()
-    image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `run.assemble` says it
+    image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `assembly.assemble` says it
     larger: tuple[
         str, ...
     ] = ()  # metrics of `evaluate` of which larger values are better; 'accuracy' also 'accuracy/0'

@@ -55,11 +55,13 @@ import numpy as np
 
 import jaxgen
 from jaxgen import (
+    assembly,
     catalogue,
     checkpoint,
     compilation,
     data,
     describe,
+    directory,
     fields,
     files,
     hosts,
@@ -273,20 +275,21 @@ def main(argv: list[str]) -> None:
 
             train(config, workdir, values.profile)
         else:
-            runs.check_cycle(workdir, config, untrained=True)
-            print(json.dumps(describe.describe(config, runs.assemble(config, stage=runs.abstract_stage)), indent=2))
+            directory.check_cycle(workdir, config, untrained=True)
+            assembled = assembly.assemble(config, stage=assembly.abstract_stage)
+            print(json.dumps(describe.describe(config, assembled), indent=2))
         return
     named = configs.fields_of(overrides)
     configs.name_imports(overrides)
     if values.images and not values.workdir:
         images_mode(configs.override(configs.load(values.config), overrides), {}, values.images, values.out)
         return
-    saved = runs.saved_config(workdir)
+    saved = directory.saved_config(workdir)
     if values.config and values.workdir:
-        runs.check_system(workdir, saved, values.config)
+        directory.check_system(workdir, saved, values.config)
     config = configs.override(saved, overrides)
     if values.images:
-        config, _, unnamed = runs.read(workdir, config, named)
+        config, _, unnamed = directory.read(workdir, config, named)
         images_mode(config, unnamed, values.images, values.out)
         return
     step = int(values.step) if values.step.isdecimal() else values.step or None  # or 'best'

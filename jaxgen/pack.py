@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from jaxgen import checkpoint, files, origin
+from jaxgen import checkpoint, directory, files, origin
 from jaxgen import run as runs
 from jaxgen.errors import RunError, UserError
 
@@ -59,7 +59,7 @@ def parts(workdir: str, config, step: int, frozen: dict, folder: str) -> Iterato
     yield Packed(os.path.join(folder, 'digests', f'{step}.json'), contents=contents)
     for name, (state, its_frozen) in frozen.items():
         path = config.stages[name]
-        used, _, _ = runs.read(path)
+        used, _, _ = directory.read(path)
         yield from parts(path, used, int(state.step), its_frozen, os.path.join(folder, 'stages', name))
 
 

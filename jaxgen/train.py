@@ -31,22 +31,13 @@ from jaxgen import (
     stopping,
 )
 from jaxgen import config as configs
+from jaxgen.assembly import Assembled, assemble, check_stages, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.contract import State
+from jaxgen.directory import check_cycle, check_moved_data, save_config, saved_config
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.run import (
-    Assembled,
-    Run,
-    assemble,
-    check_cycle,
-    check_moved_data,
-    check_stages,
-    make_evaluator,
-    save_config,
-    saved_config,
-    say_if_initial,
-)
+from jaxgen.run import Run, make_evaluator
 
 # With several hosts, calls between two agreements on whether one of them has a signal to stop.
 CALLS_PER_AGREEMENT = 10

@@ -9,9 +9,8 @@ import time
 import pytest
 from support import ROOT, main, path
 
-from jaxgen import arguments, locks
+from jaxgen import arguments, directory, locks
 from jaxgen import config as configs
-from jaxgen import run as runs
 from jaxgen.errors import UserError
 
 
@@ -146,4 +145,4 @@ def test_a_folder_of_runs_is_no_run(tmp_path):
     (tmp_path / 'packed' / 'mine').mkdir(parents=True)
     (tmp_path / 'packed' / 'mine' / 'config.json').write_text('{}')
     with pytest.raises(UserError, match=r'no run in .*packed; below it there are .*mine$'):
-        runs.saved_config(str(tmp_path / 'packed'))
+        directory.saved_config(str(tmp_path / 'packed'))

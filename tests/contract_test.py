@@ -26,7 +26,7 @@ from support import (
     tiny_stage,
 )
 
-from jaxgen import conditions, data, describe, run, sample, sharding, testing
+from jaxgen import assembly, conditions, data, describe, run, sample, sharding, testing
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.errors import UserError
@@ -199,7 +199,7 @@ COUNTED = {**{n: PUBLISHED.get(n, {}) for n in FULL_SIZE if n not in DESCRIBED},
 def test_full_size_describes(name):
     """And there is a tiny variant of it."""
     config = configs.load(path(name, ''))
-    about = describe.describe(config, run.assemble(config, stage=run.abstract_stage))
+    about = describe.describe(config, assembly.assemble(config, stage=assembly.abstract_stage))
     assert json.loads(json.dumps(about)) == about
     for network, count in PUBLISHED.get(name, {}).items():
         assert about['parameters'][network] == count
@@ -214,7 +214,7 @@ def test_full_size_describes(name):
 @pytest.mark.parametrize('name', COUNTED)
 def test_published_sizes(name):
     file, _, variant = name.partition(':')
-    state = run.assemble(configs.load(path(file, variant)), stage=run.abstract_stage).abstract
+    state = assembly.assemble(configs.load(path(file, variant)), stage=assembly.abstract_stage).abstract
     sizes = {network: describe.count(weights) for network, weights in state.params.items()}
     sizes['total'] = sum(sizes.values())
     for network, count in COUNTED[name].items():
@@ -269,7 +269,7 @@ def wide(config):
 
 def wide_stage(folder: str, mesh):
     """The stage of that name at such a size, as shapes."""
-    assembled = run.assemble(wide(tiny_stage(folder)), mesh, wide_stage)
+    assembled = assembly.assemble(wide(tiny_stage(folder)), mesh, wide_stage)
     return assembled.family, assembled.abstract.replace(params=None, opt=None), assembled.frozen
 
 
@@ -289,11 +289,11 @@ def test_images_that_are_not_square(name):
     config = tiny(name)
     if config.family in SQUARE:
         with pytest.raises(UserError, match=SQUARE[config.family]) as caught:
-            run.assemble(wide(config), stage=wide_stage)
+            assembly.assemble(wide(config), stage=wide_stage)
         assert '\n' not in str(caught.value)
         return
     config = wide(config)
-    assembled = run.assemble(config, stage=wide_stage)
+    assembled = assembly.assemble(config, stage=wide_stage)
     assert assembled.spec.features['image'].shape[:2] == config.data.size
     check_traces(config, assembled)
 
@@ -363,14 +363,14 @@ def test_stopped_and_resumed_is_the_same(name, tmp_path):
     assert metrics(whole) == metrics(parts)
     assert [line['step'] for line in metrics(whole)] == [2, 4]
     if config.stages:  # what was learned on a stage fits no other weights of it
-        a = run.assemble(config)
+        a = assembly.assemble(config)
         _, about = Checkpoints(parts).restore(a.abstract, a.mesh)
         assert about['stages'] == a.stage_digests and about['data']
         with pytest.raises(UserError, match=r'config\.stages\.first: the weights in'):
-            run.check_stages({'stages': {'first': 'others'}}, a, parts)
+            assembly.check_stages({'stages': {'first': 'others'}}, a, parts)
         with pytest.raises(UserError, match='trained on other images'):
             larger = configs.make(**configs.deep_update(config.to_dict(), {'data': {'size': 16}}))
-            run.assemble(larger)
+            assembly.assemble(larger)
     if name == 'dcgan_digits':  # its figures are the critic's, whose weights sampling does not load
         loaded = run.load(parts)
         assert np.isfinite(loaded.evaluate()['discriminator']['value'])
@@ -468,7 +468,7 @@ def on_devices(names: list[str]) -> None:
             placed = sharding.put_batch(assembled.mesh, batch)
             frozen = jax.device_put(assembled.frozen, sharding.over_weights(assembled.mesh, assembled.frozen))
             if not results or name in BY_THE_BATCH:
-                init = jax.jit(lambda *args, a=assembled: run.init_state(a.family, *args), out_shardings=places)
+                init = jax.jit(lambda *args, a=assembled: assembly.init_state(a.family, *args), out_shardings=places)
                 start = jax.device_get(init(jax.random.key(0), placed, frozen))
             state = jax.device_put(start, places)
             call = make_call(assembled, places, 1, 0)

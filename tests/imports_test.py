@@ -15,8 +15,8 @@ import pytest
 from support import mistake, path
 
 import jaxgen
+from jaxgen import assembly, imports, origin
 from jaxgen import config as configs
-from jaxgen import imports, origin, run
 from jaxgen.errors import UserError
 from jaxgen.main import run_main
 
@@ -142,7 +142,7 @@ def test_the_run_of_a_stranger_imports_nothing_unless_it_is_named(package, tmp_p
         assert 'Python code that would be run' in mistake(capfd, f'--mode={mode}', f'--workdir={workdir}')
     prior = jaxgen.config('vae_digits:tiny', stages={'first': workdir})
     with pytest.raises(UserError, match='Python code'):
-        run.assemble(prior)
+        assembly.assemble(prior)
     assert not imported()
     assert jaxgen.load(workdir, config={'family': f'{package}.family'}).step == 4
     assert imported()
@@ -282,5 +282,5 @@ class Pixels(pixelcnn.PixelCNN):
 def test_networks_of_other_families(base, name, package, tmp_path, no_compile):
     (tmp_path / 'site' / package / 'nets.py').write_text(NETWORKS)
     config = jaxgen.config(path(base), **{'model.network': f'{package}.nets.{name}'})
-    own, original = (run.assemble(c).abstract for c in (config, configs.load(path(base))))
+    own, original = (assembly.assemble(c).abstract for c in (config, configs.load(path(base))))
     assert jax.tree.map(lambda x: x.shape, own.params) == jax.tree.map(lambda x: x.shape, original.params)

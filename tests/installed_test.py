@@ -15,7 +15,7 @@ from support import NAMES, ROOT, mistake, path
 
 import jaxgen
 from jaxgen import arguments as command
-from jaxgen import catalogue, files, run
+from jaxgen import assembly, catalogue, files, run
 from jaxgen import config as configs
 from jaxgen import configs as shipped
 from jaxgen.main import run_main
@@ -138,7 +138,7 @@ def test_the_config_of_a_stage_that_is_not_trained(elsewhere, capfd, no_compile)
     assert configs.named('runs/unknown_digits') == ''
     config = configs.load('vqvae_digits_prior')
     assert config.stages.first == str(elsewhere / 'runs' / 'vqvae_digits')
-    assert run.assemble(config, stage=run.abstract_stage).config.family == config.family
+    assert assembly.assemble(config, stage=assembly.abstract_stage).config.family == config.family
     # One in configs/ of the directory comes first.
     (elsewhere / 'configs').mkdir()
     (elsewhere / 'configs' / 'vqvae_digits.py').write_text('')

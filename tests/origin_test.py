@@ -9,7 +9,7 @@ import pytest
 from support import path
 
 from jaxgen import config as configs
-from jaxgen import data, origin, run
+from jaxgen import data, directory, origin, run
 from jaxgen.errors import UserError
 
 
@@ -18,7 +18,7 @@ def make_run(workdir, **changes) -> None:
     config = configs.load(path('vae_digits'))
     config = configs.complete(configs.deep_update(config.to_dict(), changes))
     os.makedirs(workdir)
-    run.save_config(str(workdir), config, data.spec(configs.load(path('vae_digits')).data))
+    directory.save_config(str(workdir), config, data.spec(configs.load(path('vae_digits')).data))
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_no_stage_outside_is_read(place, tmp_path, be_a_stranger, read_configs):
 def test_whoever_trained_it_or_names_it_may_read_it(tmp_path, be_a_stranger):
     make_run(tmp_path / 'outside')
     make_run(tmp_path / 'run', stages={'first': str(tmp_path / 'outside')})
-    assert run.read(str(tmp_path / 'run'))[2] == {}
+    assert directory.read(str(tmp_path / 'run'))[2] == {}
     be_a_stranger()
     fields = {'stages': {'first': str(tmp_path / 'outside')}}
-    assert run.read(str(tmp_path / 'run'), fields)[2] == {}
+    assert directory.read(str(tmp_path / 'run'), fields)[2] == {}
 
 
 @pytest.mark.parametrize('place', ['images', 'data/toy/1.0.0', 'wherever', 'checkpoints/4', 'samples'])
@@ -82,10 +82,10 @@ def test_links_and_pipes_anywhere_in_the_run_of_a_stranger(what, place, tmp_path
     else:
         os.symlink(tmp_path / target[what], workdir / place / 'x')
     if place.partition('/')[0] not in origin.OWN:  # where a run writes, links do harm to anybody
-        run.read(str(workdir))
+        directory.read(str(workdir))
     be_a_stranger()
     with pytest.raises(UserError, match=r'run/.*/x is .*: the files of a run must lie in its own directory'):
-        run.read(str(workdir))
+        directory.read(str(workdir))
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"paths": "\u00fc"}', '{"paths": null}', '[' * 50_000, '{"paths": ""}'])
@@ -94,7 +94,7 @@ def test_a_forged_signature_is_none(text, tmp_path, be_a_stranger):
     be_a_stranger()
     (tmp_path / 'run' / 'origin.json').write_text(text)
     with pytest.raises(UserError, match='lies outside of the run'):
-        run.read(str(tmp_path / 'run'))
+        directory.read(str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('where', ['/etc/', '../../', '../../../../../../../../../etc/', 'x/../../y/'])

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from support import ROOT, assert_same, devices, main, metrics, mistake, path, saved_state
 
+from jaxgen import assembly, run
 from jaxgen import config as configs
-from jaxgen import run
 from jaxgen.main import run_main
 from jaxgen.train import train
 
@@ -571,7 +571,7 @@ def test_an_average_of_mostly_initial_weights_is_announced(tmp_path, capfd):
     assert 'WARNING' not in capfd.readouterr().err
     for fields in (dict(ema_warmup=True), dict(ema=0.0), dict(ema=0.4)):
         changed = configs.make(**configs.deep_update(loaded.config.to_dict(), {'optim': fields}))
-        run.say_if_initial(workdir, changed, 4, False)
+        assembly.say_if_initial(workdir, changed, 4, False)
     assert 'WARNING' not in capfd.readouterr().err
 
 

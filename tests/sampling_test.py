@@ -11,7 +11,7 @@ import pytest
 from support import assemble, devices, first_batch, path
 
 import jaxgen
-from jaxgen import conditions, options, run, sample, sharding
+from jaxgen import assembly, conditions, directory, options, run, sample, sharding
 from jaxgen import config as configs
 from jaxgen.diffusion import samplers
 from jaxgen.errors import UserError
@@ -121,7 +121,7 @@ def config_of(name: str, model: dict):
     return configs.make(**{**config.to_dict(), 'model': changed})
 
 
-def traced(assembled: run.Assembled, batch: dict) -> tuple[str, list]:
+def traced(assembled: assembly.Assembled, batch: dict) -> tuple[str, list]:
     """The sampler of a family as a jaxpr, and the constants in it."""
     family = assembled.family
     jaxpr = jax.make_jaxpr(family.sample)(
@@ -334,10 +334,10 @@ def test_sections_are_put_together_from_names_dicts_and_dots(no_compile):
 def test_a_run_is_loaded_with_options_as_it_samples_with_them(fields, tmp_path, no_compile):
     """Of the former sampler what the other one has stays, and nothing else."""
     saved = config_of('ddpm_digits', {'sampler': {'clip': False, 'variance': 'fixed_large'}})
-    run.save_config(str(tmp_path), saved, run.data.spec(saved.data))
+    directory.save_config(str(tmp_path), saved, run.data.spec(saved.data))
     with pytest.raises(UserError, match='has no checkpoint yet'):
         run.load(str(tmp_path), config=fields)
-    used, _ = run.used_config(str(tmp_path), saved, configs.nested_fields(configs.plain(fields)), frozenset())
+    used, _ = directory.used_config(str(tmp_path), saved, configs.nested_fields(configs.plain(fields)), frozenset())
     sampled = run.Run('', saved, assemble(saved), None, 'ema').with_sampling(sampler={'name': 'ddim', 'steps': 7})
     assert used.model == sampled.config.model
     assert (used.model.sampler.clip, 'variance' in used.model.sampler) == (False, False)

@@ -13,11 +13,11 @@ import pytest
 from support import assert_same, metrics, mistake, path, saved_state, tiny
 
 from jaxgen import config as configs
-from jaxgen import run, stopping
+from jaxgen import directory, run, stopping
 from jaxgen import train as loop
+from jaxgen.assembly import assemble
 from jaxgen.contract import Aux, Family, make_update, new_state
 from jaxgen.errors import RunError, UserError
-from jaxgen.run import assemble
 
 # By step, every second of which is evaluated: 5, 4, 3 (the best), 3 (no better), 6, 2.5 (better), ...
 CURVE = [0, 9, 5, 0, 4, 0, 3, 0, 3, 0, 6, 9, 2.5, 0, 4, 0, 4, 0, 4, 0, 4]
@@ -78,7 +78,7 @@ def state_of(workdir):
     """The newest State, as the family above has it."""
     from jaxgen.checkpoint import Checkpoints
 
-    a = loop.assemble(run.saved_config(str(workdir)))
+    a = loop.assemble(directory.saved_config(str(workdir)))
     checkpoints = Checkpoints(str(workdir))
     state, about = checkpoints.restore(a.abstract, a.mesh)
     checkpoints.close()

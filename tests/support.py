@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgen import assembly, directory
 from jaxgen import config as configs
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Array, Context
@@ -56,20 +57,18 @@ def tiny_stage(folder: str):
 
 
 def fresh_stage(folder: str, mesh):
-    """A stage of random weights by the tiny config of its name, where none is trained; see run.assemble."""
-    from jaxgen import run
+    """A stage of random weights by the tiny config of its name, where none is trained; see assembly.assemble."""
 
     config = tiny_stage(folder)
-    a = run.assemble(config, mesh, fresh_stage)
+    a = assembly.assemble(config, mesh, fresh_stage)
     state = jax.jit(a.family.init)(jax.random.key(7), first_batch(config), a.frozen)
     return a.family, state.replace(params=None, opt=None), a.frozen
 
 
 def assemble(config, mesh=None):
-    """run.assemble with stages of random weights."""
-    from jaxgen import run
+    """assembly.assemble with stages of random weights."""
 
-    return run.assemble(config, mesh, fresh_stage)
+    return assembly.assemble(config, mesh, fresh_stage)
 
 
 def context(image=(8, 8, 1), classes: int = 0, **changes) -> Context:
@@ -134,9 +133,9 @@ def random_weights(tree, seed: int = 0, scale: float = 0.5):
 
 def saved_state(workdir, step: int | None = None):
     """The whole State of a run's newest checkpoint."""
-    from jaxgen import checkpoint, run
+    from jaxgen import checkpoint
 
-    assembled = run.assemble(run.saved_config(str(workdir)))
+    assembled = assembly.assemble(directory.saved_config(str(workdir)))
     checkpoints = checkpoint.Checkpoints(str(workdir))
     state, _ = checkpoints.restore(assembled.abstract, assembled.mesh)
     checkpoints.close()

@@ -18,7 +18,7 @@ from support import ROOT, assert_same, devices, mistake, path, saved_state
 
 from jaxgen import arguments as command
 from jaxgen import config as configs
-from jaxgen import origin, outputs, run, sample
+from jaxgen import directory, origin, outputs, run, sample
 from jaxgen.contract import Family
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
@@ -114,7 +114,7 @@ def test_what_training_depends_on_is_not_changed_in_use(text, vae, capfd, no_com
     for mode in MODES:
         said = mistake(capfd, f'--mode={mode}', f'--workdir={vae}', f'--config.{text}')
         assert 'was trained with another config' in said and field in said, mode
-    changed = configs.override(run.saved_config(str(vae)), [f'--config.{text}'])
+    changed = configs.override(directory.saved_config(str(vae)), [f'--config.{text}'])
     with pytest.raises(UserError, match='was trained with another config'):
         run.load(str(vae), config=changed)
     given: dict | object = configs.get(changed.to_dict(), field)
@@ -231,7 +231,7 @@ def test_a_folder_that_has_moved(labelled, capfd):
     )
     assert_same(loaded.state.ema, before.ema)
     train(GAN, f'--workdir={workdir}', moved, prepared, '--config.train.steps=6')
-    assert saved_state(workdir, 6) and run.saved_config(str(workdir)).data.source == f'folder:{labelled}/moved'
+    assert saved_state(workdir, 6) and directory.saved_config(str(workdir)).data.source == f'folder:{labelled}/moved'
 
 
 # --- whose paths are followed
@@ -275,7 +275,7 @@ def test_paths_of_a_stranger_are_not_followed(by, labelled, labelled_once, capfd
 
 
 def test_own_paths_are(labelled, labelled_once):
-    config = run.saved_config(str(labelled / 'run'))
+    config = directory.saved_config(str(labelled / 'run'))
     assert origin.is_own(str(labelled / 'run'), config)
     assert origin.unnamed(str(labelled / 'run'), config, config, set()) == {}
     strangers(labelled / 'run')
@@ -504,7 +504,7 @@ def staged(tmp_path_factory):
 
 def test_stages_from_anywhere_and_moved(staged, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.saved_config(str(staged / 'prior')).stages.first == f'{staged}/first'
+    assert directory.saved_config(str(staged / 'prior')).stages.first == f'{staged}/first'
     assert run.load(f'{staged}/prior/').step == 4
     # Of the same digest it may lie anywhere; with another it is another.
     shutil.copytree(staged / 'first', tmp_path / 'moved')
@@ -565,7 +565,7 @@ def test_a_sharded_run_on_one_device(tmp_path):
                           text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr
     loaded = run.load(str(two))
-    assert run.saved_config(str(two)).mesh.fsdp == 2 and loaded.config.mesh.fsdp == 1
+    assert directory.saved_config(str(two)).mesh.fsdp == 2 and loaded.config.mesh.fsdp == 1
     np.testing.assert_allclose(loaded.sample(n=4).astype(int), np.load(tmp_path / 'two.npy').astype(int), atol=1)
     for workdir in (two, one):
         train(VAE, f'--workdir={workdir}', '--config.mesh.fsdp=1', '--config.train.steps=6')

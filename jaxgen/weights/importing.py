@@ -18,9 +18,8 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import jaxgen
+from jaxgen import assembly, directory, files, interrupt, log, randomness, sharding
 from jaxgen import config as configs
-from jaxgen import files, interrupt, log, randomness, sharding
-from jaxgen import run as runs
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import State
 from jaxgen.errors import UserError
@@ -89,7 +88,7 @@ def placed(fit: sources.Fit, shardings: dict[str, Any]) -> dict[str, jax.Array]:
     return arrays
 
 
-def initial(assembled: runs.Assembled, paths: set[str], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+def initial(assembled: assembly.Assembled, paths: set[str], shardings: dict[str, Any]) -> dict[str, jax.Array]:
     """{path: array} of those arrays that no file holds, as before the first update."""
     if not paths:
         return {}
@@ -98,7 +97,7 @@ def initial(assembled: runs.Assembled, paths: set[str], shardings: dict[str, Any
 
     def init(rng, frozen):
         batch = {name: jnp.zeros((n, *feature.shape), feature.dtype) for name, feature in spec.items()}
-        state = runs.init_state(assembled.family, rng, batch, frozen)
+        state = assembly.init_state(assembled.family, rng, batch, frozen)
         leaves = flatten_dict(published_part(state), sep='/')
         return {path: leaves[path] for path in paths}
 
@@ -134,7 +133,7 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '',
     if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
         raise UserError(f'--workdir={workdir} is there already and not empty: name another directory for the import')
     weights = open_weights(path)
-    assembled = runs.assemble(config)
+    assembled = assembly.assemble(config)
     part = published_part(assembled.abstract)
     fit = sources.choose(config, flat_shapes(part), weights, names)
     check_fields(config, fit)
@@ -175,7 +174,7 @@ def abandon(folder: str) -> None:
     interrupt.leave('stopped; nothing is left of the import')
 
 
-def write_run(workdir: str, assembled: runs.Assembled, state: State, record: dict[str, Any]) -> None:
+def write_run(workdir: str, assembled: assembly.Assembled, state: State, record: dict[str, Any]) -> None:
     """Writes a run at step 0, whole or not at all."""
     parent = os.path.dirname(os.path.abspath(workdir))
     os.makedirs(parent, exist_ok=True)
@@ -196,7 +195,7 @@ def write_run(workdir: str, assembled: runs.Assembled, state: State, record: dic
             finally:  # it may be writing still, when the import is stopped
                 checkpoints.close()
             files.save_json(os.path.join(new, RECORD), record)
-            runs.save_config(new, assembled.config, assembled.spec)
+            directory.save_config(new, assembled.config, assembled.spec)
             if os.path.isdir(workdir):
                 os.rmdir(workdir)  # it is empty
             os.rename(new, workdir)

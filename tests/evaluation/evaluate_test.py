@@ -14,7 +14,7 @@ from support import devices, main, metrics, mistake, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import files, run, sample
+from jaxgen import directory, files, run, sample
 from jaxgen.errors import RunError
 from jaxgen.evaluation import cache
 from jaxgen.main import run_main
@@ -66,7 +66,7 @@ def evaluation(workdir) -> dict:
 
 
 def caches(workdir) -> list[str]:
-    return sorted(glob.glob(os.path.join(run.saved_config(str(workdir)).data.dir, 'statistics', '*')))
+    return sorted(glob.glob(os.path.join(directory.saved_config(str(workdir)).data.dir, 'statistics', '*')))
 
 
 def test_evaluation_records_its_metrics_and_settings(trained, capfd):

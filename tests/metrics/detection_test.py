@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from jaxgen import assembly, data, run, sharding
 from jaxgen import config as configs
-from jaxgen import data, run, sharding
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Family, State
 from jaxgen.errors import RunError, UserError
@@ -118,7 +118,7 @@ def toy(keep: tuple, **fields) -> run.Run:
     """A run whose metric is how bright an image is, without weights."""
     config = configs.make(family='vae', data={'keep_classes': keep}, evaluate={'batch': 100, **fields})
     family = Family(None, None, None, bright)
-    assembled = run.Assembled(config, family, {}, data.spec(config.data), sharding.make_mesh(1))
+    assembled = assembly.Assembled(config, family, {}, data.spec(config.data), sharding.make_mesh(1))
     return run.Run('', config, assembled, State(jnp.int32(0), {}, {}, {}), 'ema')
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score
 
+from jaxgen import assembly, data, run, sharding
 from jaxgen import config as configs
-from jaxgen import data, run, sharding
 from jaxgen.contract import Family, Latents, State
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics.disentanglement import beta_vae_score, binned, mutual_information, mutual_information_gap
@@ -144,7 +144,7 @@ def evaluated(monkeypatch, encode, **family) -> dict:
     )
     monkeypatch.setattr(data, 'dataset', lambda section, split: Scenes())
     toy = Family(None, None, None, lambda *a: {'nothing': jnp.zeros(len(a[2]['image']))}, encode, **family)
-    assembled = run.Assembled(config, toy, {}, data.spec(config.data), sharding.make_mesh(1))
+    assembled = assembly.Assembled(config, toy, {}, data.spec(config.data), sharding.make_mesh(1))
     return run.Run('', config, assembled, State(jnp.int32(0), {}, {}, {}), 'ema').evaluate()
 
 

@@ -13,8 +13,8 @@ import safetensors.numpy
 from support import run_main
 
 import jaxgen
+from jaxgen import assembly
 from jaxgen import config as configs
-from jaxgen import run as runs
 from jaxgen.diffusion import conditioning, processes, samplers
 from jaxgen.errors import UserError
 from jaxgen.weights import diffusers as diffusers_names
@@ -275,7 +275,7 @@ def test_groups_are_compared_where_a_norm_has_others():
 def test_no_config_json_for_what_diffusers_computes_otherwise(name, fields, line):
     config = config_of(name, [*UNET[:6], *fields])
     with pytest.raises(UserError, match=line):
-        diffusers_names.model_config(config, runs.assemble(config))
+        diffusers_names.model_config(config, assembly.assemble(config))
 
 
 @pytest.mark.slow

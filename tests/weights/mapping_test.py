@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
+from jaxgen import assembly
 from jaxgen import config as configs
-from jaxgen import run as runs
 from jaxgen.errors import UserError
 from jaxgen.weights import mapping, published, sources
 from jaxgen.weights.files import Tensor, Weights
@@ -98,7 +98,7 @@ def case(name: str) -> tuple:
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
-    return flat_shapes(published_part(runs.assemble(config, stage=runs.abstract_stage).abstract))
+    return flat_shapes(published_part(assembly.assemble(config, stage=assembly.abstract_stage).abstract))
 
 
 @pytest.mark.slow

@@ -1,0 +1,322 @@
+"""The family that a config makes with its stages, data and devices, and the weights of a run restored into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from jaxgen import config as configs
+from jaxgen import data, directory, imports, log, optim, options, origin, sample, sharding, stopping
+from jaxgen.checkpoint import Checkpoints
+from jaxgen.checks import check_size, check_stage_image
+from jaxgen.contract import Context, Family, State
+from jaxgen.errors import RunError, UserError
+from jaxgen.metrics import features
+from jaxgen.options import check_integer, check_weights_name
+
+MOST_VARIANTS = 64  # of an `Assembled` that it keeps
+MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A config's family with its earlier stages, its data's spec and its devices; no weights of its own."""
+
+    config: ConfigDict
+    family: Family
+    frozen: dict[str, Any]  # {stage: (its State, its frozen)}
+    spec: data.Spec
+    mesh: Any
+    unnamed: dict[str, str] = dataclasses.field(default_factory=dict)  # paths that are not to be read; see origin.py
+    context: Context | None = None  # that `build` got
+
+    def dataset(self, split: str, **changes):
+        """The examples of config.data, some of its fields changed.
+
+        Raises:
+          UserError: they lie where only a stranger's run says so.
+        """
+        origin.check_named(self.unnamed, *configs.DATA_PATHS)
+        return data.dataset({**self.config.data.to_dict(), **changes}, split)
+
+    def with_model(self, model: dict[str, Any]) -> Assembled:
+        """The same with another config.model, which says of the weights what it said before."""
+        config = ConfigDict({**self.config.to_dict(), 'model': model})
+        assert self.context is not None, 'made by `assemble`'
+        return dataclasses.replace(self, config=config, family=make_family(config, self.context))
+
+    def with_options(self, given: dict[str, Any]) -> Assembled:
+        """The same with other options of sampling, see sample.with_options; the newest ones are kept."""
+        text, kept = repr(given), self.variants
+        if text not in kept:
+            build, model = configs.builder(self.config.family), self.config.model.to_dict()
+            new = self.with_model(sample.with_options(build, model, self.family, given))
+            if len(kept) >= MOST_VARIANTS:
+                del kept[next(iter(kept))]
+            kept[text] = new
+        return kept[text]
+
+    @functools.cached_property
+    def variants(self) -> dict[str, Assembled]:
+        """Those of `with_options`, by the options as a text."""
+        return {}
+
+    @functools.cached_property
+    def abstract(self) -> State:
+        """State as shapes and dtypes; costs a trace, no memory.
+
+        Raises:
+          UserError: config.optim.networks names a network that the family does not have.
+        """
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.traced_init.out_info)
+        for name in self.config.optim.networks:
+            if name not in state.params:
+                raise UserError(f'config.optim.networks.{name}: no such network{options.near(name, state.params)}')
+        return state
+
+    @functools.cached_property
+    def traced_init(self) -> jax.stages.Traced:
+        """`init_state` for a batch of the config's size, traced once for the shapes and for the first State."""
+        n = self.config.data.batch
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
+        init = functools.partial(init_state, self.family)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for checks.check_parts
+            return jax.jit(init).trace(jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
+
+    def init(self, rng, batch: dict, frozen) -> State:
+        """As `init_state`, from what is traced already."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            leaves = core.jaxpr_as_fun(self.traced_init.jaxpr)(*jax.tree.leaves((rng, batch, frozen)))
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
+
+    @functools.cached_property
+    def stage_digests(self) -> dict[str, str]:
+        """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was trained on them fits no others."""
+        return {name: features.digest((state.ema, state.extra)) for name, (state, _) in self.frozen.items()}
+
+
+def init_state(family: Family, rng, batch: dict, frozen) -> State:
+    """The state before the first update, of a training batch of uint8 images."""
+    return family.init(rng, sample.to_inside(batch), frozen)
+
+
+def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequence[str] = ()) -> None:
+    """Raises UserError where a stage has other weights than when the checkpoint `about` was saved.
+
+    moved: fields 'stages.NAME' that name another directory than then; without a digest these are refused.
+    """
+    saved = about.get('stages', {})
+    for name, digest in assembled.stage_digests.items() if saved or moved else ():
+        path = assembled.config.stages[name]
+        if name not in saved and f'stages.{name}' in moved:
+            raise UserError(
+                f'config.stages.{name} = {path}: {workdir} does not say which weights it was trained on, so only the '
+                'directory that it names will do'
+            )
+        if saved.get(name, digest) != digest:
+            raise UserError(
+                f'config.stages.{name}: the weights in {path} are not those that {workdir} was trained on: put these '
+                'back, or train it anew in another --workdir'
+            )
+
+
+def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
+    """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages."""
+    assembled, state = restore(path, mesh=mesh)
+    return assembled.family, state, assembled.frozen
+
+
+def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
+    """The same as shapes and dtypes, of the run in `path` or, before there is one, of the config of that name.
+
+    Raises:
+      UserError: there is neither.
+    """
+    trained, file = os.path.isfile(os.path.join(path, 'config.json')), configs.named(path)
+    if not trained and not file:
+        raise UserError(f'config.stages: no run in {path}, and no config of that name that says what it would be')
+    if trained:
+        config, spec, _ = directory.read(path)
+    else:
+        config, spec = configs.load(file), None
+    a = assemble(config, mesh, abstract_stage, spec)
+    return a.family, a.abstract.replace(params=None, opt=None), a.frozen
+
+
+def check_stages_trained(config: ConfigDict) -> None:
+    """Raises UserError where a stage is not there yet, or elsewhere."""
+    for name, path in config.stages.items():
+        if not os.path.isfile(os.path.join(os.path.expanduser(path), 'config.json')):
+            directory.check_no_archive(path)
+            file = configs.named(path)
+            first = f'train it first (--config={file}), or' if file else 'train it first, or'
+            raise UserError(
+                f'config.stages.{name}: no run in {path}: {first} --config.stages.{name}=PATH says where it is'
+            )
+
+
+def assemble(
+    config: ConfigDict, mesh=None, stage: Callable = restored_stage, spec: data.Spec | None = None
+) -> Assembled:
+    """The family of a config, with the stages that it stands on restored from their runs.
+
+    Args:
+      stage: (run directory, mesh) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes will do.
+      spec: of the data, where the run holds it; None: that of the data.
+
+    Raises:
+      UserError: values that do not fit each other, before anything is compiled.
+    """
+    spec = spec or data.spec(config.data)
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    if stage is restored_stage:
+        check_stages_trained(config)
+    stages = {name: stage(path, mesh) for name, path in config.stages.items()}
+    context = Context(
+        image=tuple(spec.features['image'].shape),
+        classes=spec.classes,
+        optim=optim.make_optim(config.train.steps, batch=config.data.batch, **config.optim.to_dict()),
+        stages={name: family for name, (family, _, _) in stages.items()},
+        dtype=jnp.dtype(config.train.dtype),
+        remat=config.train.remat,
+    )
+    if 'first' in stages:
+        check_stage_image(context, 'first')
+    family = make_family(config, context)
+    check_size(context.image, family.divisor, 'this network')
+    missing = sorted({*family.conditions, *family.displayed} - set(spec.features))
+    if missing:
+        raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
+    frozen = {name: (state, its_frozen) for name, (_, state, its_frozen) in stages.items()}
+    return Assembled(config, family, frozen, spec, mesh, context=context)
+
+
+def make_family(config: ConfigDict, context: Context) -> Family:
+    """The family of a config, and what its programs depend on: config.model but for fields that are arguments of them,
+    and this context. Another call of `assemble` has another one, since code may have changed meanwhile in a notebook.
+
+    Raises:
+      UserError: values that do not fit each other.
+    """
+    build = configs.builder(config.family)
+    model = config.model.to_dict()
+    family = build(context, **model)
+    known = options.fields(build)
+    fixed = options.untraced(known, options.complete(build, model, 'model'))
+    return family._replace(image=context.image, program=(json.dumps(fixed), context.optim))
+
+
+def restore(
+    workdir: str,
+    config: ConfigDict | dict | None = None,
+    weights: str = 'ema',
+    all_weights: bool = False,
+    mesh=None,
+    named: Set[str] = frozenset(),
+    step: int | str | None = None,
+) -> tuple[Assembled, State]:
+    """The config of a run assembled, and its weights as State.ema; arguments and errors as those of `run.load`."""
+    check_weights_name(weights)
+    if isinstance(config, dict):
+        config = configs.nested_fields(configs.plain(config))
+        imports.name_those_of(config)
+    elif not isinstance(config, ConfigDict | None):
+        raise UserError(
+            "config must be the fields that differ, like {'model': {'sampler': 'ddim'}}, or a whole config; it is "
+            f'{options.shown(config)}'
+        )
+    saved = directory.saved_config(workdir)
+    used, spec, unnamed = directory.read(workdir, config, named)
+    directory.check_cycle(workdir, used)
+    if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
+        used.mesh.fsdp = math.gcd(used.mesh.fsdp, jax.device_count())
+    assembled = dataclasses.replace(assemble(used, mesh, spec=spec), unnamed=unnamed)
+    directory.check_use(workdir, saved, used, assembled.family.free)
+    if weights != 'ema' and assembled.family.statistics:
+        raise UserError(
+            f'--weights={weights}: what {used.family} draws with includes statistics of the averaged weights, which '
+            'fit no others: leave --weights out'
+        )
+    items = ('params', 'ema', 'extra') if all_weights or weights == 'params' else ('ema', 'extra')
+    if step is not None:
+        step = stopping.best_step(workdir) if step == 'best' else check_integer('step', step, 0)
+    checkpoints = Checkpoints(workdir)
+    find = checkpoints.restore if step is None else functools.partial(checkpoints.restore_step, int(step))
+    restored = find(assembled.abstract, assembled.mesh, items)
+    if restored is None:
+        raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
+    state, about = restored
+    check_stages(about, assembled, workdir, configs.moved(saved, used))
+    directory.check_moved_data(about, used, workdir, configs.moved(saved, used), saved.data.test_source)
+    names = [name for name in state.ema if '@' not in name]
+    if weights != 'ema' and int(state.step) == 0:
+        raise UserError(f'{workdir} holds published weights, which are one set: leave --weights out')
+    if weights == 'params':
+        ema = {name: state.params[name] for name in names}
+    elif weights == 'ema':
+        ema = {name: state.ema[name] for name in names}
+    else:
+        ema = averaged_afterwards(checkpoints, assembled, names, int(state.step), float(weights))
+    checkpoints.close()
+    if weights == 'ema' and 'imported' not in about:
+        say_if_initial(workdir, used, int(state.step), assembled.family.statistics)
+    return assembled, state.replace(ema=ema)
+
+
+def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool) -> None:
+    """Warns where more than a twentieth of the averaged weights are those before the first update."""
+    left = optim.initial_fraction(step, batch=config.data.batch, **config.optim.to_dict())
+    if left > MOST_INITIAL:
+        or_params = '' if statistics else ', or take --weights=params here'
+        log.say(
+            f'WARNING: after {step} updates {100 * left:.0f} % of the averaged weights (config.optim.ema) of {workdir} '
+            f'are still the initial ones: train on, or anew with --config.optim.ema_warmup=True or a smaller '
+            f'ema{or_params}'
+        )
+
+
+def averaged_afterwards(
+    checkpoints: Checkpoints, assembled: Assembled, names: list[str], step: int, std: float
+) -> dict:
+    """Weights {network: average of width `std` at `step`}, by the averages in all checkpoints up to it.
+
+    Raises:
+      UserError: the run kept no such averages.
+    """
+    stds = assembled.config.optim.ema_std
+    if not stds:
+        raise UserError(
+            f'--weights={std:g} is made of averages that this run did not keep: train with '
+            "--config.optim.ema_std='(0.05, 0.1)' and --config.train.keep_every=N"
+        )
+    saved = [s for s in checkpoints.steps() if s <= step and not checkpoints.trouble(s)]
+    pairs = [(s, width) for s in saved for width in stds]
+    steps, widths = (np.array(column) for column in zip(*pairs, strict=True))
+    weights = optim.post_hoc(steps, widths, step, std)
+    total: Any = None
+    for s in saved:
+        try:
+            state, _ = checkpoints.read(s, assembled.abstract, assembled.mesh, ('ema',))
+        except (UserError, RunError, MemoryError):
+            raise
+        except Exception as e:
+            text = ' '.join(str(e).split())[:200]
+            raise RunError(
+                f'checkpoint of step {s} cannot be read ({text}): move it out of {checkpoints.folder}'
+            ) from e
+        for (at, width), weight in zip(pairs, weights, strict=True):
+            if at == s:
+                part = {name: jax.tree.map(lambda x, c=weight: c * x, state.ema[f'{name}@{width}']) for name in names}
+                total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total
