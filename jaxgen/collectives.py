@@ -1,0 +1,315 @@
+"""What a compiled program sends between devices: its collectives by kind, what they carry, and how many bytes.
+
+A compiled program is text (`compiled.as_text()`), computations of one instruction a line. `parse` reads it, `runs`
+says how often each computation runs (the body of a loop as often as the loop goes round), `collectives` lists the
+collectives among the instructions. It is the program of one device: so is every number here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
+SMALL = 2**12  # elements; an array of no more is not counted as activations
+
+BITS = {
+    'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 's32': 32, 'u32': 32,
+    's64': 64, 'u64': 64, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128,
+}  # fmt: skip
+
+ARRAY = re.compile(r'\b([a-z][a-z0-9]*)\[([0-9,<=]*)\]')
+NAME = re.compile(r'%?([\w.\-]+)')
+CALLED = re.compile(
+    r'\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)='
+    r'(\{[^}]*\}|%?[\w.\-]+)'
+)
+TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
+OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+
+
+class Shape(NamedTuple):
+    """An array of the program."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return -(-self.size * BITS.get(self.dtype, 8 if self.dtype.startswith('f8') else 0) // 8)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of its result: several of a tuple, in order, nested ones too
+    operands: tuple[str, ...]  # names
+    text: str  # operands and attributes as they stand
+    root: bool
+
+    @property
+    def op_name(self) -> str:
+        """The name that JAX gave the operation: jit(call)/..."""
+        found = OP_NAME.search(self.text)
+        return found[1] if found else ''
+
+    def calls(self) -> dict[str, list[str]]:
+        """{attribute: computations} that it runs."""
+        return {
+            kind: NAME.findall(names.strip('{}')) for kind, names in CALLED.findall(self.text.split(', metadata=')[0])
+        }
+
+
+class Program(NamedTuple):
+    """A compiled program."""
+
+    entry: str
+    computations: dict[str, dict[str, Instruction]]  # by name; instructions by name, in order
+
+
+def closing(text: str, start: int) -> int:
+    """Index of the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in '([{') - (text[i] in ')]}')
+        if not depth:
+            return i
+    raise ValueError(f'no closing bracket: {text[start : start + 80]}')
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """Arrays of a type: f32[8,16]{1,0} or (f32[2], s32[]). Of a dynamic dimension its bound."""
+    return tuple(
+        Shape(dtype, tuple(int(d.lstrip('<=')) for d in dims.split(',') if d)) for dtype, dims in ARRAY.findall(text)
+    )
+
+
+def instruction(line: str) -> Instruction | None:
+    """The instruction of a line, or None where it holds none."""
+    head, found, rest = line.strip().partition(' = ')
+    if not found:
+        return None
+    root, name = head.startswith('ROOT '), head.removeprefix('ROOT ').lstrip('%')
+    end = closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
+    type_, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index('(')
+    opcode, inside = rest[:opening], rest[opening + 1 : closing(rest, opening)]
+    # An operand is %name, or its type and %name; without % the last word of each.
+    operands = re.findall(r'%([\w.\-]+)', inside) or [p.split()[-1] for p in inside.split(', ') if p.split()]
+    return Instruction(name, opcode, shapes_of(type_), tuple(operands), rest[opening:], root)
+
+
+def parse(text: str) -> Program:
+    """The computations of a compiled program.
+
+    Raises:
+      ValueError: it has no entry.
+    """
+    entry, computations = '', dict[str, dict[str, Instruction]]()
+    body: dict[str, Instruction] | None = None
+    for line in text.splitlines():
+        if not line.startswith((' ', '\t')) and line.endswith('{') and '->' in line:
+            is_entry = line.startswith('ENTRY ')
+            found = NAME.match(line.removeprefix('ENTRY ').strip())
+            if found is None:
+                continue
+            entry = found[1] if is_entry else entry
+            body = computations[found[1]] = {}
+        elif line.startswith('}'):
+            body = None
+        elif body is not None and (one := instruction(line)):
+            body[one.name] = one
+    if not entry:
+        raise ValueError('not the text of a compiled program: it has no entry')
+    return Program(entry, computations)
+
+
+def trips(module: Program, loop: Instruction) -> int:
+    """How often a while loop goes round: as the compiler knows it, or by the constant that its counter is compared
+    with; 1 where neither is known."""
+    if found := TRIPS.search(loop.text):
+        return int(found[1])
+    (condition,) = loop.calls().get('condition', [''])
+    constants = [
+        int(found[1])
+        for one in module.computations.get(condition, {}).values()
+        if one.opcode == 'constant' and (found := re.match(r'\((\d+)\)', one.text))
+    ]
+    return max(constants, default=1)
+
+
+def runs(module: Program) -> Counter[str]:
+    """{computation: how often it runs in one run of the program}. Of a conditional every branch counts once: the most
+    that can run. What an instruction applies to each element (`to_apply` of a reduction) is not counted."""
+    times: Counter[str] = Counter()
+
+    def visit(name: str, n: int) -> None:
+        times[name] += n
+        for one in module.computations.get(name, {}).values():
+            if one.opcode in ('async-update', 'async-done'):  # of what their start has called
+                continue
+            each = n * trips(module, one) if one.opcode == 'while' else n
+            for kind, names in one.calls().items():
+                if kind == 'to_apply' and one.opcode not in ('call', 'async-start'):
+                    continue
+                for called in names:
+                    visit(called, each + n if kind == 'condition' else each)
+
+    visit(module.entry, 1)
+    return times
+
+
+class Collective(NamedTuple):
+    """One array of one collective."""
+
+    kind: str  # one of KINDS
+    shape: Shape  # of the whole array: what is gathered, what is reduced, what is sent
+    group: int  # devices that exchange it with each other; 0: not known
+    times: int  # how often it runs
+    carrier: str  # weights | activations | small
+    op_name: str
+    within: str  # the computation
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the array, as often as it runs."""
+        return self.shape.bytes * self.times
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends, around a ring: half of an all-reduce's twice."""
+        part = (self.group - 1) / self.group if self.group else 1.0
+        factor = {'all-reduce': 2 * part, 'collective-permute': 1.0, 'collective-broadcast': 1.0}.get(self.kind, part)
+        return round(self.bytes * factor)
+
+
+def group_size(text: str) -> int:
+    """Number of devices of a collective's groups, {{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=2,'b'=4] {'b'}; 0: all of
+    them, or not said."""
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text):
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes_of = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a part of one
+        return math.prod(int(part or lengths[axis]) for axis, part in axes_of)
+    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', text):
+        return int(found[2])
+    if found := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
+        return len(found[1].split(','))
+    return 0
+
+
+def kind_of(module: Program, name: str, one: Instruction) -> str:
+    """The kind of collective of an instruction, or ''. On TPUs a reduce-scatter is a fusion of an all-reduce."""
+    kind = one.opcode.removesuffix('-start')
+    if kind == 'ragged-all-to-all':
+        kind = 'all-to-all'
+    if kind not in KINDS:
+        return ''
+    scattered = any(i.opcode in ('dynamic-slice', 'slice') for i in module.computations[name].values())
+    if kind == 'all-reduce' and (name.startswith('all-reduce-scatter') or ('fused' in name and scattered)):
+        return 'reduce-scatter'
+    return kind
+
+
+@functools.lru_cache(maxsize=2**16)
+def is_made_of(dims: tuple[int, ...], factors: tuple[int, ...]) -> bool:
+    """Whether dims are products of groups of the factors, each used once: a transpose, or a reshape that merges axes.
+    Both sorted, without 1."""
+    if not dims:
+        return not factors
+    if len(factors) > 8:
+        return dims == factors
+    target, rest = dims[0], dims[1:]
+    for choice in range(1, 2 ** len(factors)):
+        taken = [f for i, f in enumerate(factors) if choice >> i & 1]
+        if math.prod(taken) == target:
+            left = tuple(f for i, f in enumerate(factors) if not choice >> i & 1)
+            if is_made_of(rest, left):
+                return True
+    return False
+
+
+def axes(dims: Iterable[int]) -> tuple[int, ...]:
+    """Lengths of axes in order of size, without those of length 1."""
+    return tuple(sorted(d for d in dims if d != 1))
+
+
+class Weights:
+    """The arrays that count as weights: those of given shapes, one layer of stacked ones, and either cut into equal
+    parts along one axis."""
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], parts: Iterable[int]):
+        self.shapes: set[tuple[int, ...]] = set()
+        parts = {p for p in parts if p > 1}
+        for whole in set(map(tuple, shapes)):
+            for dims in {whole, whole[1:]}:
+                self.shapes.add(axes(dims))
+                for part in parts:
+                    for axis, length in enumerate(dims):
+                        if length % part == 0:
+                            self.shapes.add(axes((*dims[:axis], length // part, *dims[axis + 1 :])))
+        self.sizes = {math.prod(s) for s in self.shapes}
+
+    def __contains__(self, dims: tuple[int, ...]) -> bool:
+        one = axes(dims)
+        if one in self.shapes:
+            return True
+        size = math.prod(one)
+        # Merged axes, or one axis in pieces.
+        return size in self.sizes and any(
+            math.prod(s) == size and (is_made_of(one, s) or is_made_of(s, one)) for s in self.shapes
+        )
+
+
+def collectives(
+    program: str | Program, weights: Iterable[tuple[int, ...]] = (), parts: Iterable[int] = (), small: int = SMALL
+) -> list[Collective]:
+    """Every array that a compiled program's collectives exchange.
+
+    What one carries goes by its shape: 'weights' has that of one of them, whole, one layer of a stack, or cut
+    (gradients and averages have the same); 'small' is of at most `small` elements (scalars of the logs, batch
+    statistics); all else is 'activations', what cannot be told too.
+
+    Args:
+      program: the text of `compiled.as_text()`, or `parse` of it.
+      weights: shapes of the weights on all devices together.
+      parts: numbers of parts that they may be cut into, mesh.fsdp.
+    """
+    module = parse(program) if isinstance(program, str) else program
+    times, known, found = runs(module), Weights(weights, parts), []
+    for name, body in module.computations.items():
+        for one in body.values():
+            kind = kind_of(module, name, one) if times[name] else ''
+            if not kind:
+                continue
+            group = group_size(one.text) or 0
+            given = [shape for operand in one.operands if operand in body for shape in body[operand].shapes]
+            gathered = re.search(r'dimensions=\{(\d+)', one.text) if kind == 'all-gather' else None
+            if gathered and group:
+                axis = int(gathered[1])
+                given = [s._replace(dims=(*s.dims[:axis], s.dims[axis] * group, *s.dims[axis + 1 :])) for s in given]
+            elif kind == 'all-gather':
+                given = list(one.shapes)[-len(given) or None :]
+            if not given:
+                given = list(one.shapes)
+            for shape in given:
+                carrier = 'small' if shape.size <= small else 'weights' if shape.dims in known else 'activations'
+                found.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name))
+    return found
+
+
+def totals(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
+    """{(carrier, kind): bytes} of one run of the program."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        sums[one.carrier, one.kind] += one.bytes
+    return dict(sorted(sums.items()))

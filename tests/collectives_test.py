@@ -1,0 +1,122 @@
+"""Collectives of compiled programs, by programs whose communication is known from arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, devices
+
+from jaxgen import collectives as c
+
+LOOP = """\
+HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused_scatter (p: bf16[64,48]) -> bf16[16,48] {
+  %p = bf16[64,48]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.9 = bf16[64,48]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %cut = bf16[16,48]{1,0} dynamic-slice(%all-reduce.9, %p), dynamic_slice_sizes={16,48}
+}
+
+%body (carry: (s32[], f32[3,8,11])) -> (s32[], f32[3,8,11]) {
+  %carry = (s32[], f32[3,8,11]{2,1,0}) parameter(0)
+  %w = f32[2,48]{1,0} get-tuple-element(%carry), index=1
+  %x = f32[4,5,48]{2,1,0} get-tuple-element(%carry), index=1
+  %gathered = (f32[2,48]{1,0}, f32[8,48]{1,0}) all-gather-start(%w), channel_id=1, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, metadata={op_name="jit(f)/while/body/calls=%nothing"}
+  %done = f32[8,48]{1,0} all-gather-done(%gathered)
+  ROOT %moved = f32[4,5,48]{2,1,0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+}
+
+%condition (carry: (s32[], f32[3,8,11])) -> pred[] {
+  %carry = (s32[], f32[3,8,11]{2,1,0}) parameter(0)
+  %most = s32[] constant(7)
+  %i = s32[] get-tuple-element(%carry), index=0
+  ROOT %less = pred[] compare(%i, %most), direction=LT
+}
+
+ENTRY %main (p: f32[3,8,11]) -> f32[] {
+  %p = f32[3,8,11]{2,1,0} parameter(0)
+  %g = bf16[64,48]{1,0} parameter(1)
+  %s = f32[] parameter(2)
+  %start = (s32[], f32[3,8,11]{2,1,0}) tuple(%s, %p)
+  %loop = (s32[], f32[3,8,11]{2,1,0}) while(%start), condition=%condition, body=%body
+  %again = (s32[], f32[3,8,11]{2,1,0}) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %scattered = bf16[16,48]{1,0} fusion(%g), kind=kCustom, calls=%fused_scatter
+  %both = (f32[], f32[3,8,11]{2,1,0}) all-reduce(%s, %p), replica_groups={}, to_apply=%add
+  ROOT %out = f32[] get-tuple-element(%both), index=0
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_carriers_go_by_shape():
+    found = c.collectives(LOOP, weights=[(6, 8, 48), (48, 64)], parts=[4], small=16)
+    records = {(one.kind, one.shape.dtype, one.shape.dims, one.group, one.times, one.carrier) for one in found}
+    assert records == {
+        ('all-gather', 'f32', (8, 48), 4, 12, 'weights'),  # a layer of the stack, 7 + 5 times
+        ('collective-permute', 'f32', (4, 5, 48), 0, 12, 'activations'),
+        ('reduce-scatter', 'bf16', (64, 48), 4, 1, 'weights'),  # transposed
+        ('all-reduce', 'f32', (), 0, 1, 'small'),
+        ('all-reduce', 'f32', (3, 8, 11), 0, 1, 'activations'),
+    }
+    assert c.totals(found)['weights', 'all-gather'] == 12 * 8 * 48 * 4
+    assert next(one for one in found if one.kind == 'all-gather').sent == 12 * 8 * 48 * 4 * 3 // 4
+    assert next(one for one in found if one.kind == 'reduce-scatter').sent == 64 * 48 * 2 * 3 // 4
+
+
+@pytest.mark.parametrize('dims, expected', [
+    ((8, 48), True), ((48, 8), True), ((1, 8, 48), True), ((384,), True), ((6, 384), True), ((2, 48), True),
+    ((8, 12), True), ((4, 2, 48), True), ((16, 24), False), ((8, 40), False), ((6, 8), False), ((24, 8), False),
+])  # fmt: skip
+def test_shapes_of_weights(dims, expected):
+    """Whole, a layer, a part, transposed, with axes merged or one in pieces; not any array of the same size."""
+    assert (dims in c.Weights([(6, 8, 48)], [4])) is expected
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('replica_groups={{0,4},{1,5},{2,6},{3,7}}, x={1}', 2), ('replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}', 4),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}, dimensions={2}", 4),
+    ("replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)4}", 8), ('replica_groups={}, to_apply=%add', 0),
+])  # fmt: skip
+def test_groups(text, expected):
+    assert c.group_size(f'(%x), channel_id=3, {text}') == expected
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match='no entry'):
+        c.parse('HloModule nothing')
+
+
+def test_a_program_of_eight_devices():
+    """A batch cut over 8 against a stack of 3 cut matrices, gathered in the loop: 3 gathers of [64, 96]; the gradient's
+    reduction is of the same size."""
+    code = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxgen import collectives
+mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+put = lambda *spec: NamedSharding(mesh, P(*spec))
+def loss(w, x):
+    def one(x, w):
+        w = jax.lax.with_sharding_constraint(w, put())
+        return jnp.tanh(jax.lax.with_sharding_constraint(x @ w @ w.T, put(('data', 'fsdp')))), None
+    return jax.lax.scan(one, x, w)[0].sum()
+w, x = jax.ShapeDtypeStruct((3, 64, 96), 'float32', sharding=put(None, None, 'fsdp')), None
+x = jax.ShapeDtypeStruct((40, 64), 'float32', sharding=put(('data', 'fsdp')))
+found = collectives.collectives(jax.jit(loss).lower(w, x).compile().as_text(), [w.shape], [4], small=1)
+assert collectives.totals(found) == {('small', 'all-reduce'): 4, ('weights', 'all-gather'): 3 * 64 * 96 * 4}, found
+assert {one.group for one in found if one.carrier == 'weights'} == {4}
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **devices(8)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
