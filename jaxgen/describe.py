@@ -6,12 +6,14 @@ and no data are read.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jaxgen import sample
 
@@ -31,25 +33,55 @@ def shape(variable) -> tuple[int, ...]:
     return variable.aval.shape
 
 
+@functools.lru_cache(maxsize=4096)
+def taps(size: int, out: int, window: int, stride: int, before: int, dilation: int, spread: int) -> int:
+    """How often the taps of a window meet an element of the input along one axis, over all positions of the output:
+    padding, and zeros put in by dilation, are no work.
+
+    Args:
+      size, out: of the input and the output; window: taps.
+      before: padding before the first element; dilation: of the input; spread: of the window.
+    """
+    place = stride * np.arange(out)[:, None] + spread * np.arange(window)[None] - before
+    return int(((place >= 0) & (place <= dilation * (size - 1)) & (place % dilation == 0)).sum())
+
+
+def convolution_flops(eqn) -> int:
+    """Those of one equation, by the taps that meet an element of the input."""
+    p, (x, kernel), out = eqn.params, map(shape, eqn.invars), shape(eqn.outvars[0])
+    where = p['dimension_numbers']
+    axes = zip(
+        (x[d] for d in where.lhs_spec[2:]),
+        (out[d] for d in where.out_spec[2:]),
+        (kernel[d] for d in where.rhs_spec[2:]),
+        p['window_strides'],
+        (before for before, _ in p['padding']),
+        p['lhs_dilation'],
+        p['rhs_dilation'],
+        strict=True,
+    )
+    batch, features = (out[d] for d in where.out_spec[:2])
+    return 2 * batch * features * kernel[where.rhs_spec[1]] * math.prod(taps(*axis) for axis in axes)
+
+
 def flops(jaxpr: core.Jaxpr) -> int:
     """Multiplications and additions of the matrix products and convolutions of a jaxpr, two per pair.
 
     A scan's body counts as often as it runs (XLA's own cost analysis counts it once); a while
-    loop's body, whose trips are not known, once; of a cond's branches the dearest.
+    loop's body, whose trips are not known, once; of a cond's branches the dearest. Equations whose results nobody
+    reads are left out, as XLA leaves them out: a gradient's jaxpr holds forward computations once more that only
+    `jax.vjp` in a custom rule asked for.
     """
     total = 0
-    for eqn in jaxpr.eqns:
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    for eqn in live.eqns:
         name = eqn.primitive.name
         if name == 'dot_general':
             (contract, _), _ = eqn.params['dimension_numbers']
             k = math.prod(shape(eqn.invars[0])[d] for d in contract)
             total += 2 * k * math.prod(shape(eqn.outvars[0]))
         elif name == 'conv_general_dilated':
-            kernel, out = shape(eqn.invars[1]), shape(eqn.outvars[0])
-            features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
-            # Taps that fall on zeros put in by dilation are no work; padding's are counted.
-            holes = math.prod(eqn.params['lhs_dilation'])
-            total += 2 * math.prod(out) * math.prod(kernel) // features // holes
+            total += convolution_flops(eqn)
         else:
             inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
             if name == 'cond':

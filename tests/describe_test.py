@@ -1,9 +1,12 @@
-"""FLOPs counted on the jaxpr, against sums by hand."""
+"""FLOPs counted on the jaxpr, against sums by hand and XLA's own count."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxgen.describe import flops
 
@@ -17,16 +20,84 @@ def test_matrix_products():
     assert count(lambda a, b: jnp.einsum('bij,bjk->bik', a, b), (3, 5, 7), (3, 7, 11)) == 3 * 2 * 5 * 7 * 11
 
 
-def conv(x, w, stride=1, groups=1):
+def by_xla(f, *shapes) -> int:
+    return jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).cost_analysis()['flops']
+
+
+def conv(x, w, stride=1, groups=1, padding='SAME', **dilation):
+    dims = ('NHWC', 'HWIO', 'NHWC')
     return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=groups
+        x, w, (stride, stride), padding, dimension_numbers=dims, feature_group_count=groups, **dilation
     )
 
 
 def test_convolutions():
-    assert count(conv, (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * 2 * 8 * 8 * 16 * 3 * 3 * 3
-    assert count(lambda x, w: conv(x, w, 2), (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * 2 * 4 * 4 * 16 * 3 * 3 * 3
-    assert count(lambda x, w: conv(x, w, 1, 4), (2, 8, 8, 4), (3, 3, 1, 4)) == 2 * 2 * 8 * 8 * 4 * 9
+    assert count(partial(conv, padding='VALID'), (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * 2 * 6 * 6 * 16 * 3 * 3 * 3
+    # At both edges of an axis one of three taps falls on padding, with stride 2 at one of them.
+    assert count(conv, (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * 2 * (8 * 3 - 2) ** 2 * 16 * 3
+    assert count(lambda x, w: conv(x, w, 2), (2, 8, 8, 3), (3, 3, 3, 16)) == 2 * 2 * (4 * 3 - 1) ** 2 * 16 * 3
+    assert count(lambda x, w: conv(x, w, 1, 4), (2, 8, 8, 4), (3, 3, 1, 4)) == 2 * 2 * (8 * 3 - 2) ** 2 * 4
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'stride': 2},
+        {'padding': 'VALID', 'rhs_dilation': (2, 3)},
+        {'lhs_dilation': (2, 2), 'padding': ((1, 2), (2, 1))},
+        {'groups': 2},
+        {'padding': ((-1, 2), (0, -1))},
+    ],
+)
+def test_convolutions_and_their_gradients_count_as_xla_counts_them(options):
+    x, w = (2, 9, 8, 4), (3, 3, 4 // options.get('groups', 1), 6)
+    f = partial(conv, **options)
+    out = jax.eval_shape(f, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, w))).shape
+    assert count(f, x, w) == by_xla(f, x, w)
+
+    def gradients(x, w, g):
+        return jax.vjp(f, x, w)[1](g)  # holds the convolution itself, whose result nobody reads
+
+    assert 0 < count(gradients, x, w, out) == by_xla(gradients, x, w, out)
+
+
+def test_what_nobody_reads_is_not_counted():
+    @jax.custom_vjp
+    def product(a, b):
+        return a @ b
+
+    def backward(saved, g):
+        return jax.vjp(jnp.matmul, *saved)[1](g)  # computes the product once more
+
+    product.defvjp(lambda a, b: (product(a, b), (a, b)), backward)
+    one = 2 * 8**3
+
+    def gradient(a, b):
+        return jax.grad(lambda a, b: product(a, b).sum(), (0, 1))(a, b)
+
+    assert count(gradient, (8, 8), (8, 8)) == 2 * one, 'the value is not asked for'
+    assert count(jax.jit(gradient), (8, 8), (8, 8)) == 2 * one
+    assert count(lambda a, b: jax.lax.scan(lambda c, _: (gradient(c, b)[0], None), a, None, 5)[0], (8, 8), (8, 8)) == (
+        5 * 1 * one
+    ), "the other factor's gradient is dead in the loop"
+    value = jax.checkpoint(lambda a, b: jnp.tanh(product(a, b)))
+    both = jax.value_and_grad(lambda a, b: value(a, b).sum(), (0, 1))
+    assert count(both, (8, 8), (8, 8)) == 4 * one, 'value, recomputed value, two gradients'
+
+
+def test_attention():
+    n, t, h, d = 3, 16, 4, 8
+
+    def f(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v)
+
+    def gradients(q, k, v, g):
+        return jax.vjp(f, q, k, v)[1](g)
+
+    qkv = [(n, t, h, d)] * 3
+    assert count(f, *qkv) == 2 * (2 * n * h * t * t * d)
+    assert count(gradients, *qkv, qkv[0]) == 5 * (2 * n * h * t * t * d), 'logits once more, two gradients of each'
 
 
 def test_a_scan_counts_as_often_as_it_runs():
