@@ -14,7 +14,10 @@ import jaxgen
 from jaxgen import configs, interrupt, locks, options
 from jaxgen.errors import UserError
 
-MODES = (*('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'data', 'fields', 'list'),)
+MODES = (
+    *('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'compile', 'data', 'fields'),
+    'list',
+)
 
 
 def define_flags() -> flags.FlagValues:
@@ -33,7 +36,7 @@ def define_flags() -> flags.FlagValues:
         'out',
         '',
         'sample, explore, data: where the images go, default WORKDIR/samples, .../explore, .../data; pack: FILE.zip or '
-        'FOLDER',
+        'FOLDER; compile: FILE.json for all numbers',
         flag_values=values,
     )
     string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
@@ -63,6 +66,7 @@ def define_flags() -> flags.FlagValues:
     string('from', '', 'import: file or folder of published weights', flag_values=values)
     string('to', '', 'export: FILE.safetensors, FILE.pt or a new folder', flag_values=values)
     string('names', '', 'import, export: the source whose names the weights have', flag_values=values)
+    string('topology', '', 'compile: the slice, v5e:4x4, v5p:2x2x4, v6e:8x8, h100:8', flag_values=values)
     string('cache', '', 'directory of compiled programs, or off; default ~/.cache/jaxgen/compiled', flag_values=values)
     boolean('profile', False, 'train: trace a few updates into WORKDIR/profile', flag_values=values)
     boolean('multihost', False, 'join the other hosts of the run first', flag_values=values)
@@ -82,6 +86,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=explore --workdir=runs/ddpm_digits         latent space, nearest training images
   jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
+  jaxgen --mode=compile --config=dit_imagenet256 --topology=v5e:4x4  what a TPU slice would take
   jaxgen --mode=data --config=ddpm_digits                  counts, classes, a grid of images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
@@ -185,13 +190,14 @@ READS = {
     'explore': (*USING, 'out'),
     'pack': ('config', 'workdir', 'step', 'out'),
     'describe': ('config',),
+    'compile': ('config', 'topology', 'out'),
     'data': ('config', 'workdir', 'out'),
     'fields': ('config',),
     'list': (),
     'import': ('config', 'workdir', 'from', 'names'),
     'export': ('config', 'workdir', 'weights', 'step', 'to', 'names'),
 }
-WITHOUT_RUN = ('train', 'describe', 'data', 'fields', 'import')  # modes of a config
+WITHOUT_RUN = ('train', 'describe', 'compile', 'data', 'fields', 'import')  # modes of a config
 # Options in which ~ is the home directory; the config knows its own.
 PATHS = ('workdir', 'out', 'images', 'from', 'to', 'cache')
 
@@ -215,7 +221,7 @@ def check_flags(values: flags.FlagValues) -> None:
             options.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
     if values.step not in ('', 'best') and not (values.step.isdecimal() and values.step.isascii()):
         raise UserError(f'--step must be the step of a checkpoint, or best; it is {options.shown(values.step)}')
-    for name in {'import': ('from',), 'export': ('to',)}.get(mode, ()):
+    for name in {'import': ('from',), 'export': ('to',), 'compile': ('topology',)}.get(mode, ()):
         if not values[name].value:
             raise UserError(f'--mode={mode} needs --{name}: {values[name].help.partition(": ")[2]}')
     if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
@@ -246,7 +252,7 @@ def say_mistake(e: UserError) -> int:
 # Modes that compute, and what they begin with.
 DOING = {
     **{'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'},
-    **{'import': 'importing', 'export': 'exporting'},
+    **{'import': 'importing', 'export': 'exporting', 'compile': 'compiling'},
 }
 
 
@@ -269,6 +275,8 @@ def begin(argv: list[str]) -> None:
         check_flags(values)
     except UserError as e:
         sys.exit(say_mistake(e))
+    if values.mode == 'compile':
+        os.environ['JAX_PLATFORMS'] = 'cpu'  # a TPU or GPU of this machine is left to whoever uses it
     if values.mode in DOING:
         what = ' in '.join(filter(None, (values.config, values.images or values.workdir)))
         interrupt.say(f'jaxgen: {DOING[values.mode]} {printable(what)} (version {jaxgen.__version__})')

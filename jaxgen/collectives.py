@@ -11,8 +11,10 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
 SMALL = 2**12  # elements; an array of no more is not counted as activations
@@ -22,7 +24,9 @@ BITS = {
     's64': 64, 'u64': 64, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64, 'c64': 64, 'c128': 128,
 }  # fmt: skip
 
-ARRAY = re.compile(r'\b([a-z][a-z0-9]*)\[([0-9,<=]*)\]')
+ARRAY = re.compile(r'\b([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?')
+TILE = re.compile(r'T\(([\d,]+)\)')
+SPACE = re.compile(r'S\((\d+)\)')
 NAME = re.compile(r'%?([\w.\-]+)')
 CALLED = re.compile(
     r'\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)='
@@ -37,14 +41,38 @@ class Shape(NamedTuple):
 
     dtype: str
     dims: tuple[int, ...]
+    layout: str = ''  # {order of the axes, the last one first:T(tile)S(memory)}
 
     @property
     def size(self) -> int:
         return math.prod(self.dims)
 
+    def bytes_of(self, size: int) -> int:
+        """Bytes of so many elements of the dtype."""
+        return -(-size * BITS.get(self.dtype, 8 if self.dtype.startswith('f8') else 0) // 8)
+
     @property
     def bytes(self) -> int:
-        return -(-self.size * BITS.get(self.dtype, 8 if self.dtype.startswith('f8') else 0) // 8)
+        return self.bytes_of(self.size)
+
+    @property
+    def stored(self) -> int:
+        """Bytes in memory: on TPUs the last axes are filled up to whole tiles, of 8 x 128 elements most often."""
+        tile = TILE.search(self.layout)
+        order = re.match(r'\{([\d,]+)', self.layout)
+        if not tile or not order:
+            return self.bytes
+        dims = list(self.dims)
+        last_first = (int(axis) for axis in order[1].split(','))
+        for axis, length in zip(last_first, reversed([int(n) for n in tile[1].split(',')]), strict=False):
+            dims[axis] = -(-dims[axis] // length) * length
+        return self.bytes_of(math.prod(dims))
+
+    @property
+    def in_main_memory(self) -> bool:
+        """Whether it lies in the device's main memory (HBM), and not in one on the chip or in the host's."""
+        space = SPACE.search(self.layout)
+        return space is None or space[1] == '0'
 
 
 class Instruction(NamedTuple):
@@ -90,7 +118,8 @@ def closing(text: str, start: int) -> int:
 def shapes_of(text: str) -> tuple[Shape, ...]:
     """Arrays of a type: f32[8,16]{1,0} or (f32[2], s32[]). Of a dynamic dimension its bound."""
     return tuple(
-        Shape(dtype, tuple(int(d.lstrip('<=')) for d in dims.split(',') if d)) for dtype, dims in ARRAY.findall(text)
+        Shape(dtype, tuple(int(d.lstrip('<=')) for d in dims.split(',') if d), layout)
+        for dtype, dims, layout in ARRAY.findall(text)
     )
 
 
@@ -148,9 +177,14 @@ def trips(module: Program, loop: Instruction) -> int:
     return max(constants, default=1)
 
 
-def runs(module: Program) -> Counter[str]:
-    """{computation: how often it runs in one run of the program}. Of a conditional every branch counts once: the most
-    that can run. What an instruction applies to each element (`to_apply` of a reduction) is not counted."""
+def runs(module: Program, seconds: Callable[[str], float] | None = None) -> Counter[str]:
+    """{computation: how often it runs in one run of the program}. What an instruction applies to each element
+    (`to_apply` of a reduction) is not counted.
+
+    Args:
+      seconds: time of a computation. Of a conditional only the branch that takes longest runs; without this every
+        branch does, the most that can run.
+    """
     times: Counter[str] = Counter()
 
     def visit(name: str, n: int) -> None:
@@ -162,8 +196,14 @@ def runs(module: Program) -> Counter[str]:
             for kind, names in one.calls().items():
                 if kind == 'to_apply' and one.opcode not in ('call', 'async-start'):
                     continue
+                if seconds and one.opcode == 'conditional':
+                    continue
                 for called in names:
                     visit(called, each + n if kind == 'condition' else each)
+
+            if seconds and one.opcode == 'conditional':
+                branches = [branch for names in one.calls().values() for branch in names]
+                visit(max(branches, key=seconds), n)
 
     visit(module.entry, 1)
     return times
@@ -179,6 +219,7 @@ class Collective(NamedTuple):
     carrier: str  # weights | activations | small
     op_name: str
     within: str  # the computation
+    name: str = ''  # of the instruction in it
 
     @property
     def bytes(self) -> int:
@@ -207,6 +248,40 @@ def group_size(text: str) -> int:
     return 0
 
 
+def first_group(text: str) -> list[int]:
+    """The partitions of a collective's first group, or those of a permutation's first pair; [] where all exchange with
+    each other, or it is not said."""
+    if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', text):
+        return [int(n) for n in found[1].split(',')]
+    if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+        groups, dims = ([int(n) for n in part.split(',')] for part in found.group(1, 2))
+        order = [int(n) for n in found[3].split(',')] if found[3] else list(range(len(dims)))
+        numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(groups)
+        return numbers.reshape(-1, groups[-1])[0].tolist()
+    if found := re.search(r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}', text):
+        lengths = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        numbers = np.arange(math.prod(lengths.values()))
+        if given := re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', found[2]):
+            dims = [int(n) for n in given[1].split(',')]
+            order = [int(n) for n in given[2].split(',')] if given[2] else list(range(len(dims)))
+            numbers = numbers.reshape(dims).transpose(order)
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])  # an axis, or a part of one
+        split, taken = [], []
+        for axis, length in lengths.items():
+            cut = sorted((int(before), int(size)) for name, before, size in parts if name == axis and size)
+            whole = any(name == axis and not size for name, _, size in parts)
+            done = 1
+            for before, size in cut:
+                split += [before // done, size]
+                taken += [False, True]
+                done = before * size
+            split.append(length // done)
+            taken.append(whole)
+        numbers = numbers.reshape(split)
+        return numbers[tuple(slice(None) if yes else 0 for yes in taken)].reshape(-1).tolist()
+    return []
+
+
 def kind_of(module: Program, name: str, one: Instruction) -> str:
     """The kind of collective of an instruction, or ''. On TPUs a reduce-scatter is a fusion of an all-reduce."""
     kind = one.opcode.removesuffix('-start')
@@ -218,6 +293,12 @@ def kind_of(module: Program, name: str, one: Instruction) -> str:
     if kind == 'all-reduce' and (name.startswith('all-reduce-scatter') or ('fused' in name and scattered)):
         return 'reduce-scatter'
     return kind
+
+
+def goes_on(body: dict[str, Instruction], one: Instruction) -> bool:
+    """Whether an instruction is a later part of a collective that another computation starts. On TPUs it stands in
+    each fusion beside which it runs, and in the one that ends it."""
+    return 'chain_id=' in one.text and not any('"AsyncCollectiveStart"' in other.text for other in body.values())
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -271,7 +352,11 @@ class Weights:
 
 
 def collectives(
-    program: str | Program, weights: Iterable[tuple[int, ...]] = (), parts: Iterable[int] = (), small: int = SMALL
+    program: str | Program,
+    weights: Iterable[tuple[int, ...]] = (),
+    parts: Iterable[int] = (),
+    small: int = SMALL,
+    times: Counter[str] | None = None,
 ) -> list[Collective]:
     """Every array that a compiled program's collectives exchange.
 
@@ -283,13 +368,15 @@ def collectives(
       program: the text of `compiled.as_text()`, or `parse` of it.
       weights: shapes of the weights on all devices together.
       parts: numbers of parts that they may be cut into, mesh.fsdp.
+      times: how often each computation runs, see `runs`.
     """
     module = parse(program) if isinstance(program, str) else program
-    times, known, found = runs(module), Weights(weights, parts), []
+    known, found = Weights(weights, parts), []
+    times = runs(module) if times is None else times
     for name, body in module.computations.items():
         for one in body.values():
             kind = kind_of(module, name, one) if times[name] else ''
-            if not kind:
+            if not kind or goes_on(body, one):
                 continue
             group = group_size(one.text) or 0
             given = [shape for operand in one.operands if operand in body for shape in body[operand].shapes]
@@ -303,7 +390,7 @@ def collectives(
                 given = list(one.shapes)
             for shape in given:
                 carrier = 'small' if shape.size <= small else 'weights' if shape.dims in known else 'activations'
-                found.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name))
+                found.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name, one.name))
     return found
 
 

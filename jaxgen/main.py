@@ -10,6 +10,8 @@ Modes:
             its samples beside their nearest training images: PNG files
   pack      a run, its newest checkpoint and its stages into one folder or archive, --out: to move or to share
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
+  compile   compile the training step and the sampler for --topology, TPUs that need not be there: memory, FLOPs, bytes
+            of HBM, what is sent, the least time, and what to change; --out=FILE.json has all numbers
   import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]
   export    write a run's weights with the names of a source: --to=FILE_OR_FOLDER [--names=SOURCE]
   data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
@@ -69,6 +71,7 @@ from jaxgen import (
     outputs,
     pack,
     sharding,
+    slices,
 )
 from jaxgen import config as configs
 from jaxgen import run as runs
@@ -227,6 +230,17 @@ def data_mode(config, out: str) -> None:
     arguments.show('\n'.join(map(arguments.printable, lines)))
 
 
+def compile_mode(config, workdir: str, topology: str, out: str) -> None:
+    """What the training step and the sampler of a config take on a slice, as text, and as JSON in `out`."""
+    if out:
+        files.check_writable(os.path.dirname(out) or '.', '--out')
+    directory.check_cycle(workdir, config, untrained=True)
+    about = slices.report(config, topology)
+    if out:
+        files.save_json(out, about)
+    arguments.show(slices.text(about))
+
+
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
     values, overrides, words = arguments.parse(argv)
@@ -261,14 +275,16 @@ def main(argv: list[str]) -> None:
     if values.multihost:
         hosts.start()
     sharding.check_devices()
-    if mode in arguments.DOING:
+    if mode in arguments.DOING and mode != 'compile':
         compilation.use(values.cache, values.multihost)
-    if mode in ('train', 'describe', 'data', 'import'):
+    if mode in ('train', 'describe', 'compile', 'data', 'import'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'data':
             data_mode(config, values.out or os.path.join(workdir, 'data'))
             return
-        if mode == 'import':
+        if mode == 'compile':
+            compile_mode(config, workdir, values.topology, values.out)
+        elif mode == 'import':
             importing.import_weights(config, str(values['from'].value), workdir, values.names)
         elif mode == 'train':
             from jaxgen.train import train
