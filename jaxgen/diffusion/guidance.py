@@ -13,8 +13,7 @@ import numpy as np
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Values
 from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise, expanded
-from jaxgen.diffusion.samplers import noise_levels
-from jaxgen.diffusion.schedules import Schedule
+from jaxgen.diffusion.schedules import Schedule, posterior
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.options import TRACED, Fraction, NonNegative
@@ -167,17 +166,17 @@ def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:
 
 def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Callable, scale: float) -> Callable:
     """Classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4): the gradient of scale log p(y | x_t)
-    moves the estimate of x_0 by `scale_at(t)` times itself.
+    moves the estimate of x_0 by `scale_at` times itself.
 
     Algorithm 2 is the score of p(x_t) p(y | x_t)^scale: with the score s, x_0 = (x_t + sigma^2 s) / alpha, and scale_at
-    is sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient, and
-    scale_at is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less where alpha is nearly
-    0.
+    is sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient; of
+    the posterior's variance scale_at is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less
+    where alpha is nearly 0.
 
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).
       log_probability: (x, t) -> log p(y | x_t), [n].
-      scale_at: t [n] -> number, broadcasting against x.
+      scale_at: (t [n], fraction or None) -> number, broadcasting against x.
     """
 
     def guided(x: Array, t: Array):
@@ -185,7 +184,7 @@ def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Ca
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
         output = denoise(x, t)
         x_0, *fraction = output if isinstance(output, tuple) else (output,)
-        x_0 = x_0 + scale * scale_at(t) * gradient
+        x_0 = x_0 + scale * scale_at(t, *fraction) * gradient
         return (x_0, *fraction) if fraction else x_0
 
     return guided
@@ -195,7 +194,7 @@ class Classifier(NamedTuple):
     """A noisy classifier bound to a process."""
 
     log_probability: Callable  # (x, t) -> log p(label | x_t), [n]
-    scale_at: Callable  # t [n] -> number, see `classifier_guided`
+    scale_at: Callable  # (t [n], fraction or None) -> number or array like x, see `classifier_guided`
 
 
 def bind_classifier(
@@ -221,18 +220,32 @@ def bind_classifier(
         alpha, sigma = level(t)
         return -cross_entropy(classify({'image': x / alpha, 'sigma': (sigma / alpha).reshape(-1)}), label)
 
-    def scale_at(t: Array) -> Array:
+    def scale_at(t: Array, fraction: Array | None = None) -> Array:
         alpha, sigma = level(t)
         if moves is None:
             return sigma**2 / alpha
-        return jnp.asarray(moves['scale'])[jnp.searchsorted(jnp.asarray(moves['t']), t)].reshape(alpha.shape)
+        i = jnp.searchsorted(jnp.asarray(moves['t']), t)
+        least = jnp.asarray(moves['scale'])[i].reshape(alpha.shape)
+        if 'growth' not in moves:
+            return least
+        return least * jnp.exp(jnp.asarray(moves['growth'])[i].reshape(alpha.shape) * fraction)
 
     return Classifier(log_probability, scale_at)
 
 
-def moves_of(schedule: Schedule) -> dict[str, np.ndarray]:
+def moves_of(schedule: Schedule, variance: str) -> dict[str, np.ndarray]:
     """'t' and 'scale' of the levels of an ancestral sampler: the mean of its step from t to the level below moves by
-    the posterior's variance times the gradient, and the estimate of x_0 by scale times it."""
-    _, _, alpha_s, sigma_s = noise_levels(schedule)
+    the step's variance times the gradient, and the estimate of x_0 by scale times it; with the variance 'learned' by
+    e^(growth fraction) times as much.
+
+    The variance of the last step, to the data, is that of `model_log_variance`, and 0 with 'fixed_small', as in
+    Dhariwal & Nichol's code.
+    """
+    moves = posterior(schedule)
+    small = np.append(moves.variance[1:2], moves.variance[1:]) if len(schedule.t) > 1 else moves.variance
+    variances = {'fixed_small': moves.variance, 'fixed_large': np.append(small[:1], moves.forward[1:])}
     kind = np.int32 if schedule.t.dtype.kind == 'i' else np.float32
-    return {'t': schedule.t.astype(kind), 'scale': (sigma_s**2 / alpha_s).astype(np.float32)}
+    columns = {'scale': variances.get(variance, small) / moves.x_0_weight}
+    if variance == 'learned':
+        columns['growth'] = np.log(moves.forward / np.where(small > 0, small, moves.forward))
+    return {'t': schedule.t.astype(kind), **{name: x.astype(np.float32) for name, x in columns.items()}}

@@ -87,18 +87,37 @@ def ancestral(
 
 
 @by_table
-def ddim(schedule: Schedule, *, eta: Annotated[Fraction, TRACED] = 0.0) -> Table:
+def ddim(
+    schedule: Schedule,
+    *,
+    eta: Annotated[Fraction, TRACED] = 0.0,
+    clipped_noise: bool = True,
+    to_first: bool = False,
+    first: tuple[float, float] = (1.0, 0.0),
+) -> Table:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
     Args:
       eta: 0: x_0 is a function of x alone; 1: `ancestral` with 'fixed_small'.
+      clipped_noise: where estimates of x_0 are clipped, the noise of a step is what x_t then holds beside them (Dhariwal
+        & Nichol's code). False: it is the network's own (pipelines of diffusers, whose use_clipped_model_output is
+        False).
+      to_first: the last step leads to the first level of the chain in place of the data (latent diffusion's code;
+        set_alpha_to_one False of diffusers).
+      first: alpha and sigma of that level.
     """
     alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
-    std = np.minimum(eta * np.sqrt(posterior(schedule).variance), sigma_s)
+    variance = posterior(schedule).variance
+    if to_first:
+        alpha_s[0], sigma_s[0] = first
+        variance[0] = (sigma_s[0] / sigma[0]) ** 2 * max(1 - (alpha[0] / alpha_s[0]) ** 2, 0)
+    std = np.minimum(eta * np.sqrt(variance), sigma_s)
     # x_s = alpha_s x_0 + direction eps + std noise, with eps = (x_t - alpha x_0) / sigma
     direction = np.sqrt(sigma_s**2 - std**2)
-    weights = direction / sigma, alpha_s - direction * alpha / sigma
-    return linear(schedule.t, *weights, std)
+    of_noise = -direction * alpha / sigma
+    if clipped_noise:
+        return linear(schedule.t, direction / sigma, alpha_s + of_noise, std)
+    return linear(schedule.t, direction / sigma, alpha_s, std) | entries({'t': schedule.t, 'raw_weight': of_noise})
 
 
 def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, trajectory: bool = False) -> Array:
@@ -415,20 +434,27 @@ class Visits:
 
     Attributes:
       steps: number of noise levels; 0: all T of a chain, 100 in continuous time.
-      spacing: which noise levels. Of a chain 'uniform' | 'trailing' (from the last one down) | 'respaced' (both ends) |
-        'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha to the power 1/7 (EDM, eq. 5).
+      spacing: which noise levels. Of a chain 'uniform' | 'leading' (by whole strides) | 'trailing' (from the last one
+        down) | 'respaced' (both ends) | 'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha to
+        the power 1/7 (EDM, eq. 5).
+      offset: of a chain, steps by which the levels of a spacing are moved up: 1 in latent diffusion's code
+        (steps_offset of diffusers).
       shift: of process 'flow': t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
       clip: estimates of x_0 to [-1, 1] at every step.
+      unit_start: of a process with alpha^2 + sigma^2 = 1, the noise that sampling starts from has standard deviation 1
+        in place of the last level's sigma, which is a little less (guided-diffusion, latent diffusion, diffusers).
     """
 
     steps: Annotated[int, '[0, inf)'] = 0
-    spacing: Annotated[str, OneOf('uniform', 'trailing', 'respaced', 'quadratic', 'karras'), TRACED] = 'uniform'
+    spacing: Annotated[str, OneOf(*schedules.SPACINGS, 'karras'), TRACED] = 'uniform'
+    offset: Annotated[int, '[0, inf)', TRACED] = 0
     shift: Annotated[Positive, TRACED] = 1.0
     clip: bool = True
+    unit_start: Annotated[bool, TRACED] = False
 
 
 # Arguments of samplers that follow from the process.
-DERIVED = ('straight', 'level', 'sigma_min')
+DERIVED = ('straight', 'level', 'sigma_min', 'first')
 COMPONENT = Component(SAMPLERS, Visits, DERIVED)
 
 
@@ -438,6 +464,14 @@ class Sampler(NamedTuple):
     table: Table
     schedule: Schedule
     clip: bool
+    start: float  # standard deviation of the noise that it starts from
+    variance: str  # of an ancestral one, else ''
+    ddim: bool  # whether it is DDIM without noise
+
+    @property
+    def clip_here(self) -> bool:
+        """Whether the steps of `run` clip, and the denoiser is not to."""
+        return 'raw_weight' in self.table
 
 
 def make(section: dict, process: Process, learned: bool = False) -> Sampler:
@@ -453,13 +487,18 @@ def make(section: dict, process: Process, learned: bool = False) -> Sampler:
     visits = Visits(**{f.name: section[f.name] for f in dataclasses.fields(Visits)})
     own = {k: v for k, v in own_fields(section).items() if not hasattr(visits, k)}
     check(name, own, visits, process, learned)
-    schedule = visited(process, visits.steps, visits.spacing, visits.shift, own.get('last_step', 0.0))
+    schedule = visited(process, visits.steps, visits.spacing, visits.shift, own.get('last_step', 0.0), visits.offset)
     if name == 'ancestral':
         own['variance'] = model_variance(own['variance'], process, learned)
     if name == 'heun':
         own |= {'straight': process.straight, 'level': lambda ratio: process.at(process.time(ratio))}
-
-    return Sampler(SAMPLERS[name](schedule, **own), schedule, visits.clip)
+    if name == 'ddim':
+        first = process.at(np.array([process.low]))
+        own |= {'first': (first.alpha[0], first.sigma[0])}
+        own['clipped_noise'] |= not visits.clip
+    start = 1.0 if visits.unit_start else float(schedule.sigma[-1])
+    table, still = SAMPLERS[name](schedule, **own), name == 'ddim' and not own['eta']
+    return Sampler(table, schedule, visits.clip, start, own.get('variance', ''), still)
 
 
 def model_variance(variance: str, process: Process, learned: bool) -> str:
@@ -490,11 +529,18 @@ def check(name: str, own: dict, visits: Visits, process: Process, learned: bool)
         raise UserError(f"{where}.shift is of process 'flow'; it is {visits.shift}")
     if process.steps and visits.steps > process.steps:
         raise UserError(f'{where}.steps must be from 0 to timesteps {process.steps}; it is {visits.steps}')
+    ends = process.at(np.array([process.low, process.end]))
+    if visits.unit_start and not np.allclose(ends.alpha**2 + ends.sigma**2, 1):
+        raise UserError(f'{where}.unit_start is of processes with alpha^2 + sigma^2 = 1, and this is none')
+    if visits.offset and not process.steps:
+        raise UserError(f'{where}.offset is of chains; it is {visits.offset}')
     if own.get('last_step') and (process.steps or own['last_step'] >= process.end):
         raise UserError(f'{where}.last_step is of continuous time, from 0 to below 1; it is {own["last_step"]}')
 
 
-def visited(process: Process, n: int, spacing: str, shift: float = 1.0, last_step: float = 0.0) -> Schedule:
+def visited(
+    process: Process, n: int, spacing: str, shift: float = 1.0, last_step: float = 0.0, offset: int = 0
+) -> Schedule:
     """The noise levels that a sampler visits, numpy float64, from the one next to the data to the last.
 
     Args:
@@ -502,6 +548,10 @@ def visited(process: Process, n: int, spacing: str, shift: float = 1.0, last_ste
       spacing, shift: see `Visits`; 'uniform' in continuous time is evenly in t. The shift moves last_step too.
       last_step: in continuous time, t of the level next to the data where it is above 0; the others are evenly between
         it and the end.
+      offset: of a chain, steps by which the levels are moved up.
+
+    Raises:
+      UserError: the offset moves a level beyond the last.
     """
     n = n or process.steps or 100
     if n == 1:  # most spacings have the first level then, which is the data but for a little noise
@@ -511,7 +561,13 @@ def visited(process: Process, n: int, spacing: str, shift: float = 1.0, last_ste
         low, high = (ends.sigma / ends.alpha) ** (1 / 7)
         return process.at(process.time(np.linspace(low, high, n) ** 7))
     if process.steps:
-        return process.at(schedules.SPACINGS[spacing](process.steps, n))
+        steps = schedules.SPACINGS[spacing](process.steps, n) + offset
+        if steps[-1] >= process.steps:
+            raise UserError(
+                f'config.model.sampler.offset {offset} moves the last of {n} levels, {steps[-1] - offset}, beyond that '
+                f'of the process, {process.steps - 1}'
+            )
+        return process.at(steps)
     at_data = process.at(np.array([process.low])).sigma[0] == 0 and not last_step
     times = np.linspace(last_step or process.low, process.end, n + at_data)[int(at_data) :]
     if shift != 1:
@@ -558,7 +614,8 @@ def entries(columns: dict[str, np.ndarray]) -> Table:
 def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajectory: bool = False):
     """x_0 [n, ...], or with `trajectory` (x_0, what was passed through): the steps of a table from x.
 
-    Where the table has 'correct', these entries are Langevin steps along the score in place of the sum.
+    Where the table has 'correct', these entries are Langevin steps along the score in place of the sum. Where it has
+    'raw_weight', estimates are clipped to [-1, 1] here, and that is the weight of those that are not.
     """
     columns = {name: jnp.asarray(values) for name, values in table.items() if name != 'first'}
     if 'first' in table:  # x at a higher level than it is given at
@@ -567,9 +624,12 @@ def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajector
 
     def step(carry, at):
         x, *earlier = carry
-        x_0, fraction = estimate(denoise, x, at['t'])
+        raw, fraction = estimate(denoise, x, at['t'])
+        x_0 = jnp.clip(raw, -1, 1) if 'raw_weight' in at else raw
         estimates = (x_0, *earlier)
         moved = at['x_t_weight'] * x + sum(at['x_0_weight'][k] * value for k, value in enumerate(estimates))
+        if 'raw_weight' in at:
+            moved = moved + at['raw_weight'] * raw
         if 'std' in at:
             noise = noise_of(keys, at['number'], x)
             moved = moved + at['std'] * noise * (jnp.exp(at['growth'] * fraction) if 'growth' in at else 1)

@@ -67,6 +67,11 @@ def uniform_steps(timesteps: int, n: int) -> np.ndarray:
     return np.arange(n) * timesteps // n
 
 
+def leading_steps(timesteps: int, n: int) -> np.ndarray:
+    """n of the steps 0..T-1: i floor(T / n), diffusers' 'leading'."""
+    return np.arange(n) * (timesteps // n)
+
+
 def quadratic_steps(timesteps: int, n: int) -> np.ndarray:
     """n of the steps 0..T-1, denser near the data: floor(c i^2), the last near 0.8 T.
 
@@ -91,6 +96,7 @@ def respaced_steps(timesteps: int, n: int) -> np.ndarray:
 
 SPACINGS = {
     'uniform': uniform_steps,
+    'leading': leading_steps,
     'trailing': trailing_steps,
     'respaced': respaced_steps,
     'quadratic': quadratic_steps,

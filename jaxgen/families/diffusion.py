@@ -134,7 +134,7 @@ def build(
     check(bound, context, process)
     if bound.guidance.classifier_scale:
         bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
-    settings = functools.partial(settings_of, bound, sampler['name'])
+    settings = functools.partial(settings_of, bound)
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, 'denoiser')
@@ -295,13 +295,13 @@ def denoiser_of(model: Model, state: State, values: Values, guidance: Guidance, 
     return objective.denoiser(f, network, state.ema['denoiser'], model.conditioning, values, guidance, clip)
 
 
-def settings_of(model: Model, sampler: str) -> dict[str, Any]:
+def settings_of(model: Model) -> dict[str, Any]:
     """What sampling reads beside the weights: the standard deviation of the noise that it starts from, the sampler's
     table, the numbers of guidance, and those of an ancestral sampler that a classifier guides."""
-    schedule, guidance = model.sampler.schedule, guides.settings_of(model.guidance)
-    settings = {'start': float(schedule.sigma[-1]), 'table': model.sampler.table, 'guidance': guidance}
-    moved = model.classifier is not None and sampler == 'ancestral'
-    return settings | ({'moves': guides.moves_of(schedule)} if moved else {})
+    sampler, guidance = model.sampler, guides.settings_of(model.guidance)
+    settings = {'start': sampler.start, 'table': sampler.table, 'guidance': guidance}
+    moved = model.classifier is not None and bool(sampler.variance)
+    return settings | ({'moves': guides.moves_of(sampler.schedule, sampler.variance)} if moved else {})
 
 
 def classifier_of(model: Model, context: Context, frozen, label: Array, moves: dict | None) -> guides.Classifier:
@@ -320,7 +320,7 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     x = settings['start'] * normal(example_keys(rng_start, batch), model.space.shape)
     values = conditions.values_of(model.conditioning, batch)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
-    denoise = denoiser_of(model, state, values, guidance, model.sampler.clip)
+    denoise = denoiser_of(model, state, values, guidance, model.sampler.clip and not model.sampler.clip_here)
     if model.classifier is not None:
         classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
         scale = guidance.classifier_scale
@@ -367,21 +367,25 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     return samplers.estimate(estimator, coefficients(process, t, x)[0] * x, t)[0]
 
 
-def unconditional(model: Model, state: State, n: int) -> Callable:
+def unconditional(model: Model, state: State, n: int, clip: bool) -> Callable:
     """The denoiser without any condition."""
     values = {condition.name: condition.absent(n) for condition in model.conditioning}
-    return denoiser_of(model, state, values, OFF, model.sampler.clip)
+    return denoiser_of(model, state, values, OFF, clip)
 
 
 def encode(model: Model, state: State, frozen, batch, rng) -> Array:
     """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion; of the first
     stage's latents where there is one."""
-    x, schedule = model.space.encode(frozen, batch, stream(rng, 'encoder')), model.sampler.schedule
-    return samplers.ddim_inversion(unconditional(model, state, len(x)), x, schedule) / schedule.sigma[-1]
+    x, sampler = model.space.encode(frozen, batch, stream(rng, 'encoder')), model.sampler
+    denoise = unconditional(model, state, len(x), sampler.clip)
+    return samplers.ddim_inversion(denoise, x, sampler.schedule) / sampler.start
 
 
 def decode(model: Model, state: State, frozen, batch, latents, rng) -> Array:
-    """Images [n, H, W, C] of noise as `encode` gives it, by DDIM without any condition."""
-    schedule = model.sampler.schedule
-    x = samplers.ddim(unconditional(model, state, len(latents)), schedule.sigma[-1] * latents, schedule, None)
+    """Images [n, H, W, C] of noise as `encode` gives it, by DDIM without any condition, the sampler itself where it is
+    DDIM without noise."""
+    sampler = model.sampler
+    table = sampler.table if sampler.ddim else samplers.ddim.table(sampler.schedule)
+    denoise = unconditional(model, state, len(latents), sampler.clip and 'raw_weight' not in table)
+    x = samplers.run(denoise, sampler.start * latents, table, None)
     return model.space.decode(frozen, x, stream(rng, 'decoder'))

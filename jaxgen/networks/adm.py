@@ -24,7 +24,7 @@ from jaxgen.networks.attention import SelfAttention
 from jaxgen.networks.embeddings import cosines_first
 from jaxgen.networks.fields import Channels, GroupSize, RealMultipliers
 from jaxgen.networks.layers import Conv, Dense, Embed, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
-from jaxgen.options import Count, Positive, Rate
+from jaxgen.options import Count, OneOf, Positive, Rate
 
 Array = jax.Array
 
@@ -89,6 +89,10 @@ class Half(nn.Module):
       dropout: rate of dropout of the second convolution's inputs, in training.
       groups, group_size, eps: of the group norms, see GroupNorm (`least` is group_size there). Published with 32 groups
         at every width, group_size 0; EDM's has min(C // 4, 32), group_size 4.
+      sines_first, freq_shift: of the embedding of time, as in ADM; networks of diffusers may have sines before cosines
+        (flip_sin_to_cos False) and frequencies that end at 1 / 10000 (freq_shift 1), see `cosines_first`.
+      padding: of the convolutions with stride 2: one pixel on 'all' sides, as in ADM, or at the 'end', bottom and right
+        (downsample_padding 0 of diffusers).
       remat: recompute each block's activations in the backward pass.
       dtype: of the computation; the last layers are in float32 all the same, as published.
     """
@@ -105,6 +109,9 @@ class Half(nn.Module):
     groups: Count = 32
     group_size: GroupSize = 2
     eps: Positive = 1e-5
+    sines_first: bool = False
+    freq_shift: Annotated[int, '[0, 1]'] = 0
+    padding: Annotated[str, OneOf('all', 'end')] = 'all'
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -113,7 +120,9 @@ class Half(nn.Module):
 
     def embed(self, t: Array) -> Array:
         """[n] to [n, 4 channels]."""
-        embedding = Dense(4 * self.channels, init=INIT, dtype=self.dtype, name='time1')(cosines_first(t, self.channels))
+        waves = cosines_first(t, self.channels, freq_shift=self.freq_shift)
+        waves = jnp.roll(waves, self.channels // 2, -1) if self.sines_first else waves
+        embedding = Dense(4 * self.channels, init=INIT, dtype=self.dtype, name='time1')(waves)
         return Dense(4 * self.channels, init=INIT, dtype=self.dtype, name='time2')(nn.silu(embedding))
 
     def width(self, level: int) -> int:
@@ -135,7 +144,7 @@ class Half(nn.Module):
         if self.resample_in_blocks:
             return self.block(h, embedding, train, name, features, resample=direction)
         if direction == 'down':
-            padding = ((1, 1), (1, 1))
+            padding = ((1, 1), (1, 1)) if self.padding == 'all' else ((0, 1), (0, 1))
             return Conv(features, stride=2, padding=padding, init=INIT, dtype=self.dtype, name=name)(h)
         return Conv(features, init=INIT, dtype=self.dtype, name=name)(upsample_nearest(h))
 

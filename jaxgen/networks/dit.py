@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgen.networks.embeddings import cosines_first
 from jaxgen.networks.layers import Dense, Embed, LayerNorm, from_patches, to_patches
-from jaxgen.options import Count, Rate, Rule
+from jaxgen.options import Count, Positive, Rate, Rule
 
 Array = jax.Array
 
@@ -43,6 +43,7 @@ class Block(nn.Module):
     dropout: float
     train: bool
     dtype: Any
+    mlp_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> tuple[Array, None]:
@@ -57,7 +58,7 @@ class Block(nn.Module):
         h = Dense(channels, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
         x = x + gate1 * nn.Dropout(self.dropout, deterministic=not self.train)(h)
 
-        h = LayerNorm(affine=False, dtype=self.dtype, name='norm2')(x) * (1 + scale2) + shift2
+        h = LayerNorm(eps=self.mlp_eps, affine=False, dtype=self.dtype, name='norm2')(x) * (1 + scale2) + shift2
         h = nn.gelu(Dense(4 * channels, dtype=self.dtype, name='mlp1')(h), approximate=True)
         h = Dense(channels, dtype=self.dtype, name='mlp2')(h)
         return x + gate2 * nn.Dropout(self.dropout, deterministic=not self.train)(h), None
@@ -79,6 +80,9 @@ class DiT(nn.Module):
       heads: of the attention.
       patch: height and width in pixels of the square that is one token; those of x are multiples of it.
       dropout: rate of dropout of what each branch adds, in training; published: 0.
+      freq_shift: of the embedding of time, see `cosines_first`: 0, or 1 as in diffusers.
+      mlp_eps: added to the variance by the norm before the MLP; that of the other norms is 1e-6. In diffusers it is
+        norm_eps, 1e-5.
       out_channels: 0: as x; twice an image's with a learned variance, which comes second.
       remat: recompute each block's activations in the backward pass.
     """
@@ -88,6 +92,8 @@ class DiT(nn.Module):
     heads: Count = 6
     patch: Count = 2
     dropout: Rate = 0.0
+    freq_shift: Annotated[int, '[0, 1]'] = 0
+    mlp_eps: Positive = 1e-6
     out_channels: int = 0
     remat: bool = False
     dtype: Any = jnp.float32
@@ -124,7 +130,8 @@ class DiT(nn.Module):
         patch, channels, out_channels = self.patch, self.channels, self.out_channels or image_channels
         rows, columns = height // patch, width // patch
 
-        condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time1')(cosines_first(t, 256))  # [n, channels]
+        waves = cosines_first(t, 256, freq_shift=self.freq_shift)
+        condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time1')(waves)  # [n, channels]
         condition = Dense(channels, init=NORMAL, dtype=self.dtype, name='time2')(nn.silu(condition))
         if vector is not None:
             condition = condition + vector
@@ -145,7 +152,7 @@ class DiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.blocks,
         )
-        h, _ = stack(self.heads, self.dropout, train, self.dtype, name='blocks')(h, condition)
+        h, _ = stack(self.heads, self.dropout, train, self.dtype, self.mlp_eps, name='blocks')(h, condition)
 
         h = h[:, : rows * columns]
         modulation = Dense(2 * channels, init=ZEROS, dtype=self.dtype, name='modulation')(condition)

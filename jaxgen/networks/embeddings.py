@@ -28,8 +28,8 @@ def sinusoidal(t: Array, features: int, longest: float = 10_000.0) -> Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
-def cosines_first(t: Array, features: int, longest: float = 10_000.0) -> Array:
-    """Cosines, then sines, of t at frequencies longest ** (-i / (features / 2)): float32 [n, features].
+def cosines_first(t: Array, features: int, longest: float = 10_000.0, freq_shift: int = 0) -> Array:
+    """Cosines, then sines, of t at frequencies longest ** (-i / (features / 2 - freq_shift)): float32 [n, features].
 
     The form of Improved DDPM, ADM, DiT, Stable Diffusion and FLUX. The last frequency is one step
     above 1 / longest.
@@ -37,8 +37,9 @@ def cosines_first(t: Array, features: int, longest: float = 10_000.0) -> Array:
     Args:
       t: [n], integer or real; the unit is a step of a schedule with about 1000 of them.
       features: an even number.
+      freq_shift: 1: the last frequency is 1 / longest, as in `sinusoidal`; `downscale_freq_shift` of diffusers.
     """
     chex.assert_rank(t, 1)
     half = features // 2
-    angles = t.astype(jnp.float32)[:, None] * jnp.exp(jnp.arange(half) * (-math.log(longest) / half))
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(jnp.arange(half) * (-math.log(longest) / (half - freq_shift)))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
