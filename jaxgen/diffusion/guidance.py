@@ -170,8 +170,8 @@ def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Ca
 
     Algorithm 2 is the score of p(x_t) p(y | x_t)^scale: with the score s, x_0 = (x_t + sigma^2 s) / alpha, and scale_at
     is sigma^2 / alpha. Algorithm 1 moves the mean of a chain's step from t to s by its variance times the gradient; of
-    the posterior's variance scale_at is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much less
-    where alpha is nearly 0.
+    the posterior's variance scale_at is sigma_s^2 / alpha_s, of the level below: the same as steps grow small, much
+    less where alpha is nearly 0.
 
     Args:
       denoise: (x, t) -> x_0 or (x_0, fraction).

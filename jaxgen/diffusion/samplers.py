@@ -99,8 +99,8 @@ def ddim(
 
     Args:
       eta: 0: x_0 is a function of x alone; 1: `ancestral` with 'fixed_small'.
-      clipped_noise: where estimates of x_0 are clipped, the noise of a step is what x_t then holds beside them (Dhariwal
-        & Nichol's code). False: it is the network's own (pipelines of diffusers, whose use_clipped_model_output is
+      clipped_noise: where estimates of x_0 are clipped, the noise of a step is what x_t then holds beside them
+        (guided-diffusion). False: it is the network's own (pipelines of diffusers, whose use_clipped_model_output is
         False).
       to_first: the last step leads to the first level of the chain in place of the data (latent diffusion's code;
         set_alpha_to_one False of diffusers).
@@ -435,8 +435,8 @@ class Visits:
     Attributes:
       steps: number of noise levels; 0: all T of a chain, 100 in continuous time.
       spacing: which noise levels. Of a chain 'uniform' | 'leading' (by whole strides) | 'trailing' (from the last one
-        down) | 'respaced' (both ends) | 'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha to
-        the power 1/7 (EDM, eq. 5).
+        down) | 'respaced' (both ends) | 'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha
+        to the power 1/7 (EDM, eq. 5).
       offset: of a chain, steps by which the levels of a spacing are moved up: 1 in latent diffusion's code
         (steps_offset of diffusers).
       shift: of process 'flow': t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
