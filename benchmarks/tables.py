@@ -195,6 +195,49 @@ def folder(record: dict) -> str:
     return markdown([f'{record["files"]:,} files', 'measured'], rows)
 
 
+def slices(record: dict, program: str) -> str:
+    """What programs take on slices: a row for each config and slice; program: update or sample."""
+    rows = []
+    for r in (r for r in record['rows'] if r['program'] == program and 'found' in r):
+        found, memory = r['found'], r['found']['memory']
+        used = '' if memory['used'] is None else f'{memory["used"] / 2**30:.1f} of '
+        cells = [
+            f'`{r["config"]}`',
+            f'`{r["topology"]}`, fsdp {r["mesh"]["fsdp"]}',
+            f'{r["batch"] if program == "update" else r["sample_batch"]}, {r["dtype"]}',
+            f'{used}{memory["limit"] / 2**30:.0f} GiB' + ('' if found['fits'] else ': does not fit'),
+        ]
+        if 'seconds' in found:
+            least, in_turn = (milliseconds(found['seconds'][key]) for key in ('least', 'in_turn'))
+            sent = dict.fromkeys(('weights', 'activations', 'small'), 0)
+            for one in found['collectives']:
+                sent[one['carrier']] += one['sent']
+            cells += [
+                f'{found["flops"] / 1e12:,.3g}',
+                f'{sum(found["hbm_bytes"].values()) / 1e9:,.3g}',
+                f'{sent["weights"] / 1e9:.3g} / {sent["activations"] / 1e9:.3g}',
+                f'{least} to {in_turn}',
+                f'{100 * found["fraction_of_peak"]:.0f} %',
+            ]
+        else:
+            cells += [f'{found["flops"] / 1e12:,.3g}', '', '', '', '']
+        rows.append([*cells, '; '.join(found['advice'])])
+    heads = [
+        'config',
+        'slice',
+        'batch',
+        'memory a chip',
+        'TFLOP',
+        'HBM a chip, GB',
+        'sent a chip, GB: weights / activations',
+    ]
+    return markdown([*heads, 'least time, ms', 'of the peak', 'to change'], rows)
+
+
+def milliseconds(seconds: float) -> str:
+    return f'{1e3 * seconds:,.3g}' if seconds < 1 else f'{1e3 * seconds:,.0f}'
+
+
 def shown_command(command: str) -> str:
     return command.partition(' --out=')[0]
 
@@ -261,6 +304,8 @@ def make(kind: str, names: list[str]) -> str:
         return modes(result('systems'))
     if kind == 'published':
         return published(result('published'))
+    if kind == 'slices':
+        return slices(result(names[0]), names[1])
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')

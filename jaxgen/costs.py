@@ -140,10 +140,14 @@ def kind_of_product(one: Instruction, met: list[int], window: dict, out: Shape, 
 
 
 class Accounts:
-    """The costs of a program's instructions and computations on a chip."""
+    """The costs of a program's instructions and computations on a chip.
+
+    A program compiled for TPUs that stands in for one of a GPU (`chip.wraps` is 0) is counted without tiles and without
+    memory on the chip: what lies there is read from main memory, and copies to it are none.
+    """
 
     def __init__(self, program: Program, chip: Chip):
-        self.program, self.chip = program, chip
+        self.program, self.chip, self.tiles = program, chip, bool(chip.wraps)
         self.users_of: dict[str, dict[str, list[tuple[Instruction, int]]]] = {}
         self.seconds_of = functools.cache(self.computation_seconds)
         self.products_of = functools.cache(self.products)
@@ -171,6 +175,22 @@ class Accounts:
 
     # --- bytes
 
+    def size(self, shape: Shape) -> int:
+        """Bytes of an array."""
+        return shape.stored if self.tiles else shape.bytes
+
+    def counts(self, shape: Shape) -> bool:
+        """Whether reading or writing an array costs main memory."""
+        return not self.tiles or shape.in_main_memory
+
+    def stored(self, shape: Shape) -> int:
+        """Bytes in main memory."""
+        return self.size(shape) if self.counts(shape) else 0
+
+    def is_prefetch(self, given: list[Shape], results: tuple[Shape, ...]) -> bool:
+        """Whether a copy is one between memories, in a program that stands in for one of a GPU."""
+        return not self.tiles and len({shape.in_main_memory for shape in (*given, *results) if shape.dims}) > 1
+
     def users(self, name: str) -> dict[str, list[tuple[Instruction, int]]]:
         """{instruction: those that read it, and as which operand} of a computation."""
         if name not in self.users_of:
@@ -189,7 +209,7 @@ class Accounts:
             if user.opcode == 'bitcast':
                 total += self.read(computation, user.name, whole)
             elif user.opcode in READS_PARTS and place == 0:
-                total += sum(shape.stored for shape in user.shapes)
+                total += sum(map(self.size, user.shapes))
             elif user.opcode == 'fusion':
                 (inner,) = self.called(user)
                 total += self.read(inner, parameters(self.program.computations[inner])[place], whole)
@@ -203,11 +223,11 @@ class Accounts:
         root = next(one for one in body.values() if one.root)
         results = [body[name] for name in root.operands] if root.opcode == 'tuple' else [root]
         if len(results) != len(shapes):  # nested tuples
-            return sum(stored(shape) for shape in shapes)
+            return sum(map(self.stored, shapes))
         return sum(
             self.written_one(computation, result, shape)
             for result, shape in zip(results, shapes, strict=True)
-            if shape.in_main_memory
+            if self.counts(shape)
         )
 
     def written_one(self, computation: str, result: Instruction, shape: Shape) -> int:
@@ -215,13 +235,13 @@ class Accounts:
         while result.opcode == 'bitcast' and result.operands[0] in body:
             result = body[result.operands[0]]
         if result.opcode == 'dynamic-update-slice':
-            return min(body[result.operands[1]].shapes[0].stored, shape.stored)
+            return min(self.size(body[result.operands[1]].shapes[0]), self.size(shape))
         if result.opcode == 'scatter':
-            return min(2 * body[result.operands[-1]].shapes[0].stored, shape.stored)
+            return min(2 * self.size(body[result.operands[-1]].shapes[0]), self.size(shape))
         if result.opcode == 'fusion':
             (inner,) = self.called(result)
-            return min(self.written(inner, (shape,)), shape.stored)
-        return 0 if result.opcode == 'parameter' or hands_on(result) else shape.stored
+            return min(self.written(inner, (shape,)), self.size(shape))
+        return 0 if result.opcode == 'parameter' or hands_on(result) else self.size(shape)
 
     def bytes(self, body: dict[str, Instruction], one: Instruction) -> int:
         """Bytes of main memory that an instruction reads and writes."""
@@ -229,33 +249,35 @@ class Accounts:
             return 0
         given = [shape for name in one.operands if name in body for shape in body[name].shapes]
         results, opcode = one.shapes, one.opcode
+        if opcode.removesuffix('-start') == 'copy' and self.is_prefetch(given, results):
+            return 0
         if opcode.endswith('-start'):
             opcode = opcode.removesuffix('-start')
             if opcode in ('copy', *collectives.KINDS):  # their result holds the operand
-                return sum(map(stored, one.shapes))
+                return sum(map(self.stored, one.shapes))
             results = results[len(given) :]
             wrapped = [self.program.computations[name] for name in self.called(one)]
             opcode = next((i.opcode for body_ in wrapped for i in body_.values() if i.root), opcode)
         if opcode == 'fusion' and (called := self.called(one)):
             if starts_collective(self.program.computations[called[0]]):
-                return sum(map(stored, results))  # the operand is one of these
+                return sum(map(self.stored, results))  # the operand is one of these
             names = parameters(self.program.computations[called[0]])
             read = sum(
-                self.read(called[0], name, body[operand].shapes[0].stored)
+                self.read(called[0], name, self.size(body[operand].shapes[0]))
                 for name, operand in zip(names, one.operands, strict=False)
-                if operand in body and body[operand].shapes and body[operand].shapes[0].in_main_memory
+                if operand in body and body[operand].shapes and self.counts(body[operand].shapes[0])
             )
             return read + self.written(called[0], results)
         if opcode in READS_PARTS:
-            parts = sum(shape.stored for shape in results)
-            read = min(parts, sum(map(stored, given[:1])))
-            return read + sum(map(stored, given[1:])) + sum(map(stored, results))
+            parts = sum(map(self.size, results))
+            read = min(parts, sum(map(self.stored, given[:1])))
+            return read + sum(map(self.stored, given[1:])) + sum(map(self.stored, results))
         if opcode == 'dynamic-update-slice':
             update = given[1:2]
-            return sum(map(stored, update)) + (sum(s.stored for s in update) if results[0].in_main_memory else 0)
+            return sum(map(self.stored, update)) + (sum(map(self.size, update)) if self.counts(results[0]) else 0)
         if opcode == 'scatter':
-            return sum(map(stored, given[len(given) // 3 :])) + 2 * sum(map(stored, given[-1:]))
-        return sum(map(stored, given)) + sum(map(stored, results))
+            return sum(map(self.stored, given[len(given) // 3 :])) + 2 * sum(map(self.stored, given[-1:]))
+        return sum(map(self.stored, given)) + sum(map(self.stored, results))
 
     # --- time
 
@@ -294,11 +316,6 @@ class Accounts:
             else:
                 total += self.seconds(body, one)
         return total
-
-
-def stored(shape: Shape) -> int:
-    """Bytes in main memory."""
-    return shape.stored if shape.in_main_memory else 0
 
 
 def is_free(one: Instruction) -> bool:

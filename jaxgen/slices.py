@@ -83,6 +83,16 @@ def cube(n: int) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
+def chips_of(name: str) -> int:
+    """The number of chips of a slice by its name, without a compiler.
+
+    Raises:
+      UserError: it is no name of a slice.
+    """
+    _, shape, slices = parse(name)
+    return math.prod(shape) * slices
+
+
 def check_installed() -> None:
     """Raises UserError where the compiler is missing."""
     if importlib.util.find_spec('libtpu') is None:
@@ -108,23 +118,32 @@ def find(name: str) -> Slice:
     Raises:
       UserError: there is no such slice, or no compiler.
     """
+    kind, shape, slices = parse(name)
+    if kind in chips.GPUS:
+        stands_in = f'{STAND_IN}:{"x".join(map(str, cube(shape[0])))}'
+        return Slice(name, chips.GPUS[kind], shape, topology_devices(stands_in), stands_in)
+    return Slice(name, chips.TPUS[kind], shape, topology_devices(name.partition('*')[0], slices))
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...], int]:
+    """(kind of chip, lengths of a slice, number of slices) of a name.
+
+    Raises:
+      UserError: there can be no such slice.
+    """
     parts = NAME.fullmatch(name)
     if not parts or parts[1] not in chips.CHIPS:
         raise UserError(f'--topology={name}: no such slice: there are {KNOWN}')
-    chip, shape = chips.CHIPS[parts[1]], tuple(int(n) for n in parts[2].split('x'))
-    slices = int(parts[3] or 1)
-    if parts[1] in chips.GPUS:
-        if len(shape) > 1 or slices > 1 or shape[0] > chip.most:
-            raise UserError(f'--topology={name}: GPUs are named by their number, {parts[1]}:8, at most {chip.most}')
-        stands_in = f'{STAND_IN}:{"x".join(map(str, cube(shape[0])))}'
-        return Slice(name, chip, shape, topology_devices(stands_in), stands_in)
+    kind, shape, slices = parts[1], tuple(int(n) for n in parts[2].split('x')), int(parts[3] or 1)
+    chip = chips.CHIPS[kind]
+    if kind in chips.GPUS and (len(shape) > 1 or slices > 1 or shape[0] > chip.most):
+        raise UserError(f'--topology={name}: GPUs are named by their number, {kind}:8, at most {chip.most}')
     if len(shape) != chip.axes or math.prod(shape) > chip.most:
         raise UserError(
-            f'--topology={name}: no such slice, {parts[1]} have {chip.axes} lengths and at most {chip.most} chips: '
+            f'--topology={name}: no such slice, {kind} have {chip.axes} lengths and at most {chip.most} chips: '
             f'there are {KNOWN}'
         )
-    text = parts[0].partition('*')[0]
-    return Slice(name, chip, shape, topology_devices(text, slices))
+    return kind, shape, slices
 
 
 def topology_devices(name: str, slices: int = 1) -> list:
@@ -246,7 +265,7 @@ def compile_program(program: Any, arguments: tuple, where: Slice, a: assembly.As
         if where.stands_in:
             nodes = {i // chips.IN_ONE_NODE for i in group or range(n)}
             return chips.group_rate(where.chip, [], where.shape, len(nodes) == 1)
-        joined = len({device.slice_index or 0 for device in members}) == 1
+        joined = len({getattr(device, 'slice_index', 0) for device in members}) == 1
         return chips.group_rate(where.chip, [device.coords for device in members], where.shape, joined)
 
     weights = {tuple(leaf.shape) for leaf in jax.tree.leaves((a.abstract.params, a.abstract.ema, a.frozen))}

@@ -237,3 +237,19 @@ def test_links_of_a_group():
     assert chips.group_rate(h100, [(i,) for i in range(8)], (8,)) == 450e9
     assert chips.group_rate(h100, [(i,) for i in range(16)], (16,), joined=False) == 50e9
     assert chips.group_rate(v5e, block, (4, 4), joined=False) == 6.4e12 / 8 / 256, 'that of a pod, by its chips'
+
+
+def test_a_gpu_has_no_tiles_and_no_memory_on_the_chip():
+    """What is prefetched onto a TPU's chip is read from main memory once, by the instruction that needs it."""
+    text = """\
+ENTRY %main (w: f32[100,200], x: f32[50,100]) -> f32[50,200] {
+  %w = f32[100,200]{1,0:T(8,128)} parameter(0)
+  %x = f32[50,100]{1,0:T(8,128)} parameter(1)
+  %start = (f32[100,200]{1,0:T(8,128)S(1)}, f32[100,200]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %done = f32[100,200]{1,0:T(8,128)S(1)} copy-done(%start)
+  ROOT %xw = f32[50,200]{1,0:T(8,128)} convolution(%x, %done), dim_labels=bf_io->bf
+}
+"""
+    tpu, gpu = costs.costs(text, CHIP), costs.costs(text, CHIP._replace(wraps=0))
+    assert tpu.bytes == {'matmul': 4 * 56 * (128 + 256), 'copy': 4 * 104 * 256}
+    assert gpu.bytes == {'matmul': 4 * (100 * 200 + 50 * 100 + 50 * 200)}
