@@ -18,7 +18,7 @@ from jaxgen import collectives, describe
 from jaxgen.chips import Chip
 from jaxgen.collectives import Collective, Instruction, Program, Shape
 
-CLASSES = ('convolution', 'matmul', 'fusion', 'copy', 'collective', 'other')
+CLASSES = ('convolution', 'matmul', 'kernel', 'fusion', 'copy', 'collective', 'other')
 # They compute nothing, and move nothing: names of what is there.
 FREE = {
     *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'add-dependency', 'domain'),
@@ -30,16 +30,18 @@ MOVES = {
     *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'copy', 'transpose', 'reshape', 'slice', 'pad'),
     *('dynamic-slice', 'dynamic-update-slice', 'concatenate', 'broadcast', 'reverse', 'gather', 'convert', 'fusion'),
 }
+KERNEL = '"tpu_custom_call"'  # the target of a kernel of one's own
+ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')  # by who wrote the kernel
 PASSES = {'default': 1, 'high': 3, 'highest': 6}  # of bfloat16 in one product of float32
 WINDOW = re.compile(r'\bwindow=\{([^}]*)\}')
 LABELS = re.compile(r'\bdim_labels=(\w+)_(\w+)->(\w+)')
 
 
 class Product(NamedTuple):
-    """A matrix product or a convolution."""
+    """A matrix product, a convolution, or those of a kernel."""
 
     flops: int
-    kind: str  # convolution | matmul
+    kind: str  # convolution | matmul | kernel
     dtype: str
     passes: int
 
@@ -96,6 +98,9 @@ def window_of(text: str, axes: int) -> dict[str, list]:
 def product(body: dict[str, Instruction], one: Instruction) -> Product | None:
     """The operations of a matrix product or a convolution; None of other instructions. Two for each pair of elements
     that meet: padding, and zeros put in by dilation, are no work."""
+    if one.opcode == 'custom-call' and KERNEL in one.text and (found := ESTIMATE.search(one.text)):
+        given = [body[name].shapes[0].dtype for name in one.operands if name in body and body[name].shapes]
+        return Product(int(found[1]), 'kernel', given[0] if given else 'bf16', 1)
     if one.opcode not in ('dot', 'convolution') or any(name not in body for name in one.operands[:2]):
         return None
     left, right = (body[name].shapes[0] for name in one.operands[:2])
@@ -286,6 +291,8 @@ class Accounts:
         if made := self.products_in(body, one):
             return max(made, key=lambda p: p.flops).kind
         opcode = one.opcode.removesuffix('-start')
+        if opcode == 'custom-call' and KERNEL in one.text:
+            return 'kernel'
         if opcode in collectives.KINDS:
             return 'collective'
         inside = [i for name in self.called(one) for i in self.program.computations.get(name, {}).values()]

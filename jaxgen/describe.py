@@ -64,6 +64,13 @@ def convolution_flops(eqn) -> int:
     return 2 * batch * features * kernel[where.rhs_spec[1]] * math.prod(taps(*axis) for axis in axes)
 
 
+def repetitions(eqn) -> int:
+    """How often the jaxprs of an equation run: a scan's, and a kernel's for each element of its grid."""
+    if eqn.primitive.name == 'pallas_call':
+        return math.prod(n for n in eqn.params['grid_mapping'].grid if isinstance(n, int))
+    return eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+
+
 def flops(jaxpr: core.Jaxpr) -> int:
     """Multiplications and additions of the matrix products and convolutions of a jaxpr, two per pair.
 
@@ -87,7 +94,7 @@ def flops(jaxpr: core.Jaxpr) -> int:
             if name == 'cond':
                 total += max(inner, default=0)
             else:
-                total += sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
+                total += sum(inner) * repetitions(eqn)
     return total
 
 

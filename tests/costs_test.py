@@ -253,3 +253,16 @@ ENTRY %main (w: f32[100,200], x: f32[50,100]) -> f32[50,200] {
     tpu, gpu = costs.costs(text, CHIP), costs.costs(text, CHIP._replace(wraps=0))
     assert tpu.bytes == {'matmul': 4 * 56 * (128 + 256), 'copy': 4 * 104 * 256}
     assert gpu.bytes == {'matmul': 4 * (100 * 200 + 50 * 100 + 50 * 200)}
+
+
+def test_a_kernel_costs_what_its_author_estimates_and_its_arrays():
+    text = """\
+ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %y = bf16[64,128]{1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"5000000000","bytes_accessed":"1"}}}
+}
+"""
+    found = costs.costs(text, CHIP)
+    assert (found.flops, found.bytes) == (5_000_000_000, {'kernel': 2 * 2 * 64 * 128})
+    assert found.computing == pytest.approx(5e9 / 1e12)

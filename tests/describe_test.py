@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 
 from jaxgen.describe import flops
 
@@ -106,6 +107,20 @@ def test_a_scan_counts_as_often_as_it_runs():
 
     assert count(lambda x: jax.lax.scan(body, x, None, 6)[0], (4, 4)) == 6 * 2 * 4**3
     assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y, lambda y: y, x), (4, 4)) == 2 * 4**3
+
+
+def test_a_kernel_counts_for_each_element_of_its_grid():
+    def kernel(x, w, o):
+        o[...] = x[...] @ w[...]
+
+    def f(x, w):
+        x_spec, w_spec, out = (pallas.BlockSpec(s, i) for s, i in (
+            ((16, 32), lambda i: (i, 0)), ((32, 8), lambda i: (0, 0)), ((16, 8), lambda i: (i, 0))
+        ))  # fmt: skip
+        shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+        return pallas.pallas_call(kernel, shape, grid=(4,), in_specs=[x_spec, w_spec], out_specs=out)(x, w)
+
+    assert count(f, (64, 32), (32, 8)) == 2 * 64 * 32 * 8
 
 
 def test_gradient_of_a_network_is_twice_its_value():
