@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.attention import SelfAttention
+from jaxgen.networks.attention import SelfAttention, attend
 from jaxgen.networks.embeddings import cosines_first
 from jaxgen.networks.fields import Channels, GroupSize, RealMultipliers
 from jaxgen.networks.layers import Conv, Dense, Embed, GroupNorm, downsample_mean, upsample_nearest, variance_scaling
@@ -233,7 +233,7 @@ class AttentionPool(nn.Module):
         start = nn.initializers.normal(channels**-0.5)
         x = x + self.param('positions', start, (1 + height * width, channels))
         qkv = Dense(3 * channels, init=INIT, name='qkv')(x).reshape(n, -1, 3, self.heads, channels // self.heads)
-        h = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, 1, heads, C / heads]
+        h = attend(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, 1, heads, C / heads]
         return Dense(self.features, init=INIT, name='out')(h.reshape(n, channels))
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jaxgen.losses.matching import LOW
+from jaxgen.networks.attention import attend
 from jaxgen.networks.gan import ProjectionHead, concat_condition
 from jaxgen.networks.layers import BatchNorm, Conv, Dense, GroupNorm, upsample_nearest
 
@@ -76,9 +76,9 @@ class WordAttention(nn.Module):
     def __call__(self, x: Array, words: Array, mask: Array) -> Array:
         chex.assert_shape(words, (len(x), *mask.shape[1:], None))
         e = Dense(x.shape[-1], bias=False, init=INIT, dtype=self.dtype, name='words')(words)
-        logits = jnp.einsum('nhwc,ntc->nhwt', x, e).astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, LOW))
-        return jnp.einsum('nhwt,ntc->nhwc', weights.astype(self.dtype), e)
+        e = e[:, :, None]
+        h = attend(x.reshape(len(x), -1, 1, x.shape[-1]), e, e, mask=mask[:, None, None], scale=1)
+        return h.reshape(x.shape)
 
 
 class Augmented(nn.Module):

@@ -24,7 +24,7 @@ _forward_mode = False
 
 @contextlib.contextmanager
 def forward_mode():
-    """A context in which convolutions have JAX's own derivatives, so that `jax.jvp` of a network works.
+    """A context in which convolutions and attention have JAX's own derivatives, so that `jax.jvp` of a network works.
 
     A function with a custom gradient has no other derivative.
     """
@@ -34,6 +34,11 @@ def forward_mode():
         yield
     finally:
         _forward_mode = before
+
+
+def in_forward_mode() -> bool:
+    """Whether functions with a custom gradient are to be avoided, for `jax.jvp`."""
+    return _forward_mode
 
 
 def _plain(x: Array, w: Array, window) -> Array:

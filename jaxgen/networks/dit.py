@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.networks.attention import attend, keep
 from jaxgen.networks.embeddings import cosines_first
 from jaxgen.networks.layers import Dense, Embed, LayerNorm, from_patches, to_patches
 from jaxgen.options import Count, Positive, Rate, Rule
@@ -54,7 +55,7 @@ class Block(nn.Module):
         h = LayerNorm(affine=False, dtype=self.dtype, name='norm1')(x) * (1 + scale1) + shift1
         qkv = Dense(3 * channels, dtype=self.dtype, name='qkv')(h)
         qkv = qkv.reshape(n, tokens, 3, self.heads, channels // self.heads)
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, T, heads, C / heads]
+        h = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, T, heads, C / heads]
         h = Dense(channels, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
         x = x + gate1 * nn.Dropout(self.dropout, deterministic=not self.train)(h)
 
@@ -143,10 +144,11 @@ class DiT(nn.Module):
         h = h if tokens is None else jnp.concatenate([h, tokens.astype(h.dtype)], 1)
 
         # What a scan keeps for the backward pass it has to copy into stacks. Keeping the products of the
-        # dense layers alone, and doing the cheap rest twice, takes less time on CPUs and half the memory.
-        keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # dense layers alone, and doing the cheap rest twice, takes less time on CPUs and half the memory. Flash
+        # attention on accelerators is not done twice.
+        kept = None if self.remat else keep
         stack = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=keep),
+            nn.remat(Block, prevent_cse=False, policy=kept),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=nn.broadcast,

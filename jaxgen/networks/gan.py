@@ -31,6 +31,7 @@ from einops import rearrange
 from jaxgen.checks import check_size
 from jaxgen.errors import UserError
 from jaxgen.imports import OwnToo
+from jaxgen.networks.attention import attend
 from jaxgen.networks.layers import (
     BatchNorm,
     Conv,
@@ -240,9 +241,9 @@ class Attention(nn.Module):
             return rearrange(max_pool(h) if pool else h, 'n h w c -> n (h w) c')
 
         query, key, value = project('query', 8, False), project('key', 8, True), project('value', 2, True)
-        logits = jnp.einsum('nqc,nkc->nqk', query, key).astype(jnp.float32)
-        h = jnp.einsum('nqk,nkc->nqc', jax.nn.softmax(logits).astype(self.dtype), value)
-        h = rearrange(h, 'n (h w) c -> n h w c', h=x.shape[1])
+        # Gradient penalties take second derivatives.
+        h = attend(query[:, :, None], key[:, :, None], value[:, :, None], scale=1, kernels=False)
+        h = rearrange(h, 'n (h w) 1 c -> n h w c', h=x.shape[1])
         h = Dense(features, bias=False, init=self.kernel_init, dtype=self.dtype, name='out')(h)
         gain = self.param('gain', nn.initializers.zeros, ())
         return x + gain.astype(self.dtype) * h

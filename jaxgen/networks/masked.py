@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxgen.networks.attention import attend
 from jaxgen.networks.convolution import convolve
 from jaxgen.networks.layers import Dense, variance_scaling
 
@@ -351,7 +352,7 @@ class CausalAttention(nn.Module):
             for name, inputs in (('q', x), ('k', memory), ('v', memory))
         )  # [n, HW, heads, C / heads]
         if position is None:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            out = attend(q, k, v, causal=True)
         else:
             count = position.height * position.width
             pixel = position.i * position.width + position.j

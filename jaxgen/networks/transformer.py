@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import chex
@@ -14,19 +13,12 @@ import numpy as np
 
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
+from jaxgen.networks.attention import attend
 from jaxgen.networks.layers import Dense, Embed, LayerNorm
 
 Array = jax.Array
 
 NORMAL = nn.initializers.normal(0.02)
-
-
-def dropped_attention(q: Array, k: Array, v: Array, causal: bool, drop) -> Array:
-    """Attention [n, T, heads, C / heads] with dropout `drop` of its weights [n, heads, T, T] (Vaswani et al. 2017)."""
-    logits = jnp.einsum('nqhc,nkhc->nhqk', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    if causal:
-        logits = jnp.where(jnp.tri(q.shape[1], dtype=bool), logits, -jnp.inf)
-    return jnp.einsum('nhqk,nkhc->nqhc', drop(jax.nn.softmax(logits)).astype(v.dtype), v)
 
 
 class Block(nn.Module):
@@ -67,9 +59,9 @@ class Block(nn.Module):
         qkv = Dense(3 * channels, init=NORMAL, dtype=self.dtype, name='qkv')(h)
         q, k, v = einops.rearrange(qkv, 'n t (qkv heads c) -> qkv n t heads c', qkv=3, heads=self.heads)
         if self.attention_dropout and self.train:
-            h = dropped_attention(q, k, v, self.causal, nn.Dropout(self.attention_dropout, deterministic=False))
+            h = attend(q, k, v, causal=self.causal, drop=nn.Dropout(self.attention_dropout, deterministic=False))
         elif cache is None:
-            h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)  # [n, T, heads, C / heads]
+            h = attend(q, k, v, causal=self.causal)  # [n, T, heads, C / heads]
         else:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.networks.attention import attend
 from jaxgen.networks.layers import Dense, Embed, LayerNorm, look_up
 
 Array = jax.Array
@@ -106,7 +107,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
             cache = k, v
-        h = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)  # [n, T, heads, C / heads]
+        h = attend(q, k, v, mask=mask, scale=scale)  # [n, T, heads, C / heads]
         h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
         h = Dense(channels, init=last, dtype=self.dtype, name='out')(h)
         x = x + branch(gate1 * h)
@@ -194,7 +195,7 @@ class VARTransformer(nn.Module):
             name='blocks',
         )  # fmt: skip
         # A cache holds coarser scales alone, and every token attends to all of them.
-        mask = None if cache is not None else (scale_of[:, None] >= scale_of)[None, None]  # [1, 1, T, T]
+        mask = None if cache is not None else scale_of[:, None] >= scale_of  # [T, T]
         x, new = stack(x, cache, jnp.linspace(0, self.drop_path, self.blocks), modulation, mask)
 
         half = nn.initializers.normal(0.5 * std)

@@ -18,10 +18,10 @@ from jaxgen.config import DEFAULTS
 from jaxgen.contract import Family, Latents
 from jaxgen.errors import UserError
 from jaxgen.families import maskgit, transformer
+from jaxgen.networks.attention import attend
 from jaxgen.networks.transformer import (
     CausalTransformer,
     MaskedTransformer,
-    dropped_attention,
     filtered,
     flatten,
     unflatten,
@@ -115,14 +115,14 @@ def test_dropout_of_attention(causal):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.float32) for _ in range(3))
     plain = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    np.testing.assert_allclose(dropped_attention(q, k, v, causal, lambda w: w), plain, atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v, causal=causal, drop=lambda w: w), plain, atol=1e-5)
     keep = rng.integers(0, 2, (2, 3, 5, 5)) / 0.5
     slow = np.zeros((2, 5, 3, 4))
     for n, h, i in itertools.product(range(2), range(3), range(5)):
         keys = range(i + 1 if causal else 5)
         w = np.exp([float(q[n, i, h] @ k[n, j, h]) / 2 for j in keys])
         slow[n, i, h] = sum(a * keep[n, h, i, j] * v[n, j, h] for j, a in zip(keys, w / w.sum(), strict=True))
-    np.testing.assert_allclose(dropped_attention(q, k, v, causal, lambda w: w * keep), slow, atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v, causal=causal, drop=lambda w: w * keep), slow, atol=1e-5)
 
 
 @pytest.mark.parametrize('make', [CausalTransformer, MaskedTransformer])
