@@ -20,15 +20,22 @@ ZEROS = nn.initializers.zeros
 NORMAL = nn.initializers.normal(0.02)
 
 
-def position_embedding(height: int, width: int, features: int) -> np.ndarray:
+def position_embedding(
+    height: int, width: int, features: int, first: tuple[float, float] = (0.0, 0.0), unit: float = 1.0
+) -> np.ndarray:
     """Fixed table of the positions on a grid, row by row: float32 [height * width, features].
 
-    The first half of the features tells the column, the second the row, each by sines, then cosines,
+    The first half of the features are those of the column, the second of the row, each sines, then cosines,
     at frequencies 10000 ** (-i / (features / 4)). `features` is a multiple of 4.
+
+    Args:
+      first: position of the first row and column.
+      unit: rows or columns that are one unit of position.
     """
     quarter = features // 4
     frequencies = 10_000.0 ** (-np.arange(quarter) / quarter)
-    row, column = np.indices((height, width)).reshape(2, -1, 1) * frequencies  # [height * width, features / 4]
+    places = np.indices((height, width)).reshape(2, -1, 1) / unit + np.reshape(first, (2, 1, 1))
+    row, column = places * frequencies  # [height * width, features / 4]
     table = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], -1)
     return table.astype(np.float32)
 

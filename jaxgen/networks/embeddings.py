@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxgen.networks.layers import Dense
 
 Array = jax.Array
 
@@ -43,3 +47,15 @@ def cosines_first(t: Array, features: int, longest: float = 10_000.0, freq_shift
     half = features // 2
     angles = t.astype(jnp.float32)[:, None] * jnp.exp(jnp.arange(half) * (-math.log(longest) / (half - freq_shift)))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+class VectorEmbedding(nn.Module):
+    """A vector [n, d] by two layers to [n, features]: of pooled texts, times, sizes."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = Dense(self.features, dtype=self.dtype, name='linear1')(x.astype(self.dtype))
+        return Dense(self.features, dtype=self.dtype, name='linear2')(nn.silu(h))

@@ -5,6 +5,7 @@ up to its name in the file, and a list of layouts. In a name
 
     to_{q,k,v}      stands for several tensors that are one array here, joined along the output axis
     blocks.*        for as many tensors as the first axis of our array has, which is the depth of a scan
+    blocks.*+13     the same, numbered from 13 on
     blocks.@        for copies of one tensor, `Table.copies` of them
 
 A layout is an einops pattern, from the file's axes to ours, in which the tensors of several names have one axis more in
@@ -151,10 +152,13 @@ def with_axes(pattern: str, joined: int, depth: int) -> tuple[str, dict[str, int
 
 def expand(name: str, depth: int) -> list[str]:
     """The names that a name with a star and braces stands for, depth first."""
-    alternatives = [
-        part[1:-1].split(',') if part.startswith('{') else map(str, range(depth)) if part == '*' else [part]
-        for part in re.split(r'(\{[^}]*\}|\*)', name)
-    ]
+    alternatives: list[Iterable[str]] = []
+    for part in re.split(r'(\{[^}]*\}|\*(?:\+\d+)?)', name):
+        if part.startswith('*'):
+            first = int(part[1:] or 0)
+            alternatives.append(map(str, range(first, first + depth)))
+        else:
+            alternatives.append(part[1:-1].split(',') if part.startswith('{') else [part])
     return [''.join(parts) for parts in itertools.product(*alternatives)]
 
 

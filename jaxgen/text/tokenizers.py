@@ -1,0 +1,321 @@
+"""Tokenizers: from texts to the numbers that a text encoder embeds, on the host, by the `tokenizers` library.
+
+Three kinds of files are read, as the hub's folders hold them:
+
+    vocab.json, merges.txt   byte-pair encoding of CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.4), or of a
+                             vocabulary trained here on captions
+    tokenizer.json           any tokenizer of the library, T5's among them
+    spiece.model             SentencePiece's unigrams of T5 (Raffel et al. 2020, arXiv 1910.10683)
+
+They come from strangers and are data; nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from jaxgen.errors import UserError
+
+START, END = '<|startoftext|>', '<|endoftext|>'
+# Contractions, letters, single digits and runs of other characters: each is cut into pairs by itself.
+WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+WORD_END = '</w>'
+EXTRA = 100  # sentinels that T5's tokenizer has behind the pieces of its file
+LARGEST = 64 * 2**20  # bytes of a tokenizer's file
+LONGEST = 4096  # tokens of a text that a tokenizer may be made for
+TRAINED = 100_000  # texts at most that a vocabulary is trained on
+SPECIAL = {'bos_token', 'eos_token', 'pad_token', 'unk_token'}
+
+
+class Tokens(NamedTuple):
+    """Texts as numbers."""
+
+    ids: np.ndarray  # int32 [n, length], padded at the end
+    lengths: np.ndarray  # int32 [n]: of each text, its start and end included
+    cut: int  # of the texts were longer, and lost their last tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Texts to `Tokens`; made by `from_folder` or `train`.
+
+    Attributes:
+      length: tokens of every text, start and end included.
+      pad: number behind the end of a text.
+      end: number of the last token of a text; None: texts have none.
+      files: contents of the files that `from_folder` makes the same tokenizer of, by name.
+    """
+
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    length: int
+    pad: int
+    end: int | None
+    files: dict[str, bytes] = dataclasses.field(repr=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens are numbers from 0 to vocabulary - 1."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """The tokens of texts; longer ones keep their first tokens and their end."""
+        ids = np.full((len(texts), self.length), self.pad, np.int32)
+        lengths, cut = np.zeros(len(texts), np.int32), 0
+        for row, text in enumerate(texts):
+            numbers = self.backend.encode(text).ids
+            if len(numbers) > self.length:
+                cut += 1
+                numbers = numbers[: self.length]
+                if self.end is not None:
+                    numbers[-1] = self.end
+            ids[row, : len(numbers)], lengths[row] = numbers, len(numbers)
+        return Tokens(ids, lengths, cut)
+
+    def with_length(self, length: int) -> Tokenizer:
+        """The same for texts of another number of tokens."""
+        if not 2 <= length <= LONGEST:
+            raise UserError(f'a tokenizer is for texts of 2 to {LONGEST} tokens, not {length}')
+        config = json.loads(self.files.get('tokenizer_config.json', b'{}')) | {'model_max_length': length}
+        files = {**self.files, 'tokenizer_config.json': json.dumps(config, indent=2).encode()}
+        return dataclasses.replace(self, length=length, files=files)
+
+    def save(self, folder: str) -> None:
+        """Writes the files that `from_folder` reads."""
+        os.makedirs(folder, exist_ok=True)
+        for name, content in self.files.items():
+            with open(os.path.join(folder, name), 'wb') as file:
+                file.write(content)
+
+
+def from_folder(folder: str, length: int = 0) -> Tokenizer:
+    """The tokenizer of a folder of the hub.
+
+    Args:
+      length: tokens of a text; 0: as tokenizer_config.json says.
+
+    Raises:
+      UserError: there is none, it is damaged, or nothing says the length.
+    """
+    names = ('vocab.json', 'merges.txt', 'tokenizer.json', 'spiece.model', 'tokenizer_config.json')
+    files = {}
+    for name in (*names, 'special_tokens_map.json'):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if os.path.getsize(path) > LARGEST:
+                raise UserError(f'{path}: {os.path.getsize(path):,} bytes are more than a tokenizer has')
+            with open(path, 'rb') as file:
+                files[name] = file.read()
+    kind = next((name for name in ('vocab.json', 'tokenizer.json', 'spiece.model') if name in files), '')
+    if not kind or (kind == 'vocab.json' and 'merges.txt' not in files):
+        missing = (
+            'merges.txt beside its vocab.json' if kind else 'vocab.json with merges.txt, tokenizer.json or spiece.model'
+        )
+        raise UserError(f'no tokenizer in {folder}: it has no {missing}')
+    try:
+        return of_files(files, kind, length)
+    except UserError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library's panics are no Exceptions
+        raise UserError(f'{os.path.join(folder, kind)}: no tokenizer ({" ".join(str(e).split())[:200]})') from e
+
+
+def of_files(files: dict[str, bytes], kind: str, length: int) -> Tokenizer:
+    """The tokenizer of these files' contents; `kind` names the one that holds its vocabulary."""
+    said = special_tokens(files)
+    if kind == 'vocab.json':
+        vocabulary = json.loads(files['vocab.json'])
+        said = {'bos_token': START, 'eos_token': END, 'pad_token': END, 'unk_token': END} | said
+        backend = pair_encoding(vocabulary, parse_merges(files['merges.txt'].decode()), said)
+    elif kind == 'tokenizer.json':
+        backend = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+        backend.no_padding()
+        backend.no_truncation()
+    else:
+        said = {'eos_token': '</s>', 'pad_token': '<pad>', 'unk_token': '<unk>'} | said
+        backend = unigrams(files['spiece.model'], said)
+    number = {name: backend.token_to_id(token) for name, token in said.items()}
+    for name in ('eos_token', 'pad_token'):
+        if name in said and number[name] is None:
+            raise UserError(f'the tokenizer has no token {said[name]!r}, which is its {name}')
+    end = number.get('eos_token')
+    if end is None:  # it is what an empty text ends with, if with anything
+        end = next(iter(backend.encode('').ids[-1:]), None)
+    pad = number.get('pad_token')
+    made = Tokenizer(backend, 0, next(n for n in (pad, end, 0) if n is not None), end, files)
+    said_length = json.loads(files.get('tokenizer_config.json', b'{}')).get('model_max_length')
+    if not length and not (isinstance(said_length, int) and 2 <= said_length <= LONGEST):
+        raise UserError('nothing says how many tokens a text has: model_max_length in tokenizer_config.json, or length')
+    return made.with_length(length or said_length)
+
+
+def special_tokens(files: dict[str, bytes]) -> dict[str, str]:
+    """{'eos_token': '</s>', ...} as tokenizer_config.json or, failing that, special_tokens_map.json says."""
+    said: dict[str, str] = {}
+    for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+        for key, token in json.loads(files.get(name, b'{}')).items():
+            token = token.get('content') if isinstance(token, dict) else token
+            if key in SPECIAL and isinstance(token, str):
+                said[key] = token
+    return said
+
+
+def parse_merges(text: str) -> list[tuple[str, str]]:
+    """Pairs of merges.txt, in their order; its first line may be a version's."""
+    pairs = []
+    for line in text.split('\n'):
+        parts = line.split(' ')
+        if len(parts) == 2 and not line.startswith('#version'):
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def pair_encoding(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], said: dict[str, str]
+) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding of small letters, a start before each text and an end behind it."""
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise UserError('vocab.json must number its tokens from 0, each number once')
+    model = models.BPE(vocabulary, merges, unk_token=said['unk_token'], end_of_word_suffix=WORD_END)
+    backend = tokenizers.Tokenizer(model)
+    space = normalizers.Replace(tokenizers.Regex(r'\s+'), ' ')
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    backend.pre_tokenizer = split_words()
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([said['bos_token'], said['eos_token'], said['pad_token']])
+    ends = {name: (said[name], backend.token_to_id(said[name])) for name in ('bos_token', 'eos_token')}
+    backend.post_processor = processors.RobertaProcessing(ends['eos_token'], ends['bos_token'], False, False)
+    return backend
+
+
+def split_words() -> pre_tokenizers.PreTokenizer:
+    """Words by `WORDS`, as bytes that are printable characters each."""
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior='removed', invert=True)
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def unigrams(file: bytes, said: dict[str, str]) -> tokenizers.Tokenizer:
+    """T5's tokenizer of a SentencePiece file: its unigrams, the sentinels <extra_id_99> to <extra_id_0>, an end."""
+    pieces, unknown, characters = read_sentencepiece(file)
+    pieces = [*pieces, *((f'<extra_id_{i}>', 0.0) for i in reversed(range(EXTRA)))]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    if characters:
+        backend.normalizer = normalizers.Precompiled(characters)
+    space = pre_tokenizers.Metaspace(replacement='\u2581', prepend_scheme='always', split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+    backend.decoder = decoders.Metaspace(replacement='\u2581', prepend_scheme='always', split=True)
+    backend.add_special_tokens([*(f'<extra_id_{i}>' for i in range(EXTRA)), *said.values()])
+    end = said['eos_token']
+    backend.post_processor = processors.TemplateProcessing(
+        single=['$A', end], special_tokens=[(end, backend.token_to_id(end))]
+    )
+    return backend
+
+
+def read_sentencepiece(file: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
+    """(pieces with their log-probabilities, number of the unknown one, table of the normaliser's characters) of a
+    SentencePiece model, by the fields of its protocol buffer.
+
+    Raises:
+      UserError: it is no such file, or of another algorithm than unigrams.
+    """
+    pieces, unknown, characters, algorithm = [], 0, b'', 1
+    for number, value in fields(file):
+        if number == 1:  # a piece: its text, score and type
+            piece = dict(fields(value))
+            score = np.frombuffer(piece.get(2, b'\0' * 4), '<f4')[0]
+            pieces.append((piece[1].decode(), float(score)))
+        elif number == 2:  # how it was trained
+            trained = dict(fields(value))
+            algorithm, unknown = trained.get(3, 1), trained.get(40, 0)
+        elif number == 3:  # the normaliser
+            characters = dict(fields(value)).get(2, b'')
+    if algorithm != 1 or not pieces:
+        raise UserError('spiece.model holds no unigrams, which T5 has')
+    return pieces, unknown, characters
+
+
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer's message: an int, or bytes of what is longer or not whole."""
+    view, at = memoryview(message), 0
+    while at < len(view):
+        key, at = varint(view, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            value, at = varint(view, at)
+            yield number, value
+            continue
+        if kind == 2:
+            size, at = varint(view, at)
+        else:
+            size = {1: 8, 5: 4}[kind]
+        if at + size > len(view):
+            raise ValueError('it ends too early')
+        yield number, bytes(view[at : at + size])
+        at += size
+
+
+def varint(view: memoryview, at: int) -> tuple[int, int]:
+    """(value, place behind it) of a number of protocol buffers."""
+    value = 0
+    for i in range(10):
+        value |= (view[at + i] & 127) << 7 * i
+        if view[at + i] < 128:
+            return value, at + i + 1
+    raise ValueError('a number of more than ten bytes')
+
+
+def train(texts: Iterable[str], vocabulary: int, length: int) -> Tokenizer:
+    """A byte-pair encoding of the form of CLIP's, trained on texts: the same for the same texts. It reads any text,
+    since each byte is a token.
+
+    Args:
+      texts: of which the first 100,000 are read.
+      vocabulary: tokens at most; 514 are the bytes, each within a word and as its end, and a text's start and end.
+      length: tokens of a text, start and end included.
+
+    Raises:
+      UserError: vocabulary is less than 514.
+    """
+    least = 2 * 256 + 2
+    if vocabulary < least:
+        raise UserError(f'a vocabulary has at least {least} tokens, not {vocabulary}')
+    backend = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = split_words()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, end_of_word_suffix=WORD_END, show_progress=False)
+    backend.train_from_iterator((text for text, _ in zip(texts, range(TRAINED), strict=False)), trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())['model']['merges']]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = dict.fromkeys([*alphabet, *(letter + WORD_END for letter in alphabet)])
+    kept = []
+    for first, second in merges:
+        if first in tokens and second in tokens and len(tokens) + 2 < vocabulary:
+            tokens[first + second] = None
+            kept.append(f'{first} {second}')
+    numbers = {token: i for i, token in enumerate([*tokens, START, END])}
+    config = {'model_max_length': length, 'bos_token': START, 'eos_token': END, 'pad_token': END, 'unk_token': END}
+    return of_files(
+        {
+            'vocab.json': json.dumps(numbers, ensure_ascii=False).encode(),
+            'merges.txt': '\n'.join(['#version: 0.2', *kept, '']).encode(),
+            'tokenizer_config.json': json.dumps({**config, 'tokenizer_class': 'CLIPTokenizer'}, indent=2).encode(),
+        },
+        'vocab.json',
+        0,
+    )
+
+
+def caption_text(caption: np.ndarray) -> str:
+    """The text of a caption as data sets hold it, uint8 [L] with zeros behind it."""
+    return re.sub('\0+$', '', bytes(caption).decode(errors='replace'))
