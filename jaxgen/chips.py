@@ -17,6 +17,7 @@ class Chip(NamedTuple):
       link: bytes a second in one direction of one link to a neighbour; of a GPU all its links together.
       wraps: length from which on an axis of the torus is closed to a ring; 0: no torus.
       network: bytes a second of one chip to other slices, or to GPUs of other nodes.
+      clock: cycles a second, from the peak and the size of the matrix units; 0: not used.
       axes: of the torus. most: chips of the largest slice.
       source: where the figures stand.
     """
@@ -28,6 +29,7 @@ class Chip(NamedTuple):
     bandwidth: float
     link: float
     network: float
+    clock: float
     wraps: int
     axes: int
     most: int
@@ -44,14 +46,14 @@ class Chip(NamedTuple):
 
 DOCS = 'cloud.google.com/tpu/docs/'
 TPUS = {
-    'v5e': Chip('TPU v5e', 197e12, 197e12, 16 * GIB, 819e9, 50e9, 3.125e9, 16, 2, 256, DOCS + 'v5e'),
-    'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 4, 3, 8960, DOCS + 'v5p'),
-    'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 16, 2, 256, DOCS + 'v6e'),
+    'v5e': Chip('TPU v5e', 197e12, 197e12, 16 * GIB, 819e9, 50e9, 3.125e9, 1.5e9, 16, 2, 256, DOCS + 'v5e'),
+    'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, 3, 8960, DOCS + 'v5p'),
+    'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 1.75e9, 16, 2, 256, DOCS + 'v6e'),
 }
 DATA_SHEET = "NVIDIA's data sheet, without sparsity"
 GPUS = {
-    'h100': Chip('H100 SXM', 989.4e12, 494.7e12, 80e9, 3350e9, 450e9, 50e9, 0, 1, 4096, DATA_SHEET),
-    'h200': Chip('H200 SXM', 989.4e12, 494.7e12, 141e9, 4800e9, 450e9, 50e9, 0, 1, 4096, DATA_SHEET),
+    'h100': Chip('H100 SXM', 989.4e12, 494.7e12, 80e9, 3350e9, 450e9, 50e9, 0, 0, 1, 4096, DATA_SHEET),
+    'h200': Chip('H200 SXM', 989.4e12, 494.7e12, 141e9, 4800e9, 450e9, 50e9, 0, 0, 1, 4096, DATA_SHEET),
 }
 CHIPS = {**TPUS, **GPUS}
 IN_ONE_NODE = 8  # GPUs that are joined by NVLink

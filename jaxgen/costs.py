@@ -32,6 +32,7 @@ MOVES = {
 }
 KERNEL = '"tpu_custom_call"'  # the target of a kernel of one's own
 ESTIMATE = re.compile(r'"cost_estimate":\s*\{"flops":\s*"?(\d+)')  # by who wrote the kernel
+CYCLES = re.compile(r'"estimated_cycles":\s*"(\d+)')
 PASSES = {'default': 1, 'high': 3, 'highest': 6}  # of bfloat16 in one product of float32
 WINDOW = re.compile(r'\bwindow=\{([^}]*)\}')
 LABELS = re.compile(r'\bdim_labels=(\w+)_(\w+)->(\w+)')
@@ -54,6 +55,7 @@ class Costs(NamedTuple):
       bytes: {class of instruction: bytes of main memory read and written}.
       seconds: {class of instruction: the least time of its instructions one after another}; what is sent is not in it.
       collectives: arrays sent. sending: {(carrier, kind): seconds}.
+      cycles: of the computation by the compiler's own estimate, where it writes one beside its instructions.
     """
 
     flops: int
@@ -61,6 +63,7 @@ class Costs(NamedTuple):
     seconds: dict[str, float]
     collectives: list[Collective]
     sending: dict[tuple[str, str], float]
+    cycles: int = 0
 
     @property
     def computing(self) -> float:
@@ -371,7 +374,7 @@ def costs(
     accounts = Accounts(module, chip)
     times = collectives.runs(module, accounts.seconds_of)
     fused = {name for body in module.computations.values() for one in body.values() for name in accounts.called(one)}
-    flops, moved, seconds = 0, Counter[str](), dict.fromkeys(CLASSES, 0.0)
+    flops, cycles, moved, seconds = 0, 0, Counter[str](), dict.fromkeys(CLASSES, 0.0)
     for name, body in module.computations.items():
         if not times[name] or name in fused:
             continue
@@ -379,6 +382,8 @@ def costs(
             if is_free(one):
                 continue
             which = accounts.class_of(body, one)
+            if estimate := CYCLES.search(one.text):
+                cycles += times[name] * int(estimate[1])
             flops += times[name] * sum(p.flops for p in accounts.products_in(body, one))
             moved[which] += times[name] * accounts.bytes(body, one)
             seconds[which] += times[name] * accounts.seconds(body, one)
@@ -390,4 +395,4 @@ def costs(
         key = (sent.carrier, sent.kind)
         sending[key] = sending.get(key, 0.0) + sent.sent / each
     order = {name: moved[name] for name in CLASSES if seconds[name]}
-    return Costs(flops, order, {name: seconds[name] for name in order}, found, sending)
+    return Costs(flops, order, {name: seconds[name] for name in order}, found, sending, cycles)

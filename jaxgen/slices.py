@@ -296,6 +296,7 @@ def in_numbers(cost: costs.Costs, chip: Chip, flops: int, n: int) -> dict[str, A
             'computing': cost.computing,
             'communicating': cost.communicating,
             'by_class': cost.seconds,
+            **({'compiler': cost.cycles / chip.clock} if chip.clock and cost.cycles else {}),
         },
         'fraction_of_peak': useful / cost.hidden if cost.hidden else 0.0,
     }
@@ -313,7 +314,8 @@ def advice(about: dict[str, Any], a: assembly.Assembled, update: bool) -> list[s
         used = about['memory']['used'] or 2 * limit
         cut = describe.size(a.abstract if update else (a.abstract.ema, a.frozen)) / fsdp
         if cut > limit / 4 and fsdp < n:
-            lines.append(f'raise config.mesh.fsdp to {min(n, fsdp * 2 ** math.ceil(math.log2(max(2, used / limit))))}')
+            enough = [d for d in range(2 * fsdp, n + 1) if n % d == 0 and d >= fsdp * used / limit]
+            lines.append(f'raise config.mesh.fsdp to {min(enough, default=n)}')
         if dtype == 'float32':
             lines.append('set config.train.dtype=bfloat16, which halves the activations')
         if update and not config.train.remat:
@@ -333,8 +335,8 @@ def advice(about: dict[str, Any], a: assembly.Assembled, update: bool) -> list[s
     activations = sum(row['seconds'] for (carrier, _), row in moved.items() if carrier == 'activations')
     if activations > 0.1 * seconds['computing'] and n > 1:
         lines.append(
-            f'{percent(activations / seconds["in_turn"])} of the time goes on sending activations: '
-            + ('lower config.mesh.fsdp' if fsdp > 1 else 'cut the batch alone over the chips')
+            f'{percent(activations / seconds["in_turn"])} of the time goes on sending activations'
+            + (': lower config.mesh.fsdp' if fsdp > 1 else ', which are of operations over the whole batch')
         )
     if seconds['communicating'] > seconds['computing']:
         lower = f'lower config.mesh.fsdp (now {fsdp}), ' if fsdp > 1 else ''
@@ -461,7 +463,8 @@ def program_text(one: dict[str, Any], name: str) -> list[str]:
             f'  time          at least {duration(seconds["least"])}, {duration(seconds["in_turn"])} with what is sent '
             f'in turn; {percent(one["fraction_of_peak"])} of the peak at most',
             f'  computing     {duration(seconds["computing"])}: '
-            + ', '.join(f'{which} {duration(s)}' for which, s in seconds['by_class'].items()),
+            + ', '.join(f'{which} {duration(s)}' for which, s in seconds['by_class'].items())
+            + (f"; {duration(seconds['compiler'])} by the compiler's estimate" if 'compiler' in seconds else ''),
             f'  HBM           {amount(total, "B")} a chip: '
             + ', '.join(f'{which} {amount(b, "B")}' for which, b in one['hbm_bytes'].items()),
         ]

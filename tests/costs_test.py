@@ -10,7 +10,7 @@ import pytest
 
 from jaxgen import chips, collectives, costs, describe
 
-CHIP = chips.Chip('a chip', 1e12, 1e12, 1e9, 1e9, 1e8, 1e7, 16, 2, 256, 'this test')
+CHIP = chips.Chip('a chip', 1e12, 1e12, 1e9, 1e9, 1e8, 1e7, 1e9, 16, 2, 256, 'this test')
 
 
 def compiled(f, *shapes, dtype=jnp.float32):
@@ -119,7 +119,7 @@ kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%start
   %flag = u32[]{:S(2)} get-tuple-element(%begin), index=2
   %gathered = bf16[200,200]{1,0:T(8,128)(2,1)S(1)} fusion(%w.2, %whole, %flag), kind=kCustom, calls=%end
   %row = f32[100,200]{1,0:T(8,128)} fusion(%stack, %gathered, %i), kind=kOutput, calls=%product, \
-metadata={op_name="jit(call)/while/body/dot_general"}
+metadata={op_name="jit(call)/while/body/dot_general"}, backend_config={"window_config":{"estimated_cycles":"500"}}
   %stack.2 = f32[6,100,200]{2,1,0:T(8,128)} fusion(%stack, %row, %i), kind=kLoop, calls=%update
   ROOT %next = (s32[]{:T(128)}, f32[6,100,200]{2,1,0:T(8,128)}, bf16[50,200]{1,0:T(8,128)(2,1)}) \
 tuple(%i, %stack.2, %w.2)
@@ -163,7 +163,7 @@ PART = 2 * 56 * 256  # of bf16[50,200]
 def test_bytes_operations_and_time_of_a_program_for_tpus():
     found = costs.costs(TPU, CHIP, weights=[(200, 200)], parts=[4])
     product = 2 * 100 * 200 * 200
-    assert found.flops == 6 * product
+    assert (found.flops, found.cycles) == (6 * product, 6 * 500)
     assert found.bytes == {
         'matmul': 6 * (ROW + ROW),  # a slice of the stack in, a row out; the weights are on the chip
         'copy': 6 * (ROW + ROW) + ROW,  # a row into the stack, in place; and the slice before the branches
