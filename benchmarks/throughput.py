@@ -36,7 +36,7 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.train import make_call
 
 
-def untrained_stage(path: str, mesh):
+def untrained_stage(path: str, mesh, dtype: str = ''):
     """assembly.restored_stage without a run: first weights, which are as fast as trained ones."""
     file = configs.named(path)
     if not file:

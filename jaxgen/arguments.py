@@ -15,8 +15,8 @@ from jaxgen import configs, interrupt, locks, options
 from jaxgen.errors import UserError
 
 MODES = (
-    *('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'compile', 'data', 'fields'),
-    'list',
+    *('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'compile', 'prepare'),
+    *('data', 'fields', 'list'),
 )
 
 
@@ -87,6 +87,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
   jaxgen --mode=compile --config=dit_imagenet256 --topology=v5e:4x4  what a TPU slice would take
+  jaxgen --mode=prepare --config=dit_imagenet256           what frozen stages make of the images, once
   jaxgen --mode=data --config=ddpm_digits                  counts, classes, a grid of images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
@@ -191,13 +192,14 @@ READS = {
     'pack': ('config', 'workdir', 'step', 'out'),
     'describe': ('config',),
     'compile': ('config', 'topology', 'out'),
+    'prepare': ('config', 'cache', 'multihost'),
     'data': ('config', 'workdir', 'out'),
     'fields': ('config',),
     'list': (),
     'import': ('config', 'workdir', 'from', 'names'),
     'export': ('config', 'workdir', 'weights', 'step', 'to', 'names'),
 }
-WITHOUT_RUN = ('train', 'describe', 'compile', 'data', 'fields', 'import')  # modes of a config
+WITHOUT_RUN = ('train', 'describe', 'compile', 'prepare', 'data', 'fields', 'import')  # modes of a config
 # Options in which ~ is the home directory; the config knows its own.
 PATHS = ('workdir', 'out', 'images', 'from', 'to', 'cache')
 
@@ -252,7 +254,7 @@ def say_mistake(e: UserError) -> int:
 # Modes that compute, and what they begin with.
 DOING = {
     **{'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'},
-    **{'import': 'importing', 'export': 'exporting', 'compile': 'compiling'},
+    **{'import': 'importing', 'export': 'exporting', 'compile': 'compiling', 'prepare': 'preparing'},
 }
 
 

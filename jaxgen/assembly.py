@@ -131,13 +131,16 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequenc
             )
 
 
-def restored_stage(path: str, mesh) -> tuple[Family, State, dict]:
-    """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages."""
-    assembled, state = restore(path, mesh=mesh)
+def restored_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
+    """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages.
+
+    dtype: that it computes in; '': that which it was trained in.
+    """
+    assembled, state = restore(path, {'train.dtype': dtype} if dtype else None, mesh=mesh)
     return assembled.family, state, assembled.frozen
 
 
-def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
+def abstract_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
     """The same as shapes and dtypes, of the run in `path` or, before there is one, of the config of that name.
 
     Raises:
@@ -150,6 +153,7 @@ def abstract_stage(path: str, mesh) -> tuple[Family, State, dict]:
         config, spec, _ = directory.read(path)
     else:
         config, spec = configs.load(file), None
+    config.train.dtype = dtype or config.train.dtype
     a = assemble(config, mesh, abstract_stage, spec)
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
@@ -172,7 +176,8 @@ def assemble(
     """The family of a config, with the stages that it stands on restored from their runs.
 
     Args:
-      stage: (run directory, mesh) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes will do.
+      stage: (run directory, mesh, dtype) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes
+        will do.
       spec: of the data, where the run holds it; None: that of the data.
 
     Raises:
@@ -182,7 +187,8 @@ def assemble(
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     if stage is restored_stage:
         check_stages_trained(config)
-    stages = {name: stage(path, mesh) for name, path in config.stages.items()}
+    dtype = '' if config.train.stages_dtype == 'stage' else config.train.dtype
+    stages = {name: stage(path, mesh, dtype) for name, path in config.stages.items()}
     context = Context(
         image=tuple(spec.features['image'].shape),
         classes=spec.classes,

@@ -69,10 +69,12 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
     r'|held_out_every|held_out_examples|stop_on|patience)|data\.validation_source'
-    r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|cache_mb|max_corrupt|max_pixels)|mesh\..*'
+    r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|cache_mb|max_corrupt|max_pixels|prepared|prepared_dir|prepared_gb)|mesh\..*'
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
-FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|remat|updates_per_call)|data\.test_source')
+FREE_IN_USE = re.compile(
+    rf'{FREE_ON_RESUME.pattern}|train\.(dtype|stages_dtype|remat|updates_per_call)|data\.test_source'
+)
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
 SOURCES = tuple(f'{kind}:' for kind in addresses.KINDS)
@@ -83,11 +85,15 @@ PATHS = {
     'data.test_source': SOURCES,
     'data.validation_source': SOURCES,
     'data.dir': ('',),
+    'data.prepared_dir': ('',),
     'evaluate.features': ('run:',),
     'evaluate.inception': ('',),
     'evaluate.reference': ('',),
 }
-DATA_PATHS = tuple(field for field in PATHS if field.startswith('data.') and field != 'data.dir')  # of images
+MACHINE = ('data.dir', 'data.prepared_dir')  # questions of the machine, which a stranger's run does not answer
+DATA_PATHS = tuple(field for field in PATHS if field.startswith('data.') and field not in MACHINE)  # of images
+# What fields were that a run was saved without, {field: value}, where that is not their default.
+BEFORE = {'data.prepared': 'off', 'train.stages_dtype': 'stage'}
 # Names that fields had in runs saved before, {former: present}. A family's module has a table FORMER of this kind for
 # config.model: {'game': 'adversarial', 'width': 'network.width'}. What no table can say, its function
 # `former(model) -> model` does, of the section as it was saved; its table MOVED says then, of fields that are given by
@@ -303,6 +309,9 @@ def with_present_names(sections: dict) -> dict:
     for new in names.values():
         if not is_read(sections, new, known):
             sections = without(sections, new)
+    for field, value in BEFORE.items():
+        if not contains(sections, field):
+            sections = deep_update(sections, nested(field, value))
     return sections
 
 

@@ -109,6 +109,18 @@ class Encode(Protocol):
     def __call__(self, state: State, frozen: Frozen, batch: Batch, rng: Array) -> Any: ...
 
 
+class Prepare(Protocol):
+    """What `update` may be given in place of batch['image']: arrays {name: [n, ...]} of each example, by the frozen
+    stages alone. They are computed once for each image, not in each update, so they must not depend on rng (those that
+    do are not kept), nor one example's on another.
+
+    `batch` holds what the data give. `update` of a batch with these arrays and without the image is that of the image,
+    with the same random numbers.
+    """
+
+    def __call__(self, frozen: Frozen, batch: Batch, rng: Array) -> dict[str, Array]: ...
+
+
 class Decode(Protocol):
     """Images, float32 [n, H, W, C] in [-1, 1], of latents as `Family.latents` describes them.
 
@@ -138,6 +150,13 @@ class Embed(Protocol):
     """What the codes [n, h, w] of grid k add to the map that is decoded, float32 [n, H, W, D]."""
 
     def __call__(self, state: State, frozen: Frozen, codes: Array, k: int) -> Array: ...
+
+
+class Posterior(NamedTuple):
+    """The distribution of latents given an image, of which `encode` gives the mean."""
+
+    moments: Encode  # {name: [n, ...]}, its parameters
+    draw: Callable[[dict[str, Array], Array], Array]  # (moments, rng) -> latents
 
 
 class Latents(NamedTuple):
@@ -180,7 +199,8 @@ class Family(NamedTuple):
     denoise: Denoise | None = None
     trajectory: Trajectory | None = None
     embed: Embed | None = None  # of integer latents whose grids are scales of one map
-    encode_sampled: Encode | None = None  # as encode, drawn from the posterior of which encode gives the mean
+    posterior: Posterior | None = None  # of the latents: later stages are trained on draws from it
+    prepare: Prepare | None = None  # where `update` reads of an image what frozen stages make of it, and nothing else
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     inputs: tuple[Input, ...] = ()  # further images, that a person may give beside or in place of these
     displayed: tuple[str, ...] = ()  # names in `batch` that trajectory displays too, where they are there

@@ -78,8 +78,9 @@ def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | Non
             used.stages[name] = origin.stage(workdir, saved, name)
     unnamed = origin.unnamed(workdir, saved, used, named)
     origin.check_named(unnamed, *(f'stages.{name}' for name in used.stages))
-    if unnamed.pop('data.dir', ''):
-        used.data.dir = ''
+    for field in configs.MACHINE:
+        if unnamed.pop(field, ''):
+            used.data[field.removeprefix('data.')] = ''
     return used, unnamed
 
 

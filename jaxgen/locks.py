@@ -22,12 +22,13 @@ def check_platform() -> None:
         )
 
 
-def hold(file: int, wait: bool = False) -> None:
+def hold(file: int, wait: bool = False, shared: bool = False) -> None:
     """Takes the lock of an open file, until it is closed.
 
     Args:
       file: its descriptor.
       wait: until another process has closed it.
+      shared: several processes may have it, while none has it for itself.
 
     Raises:
       BlockingIOError: another process has it.
@@ -36,4 +37,5 @@ def hold(file: int, wait: bool = False) -> None:
     """
     check_platform()
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)

@@ -12,6 +12,8 @@ Modes:
   describe  print what a config is, as JSON, without computing: parameters, bytes, batch, FLOPs
   compile   compile the training step and the sampler for --topology, TPUs that need not be there: memory, FLOPs, bytes
             of HBM, what is sent, the least time, and what to change; --out=FILE.json has all numbers
+  prepare   compute what frozen stages make of a config's training images, latents or codes, which training does by
+            itself where it is worth it (config.data.prepared): on another machine, or before many trainings
   import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]
   export    write a run's weights with the names of a source: --to=FILE_OR_FOLDER [--names=SOURCE]
   data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
@@ -70,6 +72,7 @@ from jaxgen import (
     log,
     outputs,
     pack,
+    prepare,
     sharding,
     slices,
 )
@@ -277,7 +280,7 @@ def main(argv: list[str]) -> None:
     sharding.check_devices()
     if mode in arguments.DOING and mode != 'compile':
         compilation.use(values.cache, values.multihost)
-    if mode in ('train', 'describe', 'compile', 'data', 'import'):
+    if mode in ('train', 'describe', 'compile', 'prepare', 'data', 'import'):
         config = configs.override(configs.load(values.config), overrides)
         if mode == 'data':
             data_mode(config, values.out or os.path.join(workdir, 'data'))
@@ -286,6 +289,8 @@ def main(argv: list[str]) -> None:
             compile_mode(config, workdir, values.topology, values.out)
         elif mode == 'import':
             importing.import_weights(config, str(values['from'].value), workdir, values.names)
+        elif mode == 'prepare':
+            prepare.prepare_mode(config, workdir)
         elif mode == 'train':
             from jaxgen.train import train
 

@@ -84,6 +84,11 @@ class Data:
       draft: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where that leaves draft times the pixels that are
         needed, 2 for instance: faster, and slightly other pixels; 0 is in full.
       cache_mb: megabytes; sets that decode to less are decoded once and kept in memory.
+      prepared: latents or codes of the images by frozen stages are computed once, not in every update: 'auto', where
+        the views of an image are few (data.flip) and the training is long enough to gain by it; a run goes on as it
+        began. 'off' | 'on'.
+      prepared_dir: directory of these; '' is prepared in the person's cache directory, ~/.cache/jaxgen.
+      prepared_gb: gigabytes of all that lie there, the least recently used of which are removed.
     """
 
     source: str = 'digits'
@@ -124,6 +129,9 @@ class Data:
     threads: Annotated[int, '[0, 1024]'] = 0
     draft: Annotated[int, '[0, 16]'] = 0
     cache_mb: Annotated[int, '[0, inf)'] = 512
+    prepared: Annotated[str, OneOf('auto', 'on', 'off')] = 'auto'
+    prepared_dir: str = ''
+    prepared_gb: Annotated[float, '[0, inf)'] = 16.0
 
 
 # Fields of `optim` that are of the whole update, not of one network's optimiser.
@@ -212,6 +220,8 @@ class Train:
       steps: updates.
       updates_per_call: updates in one XLA program; every interval is a multiple of it.
       dtype: of computation; weights are float32.
+      stages_dtype: of computation of frozen stages: 'run' is dtype, 'stage' that which each was trained in; 'auto' is
+        'run', and in runs that began before there was this field 'stage'.
       remat: recompute activations in the backward pass, which takes time and saves memory.
       log_every: updates between two lines of metrics.
       save_every: updates between two checkpoints.
@@ -231,6 +241,7 @@ class Train:
     steps: Annotated[int, '[1, inf)'] = 1000
     updates_per_call: Annotated[int, '[1, inf)'] = 1
     dtype: Annotated[str, OneOf('float32', 'bfloat16')] = 'float32'
+    stages_dtype: Annotated[str, OneOf('auto', 'run', 'stage')] = 'auto'
     remat: bool = False
     log_every: Annotated[int, '[1, inf)'] = 50
     save_every: Annotated[int, '[1, inf)'] = 500

@@ -230,6 +230,37 @@ def check_update(subject: Subject, start: State, steps: int = 2, writes: bool = 
     return state
 
 
+def check_prepare(subject: Subject, start: State) -> None:
+    """Raises ContractError where an update that gets what `prepare` makes of the images, in place of these, is another.
+    One that draws random numbers is not computed beforehand, and may be."""
+    family, frozen = subject.family, subject.frozen
+    if family.prepare is None:
+        return
+    jaxpr, shapes = trace('prepare', family.prepare, frozen, subject.batch, jax.random.key(0))
+    check_primitives('prepare', jaxpr)
+    require(isinstance(shapes, dict) and shapes, 'prepare must return {name: [n, ...]}, with one array or more')
+    for name, made in shapes.items():
+        require(made.shape[:1] == (subject.n,), f'what prepare makes is [n, ...]; {name!r} is {list(made.shape)}')
+        require(name not in subject.batch, f'prepare makes {name!r}, and the batch has one: call it STAGE/NAME')
+    make = jax.jit(family.prepare)
+    made = make(frozen, subject.batch, jax.random.key(0))
+    turned = make(frozen, {k: v[::-1] for k, v in subject.batch.items()}, jax.random.key(0))
+    other = make(frozen, subject.batch, jax.random.key(1))
+    if any(not np.array_equal(made[name], other[name]) for name in made):
+        return
+    for name, values in made.items():
+        check_close(values, turned[name][::-1], f'{name!r} of an example must not depend on the others', rtol=1e-3)
+    rest = {name: x for name, x in subject.batch.items() if name != 'image'}
+    update, key = jax.jit(family.update), jax.random.key(2)
+    of_images = update(start, frozen, subject.batch, key)[1]
+    try:
+        prepared = update(start, frozen, rest | made, key)[1]
+    except KeyError as e:
+        raise ContractError(f'update of what prepare makes reads batch[{e.args[0]!r}], which is not there then') from e
+    require(set(of_images) == set(prepared), 'update of what prepare makes has other logs than of images')
+    check_close(of_images, prepared, 'update of what prepare makes is another than of images', rtol=2e-3)
+
+
 def kinds_of(state) -> set[tuple[str, tuple]]:
     """(path, (shape, dtype)) of each leaf."""
     return {(path, (tuple(jnp.shape(x)), jnp.result_type(x))) for path, x in leaves(state)}
@@ -472,6 +503,7 @@ def check_family(
     _, abstract = trace('init', family.init, jax.random.key(0), shapes, frozen)
     start = check_init(subject, abstract)
     state = check_update(subject, start)
+    check_prepare(subject, start)
     check_pure(
         subject, family_by(make_optim(100, batch=n, **configs.DEFAULTS['optim'] | {'ema': 0.5, 'lr': 1e-3})), state
     )

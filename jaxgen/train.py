@@ -25,6 +25,7 @@ from jaxgen import (
     locks,
     log,
     origin,
+    prepare,
     randomness,
     sample,
     sharding,
@@ -34,6 +35,7 @@ from jaxgen import config as configs
 from jaxgen.assembly import Assembled, assemble, check_stages, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.contract import State
+from jaxgen.data.prepared import PreparedSet
 from jaxgen.directory import check_cycle, check_moved_data, save_config, saved_config
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
@@ -94,6 +96,21 @@ def check_resume(workdir: str, config, free: tuple[str, ...], imported: bool = F
     return configs.moved(saved_config(workdir), config)
 
 
+def as_it_began(workdir: str, config):
+    """A copy of the config with what 'auto' stood for when the training in `workdir` began, if there is one."""
+    config = configs.complete(config.to_dict())
+    with contextlib.suppress(OSError):
+        if any(name.isdecimal() for name in os.listdir(os.path.join(workdir, 'checkpoints'))):
+            saved = saved_config(workdir)
+            for field in configs.BEFORE:
+                section, name = field.split('.')
+                if config[section][name] == 'auto':
+                    config[section][name] = saved[section][name]
+    if config.train.stages_dtype == 'auto':
+        config.train.stages_dtype = 'run'
+    return config
+
+
 def make_call(assembled: Assembled, shardings, updates: int, seed: int):
     """The jitted program of `updates` updates: (state, frozen, batches [updates, ...]) -> (state, logs [updates])."""
 
@@ -124,7 +141,8 @@ class Training:
     """One process's training of one run: the mutable things of the loop, and what is done with them."""
 
     def __init__(self, config, workdir: str, callbacks: Sequence[Callback] = ()):
-        self.config, self.workdir, self.callbacks = config, workdir, callbacks
+        self.config = config = as_it_began(workdir, config)
+        self.workdir, self.callbacks = workdir, callbacks
         check_cycle(workdir, config)
         self.a = a = assemble(config)
         self.first = jax.process_index() == 0
@@ -143,8 +161,12 @@ class Training:
             self.evaluator.check(config.train.evaluate_samples)
         self.best, self.larger = stopping.start(config, a, self.held_out, self.evaluator)
         restored = self.checkpoints.restore(a.abstract, a.mesh)
-        identity, images = self.look_at_data()
-        self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': identity}
+        examples, images = self.look_at_data()
+        self.prepared = prepare.for_training(a, examples)
+        config.data.prepared = 'on' if self.prepared else 'off' if a.family.prepare else config.data.prepared
+        self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': examples.identity}
+        if self.prepared:
+            self.about['prepared'] = self.prepared.identity
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
         self.shardings = sharding.over_weights(a.mesh, a.abstract)
         self.call = make_call(a, self.shardings, self.k, config.seed)
@@ -159,6 +181,12 @@ class Training:
                 self.about['imported'] = about['imported']
             if about.get('data', self.about['data']) != self.about['data']:
                 log.say('WARNING: the training data are not those that this run was trained on until now')
+            if about['step'] and about.get('prepared') != self.about.get('prepared'):
+                log.say(
+                    'WARNING: until now the latents or codes of this run were '
+                    f'{"others, of the same images" if "prepared" in about else "computed in the updates"}: what '
+                    'follows differs by rounding'
+                )
             self.meter = log.Meter(about['meter'])
             self.best = stopping.resumed(self.best, about.get('best'))
             self.introduce(images, about['step'], f'going on from step {about["step"]} of {config.train.steps}')
@@ -178,8 +206,8 @@ class Training:
         self.lines: list[tuple[int, dict]] = []  # of metrics, that the callbacks have not had yet
         self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
 
-    def look_at_data(self) -> tuple[str, str]:
-        """The training data's identity, and how many images there are, in words."""
+    def look_at_data(self):
+        """The training examples, and how many images there are, in words."""
         began = time.monotonic()
         examples = data.dataset(self.config.data, 'train')
         count = f'{len(examples):,} training'
@@ -187,7 +215,7 @@ class Training:
             for split in ('validation', 'test'):
                 with contextlib.suppress(UserError):
                     count += f', {len(data.dataset(self.config.data, split)):,} {split}'
-        return examples.identity, f'{count} images'
+        return examples, f'{count} images'
 
     def introduce(self, images: str, step: int, where: str) -> None:
         """Lines that say what is trained on what."""
@@ -199,18 +227,22 @@ class Training:
         compiling = f'; {compilation.notice(self.job)}' if step < c.train.steps else ''
         log.say(f'{self.workdir}: {where}{compiling}')
 
-    def batches(self, start: int):
+    def batches(self, start: int, prepared: PreparedSet | None):
         return data.batches(
-            self.config.data, 'train', seed=self.config.seed, start=start,
+            self.config.data, 'train', seed=self.config.seed, start=start, prepared=prepared,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
+
+    def first_batch(self, prepared: PreparedSet | None) -> dict:
+        """Batch 0 on the devices."""
+        with contextlib.closing(self.batches(0, prepared)) as stream:
+            return sharding.put_batch(self.a.mesh, next(stream))
 
     def fresh(self):
         """State before the first update, from the first batch (some families set weights by data).
         Made in place: no device ever holds the whole of a sharded one."""
-        with contextlib.closing(self.batches(0)) as stream:
-            one = sharding.put_batch(self.a.mesh, next(stream))
-        ahead = self.compile_ahead(one)
+        one = self.first_batch(None)
+        ahead = self.compile_ahead(self.first_batch(self.prepared) if self.prepared else one)
         # XLA for CPUs takes longer to optimise a hundred random generators than to run them once as they are.
         once = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
         init = sharding.jit(self.a.init, out_shardings=self.shardings, compiler_options=once)
@@ -460,7 +492,7 @@ class Training:
         """Updates up to train.steps. What `closing` holds at the end is closed by the caller."""
         train = self.config.train
         call = self.call
-        stream, calls = self.batches(self.step), 0
+        stream, calls = self.batches(self.step, self.prepared), 0
         closing.enter_context(contextlib.closing(stream))
 
         if self.step:

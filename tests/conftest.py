@@ -14,7 +14,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 # Never a person's own: the sets drawn here are small, see support.py.
 os.environ['TFDS_DATA_DIR'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-data-{os.getuid()}')
-# Nor a person's own key.
+# Nor a person's own key and caches.
+os.environ['XDG_CACHE_HOME'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-cached-{os.getuid()}')
 os.environ['XDG_CONFIG_HOME'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-config-{os.getuid()}')
 # Workers share the cores: OpenMP's threads (of torch and scikit-learn) would spin while they wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')

@@ -237,6 +237,10 @@ def check_traces(config, assembled, complete: bool = True) -> None:
     after, logs = jax.eval_shape(family.update, state, frozen, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.shape == () for leaf in logs.values())
+    if family.prepare is not None:  # by shapes; prepare_test.py compares the values
+        made = jax.eval_shape(family.prepare, frozen, batch, key)
+        rest = {name: x for name, x in batch.items() if name != 'image'}
+        assert jax.eval_shape(family.update, state, frozen, {**rest, **made}, key) == (after, logs)
     if not complete:  # samplers and figures are those of a config of embedded data
         return
     if family.sample is not None:
@@ -267,7 +271,7 @@ def wide(config):
     return configs.make(**configs.deep_update(config.to_dict(), {'data': {'size': (rows, columns)}}))
 
 
-def wide_stage(folder: str, mesh):
+def wide_stage(folder: str, mesh, dtype: str = ''):
     """The stage of that name at such a size, as shapes."""
     assembled = assembly.assemble(wide(tiny_stage(folder)), mesh, wide_stage)
     return assembled.family, assembled.abstract.replace(params=None, opt=None), assembled.frozen

@@ -56,10 +56,11 @@ def tiny_stage(folder: str):
     return configs.load(configs.named(folder).partition(':')[0] + ':tiny')
 
 
-def fresh_stage(folder: str, mesh):
+def fresh_stage(folder: str, mesh, dtype: str = ''):
     """A stage of random weights by the tiny config of its name, where none is trained; see assembly.assemble."""
 
     config = tiny_stage(folder)
+    config.train.dtype = dtype or config.train.dtype
     a = assembly.assemble(config, mesh, fresh_stage)
     state = jax.jit(a.family.init)(jax.random.key(7), first_batch(config), a.frozen)
     return a.family, state.replace(params=None, opt=None), a.frozen

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxgen.data import folder, sources, splits, transforms
+from jaxgen.data import folder, sources, splits, transforms, views
+from jaxgen.data.prepared import PreparedSet
 from jaxgen.data.records import Feature, Records, blocks_of, name_of
 from jaxgen.data.section import completes
 from jaxgen.errors import RunError, UserError
@@ -212,7 +213,7 @@ class Examples:
           words: of the bits that are drawn for grey levels; None: those of the image itself. See transforms.binarised.
         """
         out = self.grey(indices, crops)
-        how = self.data['binarise']
+        how = self.data['binarise'] if 'image' in out else 'none'
         return out if how == 'none' else out | {'image': transforms.binarised(out['image'], how, words)}
 
     def grey(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
@@ -448,20 +449,37 @@ def moves(data, uniform: Callable) -> tuple[np.ndarray | None, np.ndarray | None
     )
 
 
-def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def mirrored(batch: dict[str, np.ndarray], examples: Examples, which: np.ndarray) -> dict[str, np.ndarray]:
+    """A fresh batch of these examples [n] with all images of some of them, bool [n], mirrored left to right."""
+    for name, feature in examples.records.chosen.items():
+        if feature.image:
+            batch[name][which] = batch[name][which, :, ::-1]
+    return batch
+
+
+def without_image(examples: Examples, split: str) -> Examples | None:
+    """The same examples of a split without 'image', which is not read then; None: nothing is left of them."""
+    names = tuple(name for name in examples.records.chosen if name != 'image')
+    return Examples(*splits.open_split({**examples.data, 'features': names}, split)) if names else None
+
+
+def augmented(
+    examples: Examples, data, seed: int, apart: int = 0, prepared: PreparedSet | None = None
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The function from numbers [n] to the training examples with these numbers, augmented.
 
     All images of one example are cropped and mirrored alike.
 
     Args:
       apart: added to the streams of randomness: another order and another augmentation.
+      prepared: what 'image' is replaced by, in the view that the augmentation makes.
     """
     blocks = blocks_of(examples.records)
     if blocks is None:
         which = order(seed, len(examples), transforms.ORDER + apart)
     else:
         which = order_in_blocks(seed, *blocks, apart)
-    images = [name for name, feature in examples.records.chosen.items() if feature.image]
+    read = without_image(examples, 'train') if prepared else examples
 
     def take(numbers: np.ndarray) -> dict[str, np.ndarray]:
         def uniform(stream: int, used: bool = True) -> np.ndarray | None:
@@ -479,12 +497,12 @@ def augmented(examples: Examples, data, seed: int, apart: int = 0) -> Callable[[
         )
         moved = any(x is not None for x in crops)
         anew = transforms.words(seed, numbers, transforms.BITS + apart) if data['binarise'] == 'dynamic' else None
-        out = examples.take(which(numbers), crops if moved else None, anew)
-        if data['flip']:
-            flip = uniform(transforms.FLIP) < 0.5
-            for name in images:
-                out[name][flip] = out[name][flip, :, ::-1]
-        return out
+        flip = uniform(transforms.FLIP) < 0.5 if data['flip'] else None
+        indices = which(numbers)
+        out = {} if read is None else read.take(indices, crops if moved else None, anew)
+        if read is not None and flip is not None:
+            out = mirrored(out, read, flip)
+        return out | prepared.take(indices, views.numbers(data, len(numbers), crops, flip)) if prepared else out
 
     return take
 
@@ -506,6 +524,7 @@ def batches(
     batch: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    prepared: PreparedSet | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches {name: [batch / process_count, ...]}, shuffled anew in every epoch, augmented.
 
@@ -518,6 +537,7 @@ def batches(
       seed: of order and augmentation, 0 to 2^64 - 1.
       start: number of the first batch; it is gone to at once.
       batch: examples of one batch over all processes; data.batch by default.
+      prepared: what batches of the training split have in place of 'image', see prepared.py.
 
     Returns:
       An iterator of Grain; `close()` ends its threads.
@@ -532,7 +552,7 @@ def batches(
         take = augmented(examples.examples, data, seed)
         others = augmented(examples.others, data, seed, transforms.OTHER)
     else:
-        take, others = augmented(examples, data, seed), None
+        take, others = augmented(examples, data, seed, prepared=prepared), None
     own = np.arange(batch).reshape(process_count, -1)[process_index]  # this process's part of a batch
 
     def make(step: int) -> dict[str, np.ndarray]:

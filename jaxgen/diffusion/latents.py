@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context
+from jaxgen import stages
+from jaxgen.contract import Context, Prepare
 from jaxgen.errors import UserError
 
 Array = jax.Array
@@ -21,7 +22,8 @@ class Space(NamedTuple):
     divisor: int  # of an image's height and width, by the stage; 1 without one
     latent: bool
     encode: Callable  # (frozen, batch, rng) -> x_0 [n, ...]
-    encode_sampled: Callable  # the same, drawn from the stage's posterior where it has one
+    prepare: Prepare | None  # what `encode_drawn` may be given in place of images
+    encode_drawn: Callable  # as encode, drawn from the stage's posterior where it has one: for training
     decode: Callable  # (frozen, x_0, rng) -> images [n, H, W, C] in [-1, 1]
 
 
@@ -37,7 +39,7 @@ def bind(context: Context, scale: float) -> Space:
         def images(frozen, batch, rng) -> Array:
             return batch['image']
 
-        return Space(context.image, 1, False, images, images, lambda frozen, x_0, rng: jnp.clip(x_0, -1, 1))
+        return Space(context.image, 1, False, images, None, images, lambda frozen, x_0, rng: jnp.clip(x_0, -1, 1))
     if not (stage.latents.shape and stage.encode and stage.decode):
         raise UserError('config.stages.first must be the run of an autoencoder with continuous latents')
     if len(stage.latents.shape) != 3:
@@ -48,10 +50,12 @@ def bind(context: Context, scale: float) -> Space:
     def encode(frozen, batch, rng) -> Array:
         return scale * stage.encode(*frozen['first'], batch, rng)
 
-    def encode_sampled(frozen, batch, rng) -> Array:
-        return scale * (stage.encode_sampled or stage.encode)(*frozen['first'], batch, rng)
+    first = stages.encoder(stage, 'first')
+
+    def encode_drawn(frozen, batch, rng) -> Array:
+        return scale * first.encode(frozen, batch, rng)
 
     def decode(frozen, x_0, rng) -> Array:
         return jnp.clip(stage.decode(*frozen['first'], {}, x_0 / scale, rng), -1, 1)
 
-    return Space(stage.latents.shape, stage.divisor, True, encode, encode_sampled, decode)
+    return Space(stage.latents.shape, stage.divisor, True, encode, first.prepare, encode_drawn, decode)

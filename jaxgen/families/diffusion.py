@@ -144,6 +144,7 @@ def build(
         functools.partial(update, bound, context, step),
         by_settings(functools.partial(sample, bound), settings),
         functools.partial(evaluate, bound),
+        prepare=space.prepare,
         encode=functools.partial(encode, bound) if invertible else None,
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
@@ -233,7 +234,7 @@ def loss(model: Model, parts: int, params, state: State, frozen, batch, rng) -> 
       parts: into which a batch is cut for its gradient.
     """
     rng_t, rng_noise, rng_dropout, rng_condition = jax.random.split(rng, 4)
-    x_0 = model.space.encode_sampled(frozen, batch, stream(rng, 'encoder'))
+    x_0 = model.space.encode_drawn(frozen, batch, stream(rng, 'encoder'))
     if model.formulation.augmentation:
         augmentation_rng = stream(rng, 'augmentation')
         x_0, labels = edm.augment(augmentation_rng, x_0, model.formulation.augmentation)
@@ -282,7 +283,7 @@ def update(model: Model, context: Context, step: Callable, state: State, frozen,
         state, aux = step(state, frozen, batch, rng)
         return advance(state, context.optim), aux.logs
     rng_t, rng_step = jax.random.split(rng)
-    position = jnp.arange(len(batch['image']))
+    position = jnp.arange(len(next(iter(batch.values()))))
     t, weight = importance.draw(state.extra, rng_t, len(position))
     state, aux = step(state, frozen, {**batch, 't': t, 'importance': weight, 'position': position}, rng_step)
     state = state.replace(extra=importance.record(state.extra, t, aux.kept))

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen import options
+from jaxgen import options, stages
 from jaxgen.checks import check_labels
 from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
@@ -183,10 +183,11 @@ def build(
         dtype=context.dtype,
     )  # fmt: skip
     tokens = Tokens(net, first.latents.vocabulary, classes)
+    encoder = stages.encoder(first, 'first')
 
     def loss(params, state, frozen, batch, rng):
         encode_rng, r_rng, mask_rng, dropout_rng = jax.random.split(rng, 4)
-        codes = flatten(first.encode(*frozen['first'], batch, encode_rng))
+        codes = flatten(encoder.encode(frozen, batch, encode_rng))
         n = len(codes)
         masked = sample_masks(jax.random.split(mask_rng, n), jax.random.uniform(r_rng, (n,)), length)
         inputs = jnp.where(masked, tokens.mask, codes)
@@ -222,6 +223,7 @@ def build(
         make_update(loss, context.optim, 'transformer'),
         by_settings(sample, settings),
         evaluate,
+        prepare=encoder.prepare,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('steps', 'choice_temperature', 'temperature', 'top_k', 'top_p'),

@@ -24,7 +24,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen import options
+from jaxgen import options, stages
 from jaxgen.checks import check_labels
 from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
@@ -219,10 +219,12 @@ def build(
     names = tuple(f'level{i}' for i in range(len(sizes))) if first else ('pixelcnn',)
     grids = Grids(names, tuple(grid_model(i, size) for i, size in enumerate(sizes)), sizes, colours)
 
+    encoder = stages.encoder(first, 'first') if first else None
+
     def to_values(frozen, batch, rng) -> Values:
-        if first is None:
+        if encoder is None:
             return (quantised(batch['image'], levels),)
-        return tuple(codes[..., None] for codes in first.encode(*frozen['first'], batch, rng))
+        return tuple(codes[..., None] for codes in encoder.encode(frozen, batch, rng))
 
     def loss(params, state, frozen, batch, rng):
         rng_first, rng_dropout = jax.random.split(rng)
@@ -271,6 +273,7 @@ def build(
         make_update(loss, context.optim, *names),
         by_settings(sample, settings),
         evaluate,
+        prepare=encoder.prepare if encoder else None,
         conditions=('label',) if conditional else (),
         free=('temperature', 'sampler'),
         sampling=('temperature', 'sampler'),

@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxgen import options
+from jaxgen import options, stages
 from jaxgen.checks import check_labels
 from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
@@ -172,9 +172,11 @@ def build(
         attention_dropout=attention_dropout, remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
 
+    encoder = stages.encoder(first, 'first')
+
     def encode(frozen, batch, rng) -> tuple[Array, Array]:
         """Codes int32 [n, T], and the token in front."""
-        codes = flatten(first.encode(*frozen['first'], batch, rng))
+        codes = flatten(encoder.encode(frozen, batch, rng))
         return codes, start_token(batch, len(codes), conditional)
 
     def loss(params, state, frozen, batch, rng):
@@ -212,6 +214,7 @@ def build(
         make_update(loss, context.optim, 'transformer'),
         by_settings(sample, settings),
         evaluate,
+        prepare=encoder.prepare,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('temperature', 'top_k', 'top_p', 'enlarge'),

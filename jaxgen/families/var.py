@@ -22,7 +22,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from jaxgen import options
+from jaxgen import options, stages
 from jaxgen.checks import check_labels
 from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
 from jaxgen.errors import UserError
@@ -60,9 +60,8 @@ class Scales(NamedTuple):
         """The sum with the codes [n, h, w] of one more scale, [n, h, w, D]."""
         return total + self.first.embed(*self.weights, codes, scale)
 
-    def encode(self, batch: dict, rng: Array) -> tuple[Array, Array | None]:
-        """Codes int32 [n, T] of images, and the transformer's inputs at all scales but the first."""
-        codes = self.first.encode(*self.weights, batch, rng)
+    def teacher_forced(self, codes: tuple[Array, ...]) -> tuple[Array, Array | None]:
+        """The codes of all scales as int32 [n, T], and the transformer's inputs at all scales but the first."""
         total, inputs = 0.0, []
         for k in range(1, len(self.grids)):
             total = self.added(total, codes[k - 1], k - 1)
@@ -168,9 +167,15 @@ def build(
         remat=context.remat, dtype=context.dtype,
     )  # fmt: skip
 
+    encoder = stages.encoder(first, 'first')
+
+    def encode(frozen, batch, rng) -> tuple[Array, Array | None]:
+        """Codes int32 [n, T] of images, and the transformer's inputs at all scales but the first."""
+        return Scales(first, frozen['first']).teacher_forced(encoder.encode(frozen, batch, rng))
+
     def loss(params, state, frozen, batch, rng):
         encode_rng, label_rng, dropout_rng = jax.random.split(rng, 3)
-        codes, inputs = Scales(first, frozen['first']).encode(batch, encode_rng)
+        codes, inputs = encode(frozen, batch, encode_rng)
         label = label_of(batch, len(codes), conditional)
         if conditional:
             label = jnp.where(jax.random.bernoulli(label_rng, label_dropout, label.shape), classes, label)
@@ -179,7 +184,7 @@ def build(
 
     def init(rng, batch, frozen):
         def inputs_of(frozen, image, rng):
-            return Scales(first, frozen['first']).encode({'image': image}, rng)[1]
+            return encode(frozen, {'image': image}, rng)[1]
 
         shapes = jax.eval_shape(inputs_of, frozen, batch['image'][:1], rng)
         inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -198,7 +203,7 @@ def build(
         return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):
-        codes, inputs = Scales(first, frozen['first']).encode(batch, rng)
+        codes, inputs = encode(frozen, batch, rng)
         nats = code_nats(net, state.ema['transformer'], inputs, label_of(batch, len(codes), conditional), codes)
         return {'code_nats': nats.sum(1), 'bits_per_code': nats.mean(1) / math.log(2)}
 
@@ -207,6 +212,7 @@ def build(
         make_update(loss, context.optim, 'transformer'),
         by_settings(sample, settings),
         evaluate,
+        prepare=encoder.prepare,
         conditions=('label',) if conditional else (),
         divisor=first.divisor,
         free=('guidance', 'temperature', 'top_k', 'top_p'),

@@ -43,7 +43,18 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, Latents, State, advance, gradient_step, new_state, running_mean
+from jaxgen.contract import (
+    Aux,
+    Context,
+    Family,
+    Latents,
+    Posterior,
+    State,
+    advance,
+    gradient_step,
+    new_state,
+    running_mean,
+)
 from jaxgen.errors import UserError
 from jaxgen.losses import perceptual as perception
 from jaxgen.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight
@@ -403,9 +414,13 @@ def kl_family(networks: Networks) -> dict:
         """Means of the posterior."""
         return posterior(networks, state.ema, batch['image'])[0]
 
-    def encode_sampled(state, frozen, batch, rng):
+    def moments(state, frozen, batch, rng):
+        mean, log_var = posterior(networks, state.ema, batch['image'])
+        return {'mean': mean, 'log_var': log_var}
+
+    def draw(moments, rng):
         """Latents drawn from the posterior; a draw for each position of the batch."""
-        return draw_posterior(*posterior(networks, state.ema, batch['image']), rng)
+        return draw_posterior(moments['mean'], moments['log_var'], rng)
 
     def decode(state, frozen, batch, latents, rng):
         return decode_clipped(networks, state.ema, latents)
@@ -416,7 +431,7 @@ def kl_family(networks: Networks) -> dict:
         return decode(state, frozen, batch, mean + std * normal(example_keys(rng, batch), shape), rng)
 
     return dict(
-        sample=sample, encode=encode, encode_sampled=encode_sampled, decode=decode, latents=Latents(shape=shape)
+        sample=sample, encode=encode, posterior=Posterior(moments, draw), decode=decode, latents=Latents(shape=shape)
     )
 
 

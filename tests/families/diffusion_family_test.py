@@ -18,7 +18,7 @@ import pytest
 
 from jaxgen import config, options
 from jaxgen.config import DEFAULTS
-from jaxgen.contract import Context, Latents
+from jaxgen.contract import Context, Latents, Posterior
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import guidance, likelihood, objective, processes, samplers
 from jaxgen.diffusion.former import diffusion_sections as sections
@@ -713,12 +713,15 @@ def test_diffusion_of_latents_is_diffusion_of_what_they_are():
 def test_training_draws_latents_from_the_posterior(monkeypatch):
     """As LDM, DiT and SiT do; what is measured is of the mean."""
     first, frozen = toy_autoencoder()
-    sampled = lambda state, frozen, batch, rng: 3 + jax.random.normal(rng, (len(batch['image']), 4, 4, 4))  # noqa: E731
+    posterior = Posterior(
+        lambda *args: {'mean': first.encode(*args)},
+        lambda m, rng: 3 + m['mean'] + jax.random.normal(rng, m['mean'].shape),
+    )
     stand_in(monkeypatch, Stub())
     # Almost no noise: the network sees alpha x_0.
     options = {**TINY, 'clip': False, 'timesteps': 2, 'beta_start': 1e-9, 'beta_end': 1e-9}
     seen = []
-    for stage in (first, first._replace(encode_sampled=sampled)):
+    for stage in (first, first._replace(posterior=posterior)):
         family = diffusion.build(context(stages={'first': stage}), **sections(options))
         state = family.init(jax.random.key(0), {'image': images(1)}, frozen)
         Stub.seen.clear()
@@ -726,6 +729,34 @@ def test_training_draws_latents_from_the_posterior(monkeypatch):
         seen.append(Stub.seen[0][0])
     assert jnp.abs(seen[0]).max() < 0.01
     assert abs(seen[1].mean() - 3) < 0.05 and abs(seen[1].std() - 1) < 0.05
+
+
+@pytest.mark.parametrize('times', ['uniform', 'importance'])
+def test_prepared_latents_are_drawn_anew_in_each_update(monkeypatch, times):
+    """The moments are computed once; the draws, and all that an update draws beside them, are those of images."""
+    encoder, frozen = toy_autoencoder()
+
+    def moments(*args):
+        mean = encoder.encode(*args)
+        return {'mean': mean, 'deviation': 0.5 + jnp.abs(mean)}
+
+    def draw(moments, rng):
+        return moments['mean'] + moments['deviation'] * jax.random.normal(rng, moments['mean'].shape)
+
+    first = encoder._replace(posterior=Posterior(moments, draw))
+    stand_in(monkeypatch, Stub())
+    family = diffusion.build(context(stages={'first': first}), **sections({**TINY, 'clip': False, 'times': times}))
+    batch = {'image': images(8)}
+    state = family.init(jax.random.key(0), batch, frozen)
+    made = family.prepare(frozen, batch, jax.random.key(5))
+    assert {name: x.shape for name, x in made.items()} == {'first/mean': (8, 4, 4, 4), 'first/deviation': (8, 4, 4, 4)}
+    Stub.seen.clear()
+    for given, key in ((batch, 1), (made, 1), (made, 2)):
+        family.update(state, frozen, given, jax.random.key(key))
+    of_images, prepared, other = ((x, t) for x, t, *_ in Stub.seen)
+    for a, b in zip(of_images, prepared, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (np.asarray(other[0]) != np.asarray(prepared[0])).mean() > 0.9
 
 
 def test_latents_are_measured_by_the_error_of_the_noise(monkeypatch):
