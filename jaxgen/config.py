@@ -310,7 +310,7 @@ def with_present_names(sections: dict) -> dict:
         if not is_read(sections, new, known):
             sections = without(sections, new)
     for field, value in BEFORE.items():
-        if not contains(sections, field):
+        if isinstance(sections.get(field.partition('.')[0], {}), dict) and not contains(sections, field):
             sections = deep_update(sections, nested(field, value))
     return sections
 
