@@ -12,11 +12,15 @@ are checkpoints and none can be read, no new training is started beside them.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,6 +28,7 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from jaxgen import files, log, origin, sharding
+from jaxgen import files, log, memory, origin, sharding
 from jaxgen.contract import State
 from jaxgen.errors import RunError, UserError
 
@@ -72,8 +77,62 @@ def print_unraisable(what, default=sys.__unraisablehook__) -> None:
 
 
 ITEMS = ('params', 'opt', 'ema', 'extra')
+PIECE = 2**25  # bytes of a piece of an array of published weights, in which it is written and read
 # Of two saves at once in one process, by trainings in two threads, Orbax loses files of one.
 ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """An array that is read when it is written to a checkpoint, and released afterwards."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    order: tuple = ()  # in which arrays are read: their places in a file
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class DeferredHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Deferred` arrays one after another, small ones together, so that few are in memory at a time."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def _background_serialize(self, values, infos, args=None):
+        rows = sorted(zip(values, infos, args, strict=True), key=lambda row: row[0].order)
+        while rows:
+            sizes = itertools.accumulate(value.nbytes for value, _, _ in rows)
+            n = max(sum(size <= 2 * PIECE for size in sizes), 1)
+            together, rows = rows[:n], rows[n:]
+            arrays = [await asyncio.to_thread(value.read) for value, _, _ in together]
+            await super()._background_serialize(arrays, [row[1] for row in together], [row[2] for row in together])
+            del arrays
+
+
+def deferred_handlers() -> dict[str, Any]:
+    """Handlers of the items of a checkpoint whose trees are of `Deferred` arrays. Weights can hardly be compressed, so
+    their numbers are not."""
+    registry = ocp.type_handlers.create_type_handler_registry((Deferred, DeferredHandler()))
+    handlers = {
+        item: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry) for item in ITEMS
+    }
+    return {**handlers, 'about': ocp.JsonCheckpointHandler()}
+
+
+def save_args(tree):
+    """Orbax's arguments of saving a tree, of arrays or of `Deferred` ones."""
+    if not any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(tree)):
+        return ocp.args.StandardSave(tree)
+    pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=PIECE), tree)
+    return ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=4 * PIECE)
 
 
 def describe_tree(tree) -> dict[str, list]:
@@ -205,9 +264,9 @@ class Kept:
 
 
 class Checkpoints:
-    """The checkpoints of one run. With `keep` = 0 it only reads."""
+    """The checkpoints of one run. With `keep` = 0 it only reads; with `deferred` it saves `Deferred` arrays."""
 
-    def __init__(self, workdir: str, keep: int = 0, keep_every: int = 0):
+    def __init__(self, workdir: str, keep: int = 0, keep_every: int = 0, deferred: bool = False):
         self.folder = os.path.abspath(os.path.join(workdir, 'checkpoints'))
         self.digests = os.path.abspath(os.path.join(workdir, 'digests'))
         self.writes = keep > 0
@@ -226,7 +285,8 @@ class Checkpoints:
         self.manager: Any = None  # of Orbax; None where there is no folder
         if os.path.isdir(self.folder):
             self.path = self.closing.enter_context(plain_path(self.folder))
-            self.manager = ocp.CheckpointManager(self.path, options=options)
+            handlers = deferred_handlers() if deferred else None
+            self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
         self.thread: threading.Thread | None = None
         self.fault: BaseException | None = None
         self.lock = threading.RLock()  # the watcher of signals saves too
@@ -256,7 +316,7 @@ class Checkpoints:
             tree = {item: getattr(state, item) for item in ITEMS if has_arrays(getattr(state, item))}
             about = {'step': step, 'tree': describe_tree(tree), **about}
             arrays = {item: len(jax.tree.leaves(value)) for item, value in tree.items()}
-            items = {item: ocp.args.StandardSave(value) for item, value in tree.items()}
+            items = {item: save_args(value) for item, value in tree.items()}
             ONE_AT_A_TIME.acquire()  # `finish` releases it
             try:
                 ORBAX_WARNINGS.take()
@@ -292,6 +352,8 @@ class Checkpoints:
                     os.path.join(self.digests, f'{step}.json'), digest(os.path.join(self.folder, str(step)))
                 )
                 self.remove_stale_digests()
+        except UserError as e:  # of what is read while it is saved
+            self.fault = e
         except BaseException as e:
             self.fault = self.failed(step, e)
 
@@ -460,13 +522,21 @@ class Checkpoints:
             )
         shardings = sharding.over_weights(mesh, expected)
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, shardings)
-        args = {item: ocp.args.StandardRestore(value) for item, value in target.items()}
-        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+        restored = {item: self.restored(step, item, value) for item, value in target.items()}
         # Items without arrays are not saved: they are {} or None, as in `abstract`.
         rest = {item: getattr(abstract, item) if item in items else None for item in ITEMS}
         rest |= {item: restored[item] for item in expected}
         counter = jax.device_put(np.int32(about['step']), sharding.replicated(mesh))
         return State(step=counter, **rest), about
+
+    def restored(self, step: int, item: str, target):
+        """The arrays of an item, few of which are in flight at a time: what is restored is in memory once, and not a
+        second time as it was read."""
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target)]
+        in_flight = max(2 * PIECE, max(sizes) + 1, sum(sizes) // 16)
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=in_flight / 1e9)
+        with memory.returned(), ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(os.path.join(self.path, str(step), item), args=ocp.args.StandardRestore(target))
 
     def close(self) -> None:
         """Waits for the last save, and frees all resources."""

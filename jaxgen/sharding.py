@@ -138,7 +138,9 @@ def put_padded(mesh: Mesh, batch: dict, size: int) -> tuple[dict, int]:
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole array, on every host, of one that may be sharded over several hosts."""
     if array.is_fully_addressable:
-        return np.asarray(array)
+        # By an Array of its own, which keeps the copy on the host only as long as it lives.
+        own = [shard.data for shard in array.addressable_shards]
+        return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, own))
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 

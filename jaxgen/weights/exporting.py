@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
-import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 import jaxgen
-from jaxgen import files, log, sharding
+from jaxgen import files, log, memory, sharding
 from jaxgen.errors import UserError
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, sources
+from jaxgen.weights import diffusers, sources, whole
+from jaxgen.weights.files import DTYPES
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, published_part
 from jaxgen.weights.source import Source
 
@@ -50,14 +50,44 @@ def imported_record(run: Run) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def tensors_of(run: Run, source: Source) -> dict[str, np.ndarray]:
-    """{name: tensor} of the run's averaged weights, by the names of a source."""
-    part = published_part(run.state)
-    leaves = {path: leaf for path, leaf in flatten_dict(part, sep='/').items() if leaf is not None}
-    tensors: dict[str, np.ndarray] = {}
-    for entry in sources.entries_of(source, run.config, flat_shapes(part)):
-        tensors |= entry.write(sharding.to_host(leaves[entry.path]))
-    return tensors
+class Export:
+    """The tensors of a run's averaged weights by the names of a source, made one after another."""
+
+    def __init__(self, run: Run, source: Source):
+        part = published_part(run.state)
+        self.leaves = {path: leaf for path, leaf in flatten_dict(part, sep='/').items() if leaf is not None}
+        self.entries = sources.entries_of(source, run.config, flat_shapes(part))
+        self.entries.sort(key=lambda entry: -self.leaves[entry.path].dtype.itemsize)  # every tensor is aligned then
+
+    @property
+    def numbers(self) -> int:
+        return sum(math.prod(entry.their_shape()) * len(entry.all_names) for entry in self.entries)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:
+        """(name, shape, dtype) of every tensor, in the order of `tensors`."""
+        for entry in self.entries:
+            for name in entry.all_names:
+                yield name, entry.their_shape(), np.dtype(self.leaves[entry.path].dtype)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) of every tensor."""
+        for entry in self.entries:
+            yield from entry.pieces(sharding.to_host(self.leaves[entry.path]))
+
+
+def write_safetensors(file: BinaryIO, export: Export, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file tensor by tensor."""
+    header: dict[str, Any] = {'__metadata__': metadata}
+    offset, kinds = 0, {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+    for name, shape, dtype in export.shapes():
+        after = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {'dtype': kinds[dtype], 'shape': list(shape), 'data_offsets': [offset, after]}
+        offset = after
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for _, tensor in export.tensors():
+        file.write(memoryview(tensor.reshape(-1).view(np.uint8)))
 
 
 def export_weights(run: Run, to: str, names: str = '') -> None:
@@ -82,22 +112,22 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
             f'{source.title} would compute something else with these weights, since there {there}: '
             'jaxgen --mode=pack takes the run as it is'
         )
-    tensors = tensors_of(run, source)
+    export = Export(run, source)
     metadata = {'format': 'pt', 'jaxgen': jaxgen.__version__, 'step': str(run.step), 'names': source.name}
     if to.endswith('.safetensors'):
-        with files.replacing(to) as file:
-            file.write(safetensors.numpy.save(tensors, metadata))
+        with memory.returned(), files.replacing(to) as file:
+            write_safetensors(file, export, metadata)
     elif to.endswith(('.pt', '.pth')):
-        write_torch(to, tensors)
+        write_torch(to, export)
     else:
-        write_folder(to, run, source, tensors, metadata)
+        write_folder(to, run, source, export, metadata)
     if source.note:
         log.say(f'NOTE: {source.note}')
-    log.say(f'exported {sum(x.size for x in tensors.values()):,} numbers with the names of {source.title}: {to}')
+    log.say(f'exported {export.numbers:,} numbers with the names of {source.title}: {to}')
 
 
-def write_torch(to: str, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a state dict of torch.
+def write_torch(to: str, export: Export) -> None:
+    """Writes a state dict of torch, which is in memory as a whole.
 
     Raises:
       UserError: there is no torch.
@@ -113,28 +143,20 @@ def write_torch(to: str, tensors: dict[str, np.ndarray]) -> None:
         return torch.from_numpy(np.array(x))
 
     with files.replacing(to) as file:
-        torch.save({name: tensor(x) for name, x in tensors.items()}, file)
+        torch.save({name: tensor(x) for name, x in export.tensors()}, file)
 
 
-def write_folder(to: str, run: Run, source: Source, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write_folder(to: str, run: Run, source: Source, export: Export, metadata: dict[str, str]) -> None:
     """Writes weights, config.json and README.md into a new folder: all of them or none."""
-    parent = os.path.dirname(os.path.abspath(to))
-    os.makedirs(parent, exist_ok=True)
-    new = os.path.join(parent, f'.{uuid.uuid4().hex}.export')
-    try:
-        os.mkdir(new)
-        safetensors.numpy.save_file(tensors, os.path.join(new, WEIGHTS), metadata)
+    with whole.new_directory(to, 'export', '--to') as new:
+        with memory.returned(), files.replacing(os.path.join(new, WEIGHTS)) as file:
+            write_safetensors(file, export, metadata)
         if source.name == 'diffusers':
             files.save_json(os.path.join(new, 'config.json'), diffusers.model_config(run.config, run.assembled))
         else:
             files.save_json(os.path.join(new, 'config.json'), json.loads(run.config.to_json_best_effort()))
         with files.replacing(os.path.join(new, 'README.md')) as file:
             file.write(card(run, source).encode())
-        if os.path.isdir(to):
-            os.rmdir(to)  # it is empty
-        os.rename(new, to)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def card(run: Run, source: Source) -> str:

@@ -1,4 +1,5 @@
-"""Files of published weights, opened lazily: the names, shapes and dtypes at once, each tensor when it is read.
+"""Files of published weights, opened lazily: the names, shapes and dtypes at once, each tensor when it is read, from
+its place in the file, so that no more of a file is in memory than what was asked for.
 
 A file comes from a stranger and is data: safetensors hold no code, and files of torch are read by `weights_only`, which
 runs none.
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,8 @@ from jaxgen.errors import UserError
 
 SAFE_TORCH = (2, 6)  # before it, `weights_only` could be made to run code (CVE-2025-32434)
 DEEPEST, MOST = 50, 1_000_000  # levels of dictionaries in a file of torch, and objects in them
+MOST_HEADER, MOST_JSON = 2**25, 2**25  # bytes of the header of a safetensors file, and of a JSON file
+MOST_PICKLED = 2**28  # bytes of a file of torch that are no numbers
 TORCH = ('.pt', '.pth', '.ckpt', '.bin')
 DTYPES = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
@@ -49,6 +53,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype  # object: numbers or a layout that numpy has not, which cannot be read
     read: Callable[[], np.ndarray]
+    place: tuple[str, int] = ('', 0)  # file and byte where it begins: the order in which to read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +84,26 @@ class Weights(Mapping):
                 digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
 
+    @functools.cached_property
+    def states(self) -> tuple[tuple[int, ...], ...]:
+        """Inode, length and time of the last change of each file when this was first called for."""
+        return tuple(file_state(path) for path in self.files)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where a file is another one than at the first call of `states`."""
+        for path, state in zip(self.files, self.states, strict=True):
+            if file_state(path) != state:
+                raise UserError(f'{path} changed while it was read: run the same command again')
+
     def below(self, prefix: str) -> Weights:
         """The tensors whose names begin with `prefix`, without it."""
         inside = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
         return dataclasses.replace(self, tensors=inside)
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    about = os.stat(path)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def open_weights(path: str, option: str = '--from') -> Weights:
@@ -145,9 +166,11 @@ def open_folder(path: str, option: str) -> Weights:
     for name in IN_FOLDER:
         inside = os.path.join(path, name)
         if os.path.isfile(inside):
+            check_inside(path, name)
             return dataclasses.replace(open_weights(inside, option), path=path)
     whole = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
     if len(whole) == 1:
+        check_inside(path, whole[0])
         return dataclasses.replace(open_weights(os.path.join(path, whole[0]), option), path=path)
     what = f'{len(whole)} files of weights: name one of them' if whole else f'none of {", ".join(IN_FOLDER)}'
     parts = read_json(os.path.join(path, PIPELINE)) if os.path.isfile(os.path.join(path, PIPELINE)) else {}
@@ -157,10 +180,29 @@ def open_folder(path: str, option: str) -> Weights:
     raise UserError(f'{option}={path} holds {what}')
 
 
+def check_inside(folder: str, name: str) -> None:
+    """Raises UserError where a file of a folder is a link out of it, other than in the hub's cache, whose snapshots
+    link to the files in `blobs` beside them."""
+    top, real = os.path.realpath(folder or '.'), os.path.realpath(os.path.join(folder, name))
+    model, snapshots, _ = top.partition('/snapshots/')
+    allowed = [top, *([f'{model}/blobs'] if snapshots else [])]
+    if not any(real.startswith(f'{one}/') for one in allowed):
+        raise UserError(f'{os.path.join(folder, name)} is a link out of its folder, to {real}: name that file itself')
+
+
 def beside(path: str) -> dict[str, Any]:
     """config.json in the same folder, or {}."""
-    file = os.path.join(os.path.dirname(path), 'config.json')
-    return read_json(file) if os.path.isfile(file) else {}
+    folder = os.path.dirname(path)
+    return read_part(folder, 'config.json')
+
+
+def read_part(folder: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder, {} where there is none."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    check_inside(folder, name)
+    return read_json(path)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -170,8 +212,10 @@ def read_json(path: str) -> dict[str, Any]:
       UserError: it holds something else.
     """
     try:
+        if os.path.getsize(path) > MOST_JSON:
+            raise ValueError(f'it has more than {MOST_JSON >> 20} MiB')
         with open(path, encoding='utf-8') as file:
-            value = json.load(file)
+            value = json.loads(file.read(MOST_JSON))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from e
     if not isinstance(value, dict):
@@ -193,6 +237,7 @@ def open_shards(index: str) -> Weights:
         inside = os.path.join(folder, file)
         if os.path.basename(file) != file or not os.path.isfile(inside):
             raise UserError(f'{index}: the shard {file!r} is not in its folder')
+        check_inside(folder, file)
         opened[file] = open_safetensors(inside)[0]
     for name, file in shards.items():
         if name not in opened[file]:
@@ -201,34 +246,88 @@ def open_shards(index: str) -> Weights:
     return Weights(index, tensors, beside(index), {}, tuple(os.path.join(folder, file) for file in opened))
 
 
+def read_at(path: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose bytes stand in a file. They are read and not mapped, so they are in memory once.
+
+    Raises:
+      UserError: the file ends before.
+    """
+    out = np.empty(shape, dtype)
+    rest = memoryview(out.reshape(-1).view(np.uint8))
+    with open(path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        while len(rest):
+            n = file.readinto(rest)
+            if not n:
+                raise UserError(f'{path} ends in the middle of a tensor: it is not whole')
+            rest = rest[n:]
+    return out
+
+
 def open_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """({name: Tensor}, metadata) of a .safetensors file.
 
     Raises:
       UserError: it is truncated or something else.
     """
-
-    def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(path, 'numpy') as file:
-            return file.get_tensor(name)
-
     try:
-        with safetensors.safe_open(path, 'numpy') as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                part = file.get_slice(name)
-                tensors[name] = Tensor(
-                    tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]), functools.partial(read, name)
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            if length > MOST_HEADER:
+                raise UserError(
+                    f'{path} is no safetensors file, or one with a header of {length:,} bytes, and at most '
+                    f'{MOST_HEADER:,} are read'
                 )
-            return tensors, file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as e:
+            header = file.read(length)
+        with safetensors.safe_open(path, 'numpy') as checked:  # offsets and lengths fit the shapes and the file
+            metadata = checked.metadata() or {}
+        parts = json.loads(header)
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         raise UserError(f'{path} is no whole safetensors file ({" ".join(str(e).split())[:200]})') from e
-    except KeyError as e:
-        raise UserError(f'{path} holds numbers of type {e}, which are not read') from e
+    tensors = {}
+    for name, part in parts.items():
+        if name != '__metadata__':
+            shape, dtype = tuple(part['shape']), np.dtype(DTYPES.get(part['dtype'], object))
+            offset = 8 + length + part['data_offsets'][0]
+            read = functools.partial(read_at, path, offset, shape, dtype)
+            tensors[name] = Tensor(shape, dtype, read, (path, offset))
+    return tensors, metadata
+
+
+def check_archive(path: str) -> None:
+    """Raises UserError where a file of torch is an archive that torch would unpack into much memory: its own hold their
+    files as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # no archive, or one that torch refuses
+    pickled = sum(one.file_size for one in members if one.filename.endswith('.pkl'))
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members) or pickled > MOST_PICKLED:
+        raise UserError(f'{path} is an archive that torch did not write: its files are compressed, or it is too large')
+
+
+def mapped_ranges(path: str) -> list[tuple[int, int, int]]:
+    """(first address, address after the last, place in the file) of the parts of a file that are mapped into this
+    process; none where the system does not show them."""
+    real, ranges = os.path.realpath(path), []
+    try:
+        with open('/proc/self/maps', encoding='utf-8', errors='surrogateescape') as file:
+            for line in file:
+                addresses, _, offset, _, _, *name = line.rstrip('\n').split(maxsplit=5)
+                if name == [real]:
+                    low, high = (int(part, 16) for part in addresses.split('-'))
+                    ranges.append((low, high, int(offset, 16)))
+    except OSError:
+        pass
+    return ranges
 
 
 def open_torch(path: str) -> dict[str, Tensor]:
-    """{name: Tensor} of a file of torch, names of nested dictionaries joined by dots; its arrays are mapped from disk.
+    """{name: Tensor} of a file of torch, names of nested dictionaries joined by dots.
+
+    Tensors are read from their places in the file, where it is an archive (since torch 1.6) and the system shows where
+    it is mapped into memory, as Linux does.
 
     Raises:
       UserError: there is no torch, one too old to read it safely, or the file is something else or holds code.
@@ -243,6 +342,8 @@ def open_torch(path: str) -> dict[str, Tensor]:
             f'reading {path} needs torch 2.6 or newer, since a file can make older ones run code; this is '
             f'{torch.__version__}: pip install -U torch, or give the weights as .safetensors'
         )
+
+    check_archive(path)
 
     def load(mapped: bool) -> Any:
         with warnings.catch_warnings():
@@ -268,7 +369,19 @@ def open_torch(path: str) -> dict[str, Tensor]:
             'objects that only code could make, and would be read as .safetensors'
         ) from e
 
+    ranges = mapped_ranges(path)
+
+    def place(tensor) -> int | None:
+        """Where in the file a tensor begins."""
+        if not tensor.numel() or not tensor.is_contiguous():
+            return None
+        first = tensor.data_ptr()
+        after = first + tensor.numel() * tensor.element_size()
+        return next((offset + first - low for low, high, offset in ranges if low <= first and after <= high), None)
+
     def numpy(tensor) -> np.ndarray:
+        if (offset := place(tensor)) is not None:
+            return read_at(path, offset, tuple(tensor.shape), dtype(tensor))
         tensor = tensor.detach().contiguous()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -292,7 +405,8 @@ def open_torch(path: str) -> dict[str, Tensor]:
                 one = dtype(value)
             except TypeError:  # numpy has no such numbers
                 one = np.dtype(object)
-            out[name] = Tensor(tuple(value.shape), one, functools.partial(numpy, value))
+            at = place(value) if one.kind != 'O' else None
+            out[name] = Tensor(tuple(value.shape), one, functools.partial(numpy, value), (path, at or 0))
         elif isinstance(value, dict):
             for key, inside in value.items():
                 flatten(inside, f'{name}.{key}' if name else str(key), depth + 1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import re
-import shutil
-import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +16,13 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import jaxgen
-from jaxgen import assembly, directory, files, interrupt, log, randomness, sharding
+from jaxgen import assembly, directory, files, log, memory, randomness, sharding
 from jaxgen import config as configs
-from jaxgen.checkpoint import Checkpoints
+from jaxgen.checkpoint import Checkpoints, Deferred
 from jaxgen.contract import State
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
-from jaxgen.weights import mapping, sources
+from jaxgen.weights import mapping, sources, whole
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.source import Shapes, Source
 
@@ -78,17 +76,31 @@ def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
         )
 
 
-def placed(fit: sources.Fit, shardings: dict[str, Any]) -> dict[str, jax.Array]:
-    """{path: array on the mesh} of a file's weights, read one after another, in the file's dtype."""
+def deferred(fit: sources.Fit, shapes: Shapes, report: Callable[[], Any]) -> dict[str, Deferred]:
+    """{path: array that is read from the file when it is written} of a file's weights; `report` is called after each."""
+
+    def read(entry: mapping.Entry, dtype: np.dtype) -> np.ndarray:
+        try:
+            x = entry.read(fit.weights)
+            if x.dtype != dtype:
+                with np.errstate(over='ignore'):
+                    x = mapping.finite(entry.names[0], x.astype(dtype))
+        except UserError as e:
+            raise UserError(f'{fit.weights.path}: {e}') from e
+        report()
+        return x
+
     arrays = {}
-    with log.bar(len(fit.entries), 'reading', unit='array') as bar:
-        for entry in fit.entries:
-            arrays[entry.path] = jax.device_put(entry.read(fit.weights), shardings[entry.path])
-            bar.update()
+    for entry in fit.entries:
+        own = entry.dtype(fit.weights)
+        dtype = np.dtype(np.float32) if own == np.float64 else own
+        read_it = functools.partial(read, entry, dtype)
+        order = min(fit.weights[name].place for name in entry.names)
+        arrays[entry.path] = Deferred(shapes[entry.path], dtype, read_it, order)
     return arrays
 
 
-def initial(assembled: assembly.Assembled, paths: set[str], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+def initial(assembled: assembly.Assembled, paths: set[str]) -> dict[str, Deferred]:
     """{path: array} of those arrays that no file holds, as before the first update."""
     if not paths:
         return {}
@@ -102,8 +114,9 @@ def initial(assembled: assembly.Assembled, paths: set[str], shardings: dict[str,
         return {path: leaves[path] for path in paths}
 
     key = randomness.stream(jax.random.key(assembled.config.seed), 'init')
-    made = sharding.jit(init, out_shardings={path: shardings[path] for path in paths})
-    return made(key, assembled.frozen)
+    made = sharding.jit(init, out_shardings=sharding.replicated(assembled.mesh))(key, assembled.frozen)
+    arrays = {path: np.asarray(x) for path, x in made.items()}
+    return {path: Deferred(x.shape, x.dtype, functools.partial(np.asarray, x)) for path, x in arrays.items()}
 
 
 def stated_licence(path: str) -> str:
@@ -130,74 +143,68 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '',
       UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
     """
     workdir = os.path.expanduser(workdir)
-    if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
-        raise UserError(f'--workdir={workdir} is there already and not empty: name another directory for the import')
+    whole.check_free(workdir, '--workdir')
     weights = open_weights(path)
+    with whole.new_directory(workdir, 'import', '--workdir') as new:
+        lines = write_run(new, config, weights, names, licence)
+    for line in lines:
+        log.say(line)
+    log.say(f'{workdir} is a run at step 0')
+
+
+def write_run(folder: str, config: ConfigDict, weights: Weights, names: str, licence: str) -> list[str]:
+    """Writes a run at step 0 into an empty directory: the weights are read, checked and written array by array. Returns
+    lines on what was written.
+
+    Raises:
+      UserError: as `import_weights`.
+    """
     assembled = assembly.assemble(config)
     part = published_part(assembled.abstract)
-    fit = sources.choose(config, flat_shapes(part), weights, names)
+    shapes = flat_shapes(part)
+    fit = sources.choose(config, shapes, weights, names)
     check_fields(config, fit)
-    mapping.check(fit.entries, fit.weights, fit.source.skip, f'{path} (names of {fit.source.name})')
-    shardings = flatten_dict(sharding.over_weights(assembled.mesh, part), sep='/')
-    kept = {path for path in shardings if fit.source.keeps_initial(path)}
-    arrays = placed(fit, shardings) | initial(assembled, kept, shardings)
+    mapping.check(fit.entries, fit.weights, fit.source.skip, f'{weights.path} (names of {fit.source.name})')
+    bar = log.bar(len(fit.entries), 'importing', unit='array')
+    arrays = deferred(fit, shapes, bar.update)
+    arrays |= initial(assembled, {path for path in shapes if fit.source.keeps_initial(path)})
     empty = {path: x for path, x in flatten_dict(part, sep='/', keep_empty_nodes=True).items() if x is empty_node}
     tree = unflatten_dict({**arrays, **empty}, sep='/')
     extra = tree.pop('extra', None)
     averages = {f'{name}@{std}': tree[name] for name in list(tree) for std in config.optim.ema_std}
-    licence = licence or stated_licence(weights.path) or fit.source.licence
     step = jax.device_put(np.int32(0), sharding.replicated(assembled.mesh))
     state = State(step=step, params={}, opt={}, ema={**tree, **averages}, extra=extra)
     record = {
         'source': fit.source.name,
         'title': fit.source.title,
-        'file': os.path.basename(os.path.abspath(path)),
-        'sha256': weights.sha256,
-        'licence': licence,
+        'file': os.path.basename(os.path.abspath(weights.path)),
+        'licence': licence or stated_licence(weights.path) or fit.source.licence,
         'jaxgen': jaxgen.__version__,
     }
-    write_run(workdir, assembled, state, record)
-    if re.search(r'non-?commercial|\bnc\b', licence, re.IGNORECASE):
-        log.say(f'NOTE: these weights are under {licence}: not for commercial use')
-    if fit.source.note:
-        log.say(f'NOTE: {fit.source.note}')
-    log.say(f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}: {workdir}')
-
-
-def abandon(folder: str) -> None:
-    """Removes what was written of a run and ends the process; it runs beside the writing."""
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            break
-        time.sleep(0.05)
-    interrupt.leave('stopped; nothing is left of the import')
-
-
-def write_run(workdir: str, assembled: assembly.Assembled, state: State, record: dict[str, Any]) -> None:
-    """Writes a run at step 0, whole or not at all."""
-    parent = os.path.dirname(os.path.abspath(workdir))
-    os.makedirs(parent, exist_ok=True)
-    new = os.path.join(parent, f'.{uuid.uuid4().hex}.import')
-    try:
-        with interrupt.on_signal(functools.partial(abandon, new)):
-            os.mkdir(new)
-            about = {
-                'jax': jax.__version__,
-                'stages': assembled.stage_digests,
-                'imported': record,
-                'meter': log.Meter().state(),
-                'examples': 0,
-            }
-            checkpoints = Checkpoints(new, keep=1)
-            try:
-                checkpoints.save(state, about)
-            finally:  # it may be writing still, when the import is stopped
-                checkpoints.close()
-            files.save_json(os.path.join(new, RECORD), record)
-            directory.save_config(new, assembled.config, assembled.spec)
-            if os.path.isdir(workdir):
-                os.rmdir(workdir)  # it is empty
-            os.rename(new, workdir)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    about = {
+        'jax': jax.__version__,
+        'stages': assembled.stage_digests,
+        'imported': record,
+        'meter': log.Meter().state(),
+        'examples': 0,
+    }
+    assert weights.states is not None  # from here on the files must not change
+    with (
+        bar,
+        memory.returned(),
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+    ):  # the file is read once, from the disk
+        digest = beside.submit(lambda: weights.sha256)
+        checkpoints = Checkpoints(folder, keep=1, deferred=True)
+        try:
+            checkpoints.save(state, about)
+        finally:  # it may be writing still, when the import is stopped
+            checkpoints.close()
+        record['sha256'] = digest.result()
+    weights.check_unchanged()
+    files.save_json(os.path.join(folder, RECORD), record)
+    directory.save_config(folder, assembled.config, assembled.spec)
+    lines = [f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}']
+    if re.search(r'non-?commercial|\bnc\b', record['licence'], re.IGNORECASE):
+        lines.append(f'NOTE: these weights are under {record["licence"]}: not for commercial use')
+    return [*lines, *([f'NOTE: {fit.source.note}'] if fit.source.note else [])]

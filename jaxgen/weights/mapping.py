@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import einops
 import jax
@@ -27,6 +27,7 @@ import numpy as np
 from jaxgen.errors import UserError
 from jaxgen.weights.files import Tensor
 
+PIECE = 2**20  # numbers that are looked at together
 DTYPES = ('float16', 'bfloat16', 'float32', 'float64')  # of weights
 Substitution = tuple[str, str | Callable[[re.Match], str]]  # as of re.sub
 # The last substitutions of files of torch.
@@ -102,23 +103,57 @@ class Entry:
         shape = jax.eval_shape(backward, jax.ShapeDtypeStruct(ours, np.float32)).shape
         return shape[1:] if self.stacked else shape
 
+    def dtype(self, tensors: Mapping[str, Tensor]) -> np.dtype:
+        """That of our array: the file's, and float32 for tensors of several dtypes in one array."""
+        dtypes = {tensors[name].dtype for name in self.names}
+        return np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
+
     def read(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
-        """Our array, in the file's dtype."""
+        """Our array, see `dtype`.
+
+        Raises:
+          UserError: a tensor holds infinities or no numbers, or is not equal to one that it should equal.
+        """
         shape = self.their_shape()
-        parts = [tensors[name].read().reshape(shape) for name in self.names]
+        parts = np.empty((len(self.names), *shape), self.dtype(tensors))
+        for i, name in enumerate(self.names):
+            parts[i] = finite(name, tensors[name].read()).reshape(shape)
         for name in self.copies:
             if not np.array_equal(tensors[name].read().reshape(shape), parts[0]):
                 raise UserError(f'{name} is not equal to {self.names[0]}: such weights have no place in this network')
         x = einops.rearrange(parts if self.stacked else parts[0], self.pattern, **self.sizes)
         return np.asarray(self.layout.forward(x) if self.layout.forward else x, order='C')
 
-    def write(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """{name: tensor} of our array."""
+    def pieces(self, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) of our array, one after another."""
         x = self.layout.backward(x) if self.layout.backward else x
         y = einops.rearrange(x, self.inverse, **self.sizes)
-        parts = y if self.stacked else [y]
-        parts = [*parts, *(parts[0] for _ in self.copies)]
-        return {name: np.asarray(part, order='C') for name, part in zip(self.all_names, parts, strict=True)}
+        for i, name in enumerate(self.all_names):
+            yield name, np.asarray(y[i if name in self.names else 0] if self.stacked else y, order='C')
+
+    def write(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """{name: tensor} of our array."""
+        return dict(self.pieces(x))
+
+
+def finite(name: str, x: np.ndarray) -> np.ndarray:
+    """The tensor itself.
+
+    Raises:
+      UserError: a number of it is infinite or none; such weights draw nothing.
+    """
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE]
+        if piece.dtype.itemsize == 2:  # numpy is slow on these: all bits of the exponent are set
+            bits = piece.view(np.uint16)
+            mask = 0x7C00 if piece.dtype == np.float16 else 0x7F80
+            bad = bool(((bits & mask) == mask).any())
+        else:
+            bad = not np.isfinite(piece).all()
+        if bad:
+            raise UserError(f'{name} has numbers that are infinite or no numbers (NaN): the file is damaged')
+    return x
 
 
 def default_pattern(leaf: str, rank: int) -> str:
