@@ -77,7 +77,7 @@ def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
 
 
 def deferred(fit: sources.Fit, shapes: Shapes, report: Callable[[], Any]) -> dict[str, Deferred]:
-    """{path: array that is read from the file when it is written} of a file's weights; `report` is called after each."""
+    """{path: array that is read from the file when it is written}; `report` is called after each."""
 
     def read(entry: mapping.Entry, dtype: np.dtype) -> np.ndarray:
         try:

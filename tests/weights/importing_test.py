@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import run_main
+from support import ROOT, run_main
 
 import jaxgen
 from jaxgen import assembly
@@ -18,7 +20,7 @@ from jaxgen import config as configs
 from jaxgen.diffusion import conditioning, processes, samplers
 from jaxgen.errors import UserError
 from jaxgen.weights import diffusers as diffusers_names
-from jaxgen.weights import exporting, importing, sources
+from jaxgen.weights import exporting, importing, mapping, sources, whole
 from jaxgen.weights.files import Weights
 from jaxgen.weights.importing import import_weights, other_fields
 
@@ -323,7 +325,102 @@ def test_command(tmp_path, capsys):
 def test_an_import_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
     """What a signal runs while the checkpoint is written: the folder is removed, then the process ends."""
     ended = []
-    monkeypatch.setattr(importing.interrupt, 'leave', ended.append)
+    monkeypatch.setattr(whole.interrupt, 'leave', ended.append)
     (tmp_path / 'half' / 'checkpoints').mkdir(parents=True)
-    importing.abandon(str(tmp_path / 'half'))
+    whole.abandon(str(tmp_path / 'half'), 'import')
     assert os.listdir(tmp_path) == [] and ended == ['stopped; nothing is left of the import']
+
+
+def tiny_file(path, change=None) -> list[str]:
+    """Writes weights of a small U-Net without torch; the fields of its config."""
+    config = config_of('ddpm_cifar10', UNET)
+    part = importing.published_part(assembly.assemble(config, stage=assembly.abstract_stage).abstract)
+    entries = sources.entries_of(sources.for_config(config)[0], config, importing.flat_shapes(part))
+    rng = np.random.default_rng(0)
+    shapes = {name: entry.their_shape() for entry in entries for name in entry.all_names}
+    arrays = {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(change(arrays) if change else arrays, path)
+    return UNET
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
+def test_numbers_that_are_none_are_refused(value, dtype):
+    x = np.ones((3, 2**19 + 7), jnp.dtype(dtype))
+    assert mapping.finite('conv_in.weight', x) is x
+    x[2, -1] = value
+    with pytest.raises(UserError, match=r'conv_in\.weight has numbers that are infinite or no numbers'):
+        mapping.finite('conv_in.weight', x)
+    x[2, -1] = np.finfo(x.dtype).max if dtype != 'bfloat16' else jnp.finfo(jnp.bfloat16).max
+    assert mapping.finite('conv_in.weight', x) is x
+
+
+def test_an_import_of_numbers_that_are_none_leaves_nothing(tmp_path):
+    """It is refused while the run is written, after others of its arrays were."""
+
+    def damage(arrays):
+        arrays['conv_out.weight'][0, 0, 0, 0] = np.nan
+        return arrays
+
+    tiny_file(tmp_path / 'x.safetensors', damage)
+    (tmp_path / 'below').mkdir()
+    with pytest.raises(
+        UserError, match=r'x\.safetensors: conv_out\.weight has numbers that are infinite or no numbers'
+    ):
+        import_weights(
+            config_of('ddpm_cifar10', UNET), str(tmp_path / 'x.safetensors'), str(tmp_path / 'below' / 'run')
+        )
+    assert os.listdir(tmp_path / 'below') == []
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from jaxgen.main import run_main
+from jaxgen.weights import mapping
+read, n = mapping.Entry.read, 0
+def kill(entry, tensors):
+    global n
+    n += 1
+    if n == 20:
+        os.kill(os.getpid(), 9)
+    return read(entry, tensors)
+mapping.Entry.read = kill
+run_main(['jaxgen', *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_import_left_is_no_run_and_is_removed_by_the_next(tmp_path):
+    fields = [f'--config.{field}' for field in tiny_file(tmp_path / 'x.safetensors')]
+    run = tmp_path / 'runs' / 'mine'
+    given = ['--mode=import', '--config=ddpm_cifar10', f'--from={tmp_path}/x.safetensors', f'--workdir={run}', *fields]
+    killed = subprocess.run([sys.executable, '-c', KILLED, *given], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9
+    assert os.listdir(tmp_path / 'runs') == ['.mine.import']
+    assert not (tmp_path / 'runs' / '.mine.import' / 'config.json').exists()
+    assert run_main(['jaxgen', *given]) == 0
+    assert os.listdir(tmp_path / 'runs') == ['mine']
+    assert jaxgen.load(str(run)).step == 0
+
+
+def test_a_directory_is_written_by_one_process_at_a_time(tmp_path):
+    path, busy = str(tmp_path / 'run'), r'--workdir=.*run is being written by another process \(.*\.run\.import\)'
+    with whole.new_directory(path, 'import', '--workdir') as new:
+        with pytest.raises(UserError, match=busy), whole.new_directory(path, 'import', '--workdir'):
+            pass
+        with open(os.path.join(new, 'config.json'), 'w', encoding='utf-8') as file:
+            file.write('{}')
+    assert os.listdir(path) == ['config.json'] and os.listdir(tmp_path) == ['run']
+    with pytest.raises(UserError, match='is there already'), whole.new_directory(path, 'import', '--workdir'):
+        pass
+
+
+def test_what_is_in_the_way_of_a_directory_is_named(tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'kept').touch()
+    (tmp_path / '.run.import').symlink_to(tmp_path / 'elsewhere')
+    line = r'\.run\.import is in the way'
+    with pytest.raises(UserError, match=line), whole.new_directory(str(tmp_path / 'run'), 'import', '--workdir'):
+        pass
+    assert os.listdir(tmp_path / 'elsewhere') == ['kept']
