@@ -65,9 +65,13 @@ def convolution_flops(eqn) -> int:
 
 
 def repetitions(eqn) -> int:
-    """How often the jaxprs of an equation run: a scan's, and a kernel's for each element of its grid."""
+    """How often the jaxprs of an equation run: a scan's, a kernel's for each element of its grid, and what is mapped
+    over devices on each."""
     if eqn.primitive.name == 'pallas_call':
         return math.prod(n for n in eqn.params['grid_mapping'].grid if isinstance(n, int))
+    if eqn.primitive.name == 'shard_map':
+        sizes = eqn.params['mesh'].shape
+        return math.prod(sizes[axis] for axis in eqn.params.get('manual_axes', sizes))
     return eqn.params['length'] if eqn.primitive.name == 'scan' else 1
 
 

@@ -123,6 +123,13 @@ def test_a_kernel_counts_for_each_element_of_its_grid():
     assert count(f, (64, 32), (32, 8)) == 2 * 64 * 32 * 8
 
 
+def test_what_is_mapped_over_devices_counts_on_each():
+    mesh = jax.sharding.AbstractMesh((2, 4), ('data', 'fsdp'))
+    batch, whole = jax.sharding.PartitionSpec(('data', 'fsdp')), jax.sharding.PartitionSpec()
+    f = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(batch, whole), out_specs=batch)
+    assert count(f, (64, 32), (32, 8)) == 2 * 64 * 32 * 8
+
+
 def test_gradient_of_a_network_is_twice_its_value():
     def f(x, w1, w2):
         return jnp.sum(jax.checkpoint(lambda x: jnp.tanh(x @ w1))(x) @ w2)
