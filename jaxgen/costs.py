@@ -361,6 +361,7 @@ def costs(
     weights: Iterable[tuple[int, ...]] = (),
     parts: Iterable[int] = (),
     rate: Callable[[list[int]], float] | None = None,
+    kernels: float = 0,
 ) -> Costs:
     """The costs of one run of a compiled program on each chip.
 
@@ -369,12 +370,13 @@ def costs(
       weights, parts: by which carriers are known, see `collectives.collectives`.
       rate: bytes a second that each chip of a group sends in a ring, by the numbers of its partitions, [] for all of
         them; by default that of one link.
+      kernels: FLOPs of all kernels, by `describe.flops`, for those without an estimate of their author.
     """
     module = collectives.parse(program) if isinstance(program, str) else program
     accounts = Accounts(module, chip)
     times = collectives.runs(module, accounts.seconds_of)
     fused = {name for body in module.computations.values() for one in body.values() for name in accounts.called(one)}
-    flops, cycles, moved, seconds = 0, 0, Counter[str](), dict.fromkeys(CLASSES, 0.0)
+    flops, cycles, estimated, moved, seconds = 0, 0, 0, Counter[str](), dict.fromkeys(CLASSES, 0.0)
     for name, body in module.computations.items():
         if not times[name] or name in fused:
             continue
@@ -384,9 +386,14 @@ def costs(
             which = accounts.class_of(body, one)
             if estimate := CYCLES.search(one.text):
                 cycles += times[name] * int(estimate[1])
-            flops += times[name] * sum(p.flops for p in accounts.products_in(body, one))
+            made = times[name] * sum(p.flops for p in accounts.products_in(body, one))
+            flops += made
+            estimated += made if which == 'kernel' else 0
             moved[which] += times[name] * accounts.bytes(body, one)
             seconds[which] += times[name] * accounts.seconds(body, one)
+    if moved['kernel'] and kernels > estimated:
+        flops += round(kernels - estimated)
+        seconds['kernel'] = max(seconds['kernel'], kernels / chip.peak)
     found = collectives.collectives(module, weights, parts, times=times)
     sending: dict[tuple[str, str], float] = {}
     for sent in found:

@@ -75,13 +75,17 @@ def repetitions(eqn) -> int:
     return eqn.params['length'] if eqn.primitive.name == 'scan' else 1
 
 
-def flops(jaxpr: core.Jaxpr) -> int:
+def flops(jaxpr: core.Jaxpr, within: str = '', platform: str = '') -> int:
     """Multiplications and additions of the matrix products and convolutions of a jaxpr, two per pair.
 
     A scan's body counts as often as it runs (XLA's own cost analysis counts it once); a while
-    loop's body, whose trips are not known, once; of a cond's branches the dearest. Equations whose results nobody
-    reads are left out, as XLA leaves them out: a gradient's jaxpr holds forward computations once more that only
-    `jax.vjp` in a custom rule asked for.
+    loop's body, whose trips are not known, once; of a cond's branches the dearest, of a choice by platform that
+    platform's. Equations whose results nobody reads are left out, as XLA leaves them out: a gradient's jaxpr holds
+    forward computations once more that only `jax.vjp` in a custom rule asked for.
+
+    Args:
+      within: a primitive; only what it holds counts, 'pallas_call' for kernels.
+      platform: cpu, tpu, cuda or rocm; that of this machine by default.
     """
     total = 0
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -90,16 +94,26 @@ def flops(jaxpr: core.Jaxpr) -> int:
         if name == 'dot_general':
             (contract, _), _ = eqn.params['dimension_numbers']
             k = math.prod(shape(eqn.invars[0])[d] for d in contract)
-            total += 2 * k * math.prod(shape(eqn.outvars[0]))
+            total += 0 if within else 2 * k * math.prod(shape(eqn.outvars[0]))
         elif name == 'conv_general_dilated':
-            total += convolution_flops(eqn)
+            total += 0 if within else convolution_flops(eqn)
         else:
-            inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
-            if name == 'cond':
-                total += max(inner, default=0)
-            else:
+            inside = '' if name == within else within
+            inner = [flops(j, inside, platform) for j in core.jaxprs_in_params(eqn.params)]
+            if name != 'cond':
                 total += sum(inner) * repetitions(eqn)
+            elif platforms := eqn.params.get('branches_platforms'):
+                total += inner[branch_of(platforms, platform)]
+            else:
+                total += max(inner, default=0)
     return total
+
+
+def branch_of(platforms: tuple, platform: str) -> int:
+    """Which branch of a choice by platform is taken; each has the names of its platforms, or None for all others."""
+    backend = platform or jax.default_backend()
+    names = {'cuda', 'rocm'} if backend == 'gpu' else {backend}
+    return next(i for i, listed in enumerate(platforms) if listed is None or names & set(listed))
 
 
 def describe(config, assembled) -> dict:

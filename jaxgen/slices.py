@@ -233,7 +233,7 @@ def compile_program(program: Any, arguments: tuple, where: Slice, a: assembly.As
     """
     began, n = time.monotonic(), len(where.devices)
     traced = program.trace(*arguments)
-    flops = describe.flops(traced.jaxpr.jaxpr)
+    flops, kernels = (describe.flops(traced.jaxpr.jaxpr, within, 'tpu') for within in ('', 'pallas_call'))
     lowered = traced.lower()
     about: dict[str, Any] = {'fits': True, 'flops': flops}
     try:
@@ -269,7 +269,7 @@ def compile_program(program: Any, arguments: tuple, where: Slice, a: assembly.As
         return chips.group_rate(where.chip, [device.coords for device in members], where.shape, joined)
 
     weights = {tuple(leaf.shape) for leaf in jax.tree.leaves((a.abstract.params, a.abstract.ema, a.frozen))}
-    cost = costs.costs(compiled.as_text(), where.chip, weights, [a.mesh.shape['fsdp']], rate)
+    cost = costs.costs(compiled.as_text(), where.chip, weights, [a.mesh.shape['fsdp']], rate, kernels / n)
     return {**about, **in_numbers(cost, where.chip, flops, n)}
 
 

@@ -266,3 +266,7 @@ backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"500000
     found = costs.costs(text, CHIP)
     assert (found.flops, found.bytes) == (5_000_000_000, {'kernel': 2 * 2 * 64 * 128})
     assert found.computing == pytest.approx(5e9 / 1e12)
+    bare = costs.costs(
+        text.replace('"cost_estimate":{"flops":"5000000000","bytes_accessed":"1"}', ''), CHIP, kernels=8e9
+    )
+    assert (bare.flops, bare.bytes) == (8_000_000_000, found.bytes) and bare.computing == pytest.approx(8e9 / 1e12)

@@ -121,6 +121,8 @@ def test_a_kernel_counts_for_each_element_of_its_grid():
         return pallas.pallas_call(kernel, shape, grid=(4,), in_specs=[x_spec, w_spec], out_specs=out)(x, w)
 
     assert count(f, (64, 32), (32, 8)) == 2 * 64 * 32 * 8
+    both = jax.make_jaxpr(lambda x, w: f(x, w) + x @ w)(jnp.zeros((64, 32)), jnp.zeros((32, 8))).jaxpr
+    assert (flops(both), flops(both, 'pallas_call')) == (4 * 64 * 32 * 8, 2 * 64 * 32 * 8)
 
 
 def test_what_is_mapped_over_devices_counts_on_each():
@@ -128,6 +130,15 @@ def test_what_is_mapped_over_devices_counts_on_each():
     batch, whole = jax.sharding.PartitionSpec(('data', 'fsdp')), jax.sharding.PartitionSpec()
     f = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(batch, whole), out_specs=batch)
     assert count(f, (64, 32), (32, 8)) == 2 * 64 * 32 * 8
+
+
+def test_a_choice_by_platform_counts_as_that_platform_has_it():
+    def f(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x @ x, cpu=lambda x: x, default=lambda x: x @ x)
+
+    jaxpr = jax.make_jaxpr(f)(jnp.zeros((4, 4))).jaxpr
+    found = [flops(jaxpr, platform=name) for name in ('tpu', 'cuda', 'cpu', '')]
+    assert found == [2 * 2 * 4**3, 2 * 4**3, 0, 0]
 
 
 def test_gradient_of_a_network_is_twice_its_value():
