@@ -30,6 +30,7 @@ from jaxgen.networks.transformer import (
     categorical,
     check_prior,
     flatten,
+    kernels_as,
     truncated,
     truncation_settings,
     unflatten,
@@ -206,10 +207,8 @@ def build(
 
     def sample(state, frozen, batch, rng, settings):
         draw_rng, first_rng = jax.random.split(rng)
-        sequences = sample_codes(
-            tokens, state.ema['transformer'], batch, example_keys(draw_rng, batch), length, steps, top_k,
-            settings,
-        )  # fmt: skip
+        weights, keys = kernels_as(state.ema['transformer'], context.dtype), example_keys(draw_rng, batch)
+        sequences = sample_codes(tokens, weights, batch, keys, length, steps, top_k, settings)
         codes = unflatten(sequences, first.latents.grids)
         return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 

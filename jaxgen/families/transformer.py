@@ -32,6 +32,7 @@ from jaxgen.networks.transformer import (
     categorical,
     check_prior,
     flatten,
+    kernels_as,
     truncated,
     truncation_settings,
     unflatten,
@@ -197,7 +198,7 @@ def build(
         draw = functools.partial(draw_code, top_k=top_k, settings=settings)
         draw_rng, first_rng = jax.random.split(rng)
         keys, start = example_keys(draw_rng, batch), start_token(batch, len(batch['index']), conditional)
-        weights = state.ema['transformer']
+        weights = kernels_as(state.ema['transformer'], context.dtype)
         if enlarge > 1:
             codes = (sample_enlarged(net, weights, start, keys, draw, grids[0], enlarge),)
         else:

@@ -28,7 +28,7 @@ from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.multiscale import shrunk
-from jaxgen.networks.transformer import categorical, check_prior, flatten, truncated, truncation_settings
+from jaxgen.networks.transformer import categorical, check_prior, flatten, kernels_as, truncated, truncation_settings
 from jaxgen.networks.var import VARTransformer
 from jaxgen.options import TRACED, Count, NonNegative, Rate
 from jaxgen.randomness import example_keys
@@ -199,7 +199,8 @@ def build(
         draw_rng, first_rng = jax.random.split(rng)
         keys, scales = example_keys(draw_rng, batch), Scales(first, frozen['first'])
         label = label_of(batch, len(keys), conditional)
-        codes = sample_codes(net, state.ema['transformer'], scales, label, keys, settings.get('guidance'), truncate)
+        weights = kernels_as(state.ema['transformer'], context.dtype)
+        codes = sample_codes(net, weights, scales, label, keys, settings.get('guidance'), truncate)
         return jnp.clip(first.decode(*frozen['first'], batch, codes, first_rng), -1, 1)
 
     def evaluate(state, frozen, batch, rng):

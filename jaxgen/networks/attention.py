@@ -313,6 +313,15 @@ def keep(primitive: Any, *args: Any, **params: Any) -> bool:
     )  # fmt: skip
 
 
+def empty_cache(shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """Keys and values [blocks, n, ...] before the first token, zeros; every device has its part of the n examples."""
+    mesh = jax.sharding.get_abstract_mesh()
+    cache = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or shape[1] % mesh.size:
+        return cache
+    return jax.lax.with_sharding_constraint(cache, jax.sharding.PartitionSpec(None, mesh.axis_names))
+
+
 def attend_cached(q: Array, k: Array, v: Array, length: Array | int) -> Array:
     """Attention of one query to the first keys of a cache, scaled by c^-1/2: [n, 1, heads, c] to the same.
 

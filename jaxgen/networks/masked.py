@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgen.networks.attention import attend
+from jaxgen.networks.attention import attend, attend_cached
 from jaxgen.networks.convolution import convolve
 from jaxgen.networks.layers import Dense, variance_scaling
 
@@ -356,13 +356,12 @@ class CausalAttention(nn.Module):
         else:
             count = position.height * position.width
             pixel = position.i * position.width + position.j
-            shape = (len(x), count, *k.shape[2:])
+            shape = (len(x), self.heads, count, self.features // self.heads)
             keys = self.variable('cache', 'keys', jnp.zeros, shape, self.dtype)
             values = self.variable('cache', 'values', jnp.zeros, shape, self.dtype)
-            keys.value = lax.dynamic_update_slice_in_dim(keys.value, k, pixel, 1)
-            values.value = lax.dynamic_update_slice_in_dim(values.value, v, pixel, 1)
-            earlier = (jnp.arange(count) <= pixel)[None, None, None]  # [1, heads, 1, HW]
-            out = jax.nn.dot_product_attention(q, keys.value, values.value, mask=earlier)
+            keys.value = lax.dynamic_update_slice_in_dim(keys.value, jnp.swapaxes(k, 1, 2), pixel, 2)
+            values.value = lax.dynamic_update_slice_in_dim(values.value, jnp.swapaxes(v, 1, 2), pixel, 2)
+            out = attend_cached(q, keys.value, values.value, pixel + 1)
         return einops.rearrange(out, 'n (h w) k c -> n h w (k c)', h=height, w=width)
 
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
-from jaxgen.networks.attention import attend
+from jaxgen.networks.attention import attend, attend_cached, empty_cache
 from jaxgen.networks.layers import Dense, Embed, LayerNorm
 
 Array = jax.Array
+Cache = tuple[Array, Array]  # keys and values
 
 NORMAL = nn.initializers.normal(0.02)
 
@@ -25,7 +26,9 @@ class Block(nn.Module):
     """Self-attention, then an MLP: tokens [n, T, C] to the same.
 
     With a cache, the input is the one token at `index`, [n, 1, C], and attends to the keys and values of the tokens up
-    to it. The second result is the cache with its own added: `nn.scan` stacks them.
+    to it. The cache is that of all blocks, [blocks, n, heads, T, C / heads] each, of which this is block `block`. It is
+    carried through the blocks and from token to token: a loop's carry is written in place, where its stacked outputs
+    are a copy of the whole for every token. The second result is None, since `nn.scan` asks for two.
 
     Attributes:
       causal: a token attends to itself and those before it, else to all.
@@ -46,7 +49,8 @@ class Block(nn.Module):
     attention_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array, cache: tuple[Array, Array] | None, index: Array | None) -> tuple[Array, Any]:
+    def __call__(self, carry: tuple[Array, Cache | None], block: Array | None, index: Array | None):
+        x, cache = carry
         channels = x.shape[-1]
 
         def norm(name):
@@ -63,13 +67,13 @@ class Block(nn.Module):
         elif cache is None:
             h = attend(q, k, v, causal=self.causal)  # [n, T, heads, C / heads]
         else:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, 1)
-                for old, new in zip(cache, (k, v), strict=True)
+            keys, values = cache = tuple(
+                jax.lax.dynamic_update_slice(
+                    all_, jnp.swapaxes(new, 1, 2)[None].astype(all_.dtype), (block, 0, 0, index, 0)
+                )
+                for all_, new in zip(cache, (k, v), strict=True)
             )
-            cache = k, v
-            earlier = (jnp.arange(k.shape[1]) <= index)[None, None, None]  # [1, heads, 1, T]
-            h = jax.nn.dot_product_attention(q, k, v, mask=earlier)
+            h = attend_cached(q, keys[block], values[block], index + 1)
         h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
         h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='out')(h))
         x = norm('norm1')(x + h) if self.post_norm else x + h
@@ -77,11 +81,11 @@ class Block(nn.Module):
         h = x if self.post_norm else norm('norm2')(x)
         h = nn.gelu(Dense(4 * channels, init=NORMAL, dtype=self.dtype, name='mlp1')(h), approximate=not self.exact_gelu)
         h = dropped(Dense(channels, init=NORMAL, dtype=self.dtype, name='mlp2')(h))
-        return (norm('norm2')(x + h) if self.post_norm else x + h), cache
+        return ((norm('norm2')(x + h) if self.post_norm else x + h), cache), None
 
 
 def apply_blocks(module, x: Array, cache, index, **options) -> tuple[Array, Any]:
-    """Output and cache of `module.blocks` blocks, a scan over their stacked weights; cache [blocks, ...] or None."""
+    """Output and cache of `module.blocks` blocks, a scan over their stacked weights; see `Block`."""
     scanned = nn.scan(
         nn.remat(Block, prevent_cse=False) if module.remat else Block,
         variable_axes={'params': 0},
@@ -97,7 +101,8 @@ def apply_blocks(module, x: Array, cache, index, **options) -> tuple[Array, Any]
         **options,
         name='blocks',
     )
-    return blocks(x, cache, index)
+    (x, cache), _ = blocks((x, cache), None if cache is None else jnp.arange(module.blocks), index)
+    return x, cache
 
 
 class CausalTransformer(nn.Module):
@@ -141,10 +146,10 @@ class CausalTransformer(nn.Module):
         logits = Dense(self.vocabulary, bias=False, init=NORMAL, dtype=self.dtype, name='head')(x).astype(jnp.float32)
         return logits if cache is None else (logits, new)
 
-    def empty_cache(self, n: int, length: int) -> tuple[Array, Array]:
-        """The cache before the first token: keys and values, [blocks, n, length, heads, channels / heads] each."""
-        shape = (self.blocks, n, length, self.heads, self.channels // self.heads)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+    def empty_cache(self, n: int, length: int) -> Cache:
+        """The cache before the first token: keys and values, [blocks, n, heads, length, channels / heads] each."""
+        shape = (self.blocks, n, self.heads, length, self.channels // self.heads)
+        return empty_cache(shape, self.dtype)
 
 
 class MaskedTransformer(nn.Module):
@@ -184,6 +189,16 @@ class MaskedTransformer(nn.Module):
         x = LayerNorm(eps=1e-12, dtype=self.dtype, name='norm')(x)
         bias = self.param('bias', nn.initializers.zeros, (self.vocabulary,))
         return embed.attend(x).astype(jnp.float32) + bias
+
+
+def kernels_as(weights: Any, dtype: Any) -> Any:
+    """Weights whose kernels are of the dtype that layers compute in, which is what layers make of them: done once in
+    front of a loop over tokens, and not for every one."""
+
+    def one(path, x):
+        return x.astype(dtype) if path[-1].key == 'kernel' else x
+
+    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def check_prior(first: Family | None, channels: int, heads: int) -> None:

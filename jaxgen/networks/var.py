@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.networks.attention import attend
+from jaxgen.networks.attention import attend, empty_cache
 from jaxgen.networks.layers import Dense, Embed, LayerNorm, look_up
 
 Array = jax.Array
@@ -45,8 +45,10 @@ def normalised(x: Array) -> Array:
 class Block(nn.Module):
     """Self-attention, then an MLP, with adaptive norms: tokens [n, T, C], condition [n, 6 C or C] to tokens.
 
-    With a cache of the keys and values of all coarser scales, [n, T', heads, C / heads], the input is the tokens of the
-    next scale; the second result is that cache with theirs added. `nn.scan` stacks them.
+    With a cache, the input is the tokens of one scale, and they attend to those of coarser scales too. The cache is
+    that of all blocks and scales, [blocks, n, T of all scales, heads, C / heads] each of keys and values, of which this
+    is block `block`. It is carried through the blocks and from scale to scale, so that it is written in place. The
+    second result is None, since `nn.scan` asks for two.
 
     Attributes:
       blocks: of the whole network.
@@ -55,6 +57,8 @@ class Block(nn.Module):
       unit_queries: queries and keys have norm 1, with a learned scale for each head.
       shared: `condition` has the 6 C parameters of the adaptive norms, to which a learned table is added.
       drops_path: whole branches are dropped in training, with probability `drop_path`.
+      lengths: number of tokens of each scale.
+      begin: position of the first of the tokens, with a cache.
     """
 
     heads: int
@@ -67,10 +71,19 @@ class Block(nn.Module):
     drops_path: bool
     train: bool
     dtype: Any
+    lengths: tuple[int, ...]
+    begin: int = 0
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, drop_path: Array, condition: Array, mask: Array | None):
-        n, _, channels = x.shape
+    def __call__(
+        self,
+        carry: tuple[Array, Cache | None],
+        block: Array | None,
+        drop_path: Array,
+        condition: Array,
+    ):
+        x, cache = carry
+        n, tokens, channels = x.shape
         init, last = nn.initializers.normal(self.std), nn.initializers.normal(self.std / math.sqrt(2 * self.blocks))
         modulation = modulation_init(self.std, self.gate)
         if self.shared:
@@ -104,9 +117,16 @@ class Block(nn.Module):
             log_scale = self.param('log_scale', nn.initializers.constant(math.log(4)), (self.heads,))
             q = normalised(q) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))[:, None]
             q, k, scale = q.astype(self.dtype), normalised(k).astype(self.dtype), 1.0
-        if cache is not None:
-            k, v = (jnp.concatenate(pair, 1) for pair in zip(cache, (k, v), strict=True))
-            cache = k, v
+        if cache is None:
+            scale_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
+            mask = scale_of[:, None] >= scale_of  # [T, T]
+        else:  # no tokens of finer scales are there yet
+            mask = None
+            cache = tuple(
+                jax.lax.dynamic_update_slice(every, new[None].astype(every.dtype), (block, 0, self.begin, 0, 0))
+                for every, new in zip(cache, (k, v), strict=True)
+            )
+            k, v = (every[block][:, : self.begin + tokens] for every in cache)
         h = attend(q, k, v, mask=mask, scale=scale)  # [n, T, heads, C / heads]
         h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
         h = Dense(channels, init=last, dtype=self.dtype, name='out')(h)
@@ -115,7 +135,7 @@ class Block(nn.Module):
         h = norm(x, scale2, shift2, 'norm2')
         h = nn.gelu(Dense(4 * channels, init=init, dtype=self.dtype, name='mlp1')(h), approximate=True)
         h = Dense(channels, init=last, dtype=self.dtype, name='mlp2')(h)
-        return x + branch(gate2 * h), cache
+        return (x + branch(gate2 * h), cache), None
 
 
 class VARTransformer(nn.Module):
@@ -187,16 +207,16 @@ class VARTransformer(nn.Module):
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=self.blocks,
         )(
             heads=self.heads, blocks=self.blocks, std=std, gate=self.gate, unit_queries=self.unit_queries,
             shared=self.shared, dropout=self.dropout, drops_path=self.drop_path > 0, train=train, dtype=self.dtype,
-            name='blocks',
+            lengths=tuple(lengths), begin=begin, name='blocks',
         )  # fmt: skip
-        # A cache holds coarser scales alone, and every token attends to all of them.
-        mask = None if cache is not None else scale_of[:, None] >= scale_of  # [T, T]
-        x, new = stack(x, cache, jnp.linspace(0, self.drop_path, self.blocks), modulation, mask)
+        number = None if cache is None else jnp.arange(self.blocks)
+        rates = jnp.linspace(0, self.drop_path, self.blocks)
+        (x, new), _ = stack((x, cache), number, rates, modulation)
 
         half = nn.initializers.normal(0.5 * std)
         m = Dense(2 * channels, init=half, dtype=self.dtype, name='head_modulation')(condition)
@@ -207,6 +227,6 @@ class VARTransformer(nn.Module):
         return logits if cache is None else (logits, new)
 
     def empty_cache(self, n: int) -> Cache:
-        """The cache before the first scale: keys and values, [blocks, n, 0, heads, C / heads] each."""
-        shape = (self.blocks, n, 0, self.heads, self.channels // self.heads)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        """The cache before the first scale: keys and values, [blocks, n, T of all scales, heads, C / heads] each."""
+        shape = (self.blocks, n, sum(h * w for h, w in self.grids), self.heads, self.channels // self.heads)
+        return empty_cache(shape, self.dtype)

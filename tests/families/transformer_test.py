@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxgen.networks.transformer import (
     MaskedTransformer,
     filtered,
     flatten,
+    kernels_as,
     unflatten,
 )
 from jaxgen.optim import decay_mask, make_optim
@@ -390,3 +392,43 @@ def test_refuses(module, options, words):
         module.build(context(stages={}))
     with pytest.raises(UserError, match='codes'):
         module.build(context(stages={'first': toy_first()._replace(latents=Latents(grids=()))}))
+
+
+# --- The cache
+
+
+def moved_in_loops(compiled, size: int) -> list[str]:
+    """Instructions in the loops of a compiled program that write an array of so many numbers anew."""
+    moved, inside = [], False
+    for line in compiled.as_text().splitlines():
+        if line and not line.startswith((' ', '}')):
+            inside = not line.startswith('ENTRY')
+        match = re.match(r'\s+(?:ROOT )?\S+ = \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|reshape)\(', line)
+        if inside and match and math.prod(map(int, match[1].split(','))) == size:
+            moved.append(line.strip())
+    return moved
+
+
+def test_the_cache_is_written_in_place():
+    """No token copies, transposes or appends to the keys or values, of all blocks or of one."""
+    net = CausalTransformer(vocabulary=5, length=11, channels=14, blocks=3, heads=2)
+    weights = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 11), jnp.int32))['params']
+    n, draw = 5, functools.partial(transformer.draw_code, top_k=0, settings={'temperature': 1.0})
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
+    function = jax.jit(lambda w, start, keys: transformer.sample_codes(net, w, start, keys, draw))
+    compiled = function.lower(weights, jax.ShapeDtypeStruct((n, 1), jnp.int32), keys).compile()
+    assert 'while(' in compiled.as_text() and f'f32[3,{n},2,11,7]' in compiled.as_text()
+    for size in (3 * n * 11 * 14, n * 11 * 14):
+        assert moved_in_loops(compiled, size) == []
+
+
+def test_kernels_are_cast_once():
+    """In half precision no loop makes kernels of the float32 ones, and the codes are those of weights as they were."""
+    net = CausalTransformer(vocabulary=5, length=6, channels=12, blocks=2, heads=2, dtype=jnp.bfloat16)
+    weights = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 6), jnp.int32))['params']
+    weights = random_weights(weights)
+    cast = kernels_as(weights, jnp.bfloat16)
+    names = {path[-1].key: x.dtype for path, x in jax.tree_util.tree_leaves_with_path(cast)}
+    assert names['kernel'] == jnp.bfloat16 and {*names.values()} == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
+    tokens = jnp.arange(6)[None] % 5
+    np.testing.assert_array_equal(*(jax.jit(net.apply)({'params': w}, tokens) for w in (weights, cast)))
