@@ -13,6 +13,7 @@ batch cannot be cut over the chips are left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -49,14 +50,14 @@ def rows(only: list[str], topologies: list[str]) -> list[dict]:
     """The rows of configs and slices, [] for those of the table: config, topology, program and the fields that are set.
     Those whose batch or `fsdp` does not go with the number of chips are left out."""
     made = []
-    for topology in topologies or TOPOLOGIES:
-        for name in only or CONFIGS:
-            config, chips = configs.load(name), slices.chips_of(topology)
-            fsdp = max(TOPOLOGIES.get(topology, 1), config.mesh.fsdp)
-            if config.data.batch // config.optim.accumulate % chips or chips % fsdp:
-                continue
-            fields = [f'--config.mesh.fsdp={fsdp}'] if fsdp != config.mesh.fsdp else []
-            made += [{'config': name, 'topology': topology, 'program': p, 'fields': fields} for p in PROGRAMS]
+    loaded = {name: configs.load(name) for name in only or CONFIGS}
+    for topology, program, (name, config) in itertools.product(topologies or TOPOLOGIES, PROGRAMS, loaded.items()):
+        chips = slices.chips_of(topology)
+        fsdp = max(TOPOLOGIES.get(topology, 1), config.mesh.fsdp)
+        if config.data.batch // config.optim.accumulate % chips or chips % fsdp:
+            continue
+        fields = [f'--config.mesh.fsdp={fsdp}'] if fsdp != config.mesh.fsdp else []
+        made.append({'config': name, 'topology': topology, 'program': program, 'fields': fields})
     return made
 
 
