@@ -236,6 +236,8 @@ def data_mode(config, out: str) -> None:
 def compile_mode(config, workdir: str, topology: str, out: str) -> None:
     """What the training step and the sampler of a config take on a slice, as text, and as JSON in `out`."""
     if out:
+        if os.path.isdir(out):
+            raise UserError(f'--out={out} is a directory: name the file, --out={os.path.join(out, "compile.json")}')
         files.check_writable(os.path.dirname(out) or '.', '--out')
     directory.check_cycle(workdir, config, untrained=True)
     about = slices.report(config, topology)

@@ -44,6 +44,11 @@ def test_the_slice_must_be_named(capfd):
     assert '--topology' in mistake(capfd, '--mode=compile', f'--config={path("vae_digits")}')
 
 
+def test_the_result_is_a_file(capfd, tmp_path):
+    options = f'--config={path("vae_digits")}', '--topology=v5e:4x4', f'--out={tmp_path}'
+    assert 'is a directory: name the file' in mistake(capfd, '--mode=compile', *options)
+
+
 @pytest.mark.parametrize('error, expected', [
     ('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.30G of '
      '15.75G hbm. Exceeded hbm capacity by 5.55G.', (21.3, 15.75)),
