@@ -6,10 +6,11 @@ import importlib.util
 import json
 import math
 
+import jax
 import pytest
 from support import main, mistake, path, tiny
 
-from jaxgen import slices
+from jaxgen import assembly, describe, sharding, slices
 from jaxgen.errors import UserError
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
@@ -42,6 +43,20 @@ def test_the_missing_compiler_is_one_line(monkeypatch, capfd):
 
 def test_the_slice_must_be_named(capfd):
     assert '--topology' in mistake(capfd, '--mode=compile', f'--config={path("vae_digits")}')
+
+
+@pytest.mark.parametrize('name', ['conditional_vae_digits', pytest.param('pix2pix_shapes', marks=pytest.mark.slow)])
+def test_programs_are_those_of_training_and_sampling(name):
+    """Of a config with labels, and of one with images as conditions."""
+    config = tiny(name)
+    a = assembly.assemble(config, sharding.make_mesh(1, jax.devices()[:1]), assembly.abstract_stage)
+    (update, given), (sampler, conditions) = slices.update_program(a), slices.sample_program(a)
+    traced = update.trace(*given)
+    assert describe.flops(traced.jaxpr.jaxpr) == describe.describe(config, a)['update_flops']
+    assert slices.bytes_a_chip(given[0]) == describe.size(a.abstract)
+    images, finite = sampler.trace(*conditions).out_info
+    n = sharding.round_up(a.mesh, config.sample.batch)
+    assert images.shape == (n, *a.context.image) and finite.shape == (n,)
 
 
 def test_the_result_is_a_file(capfd, tmp_path):
@@ -113,10 +128,6 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_compile(capfd):
 
 def test_advice_for_what_does_not_fit():
     """State that is the most of the memory is cut over more chips; activations are cut by accumulation."""
-    import jax
-
-    from jaxgen import assembly, sharding
-
     config = tiny('vae_digits', data={'batch': 64})
     a = assembly.assemble(config, sharding.make_mesh(1, jax.devices()[:1]))
     about = {'fits': False, 'memory': {'used': 3 * GIB, 'limit': GIB}}
