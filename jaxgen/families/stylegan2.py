@@ -54,7 +54,7 @@ from jaxgen.errors import UserError
 from jaxgen.losses import perceptual
 from jaxgen.losses.adversarial import non_saturating_generator, r1_penalty, vanilla_discriminator
 from jaxgen.networks.layers import downsample_mean
-from jaxgen.networks.stylegan2 import Discriminator, Generator, noise_sizes, styles
+from jaxgen.networks.stylegan2 import ARCHITECTURES, Discriminator, Generator, noise_sizes, styles
 from jaxgen.optim import Optim
 from jaxgen.options import TRACED, Count, Fraction, NonNegative, OneOf
 from jaxgen.randomness import example_keys, normal
@@ -426,6 +426,10 @@ def build(
     mapping_layers: Count = 8,
     channel_base: Count = 32768,
     channel_max: Count = 512,
+    generator_architecture: Annotated[str, OneOf(*ARCHITECTURES)] = 'skip',
+    discriminator_architecture: Annotated[str, OneOf(*ARCHITECTURES)] = 'resnet',
+    discriminator_mapping_layers: Annotated[int, '[0, inf)'] = 0,
+    clamp: NonNegative = 0.0,
     group: Count = 4,
     conditional: bool = False,
     mixing: Fraction = 0.9,
@@ -447,8 +451,11 @@ def build(
 
     Args:
       latent: dimensions of z and of w.
-      mapping_layers, channel_base, channel_max: see networks/stylegan2.py. The published code maps labels for a
-        conditional discriminator by 8 layers always; here both networks have mapping_layers.
+      mapping_layers, channel_base, channel_max: see networks/stylegan2.py.
+      generator_architecture, discriminator_architecture: 'orig', layers alone; 'skip', every size adds to the image, or
+        reads it; 'resnet', residual. The paper's are the defaults; for CIFAR-10 the discriminator is 'orig'.
+      discriminator_mapping_layers: of a conditional discriminator, 8 in the published code always; 0: mapping_layers.
+      clamp: bound of all maps, so that they fit half precision, 256 in the published code; 0: none.
       group: images of the minibatch standard deviation.
       conditional: both networks are conditioned on the class, `batch['label']`, and so are samples.
       mixing: fraction of training's images with the styles of two latents, the second from a random layer on.
@@ -478,8 +485,14 @@ def build(
     check(context, conditional, channel_base)
     size, _, channels = context.image
     common = dict(channel_base=channel_base, channel_max=channel_max, classes=context.classes if conditional else 0)
-    common |= dict(mapping_layers=mapping_layers, dtype=context.dtype, remat=context.remat)
-    generator, discriminator = Generator(size, channels, latent, **common), Discriminator(group=group, **common)
+    common |= dict(clamp=clamp, dtype=context.dtype, remat=context.remat)
+    generator = Generator(
+        size, channels, latent, architecture=generator_architecture, mapping_layers=mapping_layers, **common
+    )
+    discriminator = Discriminator(
+        group=group, architecture=discriminator_architecture,
+        mapping_layers=discriminator_mapping_layers or mapping_layers, **common,
+    )  # fmt: skip
     networks = Networks(generator, discriminator, conditional, mixing, augmentation)
     steps = make_steps(networks, context.optim, r1, r1_every, path, path_every, path_decay)
     adaptation = Adaptation(augment_target if augmentation else 0.0, augment_every, augment_images)

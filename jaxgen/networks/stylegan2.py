@@ -31,6 +31,7 @@ from jaxgen.networks.layers import normalised, smooth, upsample_smooth
 
 Array = jax.Array
 
+ARCHITECTURES = ('orig', 'skip', 'resnet')  # figure 7: the layers alone, with skips of the image, residual
 EPS = 1e-8
 MAPPING_RATE = 0.01  # learning rate of the mapping network, relative to the rest
 
@@ -50,9 +51,14 @@ def noise_sizes(size: int) -> list[int]:
     return [s for s in sizes(size) for _ in range(2)][1:]
 
 
-def leaky(x: Array) -> Array:
-    """Leaky ReLU of slope 0.2, times sqrt(2) for the variance that it takes away."""
-    return nn.leaky_relu(x, 0.2) * math.sqrt(2)
+def clamped(x: Array, clamp: float) -> Array:
+    """x within [-clamp, clamp]; 0: as it is."""
+    return jnp.clip(x, -clamp, clamp) if clamp else x
+
+
+def leaky(x: Array, clamp: float = 0.0) -> Array:
+    """Leaky ReLU of slope 0.2, times sqrt(2) for the variance that it takes away, `clamped`."""
+    return clamped(nn.leaky_relu(x, 0.2) * math.sqrt(2), clamp)
 
 
 def modulated(x: Array, kernel: Array, style: Array, *, demodulate: bool = True, up: bool = False) -> Array:
@@ -176,6 +182,7 @@ class StyledConv(nn.Module):
 
     features: int
     up: bool = False
+    clamp: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -185,20 +192,21 @@ class StyledConv(nn.Module):
         strength = self.param('noise_strength', nn.initializers.zeros, ())
         bias = self.param('bias', nn.initializers.zeros, (self.features,))
         x = modulated(x, kernel, style, up=self.up)
-        return leaky(x + (strength * noise).astype(self.dtype) + bias.astype(self.dtype))
+        return leaky(x + (strength * noise).astype(self.dtype) + bias.astype(self.dtype), self.clamp)
 
 
 class ToImage(nn.Module):
     """Modulated 1x1 convolution without demodulation, [n, H, W, C] -> float32 [n, H, W, channels]."""
 
     channels: int
+    clamp: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, w: Array) -> Array:
         style = Dense(x.shape[-1], bias=1.0, name='style')(w) / math.sqrt(x.shape[-1])
         kernel = self.param('kernel', nn.initializers.normal(1), (1, 1, x.shape[-1], self.channels))
         bias = self.param('bias', nn.initializers.zeros, (self.channels,))
-        return modulated(x, kernel, style, demodulate=False).astype(jnp.float32) + bias
+        return clamped(modulated(x, kernel, style, demodulate=False).astype(jnp.float32) + bias, self.clamp)
 
 
 class SynthesisBlock(nn.Module):
@@ -206,32 +214,46 @@ class SynthesisBlock(nn.Module):
 
     Attributes:
       up: this size is twice that of x and of the image so far; else x is of this size and there is no image yet.
+      image: this size adds its part to the image.
+      residual: x, enlarged, is added to what the layers make of it.
+      clamp: see Generator.
     """
 
     features: int
     channels: int
     up: bool
+    image: bool = True
+    residual: bool = False
+    clamp: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, image: Array | None, w: Array, noise: Sequence[Array]) -> tuple[Array, Array]:
+    def __call__(self, x: Array, image: Array | None, w: Array, noise: Sequence[Array]) -> tuple[Array, Array | None]:
         """w: [n, layers, latent], noise: [n or 1, H', W', 1] by layer; the last layer, to the image, has none."""
+        before = x
         for i, one in enumerate(noise):
-            x = StyledConv(self.features, self.up and i == 0, self.dtype, name=f'conv{i}')(x, w[:, i], one)
-        part = ToImage(self.channels, name='image')(x, w[:, -1])
+            x = StyledConv(self.features, self.up and i == 0, self.clamp, self.dtype, name=f'conv{i}')(x, w[:, i], one)
+        if self.residual:
+            before = Conv(self.features, 1, bias=False, dtype=self.dtype, name='shortcut')(before)
+            x = (upsample_smooth(before) + x) * math.sqrt(0.5)
+        if not self.image:
+            return x, image
+        part = ToImage(self.channels, self.clamp, name='image')(x, w[:, -1])
         return x, part if image is None else upsample_smooth(image) + part
 
 
 class Synthesis(nn.Module):
     """w [n, styles(size), latent], noise by layer -> images float32 [n, size, size, channels], not bounded.
 
-    Every size adds its part to the image (figure 7, 'output skips').
+    With 'skip' every size adds its part to the image (figure 7, 'output skips'); else the last one makes it.
     """
 
     size: int
     channels: int
     channel_base: int
     channel_max: int
+    architecture: str = 'skip'
+    clamp: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -244,7 +266,11 @@ class Synthesis(nn.Module):
         image, first = None, 0
         for i, width in enumerate(widths):
             last = first + (2 if i else 1)
-            build = block(width, self.channels, i > 0, self.dtype, name=f'block{4 << i}')
+            makes_image = self.architecture == 'skip' or i == len(widths) - 1
+            residual = self.architecture == 'resnet' and i > 0
+            build = block(
+                width, self.channels, i > 0, makes_image, residual, self.clamp, self.dtype, name=f'block{4 << i}'
+            )
             # The style of the image's layer is also that of the next size's first layer.
             x, image = build(x, image, w[:, first : last + 1], noise[first:last])
             first = last
@@ -252,7 +278,12 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """Mapping and synthesis; see there for the attributes. Its methods are to be called by name."""
+    """Mapping and synthesis; see there for the attributes. Its methods are to be called by name.
+
+    Attributes:
+      architecture: of synthesis, one of ARCHITECTURES.
+      clamp: bound of the maps after each activation, so that they fit half precision; 0: none.
+    """
 
     size: int
     channels: int
@@ -261,13 +292,22 @@ class Generator(nn.Module):
     classes: int
     channel_base: int
     channel_max: int
+    architecture: str = 'skip'
+    clamp: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
 
     def setup(self):
         self.mapping = Mapping(self.latent, self.mapping_layers, self.classes)
         self.synthesis = Synthesis(
-            self.size, self.channels, self.channel_base, self.channel_max, self.dtype, self.remat
+            self.size,
+            self.channels,
+            self.channel_base,
+            self.channel_max,
+            self.architecture,
+            self.clamp,
+            self.dtype,
+            self.remat,
         )
 
     def __call__(self, z: Array, label: Array | None = None) -> Array:
@@ -283,15 +323,24 @@ class Generator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block [n, H, W, C] -> [n, H/2, W/2, features]."""
+    """Two layers, [n, H, W, C] -> [n, H/2, W/2, features].
+
+    Attributes:
+      residual: the smaller x is added to what they make of it.
+      clamp: see Generator.
+    """
 
     features: int
+    residual: bool = True
+    clamp: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = leaky(Conv(x.shape[-1], dtype=self.dtype, name='conv0')(x))
-        h = leaky(Conv(self.features, down=True, dtype=self.dtype, name='conv1')(h))
+        h = leaky(Conv(x.shape[-1], dtype=self.dtype, name='conv0')(x), self.clamp)
+        h = leaky(Conv(self.features, down=True, dtype=self.dtype, name='conv1')(h), self.clamp)
+        if not self.residual:
+            return h
         x = Conv(self.features, 1, down=True, bias=False, dtype=self.dtype, name='shortcut')(x)
         return (x + h) * math.sqrt(0.5)
 
@@ -304,6 +353,8 @@ class Discriminator(nn.Module):
 
     Attributes:
       group: images of the minibatch standard deviation, see minibatch_deviation.
+      architecture: one of ARCHITECTURES; with 'skip' every size reads the image, made so small.
+      clamp: see Generator.
     """
 
     channel_base: int
@@ -311,6 +362,8 @@ class Discriminator(nn.Module):
     group: int
     mapping_layers: int
     classes: int = 0
+    architecture: str = 'resnet'
+    clamp: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -319,17 +372,22 @@ class Discriminator(nn.Module):
         """deviation: taken in place of those of the groups, [n]; an image's value then depends on no other image."""
         block = nn.remat(DiscriminatorBlock) if self.remat else DiscriminatorBlock
         widths = {s: min(self.channel_base // s, self.channel_max) for s in sizes(x.shape[1])}
-        x = leaky(Conv(widths[x.shape[1]], 1, dtype=self.dtype, name='first')(x))
+        image, skips = x, self.architecture == 'skip'
+        x = leaky(Conv(widths[x.shape[1]], 1, dtype=self.dtype, name='first')(x), self.clamp)
         while x.shape[1] > 4:
             s = x.shape[1]
-            x = block(widths[s // 2], self.dtype, name=f'block{s}')(x)
+            x = block(widths[s // 2], self.architecture == 'resnet', self.clamp, self.dtype, name=f'block{s}')(x)
+            if skips:
+                image = smooth(image, 1, 2)
+                dtype, clamp = (self.dtype, self.clamp) if s > 8 else (jnp.float32, 0.0)  # of the last, 4 pixels high
+                x = x + leaky(Conv(widths[s // 2], 1, dtype=dtype, name=f'first{s // 2}')(image), clamp)
 
         x = x.astype(jnp.float32)
         if deviation is None:
             deviation = minibatch_deviation(x, self.group)
         chex.assert_shape(deviation, (len(x),))
         plane = jnp.broadcast_to(deviation[:, None, None, None], (*x.shape[:3], 1))
-        x = leaky(Conv(widths[4], name='conv')(jnp.concatenate([x, plane], -1)))
+        x = leaky(Conv(widths[4], name='conv')(jnp.concatenate([x, plane], -1)), self.clamp)
         x = leaky(Dense(widths[4], name='dense')(x.reshape(len(x), -1)))
         if not self.classes:
             return Dense(1, name='value')(x)[:, 0], deviation
