@@ -141,8 +141,9 @@ def describe_tree(tree) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves}
 
 
-# Published weights have no optimiser's state, and are one set: what is averaged in training, `ema`.
-IMPORTED_ITEMS = ('ema', 'extra')
+# Published weights have no optimiser's state: what is averaged in training is in `ema` alone, and `params` holds those of
+# the other networks (a discriminator) that were published.
+IMPORTED_ITEMS = ('params', 'ema', 'extra')
 
 
 def with_dtypes(tree, saved: dict[str, list]):
@@ -155,6 +156,13 @@ def with_dtypes(tree, saved: dict[str, list]):
         return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype)) if real else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def saved_networks(params, saved: dict[str, list]) -> dict:
+    """Those of `params` {network: weights} that a tree of names as of `describe_tree` has."""
+    return {
+        name: tree for name, tree in (params or {}).items() if any(k.startswith(f"['params']['{name}']") for k in saved)
+    }
 
 
 def has_arrays(tree) -> bool:
@@ -499,9 +507,10 @@ class Checkpoints:
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
         if about.get('step') != step or not isinstance(about.get('tree'), dict):
             raise ValueError('its description is not that of this step')
-        weights_only = 'imported' in about and not any(key.startswith("['params']") for key in about['tree'])
+        weights_only = 'imported' in about and step == 0  # training saves none before its first update
         if weights_only:
             items = tuple(item for item in items if item in IMPORTED_ITEMS)
+            abstract = abstract.replace(params=saved_networks(abstract.params, about['tree']))
         expected = {item: getattr(abstract, item) for item in items if has_arrays(getattr(abstract, item))}
         names = [f"['{item}']" for item in items]
         saved = {k: v for k, v in about['tree'].items() if any(k.startswith(n) for n in names)}

@@ -26,6 +26,15 @@ def check_stage_image(context: Context, name: str) -> None:
         )
 
 
+def check_discriminator(params: dict) -> None:
+    """Raises UserError where the weights of a run lack a discriminator, which the file that was imported did not have."""
+    if 'discriminator' not in (params or {}):
+        raise UserError(
+            'this needs the discriminator, and the published file that was imported had none: import it with '
+            '--discriminator=FILE, or train on'
+        )
+
+
 def size_text(image: tuple[int, ...]) -> str:
     """Height and width of an image as config.data.size has them: '28', or '(28, 20)'."""
     height, width = image[:2]

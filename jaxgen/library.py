@@ -93,6 +93,7 @@ def import_weights(
     config: str | os.PathLike | ConfigDict | None = None,
     workdir: str | os.PathLike = '',
     names: str = '',
+    discriminator: str | os.PathLike = '',
 ) -> Run:
     """The run at step 0 that holds the weights of a published file or folder, which is made in `workdir`.
 
@@ -102,6 +103,7 @@ def import_weights(
       config: of the network that the weights are of, where they have no such name.
       workdir: the run's directory; 'runs/NAME' by default, of the config.
       names: of the source, where the names in the file fit several.
+      discriminator: of a GAN, a file of its own, where `path` does not have it.
 
     Raises:
       UserError: no such weights, or they do not fit the config; a file that only code could open.
@@ -123,5 +125,6 @@ def import_weights(
     workdir = files.as_path(workdir, 'workdir') or (os.path.join('runs', base) if base else '')
     if not workdir:
         raise UserError("name the run's directory: jaxgen.import_weights(..., workdir='runs/NAME')")
-    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names, licence)
+    critic = files.as_path(discriminator, 'discriminator')
+    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names, licence, critic)
     return runs.load(workdir)

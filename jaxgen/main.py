@@ -290,7 +290,9 @@ def main(argv: list[str]) -> None:
         if mode == 'compile':
             compile_mode(config, workdir, values.topology, values.out)
         elif mode == 'import':
-            importing.import_weights(config, str(values['from'].value), workdir, values.names)
+            importing.import_weights(
+                config, str(values['from'].value), workdir, values.names, discriminator=values.discriminator
+            )
         elif mode == 'prepare':
             prepare.prepare_mode(config, workdir)
         elif mode == 'train':

@@ -173,7 +173,7 @@ class Training:
         if restored:
             self.state, about = restored
             check_stages(about, a, workdir, moved)
-            if self.state.params is None:
+            if self.state.opt is None:
                 self.state = self.from_imported(self.state)
             else:
                 check_moved_data(about, config, workdir, moved)
@@ -277,12 +277,17 @@ class Training:
 
     def from_imported(self, published: State) -> State:
         """State before the first update that starts from published weights: those that are averaged, and the averages,
-        are the published ones in float32; other networks and the optimisers start as in any run."""
+        are the published ones in float32, and so are other networks that were published; the rest and the optimisers
+        start as in any run."""
         state = self.fresh()
 
         def start(state: State, published: State) -> State:
             ema = jax.tree.map(lambda new, old: new.astype(old.dtype), published.ema, state.ema)
-            params = {name: jax.tree.map(jnp.copy, ema.get(name, own)) for name, own in state.params.items()}
+            there = {**published.params, **published.ema}
+            params = {
+                name: jax.tree.map(lambda new, old: jnp.array(new, old.dtype), there.get(name, own), own)
+                for name, own in state.params.items()
+            }
             extra = state.extra if published.extra is None else published.extra
             return state.replace(params=params, ema=ema, extra=extra)
 

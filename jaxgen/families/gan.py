@@ -45,7 +45,7 @@ import optax
 
 from jaxgen import options
 from jaxgen.augmentation.diff_augment import AUGMENTATIONS, augment
-from jaxgen.checks import check_labels, check_parts
+from jaxgen.checks import check_discriminator, check_labels, check_parts
 from jaxgen.contract import (
     Aux,
     Context,
@@ -282,6 +282,7 @@ def decode(networks: Networks, state, frozen, batch, latents, rng):
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
     """{'discriminator': value [n] of each image}."""
+    check_discriminator(state.params)
     own = state.extra['discriminator']
     weights, _ = normalise(state.params['discriminator'], own['vectors'])
     variables = {'params': weights, 'batch_stats': own['batch_stats']}

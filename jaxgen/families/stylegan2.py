@@ -35,7 +35,7 @@ import optax
 
 from jaxgen import options
 from jaxgen.augmentation.adaptive import CHANGES, adapted, augment
-from jaxgen.checks import check_labels, size_text
+from jaxgen.checks import check_discriminator, check_labels, size_text
 from jaxgen.contract import (
     Aux,
     Context,
@@ -322,11 +322,18 @@ def decode(networks: Networks, state, frozen, batch, latents, rng):
 
 
 def evaluate(networks: Networks, state, frozen, batch, rng):
-    """{'discriminator': value [n] of each image}, as of one in a group with the running deviation."""
-    deviation = jnp.broadcast_to(state.extra['deviation'], (len(batch['image']),))
-    variables = {'params': state.params['discriminator']}
-    values, _ = networks.discriminator.apply(variables, batch['image'], networks.label(batch), deviation)
-    return {'discriminator': values}
+    """{'discriminator': value [n] of each image}, as of one in a group with the running deviation, which before the
+    first update, where weights are published ones, is that of this batch."""
+    check_discriminator(state.params)
+    x, label, variables = batch['image'], networks.label(batch), {'params': state.params['discriminator']}
+
+    def own(deviation: Array) -> Array:
+        return networks.discriminator.apply(variables, x, label, jnp.broadcast_to(deviation, (len(x),)))[0]
+
+    def by_batch(deviation: Array) -> Array:
+        return own(networks.discriminator.apply(variables, x, label)[1].mean())
+
+    return {'discriminator': jax.lax.cond(state.step > 0, own, by_batch, state.extra['deviation'])}
 
 
 # --- projection of images into W (section 5, appendix D), with the published numbers

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import options
-from jaxgen.checks import check_size
+from jaxgen.checks import check_discriminator, check_size
 from jaxgen.contract import (
     Aux,
     Context,
@@ -400,6 +400,7 @@ def evaluate(networks: Networks, terms: Terms, state: State, frozen, batch, rng)
     if terms.perceptual:
         metrics['perceptual'] = terms.distance(frozen, x, y)
     if terms.adversarial:
+        check_discriminator(state.params)
         variables = {'params': state.params['discriminator'], 'batch_stats': state.extra['discriminator']}
         for name, images in (('real', x), ('fake', y)):
             metrics[f'discriminator_{name}'] = networks.discriminator.apply(variables, images).mean((1, 2))

@@ -46,6 +46,19 @@ def var_first_stage(config: ConfigDict, shapes: Shapes) -> Table:
     return Table([(r'^phi/phi_(\d+)/', phi), *FIRST_STAGE, *LEAVES], FIRST_STAGE_LAYOUTS)
 
 
+def patchgan(config: ConfigDict, shapes: Shapes) -> Table:
+    """The discriminator of the loss, with its batch statistics: convolutions, norms and leaky ReLUs by number."""
+    layers = config.model.discriminator_layers
+    names: list[Substitution] = [
+        ('^(extra/)?discriminator/', ''),
+        (r'^conv(\d+)/', lambda m: f'main.{max(3 * int(m[1]) - 1, 0)}/'),
+        (r'^norm(\d+)/', lambda m: f'main.{3 * int(m[1])}/'),
+        ('^last/', f'main.{3 * layers + 2}/'),
+        (r'/(mean|var)$', r'.running_\1'),
+    ]
+    return Table([*names, *LEAVES])
+
+
 def gpt(config: ConfigDict, shapes: Shapes) -> Table:
     """taming's GPT, which reads a class as the first token, of the same table as the codes."""
     names: list[Substitution] = [
@@ -72,7 +85,8 @@ SOURCES = (
         'compvis', 'first stages of taming-transformers and latent-diffusion',
         lambda c: c.family == 'vqgan' and not c.model.scales,
         first_stage, roots=('', 'state_dict.', 'first_stage_model.', 'state_dict.first_stage_model.'),
-        skip=r'.*(loss\.|model_ema\.).*', initial='extra/.*', fields=first_stage_fields, licence='MIT',
+        skip=r'.*(loss\.|model_ema\.).*', initial='extra/.*', fields=first_stage_fields, discriminator=patchgan,
+        discriminator_root='loss.discriminator.', licence='MIT',
     ),
     Source(
         'var', 'VQ-VAE of VAR', lambda c: c.family == 'vqgan' and bool(c.model.scales), var_first_stage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from jaxgen.errors import UserError
 from jaxgen.run import Run
 from jaxgen.weights import diffusers, sources, whole
 from jaxgen.weights.files import DTYPES
-from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, published_part
+from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # in a folder of the hub
@@ -51,12 +52,18 @@ def imported_record(run: Run) -> dict[str, Any]:
 
 
 class Export:
-    """The tensors of a run's averaged weights by the names of a source, made one after another."""
+    """The tensors of a run's averaged weights, and of its discriminator where it has one, by the names of a source, made
+    one after another."""
 
     def __init__(self, run: Run, source: Source):
         part = published_part(run.state)
+        if source.discriminator and other_networks(run.assembled.abstract):
+            part |= other_networks(run.state.replace(params=run.saved_params()))
         self.leaves = {path: leaf for path, leaf in flatten_dict(part, sep='/').items() if leaf is not None}
         self.entries = sources.entries_of(source, run.config, flat_shapes(part))
+        for entry in sources.discriminator_entries(source, run.config, flat_shapes(part)):
+            names, copies = (tuple(f'{source.discriminator_root}{n}' for n in e) for e in (entry.names, entry.copies))
+            self.entries.append(dataclasses.replace(entry, names=names, copies=copies))
         self.entries.sort(key=lambda entry: -self.leaves[entry.path].dtype.itemsize)  # every tensor is aligned then
 
     @property

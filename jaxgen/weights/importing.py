@@ -40,6 +40,11 @@ def published_part(state: State) -> dict[str, Any]:
     return {**networks, **({'extra': state.extra} if isinstance(state.extra, dict) else {})}
 
 
+def other_networks(state: State) -> dict[str, Any]:
+    """The networks of a state, or of what a checkpoint holds of them, that are not averaged: discriminators."""
+    return {name: tree for name, tree in (state.params or {}).items() if name not in state.ema}
+
+
 def groups_of(width: int, groups: int, group_size: int) -> int:
     """The number of groups of a norm, 0 where they do not divide its channels."""
     return group_count(width, groups, group_size) if group_size or width % groups == 0 else 0
@@ -131,13 +136,42 @@ def stated_licence(path: str) -> str:
     return ''
 
 
-def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '', licence: str = '') -> None:
+def find_discriminator(
+    config: ConfigDict, fit: sources.Fit, shapes: Shapes, weights: Weights, path: str
+) -> sources.Fit | None:
+    """The published discriminator, from the file of the generator or its own; None: there is none to be had.
+
+    Args:
+      shapes: of our arrays, those of networks that are not averaged among them.
+      weights: of the generator's file.
+      path: the file of its own; ''.
+
+    Raises:
+      UserError: it does not fit, or has no place here.
+    """
+    apart = open_weights(path, '--discriminator') if path else None
+    found = sources.fit_discriminator(fit.source, config, shapes, weights, apart)
+    if found:
+        skip = f'{fit.source.skip}|.*num_batches_tracked'
+        what = f'{path or weights.path} (the discriminator, names of {fit.source.name})'
+        mapping.check(found.entries, found.weights, skip, what)
+    elif path:
+        there = any(name.startswith('discriminator/') for name in shapes)
+        why = f'{fit.source.title} has no names for one' if there else 'the networks of this config have none'
+        raise UserError(f'--discriminator={path}: {why}: leave it out')
+    return found
+
+
+def import_weights(
+    config: ConfigDict, path: str, workdir: str, names: str = '', licence: str = '', discriminator: str = ''
+) -> None:
     """Writes the run `workdir`, at step 0, with the weights of a published file or folder.
 
     Args:
       config: of the network that the weights are of.
       names: of the source, one of `sources.SOURCES`; '': by the names in the file.
       licence: of the weights; '': that which a README.md beside them or else the source states.
+      discriminator: file of the discriminator, where that of the generator does not have it.
 
     Raises:
       UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
@@ -146,13 +180,15 @@ def import_weights(config: ConfigDict, path: str, workdir: str, names: str = '',
     whole.check_free(workdir, '--workdir')
     weights = open_weights(path)
     with whole.new_directory(workdir, 'import', '--workdir') as new:
-        lines = write_run(new, config, weights, names, licence)
+        lines = write_run(new, config, weights, names, licence, discriminator)
     for line in lines:
         log.say(line)
     log.say(f'{workdir} is a run at step 0')
 
 
-def write_run(folder: str, config: ConfigDict, weights: Weights, names: str, licence: str) -> list[str]:
+def write_run(
+    folder: str, config: ConfigDict, weights: Weights, names: str, licence: str, discriminator: str
+) -> list[str]:
     """Writes a run at step 0 into an empty directory: the weights are read, checked and written array by array. Returns
     lines on what was written.
 
@@ -164,16 +200,23 @@ def write_run(folder: str, config: ConfigDict, weights: Weights, names: str, lic
     shapes = flat_shapes(part)
     fit = sources.choose(config, shapes, weights, names)
     check_fields(config, fit)
-    mapping.check(fit.entries, fit.weights, fit.source.skip, f'{weights.path} (names of {fit.source.name})')
-    bar = log.bar(len(fit.entries), 'importing', unit='array')
-    arrays = deferred(fit, shapes, bar.update)
-    arrays |= initial(assembled, {path for path in shapes if fit.source.keeps_initial(path)})
+    others = other_networks(assembled.abstract)
+    skip = f'{fit.source.skip}|{sources.DISCRIMINATOR.pattern}.*' if others else fit.source.skip
+    mapping.check(fit.entries, fit.weights, skip, f'{weights.path} (names of {fit.source.name})')
+    critic = find_discriminator(config, fit, flat_shapes({**part, **others}), weights, discriminator)
+    part |= others if critic else {}
+    shapes, fits = flat_shapes(part), [fit, *([critic] if critic else [])]
+    bar = log.bar(sum(len(one.entries) for one in fits), 'importing', unit='array')
+    arrays = {path: x for one in fits for path, x in deferred(one, shapes, bar.update).items()}
+    arrays |= initial(assembled, {path for path in shapes if path not in arrays})
+    for to, of in fit.source.same:
+        arrays |= {f'{to}{path.removeprefix(of)}': x for path, x in arrays.items() if path.startswith(of)}
     empty = {path: x for path, x in flatten_dict(part, sep='/', keep_empty_nodes=True).items() if x is empty_node}
     tree = unflatten_dict({**arrays, **empty}, sep='/')
-    extra = tree.pop('extra', None)
+    extra, params = tree.pop('extra', None), {name: tree.pop(name) for name in others if name in tree}
     averages = {f'{name}@{std}': tree[name] for name in list(tree) for std in config.optim.ema_std}
     step = jax.device_put(np.int32(0), sharding.replicated(assembled.mesh))
-    state = State(step=step, params={}, opt={}, ema={**tree, **averages}, extra=extra)
+    state = State(step=step, params=params, opt={}, ema={**tree, **averages}, extra=extra)
     record = {
         'source': fit.source.name,
         'title': fit.source.title,
@@ -188,7 +231,9 @@ def write_run(folder: str, config: ConfigDict, weights: Weights, names: str, lic
         'meter': log.Meter().state(),
         'examples': 0,
     }
-    assert weights.states is not None  # from here on the files must not change
+    opened = [weights, *([critic.weights] if critic and discriminator else [])]
+    for one in opened:
+        assert one.states is not None  # from here on the files must not change
     with (
         bar,
         memory.returned(),
@@ -201,10 +246,15 @@ def write_run(folder: str, config: ConfigDict, weights: Weights, names: str, lic
         finally:  # it may be writing still, when the import is stopped
             checkpoints.close()
         record['sha256'] = digest.result()
-    weights.check_unchanged()
+    if discriminator:
+        record['discriminator'] = f'{os.path.basename(os.path.abspath(discriminator))} (SHA-256 {opened[-1].sha256})'
+    for one in opened:
+        one.check_unchanged()
     files.save_json(os.path.join(folder, RECORD), record)
     directory.save_config(folder, assembled.config, assembled.spec)
     lines = [f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}']
     if re.search(r'non-?commercial|\bnc\b', record['licence'], re.IGNORECASE):
         lines.append(f'NOTE: these weights are under {record["licence"]}: not for commercial use')
+    if others and not critic:
+        lines.append(f'NOTE: {weights.path} has no {" or ".join(others)}: training starts it anew')
     return [*lines, *([f'NOTE: {fit.source.note}'] if fit.source.note else [])]

@@ -87,6 +87,21 @@ def ddgan(config: ConfigDict, shapes: Shapes) -> Table:
     return table('generator/unet/', config.model.generator, shapes)
 
 
+def ddgan_discriminator(config: ConfigDict, shapes: Shapes) -> Table:
+    names: list[Substitution] = [
+        ('^discriminator/', ''),
+        (r'^time(\d)/', lambda m: f't_embed/main.{2 * int(m[1]) - 2}/'),
+        ('^first/', 'start_conv/'),
+        (r'^block(\d+)/', lambda m: f'conv{int(m[1]) + 1}/'),
+        ('/embedding/', '/dense_t1/'),
+        (r'/(conv1|conv2|shortcut)/', r'/\1.0/'),
+        (r'/shortcut\.0/', '/skip.0/'),
+        ('^last/', 'final_conv/'),
+        ('^value/', 'end_linear/'),
+    ]
+    return Table([*names, *LEAVES], [Layout('.*/(first|shortcut)/kernel', 'o i 1 1 -> i o')])
+
+
 def averages_by_name(weights: Weights) -> Weights:
     """The weights under their names: a checkpoint of score_sde holds its averages as a list in the order of the
     trainable parameters."""
@@ -114,7 +129,8 @@ SOURCES = (
         prepare=averages_by_name, skip='sigmas', fields=fields, licence='Apache-2.0',
     ),
     Source(
-        'ddgan', 'denoising-diffusion-gan (the generator)', lambda c: c.family == 'ddgan', ddgan,
-        roots=('', 'module.'), initial='extra/.*', licence='NVIDIA Source Code License, non-commercial',
+        'ddgan', 'denoising-diffusion-gan', lambda c: c.family == 'ddgan', ddgan,
+        roots=('', 'module.', 'netG_dict.module.', 'netG_dict.'), initial='extra/.*', skip='(epoch|.*optimizer).*',
+        discriminator=ddgan_discriminator, discriminator_root='netD_dict.', licence='NVIDIA Source Code License, non-commercial',
     ),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import Substitution, Table, substituted
 
+OF_DISCRIMINATOR = '(extra/)?discriminator/'  # our arrays, of a network that is not averaged
 Shapes = Mapping[str, tuple[int, ...]]  # {path of one of our arrays: shape}
 
 
@@ -34,6 +35,10 @@ class Source:
       prepare: weights -> weights under the names of the table, where substitutions do not do.
       skip: regular expression of names that a file may hold beside the weights.
       initial: regular expression of our arrays that such a file does not hold; they keep their initial values.
+      discriminator: (config, shapes of our arrays) -> Table of the network of this name and of its entry in
+        State.extra; None: there is no such file.
+      discriminator_root: prefix of its names in an export; see `sources.DISCRIMINATOR` for those that are read.
+      same: (path, path) of our arrays, the first of which start as the second, the published ones.
       fields: (config, weights) -> {field: value} that names and shapes cannot tell and that the source has, as
         'model.network.groups'. A config with other values would load and compute something else.
       distinct: what another source with the same names does otherwise; where this is set the person has to say which
@@ -51,6 +56,9 @@ class Source:
     prepare: Callable[[Weights], Weights] | None = None
     skip: str = ''
     initial: str = ''
+    discriminator: Callable[[ConfigDict, Shapes], Table] | None = None
+    discriminator_root: str = 'D.'
+    same: tuple[tuple[str, str], ...] = ()
     fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
     distinct: str = ''
     note: str = ''
@@ -59,6 +67,11 @@ class Source:
     def keeps_initial(self, path: str) -> bool:
         """Whether one of our arrays is in no such file."""
         return bool(self.initial) and bool(re.fullmatch(self.initial, path))
+
+    def has_none_of(self, path: str) -> bool:
+        """Whether one of our arrays is in no file beside the discriminator's: it keeps its initial value, or is of that
+        network."""
+        return self.keeps_initial(path) or bool(re.match(OF_DISCRIMINATOR, path))
 
     def normalised(self, weights: Weights) -> Weights:
         """The weights under their present names."""

@@ -13,7 +13,7 @@ from jaxgen.options import near
 from jaxgen.weights import compvis, diffusers, edm, gans, guided, mapping, meta, numbered
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import Entry
-from jaxgen.weights.source import Shapes, Source
+from jaxgen.weights.source import OF_DISCRIMINATOR, Shapes, Source
 
 SOURCES: tuple[Source, ...] = (
     *diffusers.SOURCES,
@@ -24,6 +24,10 @@ SOURCES: tuple[Source, ...] = (
     *numbered.SOURCES,
     *gans.SOURCES,
 )
+
+
+# Prefixes of a discriminator's names in a file of several networks.
+DISCRIMINATOR = re.compile(r'(.*?[._])??(D|netD|netD_dict|discriminator)\.(module\.)?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +65,40 @@ def for_config(config: ConfigDict, name: str = '') -> list[Source]:
 
 
 def entries_of(source: Source, config: ConfigDict, shapes: Shapes) -> list[Entry]:
-    """The tensors of a source that our arrays are made of; those of `source.initial` have none."""
-    kept = {path: shape for path, shape in shapes.items() if not source.keeps_initial(path)}
+    """The tensors of a source that our arrays are made of, but for the discriminator; those of `source.initial` have
+    none."""
+    kept = {path: shape for path, shape in shapes.items() if not source.has_none_of(path)}
     return mapping.entries(source.table(config, kept), kept)
+
+
+def discriminator_entries(source: Source, config: ConfigDict, shapes: Shapes) -> list[Entry]:
+    """The tensors that the discriminator is made of; [] where there is none, or none is published."""
+    own = {path: shape for path, shape in shapes.items() if re.match(OF_DISCRIMINATOR, path)}
+    if source.discriminator is None or not any(path.startswith('discriminator/') for path in own):
+        return []
+    return mapping.entries(source.discriminator(config, own), own)
+
+
+def fit_discriminator(
+    source: Source, config: ConfigDict, shapes: Shapes, weights: Weights, apart: Weights | None = None
+) -> Fit | None:
+    """The discriminator in a file, under one of the prefixes DISCRIMINATOR, or in a file of its own; None: there is
+    none.
+
+    Args:
+      apart: its own file.
+    """
+    entries = discriminator_entries(source, config, shapes)
+    if not entries:
+        return None
+    named = source.normalised(apart or weights)
+    roots = (
+        roots_of(source, entries, named) if apart else {m[0] for name in weights if (m := DISCRIMINATOR.match(name))}
+    )
+    insides = [named.below(root) for root in sorted(roots, key=lambda root: (len(root), root))]
+    fits = [Fit(source, entries, inside, mapping.count_present(entries, inside)) for inside in insides]
+    best = max(fits, key=lambda one: one.present, default=None)
+    return best if best and (best.present or apart) else None
 
 
 def roots_of(source: Source, entries: Sequence[Entry], weights: Weights) -> list[str]:
