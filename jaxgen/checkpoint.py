@@ -141,8 +141,8 @@ def describe_tree(tree) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in leaves}
 
 
-# Published weights have no optimiser's state: what is averaged in training is in `ema` alone, and `params` holds those of
-# the other networks (a discriminator) that were published.
+# Published weights have no optimiser's state: what is averaged in training is in `ema` alone, and `params` holds those
+# of the other networks (a discriminator) that were published.
 IMPORTED_ITEMS = ('params', 'ema', 'extra')
 
 
@@ -160,9 +160,11 @@ def with_dtypes(tree, saved: dict[str, list]):
 
 def saved_networks(params, saved: dict[str, list]) -> dict:
     """Those of `params` {network: weights} that a tree of names as of `describe_tree` has."""
-    return {
-        name: tree for name, tree in (params or {}).items() if any(k.startswith(f"['params']['{name}']") for k in saved)
-    }
+
+    def is_saved(name: str) -> bool:
+        return any(key.startswith(f"['params']['{name}']") for key in saved)
+
+    return {name: tree for name, tree in (params or {}).items() if is_saved(name)}
 
 
 def has_arrays(tree) -> bool:

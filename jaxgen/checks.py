@@ -27,7 +27,7 @@ def check_stage_image(context: Context, name: str) -> None:
 
 
 def check_discriminator(params: dict) -> None:
-    """Raises UserError where the weights of a run lack a discriminator, which the file that was imported did not have."""
+    """Raises UserError where a run has no discriminator, since the file that it was imported from had none."""
     if 'discriminator' not in (params or {}):
         raise UserError(
             'this needs the discriminator, and the published file that was imported had none: import it with '

@@ -138,9 +138,9 @@ def with_right_vectors(weights: Weights) -> Weights:
     for name, tensor in weights.tensors.items():
         root = name.removesuffix('u0')
         table = weights.tensors.get(f'{root}weight')
-        if re.fullmatch(r'(.*\.)?embed\.u0', name) and f'{root}v0' not in weights and table and len(table.shape) == 2:
-            if tensor.shape == (1, table.shape[0]):
-                added[f'{root}v0'] = Tensor(table.shape[1:], np.dtype(np.float32), functools.partial(right, root))
+        fits = table is not None and len(table.shape) == 2 and tensor.shape == (1, table.shape[0])
+        if fits and f'{root}v0' not in weights and re.fullmatch(r'(.*\.)?embed\.u0', name):
+            added[f'{root}v0'] = Tensor(table.shape[1:], np.dtype(np.float32), functools.partial(right, root))
     return dataclasses.replace(weights, tensors={**weights.tensors, **added})
 
 
@@ -152,7 +152,8 @@ SOURCES = (
     Source(
         'stylegan2', 'StyleGAN2-ADA of NVlabs (G_ema)', lambda c: c.family == 'stylegan2', stylegan2,
         roots=('', 'G_ema.', 'generator.'), skip=r'(.*\.)?(resample_filter|noise_const)|(D|G)\..*',
-        initial=r'extra/(?!w$).*', discriminator=stylegan2_discriminator, licence='NVIDIA Source Code License, non-commercial',
+        initial=r'extra/(?!w$).*', discriminator=stylegan2_discriminator,
+        licence='NVIDIA Source Code License, non-commercial',
     ),
     Source(
         'biggan', 'BigGAN-PyTorch (G_ema)', is_biggan, biggan, skip=r'(.*\.)?(sv\d+|embed\.u0)',

@@ -131,6 +131,7 @@ SOURCES = (
     Source(
         'ddgan', 'denoising-diffusion-gan', lambda c: c.family == 'ddgan', ddgan,
         roots=('', 'module.', 'netG_dict.module.', 'netG_dict.'), initial='extra/.*', skip='(epoch|.*optimizer).*',
-        discriminator=ddgan_discriminator, discriminator_root='netD_dict.', licence='NVIDIA Source Code License, non-commercial',
+        discriminator=ddgan_discriminator, discriminator_root='netD_dict.',
+        licence='NVIDIA Source Code License, non-commercial',
     ),
 )  # fmt: skip
