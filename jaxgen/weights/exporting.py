@@ -52,8 +52,8 @@ def imported_record(run: Run) -> dict[str, Any]:
 
 
 class Export:
-    """The tensors of a run's averaged weights, and of its discriminator where it has one, by the names of a source, made
-    one after another."""
+    """The tensors of a run's averaged weights and of its discriminator by the names of a source, made one after
+    another."""
 
     def __init__(self, run: Run, source: Source):
         part = published_part(run.state)
