@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -59,6 +60,11 @@ class Guidance:
     def off(self) -> bool:
         """Whether the network's own output is taken as it is."""
         return not (self.conditions or differs(self.scale, 1))
+
+    @property
+    def limited(self) -> bool:
+        """Whether there may be an interval outside which the network's own output is taken; see `differs`."""
+        return differs(self.low, 0) or not (isinstance(self.high, (int, float)) and self.high >= UNLIMITED)
 
 
 OFF = Guidance()
@@ -121,20 +127,25 @@ def guided(
     conditioning: Conditioning,
     values: Values,
     guidance: Guidance,
-    active: Array,
+    active: Array | None,
 ) -> tuple[Array, Array | None]:
     """Classifier-free guidance, in one pass of a batch so many times as large as there are sets of conditions.
 
     For every prediction it is the same as guiding the score, since both are linear in each other at a given x and t.
+    Where all examples have one t, as in a sampler's step, the batch is passed alone outside the interval: the network
+    is twice in such a program, and each step runs one of them.
 
     Args:
       apply: (x, t, values) -> (output, anything else, which is taken of the examples with all conditions).
       x, t: [n, ...], [n].
       values: {condition: [n, ...]}.
-      active: bool [n], where t is in the interval that guidance is for.
+      active: bool [n], where t is in the interval that guidance is for; bool [], for all of them; None: everywhere.
     """
     if guidance.off:
         return apply(x, t, values)
+    if active is not None and active.ndim == 0:
+        everywhere = functools.partial(guided, apply, x, t, conditioning, values, guidance, None)
+        return jax.lax.cond(active, everywhere, lambda: apply(x, t, values))
     droppable = conditions.droppable(conditioning)
     sets = [values]  # with all conditions, with single ones, with none of those that may be absent
     for name in guidance.conditions:
@@ -151,7 +162,8 @@ def guided(
         result = rescaled(result, c, guidance.rescale)
     if guidance.channels:
         result = jnp.concatenate([result[..., : guidance.channels], c[..., guidance.channels :]], -1)
-    return jnp.where(expanded(active, c), result, c), None if rest is None else jnp.split(rest, len(sets))[0]
+    result = result if active is None else jnp.where(expanded(active, c), result, c)
+    return result, None if rest is None else jnp.split(rest, len(sets))[0]
 
 
 def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:
@@ -180,9 +192,9 @@ def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Ca
     """
 
     def guided(x: Array, t: Array):
+        output = denoise(x, t)
         t = jnp.broadcast_to(t, (len(x),))
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
-        output = denoise(x, t)
         x_0, *fraction = output if isinstance(output, tuple) else (output,)
         x_0 = x_0 + scale * scale_at(t, *fraction) * gradient
         return (x_0, *fraction) if fraction else x_0

@@ -217,7 +217,8 @@ def denoiser(
     guidance: Guidance,
     clip: bool,
 ) -> Callable:
-    """The denoiser (x, t) -> estimate of x_0, and with a learned variance (estimate, fraction).
+    """The denoiser (x, t) -> estimate of x_0, and with a learned variance (estimate, fraction); t is [n], or one for
+    all.
 
     Args:
       values: {condition: [n, ...]}.
@@ -229,9 +230,11 @@ def denoiser(
         return predict(f, network, params, x, t, embed(conditioning, params, values, x))
 
     def denoise(x: Array, t: Array):
+        active = None
+        if guidance.limited:
+            at = f.process.at(t)
+            active = in_interval(at.alpha, at.sigma, guidance.low, guidance.high)
         t = jnp.broadcast_to(t, (len(x),))
-        at = f.process.at(t)
-        active = in_interval(at.alpha, at.sigma, guidance.low, guidance.high)
         output, fraction = guided(apply, x, t, conditioning, values, guidance, active)
         x_0 = parameterisations.to_x_0(f.prediction, output, x, *coefficients(f.process, t, x), f.data_std)
         x_0 = jnp.clip(x_0, -1, 1) if clip else x_0

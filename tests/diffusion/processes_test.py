@@ -282,6 +282,42 @@ def test_guidance_at_alpha_0():
     assert in_interval(alpha, sigma, 0.25, 1.0).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize('composed', [False, True])
+def test_outside_its_interval_guidance_costs_one_evaluation(composed):
+    """In a sampler's loop, with numbers that are arguments of its program: as many examples are evaluated as the steps
+    in and out of the interval need, and the output is that of the two formulas."""
+    names = ('a', 'b') if composed else ('a',)
+    bound = tuple(Condition(name, 'vector', None, same, lambda v: jnp.full_like(v, 9), 0.1) for name in names)
+    x, values = jax.random.normal(jax.random.key(0), (3, 7)), {name: jnp.arange(1.0, 4) for name in names}
+    evaluated = []
+
+    def network(x, t, values):
+        jax.debug.callback(lambda n: evaluated.append(int(n)), len(x))
+        return x * (1 + sum(values.values()))[:, None] + t[:, None], None
+
+    def denoise(x, t, scale, low, high):
+        fields = {'conditions': names, 'scales': (scale,) * 2} if composed else {'scale': scale}
+        guide = Guidance(**fields, low=low, high=high)
+        assert guide.limited
+        active = in_interval(1 - t, t, low, high)
+        return guided(network, x, jnp.broadcast_to(t, (len(x),)), bound, values, guide, active)[0]
+
+    times, sets = np.array([0.9, 0.7, 0.5, 0.3, 0.1], np.float32), 4 if composed else 2
+    ratio = times / (1 - times)
+    run = jax.jit(lambda *numbers: jax.lax.map(lambda t: denoise(x, t, *numbers), times))
+    for low, high in ((0.5, 3.0), (0.0, UNLIMITED), (100.0, UNLIMITED), (0.0, 0.5)):
+        del evaluated[:]
+        outputs = jax.block_until_ready(run(2.5, low, high))
+        jax.effects_barrier()
+        inside = (low <= ratio) & (ratio <= high)
+        assert sorted(evaluated) == sorted(np.where(inside, 3 * sets, 3))
+        for t, within, output in zip(times, inside, outputs, strict=True):
+            with_, without = (x * (1 + s)[:, None] + t for s in (sum(values.values()), jnp.full(3, 9.0 * len(names))))
+            singles = [x * (1 + values[name] + 9)[:, None] + t for name in names] if composed else [with_]
+            right = without + sum(2.5 * (one - without) for one in singles) if within else with_
+            np.testing.assert_allclose(output, right, rtol=1e-5, atol=1e-5)
+
+
 def test_rescaled_guidance_of_a_constant_output():
     """A new network puts out zeros: their standard deviation is 0, and nothing is rescaled."""
     x, t, label = jnp.ones((2, 3)), jnp.ones(2), jnp.array([0, 1])
