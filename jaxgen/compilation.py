@@ -18,8 +18,6 @@ import os
 import pathlib
 import platform
 import re
-import stat
-import sys
 import time
 import warnings
 from typing import Any
@@ -38,8 +36,7 @@ DIGEST = 32  # bytes of SHA-256 before an entry's contents
 
 def default_directory() -> str:
     """The cache in the person's cache directory."""
-    usual = '~/Library/Caches' if sys.platform == 'darwin' else '~/.cache'
-    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or usual), 'jaxgen', 'compiled')
+    return files.cache_directory('compiled')
 
 
 def machine() -> str:
@@ -56,49 +53,6 @@ def machine() -> str:
 
 def cores(_) -> range:
     return range(os.cpu_count() or 1)
-
-
-def distrusted(directory: str) -> str:
-    """Why somebody else may have written a file in a directory, which is there, or ''.
-
-    Its owner and those of all directories above it must be this person or root, and no others may write to it, nor
-    to one above it, unless there each may rename only their own (as in /tmp).
-    """
-    path, first = os.path.realpath(directory), True
-    owners = (os.geteuid(), 0, os.stat(os.sep).st_uid)  # in some containers root is another user's name
-    while True:
-        about = os.stat(path)
-        if about.st_uid not in owners:
-            return f'{path} belongs to another user'
-        shared = about.st_mode & stat.S_IWOTH or (about.st_mode & stat.S_IWGRP and not is_private_group(about.st_gid))
-        if shared and (first or not about.st_mode & stat.S_ISVTX):
-            return f'others may write to {path}'
-        if path == os.path.dirname(path):
-            return ''
-        path, first = os.path.dirname(path), False
-
-
-def is_private_group(group: int) -> bool:
-    """Whether a group is that of this person alone, as many systems make one for each user."""
-    import grp
-    import pwd
-
-    try:
-        person, about = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
-    except KeyError:
-        return False
-    return person.pw_gid == group and person.pw_name == about.gr_name and not set(about.gr_mem) - {person.pw_name}
-
-
-def make(directory: str) -> None:
-    """Makes a directory, and those above it that are missing, for this person alone."""
-    missing = []
-    while not os.path.isdir(directory):
-        missing.append(directory)
-        directory = os.path.dirname(directory)
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
 
 
 class Entries:
@@ -191,9 +145,9 @@ def use(where: str = '', several_hosts: bool = False) -> str:
     root = files.absolute(directory)
     folder = os.path.join(root, machine())
     try:
-        make(folder)
+        files.make_private(folder)
         folder = os.path.realpath(folder)  # a link may be replaced
-        problem = distrusted(folder)
+        problem = files.distrusted(folder)
     except OSError as e:
         if where:
             raise UserError(f'--cache={where} cannot be made: {e.filename}: {e.strerror}') from e

@@ -69,7 +69,8 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
     r'|held_out_every|held_out_examples|stop_on|patience)|data\.validation_source'
-    r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|cache_mb|max_corrupt|max_pixels|prepared|prepared_dir|prepared_gb)|mesh\..*'
+    r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|processes|cache_mb|disk_mb|max_corrupt|max_pixels)'
+    r'|data\.(prepared|prepared_dir|prepared_gb)|mesh\..*'
 )
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
 FREE_IN_USE = re.compile(

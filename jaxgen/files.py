@@ -10,6 +10,8 @@ import errno
 import json
 import math
 import os
+import stat
+import sys
 import uuid
 from collections.abc import Callable
 
@@ -50,6 +52,55 @@ def check_local(path: str, what: str) -> None:
     scheme, separator, _ = path.partition('://')
     if separator and scheme.isascii() and scheme.replace('+', '').replace('-', '').replace('.', '').isalnum():
         raise UserError(f'{what}={path} is an address; name a directory of this machine (a mounted bucket is one)')
+
+
+def cache_directory(name: str) -> str:
+    """A directory for what can be made again, in the person's cache directory."""
+    usual = '~/Library/Caches' if sys.platform == 'darwin' else '~/.cache'
+    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or usual), 'jaxgen', name)
+
+
+def distrusted(directory: str) -> str:
+    """Why somebody else may have written a file in a directory, which is there, or ''.
+
+    Its owner and those of all directories above it must be this person or root, and no others may write to it, nor
+    to one above it, unless there each may rename only their own (as in /tmp).
+    """
+    path, first = os.path.realpath(directory), True
+    owners = (os.geteuid(), 0, os.stat(os.sep).st_uid)  # in some containers root is another user's name
+    while True:
+        about = os.stat(path)
+        if about.st_uid not in owners:
+            return f'{path} belongs to another user'
+        shared = about.st_mode & stat.S_IWOTH or (about.st_mode & stat.S_IWGRP and not is_private_group(about.st_gid))
+        if shared and (first or not about.st_mode & stat.S_ISVTX):
+            return f'others may write to {path}'
+        if path == os.path.dirname(path):
+            return ''
+        path, first = os.path.dirname(path), False
+
+
+def is_private_group(group: int) -> bool:
+    """Whether a group is that of this person alone, as many systems make one for each user."""
+    import grp
+    import pwd
+
+    try:
+        person, about = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return person.pw_gid == group and person.pw_name == about.gr_name and not set(about.gr_mem) - {person.pw_name}
+
+
+def make_private(directory: str) -> None:
+    """Makes a directory, and those above it that are missing, for this person alone."""
+    missing = []
+    while not os.path.isdir(directory):
+        missing.append(directory)
+        directory = os.path.dirname(directory)
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
 
 
 @contextlib.contextmanager

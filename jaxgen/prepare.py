@@ -178,9 +178,9 @@ def open_directory(section) -> str:
     """
     root = files.absolute(section.prepared_dir or default_directory())
     try:
-        compilation.make(root)
+        files.make_private(root)
         root = os.path.realpath(root)  # a link may be replaced
-        problem = compilation.distrusted(root)
+        problem = files.distrusted(root)
         if not problem and not os.access(root, os.W_OK):
             problem = f'{root} cannot be written to'
     except OSError as e:

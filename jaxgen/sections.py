@@ -80,7 +80,9 @@ class Data:
         larger one are read where they lie, and its identity is their names and sizes.
       max_corrupt: largest fraction of unreadable images in a source that is trained on all the same.
       max_pixels: of one image; larger ones are unreadable, or end the run where a data set has them.
-      threads: of the loader; 0 is as many as there are cores, from 4 to 16.
+      threads: of the loader, which read, and decode where there are no processes; 0 is as many as there are cores.
+      processes: of the loader, which decode images that are stored as files; None is as many as there are cores, up to
+        32, and none on one core or for fewer than 2,048 images; 0 decodes in threads.
       draft: JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where that leaves draft times the pixels that are
         needed, 2 for instance: faster, and slightly other pixels; 0 is in full.
       cache_mb: megabytes; sets that decode to less are decoded once and kept in memory.
@@ -89,6 +91,8 @@ class Data:
         began. 'off' | 'on'.
       prepared_dir: directory of these; '' is prepared in the person's cache directory, ~/.cache/jaxgen.
       prepared_gb: gigabytes of all that lie there, the least recently used of which are removed.
+      disk_mb: megabytes of decoded images that are kept in the person's cache directory, of all sets together, for the
+        next process; sets that decode to more are not; 0 keeps none.
     """
 
     source: str = 'digits'
@@ -127,11 +131,13 @@ class Data:
     max_corrupt: Annotated[float, '[0, 1]'] = 0.01
     max_pixels: Annotated[int, '[1, inf)'] = 2**26
     threads: Annotated[int, '[0, 1024]'] = 0
+    processes: Annotated[int | None, '[0, 1024]'] = None
     draft: Annotated[int, '[0, 16]'] = 0
     cache_mb: Annotated[int, '[0, inf)'] = 512
     prepared: Annotated[str, OneOf('auto', 'on', 'off')] = 'auto'
     prepared_dir: str = ''
     prepared_gb: Annotated[float, '[0, inf)'] = 16.0
+    disk_mb: Annotated[int, '[0, inf)'] = 4096
 
 
 # Fields of `optim` that are of the whole update, not of one network's optimiser.

@@ -17,6 +17,8 @@ os.environ['TFDS_DATA_DIR'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests
 # Nor a person's own key and caches.
 os.environ['XDG_CACHE_HOME'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-cached-{os.getuid()}')
 os.environ['XDG_CONFIG_HOME'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-config-{os.getuid()}')
+# Nor images that another version of the code has decoded.
+os.environ['XDG_CACHE_HOME'] = os.path.join(tempfile.gettempdir(), f'jaxgen-tests-cache-{os.getuid()}')
 # Workers share the cores: OpenMP's threads (of torch and scikit-learn) would spin while they wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Most of a test's time is compiling, and tiny programs need no optimising. XLA's older code for fused operations

@@ -25,11 +25,26 @@ source `data.low_resolution` makes a feature of that name, the image at so many 
 'domain' is the label once more: in translation 'domain' is the class of the input, 'label' the class requested.
 """
 
-from jaxgen.data.folder import FolderImages
-from jaxgen.data.loader import Examples, Spec, batches, dataset, spec, spec_from_json, spec_to_json
-from jaxgen.data.sources import canonical, root, same_test_scenes, sample_metrics
-from jaxgen.data.splits import held_out, labels
-from jaxgen.data.transforms import to_float, to_uint8
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxgen.data.folder import FolderImages
+    from jaxgen.data.loader import Examples, Spec, batches, dataset, spec, spec_from_json, spec_to_json
+    from jaxgen.data.sources import canonical, root, same_test_scenes, sample_metrics
+    from jaxgen.data.splits import held_out, labels
+    from jaxgen.data.transforms import to_float, to_uint8
+
+# By their modules, which are imported at their first use: processes that decode need few of them, see workers.py.
+WHERE = {
+    'folder': ('FolderImages',),
+    'loader': ('Examples', 'Spec', 'batches', 'dataset', 'spec', 'spec_from_json', 'spec_to_json'),
+    'sources': ('canonical', 'root', 'same_test_scenes', 'sample_metrics'),
+    'splits': ('held_out', 'labels'),
+    'transforms': ('to_float', 'to_uint8'),
+}
 
 __all__ = [
     'Examples',
@@ -49,3 +64,15 @@ __all__ = [
     'to_float',
     'to_uint8',
 ]
+
+
+def __getattr__(name: str):
+    for module, names in WHERE.items():
+        if name == module or name in names:
+            found = importlib.import_module(f'jaxgen.data.{module}')
+            return found if name == module else getattr(found, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

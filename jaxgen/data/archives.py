@@ -374,6 +374,15 @@ class Folder:
         """Of the names and sizes, not of what is in the files: that would take reading all of them."""
         return sizes_digest(self.listed.names, self.listed.sizes)
 
+    @functools.cached_property
+    def stamp(self) -> str:
+        """Of the names, sizes and times of all files."""
+        names, sizes, times, _ = self.listed
+        digest = hashlib.sha256(self.root.encode('utf-8', 'surrogateescape') + b'\0')
+        for part in (names.block, names.ends, sizes, times):
+            digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(f'{n} {what}' for what, n in self.counts.items() if n)
@@ -437,7 +446,12 @@ def of_folder(source: Folder, data) -> Contents:
     columns = {'image': lambda i: source.read(i, data['max_pixels']), 'label': lambda i: tree.labels[i]}
     labels = tree.labels if label else None
     splits = {title: split(part, source.listed.names, tree, columns, labels) for title, part in tree.splits.items()}
-    return Contents(source.root, features, splits, (), 'folder 1', (*source.notes, *tree.notes), lambda: source.digest)
+    return Contents(source.root, features, splits, (), 'folder 1', (*source.notes, *tree.notes), **digests(source))
+
+
+def digests(source: Folder) -> dict[str, Callable[[], str]]:
+    """`digest` and `stamp` of Contents."""
+    return {'digest': lambda: source.digest, 'stamp': lambda: source.stamp}
 
 
 # --- a large folder of pairs
@@ -474,7 +488,7 @@ def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
         return Split(len(table), opened, None, lambda i: ascii(names[int(image[i])]), lambda: tree.ranks[image])
 
     splits = {title: split_of(table) for title, table in tables.items()}
-    return Contents(source.root, features, splits, (), 'pairs 1', (*source.notes, *tree.notes), lambda: source.digest)
+    return Contents(source.root, features, splits, (), 'pairs 1', (*source.notes, *tree.notes), **digests(source))
 
 
 def partners(source: Folder, numbers: np.ndarray) -> np.ndarray:

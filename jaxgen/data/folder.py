@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxgen import log
-from jaxgen.data import trees
+from jaxgen.data import trees, workers
 from jaxgen.data.transforms import FORMATS, MAX_PIXELS, load, to_array
 from jaxgen.data.trees import HELD_OUT, IRREGULAR, TEST, TRAIN, VALIDATION, is_folder, ordered
 from jaxgen.errors import UserError
@@ -343,7 +343,7 @@ def readable(
 
     files, results = listing.files, []
     with (
-        ThreadPoolExecutor(min(threads or 16, len(files), 4 * (os.cpu_count() or 1))) as pool,
+        ThreadPoolExecutor(min(threads or workers.cores(), len(files))) as pool,
         tqdm(total=len(files), desc=f'reading {listing.folder}', disable=None, leave=False, delay=2) as bar,
     ):
         for start in range(0, len(files), 256):

@@ -12,36 +12,28 @@ import difflib
 import functools
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from PIL import Image
 
-from jaxgen.data import folder, sources, splits, transforms, views
+from jaxgen.data import decoding, folder, kept, sources, splits, transforms, views, workers
+from jaxgen.data.decoding import Crops
 from jaxgen.data.prepared import PreparedSet
 from jaxgen.data.records import Feature, Records, blocks_of, name_of
+from jaxgen.data.records import stamp as stamp_of
 from jaxgen.data.section import completes
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
 
 MOST_LINES = 5  # about damaged examples
+FEW = 2048  # examples that are decoded sooner than processes are started
+MOST_PROCESSES = 32  # that are started without being asked for
+LEAST_AT_ONCE, MOST_AT_ONCE = 8, 32  # images that a process is given at a time,
+MOST_BYTES = 2**25  # and bytes of them
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
-
-
-class Crops(NamedTuple):
-    """Random crops and translations of training images; arrays with a leading [n], None: not at random."""
-
-    cropped: np.ndarray | None = None  # bool: whether there is a random crop; None: of all
-    position: np.ndarray | None = None  # of the part that is resized, in [0, 1), see transforms.fit
-    rectangle: np.ndarray | None = None  # [n, tries, 4] in [0, 1), see transforms.rectangle
-    row: np.ndarray | None = None  # position of the window in an image that is data.jitter pixels larger than it,
-    column: np.ndarray | None = None  # in [0, 1)
-    down: np.ndarray | None = None  # int: pixels by which the result is translated,
-    right: np.ndarray | None = None
 
 
 class Spec(NamedTuple):
@@ -173,18 +165,31 @@ def of_other() -> Iterator[None]:
 class Examples:
     """One split, decoded and resized.
 
-    `len(examples)`; `examples[i]` is {name: array} of example i, always the same; `take` makes
-    batches. A split that is small when decoded stays in memory, each example from its first use.
+    `len(examples)`; `examples[i]` is {name: array} of example i, always the same; `take` makes batches. A split that is
+    small when decoded stays in memory, each example from its first use; what was decoded is kept on disk, too, for the
+    next process (kept.py). Many images at once are decoded by other processes (workers.py): `close` ends these.
     """
 
     def __init__(self, records: Records, data):
         self.records, self.data = records, data
         self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
-        pixels = sum(math.prod(self.shapes[name]) for name, f in records.chosen.items() if f.image)
+        self.targets = tuple(
+            decoding.Target(name, self.shapes[name], f.palette) for name, f in records.chosen.items() if f.image
+        )
+        pixels = sum(math.prod(target.shape) for target in self.targets)
         self.fits = len(records) * pixels <= data['cache_mb'] * 2**20
         self.cache = self.empty(len(records)) if self.fits else {}
         self.known = np.zeros(len(records), bool)  # which of them the cache holds
         self.corrupt: dict[int, str] = {}  # examples that could not be decoded, and why
+        processes = number_of_processes(data['processes'], len(records))
+        self.workers = workers.Lease(processes) if processes and self.targets else None
+
+    def close(self) -> None:
+        """Ends the use of other processes, which end with the last that use them. Images are decoded here from then
+        on."""
+        lease, self.workers = self.workers, None
+        if lease:
+            lease.close()
 
     @property
     def identity(self) -> str:
@@ -212,18 +217,33 @@ class Examples:
           crops: of each one's images; None: their central parts, as for evaluation.
           words: of the bits that are drawn for grey levels; None: those of the image itself. See transforms.binarised.
         """
-        out = self.grey(indices, crops)
-        how = self.data['binarise'] if 'image' in out else 'none'
-        return out if how == 'none' else out | {'image': transforms.binarised(out['image'], how, words)}
+        how, crops = self.data['binarise'] if 'image' in self.shapes else 'none', crops or Crops()
+        if how == 'none':
+            return self.grey(indices, crops)
+        out = self.grey(indices, crops._replace(mirrored=None))
+        out['image'] = transforms.binarised(out['image'], how, words)  # of the image as it is stored
+        return self.mirrored(out, crops.mirrored)
 
-    def grey(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
+    def grey(self, indices: np.ndarray, crops: Crops) -> dict[str, np.ndarray]:
         """As `take`, before pixels become bits."""
-        if not self.fits or crops is not None:
+        if any(x is not None for x in crops._replace(mirrored=None)) or not (self.fits or self.store):
             return self.decoded(indices, crops)
+        return self.mirrored(self.central(indices), crops.mirrored)
+
+    def mirrored(self, out: dict[str, np.ndarray], which: np.ndarray | None) -> dict[str, np.ndarray]:
+        """A batch whose images `which` [n] have been mirrored in place."""
+        for target in self.targets if which is not None else ():
+            out[target.name][which] = transforms.mirrored(out[target.name][which])
+        return out
+
+    def central(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """As `take`, without anything at random."""
+        if not self.fits:
+            return self.from_disk(indices)
         new = np.unique(indices[~self.known[indices]])
         if len(new):
             # Two threads may write the same values at once; an example is known after it is written.
-            for name, x in self.decoded(new).items():
+            for name, x in self.from_disk(new).items():
                 self.cache[name][new] = x
             self.known[new] = True
         return {name: x[indices] for name, x in self.cache.items()}
@@ -232,14 +252,110 @@ class Examples:
         """As `take`, of any numbers from 0: after the last example comes the first."""
         return self.take(numbers % len(self))
 
-    def decoded(self, indices: np.ndarray, crops: Crops | None = None) -> dict[str, np.ndarray]:
+    # --- on disk
+
+    @functools.cached_property
+    def store(self) -> kept.Store | None:
+        """Where decoded examples are kept on disk; None where they are not: few are decoded soon, arrays need no
+        decoding."""
+        if not self.data['disk_mb'] or len(self) < FEW or not self.encoded:
+            return None
+        stamp = stamp_of(self.records)
+        fields = [(name, self.data[name]) for name in decoding.FIELDS]
+        layout = [(name, self.shapes[name], np.dtype(f.dtype).str, f.path) for name, f in self.records.chosen.items()]
+        what = repr((decoding.version(), stamp, fields, layout, self.targets))
+        size = sum(x.nbytes for x in self.empty(1).values())
+        return kept.open_store(what, len(self), size, self.data['disk_mb']) if stamp else None
+
+    @functools.cached_property
+    def encoded(self) -> bool:
+        """Whether there are images, stored as files' bytes."""
+        if not self.targets:
+            return False
+        try:
+            return isinstance(self.records[0][self.targets[0].name], bytes)
+        except (RunError, UserError):
+            raise
+        except Exception:  # the first one is damaged
+            return True
+
+    def from_disk(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """As `decoded`, from the disk where they are kept there."""
+        store = self.store
+        if store is None:
+            return self.decoded(indices, Crops())
+        out, rows = self.empty(len(indices)), np.empty((len(indices), store.size + kept.DIGEST), np.uint8)
+        new = ~store.read(indices, rows)
+        if new.any():
+            missing, at = np.unique(indices[new], return_inverse=True)
+            fresh = self.decoded(missing, Crops())
+            parts = [x.reshape(len(missing), -1).view(np.uint8) for x in fresh.values()]
+            made = np.concatenate([*parts, np.zeros((len(missing), kept.DIGEST), np.uint8)], axis=1)
+            sound = np.array([i not in self.corrupt for i in missing.tolist()], bool)  # others are met again
+            store.write(missing[sound], made[sound])
+            rows[new] = made[at]
+        start = 0
+        for name, x in out.items():
+            end = start + x[:1].nbytes
+            out[name] = np.ascontiguousarray(rows[:, start:end]).view(x.dtype).reshape(x.shape)
+            start = end
+        return out
+
+    # --- from what is stored
+
+    def decoded(self, indices: np.ndarray, crops: Crops) -> dict[str, np.ndarray]:
         """As `take`, from the stored records."""
         out = self.empty(len(indices))
-        for n, i in enumerate(map(int, indices)):
-            crop = Crops(*(None if x is None else x[n] for x in crops or Crops()))
-            for name, value in self.sound(i, crop).items():
+        for n in self.by_workers(out, indices, crops):
+            for name, value in self.sound(int(indices[n]), crops.one(n)).items():
                 out[name][n] = value
         return out
+
+    def by_workers(self, out: dict[str, np.ndarray], indices: np.ndarray, crops: Crops) -> Sequence[int]:
+        """Decodes into `out` what other processes can; the numbers of the examples that are left to this one: damaged
+        ones, or all where there are few, no other processes or nothing to decode."""
+        everything, lease = range(len(indices)), self.workers
+        if lease is None or len(indices) < LEAST_AT_ONCE:
+            return everything
+        if not self.encoded:
+            self.close()
+            return everything
+        left: list[int] = []
+        try:
+            for task, images, damaged in lease.decoded(self.tasks(out, indices, crops, lease.pool.n)):
+                for target, x in zip(task.targets, images, strict=True):
+                    out[target.name][task.start : task.start + len(task)] = x
+                left += (task.start + np.flatnonzero(damaged)).tolist()
+        except workers.Unavailable as e:
+            if self.workers is lease:  # not closed, by this thread or another
+                self.close()
+                folder.say(f'no processes that decode images can be started ({e}): threads of this one do it')
+            return everything
+        return left
+
+    def tasks(self, out: dict[str, np.ndarray], indices: np.ndarray, crops: Crops, n: int) -> Iterator[workers.Task]:
+        """The images of a batch in parts for `n` processes. All else of the examples goes into `out`."""
+        room = max(1, MOST_BYTES // sum(math.prod(target.shape) for target in self.targets))
+        size = min(max(LEAST_AT_ONCE, -(-len(indices) // (workers.LINES * n))), MOST_AT_ONCE, room)
+        others = [name for name, f in self.records.chosen.items() if not f.image]
+        stored: list[bytes] = []
+        start = length = 0
+        for k, i in enumerate(map(int, indices)):
+            try:
+                example = self.records[i]
+            except (RunError, UserError):
+                raise
+            except Exception:  # damaged: no image is in these bytes either
+                example = {}
+            for name in others if example else ():
+                out[name][k] = example[name]
+            images = [example.get(target.name) for target in self.targets]
+            stored += [x if isinstance(x, bytes) else b'' for x in images]
+            length += sum(map(len, stored[-len(images) :]))
+            if k + 1 - start == size or length >= MOST_BYTES or k + 1 == len(indices):
+                part = Crops(*(None if x is None else x[start : k + 1] for x in crops))
+                yield workers.Task(start, stored, self.targets, self.data, part)
+                stored, start, length = [], k + 1, 0
 
     def sound(self, i: int, crop: Crops) -> dict[str, Any]:
         """Example i, or, where it cannot be decoded, the first that can of those that `uniform` names for i.
@@ -276,57 +392,10 @@ class Examples:
     def example(self, i: int, crop: Crops) -> dict[str, Any]:
         """One example, decoded."""
         out = self.records[i]
-        for name, feature in self.records.chosen.items():
-            if feature.image:
-                out[name] = transforms.reduced(self.image(out[name], name, crop), self.shapes[name][0])
-        return out
+        return out | {t.name: decoding.prepared(out[t.name], t, self.data, crop) for t in self.targets}
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
-
-    def image(self, stored: bytes | np.ndarray, name: str, crop: Crops) -> np.ndarray:
-        channels, d = self.shapes[name][2], self.data
-        options, reduction = (channels, d['max_pixels'], self.records.chosen[name].palette), None
-        if isinstance(stored, np.ndarray):
-            image = transforms.from_array(stored, channels)
-        elif d['draft']:
-            image, reduction = transforms.load_reduced(stored, draft_size(d), *options)
-        else:
-            image = transforms.load(stored, *options)
-        if d['white'] < 255 and name in ('image', 'low_resolution'):
-            image = transforms.brightened(image, d['white'])
-        x = cropped(transforms.cut(image, d['box']), d, crop, channels, reduction)
-        return x if crop.down is None else transforms.moved(x, int(crop.down), int(crop.right), d['fill'])
-
-
-def draft_size(data) -> int:
-    """Pixels that the shorter side of an image keeps at least where JPEG files are decoded at a part of their size."""
-    return data['draft'] * (max(sides(data['size'])) + data['jitter'])
-
-
-def cropped(
-    image: Image.Image, data, crop: Crops, channels: int, reduction: transforms.Reduction | None = None
-) -> np.ndarray:
-    """The crop of the image as uint8 [*size, C], resized.
-
-    Args:
-      reduction: that the image is of a larger one.
-    """
-    height, width = size = sides(data['size'])
-    at_random = crop.cropped is None or bool(crop.cropped)
-    if crop.rectangle is not None and at_random:
-        ranges = tuple(data['crop_area']), tuple(data['crop_aspect'])
-        box = transforms.rectangle(image.height, image.width, *ranges, crop.rectangle)
-        part = transforms.cut(image, box).resize((width, height), Image.Resampling.BICUBIC)
-        return transforms.to_array(part, channels)
-    position = crop.position if at_random else None
-    if crop.row is None:
-        return transforms.to_array(transforms.fit(image, size, position, reduction), channels)
-    larger = height + data['jitter'], width + data['jitter']
-    # A window of the whole image, where the part would be anywhere; of its middle else.
-    fit = functools.partial(transforms.fit, position=None) if position is None else transforms.cover
-    image = fit(image, larger, reduction=reduction)
-    return transforms.to_array(transforms.window(image, size, crop.row, crop.column), channels)
 
 
 class UnpairedExamples:
@@ -339,6 +408,11 @@ class UnpairedExamples:
     @property
     def identity(self) -> str:
         return f'{self.examples.identity} {OTHER}: {self.others.identity}'
+
+    def close(self) -> None:
+        """As of `Examples`."""
+        self.examples.close()
+        self.others.close()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -449,14 +523,6 @@ def moves(data, uniform: Callable) -> tuple[np.ndarray | None, np.ndarray | None
     )
 
 
-def mirrored(batch: dict[str, np.ndarray], examples: Examples, which: np.ndarray) -> dict[str, np.ndarray]:
-    """A fresh batch of these examples [n] with all images of some of them, bool [n], mirrored left to right."""
-    for name, feature in examples.records.chosen.items():
-        if feature.image:
-            batch[name][which] = batch[name][which, :, ::-1]
-    return batch
-
-
 def without_image(examples: Examples, split: str) -> Examples | None:
     """The same examples of a split without 'image', which is not read then; None: nothing is left of them."""
     names = tuple(name for name in examples.records.chosen if name != 'image')
@@ -494,24 +560,45 @@ def augmented(
             uniform(transforms.COLUMN, data['jitter'] > 0),
             down,
             right,
+            uniform(transforms.FLIP) < 0.5 if data['flip'] else None,
         )
-        moved = any(x is not None for x in crops)
         anew = transforms.words(seed, numbers, transforms.BITS + apart) if data['binarise'] == 'dynamic' else None
-        flip = uniform(transforms.FLIP) < 0.5 if data['flip'] else None
         indices = which(numbers)
-        out = {} if read is None else read.take(indices, crops if moved else None, anew)
-        if read is not None and flip is not None:
-            out = mirrored(out, read, flip)
-        return out | prepared.take(indices, views.numbers(data, len(numbers), crops, flip)) if prepared else out
+        out = {} if read is None else read.take(indices, crops, anew)
+        return out | prepared.take(indices, views.numbers(data, len(numbers), crops)) if prepared else out
 
     return take
 
 
 def number_of_threads(threads: int) -> int:
-    """`data.threads`, or, where that is 0, as many as there are cores: 4 at least, since some wait for the disk, and 16
-    at most, since what is not decoding runs in one thread at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return threads or min(max(cores, 4), 16)
+    """`data.threads`, or, where that is 0, as many as there are cores."""
+    return threads or workers.cores()
+
+
+def number_of_processes(processes: int | None, examples: int) -> int:
+    """`data.processes`, or, where that is None, as many as there are cores; none on one core, or for few examples."""
+    if processes is not None:
+        return processes
+    cores = workers.cores()
+    return 0 if cores < 2 or examples < FEW else min(cores, MOST_PROCESSES)
+
+
+class Batches:
+    """What `batches` returns: an iterator that is closed."""
+
+    def __init__(self, iterator: grain.DatasetIterator, examples: Examples | UnpairedExamples):
+        self.iterator, self.examples = iterator, examples
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self.iterator)
+
+    def close(self) -> None:
+        """Ends the threads, and the processes that decode."""
+        self.iterator.close()
+        self.examples.close()
 
 
 @completes
@@ -525,7 +612,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     prepared: PreparedSet | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """Endless batches {name: [batch / process_count, ...]}, shuffled anew in every epoch, augmented.
 
     Batch number b holds the examples number b * batch to (b + 1) * batch - 1 of the endless order,
@@ -540,7 +627,7 @@ def batches(
       prepared: what batches of the training split have in place of 'image', see prepared.py.
 
     Returns:
-      An iterator of Grain; `close()` ends its threads.
+      An iterator; `close()` ends its threads and processes.
     """
     batch = data['batch'] if batch is None else batch
     if not 0 <= seed < 2**64:
@@ -560,7 +647,9 @@ def batches(
         return take(numbers) | ({OTHER: others(numbers)['image']} if others else {})
 
     steps = grain.MapDataset.range(start, 2**62 // batch).map(make)
-    # An element is a whole batch, so few of them are kept ready.
+    # An element is a whole batch, so few of them are kept ready: with processes, two parts for each of these.
     threads = number_of_threads(data['threads'])
+    if processes := number_of_processes(data['processes'], len(examples)):
+        threads = max(threads, 1 + -(-workers.LINES * processes * LEAST_AT_ONCE // len(own)))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
-    return iter(steps.to_iter_dataset(options))
+    return Batches(iter(steps.to_iter_dataset(options)), examples)

@@ -99,6 +99,8 @@ class Contents(NamedTuple):
     recipe: str = ''  # how the files are read, where that can be said: other examples have another recipe
     notes: tuple[str, ...] = ()  # what is left out, and why
     digest: Callable[[], str] | None = None  # of what the files hold, where there is a quicker one than all bytes
+    # A text that changes when a file does, where `files` are not all that is read.
+    stamp: Callable[[], str] | None = None
 
 
 Reader = Callable[[Address, dict], Contents]
@@ -107,8 +109,10 @@ Reader = Callable[[Address, dict], Contents]
 class ReadRecords:
     """Records of one split of what a reader has read."""
 
-    def __init__(self, contents: Contents, split: Split, chosen: dict[str, Feature], numbers, identity: Callable):
+    def __init__(self, contents: Contents, title: str, chosen: dict[str, Feature], numbers, identity: Callable):
+        split = contents.splits[title]
         self.path, self.chosen, self.split, self.numbers = contents.path, chosen, split, numbers
+        self.contents, self.title = contents, title
         self.example = split.open(tuple({f.path[0] for f in chosen.values()}))
         self.make_identity = identity
         self.shuffled = split.ranks is not None  # see sources.PreparedRecords; what has ranks is in their order
@@ -116,6 +120,12 @@ class ReadRecords:
     @functools.cached_property
     def identity(self) -> str:
         return self.make_identity()
+
+    def stamp(self) -> str:
+        """See `stamp`."""
+        contents, numbers = self.contents, b'' if self.numbers is None else np.asarray(self.numbers, np.int64).tobytes()
+        whole = contents.stamp() if contents.stamp else stamp_of_files(contents.files)
+        return text_digest(contents.path, contents.recipe, self.title, hashlib.sha256(numbers).hexdigest(), whole)
 
     def __len__(self) -> int:
         return self.split.n if self.numbers is None else len(self.numbers)
@@ -142,6 +152,25 @@ def name_of(records: Records, i: int) -> str:
     while not isinstance(records, ReadRecords) and hasattr(records, 'records'):  # a part of others, see splits.py
         i, records = int(getattr(records, 'numbers', range(i + 1))[i]), records.records
     return records.name(i) if isinstance(records, ReadRecords) else f'example {i}'
+
+
+def stamp(records: Records) -> str:
+    """A text that is another one as soon as a file changes that these examples are read from, or which of them they
+    are: by the paths, sizes and times of the files, which are not read. '' where that cannot be said."""
+    rows = []
+    while hasattr(records, 'records'):  # a part of others, see splits.py
+        for name in ('numbers', 'classes'):
+            x = np.asarray(getattr(records, name, ()), np.int64)
+            rows.append(hashlib.sha256(x.tobytes()).hexdigest())
+        records = records.records
+    own = getattr(records, 'stamp', None)
+    return text_digest(*rows, own()) if own else ''
+
+
+def stamp_of_files(paths: tuple[str, ...]) -> str:
+    """A text that changes when one of these files does."""
+    about = ((os.path.realpath(path), os.stat(path)) for path in paths)
+    return repr([(path, one.st_size, one.st_mtime_ns) for path, one in about])
 
 
 def own_splits(names) -> dict[str, str]:
@@ -203,7 +232,7 @@ def open_split(contents: Contents, chosen: dict[str, Feature], data, split: str,
     def identity() -> str:
         return f'{which} {contents_digest(contents, directory, bool(data["dir"]))}'
 
-    return ReadRecords(contents, splits[title], chosen, numbers, identity)
+    return ReadRecords(contents, title, chosen, numbers, identity)
 
 
 def held_out(split: Split, fraction: float, path: str) -> tuple[np.ndarray, np.ndarray]:

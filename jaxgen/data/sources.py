@@ -637,6 +637,11 @@ class PreparedRecords:
         self.features = tfds.features.FeaturesDict(nest(parsed))
         self.decoders = nest({f.path: tfds.decode.SkipDecoding() for f in chosen.values() if f.image})
 
+    def stamp(self) -> str:
+        """See `records.stamp`."""
+        about = records.stamp_of_files((os.path.join(self.path, 'dataset_info.json'),))
+        return f'{self.identity} {about}'
+
     def __len__(self) -> int:
         return len(self.stored)
 

@@ -16,15 +16,16 @@ import math
 import re
 import struct
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import einops
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from jaxgen.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 # Streams of `uniform`: one per use, so that no two uses have the same numbers. 4 is in gaussians.py; a second source of
 # images has the same ones plus OTHER.
@@ -318,6 +319,14 @@ def to_array(image: Image.Image, channels: int = 1) -> np.ndarray:
     return x[..., None] if x.ndim == 2 else x
 
 
+def mirrored(x: np.ndarray) -> np.ndarray:
+    """Images [..., W, C] left to right."""
+    out = np.empty_like(x)
+    for channel in range(x.shape[-1]):  # several times as fast as all at once
+        out[..., channel] = x[..., ::-1, channel]
+    return out
+
+
 def reduced(x: np.ndarray, height: int) -> np.ndarray:
     """Means of equal squares of an image [H, W, C], uint8 [height, width, C]; their side H / height divides W too."""
     side = len(x) // height
@@ -382,9 +391,13 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def to_float(image: jax.Array) -> jax.Array:
     """uint8 0..255 to float32 in [-1, 1], any shape."""
+    import jax.numpy as jnp  # not above: processes that decode (workers.py) do without it
+
     return image.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(image: jax.Array) -> jax.Array:
     """Float in [-1, 1] to uint8 0..255, any shape; what lies outside is clipped."""
+    import jax.numpy as jnp
+
     return jnp.clip(jnp.round((image + 1) * 127.5), 0, 255).astype(jnp.uint8)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxgen.data.decoding import Crops
 from jaxgen.sections import sides
 
 if TYPE_CHECKING:
-    from jaxgen.data.loader import Crops, Examples
+    from jaxgen.data.loader import Examples
 
 
 def why_none(data) -> str:
@@ -37,7 +38,7 @@ def count(data) -> int:
     return math.prod(choices(data))
 
 
-def numbers(data, n: int, crops: Crops, mirrored: np.ndarray | None) -> np.ndarray:
+def numbers(data, n: int, crops: Crops) -> np.ndarray:
     """The number of the view, int [n], that the loader's crops and mirroring of n examples make."""
     sizes = choices(data)
     windows = [
@@ -48,14 +49,12 @@ def numbers(data, n: int, crops: Crops, mirrored: np.ndarray | None) -> np.ndarr
         np.zeros(n, int) if x is None else x + size // 2
         for x, size in zip((crops.down, crops.right), sizes[3:], strict=True)
     ]
-    flip = np.zeros(n, int) if mirrored is None else mirrored.astype(int)
+    flip = np.zeros(n, int) if crops.mirrored is None else crops.mirrored.astype(int)
     return np.ravel_multi_index((flip, *windows, *moved), sizes)
 
 
 def take(examples: Examples, indices: np.ndarray, view: np.ndarray) -> dict[str, np.ndarray]:
     """The examples [n] in these views [n], as training has them."""
-    from jaxgen.data.loader import Crops, mirrored
-
     data, sizes = examples.data, choices(examples.data)
     flip, row, column, down, right = np.unravel_index(view, sizes)
     jitter, moves = data['jitter'] > 0, data['pad'] > 0 or data['shift'] > 0
@@ -64,6 +63,6 @@ def take(examples: Examples, indices: np.ndarray, view: np.ndarray) -> dict[str,
         column=(column + 0.5) / sizes[2] if jitter else None,
         down=down - sizes[3] // 2 if moves else None,
         right=right - sizes[4] // 2 if moves else None,
+        mirrored=flip > 0,
     )
-    out = examples.take(indices, crops if jitter or moves else None)
-    return mirrored(out, examples, flip > 0)
+    return examples.take(indices, crops)
