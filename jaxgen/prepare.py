@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jaxgen import compilation, files, log, sample, sharding
+from jaxgen import files, log, sample, sharding
 from jaxgen.assembly import Assembled, assemble
 from jaxgen.data import loader, views
 from jaxgen.data.prepared import ABOUT, Feature, Layout, PreparedSet, file_path, make_room, missing, set_lock, write
@@ -167,7 +167,7 @@ def too_large(assembled: Assembled, plan: Plan) -> str:
 
 def default_directory() -> str:
     """The directory of all sets in the person's cache directory."""
-    return os.path.join(os.path.dirname(compilation.default_directory()), 'prepared')
+    return files.cache_directory('prepared')
 
 
 def open_directory(section) -> str:
