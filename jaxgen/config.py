@@ -70,12 +70,14 @@ FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
     r'|held_out_every|held_out_examples|stop_on|patience)|data\.validation_source'
     r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|processes|cache_mb|disk_mb|max_corrupt|max_pixels)'
-    r'|data\.(prepared|prepared_dir|prepared_gb)|mesh\..*'
+    r'|data\.(prepared|prepared_dir|prepared_gb)'
+    r'|mesh\..*|train\.(remat|updates_per_call)|optim\.accumulate'
 )
+# Of these the fields that say in what pieces, and in which order, an update is computed: results differ by rounding,
+# and with `accumulate` by the parts where a loss compares examples or normalises by them.
+LAYOUT = re.compile(r'mesh\..*|train\.(remat|updates_per_call)|optim\.accumulate')
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
-FREE_IN_USE = re.compile(
-    rf'{FREE_ON_RESUME.pattern}|train\.(dtype|stages_dtype|remat|updates_per_call)|data\.test_source'
-)
+FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|stages_dtype)|data\.test_source')
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
 SOURCES = tuple(f'{kind}:' for kind in addresses.KINDS)
@@ -673,6 +675,11 @@ def changed(old: ConfigDict, new: ConfigDict) -> dict[str, tuple]:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """'a.b: old -> new' for every field that differs."""
     return [f'{key}: {before!r} -> {after!r}' for key, (before, after) in changed(old, new).items()]
+
+
+def other_layout(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """The differences in how an update is cut and ordered; see LAYOUT."""
+    return [d for d in differences(old, new) if LAYOUT.fullmatch(d.partition(':')[0])]
 
 
 def differences_that_matter(

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgen import fsdp
 from jaxgen.optim import Optim, power_one_minus_decay, steps_within_update
 
 Array = jax.Array
@@ -286,8 +287,12 @@ def gradient_step(loss: Loss, optim: Optim, *networks: str, times: int = 1) -> C
         return repeat(gradient_step(loss, steps_within_update(optim, times), *networks), times)
 
     def step(state: State, frozen: PyTree, batch: PyTree, rng: Array) -> tuple[State, Aux]:
-        def of_trained(trained, batch, rng):
+        def of_weights(weights, batch, rng):
+            trained, state, frozen = weights
             return loss({**state.params, **trained}, state, frozen, batch, rng)
+
+        def of_trained(trained, batch, rng):
+            return fsdp.gathering(of_weights)((trained, state, frozen), batch, rng)
 
         trained = {name: state.params[name] for name in networks}
         gradient = jax.grad(of_trained, has_aux=True)
@@ -402,3 +407,20 @@ def shard_batch(x: PyTree) -> PyTree:
         return x if mesh.empty or len(x) % mesh.size else jax.lax.with_sharding_constraint(x, place)
 
     return jax.tree.map(one, x)
+
+
+def together(*arrays: Array) -> Array:
+    """Arrays [n, ...] as one, [k n, ...], which a network takes in one call; `apart` undoes it.
+
+    Where weights are cut, so that a batch is too, an example's copies lie side by side: each device has its own.
+    """
+    if fsdp.parts() == 1:
+        return jnp.concatenate(arrays)
+    return jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:])
+
+
+def apart(x: Array, k: int) -> list[Array]:
+    """The k arrays [n, ...] of which `together` has made x."""
+    if fsdp.parts() == 1:
+        return jnp.split(x, k)
+    return [x.reshape(-1, k, *x.shape[1:])[:, i] for i in range(k)]

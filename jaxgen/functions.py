@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, log, options, randomness, sharding
+from jaxgen import data, fsdp, log, options, randomness, sharding
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
@@ -55,7 +55,7 @@ def requested(request: Request) -> Program:
     function = {'encode': encode, 'decode': decode, 'classify': classify, 'denoise': denoise}[name]
 
     def call(state, frozen, arrays, seed):
-        return function(state, frozen, arrays, randomness.stream(jax.random.key(seed), name))
+        return fsdp.of_model(function)(state, frozen, arrays, randomness.stream(jax.random.key(seed), name))
 
     return Program(sharding.jit(call))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, options, randomness, sharding
+from jaxgen import data, fsdp, options, randomness, sharding
 from jaxgen.contract import Family, PyTree
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
@@ -109,7 +109,7 @@ def requested(request: Request) -> Program:
     def draw(state, frozen, batch, seed, settings):
         rng = randomness.stream(jax.random.key(seed), 'sample')
         more = (settings,) if family.settings else ()
-        outputs = function(state, frozen, to_inside(batch), rng, *more)
+        outputs = fsdp.of_model(function)(state, frozen, to_inside(batch), rng, *more)
         if request.function == 'trajectory':
             return outputs
         return data.to_uint8(outputs), jnp.isfinite(outputs).all((1, 2, 3))
@@ -139,7 +139,8 @@ def run_program(model: BoundModel, function: str, size: int) -> Callable:
     compiled, settings = program(model.family, function), settings_of(model.family)
 
     def run(*arguments):
-        outputs = jax.block_until_ready(compiled.call(*arguments, settings))
+        with sharding.use(model.mesh):
+            outputs = jax.block_until_ready(compiled.call(*arguments, settings))
         compiled.sizes.add((model.mesh, size))  # now that it was not too large for the device
         return outputs
 

@@ -1,17 +1,20 @@
 """One program for one device and for a pod: the mesh, and the sharding of every array on it.
 
-Batches are sharded over all devices. Weights, optimiser states, averages and frozen stages are sharded over the `fsdp`
-axis by one rule and replicated over the `data` axis. XLA adds the communication; no family mentions devices.
+Batches are sharded over all devices. Weights, optimiser states, averages and frozen stages are cut over the `fsdp` axis
+by one rule and replicated over the `data` axis; fsdp.py has them gathered where they are used. XLA adds the
+communication; no family mentions devices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,13 +62,50 @@ def jit(function, **options):
     return call
 
 
-def make_mesh(fsdp: int, devices: list | None = None) -> Mesh:
-    """Mesh of all devices with axes data x fsdp."""
-    n = len(devices or jax.devices())
+def slice_of(device) -> int:
+    """The slice of a device; 0 where devices have none."""
+    return getattr(device, 'slice_index', None) or 0
+
+
+def arranged(devices: Sequence, fsdp: int) -> np.ndarray:
+    """The devices as an array [data, fsdp].
+
+    Of several slices, which are joined by a slower network, each holds whole copies of the weights, so that gradients
+    alone go between them. Every host has one block of rows, in the order of the hosts: so the order of a batch is the
+    same whatever their number.
+
+    Raises:
+      UserError: weights cannot be cut over so many devices of one slice.
+    """
+    slices = Counter(map(slice_of, devices))
+    n, each = len(devices), min(slices.values())
     if n % fsdp:
         raise UserError(f'config.mesh.fsdp = {fsdp} must divide the number of devices, {n}')
+    if len(slices) == 1:
+        grid = mesh_utils.create_device_mesh((n // fsdp, fsdp), devices, allow_split_physical_axes=True)
+    elif each * len(slices) != n or each % fsdp:
+        sizes = ', '.join(map(str, slices.values()))
+        raise UserError(
+            f'config.mesh.fsdp = {fsdp} must divide the number of devices of each slice, all equal: {sizes}'
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (each // fsdp, fsdp), (len(slices), 1), devices, allow_split_physical_axes=True
+        )
+    hosts = [device.process_index for device in grid.flat]
+    if hosts != sorted(hosts):
+        first: dict[int, int] = {}  # host of each slice
+        for device in sorted(devices, key=lambda d: d.process_index):
+            first.setdefault(slice_of(device), device.process_index)
+        by_host = sorted(devices, key=lambda d: (first[slice_of(d)], d.process_index, d.id))
+        grid = np.array(by_host, object).reshape(n // fsdp, fsdp)
+    return grid
+
+
+def make_mesh(fsdp: int, devices: list | None = None) -> Mesh:
+    """Mesh of all devices with axes data x fsdp."""
     auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((n // fsdp, fsdp), ('data', 'fsdp'), axis_types=auto, devices=devices)
+    return Mesh(arranged(devices or jax.devices(), fsdp), ('data', 'fsdp'), axis_types=auto)
 
 
 def devices() -> str:
@@ -100,18 +140,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def cut_axis(shape: Sequence[int], parts: int) -> int | None:
+    """The axis along which an array is cut into equal parts: the largest that divides; None where it is left whole."""
+    fits = [d for d, length in enumerate(shape) if length % parts == 0]
+    if parts == 1 or not fits or math.prod(shape) < SMALLEST_SHARDED:
+        return None
+    return max(fits, key=lambda d: shape[d])
+
+
+def cut_axes(tree, parts: int) -> list[int | None]:
+    """The axis along which each leaf of states or weights is cut, None where it is left whole. `State.extra` is whole:
+    buffers of images are no weights, and statistics are small."""
+
+    def axis_of(path, leaf) -> int | None:
+        names = [getattr(key, 'name', None) for key in path]
+        first = getattr(path[0], 'key', None) if path else None  # of {item: tree}, as checkpoints have them
+        return None if 'extra' in names or first == 'extra' else cut_axis(leaf.shape, parts)
+
+    return [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def over_weights(mesh: Mesh, tree):
-    """Sharding of every leaf: its largest axis that divides is cut over fsdp; small leaves are replicated."""
-    size = mesh.shape['fsdp']
+    """Sharding of every leaf of states or weights: cut over fsdp by `cut_axes`, else replicated."""
+    axes = cut_axes(tree, mesh.shape['fsdp'])
+    places = [replicated(mesh) if axis is None else NamedSharding(mesh, P(*[None] * axis, 'fsdp')) for axis in axes]
+    return jax.tree.unflatten(jax.tree.structure(tree), places)
 
-    def sharding_of(leaf) -> NamedSharding:
-        fits = [d for d in range(leaf.ndim) if leaf.shape[d] % size == 0]
-        if size == 1 or not fits or np.prod(leaf.shape) < SMALLEST_SHARDED:
-            return replicated(mesh)
-        axis = max(fits, key=lambda d: leaf.shape[d])
-        return NamedSharding(mesh, P(*[None] * axis, 'fsdp'))
 
-    return jax.tree.map(sharding_of, tree)
+def use(mesh: Mesh):
+    """The context in which programs over several devices are called: what lays out arrays (contract.shard_batch,
+    fsdp.py) reads the mesh while they are traced."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def put_batch(mesh: Mesh, batch: dict, leading: int = 0) -> dict:

@@ -232,7 +232,8 @@ def compile_program(program: Any, arguments: tuple, where: Slice, a: assembly.As
       RunError: the compiler fails, for another reason than memory.
     """
     began, n = time.monotonic(), len(where.devices)
-    traced = program.trace(*arguments)
+    with sharding.use(a.mesh):
+        traced = program.trace(*arguments)
     flops, kernels = (describe.flops(traced.jaxpr.jaxpr, within, 'tpu') for within in ('', 'pallas_call'))
     lowered = traced.lower()
     about: dict[str, Any] = {'fits': True, 'flops': flops}

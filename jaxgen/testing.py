@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxgen import config as configs
-from jaxgen import imports, sharding
+from jaxgen import fsdp, imports, sharding
 from jaxgen.contract import Context, Family, State
 from jaxgen.optim import Optim, make_optim
 
@@ -406,15 +406,15 @@ def check_devices(subject: Subject, build: Callable[[], Family], start: State) -
       build: makes the family anew, by gradient descent.
     """
     results = []
-    for devices, fsdp in ((jax.devices()[:1], 1), (jax.devices(), 2 - jax.device_count() % 2)):
-        mesh = sharding.make_mesh(fsdp, devices)
+    for devices, parts in ((jax.devices()[:1], 1), (jax.devices(), 2 - jax.device_count() % 2)):
+        mesh = sharding.make_mesh(parts, devices)
         family, places = build(), sharding.over_weights(mesh, start)
         state = jax.device_put(jax.device_get(start), places)
         frozen = jax.device_put(jax.device_get(subject.frozen), sharding.over_weights(mesh, subject.frozen))
 
         def update(state, frozen, batch, key, family=family, mesh=mesh):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return family.update(state, frozen, batch, key)
+                return fsdp.of_model(family.update)(state, frozen, batch, key)
 
         batch = sharding.put_batch(mesh, jax.device_get(subject.batch))
         program = jax.jit(update, out_shardings=(places, sharding.replicated(mesh)))

@@ -20,6 +20,7 @@ from jaxgen import (
     data,
     describe,
     files,
+    fsdp,
     hosts,
     interrupt,
     locks,
@@ -118,8 +119,9 @@ def make_call(assembled: Assembled, shardings, updates: int, seed: int):
         def one(state, batch):
             # The step alone decides the noise: history does not, so resuming cannot change it.
             rng = jax.random.fold_in(randomness.stream(jax.random.key(seed), 'update'), state.step)
-            with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):  # for contract.shard_batch
-                return assembled.family.update(state, frozen, sample.to_inside(batch), rng)
+            # For contract.shard_batch and for fsdp.py.
+            with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):
+                return fsdp.of_model(assembled.family.update)(state, frozen, sample.to_inside(batch), rng)
 
         return jax.lax.scan(one, state, batches) if updates > 1 else one_step(one, state, batches)
 
@@ -151,7 +153,9 @@ class Training:
         self.job, self.seconds = compilation.job(config, a.mesh), 0.0  # what is compiled, and for how long
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every)
         imported = self.checkpoints.steps() == [0]  # training saves none before its first update
-        moved = check_resume(workdir, config, a.family.free, imported) if self.checkpoints.steps() else []
+        moved, before = [], None
+        if self.checkpoints.steps():
+            moved, before = check_resume(workdir, config, a.family.free, imported), saved_config(workdir)
         if config.data.test_source:
             a.dataset('test')  # its mistakes come before anything is computed
         self.held_out = stopping.HeldOut(config, a) if config.train.held_out_every else None
@@ -164,7 +168,9 @@ class Training:
         examples, images = self.look_at_data()
         self.prepared = prepare.for_training(a, examples)
         config.data.prepared = 'on' if self.prepared else 'off' if a.family.prepare else config.data.prepared
-        self.about = {'jax': jax.__version__, 'stages': a.stage_digests, 'data': examples.identity}
+        self.about = {
+            'jax': jax.__version__, 'stages': a.stage_digests, 'data': examples.identity, 'devices': jax.device_count()
+        }  # fmt: skip
         if self.prepared:
             self.about['prepared'] = self.prepared.identity
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))
@@ -177,6 +183,7 @@ class Training:
                 self.state = self.from_imported(self.state)
             else:
                 check_moved_data(about, config, workdir, moved)
+            self.check_layout(before, about)
             if 'imported' in about:
                 self.about['imported'] = about['imported']
             if about.get('data', self.about['data']) != self.about['data']:
@@ -205,6 +212,27 @@ class Training:
         self.pending: tuple[int, dict] | None = None  # logs of the last call, not yet looked at
         self.lines: list[tuple[int, dict]] = []  # of metrics, that the callbacks have not had yet
         self.writer = log.Writer(workdir, self.step, config.train.steps, config.data.batch) if self.first else None
+
+    def check_layout(self, before, about: dict) -> None:
+        """Says where updates are computed in other pieces than before.
+
+        Args:
+          before: the saved config.
+
+        Raises:
+          UserError: calls of several updates cannot begin at the checkpoint's step.
+        """
+        if about['step'] % self.k:
+            raise UserError(
+                f'config.train.updates_per_call = {self.k} must divide the step of the checkpoint, {about["step"]}'
+            )
+        changed = configs.other_layout(before, self.config)
+        devices = about.get('devices', jax.device_count())
+        if devices != jax.device_count():
+            changed.append(f'devices: {devices} -> {jax.device_count()}')
+        if changed and self.first and about['step']:
+            noise = ' and draws other noise' if any('accumulate' in line for line in changed) else ''
+            log.say(f'{"; ".join(changed)}: from here on the training rounds otherwise{noise}: its bits may differ')
 
     def look_at_data(self):
         """The training examples, and how many images there are, in words."""

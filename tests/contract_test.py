@@ -434,7 +434,7 @@ def test_families_import_no_family():
 @pytest.mark.slow
 @pytest.mark.parametrize('part', range(4))
 def test_devices_do_not_matter(part):
-    """A family on 8 devices, weights cut over 2, agrees with one device to rounding."""
+    """A family on 8 devices, weights whole or cut over 2, 4 and 8, agrees with one device to rounding."""
     names = sorted(n for family, n in FAMILIES.items() if family not in MEANS_ALONE)[part::4]
     code = 'import sys; sys.path.insert(0, "tests"); from contract_test import on_devices; on_devices(sys.argv[1:])'
     import subprocess
@@ -449,7 +449,7 @@ def test_devices_do_not_matter(part):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def on_devices(names: list[str]) -> None:
+def on_devices(names: list[str], parts_of_weights: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     """Runs in a process of 8 devices; see test_devices_do_not_matter."""
     from jaxgen.train import make_call
 
@@ -457,7 +457,7 @@ def on_devices(names: list[str]) -> None:
     sharding.SMALLEST_SHARDED = 64  # so that tiny weights are cut too
     for name in names:
         results = []
-        for place, fsdp in ((jax.devices()[:1], 1), (None, 2)):
+        for place, fsdp in ((jax.devices()[:1], 1), *((None, parts) for parts in parts_of_weights)):
             batch = math.lcm(8, tiny(name).data.batch)
             config = tiny(name, mesh={'fsdp': fsdp}, data={'batch': batch})
             # SGD: Adam's first steps are the sign of the gradient, which rounding can turn.
@@ -480,9 +480,10 @@ def on_devices(names: list[str]) -> None:
                 state, logs = call(state, frozen, jax.tree.map(lambda x: x[None], placed))
                 assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
             results.append(jax.device_get((state, logs)))
-        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-            # Rounding is of the size of an array's largest numbers.
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * max(1, np.abs(b).max()), err_msg=name)
+        for result in results[1:]:
+            for a, b in zip(*map(jax.tree.leaves, (results[0], result)), strict=True):
+                # Rounding is of the size of an array's largest numbers.
+                np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * max(1, np.abs(b).max()), err_msg=name)
 
 
 @pytest.mark.slow

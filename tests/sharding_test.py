@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxgen import sharding
+from jaxgen.errors import UserError
 
 
 def maxima(x):
@@ -54,3 +59,48 @@ def test_programs_for_gpus_give_the_same_bits_in_every_process(monkeypatch):
     assert given == [{}, *[{'compiler_options': fixed | mine}] * 2, {}]
     with pytest.raises(jax.errors.JaxRuntimeError, match='No such'):
         sharding.jit(lambda x: x + 1, compiler_options={'xla_gpu_deterministic_opts': True})(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device that is not there."""
+
+    id: int
+    process_index: int
+    slice_index: int | None
+    platform: str = 'gpu'
+    device_kind: str = 'none'
+
+
+def cluster(slices: int, hosts: int, each: int) -> list[Device]:
+    """Devices of `slices` slices of `hosts` hosts with `each` devices, in no order."""
+    found = [
+        Device((s * hosts + h) * each + i, s * hosts + h, s if slices > 1 else None)
+        for s in range(slices) for h in range(hosts) for i in range(each)
+    ]  # fmt: skip
+    random.Random(0).shuffle(found)
+    return found
+
+
+@pytest.mark.parametrize('slices, hosts, each, fsdp', [
+    (1, 1, 8, 1), (1, 2, 4, 2), (1, 4, 2, 4), (2, 1, 4, 4), (2, 2, 4, 8), (4, 2, 2, 2), (2, 4, 4, 1), (3, 1, 4, 2),
+])  # fmt: skip
+def test_weights_are_cut_within_a_slice_and_hosts_have_blocks(slices, hosts, each, fsdp):
+    devices = cluster(slices, hosts, each)
+    grid = sharding.arranged(devices, fsdp)
+    assert grid.shape == (len(devices) // fsdp, fsdp) and set(grid.flat) == set(devices)
+    for row in grid:
+        assert len({device.slice_index for device in row}) == 1, 'one copy of the weights lies on two slices'
+    blocks = np.array([device.process_index for device in grid.flat]).reshape(slices * hosts, each)
+    assert (blocks == np.arange(slices * hosts)[:, None]).all(), 'a host has no block of the batch of its own'
+
+
+@pytest.mark.parametrize('slices, each, fsdp', [(2, 4, 8), (2, 6, 4), (1, 6, 4)])
+def test_weights_that_do_not_fit_a_slice_are_refused(slices, each, fsdp):
+    with pytest.raises(UserError, match=f'fsdp = {fsdp} must divide the number of devices'):
+        sharding.arranged(cluster(slices, 1, each), fsdp)
+
+
+def test_slices_of_several_sizes_are_refused():
+    with pytest.raises(UserError, match='of each slice, all equal: 4, 2'):
+        sharding.arranged([Device(i, 0, int(i > 3)) for i in range(6)], 2)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.contract import apart, together
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Values
 from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise, expanded
@@ -151,9 +152,9 @@ def guided(
     for name in guidance.conditions:
         sets.append(conditions.without(conditioning, values, *(other for other in droppable if other != name)))
     sets.append(conditions.without(conditioning, values, *droppable))
-    stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *sets)
-    output, rest = apply(jnp.concatenate([x] * len(sets)), jnp.concatenate([t] * len(sets)), stacked)
-    c, *singles, u = jnp.split(output, len(sets))
+    stacked = jax.tree.map(together, *sets)
+    output, rest = apply(together(*[x] * len(sets)), together(*[t] * len(sets)), stacked)
+    c, *singles, u = apart(output, len(sets))
     if singles:
         result = u + sum(s * (one - u) for s, one in zip(guidance.scales, singles, strict=True))
     else:
@@ -163,7 +164,7 @@ def guided(
     if guidance.channels:
         result = jnp.concatenate([result[..., : guidance.channels], c[..., guidance.channels :]], -1)
     result = result if active is None else jnp.where(expanded(active, c), result, c)
-    return result, None if rest is None else jnp.split(rest, len(sets))[0]
+    return result, None if rest is None else apart(rest, len(sets))[0]
 
 
 def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:

@@ -32,5 +32,6 @@ class BoundModel(NamedTuple):
           size: what the batch is padded to, a multiple of the number of devices: one size means one compile.
         """
         placed, n = sharding.put_padded(self.mesh, arrays, size)
-        outputs = program(self.state, self.frozen, placed, *more)
+        with sharding.use(self.mesh):
+            outputs = program(self.state, self.frozen, placed, *more)
         return jax.tree.map(lambda x: sharding.to_host(x)[:n], outputs)

@@ -40,7 +40,8 @@ class Attributes(NamedTuple):
         for start in range(0, len(images), size):
             part = {name: x[start : start + size] for name, x in batch.items()}
             placed, n = sharding.put_padded(self.mesh, part, size)
-            values = networks.program(self.features.correct)(self.features.variables, placed)
+            with sharding.use(self.mesh):
+                values = networks.program(self.features.correct)(self.features.variables, placed)
             for name, x in values.items():
                 correct.setdefault(name.replace('accuracy', PREFIX, 1), []).append(sharding.to_host(x)[:n])
         whole = {name: np.concatenate(parts) for name, parts in correct.items()}

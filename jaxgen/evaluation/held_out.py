@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxgen import log, randomness, sample, sharding
+from jaxgen import fsdp, log, randomness, sample, sharding
 from jaxgen.errors import RunError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import detection, disentanglement
@@ -20,7 +20,7 @@ def program(family) -> Callable:
 
     def evaluate(state, frozen, batch, seed):
         rng = randomness.stream(jax.random.key(seed), 'evaluate')
-        return family.evaluate(state, frozen, sample.to_inside(batch), rng)
+        return fsdp.of_model(family.evaluate)(state, frozen, sample.to_inside(batch), rng)
 
     return sharding.jit(evaluate)
 
@@ -40,7 +40,8 @@ def encoder(family) -> Callable:
 
     def encode(state, frozen, batch, seed):
         images = {'image': sample.to_inside(batch)['image']}
-        return {'latents': family.encode(state, frozen, images, randomness.stream(jax.random.key(seed), 'encode'))}
+        rng = randomness.stream(jax.random.key(seed), 'encode')
+        return {'latents': fsdp.of_model(family.encode)(state, frozen, images, rng)}
 
     return sharding.jit(encode)
 

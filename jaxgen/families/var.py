@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxgen import options, stages
 from jaxgen.checks import check_labels
-from jaxgen.contract import Aux, Context, Family, by_settings, make_update, new_state
+from jaxgen.contract import Aux, Context, Family, apart, by_settings, make_update, new_state, together
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
 from jaxgen.networks.multiscale import shrunk
@@ -96,16 +96,16 @@ def sample_codes(
     """
     n, grids = len(keys), scales.grids
     if guidance is not None:
-        label = jnp.concatenate([label, jnp.full(n, net.classes)])
+        label = together(label, jnp.full(n, net.classes))
     total, inputs, cache, codes = 0.0, None, net.empty_cache(len(label)), []
     for k, grid in enumerate(grids):  # not a scan: no two scales have one shape
         if k:
             total = scales.added(total, codes[-1], k - 1)
             inputs = scales.inputs(total, k)
-            inputs = jnp.concatenate([inputs, inputs]) if guidance is not None else inputs
+            inputs = together(inputs, inputs) if guidance is not None else inputs
         logits, cache = net.apply({'params': weights}, inputs, label, cache, k)
         if guidance is not None:
-            logits = guided(logits[:n], logits[n:], guidance, k, len(grids))
+            logits = guided(*apart(logits, 2), guidance, k, len(grids))
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
         codes.append(categorical(own, truncate(logits)).reshape(n, *grid))
     return tuple(codes)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, sharding
+from jaxgen import data, fsdp, sharding
 from jaxgen.errors import UserError
 from jaxgen.metrics import inception
 from jaxgen.networks.inception import Inception
@@ -114,8 +114,8 @@ def of_inception(path: str, cache: str, mesh) -> Features:
 
 @functools.cache
 def program(apply: Callable) -> Callable:
-    """The function jitted, once."""
-    return sharding.jit(apply)
+    """The function (variables, inputs) -> arrays jitted, once, to be called within `sharding.use`."""
+    return sharding.jit(fsdp.gathering(apply))
 
 
 def extract(features: Features, mesh, images: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -124,5 +124,6 @@ def extract(features: Features, mesh, images: np.ndarray, size: int) -> dict[str
     size: what the batch is padded to, a multiple of the number of devices: one size, one compile.
     """
     placed, real = sharding.put_padded(mesh, {'images': images}, size)
-    outputs = program(features.apply)(features.variables, placed['images'])
+    with sharding.use(mesh):
+        outputs = program(features.apply)(features.variables, placed['images'])
     return {name: sharding.to_host(x)[:real] for name, x in outputs.items()}

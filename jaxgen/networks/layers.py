@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen import fsdp
 from jaxgen.contract import State, running_mean
 from jaxgen.errors import UserError
 from jaxgen.networks.convolution import convolve
@@ -240,6 +241,15 @@ def LayerNorm(
     )
 
 
+def mean_of_first(x: Array) -> Array:
+    """The mean [C] of the first example of [n, ..., C]. Where the batch is cut over devices with the weights, it is a
+    sum with zeros for the others: one vector is sent, and not what each device has."""
+    if fsdp.parts() == 1:
+        return x[:1].mean(tuple(range(x.ndim - 1)))
+    means = x.mean(tuple(range(1, x.ndim - 1)))
+    return jnp.where(jnp.arange(len(x))[:, None] == 0, means, 0).sum(0)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) of [..., C] over all axes but the last, statistics in float32.
 
@@ -268,7 +278,7 @@ class BatchNorm(nn.Module):
         stored_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         if self.train:
-            first = jax.lax.stop_gradient(x[:1].mean(axes))
+            first = jax.lax.stop_gradient(mean_of_first(x))
             x = x - first
             mean = x.mean(axes)
             variance = jnp.square(x - mean).mean(axes)

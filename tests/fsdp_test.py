@@ -1,0 +1,194 @@
+"""Weights move and activations do not: of every family's update and sampler, by the program that XLA makes for eight
+devices; and what fsdp.py makes of functions, against the functions themselves."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from embedded import FAMILIES, IN_QUICK_PART
+from support import ROOT, assemble, devices, tiny
+
+from jaxgen import collectives, data, fsdp, sample, sharding
+from jaxgen.train import make_call
+
+# A prime of which no array of weights has a multiple: an array whose size has this factor is of the batch, and has
+# been derived from examples.
+PRIME = 29
+# Families that compare the examples of a batch with each other, or keep images, and so send them:
+EXCEPTIONS = {
+    'attngan': 'every caption is compared with every image',
+    'cyclegan': 'the pool of translated images takes one after another',
+    'ddgan': 'standard deviations of groups of examples',
+    'ebm': 'the buffer of chains is on every device',
+    'stargan2': 'targets are images of other examples',
+    'stylegan2': 'standard deviations of groups of examples',
+}
+PARTS = 4
+
+
+def in_a_process(function: str, *arguments: str, timeout: float = 560) -> str:
+    """Standard output of a function of this file, run where there are 8 devices."""
+    code = f'import sys; sys.path.insert(0, "tests"); import conftest, fsdp_test; fsdp_test.{function}(sys.argv[1:])'
+    done = subprocess.run(
+        [sys.executable, '-c', code, *arguments],
+        cwd=ROOT, env={**os.environ, **devices(8)}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def shapes(tree, places):
+    """Shapes, dtypes and places of arrays."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), tree, places)
+
+
+def programs(name: str) -> dict[str, str]:
+    """{function: text} of the compiled update and sampler of a tiny config, nothing of which is run."""
+    mesh = sharding.make_mesh(PARTS)
+    size = PRIME * math.lcm(mesh.size, tiny(name).data.batch)
+    fields = {'buffer': size} if tiny(name).family == 'ebm' else {}
+    config = tiny(name, mesh={'fsdp': PARTS}, data={'batch': size}, model=fields)
+    a = assemble(config, mesh)
+    places = sharding.over_weights(mesh, a.abstract)
+    state, frozen = shapes(a.abstract, places), shapes(a.frozen, sharding.over_weights(mesh, a.frozen))
+    for leaf in jax.tree.leaves((state.params, a.frozen)):
+        assert math.prod(leaf.shape) % PRIME, f'{name}: weights {leaf.shape} cannot be told from the batch'
+    features = {**data.spec(config.data).features}
+
+    def batch(n: int, names, leading: int = 0) -> dict:
+        dims, place = (1,) * leading, sharding.over_batch(mesh, leading)
+        return {
+            k: jax.ShapeDtypeStruct((*dims, n, *features[k].shape), features[k].dtype, sharding=place) for k in names
+        }
+
+    found = {'update': make_call(a, places, 1, 0).trace(state, frozen, batch(size, features, 1))}
+    if a.family.sample is not None:
+        n, settings = PRIME * mesh.size, sample.settings_of(a.family)
+        index = {'index': jax.ShapeDtypeStruct((n,), 'int32', sharding=sharding.over_batch(mesh))}
+        given = state.replace(params=None, opt=None), frozen, {**batch(n, a.family.conditions), **index}
+        with sharding.use(mesh):
+            found['sample'] = sample.program(a.family).call.trace(*given, 0, settings)
+    return {function: traced.lower().compile().as_text() for function, traced in found.items()}
+
+
+def audit(names: list[str]) -> None:
+    """Prints a line for each program that sends activations, and fails where none of the exceptions says so."""
+    sharding.SMALLEST_SHARDED = 64  # so that tiny weights are cut too
+    wrong = []
+    for name in names:
+        for function, text in programs(name).items():
+            sent = collectives.collectives(text, small=0)
+            gathered = sum(one.bytes for one in sent if one.kind == 'all-gather' and one.shape.size % PRIME)
+            assert gathered, f'{name}: no weights are gathered in {function}'
+            activations = [one for one in sent if one.shape.size % PRIME == 0 and len(one.shape.dims) > 1]
+            kinds = {(one.kind, one.shape.dims, one.op_name[-60:]) for one in activations}
+            print(
+                f'{name} {function}: {sum(one.bytes for one in activations)} bytes of activations, {gathered} gathered'
+            )
+            if kinds and (tiny(name).family not in EXCEPTIONS or function == 'sample'):
+                wrong.append(f'{name} {function}: {sorted(kinds)[:5]}')
+    assert not wrong, '\n'.join(wrong)
+
+
+def test_activations_are_not_sent():
+    in_a_process('audit', 'dit_digits')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', range(4))
+def test_activations_are_not_sent_in_any_family(part):
+    in_a_process('audit', *sorted(set(FAMILIES.values()) | set(IN_QUICK_PART.values()))[part::4])
+
+
+# --- what is made of functions
+
+
+def layers(weights, x):
+    """A function with everything that weights pass through: a stack in a loop, casts, weight normalisation, a loop with
+    a condition, branches, a checkpoint, a jitted call."""
+
+    def block(x, w):
+        return jnp.tanh(x @ (w / jnp.sqrt((w**2).sum(0, keepdims=True))).astype(x.dtype)), None
+
+    x = jax.lax.scan(jax.checkpoint(block), x, weights['stack'])[0]
+    x = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.tanh(s[1] @ weights['square'])), (0, x))[1]
+    x = jax.lax.cond(x.sum() > 1e9, lambda x: x, lambda x: x + weights['square'][0], x)
+    return x @ jax.jit(lambda w: 2 * w)(weights['square']), weights['square'] - weights['stack'][0]
+
+
+def differentiable(weights, x):
+    """The same without the loop of unknown length."""
+
+    def block(x, w):
+        return jnp.tanh(x @ (w / jnp.sqrt((w**2).sum(0, keepdims=True)))), None
+
+    x = jax.lax.scan(jax.checkpoint(block), x, weights['stack'])[0]
+    for w in weights['list']:
+        x = jnp.tanh(jax.lax.cond(w.sum() > 1e9, lambda x, w: x, lambda x, w: x @ w, x, w))
+    return jnp.square(x).mean(), x
+
+
+def compare(_) -> None:
+    """Values and gradients are those of the functions alone; layouts are those of the weights; no program has all
+    weights at once."""
+    sharding.SMALLEST_SHARDED = 64
+    mesh = sharding.make_mesh(PARTS)
+    keys = iter(jax.random.split(jax.random.key(0), 30))
+    side, depth = 256, 8
+    weights = {
+        'stack': jax.random.normal(next(keys), (depth, side, side)),
+        'square': jax.random.normal(next(keys), (side, side)) / 16,
+        'list': [jax.random.normal(next(keys), (side, side)) / 16 for _ in range(depth)],
+    }
+    x = jax.random.normal(next(keys), (16, side))
+    placed = jax.device_put(weights, sharding.over_weights(mesh, weights)), sharding.put_batch(mesh, {'x': x})['x']
+
+    def close(a, b):
+        assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-4, atol=1e-5), a, b))
+
+    plain = jax.device_get((layers(weights, x), jax.grad(differentiable, has_aux=True)(weights, x)))
+    with sharding.use(mesh):
+        values = jax.jit(fsdp.gathering(layers))(*placed)
+        gradient = jax.jit(jax.grad(fsdp.gathering(differentiable), has_aux=True))
+        grads = gradient(*placed)
+        compiled = gradient.lower(*placed).compile()
+        stack = {**weights, 'list': []}
+        stack_alone = gradient.lower({**placed[0], 'list': []}, placed[1]).compile()
+    close(plain, jax.device_get((values, grads)))
+    sent = collectives.collectives(compiled.as_text(), [w.shape for w in jax.tree.leaves(weights)], [PARTS], small=64)
+    assert {one.carrier for one in sent} <= {'weights', 'small'}, collectives.totals(sent)
+    whole = weights['stack'].nbytes + sum(w.nbytes for w in weights['list'])
+    # Forwards and backwards; the last matrix is there already when the backward pass begins.
+    gathered = sum(one.bytes for one in sent if one.kind == 'all-gather' and one.carrier == 'weights')
+    assert 2 * whole - weights['square'].nbytes <= gathered <= 2 * whole, (gathered, whole)
+    # The stack's gradients in parts, and a few whole matrices beside them.
+    most = stack['stack'].nbytes / PARTS + 4 * weights['square'].nbytes
+    assert stack_alone.memory_analysis().temp_size_in_bytes < most < stack['stack'].nbytes, (
+        stack_alone.memory_analysis()
+    )
+
+
+def test_functions_are_the_same():
+    in_a_process('compare')
+
+
+def test_without_parts_nothing_is_changed():
+    assert str(jax.make_jaxpr(fsdp.gathering(jnp.sin))(1.0)) == str(jax.make_jaxpr(jnp.sin)(1.0))
+    with sharding.use(sharding.make_mesh(1)):
+        assert str(jax.make_jaxpr(fsdp.gathering(jnp.sin))(1.0)) == str(jax.make_jaxpr(jnp.sin)(1.0))
+
+
+def test_extra_is_whole():
+    from jaxgen.contract import State
+
+    shape = jnp.zeros((128, 64))
+    state = State(shape[0, 0], {'a': shape}, {'a': shape}, {'a': shape}, {'buffer': shape})
+    assert sharding.cut_axes(state, 4) == [None, 0, 0, 0, None]
+    assert sharding.cut_axes({'one': (state, {})}, 4) == [None, 0, 0, 0, None]
+    assert sharding.cut_axes({'ema': {'a': shape}, 'extra': {'buffer': shape}}, 4) == [0, None]
