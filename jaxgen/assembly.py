@@ -220,7 +220,8 @@ def make_family(config: ConfigDict, context: Context) -> Family:
     family = build(context, **model)
     known = options.fields(build)
     fixed = options.untraced(known, options.complete(build, model, 'model'))
-    return family._replace(image=context.image, program=(json.dumps(fixed), context.optim))
+    program = (json.dumps(fixed), context.optim)
+    return family._replace(image=context.image, program=program, deterministic=config.train.deterministic)
 
 
 def restore(

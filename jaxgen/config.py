@@ -68,7 +68,7 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
     r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
-    r'|held_out_every|held_out_examples|stop_on|patience)|data\.validation_source'
+    r'|held_out_every|held_out_examples|stop_on|patience|deterministic)|data\.validation_source'
     r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|processes|cache_mb|disk_mb|max_corrupt|max_pixels)'
     r'|data\.(prepared|prepared_dir|prepared_gb)'
     r'|mesh\..*|train\.(remat|updates_per_call)|optim\.accumulate'

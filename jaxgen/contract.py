@@ -210,6 +210,7 @@ class Family(NamedTuple):
     sampling: tuple[str, ...] = ()  # those of them that sample reads
     settings: Callable[[], PyTree] | None = None  # values of fields marked TRACED, as `sample` takes them
     program: Hashable = None  # equal for families whose programs differ in settings alone; see assembly.make_family
+    deterministic: bool = True  # of its programs, see `sharding.jit`; `assembly.make_family` says it
     latents: Latents = Latents()
     captions: Captions = Captions()
     image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `assembly.assemble` says it

@@ -57,7 +57,7 @@ def requested(request: Request) -> Program:
     def call(state, frozen, arrays, seed):
         return fsdp.of_model(function)(state, frozen, arrays, randomness.stream(jax.random.key(seed), name))
 
-    return Program(sharding.jit(call))
+    return Program(sharding.jit(call, family.deterministic))
 
 
 def apply(model: BoundModel, name: str, arrays: dict[str, np.ndarray], most: int, seed: int) -> Any:

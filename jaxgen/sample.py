@@ -114,7 +114,7 @@ def requested(request: Request) -> Program:
             return outputs
         return data.to_uint8(outputs), jnp.isfinite(outputs).all((1, 2, 3))
 
-    return Program(sharding.jit(draw))
+    return Program(sharding.jit(draw, family.deterministic))
 
 
 MOST_BATCHES = 8  # that examples are cut into before a larger batch is compiled for them

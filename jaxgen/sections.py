@@ -229,6 +229,10 @@ class Train:
       stages_dtype: of computation of frozen stages: 'run' is dtype, 'stage' that which each was trained in; 'auto' is
         'run', and in runs that began before there was this field 'stage'.
       remat: recompute activations in the backward pass, which takes time and saves memory.
+      deterministic: kernels that give the same bits in every process, on GPUs (others have no choice): XLA takes these
+        and not the fastest. It is an option of every program that is compiled, so that it may change on resume, and
+        runs of both kinds may be in one Python program; XLA_FLAGS=--xla_gpu_deterministic_ops=true is for the whole
+        process, is fixed with the first use of a device, and makes False do nothing.
       log_every: updates between two lines of metrics.
       save_every: updates between two checkpoints.
       keep: newest checkpoints that are kept.
@@ -249,6 +253,7 @@ class Train:
     dtype: Annotated[str, OneOf('float32', 'bfloat16')] = 'float32'
     stages_dtype: Annotated[str, OneOf('auto', 'run', 'stage')] = 'auto'
     remat: bool = False
+    deterministic: bool = True
     log_every: Annotated[int, '[1, inf)'] = 50
     save_every: Annotated[int, '[1, inf)'] = 500
     keep: Annotated[int, '[1, inf)'] = 2

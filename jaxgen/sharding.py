@@ -39,8 +39,8 @@ def overlapping_writes(jaxpr) -> bool:
     return any(overlaps(eqn) or any(map(overlapping_writes, core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns)
 
 
-def jit(function, **options):
-    """jax.jit with results that are the same, bit for bit, in every process, also on GPUs.
+def jit(function, deterministic: bool = True, **options):
+    """jax.jit with results that are the same, bit for bit, in every process, also on GPUs, where `deterministic`.
 
     XLA for GPUs by default chooses the fastest of several kernels by their measured times, and some of them add in no
     fixed order: two starts of one training diverged (by 0.008 in a weight after 100 updates of ddpm_digits on an H100,
@@ -48,15 +48,15 @@ def jit(function, **options):
     a program with any is compiled without it, and differs by rounding from start to start.
     """
     plain = jax.jit(function, **options)
-    if jax.default_backend() != 'gpu':
+    if jax.default_backend() != 'gpu' or not deterministic:
         return plain
     options['compiler_options'] = {'xla_gpu_deterministic_ops': True, **(options.get('compiler_options') or {})}
-    deterministic = jax.jit(function, **options)
+    fixed = jax.jit(function, **options)
     chosen: list[Callable] = []
 
     def call(*args):
         if not chosen:
-            chosen.append(plain if overlapping_writes(plain.trace(*args).jaxpr.jaxpr) else deterministic)
+            chosen.append(plain if overlapping_writes(plain.trace(*args).jaxpr.jaxpr) else fixed)
         return chosen[0](*args)
 
     return call

@@ -129,7 +129,9 @@ def make_call(assembled: Assembled, shardings, updates: int, seed: int):
         state, logs = one(state, jax.tree.map(lambda x: x[0], batches))
         return state, jax.tree.map(lambda x: x[None], logs)
 
-    return sharding.jit(call, donate_argnums=0, out_shardings=(shardings, sharding.replicated(assembled.mesh)))
+    places = shardings, sharding.replicated(assembled.mesh)
+    deterministic = assembled.family.deterministic
+    return sharding.jit(call, deterministic, donate_argnums=0, out_shardings=places)
 
 
 @jax.jit

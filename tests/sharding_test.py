@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen import sharding
+from jaxgen import config as configs
+from jaxgen import functions, sample, sharding
+from jaxgen.assembly import assemble
 from jaxgen.errors import UserError
+from jaxgen.evaluation import held_out
+from jaxgen.train import make_call
 
 
 def maxima(x):
@@ -57,6 +61,7 @@ def test_programs_for_gpus_give_the_same_bits_in_every_process(monkeypatch):
     assert program(1) == 2 and program(2) == 3
     assert sharding.jit(lambda x, i: x.at[i].add(1.0))(jnp.zeros(2), jnp.zeros(3, int))[0] == 3
     assert given == [{}, *[{'compiler_options': fixed | mine}] * 2, {}]
+    assert sharding.jit(lambda x: x + 1, deterministic=False)(1) == 2 and given.pop() == {}
     with pytest.raises(jax.errors.JaxRuntimeError, match='No such'):
         sharding.jit(lambda x: x + 1, compiler_options={'xla_gpu_deterministic_opts': True})(1)
 
@@ -104,3 +109,25 @@ def test_weights_that_do_not_fit_a_slice_are_refused(slices, each, fsdp):
 def test_slices_of_several_sizes_are_refused():
     with pytest.raises(UserError, match='of each slice, all equal: 4, 2'):
         sharding.arranged([Device(i, 0, int(i > 3)) for i in range(6)], 2)
+
+
+@pytest.mark.parametrize('deterministic', [True, False])
+def test_programs_of_a_run_have_its_choice_of_kernels(deterministic, monkeypatch):
+    """Updates, samples, held-out metrics and functions; a run of the other kind beside it has its own."""
+    given = []
+    monkeypatch.setattr(sharding, 'jit', lambda function, deterministic=True, **_: given.append(deterministic))
+    changes = [f'--config.train.deterministic={deterministic}']
+    config = configs.override(configs.load('configs/vae_digits.py:tiny'), changes)
+    a = assemble(config)
+    make_call(a, None, 1, 0)
+    sample.requested.cache_clear()
+    functions.requested.cache_clear()
+    sample.program(a.family)
+    functions.program(a.family, 'encode')
+    held_out.program(a.family)
+    held_out.encoder(a.family)
+    sample.requested.cache_clear()
+    functions.requested.cache_clear()
+    held_out.program.cache_clear()
+    held_out.encoder.cache_clear()
+    assert given == [deterministic] * 5

@@ -22,7 +22,7 @@ def program(family) -> Callable:
         rng = randomness.stream(jax.random.key(seed), 'evaluate')
         return fsdp.of_model(family.evaluate)(state, frozen, sample.to_inside(batch), rng)
 
-    return sharding.jit(evaluate)
+    return sharding.jit(evaluate, family.deterministic)
 
 
 def metric_names(assembled, size: int) -> list[str]:
@@ -43,7 +43,7 @@ def encoder(family) -> Callable:
         rng = randomness.stream(jax.random.key(seed), 'encode')
         return {'latents': fsdp.of_model(family.encode)(state, frozen, images, rng)}
 
-    return sharding.jit(encode)
+    return sharding.jit(encode, family.deterministic)
 
 
 def map_examples(
