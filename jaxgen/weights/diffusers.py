@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from jaxgen import log
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
-from jaxgen.weights.files import Weights
+from jaxgen.weights.files import PIPELINE, Weights, read_json
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
 
@@ -117,84 +119,197 @@ def dit(config: ConfigDict, shapes: Shapes) -> Table:
 # --- what config.json says
 
 
-# Of keys that change what is computed the values that the networks here have, where no field says them.
-UNET_VALUES: dict[str, tuple] = {
-    'act_fn': ('silu', 'swish'),
-    'center_input_sample': (False,),
-    'mid_block_scale_factor': (1,),
-    'time_embedding_type': ('positional',),
-    'class_embed_type': (None,),
-    'add_attention': (True,),
+# What is known of the keys of each class's config.json: the values that the networks here have, where no field says
+# them, or ANY where names and shapes of the weights, a field or nothing depend on it. A key that is in none of these is
+# refused where it is on.
+ANY: tuple = ()
+KEYS: dict[str, dict[str, tuple]] = {
+    'UNet2DModel': {
+        **dict.fromkeys(
+            ('sample_size', 'in_channels', 'out_channels', 'time_embedding_dim', 'freq_shift', 'flip_sin_to_cos'), ANY
+        ),
+        **dict.fromkeys(('block_out_channels', 'layers_per_block', 'downsample_padding', 'dropout'), ANY),
+        **dict.fromkeys(('attention_head_dim', 'norm_num_groups', 'norm_eps', 'num_class_embeds'), ANY),
+        **dict.fromkeys(('attn_norm_num_groups', 'num_train_timesteps', 'downsample_type', 'upsample_type'), ANY),
+        'center_input_sample': (False,),
+        'time_embedding_type': ('positional',),
+        'down_block_types': ('DownBlock2D', 'AttnDownBlock2D', 'ResnetDownsampleBlock2D'),
+        'mid_block_type': ('UNetMidBlock2D',),
+        'up_block_types': ('UpBlock2D', 'AttnUpBlock2D', 'ResnetUpsampleBlock2D'),
+        'mid_block_scale_factor': (1,),
+        'act_fn': ('silu', 'swish'),
+        'resnet_time_scale_shift': ('default', 'scale_shift'),
+        'add_attention': (True,),
+        'class_embed_type': (None,),
+    },
+    'AutoencoderKL': {
+        **dict.fromkeys(('in_channels', 'out_channels', 'block_out_channels', 'layers_per_block', 'sample_size'), ANY),
+        **dict.fromkeys(('latent_channels', 'norm_num_groups', 'mid_block_add_attention', 'force_upcast'), ANY),
+        **dict.fromkeys(('use_quant_conv', 'use_post_quant_conv'), ANY),
+        # Of the latents as a later model has them, whose config says it; see `of_stage`.
+        **dict.fromkeys(('scaling_factor', 'shift_factor', 'latents_mean', 'latents_std'), ANY),
+        'down_block_types': ('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+        'up_block_types': ('UpDecoderBlock2D', 'AttnUpDecoderBlock2D'),
+        'act_fn': ('silu', 'swish'),
+    },
+    'DiTTransformer2DModel': {
+        **dict.fromkeys(
+            ('num_attention_heads', 'attention_head_dim', 'in_channels', 'out_channels', 'num_layers'), ANY
+        ),
+        **dict.fromkeys(('dropout', 'norm_num_groups', 'sample_size', 'patch_size', 'num_embeds_ada_norm'), ANY),
+        **dict.fromkeys(('upcast_attention', 'norm_eps'), ANY),
+        'attention_bias': (True,),
+        'activation_fn': ('gelu-approximate',),
+        'norm_type': ('ada_norm_zero',),
+        'norm_elementwise_affine': (False,),
+        'attention_type': ('default',),
+        'interpolation_scale': (None, 1),
+    },
 }
-SKIP_UNET_VALUES = UNET_VALUES | {'mid_block_scale_factor': (2**0.5,), 'time_embedding_type': ('fourier',)}
-AUTOENCODER_VALUES: dict[str, tuple] = {'act_fn': ('silu', 'swish'), 'norm_type': ('group',)}
-DIT_VALUES: dict[str, tuple] = {
-    'activation_fn': ('gelu-approximate',),
-    'norm_type': ('ada_norm_zero',),
-    'norm_elementwise_affine': (False,),
-    'double_self_attention': (False,),
-    'only_cross_attention': (False,),
+KEYS['VQModel'] = {
+    **{key: values for key, values in KEYS['AutoencoderKL'].items() if key not in ('latents_mean', 'latents_std')},
+    **dict.fromkeys(('num_vq_embeddings', 'vq_embed_dim', 'lookup_from_codebook'), ANY),
+    'norm_type': ('group',),
 }
+KEYS['Transformer2DModel'] = KEYS['DiTTransformer2DModel']  # its former name
+SKIP_UNET = KEYS['UNet2DModel'] | {
+    'time_embedding_type': ('fourier',),
+    'down_block_types': ('SkipDownBlock2D', 'AttnSkipDownBlock2D'),
+    'up_block_types': ('SkipUpBlock2D', 'AttnSkipUpBlock2D'),
+    'mid_block_scale_factor': (2**0.5,),
+    'resnet_time_scale_shift': ('default',),
+}
+# Values of keys that config.json lacks, where those of the networks here are others.
+DEFAULTS = {'attention_bias': False, 'norm_type': 'layer_norm', 'norm_elementwise_affine': True}  # Transformer2DModel
+SKIP_DEFAULTS = {'time_embedding_type': 'positional', 'mid_block_scale_factor': 1}
 
 
-def check_values(said: Mapping[str, Any], allowed: Mapping[str, tuple]) -> None:
-    """Raises UserError where config.json has another value than the networks here."""
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values of a config.json say the same, numbers to a thousandth."""
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+    return math.isclose(a, b, rel_tol=1e-3) if numbers else type(a) is type(b) and a == b
 
-    def equal(a, b) -> bool:
-        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
-        return math.isclose(a, b, rel_tol=1e-3) if numbers else type(a) is type(b) and a == b
 
-    for key, values in allowed.items():
-        if key in said and not any(equal(said[key], value) for value in values):
+def check_values(said: Mapping[str, Any], keys: Mapping[str, tuple]) -> None:
+    """Raises UserError where config.json has another value than the networks here, or a key that is not known."""
+    for key, value in said.items():
+        if key.startswith('_') or (key not in keys and value in (None, False)):
+            continue
+        if key not in keys:
             raise UserError(
-                f'{key} is {said[key]!r} in the config.json of the weights: the networks here have {values[0]!r}, and '
-                'would compute something else with them'
+                f'{key} is {value!r} in the config.json of the weights, and what it changes is not known here'
             )
+        several = value if isinstance(value, list | tuple) else [value]
+        if keys[key] and not all(any(equal(one, allowed) for allowed in keys[key]) for one in several):
+            raise UserError(
+                f'{key} is {value!r} in the config.json of the weights: the networks here have '
+                f'{" or ".join(repr(one) for one in keys[key])}, and would compute something else with them'
+            )
+
+
+def said_of(
+    weights: Weights | None, classes: tuple[str, ...], keys: Mapping[str, tuple] | None = None
+) -> dict[str, Any]:
+    """config.json beside the weights, {} where there is none.
+
+    Args:
+      classes: that the network may be of, in diffusers.
+      keys: in place of those of the class, see KEYS.
+
+    Raises:
+      UserError: it is of another class, or says what no network here has.
+    """
+    said = weights.config if weights is not None else {}
+    if not said:
+        return {}
+    name = said.get('_class_name', classes[0])
+    if name not in classes:
+        raise UserError(f'the config.json of the weights is of a {name}: this config takes {" or ".join(classes)}')
+    check_values(said, keys or KEYS[name])
+    return dict(said)
 
 
 def unet_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Fields of a UNet2DModel by its config.json; without one those that all published ones have."""
     net, where = config.model.network.name, 'model.network.'
-    said = weights.config if weights is not None else {}
+    said = said_of(weights, ('UNet2DModel',))
     if not said:
-        return {f'{where}group_size': 0, f'{where}groups': 32} if net != 'ncsnpp' else {}
-    fields: dict[str, Any] = {}
-    widths = said.get('block_out_channels')
-    if widths:
-        fields[f'{where}blocks'] = said.get('layers_per_block', 2)
-    check_values(said, SKIP_UNET_VALUES if net == 'ncsnpp' else UNET_VALUES)
-    if net == 'ncsnpp':
-        return fields
-    check_values(said, {'attn_norm_num_groups': (None, said.get('norm_num_groups', 32))})
-    fields |= {
-        f'{where}groups': said.get('norm_num_groups', 32),
+        return {f'{where}group_size': 0, f'{where}groups': 32} | pipeline_fields(config, weights)
+    groups, heads = said.get('norm_num_groups', 32), said.get('attention_head_dim', 8)
+    scale_shift = said.get('resnet_time_scale_shift', 'default') == 'scale_shift'
+    check_values(
+        said, {**dict.fromkeys(said, ANY), 'attn_norm_num_groups': (groups, *([None] if not scale_shift else []))}
+    )
+    fields: dict[str, Any] = {
+        f'{where}groups': groups,
         f'{where}group_size': 0,
         f'{where}eps': said.get('norm_eps', 1e-5),
     }
+    if 'block_out_channels' in said:
+        fields[f'{where}blocks'] = said.get('layers_per_block', 2)
     # DDPM's embedding of time has sines first, and frequencies of its own; ADM's has cosines first.
-    published = {'unet': (False, 1, 0), 'adm': (True, 0, 1)}[net]
-    actual = (said.get('flip_sin_to_cos', True), said.get('freq_shift', 0), said.get('downsample_padding', 1))
-    if actual != published:
-        raise UserError(
-            f'flip_sin_to_cos, freq_shift and downsample_padding of the file are {actual}, and those of the network '
-            f'{net!r} are {published}: name the network {"adm" if net == "unet" else "unet"!r}'
-        )
-    heads = said.get('attention_head_dim', 8)
-    if net == 'adm':
-        fields[f'{where}scale_shift'] = said.get('resnet_time_scale_shift', 'default') == 'scale_shift'
-        fields[f'{where}resample_in_blocks'] = said.get('downsample_type', 'conv') == 'resnet'
-        fields[f'{where}head_channels'] = heads or 0
+    embedding = (said.get('flip_sin_to_cos', True), said.get('freq_shift', 0), said.get('downsample_padding', 1))
+    resampling = {said.get('downsample_type', 'conv'), said.get('upsample_type', 'conv')}
+    if len(resampling) > 1 or not resampling <= {'conv', 'resnet'}:
+        raise UserError(f"downsample_type and upsample_type of the file must both be 'conv' or 'resnet': {resampling}")
+    if embedding[1] not in (0, 1) or embedding[2] not in (0, 1):
+        raise UserError(f'freq_shift and downsample_padding of the file must be 0 or 1; they are {embedding[1:]}')
+    if net == 'unet':
+        plain = {'attention_head_dim': heads is not None, 'resnet_time_scale_shift': scale_shift}
+        plain |= {'flip_sin_to_cos, freq_shift and downsample_padding': embedding != (False, 1, 0)}
+        plain |= {'downsample_type': 'resnet' in resampling}
+        if other := [key for key, differs in plain.items() if differs]:
+            raise UserError(
+                f"{', '.join(other)} of the file's config.json are not those of the network 'unet', which has DDPM's "
+                "embedding of time and one head: name the network 'adm', which has fields for them"
+            )
+    else:
+        fields |= {
+            f'{where}scale_shift': scale_shift,
+            f'{where}resample_in_blocks': 'resnet' in resampling,
+            f'{where}sines_first': not embedding[0],
+            f'{where}freq_shift': embedding[1],
+            f'{where}head_channels': heads or 0,
+        }
+        if 'conv' in resampling:
+            fields[f'{where}padding'] = 'all' if embedding[2] else 'end'
         if heads is None:  # one head, as wide as the block
             fields[f'{where}heads'] = 1
-    elif heads is not None and any('Attn' in name for name in said.get('down_block_types', ())):
-        raise UserError(f"attention_head_dim of the file is {heads}: the network 'unet' has one head; name 'adm'")
-    return fields
+    return fields | pipeline_fields(config, weights)
+
+
+def skip_unet_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Fields of a UNet2DModel of skip blocks by its config.json.
+
+    Raises:
+      UserError: numbers of groups or heads that this network has not.
+    """
+    said = said_of(weights, ('UNet2DModel',), SKIP_UNET)
+    if not said:
+        return pipeline_fields(config, weights)
+    check_values(SKIP_DEFAULTS | said, SKIP_UNET)
+    widths = said.get('block_out_channels', ())
+    attends = [w for w, kind in zip(widths, said.get('down_block_types', ()), strict=False) if 'Attn' in kind]
+    groups, heads = said.get('norm_num_groups', 32), said.get('attention_head_dim', 8)
+    if any(groups not in (None, min(w // 4, 32)) for w in (*widths[:1], *widths[-1:])) or any(w < 128 for w in attends):
+        raise UserError(
+            'norm_num_groups: the network here has min(32, C // 4) groups in all norms, and 32 in attention'
+        )
+    if heads is not None and any(w // heads != 1 for w in (*attends, *widths[-1:])):
+        raise UserError(f'attention_head_dim of the file is {heads}: the network here has one head')
+    fields = {
+        'model.network.eps': said.get('norm_eps', 1e-5),
+        'model.network.group_size': 4,
+        'model.network.groups': 32,
+    }
+    if widths:
+        fields['model.network.blocks'] = said.get('layers_per_block', 2)
+    return fields | pipeline_fields(config, weights)
 
 
 def autoencoder_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Fields of an AutoencoderKL or VQModel by its config.json; without one those of the published ones."""
-    said = weights.config if weights is not None else {}
-    check_values(said, AUTOENCODER_VALUES)
+    said = said_of(weights, ('VQModel',) if config.model.regulariser == 'vq' else ('AutoencoderKL',))
     fields = {'model.groups': said.get('norm_num_groups', 32), 'model.group_size': 0, 'model.eps': 1e-6}
     for key, field in {'layers_per_block': 'blocks', 'latent_channels': 'latent'}.items():
         if key in said:
@@ -203,10 +318,141 @@ def autoencoder_fields(config: ConfigDict, weights: Weights | None) -> dict[str,
 
 
 def dit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """Fields of a DiTTransformer2DModel by its config.json."""
-    said = weights.config if weights is not None else {}
-    check_values(said, DIT_VALUES)
-    return {'model.network.heads': said['num_attention_heads']} if 'num_attention_heads' in said else {}
+    """Fields of a DiTTransformer2DModel by its config.json. Whatever that says, its embedding of time has other
+    frequencies than the original's; its norm before the MLP has an eps of its own."""
+    said = said_of(weights, ('DiTTransformer2DModel', 'Transformer2DModel'))
+    if said.get('_class_name') == 'Transformer2DModel':
+        check_values(DEFAULTS | said, KEYS['Transformer2DModel'])
+    fields = {'model.network.freq_shift': 1, 'model.network.mlp_eps': said.get('norm_eps', 1e-5)}
+    if 'num_attention_heads' in said:
+        fields['model.network.heads'] = said['num_attention_heads']
+    return fields | pipeline_fields(config, weights)
+
+
+# --- what the pipeline says
+
+
+def pipeline_part(weights: Weights | None, *names: str) -> dict[str, Any]:
+    """The JSON of the first of these files in the folder of the pipeline that the weights' folder lies in; {} where
+    there is none."""
+    if weights is None:
+        return {}
+    folder = weights.path if os.path.isdir(weights.path) else os.path.dirname(os.path.abspath(weights.path))
+    for above in (folder, os.path.dirname(os.path.abspath(folder))):
+        if os.path.isfile(os.path.join(above, PIPELINE)):
+            for name in names:
+                if os.path.isfile(os.path.join(above, name)):
+                    return read_json(os.path.join(above, name))
+    return {}
+
+
+SCHEDULER = 'scheduler/scheduler_config.json'
+STAGES = ('vae/config.json', 'vqvae/config.json')
+PROCESSES = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine', 'sigmoid': 'sigmoid'}
+PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
+VARIANCES = {'fixed_small': 'fixed_small', 'fixed_small_log': 'fixed_small', 'fixed_large': 'fixed_large'}
+SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'respaced'}
+
+
+def pipeline_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Fields by the scheduler and the first stage of the pipeline that the weights are of, {} where they are of none.
+
+    Raises:
+      UserError: latents of a kind that a later stage here does not have.
+    """
+    stage = pipeline_part(weights, *STAGES)
+    fields = process_fields(pipeline_part(weights, SCHEDULER))
+    if stage and config.stages.get('first'):
+        if any(stage.get(key) for key in ('shift_factor', 'latents_mean', 'latents_std')):
+            raise UserError(
+                'the latents of the pipeline are shifted (shift_factor, latents_mean); here they are scaled alone'
+            )
+        fields['model.latent_scale'] = stage.get('scaling_factor', 0.18215)
+    return fields
+
+
+def process_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of what was learned, by the scheduler_config.json of any scheduler with betas; {} of others.
+
+    Raises:
+      UserError: betas or a prediction that there are not here.
+    """
+    if not said or 'num_train_timesteps' not in said or not {'beta_schedule', 'trained_betas'} & said.keys():
+        return {}
+    schedule, prediction = said.get('beta_schedule', 'linear'), said.get('prediction_type', 'epsilon')
+    if schedule not in PROCESSES or prediction not in PREDICTIONS:
+        raise UserError(
+            f'the scheduler of the pipeline has beta_schedule {schedule!r} and prediction_type {prediction!r}; here '
+            f'are {", ".join(PROCESSES)}, and {", ".join(PREDICTIONS)}'
+        )
+    fields = {
+        'model.process.name': PROCESSES[schedule],
+        'model.process.timesteps': said['num_train_timesteps'],
+        'model.process.beta_start': said.get('beta_start', 0.0001),
+        'model.process.beta_end': said.get('beta_end', 0.02),
+        'model.process.zero_terminal': said.get('rescale_betas_zero_snr', False),
+        'model.training.prediction.name': PREDICTIONS[prediction],
+        'model.training.time_scale': 1.0,
+        'model.training.time_shift': 0.0,
+    }
+    if betas := said.get('trained_betas'):
+        fields |= {'model.process.name': 'listed', 'model.process.betas': tuple(betas)}
+    return fields
+
+
+def sampler_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.model.sampler with which samples are those of a DDPMScheduler or DDIMScheduler, by its
+    scheduler_config.json, at a number of steps that divides that of the process; {} of other schedulers.
+
+    Raises:
+      UserError: it samples as nothing here does.
+    """
+    kind = said.get('_class_name')
+    if kind not in ('DDPMScheduler', 'DDIMScheduler'):
+        return {}
+    spacing, clip = said.get('timestep_spacing', 'leading'), said.get('clip_sample', True)
+    variance = said.get('variance_type', 'fixed_small')
+    problems = {
+        'thresholding': said.get('thresholding', False),
+        'clip_sample_range': clip and said.get('clip_sample_range', 1.0) != 1,
+        'timestep_spacing': spacing not in SPACINGS or (spacing == 'linspace' and kind == 'DDIMScheduler'),
+        # At the end of 'trailing' levels it adds the noise of a whole step, but for small variances.
+        'variance_type': kind == 'DDPMScheduler'
+        and (
+            variance not in (*VARIANCES, 'learned_range')
+            or (spacing == 'trailing' and VARIANCES.get(variance) != 'fixed_small')
+        ),
+    }
+    if wrong := [key for key, there in problems.items() if there]:
+        raise UserError(f'samplers here have no {wrong[0]} {said.get(wrong[0])!r}, which a {kind} of the pipeline has')
+    fields: dict[str, Any] = {
+        'name': 'ancestral' if kind == 'DDPMScheduler' else 'ddim',
+        'spacing': SPACINGS[spacing],
+        'offset': said.get('steps_offset', 0) if spacing == 'leading' else 0,
+        'clip': clip,
+        'unit_start': True,
+    }
+    if kind == 'DDPMScheduler':
+        return fields | {'variance': VARIANCES.get(variance, 'learned')}
+    return fields | {'eta': 0.0, 'clipped_noise': False, 'to_first': not said.get('set_alpha_to_one', True)}
+
+
+def remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    """What is taken from the config, and how the pipeline samples."""
+    lines = []
+    if not weights.config:
+        lines.append(
+            'there is no config.json beside the weights: heads, eps and groups of the norms and the embedding of time '
+            'are those of the config'
+        )
+    if said := pipeline_part(weights, SCHEDULER):
+        try:
+            fields = sampler_fields(said)
+        except UserError as e:
+            return [*lines, str(e)]
+        flags = ' '.join(f'--config.model.sampler.{name}={value}' for name, value in fields.items())
+        lines += [f'the {said["_class_name"]} of the pipeline samples as {flags}'] if fields else []
+    return lines
 
 
 # --- config.json of what is exported
@@ -294,9 +540,9 @@ def unet_config(config: ConfigDict, assembled) -> dict[str, Any]:
         'norm_eps': net.eps,
         'act_fn': 'silu',
         'dropout': net.dropout,
-        'flip_sin_to_cos': adm,
-        'freq_shift': 0 if adm else 1,
-        'downsample_padding': 1 if adm else 0,
+        'flip_sin_to_cos': adm and not net.sines_first,
+        'freq_shift': net.freq_shift if adm else 1,
+        'downsample_padding': 1 if adm and net.padding == 'all' else 0,
         'attention_head_dim': net.head_channels or None if adm else None,
         'resnet_time_scale_shift': 'scale_shift' if adm and net.scale_shift else 'default',
         'downsample_type': 'resnet' if resampled else 'conv',
@@ -354,6 +600,8 @@ def dit_config(config: ConfigDict, assembled) -> dict[str, Any]:
     rows_of_labels = class_rows(config, assembled)
     if rows != columns or rows_of_labels is None:
         raise UserError('diffusers has DiT with classes and square maps alone: name a file, --to=FILE.safetensors')
+    if not net.freq_shift:
+        log.say(f'NOTE: {DIT_NOTE}')
     return {
         '_class_name': 'DiTTransformer2DModel',
         'num_attention_heads': net.heads,
@@ -367,14 +615,14 @@ def dit_config(config: ConfigDict, assembled) -> dict[str, Any]:
         'activation_fn': 'gelu-approximate',
         'norm_type': 'ada_norm_zero',
         'norm_elementwise_affine': False,
-        'norm_eps': 1e-6,
+        'norm_eps': net.mlp_eps,
         'attention_bias': True,
     }
 
 
 # Its Timesteps have downscale_freq_shift=1: the i-th of 128 frequencies is 10000^(-i/127) in place of 10000^(-i/128).
 DIT_NOTE = (
-    'the embedding of time is that of the original DiT here, with which the published weights were trained; '
+    "the embedding of time of this network is the original DiT's, config.model.network.freq_shift = 0; "
     'DiTTransformer2DModel of diffusers has other frequencies, so its images from the same noise differ'
 )
 
@@ -386,15 +634,17 @@ def is_unet(config: ConfigDict) -> bool:
 SOURCES = (
     Source(
         'diffusers', 'UNet2DModel of diffusers', is_unet, unet, renamed=OLD_ATTENTION, fields=unet_fields,
+        remarks=remarks,
     ),
     Source(
         'diffusers', 'UNet2DModel of diffusers, with skip blocks', lambda c: network(c) == 'ncsnpp', skip_unet,
-        renamed=OLD_ATTENTION, fields=unet_fields,
+        renamed=OLD_ATTENTION, fields=skip_unet_fields, remarks=remarks,
     ),
     Source(
         'diffusers', 'AutoencoderKL and VQModel of diffusers', lambda c: c.family == 'vqgan' and not c.model.scales,
         autoencoder, renamed=OLD_ATTENTION, initial='extra/.*', fields=autoencoder_fields,
+        remarks=remarks,
     ),
     Source('diffusers', 'DiTTransformer2DModel of diffusers', lambda c: network(c) == 'dit', dit,
-           skip=r'pos_embed\.pos_embed', fields=dit_fields, note=DIT_NOTE),
+           skip=r'pos_embed\.pos_embed', fields=dit_fields, remarks=remarks),
 )  # fmt: skip

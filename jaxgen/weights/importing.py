@@ -71,7 +71,11 @@ def other_fields(
 
 
 def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
-    """Raises UserError where the config has other values than the source of fields that names cannot tell."""
+    """Says what is taken from the config of what names cannot tell.
+
+    Raises:
+      UserError: the config has other values of such fields than the source.
+    """
     wrong = other_fields(config, fit.source, fit.weights, {entry.path: entry.shape for entry in fit.entries})
     if wrong:
         flags = ' '.join(f'--config.{field}={value}' for field, (value, _) in wrong.items())
@@ -79,6 +83,9 @@ def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
         raise UserError(
             f'{fit.weights.path}: the weights would load and compute something else, since {present} here: set {flags}'
         )
+    if fit.present == 1:
+        for line in fit.source.remarks(config, fit.weights):
+            log.say(f'NOTE: {line}')
 
 
 def deferred(fit: sources.Fit, shapes: Shapes, report: Callable[[], Any]) -> dict[str, Deferred]:

@@ -44,6 +44,7 @@ EDM, SCORE = f'{GITHUB}NVlabs/edm', f'{GITHUB}yang-song/score_sde_pytorch'
 VAR, LDM = f'{HUB}FoundationVision/var', f'{GITHUB}CompVis/latent-diffusion'
 ADA = f'{GITHUB}NVlabs/stylegan2-ada-pytorch'
 TAMING = f'{GITHUB}CompVis/taming-transformers'
+DIFFUSERS_DIT = ('--config.model.network.freq_shift=1', '--config.model.network.mlp_eps=1e-05')
 SIT_TIME = ('--config.model.training.time_scale=-0.001', '--config.model.training.time_shift=1.0')
 
 PUBLISHED: tuple[Published, ...] = (
@@ -67,7 +68,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published('ldm ffhq256', 'ldm_celebahq256', 'guided', LDM, 'MIT'),
     Published('vqgan_imagenet_f16_1024', 'vqgan_imagenet256', 'compvis', TAMING, 'MIT'),
     Published('DiT-XL-2-256x256.pt', 'dit_imagenet256', 'dit', f'{GITHUB}facebookresearch/DiT', NC_DIT),
-    Published('facebook/DiT-XL-2-256', 'dit_imagenet256', 'diffusers', HUB + 'facebook/DiT-XL-2-256', NC_DIT),
+    Published(
+        'facebook/DiT-XL-2-256', 'dit_imagenet256', 'diffusers', HUB + 'facebook/DiT-XL-2-256', NC_DIT, DIFFUSERS_DIT
+    ),
     Published('SiT-XL-2-256x256.pt', 'sit_imagenet256', 'sit', f'{GITHUB}willisma/SiT', 'MIT', SIT_TIME),
     Published('vae_ch160v4096z32.pth', 'var_vqvae_imagenet256', 'var', VAR, 'MIT'),
     Published('var_d16.pth', 'var_imagenet256', 'var', VAR, 'MIT'),

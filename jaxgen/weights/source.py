@@ -20,6 +20,10 @@ def no_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     return {}
 
 
+def no_remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """What is known of the files of one repository or library.
@@ -41,6 +45,8 @@ class Source:
       same: (path, path) of our arrays, the first of which start as the second, the published ones.
       fields: (config, weights) -> {field: value} that names and shapes cannot tell and that the source has, as
         'model.network.groups'. A config with other values would load and compute something else.
+      remarks: (config, weights) -> lines that are said at import: what names and shapes cannot tell and the source has
+        not fixed, so that it is taken from the config.
       distinct: what another source with the same names does otherwise; where this is set the person has to say which
         one a file is of.
       note: what is said at import and export, where the source itself computes something else.
@@ -60,6 +66,7 @@ class Source:
     discriminator_root: str = 'D.'
     same: tuple[tuple[str, str], ...] = ()
     fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
+    remarks: Callable[[ConfigDict, Weights], list[str]] = no_remarks
     distinct: str = ''
     note: str = ''
     licence: str = ''
