@@ -101,15 +101,21 @@ def check_installed() -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """A block in which the variables of QUIET are set, where they are not yet: a training that is started later by this
-    process must not have them."""
-    new = {name: value for name, value in QUIET.items() if name not in os.environ}
-    os.environ.update(new)
+    """A block in which the variables of QUIET are set, where they are not yet, and XLA_FLAGS is not: the library ends
+    the process over flags of other compilers. A training that is started later by this process has the former ones."""
+    with contextlib.suppress(RuntimeError):
+        jax.devices('cpu')  # reads the flags, which are for it
+    before = {name: os.environ.get(name) for name in (*QUIET, 'XLA_FLAGS')}
+    os.environ.update({name: value for name, value in QUIET.items() if before[name] is None})
+    os.environ.pop('XLA_FLAGS', None)
     try:
         yield
     finally:
-        for name in new:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def find(name: str) -> Slice:
