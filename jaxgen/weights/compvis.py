@@ -6,9 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxgen.sections import sides
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source
+from jaxgen.weights.source import Shapes, Source, known, numbers, of_shape
 
 FIRST_STAGE: list[Substitution] = [
     ('^encoder/to_latent/', 'quant_conv/'),
@@ -77,7 +78,43 @@ def gpt(config: ConfigDict, shapes: Shapes) -> Table:
 
 
 def first_stage_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    return {'model.groups': 32, 'model.group_size': 0, 'model.eps': 1e-6}
+    """The norms'; and sizes, as the names and shapes tell them."""
+    norms = {'model.groups': 32, 'model.group_size': 0, 'model.eps': 1e-6}
+    if weights is None or not (levels := numbers(weights, r'encoder\.down\.(\d+)\.block\.')):
+        return norms
+    model, height = config.model, sides(config.data.size)[0]
+    channels = of_shape(weights, 'encoder.conv_in.weight', 0)
+    widths = [of_shape(weights, f'encoder.down.{i}.block.0.conv1.weight', 0) for i in levels]
+    codes, kernel = of_shape(weights, 'quantize.embedding.weight', 0), of_shape(weights, 'quant_conv.weight', 2)
+    fields = known({'model.channels': channels, 'data.channels': of_shape(weights, 'encoder.conv_in.weight', 1)})
+    if channels and not any(width % channels for width in widths):
+        fields['model.multipliers'] = tuple(width // channels for width in widths)
+    attention = tuple(height >> i for i in levels if f'encoder.down.{i}.attn.0.proj_out.weight' in weights)
+    if {*attention} != {height >> i for i in levels} & {*model.attention}:
+        fields['model.attention'] = attention
+    fields |= {
+        'model.blocks': len(numbers(weights, r'encoder\.down\.0\.block\.(\d+)\.')),
+        'model.middle_attention': 'encoder.mid.attn_1.proj_out.weight' in weights,
+        'model.latent_kernel': kernel,
+        'model.regulariser': 'vq' if codes else 'kl',
+    }
+    return norms | fields | known({'model.vocabulary': codes})
+
+
+def patchgan_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Layers and channels."""
+    convolutions = len([name for name in weights or () if len((weights or {})[name].shape) == 4])
+    if weights is None or convolutions < 3:
+        return {}
+    sizes = known({'model.discriminator_channels': of_shape(weights, 'main.0.weight', 0)})
+    return {'model.discriminator_layers': convolutions - 2, **sizes}
+
+
+def gpt_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Depth and width; the number of heads is in no shape."""
+    if weights is None or not (blocks := numbers(weights, r'blocks\.(\d+)\.')):
+        return {}
+    return {'model.blocks': len(blocks), **known({'model.channels': of_shape(weights, 'tok_emb.weight', 1)})}
 
 
 SOURCES = (
@@ -86,7 +123,7 @@ SOURCES = (
         lambda c: c.family == 'vqgan' and not c.model.scales,
         first_stage, roots=('', 'state_dict.', 'first_stage_model.', 'state_dict.first_stage_model.'),
         skip=r'.*(loss\.|model_ema\.).*', initial='extra/.*', fields=first_stage_fields, discriminator=patchgan,
-        discriminator_root='loss.discriminator.', licence='MIT',
+        discriminator_root='loss.discriminator.', discriminator_fields=patchgan_fields, licence='MIT',
     ),
     Source(
         'var', 'VQ-VAE of VAR', lambda c: c.family == 'vqgan' and bool(c.model.scales), var_first_stage,
@@ -95,6 +132,6 @@ SOURCES = (
     Source(
         'taming', 'GPT of taming-transformers', lambda c: c.family == 'transformer', gpt,
         roots=('', 'transformer.', 'state_dict.transformer.'),
-        skip=r'.*\.attn\.mask', licence='MIT',
+        skip=r'.*\.attn\.mask', fields=gpt_fields, licence='MIT',
     ),
 )  # fmt: skip

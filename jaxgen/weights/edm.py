@@ -75,8 +75,11 @@ def table(config: ConfigDict, shapes: Shapes) -> Table:
 def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """min(32, C // 4) groups."""
     eps = 1e-5 if network(config) == 'adm' else 1e-6
-    where = 'model.network.'
-    return {f'{where}groups': 32, f'{where}group_size': 4, f'{where}eps': eps}
+    where, augmented = 'model.network.', {}
+    if weights is not None and ('map_augment.weight' in weights) != bool(config.model.training.augmentation):
+        # Labels of the augmentation, which samples have as 0: without the rate there is no place for these weights.
+        augmented = {'model.training.augmentation': 0.12 if 'map_augment.weight' in weights else 0.0}
+    return {f'{where}groups': 32, f'{where}group_size': 4, f'{where}eps': eps, **augmented}
 
 
 SOURCES = (

@@ -5,13 +5,78 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxgen.sections import sides
 from jaxgen.weights.files import Tensor, Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source
+from jaxgen.weights.source import Shapes, Source, known, numbers, of_shape
+
+
+def size_field(config: ConfigDict, size: int) -> dict[str, Any]:
+    """{'data.size': size} where it is another."""
+    return {'data.size': size} if size and sides(config.data.size) != (size, size) else {}
+
+
+def stylegan2_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Size, latents, layers, architecture and widths, as the names and shapes tell them."""
+    if weights is None or not (sizes := numbers(weights, r'synthesis\.b(\d+)\.')):
+        return {}
+    top, model = sizes[-1], config.model
+    residual, images = (any(re.match(rf'synthesis\.b\d+\.{n}\.', name) for name in weights) for n in ('skip', 'torgb'))
+    skips = len(numbers(weights, r'synthesis\.b(\d+)\.torgb\.')) == len(sizes)
+    architecture = 'resnet' if residual else 'skip' if skips else 'orig'
+    fields = known(
+        {
+            'model.latent': of_shape(weights, f'synthesis.b{top}.conv1.affine.weight', 1),
+            'model.mapping_layers': len(numbers(weights, r'mapping\.fc(\d+)\.weight')),
+            'data.channels': of_shape(weights, f'synthesis.b{top}.torgb.weight', 0),
+        }
+    )
+    if images and top > 4:
+        fields['model.generator_architecture'] = architecture
+    widths = {size: of_shape(weights, f'synthesis.b{size}.conv1.weight', 0) for size in sizes}
+    if any(min(model.channel_base // size, model.channel_max) != width for size, width in widths.items()):
+        fields |= {'model.channel_max': max(widths.values()), 'model.channel_base': top * widths[top]}
+    conditional = 'mapping.embed.weight' in weights
+    return {**size_field(config, top), 'model.conditional': conditional, **fields}
+
+
+def stylegan2_discriminator_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Architecture and layers of the classes' mapping."""
+    if weights is None or len(numbers(weights, r'b(\d+)\.')) < 2:
+        return {}
+    residual = any(re.match(r'b\d+\.skip\.', name) for name in weights)
+    skips = 'b4.fromrgb.weight' in weights
+    fields = {'model.discriminator_architecture': 'resnet' if residual else 'skip' if skips else 'orig'}
+    layers = len(numbers(weights, r'mapping\.fc(\d+)\.weight'))
+    if layers and layers != (config.model.discriminator_mapping_layers or config.model.mapping_layers):
+        fields['model.discriminator_mapping_layers'] = layers
+    return fields
+
+
+def biggan_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Size, widths, latents and attention, as the names and shapes tell them."""
+    if weights is None or not (blocks := numbers(weights, r'blocks\.(\d+)\.')):
+        return {}
+    width = config.model.network.width
+    channels = [of_shape(weights, f'blocks.{i}.0.conv2.weight', 0) for i in blocks]
+    channels = [of_shape(weights, 'blocks.0.0.conv1.weight', 1), *channels]
+    multipliers = tuple(c // width for c in channels)
+    fields: dict[str, Any] = {}
+    if [width * m for m in multipliers] != channels:
+        fields['model.network.width'] = width = min(channels)
+        multipliers = tuple(c // width for c in channels)
+    attention = tuple(4 * 2 ** (i + 1) for i in numbers(weights, r'blocks\.(\d+)\.1\.gamma'))
+    fields['model.network.multipliers'] = multipliers
+    if {*attention} != {*config.model.network.attention}:
+        fields['model.network.attention'] = attention
+    latent = of_shape(weights, 'linear.weight', 1) * len(channels)
+    known_ones = known({'model.latent': latent, 'model.network.embedding': of_shape(weights, 'shared.weight', 1)})
+    return {**size_field(config, 4 * 2 ** len(blocks)), **fields, **known_ones}
 
 
 def turned(x: np.ndarray) -> np.ndarray:
@@ -152,12 +217,14 @@ SOURCES = (
     Source(
         'stylegan2', 'StyleGAN2-ADA of NVlabs (G_ema)', lambda c: c.family == 'stylegan2', stylegan2,
         roots=('', 'G_ema.', 'generator.'), skip=r'(.*\.)?(resample_filter|noise_const)|(D|G)\..*',
-        initial=r'extra/(?!w$).*', discriminator=stylegan2_discriminator,
+        initial=r'extra/(?!w$).*', discriminator=stylegan2_discriminator, fields=stylegan2_fields,
+        discriminator_fields=stylegan2_discriminator_fields, classes=('mapping.embed.weight', 1, 0),
         licence='NVIDIA Source Code License, non-commercial',
     ),
     Source(
         'biggan', 'BigGAN-PyTorch (G_ema)', is_biggan, biggan, skip=r'(.*\.)?(sv\d+|embed\.u0)',
-        initial='extra/(?!average/).*', discriminator=biggan_discriminator, prepare=with_right_vectors,
+        initial='extra/(?!average/).*', fields=biggan_fields, classes=('shared.weight', 0, 0),
+        discriminator=biggan_discriminator, prepare=with_right_vectors,
         same=(('extra/generator/vectors/', 'extra/average/vectors/'),), licence='MIT',
     ),
 )  # fmt: skip

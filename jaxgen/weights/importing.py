@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import re
@@ -53,8 +54,8 @@ def groups_of(width: int, groups: int, group_size: int) -> int:
 def other_fields(
     config: ConfigDict, source: Source, weights: Weights | None, shapes: Shapes
 ) -> dict[str, tuple[Any, Any]]:
-    """{field: (value of the source, value here)} of fields that names cannot tell and that differ; groups of norms only
-    where a norm of this width has another number of them."""
+    """{field: (value of the source, value here)} of `Source.fields` that differ; groups of norms only where a norm of
+    this width has another number of them."""
     resolved = config.to_dict()
     wrong = {
         field: (value, configs.get(resolved, field))
@@ -70,22 +71,39 @@ def other_fields(
     return wrong
 
 
-def check_fields(config: ConfigDict, fit: sources.Fit) -> None:
+def check_fields(config: ConfigDict, fit: sources.Fit, discriminator: bool = False) -> None:
     """Says what is taken from the config of what names cannot tell.
 
     Raises:
-      UserError: the config has other values of such fields than the source.
+      UserError: the config has other values of some fields than the source, or these weights.
     """
-    wrong = other_fields(config, fit.source, fit.weights, {entry.path: entry.shape for entry in fit.entries})
+    source = fit.source
+    if discriminator:
+        source = dataclasses.replace(source, fields=source.discriminator_fields)
+    wrong = other_fields(config, source, fit.weights, {entry.path: entry.shape for entry in fit.entries})
     if wrong:
         flags = ' '.join(f'--config.{field}={value}' for field, (value, _) in wrong.items())
         present = ', '.join(f'{field} = {ours}' for field, (_, ours) in wrong.items())
         raise UserError(
             f'{fit.weights.path}: the weights would load and compute something else, since {present} here: set {flags}'
+            if not discriminator
+            else f'{fit.weights.path} (the discriminator): {present} here: set {flags}'
         )
-    if fit.present == 1:
+    if fit.present == 1 and not discriminator:
         for line in fit.source.remarks(config, fit.weights):
             log.say(f'NOTE: {line}')
+
+
+def check_classes(fit: sources.Fit, classes: int) -> None:
+    """Raises UserError where the weights are of another number of classes than the data."""
+    name, axis, more = fit.source.classes
+    tensor = fit.weights.tensors.get(name)
+    if tensor is not None and len(tensor.shape) > axis and classes and tensor.shape[axis] - more != classes:
+        raise UserError(
+            f'{fit.weights.path}: the weights are of {tensor.shape[axis] - more} classes, and config.data has '
+            f'{classes}: name data with as many as --config.data.source, or set --config.data.classes where they do '
+            'not tell it'
+        )
 
 
 def deferred(fit: sources.Fit, shapes: Shapes, report: Callable[[], Any]) -> dict[str, Deferred]:
@@ -159,6 +177,7 @@ def find_discriminator(
     apart = open_weights(path, '--discriminator') if path else None
     found = sources.fit_discriminator(fit.source, config, shapes, weights, apart)
     if found:
+        check_fields(config, found, True)
         skip = f'{fit.source.skip}|.*num_batches_tracked'
         what = f'{path or weights.path} (the discriminator, names of {fit.source.name})'
         mapping.check(found.entries, found.weights, skip, what)
@@ -207,6 +226,7 @@ def write_run(
     shapes = flat_shapes(part)
     fit = sources.choose(config, shapes, weights, names)
     check_fields(config, fit)
+    check_classes(fit, assembled.context.classes if assembled.context else 0)
     others = other_networks(assembled.abstract)
     skip = f'{fit.source.skip}|{sources.DISCRIMINATOR.pattern}.*' if others else fit.source.skip
     mapping.check(fit.entries, fit.weights, skip, f'{weights.path} (names of {fit.source.name})')

@@ -121,7 +121,7 @@ class Entry:
         for name in self.copies:
             if not np.array_equal(tensors[name].read().reshape(shape), parts[0]):
                 raise UserError(f'{name} is not equal to {self.names[0]}: such weights have no place in this network')
-        x = einops.rearrange(parts if self.stacked else parts[0], self.pattern, **self.sizes)
+        x = einops.rearrange(parts if self.stacked else parts[0, ...], self.pattern, **self.sizes)  # of a scalar too
         return np.asarray(self.layout.forward(x) if self.layout.forward else x, order='C')
 
     def pieces(self, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

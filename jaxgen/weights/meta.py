@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network
+from jaxgen.weights.source import Shapes, Source, known, network, numbers, of_shape
 
 
 def dit(config: ConfigDict, shapes: Shapes) -> Table:
@@ -81,6 +81,20 @@ def var(config: ConfigDict, shapes: Shapes) -> Table:
     return Table([*names, *LEAVES], layouts)
 
 
+def var_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Depth, width and heads, and the choices of the larger models, as the names and shapes tell them."""
+    if weights is None or not (blocks := numbers(weights, r'blocks\.(\d+)\.')):
+        return {}
+    scale = 'blocks.0.attn.scale_mul_1H11'
+    sizes = {
+        'model.channels': of_shape(weights, 'blocks.0.attn.mat_qkv.weight', 1),
+        'model.heads': of_shape(weights, scale, 1),
+    }
+    shared = any(name.startswith('shared_ada_lin.') for name in weights)
+    choices = {'model.unit_queries': scale in weights, 'model.shared': shared}
+    return {'model.blocks': len(blocks), **known(sizes), **choices}
+
+
 def sit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Time from the noise at 0 to the image at 1."""
     return {'model.training.time_scale': -0.001, 'model.training.time_shift': 1.0}
@@ -101,6 +115,7 @@ SOURCES = (
     ),
     Source(
         'var', 'VAR of FoundationVision', lambda c: c.family == 'var', var, roots=('', 'trainer.var_wo_ddp.'),
-        skip=r'lvl_1L|attn_bias_for_masking|.*zero_k_bias', licence='MIT',
+        skip=r'lvl_1L|attn_bias_for_masking|.*zero_k_bias', fields=var_fields, classes=('class_emb.weight', 0, 1),
+        licence='MIT',
     ),
 )  # fmt: skip

@@ -16,6 +16,22 @@ OF_DISCRIMINATOR = '(extra/)?discriminator/'  # our arrays, of a network that is
 Shapes = Mapping[str, tuple[int, ...]]  # {path of one of our arrays: shape}
 
 
+def numbers(weights: Mapping[str, Any], pattern: str) -> list[int]:
+    """The numbers, rising, that the group of a pattern matches in the names of tensors."""
+    return sorted({int(m[1]) for name in weights if (m := re.match(pattern, name))})
+
+
+def of_shape(weights: Weights, name: str, axis: int) -> int:
+    """Length of an axis of a tensor; 0 where it is not there."""
+    shape = weights[name].shape if name in weights else ()
+    return shape[axis] if len(shape) > axis else 0
+
+
+def known(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those that the tensors tell: not 0."""
+    return {field: value for field, value in fields.items() if value not in (0, ())}
+
+
 def no_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     return {}
 
@@ -43,8 +59,11 @@ class Source:
         State.extra; None: there is no such file.
       discriminator_root: prefix of its names in an export; see `sources.DISCRIMINATOR` for those that are read.
       same: (path, path) of our arrays, the first of which start as the second, the published ones.
-      fields: (config, weights) -> {field: value} that names and shapes cannot tell and that the source has, as
-        'model.network.groups'. A config with other values would load and compute something else.
+      fields: (config, weights) -> {field: value} that the source has, as 'model.network.groups': what names and shapes
+        cannot tell, where a config with other values would load and compute something else; and what they do tell, so
+        that a config of another size is one line with the fields to set.
+      discriminator_fields: the same by the weights of the discriminator.
+      classes: (name, axis, n): so many classes and n have that axis of that tensor; ('', 0, 0): not known.
       remarks: (config, weights) -> lines that are said at import: what names and shapes cannot tell and the source has
         not fixed, so that it is taken from the config.
       distinct: what another source with the same names does otherwise; where this is set the person has to say which
@@ -67,6 +86,8 @@ class Source:
     same: tuple[tuple[str, str], ...] = ()
     fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
     remarks: Callable[[ConfigDict, Weights], list[str]] = no_remarks
+    discriminator_fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
+    classes: tuple[str, int, int] = ('', 0, 0)
     distinct: str = ''
     note: str = ''
     licence: str = ''

@@ -15,9 +15,12 @@ import safetensors.numpy
 import jaxgen
 from jaxgen import config as configs
 from jaxgen.diffusion import samplers
+from jaxgen.errors import UserError
 from jaxgen.families import ddgan, diffusion, stylegan2, transformer, var
+from jaxgen.losses import perceptual
 from jaxgen.networks import transformer as networks_transformer
-from jaxgen.weights import exporting
+from jaxgen.weights import exporting, importing, sources
+from jaxgen.weights.files import Tensor, Weights
 from jaxgen.weights.importing import import_weights
 
 slow = pytest.mark.slow  # compiles networks
@@ -370,3 +373,118 @@ def test_var(tmp_path, monkeypatch, name):
     unused = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')
     kept = {name: x for name, x in tensors.items() if not name.endswith(unused)}
     assert_same(exported(tmp_path, run), kept)
+
+
+# --- LPIPS
+
+
+@slow
+def test_lpips(tmp_path):
+    """The distance of the pip package, by one file of its state dict. Torchvision's names are those of VGG's layers."""
+    reference = weights.load('lpips')
+    safetensors.numpy.save_file(reference.state_dict(), tmp_path / 'lpips.safetensors')
+    loaded = perceptual.load((str(tmp_path / 'lpips.safetensors'),), (32, 32, 3))
+    x, y = (jnp.tanh(weights.noise(name, (2, 32, 32, 3))) for name in ('x', 'y'))
+    np.testing.assert_allclose(perceptual.lpips(loaded, x, y), reference.arrays['distance'], rtol=1e-4)
+
+
+# --- weights of another size, architecture or number of classes
+
+
+def zeros(shapes: dict[str, list[int]]) -> Weights:
+    """Weights of these shapes that take no memory."""
+    return Weights('FILE', {
+        name: Tensor(tuple(shape), np.dtype(np.float32), lambda shape=shape: np.broadcast_to(np.float32(0), shape))
+        for name, shape in shapes.items()
+    })  # fmt: skip
+
+
+def below(shapes: dict[str, list[int]], prefix: str) -> dict[str, list[int]]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+FITTING = {
+    **dict.fromkeys(STYLEGAN2, ('stylegan2', 'G_ema.', stylegan2_config)),
+    'biggan_32': ('biggan', 'G_ema.', biggan_config),
+    'biggan_128': ('biggan', 'G_ema.', biggan_config), 'vqgan_gpt': ('compvis', 'first.', lambda name: vqgan_config()),
+    'var': ('var', 'first.', lambda name: var_stage_config()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FITTING)
+@pytest.mark.parametrize('discriminator', [False, True])
+def test_no_field_is_wrong_of_weights_that_fit(name, discriminator):
+    source, prefix, make = FITTING[name]
+    prefix = {'G_ema.': 'D.', 'first.': 'first.loss.discriminator.'}[prefix] if discriminator else prefix
+    config, file = make(name), zeros(below(weights.load(name).shapes, prefix))
+    source = sources.for_config(config, source)[0]
+    fit = sources.Fit(source, [], file, 1.0)
+    importing.check_fields(config, fit, discriminator)
+    assert discriminator or source.fields(config, file)
+
+
+WRONG = [
+    ('stylegan2', 'G_ema.', 'data.size=32', 'data.size = 32 here: set --config.data.size=16'),
+    ('stylegan2', 'G_ema.', 'model.generator_architecture=orig', 'set --config.model.generator_architecture=skip'),
+    ('stylegan2_skip', 'G_ema.', 'model.generator_architecture=skip', 'generator_architecture=orig'),
+    ('stylegan2_classes', 'G_ema.', 'model.generator_architecture=skip', 'generator_architecture=resnet'),
+    ('stylegan2', 'G_ema.', 'model.mapping_layers=2', 'set --config.model.mapping_layers=8'),
+    ('stylegan2', 'G_ema.', 'model.channel_max=16', 'set --config.model.channel_max=24'),
+    ('stylegan2_classes', 'G_ema.', 'model.conditional=False', 'set --config.model.conditional=True'),
+    ('stylegan2', 'D.', 'model.discriminator_architecture=orig', 'discriminator_architecture=resnet'),
+    ('stylegan2_skip', 'D.', 'model.discriminator_architecture=resnet', 'discriminator_architecture=skip'),
+    ('stylegan2_classes', 'D.', 'model.discriminator_architecture=skip', 'discriminator_architecture=orig'),
+    ('stylegan2_classes', 'D.', 'model.discriminator_mapping_layers=0', 'discriminator_mapping_layers=8'),
+    ('biggan_32', 'G_ema.', 'data.size=64', 'set --config.data.size=32'),
+    ('biggan_128', 'G_ema.', 'model.network.attention=(32,)', r'set --config.model.network.attention=\(64,\)'),
+    ('biggan_128', 'G_ema.', 'model.network.width=6', 'set --config.model.network.width=8'),
+    ('vqgan_gpt', 'first.', 'model.attention=()', r'set --config.model.attention=\(8,\)'),
+    ('vqgan_gpt', 'first.', 'model.vocabulary=64', 'set --config.model.vocabulary=32'),
+    ('vqgan_gpt', 'first.', 'model.latent_kernel=3', 'set --config.model.latent_kernel=1'),
+    ('vqgan_gpt', 'first.loss.discriminator.', 'model.discriminator_layers=3', 'model.discriminator_layers=1'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('name', 'prefix', 'field', 'line'), WRONG)
+def test_a_wrong_field_is_named_with_its_value(name, prefix, field, line):
+    source, _, make = FITTING[name]
+    config = configs.override(make(name), [f'--config.{field}'])
+    discriminator = 'D' in prefix or 'discriminator' in prefix
+    fit = sources.Fit(sources.for_config(config, source)[0], [], zeros(below(weights.load(name).shapes, prefix)), 1.0)
+    with pytest.raises(UserError, match=line) as error:
+        importing.check_fields(config, fit, discriminator)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('field', 'line'), [
+    ('blocks=16', 'set --config.model.blocks=3'), ('shared=True', 'set --config.model.shared=False'),
+    ('unit_queries=False', 'set --config.model.unit_queries=True'), ('heads=8', 'set --config.model.heads=4'),
+])  # fmt: skip
+def test_var_of_another_depth(field, line):
+    config = configs.override(var_config('var', 'runs/first'), [f'--config.model.{field}'])
+    file = zeros(below(weights.load('var').shapes, 'prior.'))
+    with pytest.raises(UserError, match=line):
+        importing.check_fields(config, sources.Fit(sources.for_config(config, 'var')[0], [], file, 1.0))
+
+
+def test_another_number_of_classes():
+    for name, prefix, make in (
+        ('stylegan2_classes', 'G_ema.', stylegan2_config),
+        ('biggan_32', 'G_ema.', biggan_config),
+    ):
+        file = zeros(below(weights.load(name).shapes, prefix))
+        fit = sources.Fit(sources.for_config(make(name))[0], [], file, 1.0)
+        importing.check_classes(fit, 8)
+        with pytest.raises(UserError, match='the weights are of 8 classes, and config'):
+            importing.check_classes(fit, 10)
+
+
+def test_labels_of_augmentation_have_a_field():
+    """EDM's map_augment is neither dropped nor left over without a word."""
+    shapes = {'map_augment.weight': [128, 9]}
+    config = configs.override(configs.load('edm_cifar10'), ['--config.model.training.augmentation=0.0'])
+    source = sources.for_config(config, 'edm')[0]
+    with pytest.raises(UserError, match=r'augmentation=0\.12'):
+        importing.check_fields(config, sources.Fit(source, [], zeros(shapes), 1.0))
+    with pytest.raises(UserError, match=r'augmentation=0\.0'):
+        importing.check_fields(configs.load('edm_cifar10'), sources.Fit(source, [], zeros({'x': [1]}), 1.0))

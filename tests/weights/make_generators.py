@@ -359,15 +359,18 @@ def lpips() -> Case:
     stub('tqdm', tqdm=None)
     stub('skimage', 'skimage.metrics', 'matplotlib', 'matplotlib.pyplot')
     measure = importlib.import_module('lpips').LPIPS(pretrained=False, net='vgg', pnet_rand=True, verbose=False)
-    rules = [(r'lin.*\.weight', 0.5, 0.1), (r'net\..*\.weight', 0.0, 0.0)]
-    shapes = fill(measure, '', rules[:1])
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(('scaling_layer', 'lins'))}
+    layers_of_depths = list(measure.lins)
+    del measure.lins  # a second name of the same layers
+    measure.lins = layers_of_depths
+    rules = [(r'lin.*\.weight', 0.5, 0.1)]
+    shapes = fill(measure, '', rules)
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith('scaling_layer')}
     shift, scale = (getattr(measure.scaling_layer, name) for name in ('shift', 'scale'))
     shift.copy_(torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
     scale.copy_(torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
     x, y = (to_torch(np.tanh(weights.noise(name, (2, 32, 32, 3)))) for name in ('x', 'y'))
     with torch.no_grad():
-        return shapes, rules[:1], {'distance': to_numpy(measure(x, y)).reshape(-1)}, {}
+        return shapes, rules, {'distance': to_numpy(measure(x, y)).reshape(-1)}, {}
 
 
 CASES: dict[str, Callable[[], Case]] = {
