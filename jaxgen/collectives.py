@@ -33,6 +33,7 @@ CALLED = re.compile(
     r'(\{[^}]*\}|%?[\w.\-]+)'
 )
 TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -245,6 +246,9 @@ def group_size(text: str) -> int:
         return int(found[2])
     if found := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
         return len(found[1].split(','))
+    if found := re.search(r'_xla_megascale_target="\{([\d,:]+)\}', text):  # slices: numbers, and first:last
+        ends = [part.split(':') for part in found[1].split(',')]
+        return sum(int(pair[-1]) - int(pair[0]) + 1 for pair in ends)
     return 0
 
 
@@ -283,8 +287,11 @@ def first_group(text: str) -> list[int]:
 
 
 def kind_of(module: Program, name: str, one: Instruction) -> str:
-    """The kind of collective of an instruction, or ''. On TPUs a reduce-scatter is a fusion of an all-reduce."""
+    """The kind of collective of an instruction, or ''. On TPUs a reduce-scatter is a fusion of an all-reduce, and what
+    goes between slices is sent by way of their hosts."""
     kind = one.opcode.removesuffix('-start')
+    if kind == 'send' and (between := BETWEEN_SLICES.search(one.text)):
+        kind = {'ONE_TO_ONE': 'collective-permute'}.get(between[1], between[1].lower().replace('_', '-'))
     if kind == 'ragged-all-to-all':
         kind = 'all-to-all'
     if kind not in KINDS:
@@ -379,12 +386,13 @@ def collectives(
             if not kind or goes_on(body, one):
                 continue
             group = group_size(one.text) or 0
-            given = [shape for operand in one.operands if operand in body for shape in body[operand].shapes]
+            sources = one.operands[:1] if one.opcode == 'send' else one.operands  # the second is a token
+            given = [shape for operand in sources if operand in body for shape in body[operand].shapes]
             gathered = re.search(r'dimensions=\{(\d+)', one.text) if kind == 'all-gather' else None
             if gathered and group:
                 axis = int(gathered[1])
                 given = [s._replace(dims=(*s.dims[:axis], s.dims[axis] * group, *s.dims[axis + 1 :])) for s in given]
-            elif kind == 'all-gather':
+            elif kind == 'all-gather' and one.opcode != 'send':
                 given = list(one.shapes)[-len(given) or None :]
             if not given:
                 given = list(one.shapes)

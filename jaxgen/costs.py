@@ -23,7 +23,7 @@ CLASSES = ('convolution', 'matmul', 'kernel', 'fusion', 'copy', 'collective', 'o
 FREE = {
     *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'add-dependency', 'domain'),
     *('partition-id', 'replica-id', 'opt-barrier', 'while', 'conditional', 'call', 'async-update', 'async-done'),
-    *('get-dimension-size', 'infeed', 'outfeed'),
+    *('get-dimension-size', 'infeed', 'outfeed', 'send', 'recv'),
 }
 READS_PARTS = ('dynamic-slice', 'slice', 'gather')  # of their first operand
 MOVES = {

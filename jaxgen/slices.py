@@ -389,6 +389,8 @@ def report(config, topology: str, programs: tuple[str, ...] = ('update', 'sample
     """
     from jaxgen.train import check_fits
 
+    if jax.default_backend() == 'gpu':
+        raise UserError('slices are compiled for in a process without GPUs: set JAX_PLATFORMS=cpu')
     where = find(topology)
     mesh = sharding.make_mesh(config.mesh.fsdp, where.devices)
     a = assembly.assemble(config, mesh, assembly.abstract_stage)

@@ -91,6 +91,24 @@ def test_groups(text, expected):
     assert c.group_size(f'(%x), channel_id=3, {text}') == expected
 
 
+def test_what_goes_between_slices_is_sent_by_their_hosts():
+    text = """\
+ENTRY %main (g: f32[64,48]) -> f32[64,48] {
+  %g = f32[64,48]{1,0} parameter(0)
+  %now = token[] after-all()
+  %send = (f32[64,48]{1,0}, u32[], token[]) send(%g, %now), channel_id=8, is_host_transfer=true, frontend_attributes={\
+_xla_megascale_target="{1:3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=8, is_host_transfer=true
+  %recv = (f32[64,48]{1,0}, u32[], token[]) recv(%now), channel_id=9, is_host_transfer=true
+  %got = (f32[64,48]{1,0}, token[]) recv-done(%recv), channel_id=9, is_host_transfer=true
+  ROOT %sum = f32[64,48]{1,0} get-tuple-element(%got), index=0
+}
+"""
+    (found,) = c.collectives(text, weights=[(64, 48)], small=16)
+    assert (found.kind, found.group, found.carrier, found.bytes) == ('all-reduce', 3, 'weights', 4 * 64 * 48)
+    assert found.sent == 2 * found.bytes * 2 // 3
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match='no entry'):
         c.parse('HloModule nothing')
