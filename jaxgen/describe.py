@@ -15,7 +15,8 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from jaxgen import sample
+from jaxgen import prepare, sample
+from jaxgen.data import views
 
 
 def count(tree) -> int:
@@ -116,26 +117,48 @@ def branch_of(platforms: tuple, platform: str) -> int:
     return next(i for i, listed in enumerate(platforms) if listed is None or names & set(listed))
 
 
-def describe(config, assembled) -> dict:
-    """One JSON object: family, parameters by network, bytes, batch, FLOPs."""
-    state, family = assembled.abstract, assembled.family
-    batch = {
-        k: jax.ShapeDtypeStruct((config.data.batch, *v.shape), v.dtype) for k, v in assembled.spec.features.items()
-    }
+def shapes_of(features: dict, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of n examples."""
+    return {name: jax.ShapeDtypeStruct((n, *f.shape), f.dtype) for name, f in features.items()}
+
+
+def update_flops(assembled, batch: dict) -> int:
+    """FLOPs of an update on a batch, given as shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def update(state, frozen, batch, key):
-        return family.update(state, frozen, sample.to_inside(batch), key)
+        return assembled.family.update(state, frozen, sample.to_inside(batch), key)
 
-    traced = jax.make_jaxpr(update)(state, assembled.frozen, batch, key)
+    return flops(jax.make_jaxpr(update)(assembled.abstract, assembled.frozen, batch, key).jaxpr)
+
+
+def describe(config, assembled) -> dict:
+    """One JSON object: family, parameters by network, bytes, batch, FLOPs of an update; where frozen stages can compute
+    once what they make of an image, see prepare.py, those of an update after that, and of one image."""
+    state, family = assembled.abstract, assembled.family
+    batch = shapes_of(assembled.spec.features, config.data.batch)
     parameters = {name: count(weights) for name, weights in state.params.items()}
-    return {
+    about = {
         'family': config.family,
         'parameters': {**parameters, 'total': sum(parameters.values())},
         'frozen_parameters': {name: count(stage) for name, stage in assembled.frozen.items()},
         'state_bytes': size(state),
         'batch': {k: [list(v.shape), jnp.dtype(v.dtype).name] for k, v in batch.items()},
-        'update_flops': flops(traced.jaxpr),
+        'update_flops': update_flops(assembled, batch),
         'steps': config.train.steps,
         'conditions': list(family.conditions),
+    }
+    made = prepare.batch_features(assembled)
+    if made.keys() == assembled.spec.features.keys():
+        return about
+    one = jax.make_jaxpr(prepare.function(assembled))(assembled.frozen, shapes_of(assembled.spec.features, 1))
+    own = shapes_of({name: f for name, f in made.items() if name not in batch}, 1)
+    return about | {
+        'prepared': {
+            'features': {k: [list(v.shape[1:]), jnp.dtype(v.dtype).name] for k, v in own.items()},
+            'bytes_per_image': size(own),
+            'views': views.count(config.data),
+            'flops_per_image': flops(one.jaxpr),
+            'update_flops': update_flops(assembled, shapes_of(made, config.data.batch)),
+        }
     }

@@ -98,8 +98,10 @@ def analyse(assembled: Assembled) -> Program:
         by_view = any(u and image for u, image in zip(used[stages : stages + len(names)], images, strict=True))
         made[name] = Feature(out[name].shape[1:], np.dtype(out[name].dtype), by_view)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(out))
-    constants = features.digest([c for c in closed.consts if hasattr(c, 'dtype')])
-    text = re.sub(r'0x[0-9a-f]+', '', str(jaxpr)) + constants  # addresses of functions
+    constants = hashlib.sha256()
+    for constant in closed.consts:
+        constants.update(np.ascontiguousarray(constant).tobytes())
+    text = re.sub(r'0x[0-9a-f]+', '', str(jaxpr)) + constants.hexdigest()  # without addresses of functions
     return Program(
         made,
         tuple(name for name, used in zip(names, read[stages : stages + len(names)], strict=True) if used),
@@ -126,6 +128,19 @@ def why_not(assembled: Assembled, program: Program | None = None) -> str:
     if program is not None and program.random:
         return 'its stages draw random numbers in encoding'
     return ''
+
+
+def batch_features(assembled: Assembled) -> dict[str, jax.ShapeDtypeStruct]:
+    """What an example of a training batch holds, where all that can be prepared is, unless config.data.prepared is
+    'off'. Abstract weights will do."""
+    spec = assembled.spec.features
+    if assembled.config.data.prepared == 'off' or why_not(assembled):
+        return spec
+    program = analyse(assembled)
+    if why_not(assembled, program):
+        return spec
+    made = {name: jax.ShapeDtypeStruct(f.shape, f.dtype) for name, f in program.features.items()}
+    return {name: f for name, f in spec.items() if name != 'image'} | made
 
 
 def make_plan(assembled: Assembled, examples, program: Program) -> Plan:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import jaxgen
-from jaxgen import assembly, chips, costs, describe, sample, sharding
+from jaxgen import assembly, chips, costs, describe, prepare, sample, sharding
 from jaxgen.chips import GIB, Chip
 from jaxgen.errors import RunError, UserError
 
@@ -192,7 +192,7 @@ def update_program(a: assembly.Assembled) -> tuple[Any, tuple]:
 
     shardings = sharding.over_weights(a.mesh, a.abstract)
     frozen = placed(a.frozen, sharding.over_weights(a.mesh, a.frozen))
-    batch = batch_of(a.mesh, a.spec.features, a.config.data.batch, (1,))
+    batch = batch_of(a.mesh, prepare.batch_features(a), a.config.data.batch, (1,))
     return make_call(a, shardings, 1, a.config.seed), (placed(a.abstract, shardings), frozen, batch)
 
 
