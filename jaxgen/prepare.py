@@ -385,4 +385,6 @@ def prepare_mode(config, workdir: str) -> None:
     check_cycle(workdir, config)
     assembled = assemble(config)
     sharding.check_batch(assembled.mesh, 'config.data.batch', config.data.batch)
-    for_training(assembled, assembled.dataset('train'))
+    examples = assembled.dataset('train')
+    for_training(assembled, examples)
+    examples.close()

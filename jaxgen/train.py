@@ -169,6 +169,7 @@ class Training:
         restored = self.checkpoints.restore(a.abstract, a.mesh)
         examples, images = self.look_at_data()
         self.prepared = prepare.for_training(a, examples)
+        examples.close()
         config.data.prepared = 'on' if self.prepared else 'off' if a.family.prepare else config.data.prepared
         self.about = {
             'jax': jax.__version__, 'stages': a.stage_digests, 'data': examples.identity, 'devices': jax.device_count()

@@ -134,13 +134,11 @@ def test_a_set_is_of_its_images_and_weights_alone(stage, tmp_path):
     """Its name is the same where a value can be no other, and another one where it can."""
     name = plan(stage, tmp_path)[1].name
     same = [
-        {'seed': 5},
-        {'model': {'channels': 32}},
-        {'optim': {'lr': 1.0}, 'train': {'steps': 9}},
+        {'seed': 5, 'model': {'channels': 32}, 'optim': {'lr': 1.0}, 'train': {'steps': 9}},
         {'data': {'batch': 16, 'threads': 1, 'cache_mb': 0, 'features': ('image', 'label', 'domain')}},
     ]
     others = [
-        {'data': {'flip': False}},
+        {'data': {'pad': 1}},
         {'data': {'pad': 1, 'fill': 'edge'}},
         {'data': {'validation_fraction': 0.1}},
         {'data': {'binarise': 'fixed'}},

@@ -530,7 +530,12 @@ def without_image(examples: Examples, split: str) -> Examples | None:
 
 
 def augmented(
-    examples: Examples, data, seed: int, apart: int = 0, prepared: PreparedSet | None = None
+    examples: Examples,
+    data,
+    seed: int,
+    apart: int = 0,
+    read: Examples | None = None,
+    prepared: PreparedSet | None = None,
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The function from numbers [n] to the training examples with these numbers, augmented.
 
@@ -538,6 +543,7 @@ def augmented(
 
     Args:
       apart: added to the streams of randomness: another order and another augmentation.
+      read: those that are read, where 'image' is not; see `without_image`.
       prepared: what 'image' is replaced by, in the view that the augmentation makes.
     """
     blocks = blocks_of(examples.records)
@@ -545,7 +551,7 @@ def augmented(
         which = order(seed, len(examples), transforms.ORDER + apart)
     else:
         which = order_in_blocks(seed, *blocks, apart)
-    read = without_image(examples, 'train') if prepared else examples
+    read = read if prepared else examples
 
     def take(numbers: np.ndarray) -> dict[str, np.ndarray]:
         def uniform(stream: int, used: bool = True) -> np.ndarray | None:
@@ -639,7 +645,11 @@ def batches(
         take = augmented(examples.examples, data, seed)
         others = augmented(examples.others, data, seed, transforms.OTHER)
     else:
-        take, others = augmented(examples, data, seed, prepared=prepared), None
+        read = without_image(examples, split) if prepared else None
+        take, others = augmented(examples, data, seed, read=read, prepared=prepared), None
+        if prepared:
+            examples.close()
+            examples = read or examples
     own = np.arange(batch).reshape(process_count, -1)[process_index]  # this process's part of a batch
 
     def make(step: int) -> dict[str, np.ndarray]:

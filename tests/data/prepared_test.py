@@ -149,10 +149,10 @@ SECTIONS = [  # and the number of views
 def test_batches_hold_the_view_that_the_augmentation_makes(tmp_path, section, number, monkeypatch):
     """A set of the images themselves: what it gives is what the loader makes of the image, and all else is as before;
     in any order, from any step."""
-    section = {'source': 'shapes', 'size': 12, 'channels': 3, 'batch': 25, **section}
+    section = {'source': 'shapes', 'size': 12, 'channels': 3, 'batch': 10, **section}
     examples = data.dataset(section, 'train')
     assert not views.why_none(examples.data)
-    n, count = 60, views.count(examples.data)
+    n, count = 24, views.count(examples.data)
     assert count == number
     monkeypatch.setattr(type(examples), '__len__', lambda self: n)
     layout = Layout(n, count, {'pixels': Feature(examples[0]['image'].shape, np.uint8, True)})
