@@ -200,7 +200,7 @@ def slices(record: dict, program: str) -> str:
     rows = []
     for r in (r for r in record['rows'] if r['program'] == program and 'found' in r):
         found, memory = r['found'], r['found']['memory']
-        used = '' if memory['used'] is None else f'{memory["used"] / 2**30:.1f} of '
+        used = 'more than ' if memory['used'] is None else f'{memory["used"] / 2**30:.1f} of '
         cells = [
             f'`{r["config"]}`',
             f'`{r["topology"]}`, fsdp {r["mesh"]["fsdp"]}',

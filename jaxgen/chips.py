@@ -47,8 +47,8 @@ class Chip(NamedTuple):
 DOCS = 'cloud.google.com/tpu/docs/'
 TPUS = {
     'v5e': Chip('TPU v5e', 197e12, 197e12, 16 * GIB, 819e9, 50e9, 3.125e9, 1.5e9, 16, 2, 256, DOCS + 'v5e'),
-    'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, 3, 8960, DOCS + 'v5p'),
-    'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 1.75e9, 16, 2, 256, DOCS + 'v6e'),
+    'v5p': Chip('TPU v5p', 459e12, 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, 3, 6144, DOCS + 'v5p'),
+    'v6e': Chip('TPU v6e', 918e12, 918e12, 32 * GIB, 1600e9, 100e9, 12.5e9, 0, 16, 2, 256, DOCS + 'v6e'),
 }
 DATA_SHEET = "NVIDIA's data sheet, without sparsity"
 GPUS = {

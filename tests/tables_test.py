@@ -126,3 +126,29 @@ def test_tables_of_rows_made_by_hand():
         '| r, Euler |  | 1.00 (0.50) |  |',
     ]
     assert tables.shown_metric({'metric': 'accuracy', 'value': 0.753, 'n': 2000}) == 'accuracy 75.3 % (n = 2,000)'
+
+
+def test_the_table_of_slices():
+    """A program that fits has its numbers, one that does not what it needs and what to change."""
+    about = {'config': 'a', 'program': 'update', 'mesh': {'data': 4, 'fsdp': 4}, 'batch': 256, 'dtype': 'bfloat16'}
+    sent = {'kind': 'all-gather', 'bytes': 1, 'times': 1, 'seconds': 1.0}
+    fits = {
+        'fits': True,
+        'flops': 3e14,
+        'memory': {'used': 4 * 2**30, 'limit': 16 * 2**30},
+        'hbm_bytes': {'matmul': 2e10, 'copy': 1e10},
+        'collectives': [{**sent, 'carrier': 'weights', 'sent': 5e9}, {**sent, 'carrier': 'weights', 'sent': 1e9}],
+        'seconds': {'least': 0.385, 'in_turn': 1.56},
+        'fraction_of_peak': 0.26,
+        'advice': ['do this', 'do that'],
+    }
+    does_not = {'fits': False, 'flops': 1e12, 'memory': {'used': None, 'limit': 2**30}, 'advice': []}
+    rows = [{**about, 'topology': 'v5e:4x4', 'found': fits}, {**about, 'topology': 'v5e:1x1', 'found': does_not}]
+    failed = {**about, 'topology': 'v5e:2x2', 'error': 'not compiled'}
+    first, second = tables.slices({'rows': [*rows, failed]}, 'update').splitlines()[2:]
+    assert first == (
+        '| `a` | `v5e:4x4`, fsdp 4 | 256, bfloat16 | 4.0 of 16 GiB | 300 | 30 | 6 / 0 | 385 to 1,560 | 26 % | do this; '
+        'do that |'
+    )
+    assert second.startswith('| `a` | `v5e:1x1`, fsdp 4 | 256, bfloat16 | more than 1 GiB: does not fit | 1 |')
+    assert tables.slices({'rows': rows}, 'sample').count('\n') == 1
