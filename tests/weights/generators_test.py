@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference_weights as weights
 import safetensors.numpy
+from support import run_main
 
 import jaxgen
 from jaxgen import config as configs
@@ -488,3 +489,40 @@ def test_labels_of_augmentation_have_a_field():
         importing.check_fields(config, sources.Fit(source, [], zeros(shapes), 1.0))
     with pytest.raises(UserError, match=r'augmentation=0\.0'):
         importing.check_fields(configs.load('edm_cifar10'), sources.Fit(source, [], zeros({'x': [1]}), 1.0))
+
+
+# --- from the command
+
+
+@slow
+def test_evaluated_and_trained_from_an_import(tmp_path, capsys):
+    """The published discriminator gives the metrics before the first update, and is what training starts from; without
+    one a line says so."""
+    reference = weights.load('stylegan2_classes')
+    safetensors.numpy.save_file(reference.state_dict(), tmp_path / 'both.safetensors')
+    safetensors.numpy.save_file(reference.state_dict('G_ema.'), tmp_path / 'generator.safetensors')
+    fields = ['data.source=shapes', 'data.size=16', 'model.latent=16', 'model.channel_base=128', 'model.channel_max=24']
+    fields = [f'--config.{field}' for field in (*fields, *STYLEGAN2['stylegan2_classes'])]
+    named = ['jaxgen', '--config=stylegan2_ffhq256', *fields]
+    both, alone = f'--workdir={tmp_path}/both', f'--workdir={tmp_path}/alone'
+    assert run_main([*named, both, '--mode=import', f'--from={tmp_path}/both.safetensors']) == 0
+    assert 'training starts it anew' not in capsys.readouterr().err
+    assert run_main([*named, alone, '--mode=import', f'--from={tmp_path}/generator.safetensors']) == 0
+    assert 'has no discriminator: training starts it anew' in capsys.readouterr().err
+    few = ['--config.evaluate.examples=8', '--config.evaluate.batch=8', '--config.evaluate.samples=4']
+    assert run_main(['jaxgen', both, '--mode=evaluate', *few]) == 0
+    capsys.readouterr()
+    assert run_main(['jaxgen', alone, '--mode=evaluate', *few]) == 2
+    assert 'import it with --discriminator=FILE, or train on' in capsys.readouterr().err
+
+    published = jaxgen.load(str(tmp_path / 'both')).saved_params()['discriminator']
+    train = ['--config.data.batch=8', '--config.train.steps=2', '--config.train.samples=1', '--config.optim.lr=1e-6']
+    train += ['--config.train.save_every=2', '--config.train.sample_every=0', '--config.train.log_every=1']
+    train += ['--config.optim.networks.discriminator.lr=1e-6', '--config.optim.networks.generator.lr=1e-6']
+    assert run_main([*named, both, *train]) == 0
+    trained = jaxgen.load(str(tmp_path / 'both'))
+    assert trained.step == 2
+    for now, before in zip(
+        jax.tree.leaves(trained.saved_params()['discriminator']), jax.tree.leaves(published), strict=True
+    ):
+        np.testing.assert_allclose(now, before, rtol=0, atol=1e-5)  # a few steps of at most 1e-6 or so
