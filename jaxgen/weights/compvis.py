@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxgen.errors import UserError
 from jaxgen.sections import sides
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
@@ -77,6 +79,20 @@ def gpt(config: ConfigDict, shapes: Shapes) -> Table:
     return Table([*names, *LEAVES], [Layout('transformer/positions', '1 p c -> p c')])
 
 
+def without_gumbel(weights: Weights) -> Weights:
+    """The weights themselves.
+
+    Raises:
+      UserError: they are a VQGAN's whose codes are those of the largest logits.
+    """
+    if any(re.fullmatch(r'(.*\.)?quantize\.proj\.weight', name) for name in weights):
+        raise UserError(
+            f'{weights.path}: a Gumbel VQGAN, whose codes come from a layer quantize.proj: there is no such network '
+            'here, take one with a codebook of nearest vectors (quantize.embedding)'
+        )
+    return weights
+
+
 def first_stage_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """The norms'; and sizes, as the names and shapes tell them."""
     norms = {'model.groups': 32, 'model.group_size': 0, 'model.eps': 1e-6}
@@ -122,6 +138,7 @@ SOURCES = (
         'compvis', 'first stages of taming-transformers and latent-diffusion',
         lambda c: c.family == 'vqgan' and not c.model.scales,
         first_stage, roots=('', 'state_dict.', 'first_stage_model.', 'state_dict.first_stage_model.'),
+        prepare=without_gumbel,
         skip=r'.*(loss\.|model_ema\.).*', initial='extra/.*', fields=first_stage_fields, discriminator=patchgan,
         discriminator_root='loss.discriminator.', discriminator_fields=patchgan_fields, licence='MIT',
     ),

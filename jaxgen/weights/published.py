@@ -47,6 +47,21 @@ TAMING = f'{GITHUB}CompVis/taming-transformers'
 DIFFUSERS_DIT = ('--config.model.network.freq_shift=1', '--config.model.network.mlp_eps=1e-05')
 SIT_TIME = ('--config.model.training.time_scale=-0.001', '--config.model.training.time_shift=1.0')
 
+# StyleGAN2-ADA's settings of CIFAR-10: no mixed styles, no path length.
+CIFAR = tuple(
+    f'--config.{field}'
+    for field in (
+        'data.source=cifar10', 'data.size=32', 'data.batch=64', 'data.flip=False',
+        'model.mapping_layers=2', 'model.discriminator_architecture=orig', 'model.group=32', 'model.clamp=256.0',
+        'model.r1=0.01', 'model.mixing=0.0', 'model.path=0.0', 'optim.ema_halflife=500000.0', 'optim.ema_rampup=0.05',
+    )
+)  # fmt: skip
+OF_CLASSES = (
+    "--config.data.features=('image','label')",
+    '--config.model.conditional=True',
+    '--config.model.discriminator_mapping_layers=8',
+)
+
 PUBLISHED: tuple[Published, ...] = (
     Published('google/ddpm-cifar10-32', 'ddpm_cifar10', 'diffusers', HUB + 'google/ddpm-cifar10-32', 'Apache-2.0'),
     Published(
@@ -73,11 +88,16 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published('SiT-XL-2-256x256.pt', 'sit_imagenet256', 'sit', f'{GITHUB}willisma/SiT', 'MIT', SIT_TIME),
     Published('vae_ch160v4096z32.pth', 'var_vqvae_imagenet256', 'var', VAR, 'MIT'),
-    Published('var_d16.pth', 'var_imagenet256', 'var', VAR, 'MIT'),
+    *(
+        Published(f'var_d{depth}.pth', f'var_imagenet256{variant}', 'var', VAR, 'MIT')
+        for depth, variant in ((16, ''), (20, ':d20'), (24, ':d24'), (30, ':d30'), (36, ':d36'))
+    ),
     Published('edm-cifar10-32x32-uncond-vp', 'edm_cifar10', 'edm', EDM, NC_EDM),
     Published('cifar10_ncsnpp_continuous', 'ncsnpp_cifar10', 'score_sde', SCORE, 'Apache-2.0'),
     Published('cifar10_ddpmpp_continuous', 'ddpmpp_cifar10', 'score_sde', SCORE, 'Apache-2.0'),
     Published('ddgan cifar10', 'ddgan_cifar10', 'ddgan', f'{GITHUB}NVlabs/denoising-diffusion-gan', NVIDIA),
+    Published('stylegan2-ada cifar10u', 'stylegan2_ffhq256', 'stylegan2', ADA, NVIDIA, CIFAR),
+    Published('stylegan2-ada cifar10c', 'stylegan2_ffhq256', 'stylegan2', ADA, NVIDIA, (*CIFAR, *OF_CLASSES)),
     Published('stylegan2-ffhq-256x256', 'stylegan2_ffhq256', 'stylegan2', ADA, NVIDIA),
     Published('stylegan2-ffhq-1024x1024', 'stylegan2_ffhq1024', 'stylegan2', ADA, NVIDIA),
     Published('biggan 128x128 (G_ema.pth)', 'biggan_imagenet128', 'biggan', f'{GITHUB}ajbrock/BigGAN-PyTorch', 'MIT'),

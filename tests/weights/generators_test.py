@@ -480,6 +480,13 @@ def test_another_number_of_classes():
             importing.check_classes(fit, 10)
 
 
+def test_gumbel_vqgan_is_refused():
+    file = zeros({'state_dict.quantize.proj.weight': [32, 8, 1, 1], 'state_dict.quantize.embed.weight': [32, 8]})
+    source = sources.for_config(vqgan_config(), 'compvis')[0]
+    with pytest.raises(UserError, match='a Gumbel VQGAN, whose codes come from a layer quantize'):
+        sources.fit(source, vqgan_config(), {}, file)
+
+
 def test_labels_of_augmentation_have_a_field():
     """EDM's map_augment is neither dropped nor left over without a word."""
     shapes = {'map_augment.weight': [128, 9]}
