@@ -20,10 +20,12 @@ from jaxgen import config as configs
 from jaxgen import data, directory, imports, log, optim, options, origin, sample, sharding, stopping
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
-from jaxgen.contract import Context, Family, State
+from jaxgen.contract import Context, Family, State, Texts
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
+from jaxgen.text import captions
+from jaxgen.text.tokenizers import Tokenizer
 
 MOST_VARIANTS = 64  # of an `Assembled` that it keeps
 MOST_INITIAL = 0.05  # of averaged weights may be those before the first update, before a line says so
@@ -40,15 +42,59 @@ class Assembled:
     mesh: Any
     unnamed: dict[str, str] = dataclasses.field(default_factory=dict)  # paths that are not to be read; see origin.py
     context: Context | None = None  # that `build` got
+    workdir: str = ''  # of the run that it is restored from, '' before there is one
 
     def dataset(self, split: str, **changes):
-        """The examples of config.data, some of its fields changed.
+        """The examples of config.data, some of its fields changed, as the family reads them.
 
         Raises:
           UserError: they lie where only a stranger's run says so.
         """
+        examples = self.untokenised(split, **changes)
+        return captions.Tokenised(examples, self.tokenised) if self.texts else examples
+
+    def untokenised(self, split: str, **changes):
+        """As `dataset`, with captions as the data have them."""
         origin.check_named(self.unnamed, *configs.DATA_PATHS)
         return data.dataset({**self.config.data.to_dict(), **changes}, split)
+
+    @functools.cached_property
+    def texts(self) -> dict[str, Texts]:
+        """{name in a batch: what is known of the tokens there}: 'tokens' that the family itself reads, 'STAGE/tokens'
+        that a frozen stage reads."""
+        stages = self.context.stages if self.context else {}
+        every = {'tokens': self.family.texts, **{f'{name}/tokens': family.texts for name, family in stages.items()}}
+        return {name: texts for name, texts in every.items() if texts.vocabulary}
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, Tokenizer]:
+        """{name of tokens: their tokenizer}: those of runs lie there, a new run's own is trained on its captions.
+
+        Raises:
+          UserError: a stage has none.
+        """
+        made = {}
+        for name, texts in self.texts.items():
+            stage = name.rpartition('/')[0]
+            path = self.config.stages[stage] if stage else self.workdir
+            saved = directory.saved_tokenizer(path) if path else None
+            if saved is None and stage:
+                raise UserError(f'config.stages.{stage}: the run in {path} has no tokenizer')
+            made[name] = saved or captions.trained(self.config.data, texts)
+        return made
+
+    def tokenised(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its captions as the tokens that the family and its stages read."""
+        return captions.tokenised(batch, self.tokenizers) if self.texts else batch
+
+    @property
+    def features(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of one example as the family reads it; see `tokenised`."""
+        features = dict(self.spec.features)
+        if self.texts:
+            features.pop('caption', None)
+        tokens = {name: jax.ShapeDtypeStruct((texts.length,), np.int32) for name, texts in self.texts.items()}
+        return features | tokens
 
     def with_model(self, model: dict[str, Any]) -> Assembled:
         """The same with another config.model, which says of the weights what it said before."""
@@ -89,7 +135,7 @@ class Assembled:
     def traced_init(self) -> jax.stages.Traced:
         """`init_state` for a batch of the config's size, traced once for the shapes and for the first State."""
         n = self.config.data.batch
-        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.spec.features)
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), self.features)
         init = functools.partial(init_state, self.family)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for checks.check_parts
             return jax.jit(init).trace(jax.eval_shape(lambda: jax.random.key(0)), batch, self.frozen)
@@ -171,7 +217,11 @@ def check_stages_trained(config: ConfigDict) -> None:
 
 
 def assemble(
-    config: ConfigDict, mesh=None, stage: Callable = restored_stage, spec: data.Spec | None = None
+    config: ConfigDict,
+    mesh=None,
+    stage: Callable = restored_stage,
+    spec: data.Spec | None = None,
+    workdir: str = '',
 ) -> Assembled:
     """The family of a config, with the stages that it stands on restored from their runs.
 
@@ -179,6 +229,7 @@ def assemble(
       stage: (run directory, mesh, dtype) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes
         will do.
       spec: of the data, where the run holds it; None: that of the data.
+      workdir: of the run, whose tokenizer is read where there is one.
 
     Raises:
       UserError: values that do not fit each other, before anything is compiled.
@@ -201,11 +252,12 @@ def assemble(
         check_stage_image(context, 'first')
     family = make_family(config, context)
     check_size(context.image, family.divisor, 'this network')
-    missing = sorted({*family.conditions, *family.displayed} - set(spec.features))
+    needed = {*family.conditions, *family.displayed} | ({'caption'} if family.texts.vocabulary else set())
+    missing = sorted(needed - set(spec.features))
     if missing:
         raise UserError(f'config.data.features must hold {", ".join(missing)}: this model is conditioned on it')
     frozen = {name: (state, its_frozen) for name, (_, state, its_frozen) in stages.items()}
-    return Assembled(config, family, frozen, spec, mesh, context=context)
+    return Assembled(config, family, frozen, spec, mesh, context=context, workdir=workdir)
 
 
 def make_family(config: ConfigDict, context: Context) -> Family:
@@ -248,7 +300,7 @@ def restore(
     directory.check_cycle(workdir, used)
     if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
         used.mesh.fsdp = math.gcd(used.mesh.fsdp, jax.device_count())
-    assembled = dataclasses.replace(assemble(used, mesh, spec=spec), unnamed=unnamed)
+    assembled = dataclasses.replace(assemble(used, mesh, spec=spec, workdir=workdir), unnamed=unnamed)
     directory.check_use(workdir, saved, used, assembled.family.free)
     if weights != 'ema' and assembled.family.statistics:
         raise UserError(

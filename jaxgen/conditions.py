@@ -428,7 +428,7 @@ def provider(
     own = {name: value for name, value in given.values.items() if name not in hidden}
     missing = (*family.conditions, *(() if given.images else displayed))
     rest = [name for name in dict.fromkeys(missing) if name != 'label' and name not in (*own, *given.replaced)]
-    source = assembled.dataset('test') if rest else None
+    source = assembled.untokenised('test') if rest else None
     kept = classes(spec, config)
 
     def provide(numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -437,7 +437,7 @@ def provider(
             out['label'] = kept[numbers % len(kept)]
         out |= {name: value.take(numbers) for name, value in own.items()}
         examples = source.take_cyclic(numbers) if source is not None else {}
-        return out | {name: examples[name] for name in rest}
+        return assembled.tokenised(out | {name: examples[name] for name in rest})
 
     return provide
 

@@ -153,6 +153,12 @@ class Embed(Protocol):
     def __call__(self, state: State, frozen: Frozen, codes: Array, k: int) -> Array: ...
 
 
+class EncodeText(Protocol):
+    """The features of texts for a later stage, a networks.clip.TextOutput, by tokens int32 [n, Family.texts.length]."""
+
+    def __call__(self, state: State, frozen: Frozen, tokens: Array) -> Any: ...
+
+
 class Posterior(NamedTuple):
     """The distribution of latents given an image, of which `encode` gives the mean."""
 
@@ -173,6 +179,13 @@ class Captions(NamedTuple):
     """What `sample` reads of a caption."""
 
     words: int = 0  # at most; longer ones are refused on the command line. 0: any number
+
+
+class Texts(NamedTuple):
+    """The tokens that the family reads of captions: batch['tokens'], int32 [n, length]."""
+
+    vocabulary: int = 0  # tokens at most; 0: it reads none
+    length: int = 0  # of a text, its start and end included
 
 
 class Input(NamedTuple):
@@ -201,6 +214,7 @@ class Family(NamedTuple):
     trajectory: Trajectory | None = None
     embed: Embed | None = None  # of integer latents whose grids are scales of one map
     posterior: Posterior | None = None  # of the latents: later stages are trained on draws from it
+    encode_text: EncodeText | None = None
     prepare: Prepare | None = None  # where `update` reads of an image what frozen stages make of it, and nothing else
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     inputs: tuple[Input, ...] = ()  # further images, that a person may give beside or in place of these
@@ -213,6 +227,7 @@ class Family(NamedTuple):
     deterministic: bool = True  # of its programs, see `sharding.jit`; `assembly.make_family` says it
     latents: Latents = Latents()
     captions: Captions = Captions()
+    texts: Texts = Texts()
     image: tuple[int, ...] = ()  # (height, width, channels) of the examples; `assembly.assemble` says it
     larger: tuple[
         str, ...

@@ -136,7 +136,7 @@ def describe(config, assembled) -> dict:
     """One JSON object: family, parameters by network, bytes, batch, FLOPs of an update; where frozen stages can compute
     once what they make of an image, see prepare.py, those of an update after that, and of one image."""
     state, family = assembled.abstract, assembled.family
-    batch = shapes_of(assembled.spec.features, config.data.batch)
+    batch = shapes_of(assembled.features, config.data.batch)
     parameters = {name: count(weights) for name, weights in state.params.items()}
     about = {
         'family': config.family,
@@ -149,9 +149,9 @@ def describe(config, assembled) -> dict:
         'conditions': list(family.conditions),
     }
     made = prepare.batch_features(assembled)
-    if made.keys() == assembled.spec.features.keys():
+    if made.keys() == assembled.features.keys():
         return about
-    one = jax.make_jaxpr(prepare.function(assembled))(assembled.frozen, shapes_of(assembled.spec.features, 1))
+    one = jax.make_jaxpr(prepare.function(assembled))(assembled.frozen, shapes_of(assembled.features, 1))
     own = shapes_of({name: f for name, f in made.items() if name not in batch}, 1)
     return about | {
         'prepared': {

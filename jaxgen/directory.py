@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen import data, files, origin
 from jaxgen.errors import UserError
+from jaxgen.text import tokenizers
+
+TOKENIZER = 'tokenizer'  # folder in a run's directory
 
 
 def saved_config(workdir: str) -> ConfigDict:
@@ -60,6 +63,16 @@ def saved_spec(workdir: str) -> data.Spec | None:
     if not os.path.exists(path):
         return None
     return configs.parse_json(path, data.spec_from_json, 'leave it away where the data are there')
+
+
+def saved_tokenizer(workdir: str) -> tokenizers.Tokenizer | None:
+    """The run's own tokenizer; None: it has none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    folder = os.path.join(os.path.expanduser(workdir), TOKENIZER)
+    return tokenizers.from_folder(folder) if os.path.isdir(folder) else None
 
 
 def used_config(workdir: str, saved: ConfigDict, config: ConfigDict | dict | None, named: Set[str]):

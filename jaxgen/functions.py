@@ -19,13 +19,13 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.sample import Program, Request, batch_size, settings_of, to_inside
 
 # Functions of a Family that a Run offers, and what they need beside themselves.
-OFFERED = ('sample', 'encode', 'decode', 'classify', 'denoise')
+OFFERED = ('sample', 'encode', 'encode_text', 'decode', 'classify', 'denoise')
 SLACK = 1e-3  # by which rounding may bring a pixel out of [-1, 1]
 
 
 def program(family: Family, name: str) -> Program:
-    """The program of a function of the family: encode, decode, classify or denoise. Families of the same options have
-    one."""
+    """The program of a function of the family: encode, encode_text, decode, classify or denoise. Families of the same
+    options have one."""
     leaves, structure = jax.tree.flatten(settings_of(family))  # constants in these functions
     values = tuple((np.shape(x), np.asarray(x).dtype.str, np.asarray(x).tobytes()) for x in leaves)
     return requested(Request(name, family.program or family, (structure, values), family))
@@ -52,7 +52,12 @@ def requested(request: Request) -> Program:
         x = to_inside({'x': arrays['x']})['x']
         return functions.denoise(state, frozen, to_inside(rest), x, arrays['sigma'])
 
-    function = {'encode': encode, 'decode': decode, 'classify': classify, 'denoise': denoise}[name]
+    def encode_text(state, frozen, arrays, rng):
+        x = functions.encode_text(state, frozen, arrays['tokens']).embedding.astype(jnp.float32)
+        return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+    made = {'encode': encode, 'encode_text': encode_text, 'decode': decode, 'classify': classify, 'denoise': denoise}
+    function = made[name]
 
     def call(state, frozen, arrays, seed):
         return fsdp.of_model(function)(state, frozen, arrays, randomness.stream(jax.random.key(seed), name))

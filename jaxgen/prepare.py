@@ -80,7 +80,7 @@ def function(assembled: Assembled) -> Callable:
 
 def analyse(assembled: Assembled) -> Program:
     """The program of a family that has one."""
-    batch = {name: jax.ShapeDtypeStruct((2, *f.shape), f.dtype) for name, f in assembled.spec.features.items()}
+    batch = {name: jax.ShapeDtypeStruct((2, *f.shape), f.dtype) for name, f in assembled.features.items()}
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), assembled.frozen)
     prepare = assembled.family.prepare
     assert prepare is not None
@@ -113,7 +113,7 @@ def analyse(assembled: Assembled) -> Program:
 
 def pictured(assembled: Assembled) -> set[str]:
     """Names of the batch's images, which the augmentation changes."""
-    return {name for name, f in assembled.spec.features.items() if len(f.shape) == 3}
+    return {name for name, f in assembled.features.items() if len(f.shape) == 3}
 
 
 def why_not(assembled: Assembled, program: Program | None = None) -> str:
@@ -133,7 +133,7 @@ def why_not(assembled: Assembled, program: Program | None = None) -> str:
 def batch_features(assembled: Assembled) -> dict[str, jax.ShapeDtypeStruct]:
     """What an example of a training batch holds, where all that can be prepared is, unless config.data.prepared is
     'off'. Abstract weights will do."""
-    spec = assembled.spec.features
+    spec = assembled.features
     if assembled.config.data.prepared == 'off' or why_not(assembled):
         return spec
     program = analyse(assembled)

@@ -261,6 +261,30 @@ class Run:
             arrays['sigma'] = functions.as_levels('sigma', sigma, len(arrays['image']))
         return self.apply('classify', arrays)
 
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, float32 [n, d], of length 1. Texts of more tokens than the model reads are cut.
+
+        Raises:
+          UserError: the family reads no texts.
+        """
+        functions.check_offered(self.assembled.family, 'encode_text', self.config.family)
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f'texts must be a list of them; it is {options.shown(texts)}')
+        tokens, _, cut = self.assembled.tokenizers['tokens'](list(texts))
+        if cut:
+            log.say(f'NOTE: {cut} of the texts are cut to {tokens.shape[1]} tokens')
+        return self.apply('encode_text', {'tokens': tokens})
+
+    def similarity(self, images, texts: Sequence[str]) -> np.ndarray:
+        """Cosines of the embeddings of images and texts, float32 [images, texts]: the likeliest text of an image is its
+        class, where the texts describe classes.
+
+        Args:
+          images: uint8 or floats in [-1, 1], [n, H, W, C].
+        """
+        functions.check_offered(self.assembled.family, 'encode_text', self.config.family)
+        return self.encode(images) @ self.encode_text(texts).T
+
     def denoise(self, images, sigma, condition: dict[str, Any] | None = None) -> np.ndarray:
         """Estimates of the images without noise, [n, H, W, C]: uint8 of uint8, else float32, not clipped.
 
@@ -351,6 +375,8 @@ class Run:
         results = held_out.evaluate(model, source, n, c.evaluate.batch, c.seed, anomalous, split)
         if 'factors' in a.spec.features and a.family.encode is not None and not a.family.latents.grids:
             results |= held_out.evaluate_disentanglement(model, source, n, c.evaluate.batch, c.seed)
+        if a.family.encode_text is not None and a.family.encode is not None and 'tokens' in a.texts:
+            results |= held_out.evaluate_retrieval(model, source, n, c.evaluate.batch, c.seed)
         return results
 
     def saved_params(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from jaxgen.assembly import Assembled, assemble, check_stages, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.contract import State
 from jaxgen.data.prepared import PreparedSet
-from jaxgen.directory import check_cycle, check_moved_data, save_config, saved_config
+from jaxgen.directory import TOKENIZER, check_cycle, check_moved_data, save_config, saved_config
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.run import Run, make_evaluator
@@ -148,7 +148,7 @@ class Training:
         self.config = config = as_it_began(workdir, config)
         self.workdir, self.callbacks = workdir, callbacks
         check_cycle(workdir, config)
-        self.a = a = assemble(config)
+        self.a = a = assemble(config, workdir=workdir)
         self.first = jax.process_index() == 0
         check_fits(config, a.mesh)
         self.k = config.train.updates_per_call
@@ -208,6 +208,8 @@ class Training:
         self.checkpoints.kept.best = self.best.step
         if self.first:
             save_config(workdir, config, a.spec)
+            if 'tokens' in a.texts:
+                a.tokenizers['tokens'].save(os.path.join(workdir, TOKENIZER))
             stopping.write(workdir, self.best)
         if self.evaluator:
             _ = self.evaluator.reference  # computed now, where a signal loses nothing
@@ -260,7 +262,7 @@ class Training:
 
     def batches(self, start: int, prepared: PreparedSet | None):
         return data.batches(
-            self.config.data, 'train', seed=self.config.seed, start=start, prepared=prepared,
+            self.config.data, 'train', seed=self.config.seed, start=start, prepared=prepared, finish=self.a.tokenised,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 

@@ -138,6 +138,7 @@ VARIANTS = {
 # The log that must fall on a fixed batch. Adversarial families have none: each network's loss rises
 # as the other learns.
 FALLS = {
+    'clip': 'loss',
     'classifier': 'loss',
     'consistency': 'loss',
     'ebm': None,  # the difference of two energies: samples chase the data

@@ -47,8 +47,22 @@ def first_batch(config) -> dict:
     """The first training batch of a config, as families get it."""
     from jaxgen import data, sample
 
-    batch = next(iter(data.batches(config.data, 'train', seed=0)))
+    batch = with_tokens(config, next(iter(data.batches(config.data, 'train', seed=0))))
     return sample.to_inside({k: jnp.asarray(v) for k, v in batch.items()})
+
+
+def with_tokens(config, batch: dict) -> dict:
+    """A batch with tokens in place of captions where the config's family reads them, by tokenizers made for it."""
+    from jaxgen.text import captions
+
+    if 'caption' not in batch:
+        return batch
+    texts = assembly.assemble(config, stage=assembly.abstract_stage).texts
+    return (
+        captions.tokenised(batch, {name: captions.trained(config.data, t) for name, t in texts.items()})
+        if texts
+        else batch
+    )
 
 
 def tiny_stage(folder: str):

@@ -618,6 +618,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     prepared: PreparedSet | None = None,
+    finish: Callable[[dict], dict] | None = None,
 ) -> Batches:
     """Endless batches {name: [batch / process_count, ...]}, shuffled anew in every epoch, augmented.
 
@@ -631,6 +632,7 @@ def batches(
       start: number of the first batch; it is gone to at once.
       batch: examples of one batch over all processes; data.batch by default.
       prepared: what batches of the training split have in place of 'image', see prepared.py.
+      finish: what each batch goes through in the end, in the loader's threads: captions become tokens.
 
     Returns:
       An iterator; `close()` ends its threads and processes.
@@ -654,7 +656,8 @@ def batches(
 
     def make(step: int) -> dict[str, np.ndarray]:
         numbers = step * batch + own
-        return take(numbers) | ({OTHER: others(numbers)['image']} if others else {})
+        out = take(numbers) | ({OTHER: others(numbers)['image']} if others else {})
+        return finish(out) if finish else out
 
     steps = grain.MapDataset.range(start, 2**62 // batch).map(make)
     # An element is a whole batch, so few of them are kept ready: with processes, two parts for each of these.

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import fsdp, log, randomness, sample, sharding
 from jaxgen.errors import RunError
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.metrics import detection, disentanglement
+from jaxgen.metrics import detection, disentanglement, retrieval
 
 
 @functools.lru_cache(maxsize=64)
@@ -27,7 +28,7 @@ def program(family) -> Callable:
 
 def metric_names(assembled, size: int) -> list[str]:
     """Names of the family's own metrics, by abstract evaluation of a batch of this size."""
-    features = assembled.spec.features
+    features = assembled.features
     batch = {name: jax.ShapeDtypeStruct((size, *f.shape), f.dtype) for name, f in features.items()}
     batch['index'] = jax.ShapeDtypeStruct((size,), np.int32)
     with jax.sharding.use_abstract_mesh(assembled.mesh.abstract_mesh):
@@ -106,6 +107,38 @@ def evaluate(
             area, stderr = detection.roc_auc(x, anomalous)
             numbers = {'n': int(anomalous.sum()), 'n_reference': int((~anomalous).sum())}
             results[f'auc/{name}'] = {'value': area, **({'stderr': stderr} if stderr == stderr else {}), **numbers}
+    return results
+
+
+@functools.lru_cache(maxsize=64)
+def pair_encoder(family) -> Callable:
+    """The jitted encoders of a family that reads texts: (state, frozen, batch, seed) -> {'image', 'text': [n, d]}, both
+    of length 1, and the texts' 'tokens'."""
+
+    def encode(state, frozen, batch, seed):
+        image = family.encode(state, frozen, sample.to_inside(batch), randomness.stream(jax.random.key(seed), 'encode'))
+        text = family.encode_text(state, frozen, batch['tokens']).embedding.astype(jnp.float32)
+        text = text / jnp.sqrt(jnp.square(text).sum(-1, keepdims=True) + 1e-12)
+        return {'image': image, 'text': text, 'tokens': batch['tokens']}
+
+    return sharding.jit(encode)
+
+
+RECALLS = (1, 5, 10)
+
+
+def evaluate_retrieval(model: BoundModel, source, n: int, batch: int, seed: int) -> dict[str, dict]:
+    """{metric: {'value', 'n'}} of the first n pairs of image and caption: 'recall@k/text', the fraction of images of
+    whose k most similar captions one is theirs, and 'recall@k/image' the other way round. A caption that is word for
+    word the same as an image's own is right."""
+    embeddings = map_examples(pair_encoder(model.family), model, source, n, batch, seed, 'retrieval')
+    _, number = np.unique(embeddings['tokens'], axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    results: dict[str, dict] = {}
+    for name, queries, answers in (('text', 'image', 'text'), ('image', 'text', 'image')):
+        ks = [k for k in RECALLS if k < n]
+        recalls = retrieval.recall(embeddings[queries], embeddings[answers], (number, number), ks)
+        results |= {f'recall@{k}/{name}': {'value': value, 'n': n} for k, value in recalls.items()}
     return results
 
 

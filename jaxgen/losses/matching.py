@@ -64,3 +64,19 @@ def matching_loss(similarity: Array, own: Array, same: Array, gamma3: float = 10
     logits = jnp.where(same & ~own, LOW, gamma3 * similarity)
     right = sum((jax.nn.log_softmax(logits, axis) * own).sum() for axis in (0, 1))
     return -right / len(similarity)
+
+
+def contrastive_loss(similarity: Array, same: Array | None = None) -> Array:
+    """Cross-entropy [n], nats, of finding each image's own text among all and each text's own image, their mean
+    (Radford et al. 2021, arXiv 2103.00020, figure 3).
+
+    Args:
+      similarity: [n, n], logits of image i and text j; image i's own text is text i.
+      same: bool [n, n], which texts are word for word image i's: these count in neither direction, but for its own;
+        None: all count, as in the paper.
+    """
+    chex.assert_rank(similarity, 2)
+    own = jnp.eye(len(similarity), dtype=bool)
+    logits = similarity if same is None else jnp.where(same & ~own, LOW, similarity)
+    of_images, of_texts = (-(jax.nn.log_softmax(logits, axis) * own).sum(axis) for axis in (1, 0))
+    return (of_images + of_texts) / 2

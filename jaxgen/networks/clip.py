@@ -116,7 +116,9 @@ class TextTower(nn.Module):
         x, before = apply_blocks(self, x, causal=True)
         norm = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm')
         last = norm(x)
-        pooled = last[jnp.arange(len(tokens)), tokens.argmax(-1)]
+        # Not by an index, whose gradient adds up in no fixed order on GPUs.
+        end = jax.nn.one_hot(tokens.argmax(-1), tokens.shape[1], dtype=last.dtype)
+        pooled = jnp.einsum('nt,ntc->nc', end, last, precision='highest')
         embedding = pooled
         if self.features:
             project = Dense(

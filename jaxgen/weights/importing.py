@@ -134,7 +134,7 @@ def initial(assembled: assembly.Assembled, paths: set[str]) -> dict[str, Deferre
     """{path: array} of those arrays that no file holds, as before the first update."""
     if not paths:
         return {}
-    spec = assembled.spec.features
+    spec = assembled.features
     n = assembled.config.data.batch
 
     def init(rng, frozen):

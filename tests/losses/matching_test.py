@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.losses.matching import matching_loss, sentence_similarity, word_similarity
+from jaxgen.losses.matching import contrastive_loss, matching_loss, sentence_similarity, word_similarity
 
 N, T, D = 3, 5, 4  # captions, words, features
 MASK = np.arange(T) < np.array([[T], [3], [1]])
@@ -50,3 +50,19 @@ def test_matching_loss_is_cross_entropy_both_ways():
     np.testing.assert_allclose(matching_loss(similarity[1:], own, own), expected, rtol=1e-4)
     parallel = sentence_similarity(jnp.eye(2), jnp.array([[3.0, 0.0], [1.0, 1.0]]))
     np.testing.assert_allclose(parallel, [[1, 0.5**0.5], [0, 0.5**0.5]], atol=1e-5)
+
+
+def test_contrastive_loss_is_that_of_the_paper():
+    """Cross-entropies of rows and columns written out, without and with texts that are the same."""
+    logits = normal(N, N).astype(np.float64)
+
+    def expected(kept: np.ndarray) -> np.ndarray:
+        weights = np.where(kept, np.exp(logits), 0)
+        own = np.diagonal(np.exp(logits))
+        return -(np.log(own / weights.sum(1)) + np.log(own / weights.sum(0))) / 2
+
+    np.testing.assert_allclose(contrastive_loss(jnp.asarray(logits)), expected(np.ones((N, N), bool)), rtol=1e-5)
+    same = np.eye(N, dtype=bool)
+    same[0, 2] = same[2, 0] = True
+    kept = ~same | np.eye(N, dtype=bool)
+    np.testing.assert_allclose(contrastive_loss(jnp.asarray(logits), same), expected(kept), rtol=1e-5)
