@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jaxgen.weights.files import Weights
 from jaxgen.weights.guided import heads_of
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network
+from jaxgen.weights.source import COSINES_FIRST, COUNTED_AS_HERE, Shapes, Source, network
 
 INSIDE: list[Substitution] = [
     ('(?<!attention)/norm1/', '/norm0/'),
@@ -73,13 +73,25 @@ def table(config: ConfigDict, shapes: Shapes) -> Table:
 
 
 def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """min(32, C // 4) groups."""
-    eps = 1e-5 if network(config) == 'adm' else 1e-6
-    where, augmented = 'model.network.', {}
+    """min(32, C // 4) groups; EDM's preconditioning, or that of VE SDEs, with which the network's output is the score.
+    The filter between levels is told by its buffers, if there are any."""
+    adm, where = network(config) == 'adm', 'model.network.'
+    prediction = config.model.training.prediction.name
+    fields = {
+        f'{where}groups': 32,
+        f'{where}group_size': 4,
+        f'{where}eps': 1e-5 if adm else 1e-6,
+        'model.training.prediction.name': prediction if prediction == 'score' else 'edm',
+        'model.training.prediction.data_std': 0.5,
+        **COUNTED_AS_HERE,
+    }
     if weights is not None and ('map_augment.weight' in weights) != bool(config.model.training.augmentation):
         # Labels of the augmentation, which samples have as 0: without the rate there is no place for these weights.
-        augmented = {'model.training.augmentation': 0.12 if 'map_augment.weight' in weights else 0.0}
-    return {f'{where}groups': 32, f'{where}group_size': 4, f'{where}eps': eps, **augmented}
+        fields['model.training.augmentation'] = 0.12 if 'map_augment.weight' in weights else 0.0
+    if adm:
+        return fields | {f'{where}head_channels': 64, **COSINES_FIRST}
+    taps = [t.shape[-1] for name, t in (weights or {}).items() if name.endswith('resample_filter')]
+    return fields | ({f'{where}resampling': 'box' if taps[0] == 2 else 'fir'} if taps else {})
 
 
 SOURCES = (

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network
+from jaxgen.weights.source import COSINES_FIRST, COUNTED_AS_HERE, Shapes, Source, network
 
 INSIDE: list[Substitution] = [
     (r'(?<=attention)/out/', '/proj_out/'),
@@ -101,9 +101,26 @@ def table(legacy: bool) -> Callable[[ConfigDict, Shapes], Table]:
 
 
 def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """32 groups at every width, torch's eps."""
+    """32 groups at every width, torch's eps. Networks with EDM's preconditioning, those of consistency_models, embed
+    a thousand times what EDM's own do."""
     where = 'model.network.'
-    return {f'{where}groups': 32, f'{where}group_size': 0, f'{where}eps': 1e-5}
+    norms = {f'{where}groups': 32, f'{where}group_size': 0, f'{where}eps': 1e-5}
+    precondition = network(config) and config.model.training.prediction.name == 'edm'
+    time = {**COUNTED_AS_HERE, **({'model.training.time_scale': 1000.0} if precondition else {})}
+    return {**norms, **COSINES_FIRST, f'{where}padding': 'all', **time}
+
+
+def remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    """The heads, and the time of a chain of other than 1000 steps."""
+    s, process = config.model.network, config.model.process
+    heads = f'{s.head_channels} channels a head, head_channels' if s.head_channels else f'{s.heads} heads, heads'
+    lines = [f'the file does not say how many heads its attention has: {heads} of config.model.network']
+    if process.get('timesteps', 1000) != 1000 and 'rescale_timesteps' in process:
+        lines.append(
+            f'the file does not say whether it embeds steps of {process.timesteps} or of 1000: '
+            f'config.model.process.rescale_timesteps is {process.rescale_timesteps}'
+        )
+    return lines
 
 
 def fits(config: ConfigDict) -> bool:
@@ -126,11 +143,12 @@ SOURCES = (
     Source(
         'guided', 'improved-diffusion, guided-diffusion and latent-diffusion, q, k, v head by head', fits, table(True),
         roots=('', 'state_dict.', 'model.diffusion_model.', 'state_dict.model.diffusion_model.'), prepare=averages,
-        fields=fields,
+        fields=fields, remarks=remarks,
         distinct="q, k and v head by head: all published ones but ADM at 64 pixels", licence='MIT',
     ),
     Source(
         'guided_new_order', 'guided-diffusion with use_new_attention_order (ADM at 64 pixels)', fits, table(False),
-        roots=('', 'state_dict.'), fields=fields, distinct='q, k and v whole: ADM at 64 pixels', licence='MIT',
+        roots=('', 'state_dict.'), fields=fields, remarks=remarks,
+        distinct='q, k and v whole: ADM at 64 pixels', licence='MIT',
     ),
 )  # fmt: skip

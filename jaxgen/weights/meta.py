@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxgen.errors import UserError
+from jaxgen.networks.dit import position_embedding
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, known, network, numbers, of_shape
+from jaxgen.weights.source import COUNTED_AS_HERE, Shapes, Source, known, network, numbers, of_shape
 
 
 def dit(config: ConfigDict, shapes: Shapes) -> Table:
@@ -95,9 +98,51 @@ def var_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     return {'model.blocks': len(blocks), **known(sizes), **choices}
 
 
+# {(channels, blocks): heads} of the published sizes S, B, L and XL.
+HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
+
+
+def of_both(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Fields of DiT and SiT.
+
+    Raises:
+      UserError: the file's table of positions is not the fixed one.
+    """
+    net = config.model.network
+    fields = {'model.network.freq_shift': 0, 'model.network.mlp_eps': 1e-6}
+    if (net.channels, net.blocks) in HEADS:
+        fields['model.network.heads'] = HEADS[net.channels, net.blocks]
+    table = weights.get('pos_embed') if weights is not None else None
+    if table is None:
+        return fields
+    side = math.isqrt(table.shape[1]) if len(table.shape) == 3 else 0
+    if table.shape != (1, side * side, net.channels):
+        raise UserError(f'pos_embed of the file is {list(table.shape)}: positions here are those of a square grid')
+    values = np.asarray(table.read()[0], np.float32)
+    if not np.allclose(values, position_embedding(side, side, net.channels), atol=1e-2):
+        raise UserError('pos_embed of the file is not the fixed table of DiT, which is the one that there is here')
+    return fields
+
+
+def dit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """The noise is predicted, or with an option of DiT's code the image."""
+    prediction = config.model.training.prediction.name
+    prediction = prediction if prediction == 'x0' else 'eps'
+    return {**of_both(config, weights), 'model.training.prediction.name': prediction, **COUNTED_AS_HERE}
+
+
 def sit_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Time from the noise at 0 to the image at 1."""
-    return {'model.training.time_scale': -0.001, 'model.training.time_shift': 1.0}
+    time = {'model.training.time_scale': -0.001, 'model.training.time_shift': 1.0}
+    return {**of_both(config, weights), 'model.training.prediction.name': 'flow', **time}
+
+
+def remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    """The heads of a size that is not published."""
+    net = config.model.network
+    if (net.channels, net.blocks) in HEADS:
+        return []
+    return [f'the file does not say how many heads its attention has: {net.heads}, config.model.network.heads']
 
 
 def is_dit(config: ConfigDict, flow: bool) -> bool:
@@ -107,11 +152,11 @@ def is_dit(config: ConfigDict, flow: bool) -> bool:
 SOURCES = (
     Source(
         'dit', 'DiT of facebookresearch', lambda c: is_dit(c, False), dit, roots=('', 'ema.', 'model.'),
-        skip='pos_embed', licence='CC BY-NC 4.0',
+        skip='pos_embed', fields=dit_fields, remarks=remarks, licence='CC BY-NC 4.0',
     ),
     Source(
         'sit', 'SiT of willisma', lambda c: is_dit(c, True), sit, roots=('', 'ema.', 'model.'), skip='pos_embed',
-        fields=sit_fields, licence='MIT',
+        fields=sit_fields, remarks=remarks, licence='MIT',
     ),
     Source(
         'var', 'VAR of FoundationVision', lambda c: c.family == 'var', var, roots=('', 'trainer.var_wo_ddp.'),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network
+from jaxgen.weights.source import COUNTED_AS_HERE, Shapes, Source, network
 
 INSIDE: list[Substitution] = [
     ('_attention/qkv/kernel$', '_attention/{NIN_0,NIN_1,NIN_2}/W'),
@@ -117,10 +117,13 @@ def averages_by_name(weights: Weights) -> Weights:
 
 
 def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """min(32, C // 4) groups; 32 at every width in DDPM's blocks."""
+    """min(32, C // 4) groups; 32 at every width in DDPM's blocks. The output is the score times sigma, and of VP SDEs
+    the noise."""
     net = config.model.network
     where = 'model.network.'
-    return {f'{where}groups': 32, f'{where}group_size': 0 if net.resampling == 'conv' else 4, f'{where}eps': 1e-6}
+    norms = {f'{where}groups': 32, f'{where}group_size': 0 if net.resampling == 'conv' else 4, f'{where}eps': 1e-6}
+    prediction = 'score' if config.model.process.name == 've' else 'eps'
+    return {**norms, 'model.training.prediction.name': prediction, **COUNTED_AS_HERE}
 
 
 SOURCES = (

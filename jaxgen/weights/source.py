@@ -32,6 +32,11 @@ def known(fields: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if value not in (0, ())}
 
 
+# Fields of time as most sources count it, and of ADM's embedding of it.
+COUNTED_AS_HERE: Mapping[str, Any] = {'model.training.time_scale': 1.0, 'model.training.time_shift': 0.0}
+COSINES_FIRST: Mapping[str, Any] = {'model.network.sines_first': False, 'model.network.freq_shift': 0}
+
+
 def no_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -11,9 +12,10 @@ import pytest
 from jaxgen import assembly
 from jaxgen import config as configs
 from jaxgen.errors import UserError
+from jaxgen.networks.dit import position_embedding
 from jaxgen.weights import mapping, published, sources
 from jaxgen.weights.files import Tensor, Weights
-from jaxgen.weights.importing import flat_shapes, published_part
+from jaxgen.weights.importing import flat_shapes, other_fields, published_part
 from jaxgen.weights.mapping import Layout, Table
 
 # Names and shapes of state dicts of small networks of each source's own classes.
@@ -91,10 +93,14 @@ def test_check_names_what_is_missing_left_over_and_of_another_shape():
 
 def case(name: str) -> tuple:
     """(config, shapes of our arrays, file) of one of NAMES, its tensors zeros that take no memory."""
-    one = NAMES[name]
-    config = configs.override(configs.load(one['config']), [f'--config.{text}' for text in one['overrides']])
+    one, config = NAMES[name], case_config(name)
     file = tensors({n: np.broadcast_to(np.float32(0), shape) for n, shape in one['tensors'].items()})
     return config, shapes_of(config), Weights(name, file)
+
+
+def case_config(name: str):
+    one = NAMES[name]
+    return configs.override(configs.load(one['config']), [f'--config.{text}' for text in one['overrides']])
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
@@ -152,7 +158,7 @@ def test_published_weights_have_configs_with_the_fields_of_their_source():
         config = published.config_of(one)
         source, resolved = sources.for_config(config, one.names)[0], config.to_dict()
         for field, value in source.fields(config, None).items():
-            assert configs.get(resolved, field) == value, (one.name, field)
+            assert not configs.contains(resolved, field) or configs.get(resolved, field) == value, (one.name, field)
 
 
 def test_published_weights_are_found_by_name():
@@ -171,3 +177,94 @@ def test_averages_of_compvis_are_preferred():
     fit = sources.choose(config, shapes, Weights('ldm', {**trained, **averages, **others}), 'guided')
     mapping.check(fit.entries, fit.weights, fit.source.skip, 'ldm')
     assert all((entry.read(fit.weights) == 1).all() for entry in fit.entries[:10])
+
+
+NORM = {'norm/scale': (64,)}  # a norm of this width
+
+
+@pytest.mark.parametrize(('case', 'change', 'field', 'value'), [
+    ('ADM', 'network.group_size=4', 'network.group_size', 0),
+    ('ADM', 'network.groups=16', 'network.groups', 32),
+    ('ADM', 'network.eps=1e-6', 'network.eps', 1e-5),
+    ('ADM', 'network.sines_first=True', 'network.sines_first', False),
+    ('ADM', 'network.freq_shift=1', 'network.freq_shift', 0),
+    ('IDDPM', 'network.padding=end', 'network.padding', 'all'),
+    ('IDDPM', 'training.time_scale=2.0', 'training.time_scale', 1.0),
+    ('ADM', 'training.time_shift=1.0', 'training.time_shift', 0.0),
+    ('ADM classifier', 'network.eps=1e-6', 'network.eps', 1e-5),
+    ('ADM classifier', 'network.freq_shift=1', 'network.freq_shift', 0),
+    ('EDM, DDPM++', 'network.group_size=0', 'network.group_size', 4),
+    ('EDM, DDPM++', 'network.eps=1e-5', 'network.eps', 1e-6),
+    ('EDM, DDPM++', 'network.resampling=fir', 'network.resampling', 'box'),
+    ('EDM, NCSN++', 'network.resampling=box', 'network.resampling', 'fir'),
+    ('EDM, DDPM++', 'training.prediction.data_std=1.0', 'training.prediction.data_std', 0.5),
+    ('EDM, DDPM++', 'training.prediction=eps', 'training.prediction.name', 'edm'),
+    ('EDM, DDPM++', 'training.time_scale=1000.0', 'training.time_scale', 1.0),
+    ('EDM, ADM', 'network.head_channels=32', 'network.head_channels', 64),
+    ('EDM, ADM', 'network.eps=1e-6', 'network.eps', 1e-5),
+    ('DiT', 'network.freq_shift=1', 'network.freq_shift', 0),
+    ('DiT', 'network.mlp_eps=1e-5', 'network.mlp_eps', 1e-6),
+    ('DiT', 'training.prediction=v', 'training.prediction.name', 'eps'),
+    ('DiT', 'training.time_scale=-0.001', 'training.time_scale', 1.0),
+    ('SiT', 'training.time_scale=1.0', 'training.time_scale', -0.001),
+    ('SiT', 'training.time_shift=0.0', 'training.time_shift', 1.0),
+    ('SiT', 'training.prediction=x0', 'training.prediction.name', 'flow'),
+    ('NCSN++, residual', 'network.group_size=0', 'network.group_size', 4),
+    ('NCSN++, residual', 'network.eps=1e-5', 'network.eps', 1e-6),
+    ('NCSN++, residual', 'training.prediction=eps', 'training.prediction.name', 'score'),
+    ('NCSN++, skip', 'training.time_scale=2.0', 'training.time_scale', 1.0),
+    ('VQGAN', 'group_size=4', 'group_size', 0),
+    ('VQGAN', 'eps=1e-5', 'eps', 1e-6),
+    ('KL autoencoder', 'groups=16', 'groups', 32),
+    ('VAR VQ-VAE', 'eps=1e-5', 'eps', 1e-6),
+])  # fmt: skip
+def test_what_names_cannot_tell_is_named(case, change, field, value):
+    """Nothing differs but the field that was changed, which the file's source has otherwise."""
+    one = NAMES[case]
+    file = Weights(case, tensors({n: np.broadcast_to(np.float32(0), s) for n, s in one['tensors'].items()}))
+    file = dataclasses.replace(file, tensors={n: t for n, t in file.items() if n != 'pos_embed'})
+    file = file.below('model.') if one['source'] == 'edm' else file
+    wrong = []
+    for changes in ([], [f'model.{change}']):
+        lines = [f'--config.{text}' for text in [*one['overrides'], *changes]]
+        config = configs.override(configs.load(one['config']), lines)
+        wrong.append(other_fields(config, sources.for_config(config, one['source'])[0], file, NORM))
+    assert wrong[0] == {}
+    assert wrong[1].pop(f'model.{field}')[0] == value and wrong[1] == {}
+
+
+def test_heads_that_the_file_does_not_tell():
+    """Those of a published size are known; of others it is said that they are the config's."""
+    config = configs.override(configs.load('dit_imagenet256'), ['--config.model.network.heads=8'])
+    (source,) = sources.for_config(config, 'dit')
+    assert other_fields(config, source, None, {}) == {'model.network.heads': (16, 8)}
+    assert source.remarks(config, Weights('file', {})) == []
+    config.model.network.blocks = 3
+    assert other_fields(config, source, None, {}) == {}
+    assert source.remarks(config, Weights('file', {})) == [
+        'the file does not say how many heads its attention has: 8, config.model.network.heads'
+    ]
+    config = configs.load('iddpm_cifar10')
+    (heads, time) = sources.for_config(config, 'guided')[0].remarks(config, Weights('file', {}))
+    assert heads.endswith('4 heads, heads of config.model.network') and time.endswith('rescale_timesteps is True')
+    config = configs.load('adm_imagenet64')
+    (heads,) = sources.for_config(config, 'guided')[0].remarks(config, Weights('file', {}))
+    assert heads.endswith('64 channels a head, head_channels of config.model.network')
+
+
+def test_positions_are_the_fixed_ones():
+    config = case_config('DiT')
+    (source,) = sources.for_config(config, 'dit')
+    fixed = position_embedding(4, 4, 64)[None]
+    source.fields(config, Weights('file', tensors({'pos_embed': fixed.astype(np.float16)})))
+    for table, line in ((fixed[:, ::-1], 'is not the fixed table'), (fixed[:, :15], r'is \[1, 15, 64\]')):
+        with pytest.raises(UserError, match=f'pos_embed of the file {line}'):
+            source.fields(config, Weights('file', tensors({'pos_embed': table})))
+
+
+def test_teachers_of_consistency_models_embed_a_thousand_times_as_much():
+    config = configs.override(configs.load('adm_imagenet64'), ['--config.model.process=ve', *[
+        f'--config.model.{field}' for field in ('training.prediction=edm', 'training.variance=fixed')
+    ]])  # fmt: skip
+    source = sources.for_config(config, 'guided')[0]
+    assert other_fields(config, source, None, {}) == {'model.training.time_scale': (1000.0, 1.0)}
