@@ -622,3 +622,68 @@ def test_sit_by_hand(released):
         noise = samplers.noise_of(keys, i, x)
         x = x + h * (velocity + t * score) + np.sqrt(2 * t * h) * noise
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+
+
+def made(process, **fields):
+    """The sampler of a section of these fields, the others at their defaults."""
+    from jaxgen import options
+    from jaxgen.families import diffusion
+
+    return samplers.make(options.value_of(options.fields(diffusion.build)['sampler'], fields, 'sampler'), process)
+
+
+@pytest.mark.parametrize('clipped_noise', [True, False])
+@pytest.mark.parametrize('to_first', [True, False])
+@pytest.mark.parametrize('eta', [0.0, 0.7])
+def test_ddim_with_clipped_estimates_by_hand(clipped_noise, to_first, eta):
+    """Song et al. 2021, eq. 12: the noise of a step beside a clipped x_0 is what x_t holds beside it, or the network's;
+    the last step leads to the data, or to the first level of the chain."""
+    from jaxgen.diffusion import processes
+
+    process = processes.linear(timesteps=20, beta_end=0.5)
+    sampler = made(
+        process, name='ddim', steps=4, offset=1, eta=eta, clipped_noise=clipped_noise, to_first=to_first, clip=True
+    )
+    levels = sampler.schedule
+    assert levels.t.tolist() == [1, 6, 11, 16]
+
+    def eps_of(x, t):
+        return 1.5 * jnp.sin(3 * x + t)  # far from the noise: estimates beyond [-1, 1]
+
+    def denoise(x, t):
+        at = process.at(t)
+        x_0 = (x - at.sigma * eps_of(x, t)) / at.alpha
+        return x_0 if sampler.clip_here else jnp.clip(x_0, -1, 1)
+
+    x, keys, outside = normal(keys_of(0, 3), (5,)), keys_of(1, 3), 0
+    drawn = samplers.run(denoise, x, sampler.table, keys)
+    first = process.at(np.array([0]))
+    for i in (3, 2, 1, 0):
+        alpha, sigma = levels.alpha[i], levels.sigma[i]
+        end = (first.alpha[0], first.sigma[0]) if to_first else (1.0, 0.0)
+        alpha_s, sigma_s = (levels.alpha[i - 1], levels.sigma[i - 1]) if i else end
+        eps = eps_of(x, jnp.int32(levels.t[i]))
+        x_0 = (x - sigma * eps) / alpha
+        outside += (jnp.abs(x_0) > 1).sum()
+        x_0 = jnp.clip(x_0, -1, 1)
+        eps = (x - alpha * x_0) / sigma if clipped_noise else eps
+        std = eta * sigma_s / sigma * np.sqrt(1 - alpha**2 / alpha_s**2)
+        x = alpha_s * x_0 + np.sqrt(sigma_s**2 - std**2) * eps + std * samplers.noise_of(keys, i, x)
+    assert outside > 10
+    np.testing.assert_allclose(drawn, x, rtol=1e-3, atol=1e-4)
+
+
+def test_start_and_levels_of_a_section():
+    from jaxgen.diffusion import processes
+    from jaxgen.errors import UserError
+
+    process = processes.scaled_linear()
+    assert made(process).start == process.at(np.array([999])).sigma[0] < 0.998
+    assert made(process, unit_start=True).start == 1
+    assert made(process, name='ddim', steps=30, spacing='leading').schedule.t.tolist() == list(range(0, 990, 33))
+    with pytest.raises(UserError, match=r'offset 34 moves the last of 30 levels, 966, beyond that of the process, 999'):
+        made(process, steps=30, offset=34)
+    with pytest.raises(UserError, match=r'unit_start is of processes with alpha\^2'):
+        made(processes.ve(), name='heun', unit_start=True)
+    with pytest.raises(UserError, match=r'offset is of chains'):
+        made(processes.vp(), name='heun', offset=1)

@@ -603,7 +603,8 @@ def test_classifier_guidance_pulls_to_the_class():
     assert 0 < pull[1.0] < pull[50.0]
 
 
-def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
+@pytest.mark.parametrize('variance', ['fixed_small', 'fixed_large'])
+def test_guided_ancestral_steps_move_by_their_variance(monkeypatch, variance):
     """Dhariwal & Nichol 2021, algorithm 1: the mean of a step moves by its variance times the gradient."""
     seen, (_, state) = {}, tiny(sample_steps=5, beta_end=0.5)  # kept for others: built with the sampler as it is
 
@@ -612,7 +613,7 @@ def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
         return x
 
     monkeypatch.setattr(samplers, 'run', recorded)
-    options = {**TINY, 'sample_steps': 5, 'beta_end': 0.5, 'variance': 'fixed_small', 'clip': False}
+    options = {**TINY, 'sample_steps': 5, 'beta_end': 0.5, 'variance': variance, 'clip': False}
     batch = {'index': jnp.arange(2), 'label': jnp.zeros(2, jnp.int32)}
     stages, frozen = {'classifier': toy_classifier()}, {'classifier': (None, {})}
     x_0 = []
@@ -630,7 +631,8 @@ def test_guided_ancestral_steps_move_by_their_variance(monkeypatch):
 
     gradient = jax.grad(log_p)(seen['x'])
     moved = moves.x_0_weight[-2] * (x_0[1] - x_0[0])
-    np.testing.assert_allclose(moved, 3.0 * moves.variance[-2] * gradient, rtol=1e-3, atol=1e-7)
+    expected = {'fixed_small': moves.variance, 'fixed_large': moves.forward}[variance][-2]
+    np.testing.assert_allclose(moved, 3.0 * expected * gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_importance_sampling_through_updates():
