@@ -522,6 +522,12 @@ def test_evaluated_and_trained_from_an_import(tmp_path, capsys):
     assert run_main(['jaxgen', alone, '--mode=evaluate', *few]) == 2
     assert 'import it with --discriminator=FILE, or train on' in capsys.readouterr().err
 
+    assert run_main(['jaxgen', both, '--mode=pack', f'--out={tmp_path}/packed']) == 0
+    packed = [f'--workdir={tmp_path}/packed', f'--to={tmp_path}/packed.safetensors']
+    assert run_main(['jaxgen', *packed, '--mode=export']) == 0
+    names = safetensors.numpy.load_file(tmp_path / 'packed.safetensors')
+    assert {'mapping.w_avg', 'D.b4.out.weight'} <= names.keys()
+
     published = jaxgen.load(str(tmp_path / 'both')).saved_params()['discriminator']
     train = ['--config.data.batch=8', '--config.train.steps=2', '--config.train.samples=1', '--config.optim.lr=1e-6']
     train += ['--config.train.save_every=2', '--config.train.sample_every=0', '--config.train.log_every=1']
