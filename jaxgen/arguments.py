@@ -227,7 +227,7 @@ def check_flags(values: flags.FlagValues) -> None:
     for name in {'import': ('from',), 'export': ('to',), 'compile': ('topology',)}.get(mode, ()):
         if not values[name].value:
             raise UserError(f'--mode={mode} needs --{name}: {values[name].help.partition(": ")[2]}')
-    if mode != 'list' and not values.config and (mode in WITHOUT_RUN or not values.workdir):
+    if mode not in ('list', 'import') and not values.config and (mode in WITHOUT_RUN or not values.workdir):
         config = '--config=NAME (--mode=list prints them) or --config=FILE.py'
         need = config if mode in WITHOUT_RUN else '--workdir=DIRECTORY of a run, or --config=NAME'
         raise UserError(f'--mode={mode} needs {need}')

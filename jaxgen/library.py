@@ -100,7 +100,8 @@ def import_weights(
     Args:
       path: a .safetensors file, a file of torch, or a folder of the hub.
       name: of published weights, see `jaxgen.published()`: it says config and source.
-      config: of the network that the weights are of, where they have no such name.
+      config: of the network that the weights are of, where they have no such name. Without either it is made by the
+        config.json of a model or pipeline of diffusers.
       workdir: the run's directory; 'runs/NAME' by default, of the config.
       names: of the source, where the names in the file fit several.
       discriminator: of a GAN, a file of its own, where `path` does not have it.
@@ -109,13 +110,15 @@ def import_weights(
       UserError: no such weights, or they do not fit the config; a file that only code could open.
     """
     from jaxgen import run as runs
-    from jaxgen.weights import importing
+    from jaxgen.weights import importing, pipelines
     from jaxgen.weights import published as known
 
-    if bool(name) == (config is not None):
+    if name and config is not None:
         raise UserError('name the published weights, or give the config of their network: one of them')
     licence = ''
-    if name:
+    if not name and config is None:
+        base, checked = pipelines.derived(files.as_path(path, 'path'))
+    elif name:
         one = known.find(name)
         licence = one.licence
         checked, names, base = known.config_of(one), names or one.names, one.config

@@ -14,7 +14,8 @@ Modes:
             of HBM, what is sent, the least time, and what to change; --out=FILE.json has all numbers
   prepare   compute what frozen stages make of a config's training images, latents or codes, which training does by
             itself where it is worth it (config.data.prepared): on another machine, or before many trainings
-  import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]
+  import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]; a model of diffusers
+            needs no --config
   export    write a run's weights with the names of a source: --to=FILE_OR_FOLDER [--names=SOURCE]
   data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
             grid of a training batch and of test examples: PNG and JSON
@@ -81,7 +82,7 @@ from jaxgen import run as runs
 from jaxgen.data import summary
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
-from jaxgen.weights import exporting, importing
+from jaxgen.weights import exporting, importing, pipelines
 
 
 def parse_condition(text: str) -> tuple[str, str]:
@@ -276,14 +277,20 @@ def main(argv: list[str]) -> None:
         'samples': values.n if mode == 'evaluate' else 0,
     }
     overrides += [f'--config.evaluate.{name}={value}' for name, value in measured.items() if value]
-    workdir = values.workdir or os.path.join('runs', configs.name(values.config))
+    base = configs.name(values.config) if values.config else os.path.basename(str(values['from'].value).rstrip('/'))
+    workdir = values.workdir or os.path.join('runs', base)
     if values.multihost:
         hosts.start()
     sharding.check_devices()
     if mode in arguments.DOING and mode != 'compile':
         compilation.use(values.cache, values.multihost)
     if mode in ('train', 'describe', 'compile', 'prepare', 'data', 'import'):
-        config = configs.override(configs.load(values.config), overrides)
+        if mode == 'import' and not values.config:
+            base, config = pipelines.derived(str(values['from'].value))
+            log.say(f'config: {base}, with the sizes that config.json says')
+        else:
+            config = configs.load(values.config)
+        config = configs.override(config, overrides)
         if mode == 'data':
             data_mode(config, values.out or os.path.join(workdir, 'data'))
             return
@@ -291,7 +298,12 @@ def main(argv: list[str]) -> None:
             compile_mode(config, workdir, values.topology, values.out)
         elif mode == 'import':
             importing.import_weights(
-                config, str(values['from'].value), workdir, values.names, discriminator=values.discriminator
+                config,
+                str(values['from'].value),
+                workdir,
+                values.names,
+                discriminator=values.discriminator,
+                named=configs.fields_of(overrides),
             )
         elif mode == 'prepare':
             prepare.prepare_mode(config, workdir)

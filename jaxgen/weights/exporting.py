@@ -13,13 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import jaxgen
-from jaxgen import files, log, memory, sharding
+from jaxgen import assembly, directory, files, log, memory, sharding
 from jaxgen.errors import UserError
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, sources, whole
-from jaxgen.weights.files import DTYPES
+from jaxgen.weights import diffusers, pipelines, schedulers, sources, whole
+from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
+from jaxgen.weights.source import network as network_name
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # in a folder of the hub
 FOLDER = (WEIGHTS, 'config.json', 'README.md')
@@ -154,16 +155,61 @@ def write_torch(to: str, export: Export) -> None:
 
 
 def write_folder(to: str, run: Run, source: Source, export: Export, metadata: dict[str, str]) -> None:
-    """Writes weights, config.json and README.md into a new folder: all of them or none."""
+    """Writes weights, config.json and README.md into a new folder, and the earlier stages and the scheduler beside them
+    where diffusers has a pipeline of these: all of them or none."""
+    parts = pipeline_of(run) if source.name == 'diffusers' and run.config.stages else {}
     with whole.new_directory(to, 'export', '--to') as new:
-        with memory.returned(), files.replacing(os.path.join(new, WEIGHTS)) as file:
-            write_safetensors(file, export, metadata)
-        if source.name == 'diffusers':
-            files.save_json(os.path.join(new, 'config.json'), diffusers.model_config(run.config, run.assembled))
+        for folder, stage in parts.items():
+            own = source_of(stage, 'diffusers')
+            more = {'scaling_factor': run.config.model.latent_scale}
+            write_model(os.path.join(new, folder), stage, own, Export(stage, own), metadata, more)
+        if parts:
+            network = 'transformer' if network_name(run.config) == 'dit' else 'unet'
+            write_model(os.path.join(new, network), run, source, export, metadata)
+            scheduler = schedulers.scheduler_config(run.config)
+            files.save_json(os.path.join(new, pipelines.SCHEDULER, pipelines.SCHEDULER_CONFIG), scheduler)
+            index = {name: os.path.join(new, name, 'config.json') for name in (*parts, network)}
+            kinds = {name: ['diffusers', read_json(path)['_class_name']] for name, path in index.items()}
+            index = {**kinds, 'scheduler': ['diffusers', scheduler['_class_name']]}
+            pipeline = 'DiTPipeline' if network == 'transformer' else 'LDMPipeline'
+            files.save_json(os.path.join(new, PIPELINE), {'_class_name': pipeline, **index})
         else:
-            files.save_json(os.path.join(new, 'config.json'), json.loads(run.config.to_json_best_effort()))
+            write_model(new, run, source, export, metadata)
         with files.replacing(os.path.join(new, 'README.md')) as file:
             file.write(card(run, source).encode())
+
+
+def pipeline_of(run: Run) -> dict[str, Run]:
+    """{folder: stage} of a run's earlier stages, by the pipelines of diffusers.
+
+    Raises:
+      UserError: it has none of such stages.
+    """
+    if set(run.config.stages) != {'first'} or network_name(run.config) not in ('dit', 'unet', 'adm'):
+        raise UserError('diffusers has no pipeline of such stages: name a file, --to=FILE.safetensors')
+    folder = 'vae' if network_name(run.config) == 'dit' else 'vqvae'
+    path = run.config.stages['first']
+    config, spec, _ = directory.read(path)
+    assembled = assembly.assemble(config, run.assembled.mesh, assembly.abstract_stage, spec)
+    state, _ = run.assembled.frozen['first']
+    return {folder: Run(path, config, assembled, state, 'ema')}
+
+
+def write_model(
+    folder: str, run: Run, source: Source, export: Export, metadata: dict[str, str], more: dict[str, Any] | None = None
+) -> None:
+    """Writes the weights of one network and its config.json into a folder.
+
+    Args:
+      more: what its config.json says besides.
+    """
+    if source.name == 'diffusers':
+        config = diffusers.model_config(run.config, run.assembled)
+    else:
+        config = json.loads(run.config.to_json_best_effort())
+    files.save_json(os.path.join(folder, 'config.json'), {**config, **(more or {})})
+    with memory.returned(), files.replacing(os.path.join(folder, WEIGHTS)) as file:
+        write_safetensors(file, export, metadata)
 
 
 def card(run: Run, source: Source) -> str:

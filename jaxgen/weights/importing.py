@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxgen.checkpoint import Checkpoints, Deferred
 from jaxgen.contract import State
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
-from jaxgen.weights import mapping, sources, whole
+from jaxgen.weights import mapping, pipelines, sources, whole
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.source import Shapes, Source
 
@@ -189,34 +189,63 @@ def find_discriminator(
 
 
 def import_weights(
-    config: ConfigDict, path: str, workdir: str, names: str = '', licence: str = '', discriminator: str = ''
+    config: ConfigDict,
+    path: str,
+    workdir: str,
+    names: str = '',
+    licence: str = '',
+    discriminator: str = '',
+    named: Set[str] = frozenset(),
 ) -> None:
     """Writes the run `workdir`, at step 0, with the weights of a published file or folder.
+
+    Of a pipeline, or of a file that holds earlier stages too, these become runs in WORKDIR/stages.
 
     Args:
       config: of the network that the weights are of.
       names: of the source, one of `sources.SOURCES`; '': by the names in the file.
       licence: of the weights; '': that which a README.md beside them or else the source states.
       discriminator: file of the discriminator, where that of the generator does not have it.
+      named: fields that the person set, {'stages.first', ...}: what a pipeline says of others is taken over.
 
     Raises:
       UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
     """
     workdir = os.path.expanduser(workdir)
     whole.check_free(workdir, '--workdir')
-    weights = open_weights(path)
+    parts = pipelines.parts_for(config, path, named)
+    config, lines = pipelines.with_scheduler(config, parts.scheduler, named)
+    config, more = pipelines.with_scale(config, parts, named)
+    lines += more
     with whole.new_directory(workdir, 'import', '--workdir') as new:
-        lines = write_run(new, config, weights, names, licence, discriminator)
+        stages = {}
+        for name, weights in parts.stages.items():
+            stages[name] = os.path.join(new, 'stages', name)
+            os.makedirs(stages[name])
+            stage = pipelines.stage_config(config, name, weights)
+            lines += [f'stages.{name}: {line}' for line in write_run(stages[name], stage, weights, '', licence, '')]
+        here = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages}))
+        there = {name: os.path.join(workdir, 'stages', name) for name in stages}
+        lines += write_run(new, here, parts.weights, names, licence, discriminator, there)
     for line in lines:
         log.say(line)
     log.say(f'{workdir} is a run at step 0')
 
 
 def write_run(
-    folder: str, config: ConfigDict, weights: Weights, names: str, licence: str, discriminator: str
+    folder: str,
+    config: ConfigDict,
+    weights: Weights,
+    names: str,
+    licence: str,
+    discriminator: str,
+    stages: dict[str, str] | None = None,
 ) -> list[str]:
     """Writes a run at step 0 into an empty directory: the weights are read, checked and written array by array. Returns
     lines on what was written.
+
+    Args:
+      stages: paths that its earlier stages will have, where they will be moved.
 
     Raises:
       UserError: as `import_weights`.
@@ -247,7 +276,7 @@ def write_run(
     record = {
         'source': fit.source.name,
         'title': fit.source.title,
-        'file': os.path.basename(os.path.abspath(weights.path)),
+        'file': pipelines.name_of(weights.path),
         'licence': licence or stated_licence(weights.path) or fit.source.licence,
         'jaxgen': jaxgen.__version__,
     }
@@ -278,7 +307,8 @@ def write_run(
     for one in opened:
         one.check_unchanged()
     files.save_json(os.path.join(folder, RECORD), record)
-    directory.save_config(folder, assembled.config, assembled.spec)
+    saved = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages or {}}))
+    directory.save_config(folder, saved, assembled.spec)
     lines = [f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}']
     if re.search(r'non-?commercial|\bnc\b', record['licence'], re.IGNORECASE):
         lines.append(f'NOTE: these weights are under {record["licence"]}: not for commercial use')

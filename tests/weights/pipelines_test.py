@@ -102,7 +102,8 @@ def imported(pipeline, part: str, config: str, fields: list[str], tmp_path):
 def exported(run, tmp_path, cls):
     """The network of a run in the class of diffusers, by its export."""
     exporting.export_weights(run, str(tmp_path / 'out'), 'diffusers')
-    return cls.from_pretrained(tmp_path / 'out')
+    part = '' if not run.config.stages else 'transformer' if run.config.model.network.name == 'dit' else 'unet'
+    return cls.from_pretrained(tmp_path / 'out' / part)
 
 
 BATCH = {'index': jnp.arange(references.IMAGES), 'label': jnp.array(references.LABELS)}

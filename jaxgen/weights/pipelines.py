@@ -1,0 +1,310 @@
+"""Several models in one folder or file: pipelines of diffusers (model_index.json), checkpoints of latent-diffusion.
+
+A pipeline is a network with its earlier stages, each in a folder of its own, and a scheduler. What is in which folder
+is a table here; names of the weights are the sources' affair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Set
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxgen import config as configs
+from jaxgen.errors import UserError
+from jaxgen.sections import sides
+from jaxgen.weights import diffusers, files
+from jaxgen.weights.files import Weights, open_weights
+
+NETWORKS = ('unet', 'transformer')  # folders of the network that a run is of
+STAGES = {'first': ('vae', 'vqvae', 'movq')}  # {stage: its folders}
+SCHEDULER, SCHEDULER_CONFIG = 'scheduler', 'scheduler_config.json'
+INSIDE = {'first': 'first_stage_model.'}  # {stage: what stands in its names in one file with others}
+STEPS = 50  # of the pipelines that draw by DDIM
+SCALING = 0.18215  # scaling_factor of first stages of diffusers whose config.json does not say it
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is read of a file or folder: the weights of a run's network, and of its stages beside them."""
+
+    weights: Weights
+    stages: dict[str, Weights] = dataclasses.field(default_factory=dict)
+    scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)  # scheduler_config.json
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.weights.files
+
+
+def open_parts(path: str, option: str = '--from') -> Parts:
+    """The models in a file or folder.
+
+    Raises:
+      UserError: see `open_weights`; a pipeline without a network that is known here.
+    """
+    folder = files.of_hub(path, option) if path.startswith(files.HUB) else os.path.expanduser(path)
+    if not os.path.isfile(os.path.join(folder, files.PIPELINE)):
+        return Parts(open_weights(path, option))
+    said = files.read_part(folder, files.PIPELINE)
+    there = [name for name in said if os.path.basename(name) == name and os.path.isdir(os.path.join(folder, name))]
+    network = next((name for name in NETWORKS if name in there), '')
+    if not network:
+        raise UserError(
+            f'{option}={path} is a pipeline ({said.get("_class_name", "of no class")}) with none of '
+            f'{", ".join(NETWORKS)}: name one of its models, of {", ".join(there) or "none"}'
+        )
+    stages = {}
+    for stage, names in STAGES.items():
+        for name in names:
+            if name in there:
+                stages[stage] = open_weights(os.path.join(folder, name), option)
+    for name in there:
+        files.check_inside(os.path.dirname(os.path.join(folder, name)), name)
+    scheduler = files.read_part(os.path.join(folder, SCHEDULER), SCHEDULER_CONFIG)
+    weights = open_weights(os.path.join(folder, network), option)
+    return Parts(weights, stages, scheduler)
+
+
+def name_of(path: str) -> str:
+    """The name of a file or folder, and of the pipeline that it is of."""
+    above, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.basename(above), name) if os.path.isfile(os.path.join(above, files.PIPELINE)) else name
+
+
+def parts_for(config: ConfigDict, path: str, named: Set[str]) -> Parts:
+    """The models in a file or folder that a config's run is made of: of the stages those that the config has, unless
+    the person named their runs.
+
+    Raises:
+      UserError: as `open_parts`.
+    """
+    parts = open_parts(path)
+    stages = dict(parts.stages)
+    for stage, inside in INSIDE.items():
+        if stage not in stages and any(inside in name for name in parts.weights):
+            stages[stage] = parts.weights
+    chosen = {name: w for name, w in stages.items() if name in config.stages and f'stages.{name}' not in named}
+    return dataclasses.replace(parts, stages=chosen)
+
+
+def agreed(
+    config: ConfigDict, fields: dict[str, Any], named: Set[str], said_by: str, free: bool = False
+) -> tuple[ConfigDict, list[str]]:
+    """A config with other values of some fields, and a line on those that were others.
+
+    Args:
+      named: fields that the person set. They stay where they are `free`; else they must agree.
+      said_by: the file that says so.
+
+    Raises:
+      UserError: the person said otherwise.
+    """
+    sections, over = config.to_dict(), {}
+    for path, value in fields.items():
+        if {path, path.removesuffix('.name')} & named:
+            if not free and configs.contains(sections, path) and configs.get(sections, path) != value:
+                raise UserError(f'--config.{path}: {said_by} says {value!r}: leave it out')
+            continue
+        over = configs.joined(over, configs.nested(path, value))
+    changed = configs.complete(configs.update_sections(sections, over))
+    new = [f'{k} = {after!r}' for k, (_, after) in configs.changed(config, changed).items() if after is not None]
+    return changed, [f'{said_by} says {", ".join(new)}'] if new else []
+
+
+def with_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], named: Set[str]) -> tuple[ConfigDict, list[str]]:
+    """A diffusion config with the process and the sampler of a scheduler_config.json, and lines on what that changed.
+
+    Raises:
+      UserError: it is of a process that is not here, or the person named another one.
+    """
+    if not scheduler or config.family != 'diffusion':
+        return config, []
+    name = os.path.join(SCHEDULER, SCHEDULER_CONFIG)
+    fields = diffusers.process_fields(scheduler)
+    if fields.get('model.process.name') == 'cosine':  # which has no betas to set
+        fields = {field: value for field, value in fields.items() if '.beta_' not in field}
+    config, lines = agreed(config, fields, named, name)
+    if {'model.sampler', 'model.sampler.name'} & named:
+        return config, lines
+    try:
+        sampler = diffusers.sampler_fields(scheduler)
+    except UserError as e:
+        return config, [*lines, f'{e}: {config.model.sampler.name!r} draws']
+    if not sampler:
+        kind = scheduler.get('_class_name')
+        return config, [*lines, f'no sampler here is known to draw as {kind}: {config.model.sampler.name!r} draws']
+    if sampler['name'] == 'ddim':
+        sampler['steps'] = min(STEPS, scheduler.get('num_train_timesteps', STEPS))
+    fields = {f'model.sampler.{field}': value for field, value in sampler.items()}
+    config, more = agreed(config, fields, named, name, free=True)
+    return config, [*lines, *more]
+
+
+def with_scale(config: ConfigDict, parts: Parts, named: Set[str]) -> tuple[ConfigDict, list[str]]:
+    """A config with the scale of its first stage's latents: of that model's config.json, or `scale_factor` in a file
+    of latent-diffusion."""
+    stage = parts.stages.get('first')
+    if stage is None or 'latent_scale' not in config.model:
+        return config, []
+    said_by, value = 'config.json of the first stage', stage.config.get('scaling_factor', SCALING)
+    if not stage.config:
+        name = next((n for n in parts.weights if n in ('scale_factor', 'state_dict.scale_factor')), '')
+        if not name:
+            return config, []
+        said_by, value = name, float(parts.weights[name].read())
+    if stage.config.get('shift_factor'):
+        raise UserError(f'{said_by}: shift_factor is {stage.config["shift_factor"]}, and here latents are only scaled')
+    return agreed(config, {'model.latent_scale': float(value)}, named, said_by)
+
+
+def stage_config(config: ConfigDict, stage: str, weights: Weights) -> ConfigDict:
+    """The config of an earlier stage: that of the name of the run that the config stands on, with its data and the
+    sizes that the model's config.json says.
+
+    Raises:
+      UserError: there is no config of that name.
+    """
+    name = configs.named(config.stages[stage])
+    if not name:
+        raise UserError(
+            f'config.stages.{stage} = {config.stages[stage]}: no config of that name, so the {stage} stage in '
+            f'{weights.path} is of an unknown network: import it first and name its run'
+        )
+    own = configs.load(name).to_dict()
+    sections = {**own, 'data': config.data.to_dict(), 'mesh': config.mesh.to_dict()}
+    _, model = fields_of(weights.config, sides(config.data.size)[0]) if weights.config else (None, {})
+    return configs.complete(configs.update_sections(sections, {'model': model}))
+
+
+def attention_sizes(kinds: list, size: int) -> tuple[int, ...]:
+    """Heights of the levels whose blocks have attention."""
+    return tuple(size >> level for level, kind in enumerate(kinds) if 'Attn' in str(kind))
+
+
+def autoencoder_model(said: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model of an AutoencoderKL or VQModel."""
+    widths = said['block_out_channels']
+    model = {
+        'channels': widths[0],
+        'multipliers': tuple(width // widths[0] for width in widths),
+        'blocks': said.get('layers_per_block', 1),
+        'latent': said.get('latent_channels', 4 if said['_class_name'] == 'AutoencoderKL' else 3),
+        'groups': said.get('norm_num_groups', 32),
+        'group_size': 0,
+    }
+    if said['_class_name'] == 'VQModel':
+        code = said.get('vq_embed_dim') or model['latent']
+        vocabulary = said.get('num_vq_embeddings', 256)
+        return {**model, 'regulariser': 'vq', 'latent': code, 'vocabulary': vocabulary, 'interface': 'latents'}
+    quant = said.get('use_quant_conv', True)
+    middle = said.get('mid_block_add_attention', True)
+    return {**model, 'regulariser': 'kl', 'latent_kernel': int(quant), 'middle_attention': middle}
+
+
+def unet_model(said: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model of a UNet2DModel with DDPM's blocks or ADM's."""
+    widths = said['block_out_channels']
+    network: dict[str, Any] = {
+        'name': 'unet',
+        'channels': widths[0],
+        'multipliers': tuple(width // widths[0] for width in widths),
+        'blocks': said.get('layers_per_block', 2),
+        'groups': said.get('norm_num_groups', 32),
+        'group_size': 0,
+        'eps': said.get('norm_eps', 1e-5),
+        'dropout': said.get('dropout', 0.0),
+    }
+    published = (said.get('flip_sin_to_cos', True), said.get('freq_shift', 0), said.get('downsample_padding', 1))
+    heads = said.get('attention_head_dim', 8)
+    if published != (False, 1, 0) or heads is not None:
+        network |= {'name': 'adm', 'head_channels': heads or 0, **({} if heads else {'heads': 1})}
+        network['scale_shift'] = said.get('resnet_time_scale_shift', 'default') == 'scale_shift'
+        network['resample_in_blocks'] = said.get('downsample_type', 'conv') == 'resnet'
+    variance = 'learned' if said.get('out_channels', 3) == 2 * said.get('in_channels', 3) else 'fixed'
+    return {'network': network, 'training': {'variance': {'name': variance}}}
+
+
+def dit_model(said: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model of a DiTTransformer2DModel."""
+    heads = said.get('num_attention_heads', 16)
+    network = {
+        'name': 'dit',
+        'channels': heads * said.get('attention_head_dim', 72),
+        'blocks': said.get('num_layers', 28),
+        'heads': heads,
+        'patch': said.get('patch_size', 2),
+    }
+    variance = 'learned' if said.get('out_channels') == 2 * said.get('in_channels', 4) else 'fixed'
+    return {'network': network, 'training': {'variance': {'name': variance}}}
+
+
+# {class: (config that is nearest, config.model of its config.json)}
+CLASSES = {
+    'AutoencoderKL': ('kl_f8_imagenet256', autoencoder_model),
+    'VQModel': ('vq_f4_celebahq256', autoencoder_model),
+    'UNet2DModel': ('ddpm_cifar10', unet_model),
+    'DiTTransformer2DModel': ('dit_imagenet256', dit_model),
+}
+
+
+def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[int | None, dict[str, Any]]:
+    """(height and width that config.json says, config.model).
+
+    Args:
+      height: of what the network reads, which its attention depends on; None: that of config.json.
+
+    Raises:
+      UserError: it is of no class that is known here, or damaged.
+    """
+    kind = said.get('_class_name')
+    if kind not in CLASSES:
+        raise UserError(f'config.json: {kind!r} is none of {", ".join(CLASSES)}: give the --config of its network')
+    try:
+        size, model = said.get('sample_size'), CLASSES[kind][1](said)
+        if 'down_block_types' in said:
+            section = model.get('network', model)
+            section['attention'] = attention_sizes(said['down_block_types'], height or size)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as e:
+        raise UserError(f'config.json of a {kind} is damaged ({type(e).__name__}: {e})') from e
+    return size, model
+
+
+def derived(path: str) -> tuple[str, ConfigDict]:
+    """(name of the nearest config, config) of a model or pipeline of diffusers, by its config.json.
+
+    Raises:
+      UserError: there is none, or it does not say what a config needs.
+    """
+    parts = open_parts(path)
+    said = parts.weights.config
+    if not said:
+        raise UserError(f'--mode=import --from={path} needs --config: no config.json beside the weights says the sizes')
+    size, model = fields_of(said)
+    stage = parts.stages.get('first')
+    base = CLASSES[said['_class_name']][0]
+    if stage is not None and base == 'ddpm_cifar10':
+        base = 'ldm_celebahq256'
+    if not isinstance(size, int):
+        raise UserError(f'config.json of {path}: sample_size is {size!r}; give --config with config.data.size')
+    sections = configs.load(base).to_dict()
+    over: dict[str, Any] = {'model': model, 'data': {'channels': said.get('in_channels', 3)}}
+    if stage is not None:
+        kind = stage.config.get('_class_name')
+        if kind not in CLASSES:
+            raise UserError(f'the first stage of {path} is a {kind!r}: give the --config of the networks')
+        over['stages'] = {'first': os.path.join('runs', CLASSES[kind][0])}
+        over['data']['channels'] = stage.config.get('in_channels', 3)
+        size <<= len(stage.config['block_out_channels']) - 1
+    elif sections.get('stages'):
+        raise UserError(f'{path} is a model of latents: name the folder of its pipeline, or give --config')
+    over['data']['size'] = size
+    classes = said.get('num_class_embeds') or said.get('num_embeds_ada_norm')
+    if said['_class_name'] == 'UNet2DModel' and classes:
+        raise UserError(f'{path} has {classes} classes: give --config, with the data that have them')
+    if classes and classes != 1000:
+        raise UserError(f'{path} has {classes} classes: give --config, with the data that have them')
+    return base, configs.complete(configs.update_sections(sections, over))

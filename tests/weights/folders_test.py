@@ -1,0 +1,205 @@
+"""Folders and files of several models: pipelines of diffusers, checkpoints of latent-diffusion."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from support import run_main
+
+import jaxgen
+from jaxgen import assembly
+from jaxgen import config as configs
+from jaxgen.errors import UserError
+from jaxgen.weights import exporting, files, importing, pipelines, schedulers, sources
+
+KINDS = dict(down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+STAGE = dict(down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
+SIZES = dict(block_out_channels=(32, 64), layers_per_block=1)
+
+
+def config_of(name: str, fields: list[str]):
+    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
+
+
+def randomise(torch, model):
+    """No weight is special: norms have other scales than 1 and biases other values than 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.ndim > 1 else 20
+            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
+    return model.eval()
+
+
+def ldm(torch, diffusers, folder: str):
+    """A pipeline of latents of 16 x 16 and images of 32 x 32."""
+    unet = diffusers.UNet2DModel(sample_size=16, attention_head_dim=16, **KINDS, **SIZES)
+    codes = dict(latent_channels=3, num_vq_embeddings=16, vq_embed_dim=3, scaling_factor=0.5)
+    stage = diffusers.VQModel(sample_size=32, **STAGE, **SIZES, **codes)
+    betas = dict(beta_schedule='scaled_linear', beta_start=0.0015, beta_end=0.0195)
+    scheduler = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline = diffusers.LDMPipeline(randomise(torch, stage), randomise(torch, unet), scheduler)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_one_call_and_back(tmp_path, capsys):
+    """Without a config: both networks, the scale of the latents and the scheduler; images of ten steps from the same
+    noise are the pipeline's, and the export is a pipeline again."""
+    torch = pytest.importorskip('torch')
+    diffusers = pytest.importorskip('diffusers')
+    theirs = ldm(torch, diffusers, tmp_path / 'ldm')
+    run = f'--workdir={tmp_path}/run'
+    assert run_main(['jaxgen', '--mode=import', f'--from={tmp_path}/ldm', run]) == 0
+    err = capsys.readouterr().err
+    assert 'config: ldm_celebahq256' in err and 'model.latent_scale = 0.5' in err
+    assert sorted(os.listdir(tmp_path)) == ['ldm', 'run']
+
+    (tmp_path / 'run').rename(tmp_path / 'moved')  # its stage is its own
+    ours = jaxgen.load(str(tmp_path / 'moved'), config={'model.sampler.steps': 10})
+    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    theirs.scheduler.set_timesteps(10)
+    x = torch.from_numpy(np.moveaxis(noise, -1, 1).copy())
+    with torch.no_grad():
+        for t in theirs.scheduler.timesteps:
+            x = theirs.scheduler.step(theirs.unet(x, t).sample, t, x).prev_sample
+        reference = np.moveaxis(theirs.vqvae.decode(x / 0.5).sample.numpy(), 1, -1)
+    family, frozen = ours.assembled.family, ours.assembled.frozen
+    images = family.decode(ours.state, frozen, {}, jnp.asarray(noise), jax.random.key(0))
+    np.testing.assert_allclose(np.clip(images, -1, 1), np.clip(reference, -1, 1), atol=1e-3)
+
+    exporting.export_weights(ours, str(tmp_path / 'out'), 'diffusers')
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'out')
+    assert type(again) is diffusers.LDMPipeline and again.vqvae.config.scaling_factor == 0.5
+    for part in ('unet', 'vqvae'):
+        for name, weight in getattr(theirs, part).state_dict().items():
+            torch.testing.assert_close(getattr(again, part).state_dict()[name], weight, rtol=0, atol=0)
+    for key, value in theirs.scheduler.config.items():
+        assert key.startswith('_') or again.scheduler.config[key] == value, key
+
+
+def names_of(config, source: str) -> dict[str, np.ndarray]:
+    """Random weights with the names of a source."""
+    part = importing.published_part(assembly.assemble(config, stage=assembly.abstract_stage).abstract)
+    found = sources.entries_of(sources.for_config(config, source)[0], config, importing.flat_shapes(part))
+    rng = np.random.default_rng(0)
+    shapes = {name: entry.their_shape() for entry in found for name in entry.all_names}
+    return {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+SMALL = """
+from jaxgen.config import make
+def get_config(variant=''):
+    model = dict(regulariser='vq', interface='latents', channels=32, multipliers=(1, 2), blocks=1, attention=(),
+                 latent=3, vocabulary=16, group_size=0, adversarial=0.0, perceptual=0.0)
+    return make(variant, family='vqgan', data=dict(source='shapes', size=16, channels=3), model=model)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_latent_diffusion_in_one_call(tmp_path, monkeypatch):
+    """Its first stage and its U-Net in one file, and weights of neither."""
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'small.py').write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    stage = configs.load('configs/small.py')
+    fields = ['data.source=shapes', 'data.size=16', 'stages.first=runs/small', 'model.network.channels=32']
+    fields += ['model.network.multipliers=(1,2)', 'model.network.attention=(4,)', 'model.network.blocks=1']
+    config = config_of('ldm_celebahq256', [*fields, 'model.network.head_channels=32'])
+    first = {f'first_stage_model.{n}': x for n, x in names_of(stage, 'compvis').items()}
+    file = first | {f'model.diffusion_model.{n}': x for n, x in names_of(config, 'guided').items()}
+    others = {'scale_factor': np.array(0.25, np.float32), 'cond_stage_model.x': np.ones(3, np.float32)}
+    safetensors.numpy.save_file(file | others, 'ldm.safetensors')
+    importing.import_weights(config, 'ldm.safetensors', 'run', 'guided')
+    run = jaxgen.load('run')
+    assert run.config.model.latent_scale == 0.25
+    assert run.config.stages.first == str(tmp_path / 'run' / 'stages' / 'first')
+    bias = run.assembled.frozen['first'][0].ema['encoder']['first']['bias']
+    np.testing.assert_array_equal(bias, first['first_stage_model.encoder.conv_in.bias'])
+
+
+SAID = {'_class_name': 'DDIMScheduler', 'num_train_timesteps': 500, 'beta_schedule': 'linear', 'beta_end': 0.01}
+
+
+def test_scheduler_sets_process_and_sampler():
+    config, lines = pipelines.with_scheduler(config_of('ddpm_cifar10', []), SAID, set())
+    process, sampler = config.model.process, config.model.sampler
+    assert (process.name, process.timesteps, process.beta_start, process.beta_end) == ('linear', 500, 1e-4, 0.01)
+    assert (sampler.name, sampler.steps, sampler.clip, sampler.clipped_noise) == ('ddim', 50, True, False)
+    assert len(lines) == 2 and "model.sampler.name = 'ddim'" in lines[1]
+    said = schedulers.scheduler_config(config)
+    assert {key: said[key] for key in SAID} == SAID
+    assert pipelines.with_scheduler(config, said, set()) == (config, [])
+
+
+def test_scheduler_against_fields_that_the_person_set():
+    """A process must agree; a sampler is the person's choice."""
+    config = config_of('ddpm_cifar10', ['model.sampler.name=heun', 'model.sampler.steps=7'])
+    kept, _ = pipelines.with_scheduler(config, SAID, {'model.sampler.name', 'model.sampler.steps'})
+    assert (kept.model.sampler.name, kept.model.sampler.steps) == ('heun', 7)
+    with pytest.raises(UserError, match=r'--config\.model\.process\.beta_end: .*says 0\.01'):
+        pipelines.with_scheduler(config, SAID, {'model.process.beta_end'})
+
+
+@pytest.mark.parametrize(('said', 'line'), [
+    ({'beta_schedule': 'laplace'}, "beta_schedule 'laplace'"),
+    ({'beta_end': 'x'}, 'beta_end'),
+    ({'num_train_timesteps': -1}, 'timesteps'),
+])  # fmt: skip
+def test_processes_that_are_not_here_get_a_line(said, line):
+    with pytest.raises(UserError, match=line):
+        pipelines.with_scheduler(config_of('ddpm_cifar10', []), {**SAID, **said}, set())
+
+
+@pytest.mark.parametrize('said', [{'thresholding': True}, {'_class_name': 'LMSDiscreteScheduler'}])
+def test_the_config_draws_where_no_sampler_is_like_the_scheduler(said):
+    config, lines = pipelines.with_scheduler(config_of('ddpm_cifar10', []), {**SAID, **said}, set())
+    assert config.model.sampler.name == 'ancestral' and "'ancestral' draws" in lines[-1]
+
+
+@pytest.mark.parametrize(('index', 'line'), [
+    ({'_class_name': 'X', 'text_encoder': ['a', 'b']}, 'a pipeline .X. with none of unet, transformer'),
+    ({'unet': ['diffusers', 'UNet2DModel']}, 'unet holds none of'),
+    ([], 'holds no JSON object'),
+])  # fmt: skip
+def test_pipelines_without_a_network_get_a_line(tmp_path, index, line):
+    for name in ('unet', 'text_encoder'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'model_index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match=line):
+        pipelines.open_parts(str(tmp_path))
+
+
+def test_links_out_of_a_folder_are_not_followed(tmp_path):
+    (tmp_path / 'model').mkdir()
+    safetensors.numpy.save_file({'a': np.ones(2)}, tmp_path / 'secret.safetensors')
+    (tmp_path / 'model' / 'diffusion_pytorch_model.safetensors').symlink_to(tmp_path / 'secret.safetensors')
+    with pytest.raises(UserError, match='is a link out of its folder'):
+        files.open_weights(str(tmp_path / 'model'))
+    (tmp_path / 'pipeline').mkdir()
+    (tmp_path / 'pipeline' / 'unet').symlink_to(tmp_path / 'model')
+    (tmp_path / 'pipeline' / 'model_index.json').write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    with pytest.raises(UserError, match='is a link out of its folder'):
+        pipelines.open_parts(str(tmp_path / 'pipeline'))
+
+
+@pytest.mark.parametrize(('said', 'line'), [
+    ({}, 'needs --config'),
+    ({'_class_name': 'Other'}, "'Other' is none of AutoencoderKL"),
+    ({'_class_name': 'UNet2DModel'}, 'config.json of a UNet2DModel is damaged'),
+    ({'_class_name': 'UNet2DModel', 'block_out_channels': [32, 'x']}, 'config.json of a UNet2DModel is damaged'),
+    ({'_class_name': 'UNet2DModel', 'block_out_channels': [32, 64]}, 'sample_size is None'),
+    ({'_class_name': 'DiTTransformer2DModel', 'sample_size': 32}, 'a model of latents'),
+])  # fmt: skip
+def test_configs_that_cannot_be_derived_get_a_line(tmp_path, said, line):
+    safetensors.numpy.save_file({'a': np.ones(2)}, tmp_path / 'diffusion_pytorch_model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(said))
+    with pytest.raises(UserError, match=line):
+        pipelines.derived(str(tmp_path))
