@@ -3,10 +3,11 @@
     python benchmarks/prepared.py --out=benchmarks/results/prepared.json
     python benchmarks/prepared.py --configs=flow_shapes,maskgit_digits --seconds=5
 
-Both programs of a config run in turns in one process, so that other work on the machine meets both; the ratio is the
-median of those of the turns. Stages have first weights, which are as fast as trained ones. `small` are a DiT-S/2 of
-64 x 64 images in the latents of a KL autoencoder of 8 times less sides, and a MaskGIT on the codes of VQGAN: what a
-published size is to its stage, at a size for two cores; of shapes 400 are drawn. FLOPs are those of `--mode=describe`.
+Both programs of a config run in turns in one process, so that other work on the machine meets both; the ratios are
+medians of those of the turns, by the clock, and by processor time, which other work changes little. Stages have first
+weights, which are as fast as trained ones. `small` are a DiT-S/2 of 64 x 64 images in the latents of a KL autoencoder
+of 8 times less sides, and a MaskGIT on the codes of VQGAN: what a published size is to its stage, at a size for two
+cores; of shapes 100 are drawn. FLOPs are those of `--mode=describe`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxgen.evaluation import record
 from jaxgen.train import make_call
 
 CONFIGS = 'flow_shapes,maskgit_digits,transformer_digits,var_digits,small_dit,small_maskgit'
-builders.SHAPES = {'train': 400, 'test': 100}  # drawing and encoding more of them takes minutes
+builders.SHAPES = {'train': 100, 'test': 50}  # drawing and encoding more of them takes minutes
 SMALL_STAGE = {
     'family': 'vqgan',
     'data': {'source': 'shapes', 'size': 64, 'channels': 3, 'batch': 8},
@@ -83,13 +84,13 @@ def assembled(name: str):
 
 
 def seconds_of(call, state, frozen, batches, least: float):
-    """(seconds of a call, the state after it), mean over so many seconds."""
-    began, n = time.perf_counter(), 0
+    """((seconds, processor seconds) of a call, the state after it), means over so many seconds."""
+    began, busy, n = time.perf_counter(), time.process_time(), 0
     while n == 0 or time.perf_counter() - began < least:
         state, logs = call(state, frozen, batches)
         jax.block_until_ready(logs)
         n += 1
-    return (time.perf_counter() - began) / n, state
+    return ((time.perf_counter() - began) / n, (time.process_time() - busy) / n), state
 
 
 def measure(name: str, seconds: float, turns: int, folder: str) -> dict:
@@ -113,17 +114,20 @@ def measure(name: str, seconds: float, turns: int, folder: str) -> dict:
     for way in calls:
         states[way] = jax.jit(a.init)(jax.random.key(0), first, a.frozen)
         _, states[way] = seconds_of(calls[way], states[way], a.frozen, batches[way], 0)
-    times: dict[str, list[float]] = {way: [] for way in calls}
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in calls}
     for _ in range(turns):
         for way, call in calls.items():
             value, states[way] = seconds_of(call, states[way], a.frozen, batches[way], seconds)
             times[way].append(value)
-    ratios = [i / p for i, p in zip(times['images'], times['prepared'], strict=True)]
+    pairs = list(zip(times['images'], times['prepared'], strict=True))
+    by_clock, by_processor = ([i[k] / p[k] for i, p in pairs] for k in range(2))
     return {
         'batch': a.config.data.batch,
-        'updates_per_second': {way: 1 / statistics.median(values) for way, values in times.items()},
-        'ratio': statistics.median(ratios),
-        'ratios': ratios,
+        'updates_per_second': {way: 1 / statistics.median(t for t, _ in values) for way, values in times.items()},
+        'ratio': statistics.median(by_clock),
+        'ratios': by_clock,
+        'processor_ratio': statistics.median(by_processor),
+        'processor_ratios': by_processor,
         'flops': {'images': about['update_flops'], 'prepared': about['prepared']['update_flops']},
         'flops_ratio': about['update_flops'] / about['prepared']['update_flops'],
         'set': {

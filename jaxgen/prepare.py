@@ -29,7 +29,18 @@ from jax.interpreters import partial_eval
 from jaxgen import files, log, sample, sharding
 from jaxgen.assembly import Assembled, assemble
 from jaxgen.data import loader, views
-from jaxgen.data.prepared import ABOUT, Feature, Layout, PreparedSet, file_path, make_room, missing, set_lock, write
+from jaxgen.data.prepared import (
+    ABOUT,
+    Feature,
+    Layout,
+    PreparedSet,
+    file_path,
+    make_room,
+    missing,
+    remove_leftovers,
+    set_lock,
+    write,
+)
 from jaxgen.directory import check_cycle
 from jaxgen.errors import UserError
 from jaxgen.metrics import features
@@ -252,6 +263,7 @@ def open_set(section, plan: Plan) -> tuple[str, int, list[int]]:
     directory = os.path.join(root, plan.name)
     try:
         lock = set_lock(directory)
+        remove_leftovers(directory)
         absent = missing(directory, plan.layout)
         needed = sum(map(plan.layout.size, absent))
         others = make_room(root, plan.name, int(section.prepared_gb * 1e9) - size) if absent else 0

@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import shutil
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -262,6 +263,15 @@ def set_lock(directory: str) -> int:
                     return lock
             os.close(lock)
     raise OSError(errno.EBUSY, 'it is removed again and again', directory)
+
+
+def remove_leftovers(directory: str) -> None:
+    """Removes the unfinished files of processes that were killed, a day ago or more."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process has removed it
+                if entry.name.endswith('.new') and entry.stat(follow_symlinks=False).st_mtime < time.time() - 86400:
+                    os.remove(entry.path)
 
 
 def size_of(directory: str) -> int:

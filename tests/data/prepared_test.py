@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 
 import ml_dtypes
 import numpy as np
@@ -83,6 +84,11 @@ def test_a_file_is_whole_or_not_there(tmp_path, several_files):
     with pytest.raises(KeyboardInterrupt):
         prepared.write(str(tmp_path), LAYOUT, 1, stopped())
     assert not list(tmp_path.iterdir()) and prepared.missing(str(tmp_path), LAYOUT) == [0, 1, 2]
+    for name, age in (('00001.features.x.new', 90_000), ('00001.features.y.new', 80_000)):  # of killed processes
+        (tmp_path / name).write_bytes(b'part')
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    prepared.remove_leftovers(str(tmp_path))
+    assert os.listdir(tmp_path) == ['00001.features.y.new'], 'its process may still be there'
     write(str(tmp_path), LAYOUT, arrays, files=[0, 2])
     assert prepared.missing(str(tmp_path), LAYOUT) == [1]
     with pytest.raises(RunError, match='cannot be read'):
