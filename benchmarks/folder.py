@@ -63,6 +63,7 @@ def measure(folder: str, batches: int, batch: int, fields: dict) -> dict:
     from jaxgen.config import DEFAULTS
 
     chosen = {'source': f'folder:{folder}', 'size': 32, 'channels': 3, 'features': ('image', 'label'), 'batch': batch}
+    chosen |= {'processes': 0, 'disk_mb': 0}  # what one process takes
     section = {**DEFAULTS['data'], **chosen, 'dir': f'{folder}_sets', 'flip': True, **fields}
     imported, began, busy = resident(), time.perf_counter(), time.process_time()
     stream = data.batches(section, seed=0)

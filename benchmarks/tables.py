@@ -143,16 +143,24 @@ def startup(record: dict) -> str:
 
 
 def loader(record: dict) -> str:
-    """Images per second of a core out of the data loader: a row for each kind of file, a column for each size."""
+    """Images per second out of the data loader: a row for each kind of file and who decodes it, a column for each
+    size."""
     rows = record['rows']
     sizes = sorted({r['size'] for r in rows})
     table: dict[str, dict[int, str]] = {}
     for r in rows:
-        kept = ', kept in memory' if r['fields']['cache_mb'] else ''
+        kept = ', kept in memory' if r['fields']['cache_mb'] else ', kept on disk' if r['fields']['disk_mb'] else ''
         draft = f', `data.draft={r["fields"]["draft"]}`' if 'draft' in r['fields'] else ''
         kind = {'jpeg': 'JPEG', 'png': 'PNG', 'photo': 'JPEG of 512 × 384'}[r['kind']]
-        table.setdefault(f'{kind}{draft}{kept}', {})[r['size']] = f'{r["per_core"]:,}'
-    heads = ['files', *(f'{size} × {size}' for size in sizes)]
+        for who, one in (('threads', 'thread'), ('processes', 'process')):
+            for n, measured in r[who].items():
+                name = f'{kind}{draft}{kept}: {n} {one if n == "1" else who}'
+                cell = f'{measured["images_per_second"]:,} ({measured["per_core"]:,})'
+                table.setdefault(name, {})[r['size']] = cell
+        if 'difference' in r:
+            cell = '{rms:.2f}, {largest}'.format(**r['difference'])
+            table.setdefault(f'`data.draft={r["fields"]["draft"]}`: difference', {})[r['size']] = cell
+    heads = ['images/s (a core)', *(f'{size} × {size}' for size in sizes)]
     return markdown(heads, [[name, *(cells.get(size, '') for size in sizes)] for name, cells in table.items()])
 
 
