@@ -60,6 +60,7 @@ def get_config(variant: str = ''):
             dtype='bfloat16',
             remat=True,
         ),
+        mesh=dict(fsdp=4),
         sample=dict(batch=16),
         variants={
             'unconditional': dict(data=dict(features=('image',)), model=dict(conditioning=dict(label=None))),

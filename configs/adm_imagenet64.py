@@ -43,8 +43,9 @@ def get_config(variant: str = ''):
             conditioning=dict(label=dict()),
             sampler=dict(steps=250, spacing='respaced'),
         ),
-        optim=dict(name='adamw', lr=1e-4, ema=0.9999),
+        optim=dict(name='adamw', lr=1e-4, ema=0.9999, accumulate=8),
         train=dict(steps=540_000, log_every=100, save_every=5000, sample_every=20_000, dtype='bfloat16'),
+        mesh=dict(fsdp=4),
         variants={
             'tiny': dict(
                 data=dict(source='shapes'),

@@ -23,7 +23,9 @@ def get_config(variant: str = ''):
             likelihood=dict(variance='fixed_small'),
         ),
         optim=dict(lr=2e-5, warmup=5000, clip=1.0, ema=0.9999),
-        train=dict(steps=500_000, log_every=100, save_every=5000, sample_every=20_000, samples=16, remat=True),
+        train=dict(
+            steps=500_000, log_every=100, save_every=5000, sample_every=20_000, samples=16, remat=True, dtype='bfloat16'
+        ),
         sample=dict(batch=16),
         evaluate=dict(batch=16),
         variants={

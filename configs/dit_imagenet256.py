@@ -47,6 +47,7 @@ def get_config(variant: str = ''):
             dtype='bfloat16',
             remat=True,
         ),
+        mesh=dict(fsdp=4),
         sample=dict(batch=32),
         variants={
             **{

@@ -37,7 +37,7 @@ def get_config(variant: str = ''):
             sampler=dict(name='ddim', steps=200, eta=0.0, clip=False),
         ),
         optim=dict(lr=48 * 2e-6, ema=0.9999),
-        train=dict(steps=410_000, log_every=100, save_every=5000, sample_every=50_000, samples=16),
+        train=dict(steps=410_000, log_every=100, save_every=5000, sample_every=50_000, samples=16, dtype='bfloat16'),
         evaluate=dict(features='inception', samples=50_000),
         sample=dict(batch=32),
         variants={

@@ -85,6 +85,7 @@ def get_config(variant: str = ''):
             remat=True,
             **base['train'],
         ),
+        mesh=dict(fsdp=4),
         sample=dict(batch=32),
         variants={
             'd20': size(20, 250, 1e-3, lr=1e-4, floor=0.1),

@@ -226,6 +226,7 @@ def assemble(
     """The family of a config, with the stages that it stands on restored from their runs.
 
     Args:
+      mesh: None: of all devices, weights cut into as many of the config's parts as go with their number.
       stage: (run directory, mesh, dtype) -> (family, state, frozen) of an earlier stage; abstract_stage where shapes
         will do.
       spec: of the data, where the run holds it; None: that of the data.
@@ -235,7 +236,7 @@ def assemble(
       UserError: values that do not fit each other, before anything is compiled.
     """
     spec = spec or data.spec(config.data)
-    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    mesh = mesh or sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     if stage is restored_stage:
         check_stages_trained(config)
     dtype = '' if config.train.stages_dtype == 'stage' else config.train.dtype

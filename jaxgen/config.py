@@ -45,7 +45,8 @@ DEFAULTS = options.complete(Config, {}, '')
 # What every config's variant `tiny` begins with: a run of seconds, for tests. The variant's own fields come on top.
 TINY: dict[str, Any] = {
     'data': {'size': 8, 'batch': 8},
-    'optim': {'lr': 3e-3, 'schedule': 'constant'},
+    'optim': {'lr': 3e-3, 'schedule': 'constant', 'accumulate': 1},
+    'mesh': {'fsdp': 1},
     'train': {
         'steps': 4,
         'updates_per_call': 1,

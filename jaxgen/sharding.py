@@ -80,7 +80,7 @@ def arranged(devices: Sequence, fsdp: int) -> np.ndarray:
     slices = Counter(map(slice_of, devices))
     n, each = len(devices), min(slices.values())
     if n % fsdp:
-        raise UserError(f'config.mesh.fsdp = {fsdp} must divide the number of devices, {n}')
+        raise UserError(f'config.mesh.fsdp = {fsdp} must divide the number of devices, {n}: try {math.gcd(fsdp, n)}')
     if len(slices) == 1:
         grid = mesh_utils.create_device_mesh((n // fsdp, fsdp), devices, allow_split_physical_axes=True)
     elif each * len(slices) != n or each % fsdp:

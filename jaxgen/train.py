@@ -148,7 +148,7 @@ class Training:
         self.config = config = as_it_began(workdir, config)
         self.workdir, self.callbacks = workdir, callbacks
         check_cycle(workdir, config)
-        self.a = a = assemble(config, workdir=workdir)
+        self.a = a = assemble(config, sharding.make_mesh(config.mesh.fsdp), workdir=workdir)
         self.first = jax.process_index() == 0
         check_fits(config, a.mesh)
         self.k = config.train.updates_per_call
