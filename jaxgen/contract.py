@@ -322,8 +322,8 @@ def gradient_step(loss: Loss, optim: Optim, *networks: str, times: int = 1) -> C
 
             parts = (split_batch(batch, m), jax.random.split(rng, m))
             like = jax.eval_shape(gradient, trained, *jax.tree.map(lambda x: x[0], parts))
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-            total, _ = jax.lax.scan(one, zero, parts)
+            grads, aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            total, _ = jax.lax.scan(one, (fsdp.cut(grads), aux), parts)
             grads, aux = jax.tree.map(lambda x: x / m, total)
 
         params, opt, logs = dict(state.params), dict(state.opt), dict(aux.logs)

@@ -206,13 +206,29 @@ def scan(eqn, args: list) -> list:
     of_one = [None if mark is None else Mark(mark.axis - 1) for mark in map(mark_of, xs)]
 
     def turn(carry, xs):
-        results = evaluate(body.jaxpr, body.consts, [*consts, *marked(carry, marks), *marked(xs, of_one)])
+        held, (carry, xs) = held_back(consts, (carry, xs))
+        results = evaluate(body.jaxpr, body.consts, [*held, *marked(carry, marks), *marked(xs, of_one)])
         return as_carried(results[:n_carry], marks), [plain(x) for x in results[n_carry:]]
 
     carry, ys = jax.lax.scan(
         turn, [bare(x) for x in carry], [bare(x) for x in xs], p['length'], p['reverse'], p['unroll']
     )
     return [*marked(carry, marks), *ys]
+
+
+def held_back(consts: list, changing: Any) -> tuple[list, Any]:
+    """The constants of a loop's body, those that are cut tied to what changes with each turn, and the latter: the
+    compiler would else gather the weights of all layers once before the loop, and keep them."""
+    leaves, structure = jax.tree.flatten(changing)
+    ties = [i for i, x in enumerate(leaves) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)]
+    at = [i for i, x in enumerate(consts) if isinstance(x, Cut)]
+    if not at or not ties:
+        return consts, changing
+    *values, leaves[ties[0]] = jax.lax.optimization_barrier((*(consts[i].value for i in at), leaves[ties[0]]))
+    held = list(consts)
+    for i, value in zip(at, values, strict=True):
+        held[i] = consts[i]._replace(value=value)
+    return held, jax.tree.unflatten(structure, leaves)
 
 
 def settled(x: Any) -> Any:
@@ -243,7 +259,8 @@ def while_loop(eqn, args: list) -> list:
 
     def turn(carry):
         inner = p['body_jaxpr']
-        return as_carried(evaluate(inner.jaxpr, inner.consts, [*of_body, *marked(carry, marks)]), marks)
+        held, carry = held_back(of_body, carry)
+        return as_carried(evaluate(inner.jaxpr, inner.consts, [*held, *marked(carry, marks)]), marks)
 
     return marked(jax.lax.while_loop(goes_on, turn, [bare(x) for x in carry]), marks)
 
@@ -281,6 +298,18 @@ def parts() -> int:
     """In how many parts weights lie in the program that is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get('fsdp', 1)
+
+
+def cut(tree):
+    """Arrays of the shapes of weights, gradients for instance, laid as these lie."""
+    n = parts()
+    if n == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    axes = sharding.cut_axes(tree, n)
+    return jax.tree.unflatten(
+        structure, [x if axis is None else laid(x, spec_of(axis)) for x, axis in zip(leaves, axes, strict=True)]
+    )
 
 
 def gathering(function: Callable) -> Callable:

@@ -192,3 +192,56 @@ def test_extra_is_whole():
     assert sharding.cut_axes(state, 4) == [None, 0, 0, 0, None]
     assert sharding.cut_axes({'one': (state, {})}, 4) == [None, 0, 0, 0, None]
     assert sharding.cut_axes({'ema': {'a': shape}, 'extra': {'buffer': shape}}, 4) == [0, None]
+
+
+def penalised(_) -> None:
+    """A network of every kind of layer and of parameters of its own, in a loss with a gradient penalty, in a loop of
+    accumulation under a checkpoint: its gradient is that of the function alone, and lies as the weights do."""
+    import flax.linen as nn
+    import numpy as np
+
+    from jaxgen.networks import layers as kinds
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, label):
+            x = kinds.Conv(16)(x) + kinds.Embed(12, 16)(label)[:, None, None]
+            x = kinds.Conv(32, stride=2)(nn.silu(kinds.GroupNorm(8)(x)))
+            x = kinds.Norm('instance', 32)(x).reshape(len(x), -1, 32)
+            x = nn.relu(kinds.Dense(24)(x + self.param('positions', nn.initializers.normal(1.0), (16, 32))))
+            heads = self.param('heads', nn.initializers.normal(0.1), (24, 4, 6))
+            return jnp.einsum('ntc,chd->nthd', x, heads).sum((1, 2)) @ heads.reshape(24, 24).T[:6, :8]
+
+    sharding.SMALLEST_SHARDED = 16
+    key, mesh, network = jax.random.key(0), sharding.make_mesh(PARTS), Network()
+    batch = {'x': np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype('float32'), 'label': np.arange(16) % 12}
+    weights = network.init(key, **batch)
+
+    def loss(weights, batch):
+        value, slope = jax.value_and_grad(lambda x: network.apply(weights, x, batch['label']).sum())(batch['x'])
+        y = network.apply(weights, batch['x'] + jax.random.normal(key, batch['x'].shape), batch['label'])
+        return jnp.square(y).mean() + jnp.square(slope).mean() + 1e-3 * value
+
+    def twice(loss):
+        def add(total, _):
+            return jax.tree.map(jnp.add, total, jax.grad(jax.checkpoint(loss))(weights_there, batch_there)), None
+
+        return lambda zero: jax.lax.scan(add, zero, length=2)[0]
+
+    places = sharding.over_weights(mesh, weights)
+    weights_there, batch_there = jax.device_put(weights, places), sharding.put_batch(mesh, batch)
+    expected = jax.jit(jax.grad(loss))(weights, batch)
+    with sharding.use(mesh):
+        one = jax.jit(jax.grad(fsdp.gathering(loss)))(weights_there, batch_there)
+        two = jax.jit(twice(fsdp.gathering(loss)))(jax.tree.map(jnp.zeros_like, weights_there))
+    assert any('fsdp' in str(place.spec) for place in jax.tree.leaves(places))
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), one, places))
+    scale = max(float(abs(x).max()) for x in jax.tree.leaves(expected))  # biases before a norm have rounding alone
+    for a, b, c in zip(*map(jax.tree.leaves, (expected, one, two)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5 * scale)
+        np.testing.assert_allclose(2 * a, c, rtol=2e-3, atol=2e-5 * scale)
+
+
+@pytest.mark.slow
+def test_gradients_of_gradients_in_loops():
+    in_a_process('penalised')

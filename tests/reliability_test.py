@@ -547,7 +547,7 @@ def two_hosts(*args: str) -> list[subprocess.Popen]:
     return several_hosts(2, *args)
 
 
-def one_line(process: subprocess.Popen, seconds: float = 90) -> str:
+def one_line(process: subprocess.Popen, seconds: float = 120) -> str:
     """The line with which a host ends that has lost another, without a traceback."""
     _, stderr = process.communicate(timeout=seconds)
     assert process.returncode == 1 and 'Traceback' not in stderr, stderr
@@ -568,13 +568,13 @@ def test_killed_hosts_and_other_numbers_of_hosts(tmp_path):
 
     def whole(workdir, hosts: int) -> None:
         for process in several_hosts(hosts, *command(workdir), each=4 // hosts):
-            _, stderr = process.communicate(timeout=240)
+            _, stderr = process.communicate(timeout=400)
             assert process.returncode == 0, stderr
 
     def killed(workdir, hosts: int, lost: tuple[int, ...]) -> None:
         """Some of the hosts are killed once a new checkpoint is there, and after a while of any length."""
         before, processes = checkpoints(workdir), several_hosts(hosts, *command(workdir), each=4 // hosts)
-        wait_for(lambda: checkpoints(workdir)[-1:] != before[-1:], processes[0])
+        wait_for(lambda: checkpoints(workdir)[-1:] != before[-1:], processes[0], 400)
         time.sleep(chance.uniform(0, 0.3))
         for i in lost:
             processes[i].kill()
