@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import api_util
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
@@ -141,10 +142,18 @@ def evaluate(jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
     return list(map(read, jaxpr.outvars))
 
 
+@functools.cache
+def debug_of(arguments: int, results: int):
+    """What JAX's messages call the arguments and results of one equation: by their numbers."""
+    about = api_util.debug_info('fsdp', lambda *values: values, (None,) * arguments, {})
+    names = tuple(f'values[{i}]' for i in range(arguments))
+    return about._replace(arg_names=names, result_paths=tuple(f'result[{i}]' for i in range(results)))
+
+
 def bind(eqn, args: Sequence[Any]) -> list:
     """Results of an equation as it stands."""
     values = {v: x for v, x in zip(eqn.invars, args, strict=True) if not isinstance(v, core.Literal)}
-    alone = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
+    alone = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, debug_of(len(values), len(eqn.outvars)))
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
 
 
