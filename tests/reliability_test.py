@@ -560,7 +560,7 @@ def test_killed_hosts_and_other_numbers_of_hosts(tmp_path):
     """Four devices on 1, 2 and 4 hosts, weights cut over two, hosts killed at any moment: the end is that of a training
     that nothing befell. On the same hosts it is so bit for bit; on others, whose sums are of other order, to rounding.
     """
-    chance, more = random.Random(0), {'mesh.fsdp': 2, 'train.sample_every': 0}
+    chance, more = random.Random(0), {'mesh.fsdp': 2, 'model.hidden': (128, 64), 'train.sample_every': 0}
     steps = 300
 
     def command(workdir) -> list[str]:
