@@ -129,8 +129,6 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
         write_torch(to, export)
     else:
         write_folder(to, run, source, export, metadata)
-    if source.note:
-        log.say(f'NOTE: {source.note}')
     log.say(f'exported {export.numbers:,} numbers with the names of {source.title}: {to}')
 
 

@@ -314,4 +314,4 @@ def write_run(
         lines.append(f'NOTE: these weights are under {record["licence"]}: not for commercial use')
     if others and not critic:
         lines.append(f'NOTE: {weights.path} has no {" or ".join(others)}: training starts it anew')
-    return [*lines, *([f'NOTE: {fit.source.note}'] if fit.source.note else [])]
+    return lines

@@ -73,7 +73,6 @@ class Source:
         not fixed, so that it is taken from the config.
       distinct: what another source with the same names does otherwise; where this is set the person has to say which
         one a file is of.
-      note: what is said at import and export, where the source itself computes something else.
       licence: of the published files, '' where it differs from file to file.
     """
 
@@ -94,7 +93,6 @@ class Source:
     discriminator_fields: Callable[[ConfigDict, Weights | None], dict[str, Any]] = no_fields
     classes: tuple[str, int, int] = ('', 0, 0)
     distinct: str = ''
-    note: str = ''
     licence: str = ''
 
     def keeps_initial(self, path: str) -> bool:
