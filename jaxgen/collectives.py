@@ -165,17 +165,52 @@ def parse(text: str) -> Program:
 
 
 def trips(module: Program, loop: Instruction) -> int:
-    """How often a while loop goes round: as the compiler knows it, or by the constant that its counter is compared
-    with; 1 where neither is known."""
+    """How often a while loop goes round: as the compiler knows it, or by what its counter starts from and is compared
+    with, in its condition or among what it begins with; 1 where neither is known."""
     if found := TRIPS.search(loop.text):
         return int(found[1])
     (condition,) = loop.calls().get('condition', [''])
+    body = module.computations.get(condition, {})
+    caller = next((b for b in module.computations.values() if b.get(loop.name) is loop), {})
+    first = source(caller, loop.operands[0]) if loop.operands else None
+    begins = first.operands if first is not None and first.opcode == 'tuple' else ()
+
+    def value(name: str) -> int | None:
+        """The constant that an operand of the condition is when the loop begins."""
+        one = source(body, name)
+        if one is not None and one.opcode == 'get-tuple-element' and (found := re.search(r'\bindex=(\d+)', one.text)):
+            one = source(caller, begins[int(found[1])]) if int(found[1]) < len(begins) else None
+        number = re.match(r'\((-?\d+)\)', one.text) if one is not None and one.opcode == 'constant' else None
+        return int(number[1]) if number else None
+
+    root = next((source(body, one.name) for one in body.values() if one.root), None)
+    operands = root.operands if root is not None else ()
+    if root is not None and root.opcode == 'fusion':
+        inner = module.computations.get(root.calls().get('calls', [''])[0], {})
+        root = next((one for one in inner.values() if one.root), None)
+        places = [source(inner, name) for name in root.operands] if root is not None else []
+        numbers = [
+            re.match(r'\((\d+)\)', p.text) if p is not None and p.opcode == 'parameter' else None for p in places
+        ]
+        operands = tuple(operands[int(number[1])] if number else '' for number in numbers)
+    if root is not None and root.opcode == 'compare' and len(operands) == 2:
+        start, end = map(value, operands)
+        if end is not None and re.search(r'direction=(LT|LE)', root.text):
+            return max(end - (start or 0) + ('direction=LE' in root.text), 0)
     constants = [
         int(found[1])
-        for one in module.computations.get(condition, {}).values()
+        for one in body.values()
         if one.opcode == 'constant' and (found := re.match(r'\((\d+)\)', one.text))
     ]
     return max(constants, default=1)
+
+
+def source(body: dict[str, Instruction], name: str) -> Instruction | None:
+    """The instruction that a value is of, through copies; None where it is not in this computation."""
+    one = body.get(name)
+    while one is not None and one.opcode in ('copy', 'bitcast', 'convert') and one.operands:
+        one = body.get(one.operands[0])
+    return one
 
 
 def runs(module: Program, seconds: Callable[[str], float] | None = None) -> Counter[str]:

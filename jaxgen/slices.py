@@ -242,7 +242,7 @@ def compile_program(program: Any, arguments: tuple, where: Slice, a: assembly.As
         traced = program.trace(*arguments)
     flops, kernels = (describe.flops(traced.jaxpr.jaxpr, within, 'tpu') for within in ('', 'pallas_call'))
     lowered = traced.lower()
-    about: dict[str, Any] = {'fits': True, 'flops': flops}
+    about: dict[str, Any] = {'fits': True, 'flops': flops, 'chips': n}
     try:
         with quiet():
             compiled = lowered.compile()
@@ -485,6 +485,8 @@ def program_text(one: dict[str, Any], name: str) -> list[str]:
         ]
     else:
         lines.append(f'  FLOPs         {amount(one["flops"], "")}')
+    if one.get('flops_per_chip', math.inf) * one['chips'] < 0.9 * one['flops']:
+        lines.append('  WARNING       not all operations of the compiled program were found: its numbers are too small')
     lines += [f'  to change     {line}' for line in one['advice']]
     lines.append(f'  compiled in   {one["compile_seconds"]:.0f} s')
     return lines

@@ -91,6 +91,39 @@ def test_groups(text, expected):
     assert c.group_size(f'(%x), channel_id=3, {text}') == expected
 
 
+@pytest.mark.parametrize('condition, expected', [
+    ('%most = s32[] constant(7)\n  ROOT %less = pred[] compare(%i, %most), direction=LT', 5),
+    ('%most = s32[] constant(7)\n  ROOT %less = pred[] compare(%i, %most), direction=LE', 6),
+    ('%n = s32[] get-tuple-element(%carry), index=1\n  ROOT %less = pred[] compare(%i, %n), direction=LT', 28),
+    ('%n = s32[] get-tuple-element(%carry), index=1\n  ROOT %f = pred[] fusion(%n, %i), kind=kLoop, calls=%fused', 28),
+])  # fmt: skip
+def test_trips_of_a_loop(condition, expected):
+    """The counter starts from 2; its bound is a constant of the condition, or among what the loop begins with."""
+    module = c.parse(f"""\
+%fused (p: s32[], q: s32[]) -> pred[] {{
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %lt = pred[] compare(%q, %p), direction=LT
+}}
+%condition (carry: (s32[], s32[])) -> pred[] {{
+  %carry = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  {condition}
+}}
+%body (carry: (s32[], s32[])) -> (s32[], s32[]) {{
+  ROOT %carry = (s32[], s32[]) parameter(0)
+}}
+ENTRY %main (x: f32[]) -> (s32[], s32[]) {{
+  %two = s32[] constant(2)
+  %start = s32[] copy(%two)
+  %bound = s32[] constant(30)
+  %begin = (s32[], s32[]) tuple(%start, %bound)
+  ROOT %loop = (s32[], s32[]) while(%begin), condition=%condition, body=%body
+}}
+""")
+    assert c.trips(module, module.computations['main']['loop']) == expected
+
+
 def test_what_goes_between_slices_is_sent_by_their_hosts():
     text = """\
 ENTRY %main (g: f32[64,48]) -> f32[64,48] {
