@@ -170,3 +170,52 @@ def test_torch_with_numbers_that_are_not_read_or_without_an_end(tmp_path):
     torch.save(endless, tmp_path / 'y.pt')
     with pytest.raises(UserError, match='nested too deep'):
         open_weights(str(tmp_path / 'y.pt'))
+
+
+WHOLE = {'dtype': 'F32', 'shape': [4, 4], 'data_offsets': [0, 64]}
+
+
+@pytest.mark.parametrize('header', [
+    b'[]', b'[' * 100_000, b'{"a":"x"}', json.dumps({'a': {**WHOLE, 'shape': [-4, 4]}}).encode(),
+    json.dumps({'a': {**WHOLE, 'shape': [2**40, 2**40]}}).encode(),
+    json.dumps({'a': {**WHOLE, 'data_offsets': [4, 68]}}).encode(),
+    json.dumps({'a': WHOLE, 'b': WHOLE}).encode(),
+])  # fmt: skip
+def test_headers_that_are_none_are_refused(tmp_path, header):
+    (tmp_path / 'x.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(64))
+    with pytest.raises(UserError, match='is no whole safetensors file'):
+        open_weights(str(tmp_path / 'x.safetensors'))
+
+
+@pytest.mark.parametrize('length', [2**25 + 1, 2**62])
+def test_a_header_is_read_up_to_a_length(tmp_path, length):
+    (tmp_path / 'x.safetensors').write_bytes(length.to_bytes(8, 'little') + b'{}')
+    with pytest.raises(UserError, match='with a header of'):
+        open_weights(str(tmp_path / 'x.safetensors'))
+
+
+def test_numbers_that_numpy_has_not_open_and_are_not_read(tmp_path):
+    header = json.dumps({'a': {'dtype': 'F8_E4M3', 'shape': [64], 'data_offsets': [0, 64]}}).encode()
+    (tmp_path / 'x.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(64))
+    assert open_weights(str(tmp_path / 'x.safetensors'))['a'].dtype == np.dtype(object)
+
+
+def test_archives_that_unpack_to_more_are_refused(tmp_path):
+    pytest.importorskip('torch')
+    with zipfile.ZipFile(tmp_path / 'x.pt', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', bytes(10**7))
+    with pytest.raises(UserError, match='an archive that torch did not write'):
+        open_weights(str(tmp_path / 'x.pt'))
+
+
+def test_tensors_of_torch_are_read_from_their_places(tmp_path):
+    """Views, steps through storages and tensors that share one; the order of reading is that in the file."""
+    torch = pytest.importorskip('torch')
+    whole = torch.arange(24.0).reshape(4, 6)
+    tree = {'whole': whole, 'rows': whole[1:3], 'turned': whole.T, 'none': whole[:0], 'next': torch.arange(5)}
+    torch.save(tree, tmp_path / 'x.pt')
+    weights = open_weights(str(tmp_path / 'x.pt'))
+    for name, tensor in tree.items():
+        np.testing.assert_array_equal(weights[name].read(), tensor.numpy())
+    if sys.platform == 'linux':
+        assert weights['rows'].place[1] == weights['whole'].place[1] + 24 > 24

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import ROOT, run_main
+from support import ROOT, devices, run_main
 
 import jaxgen
 from jaxgen import assembly
@@ -383,3 +383,30 @@ def test_what_is_in_the_way_of_a_directory_is_named(tmp_path):
     with pytest.raises(UserError, match=line), whole.new_directory(str(tmp_path / 'run'), 'import', '--workdir'):
         pass
     assert os.listdir(tmp_path / 'elsewhere') == ['kept']
+
+
+ON_DEVICES = """
+import sys
+import jax, numpy as np
+import jaxgen
+from jaxgen.main import run_main
+assert run_main(['jaxgen', *sys.argv[2:]]) == 0
+run = jaxgen.load(sys.argv[1])
+kernel = run.state.ema['denoiser']['middle_0']['conv1']['kernel']
+parts = {shard.data.shape for shard in kernel.addressable_shards}
+assert len(kernel.addressable_shards) == 8 and {8 * np.prod(part) for part in parts} == {kernel.size}, parts
+np.save(sys.argv[1] + '/kernel.npy', kernel)
+"""
+
+
+@pytest.mark.slow
+def test_weights_lie_on_the_mesh_with_its_sharding(tmp_path):
+    fields = [f'--config.{field}' for field in (*tiny_file(tmp_path / 'x.safetensors'), 'mesh.fsdp=8')]
+    run = str(tmp_path / 'run')
+    given = ['--mode=import', '--config=ddpm_cifar10', f'--from={tmp_path}/x.safetensors', f'--workdir={run}', *fields]
+    done = subprocess.run(
+        [sys.executable, '-c', ON_DEVICES, run, *given], cwd=ROOT, env=os.environ | devices(8), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = safetensors.numpy.load_file(tmp_path / 'x.safetensors')['mid_block.resnets.0.conv1.weight']
+    np.testing.assert_array_equal(np.load(f'{run}/kernel.npy'), theirs.transpose(2, 3, 1, 0))
