@@ -26,7 +26,8 @@ def accelerator():
     return module
 
 
-@pytest.mark.parametrize('tiny', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('tiny', [True, False])
 @pytest.mark.parametrize('name', ['ddpm_cifar10', 'dit_b2', 'dit_xl2', 'adm_imagenet64', 'sd_unet'])
 def test_networks_have_as_many_weights_in_torch(accelerator, name, tiny):
     torch = pytest.importorskip('torch')
