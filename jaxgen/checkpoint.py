@@ -35,6 +35,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgen import files, log, memory, origin, sharding
 from jaxgen.contract import State
@@ -271,6 +272,20 @@ class Kept:
             i >= newest or bool(at) or info.step == self.best
             for i, (info, at) in enumerate(zip(checkpoints, periodic, strict=True))
         ]
+
+
+def restored_part(where: str, target, biggest: int, total: int, partial: bool):
+    """The arrays of a saved tree that are in `target`: all of them, or with `partial` some."""
+    in_flight = max(2 * PIECE, biggest + 1, total // 16) / 1e9
+    if partial:
+        handler: Any = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=in_flight)
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        args: Any = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+    else:
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=in_flight)
+        args = ocp.args.StandardRestore(target)
+    with memory.returned(), ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(where, args=args)
 
 
 class Checkpoints:
@@ -542,12 +557,23 @@ class Checkpoints:
 
     def restored(self, step: int, item: str, target):
         """The arrays of an item, few of which are in flight at a time: what is restored is in memory once, and not a
-        second time as it was read."""
-        sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target)]
-        in_flight = max(2 * PIECE, max(sizes) + 1, sum(sizes) // 16)
-        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=in_flight / 1e9)
-        with memory.returned(), ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(os.path.join(self.path, str(step), item), args=ocp.args.StandardRestore(target))
+        second time as it was read. Those that are an eighth of all or more come first, the largest before the others,
+        while there is room for them twice."""
+        sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+        total, where = sum(sizes.values()), os.path.join(self.path, str(step), item)
+        large = sorted((path for path, size in sizes.items() if size > total / 8), key=lambda path: -sizes[path])
+        in_dicts = all(isinstance(key, jax.tree_util.DictKey) for path in sizes for key in path)
+        if not large or not in_dicts or total < PIECE:
+            return restored_part(where, target, max(sizes.values()), total, False)
+        flat = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+        names = [tuple(key.key for key in path) for path in large]
+        done: dict[tuple, Any] = {}
+        for part in (*([name] for name in names), [name for name in flat if name not in names]):
+            tree = unflatten_dict({name: flat[name] for name in part})
+            biggest = max((flat[name].size * flat[name].dtype.itemsize for name in part), default=0)
+            done |= flatten_dict(restored_part(where, tree, biggest, total, True)) if part else {}
+        whole = flatten_dict(target, keep_empty_nodes=True)
+        return unflatten_dict({name: done.get(name, leaf) for name, leaf in whole.items()})
 
     def close(self) -> None:
         """Waits for the last save, and frees all resources."""
