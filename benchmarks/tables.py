@@ -203,6 +203,16 @@ def folder(record: dict) -> str:
     return markdown([f'{record["files"]:,} files', 'measured'], rows)
 
 
+def weights(record: dict) -> str:
+    """Memory of import, load and export of published weights, over the size of their file: a row for each network."""
+    rows = []
+    for r in record['rows']:
+        fields = ', '.join(text.removeprefix('--config.').rpartition('.')[2] for text in r['overrides'])
+        cells = [f'`{r["config"]}`' + (f', {fields}' if fields else ''), f'{r["parameters"]:,}', r['dtype']]
+        rows.append([*cells, *(f'{r[part]["ratio"]:.2f}' for part in ('import', 'load', 'export'))])
+    return markdown(['config', 'parameters', 'dtype', 'import', 'load', 'export'], rows)
+
+
 def slices(record: dict, program: str) -> str:
     """What programs take on slices: a row for each config and slice; program: update or sample."""
     rows = []
@@ -317,7 +327,7 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind in ('loader', 'folder', 'startup'):
+    if kind in ('loader', 'folder', 'startup', 'weights'):
         return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])

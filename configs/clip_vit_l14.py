@@ -1,14 +1,14 @@
 """CLIP's largest published model at 224 pixels, ViT-L/14 (Radford et al. 2021, arXiv 2103.00020, table 20). Its text
 tower is the text encoder of Stable Diffusion 1, one of SDXL's two and of Stable Diffusion 3's three.
 
-    python -m jaxgen.main --mode=import --config=configs/clip_vit_l14.py --from=FOLDER --workdir=runs/clip_vit_l14
+    python -m jaxgen.main --config=configs/clip_vit_l14.py --config.data.source='tar:~/pairs/{00000..00999}.tar'
 
 Variants: `:vit_b32`, `:vit_b16`; `:vit_h14`, OpenCLIP's of Stable Diffusion 2, and `:vit_bigg14`, SDXL's second.
 
 Time: not measured
 Paper: 75.5% of ImageNet's validation images right without training on them (ViT-L/14, table 11); 427,616,513 parameters
-Ours: shape-checked; parameters as published. The 400 million pairs that it was trained on are not public: name
-your own, --config.data.source='tar:~/pairs/{00000..00999}.tar'; as it stands it has drawn scenes
+Ours: 427,616,513 parameters, 151,277,313 of `:vit_b32`, not trained here. The 400 million pairs that it was trained on
+are not public; without a source of your own it is trained on drawn scenes
 """
 
 from jaxgen.config import make
