@@ -43,7 +43,9 @@ from jaxgen.errors import RunError
 
 LINES = 2  # of each process: one is filled while it works on the other
 TRIES = 3  # of a task whose process ends
-WATCH = 5.0  # seconds between two looks at whether the parent is there
+UNKNOWN = 2  # of an image: neither decoded (0) nor damaged (1) yet
+WATCH = 5.0  # seconds between two looks at whether the other end is there
+PATIENCE = 60.0  # seconds in which a process at work does nothing at all, after which another takes its place
 REQUEST = struct.Struct('<QQ')  # bytes of the memory, bytes of the header at its beginning
 START = 'import sys; sys.path[:] = {path!r}; from jaxgen.data import workers; workers.serve({lines!r}, {parent})'
 # Of libraries that would start threads in every process.
@@ -122,7 +124,7 @@ class Line:
         self.task: Task | None = None
         self.request, self.places = b'', ([], 0)
         # The process that has the task, and the socket that leads to it: another one may be in its place by now.
-        self.generation, self.used = -1, None
+        self.generation, self.used, self.pid = -1, None, 0
 
     def give(self, task: Task) -> None:
         """Begins a task."""
@@ -133,6 +135,7 @@ class Line:
         self.map[: len(header)] = header
         for at, piece in pieces:
             self.map[at : at + len(piece)] = piece
+        self.map[self.places[1] : size] = bytes([UNKNOWN]) * len(task)
         self.task, self.request = task, REQUEST.pack(len(self.map), len(header))
         self.send()
 
@@ -171,6 +174,9 @@ class Line:
     def send(self) -> None:
         with self.worker.lock:
             self.generation, self.used = self.worker.generation, self.socket
+            self.pid = self.worker.process.pid if self.worker.process else 0
+        with contextlib.suppress(OSError):  # it has been closed
+            self.used.settimeout(WATCH)
         with contextlib.suppress(OSError):  # that it has ended is seen in receiving
             self.used.sendall(self.request)
 
@@ -206,11 +212,28 @@ class Line:
         return task, arrays, np.ndarray(n, np.uint8, self.map, damaged)
 
     def answered(self) -> bool:
-        """Waits for the end of the task; False: the process has ended."""
-        try:
-            return self.used.recv(1) == b'.'
-        except OSError:
-            return False
+        """Waits for the end of the task; False: the process has ended, or is stopped."""
+        before, silent = None, 0.0  # seconds of waiting, not of the clock: this process may be stopped as well
+        while silent < PATIENCE:
+            try:
+                return self.used.recv(1) == b'.'
+            except TimeoutError:
+                now = self.signs()
+                before, silent = now, silent + WATCH if now == before else 0.0
+            except OSError:
+                return False
+        return False
+
+    def signs(self) -> list[bytes]:
+        """What changes while the process works: the images that it is done with, and its processor time."""
+        done = [line.done() for line in self.worker.lines]  # it may be at work on the other one
+        with contextlib.suppress(OSError), open(f'/proc/{self.pid}/stat', 'rb') as file:
+            done += file.read().rpartition(b')')[2].split()[11:13]
+        return done
+
+    def done(self) -> bytes:
+        task, memory, damaged = self.task, self.map, self.places[1]
+        return memory[damaged : damaged + len(task)] if task and memory else b''
 
 
 def memory_file() -> int:
@@ -244,8 +267,9 @@ class Worker:
             return self.why
 
     def start(self) -> None:
-        ends = [socket.socketpair() for _ in self.lines]
+        ends: list[tuple[socket.socket, socket.socket]] = []
         try:
+            ends += (socket.socketpair() for _ in self.lines)
             lines = [(end.fileno(), line.memory) for (_, end), line in zip(ends, self.lines, strict=True)]
             path = [os.path.abspath(entry) for entry in sys.path]  # '' is the present directory
             self.process = subprocess.Popen(

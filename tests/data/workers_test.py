@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -116,6 +120,35 @@ def test_a_killed_process_is_replaced(section, monkeypatch):
         running = pids(batches)
     assert_same(expected, found)
     assert not any(map(is_running, running))
+
+
+def test_a_stopped_process_is_replaced(section, monkeypatch):
+    """One that is at work is not, however long that takes."""
+    monkeypatch.setattr(workers, 'TRIES', 100)
+    monkeypatch.setattr(workers, 'WATCH', 0.2)
+    config = {**section, 'crop': 'random'}
+    expected = take({**config, 'processes': 0}, 8)
+    with contextlib.closing(data.batches({**config, 'processes': 1}, seed=0)) as batches:
+        found = [next(batches)]
+        (stopped,) = pids(batches)
+        monkeypatch.setattr(workers, 'PATIENCE', 0.6)
+        os.kill(stopped, signal.SIGSTOP)
+        found += [next(batches) for _ in range(7)]
+        assert pids(batches) != [stopped]
+    assert_same(expected, found)
+    line = workers.Line.__new__(workers.Line)  # of a process that is at work on one image
+    ours, its = socket.socketpair()
+    with ours, its, contextlib.closing(mmap.mmap(-1, 16)) as memory:
+        ours.settimeout(0.05)
+        line.used, line.pid, line.map, line.places, line.task = ours, os.getpid(), memory, ([], 0), None
+        line.worker = types.SimpleNamespace(lines=[line])
+        monkeypatch.setattr(workers, 'PATIENCE', 0.4)
+        timer = threading.Timer(1.5, its.sendall, [b'.'])
+        timer.start()
+        work = threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(lambda: timer.is_alive(), False)])
+        work.start()
+        assert line.answered()
+        work.join()
 
 
 def test_processes_that_keep_ending_end_the_run_in_a_line(section, monkeypatch):
