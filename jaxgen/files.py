@@ -55,9 +55,17 @@ def check_local(path: str, what: str) -> None:
 
 
 def cache_directory(name: str) -> str:
-    """A directory for what can be made again, in the person's cache directory."""
+    """A directory for what can be made again, in the person's cache directory: an absolute path."""
     usual = '~/Library/Caches' if sys.platform == 'darwin' else '~/.cache'
-    return os.path.join(os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or usual), 'jaxgen', name)
+    given = os.path.expanduser(os.environ.get('XDG_CACHE_HOME', ''))
+    # By the XDG specification a relative one is no valid one: it would be another one in every directory.
+    return absolute(os.path.join(given if os.path.isabs(given) else usual, 'jaxgen', name))
+
+
+def version_of(about: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file does: its size, and when its content and its entry were changed last. The second of
+    these times nobody can set: not a copy that keeps times either."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def distrusted(directory: str) -> str:
@@ -94,7 +102,7 @@ def is_private_group(group: int) -> bool:
 
 def make_private(directory: str) -> None:
     """Makes a directory, and those above it that are missing, for this person alone."""
-    missing = []
+    missing, directory = [], os.path.abspath(directory)
     while not os.path.isdir(directory):
         missing.append(directory)
         directory = os.path.dirname(directory)

@@ -41,6 +41,7 @@ from jaxgen.data.prepared import (
     set_lock,
     write,
 )
+from jaxgen.data.records import stamp_beyond_identity
 from jaxgen.directory import check_cycle
 from jaxgen.errors import UserError
 from jaxgen.metrics import features
@@ -163,7 +164,7 @@ def make_plan(assembled: Assembled, examples, program: Program) -> Plan:
         'format': FORMAT,
         'program': hashlib.sha256(program.text.encode()).hexdigest(),
         'weights': features.digest([weights[i] for i in program.stages]),
-        'examples': examples.identity,
+        'examples': [examples.identity, stamp_beyond_identity(examples.records), section.max_pixels],
         'reads': program.reads,
         'views': [views.choices(section), section.fill],
     }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_sets import encoded, random_image
 from support import NAMES, assemble, assert_same, first_batch, metrics, tiny, tiny_stage
 
 from jaxgen import assembly, directory, prepare, run, testing
@@ -151,6 +152,27 @@ def test_a_set_is_of_its_images_and_weights_alone(stage, tmp_path):
     state, its = a.frozen['first']
     a.frozen['first'] = (jax.tree.map(lambda x: x + 1e-3 if x.dtype == jnp.float32 else x, state), its)
     assert prepare.plan_or_reason(a, a.dataset('train'), 'on').name not in {name, *different}
+
+
+def test_a_changed_image_of_a_large_folder_has_another_set(stage, tmp_path):
+    """Its identity is names and sizes alone; also what could not be decoded is of a limit."""
+    for i in range(12):
+        (tmp_path / 'images').mkdir(exist_ok=True)
+        (tmp_path / 'images' / f'{i}.bmp').write_bytes(encoded(random_image(i), 'BMP'))
+    data = {
+        'source': f'folder:{tmp_path / "images"}',
+        'direct': 0,
+        'dir': str(tmp_path / 'sets'),
+        'features': ('image',),
+    }
+    fields = {'data': data, 'model': {'conditional': False}}
+    names = [plan(stage, tmp_path, **fields)[1].name for _ in range(2)]
+    path = tmp_path / 'images' / '3.bmp'
+    path.write_bytes(encoded(random_image(50), 'BMP'))
+    names.append(plan(stage, tmp_path, **fields)[1].name)
+    fields['data']['max_pixels'] = 2**20
+    names.append(plan(stage, tmp_path, **fields)[1].name)
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 def test_what_was_stopped_goes_on(stage, tmp_path, few, monkeypatch):

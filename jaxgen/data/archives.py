@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgen import files
 from jaxgen.addresses import Address
 from jaxgen.data import arrays, folder, transforms, trees
 from jaxgen.data.records import Contents, Feature, Split, classes_of, text_digest
@@ -374,13 +375,17 @@ class Folder:
         """Of the names and sizes, not of what is in the files: that would take reading all of them."""
         return sizes_digest(self.listed.names, self.listed.sizes)
 
-    @functools.cached_property
+    @property
     def stamp(self) -> str:
-        """Of the names, sizes and times of all files."""
-        names, sizes, times, _ = self.listed
+        """Of the names, sizes and times of all files as they are now, which may be later than they were listed."""
+        names = self.listed.names
         digest = hashlib.sha256(self.root.encode('utf-8', 'surrogateescape') + b'\0')
-        for part in (names.block, names.ends, sizes, times):
-            digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+        digest.update(names.block + names.ends.tobytes())
+        for name in names:
+            version = -1, 0, 0
+            with contextlib.suppress(OSError):
+                version = files.version_of(os.stat(os.path.join(self.root, name)))
+            digest.update(b'%d %d %d\0' % version)
         return digest.hexdigest()
 
     @property

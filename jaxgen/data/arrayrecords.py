@@ -178,7 +178,7 @@ def labels_of(stored, field: str, paths: list[str], directory: str, confined: bo
       UserError: a record has none.
     """
     about = [(os.path.realpath(path), os.stat(path)) for path in paths]
-    key = text_digest(field, *(f'{path} {one.st_size} {one.st_mtime_ns}' for path, one in about))
+    key = text_digest(field, *(f'{path} {files.version_of(one)}' for path, one in about))
     kept = os.path.join(directory, tars.INDICES, f'{key}.labels')
     if (known := load_labels(kept, len(stored))) is not None:
         return known

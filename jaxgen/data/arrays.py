@@ -546,7 +546,7 @@ def unpack(what: str, path: str, part: str, n_bytes: int, data, open_stream: Cal
     if n_bytes > INFLATION * os.path.getsize(path):
         raise UserError(f'{what} is damaged: by its header it has {n_bytes} bytes, more than the file can hold')
     about, directory = os.stat(path), os.path.join(root(data), UNPACKED)
-    key = text_digest(os.path.realpath(path), part, str(about.st_size), str(about.st_mtime_ns))
+    key = text_digest(os.path.realpath(path), part, *map(str, files.version_of(about)))
     if n_bytes <= data['cache_mb'] * 2**20:
         if (known := unpacked.get(key)) is not None:
             return known

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxgen import files
 from jaxgen.addresses import Address
 from jaxgen.data import arrays
 from jaxgen.data.records import Contents, open_file
@@ -57,7 +58,7 @@ def stamp(path: str) -> tuple[int, ...]:
     """What changes when the files do."""
     parts = [path] if not os.path.isdir(path) else [file for _, file in sorted(files_of(path).items())]
     about = [os.stat(part) for part in parts]
-    return tuple(n for one in about for n in (one.st_size, one.st_mtime_ns))
+    return tuple(n for one in about for n in files.version_of(one))
 
 
 def files_of(path: str) -> dict[str, str]:

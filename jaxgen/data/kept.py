@@ -74,6 +74,11 @@ class Store:
                 say(f'decoded images are not kept any more: {e.strerror}')
 
 
+def length(n: int, size: int) -> int:
+    """Bytes of the file for `n` examples of `size` bytes."""
+    return n * (size + DIGEST)
+
+
 def say(line: str) -> None:
     """Writes a line on stderr, once."""
     if line not in announced:
@@ -91,7 +96,7 @@ def open_store(what: str, n: int, size: int, most: int) -> Store | None:
     if not hasattr(os, 'preadv') or not hasattr(os, 'geteuid'):
         return None
     key = hashlib.sha256(f'{what} {n} {size}'.encode('utf-8', 'surrogateescape')).digest()
-    length, directory = n * (size + DIGEST), files.cache_directory('images')
+    whole, directory = length(n, size), files.cache_directory('images')
     try:
         files.make_private(directory)
         directory = os.path.realpath(directory)  # a link may be replaced
@@ -99,7 +104,7 @@ def open_store(what: str, n: int, size: int, most: int) -> Store | None:
             say(f'WARNING: decoded images are not kept: {problem}; config.data.disk_mb = 0 keeps none')
             return None
         path = os.path.join(directory, key.hex()[:32] + ENDING)
-        if not os.path.lexists(path) and not make_room(directory, length, most):
+        if not os.path.lexists(path) and not make_room(directory, whole, most):
             return None
         file, writable = opened(path)
     except OSError:
@@ -109,8 +114,8 @@ def open_store(what: str, n: int, size: int, most: int) -> Store | None:
         if not stat.S_ISREG(about.st_mode):
             raise OSError
         if writable:
-            if about.st_size != length:  # it is new, or what a full disk has left
-                os.ftruncate(file, length)
+            if about.st_size != whole:  # it is new, or what a full disk has left
+                os.ftruncate(file, whole)
             os.utime(file)
     except OSError:
         os.close(file)

@@ -260,11 +260,13 @@ class Examples:
         decoding."""
         if not self.data['disk_mb'] or len(self) < FEW or not self.encoded:
             return None
+        size = sum(x.nbytes for x in self.empty(1).values())
+        if kept.length(len(self), size) > self.data['disk_mb'] * 2**20:
+            return None
         stamp = stamp_of(self.records)
         fields = [(name, self.data[name]) for name in decoding.FIELDS]
         layout = [(name, self.shapes[name], np.dtype(f.dtype).str, f.path) for name, f in self.records.chosen.items()]
         what = repr((decoding.version(), stamp, fields, layout, self.targets))
-        size = sum(x.nbytes for x in self.empty(1).values())
         return kept.open_store(what, len(self), size, self.data['disk_mb']) if stamp else None
 
     @functools.cached_property

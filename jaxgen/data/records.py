@@ -167,10 +167,19 @@ def stamp(records: Records) -> str:
     return text_digest(*rows, own()) if own else ''
 
 
+def stamp_beyond_identity(records: Records) -> str:
+    """`stamp` where the identity of the examples is of their files' names and sizes, as of a large folder: others may
+    have the same one. '' where it is of what the files hold."""
+    inner = records
+    while not isinstance(inner, ReadRecords) and hasattr(inner, 'records'):
+        inner = inner.records
+    return stamp(records) if isinstance(inner, ReadRecords) and inner.contents.stamp else ''
+
+
 def stamp_of_files(paths: tuple[str, ...]) -> str:
     """A text that changes when one of these files does."""
     about = ((os.path.realpath(path), os.stat(path)) for path in paths)
-    return repr([(path, one.st_size, one.st_mtime_ns) for path, one in about])
+    return repr([(path, *files.version_of(one)) for path, one in about])
 
 
 def own_splits(names) -> dict[str, str]:
@@ -281,13 +290,13 @@ def text_digest(*parts: str) -> str:
 
 
 def file_digest(path: str, directory: str, confined: bool) -> str:
-    """SHA-256 of a file. That of a large one is kept in `directory` by path, size and time of its last change."""
+    """SHA-256 of a file. That of a large one is kept in `directory` by path, size and times of its last change."""
     try:
         with open_file(path) as file:
             about = os.fstat(file.fileno())
             if about.st_size < LONG:
                 return hashlib.file_digest(file, 'sha256').hexdigest()
-            key = text_digest(os.path.realpath(path), str(about.st_size), str(about.st_mtime_ns))
+            key = text_digest(os.path.realpath(path), *map(str, files.version_of(about)))
             kept = os.path.join(directory, DIGESTS, key)
             with contextlib.suppress(OSError), open(kept, encoding='ascii', errors='replace') as known:
                 if re.fullmatch('[0-9a-f]{64}', text := known.read(65)):

@@ -33,7 +33,7 @@ from absl import logging
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from jaxgen import addresses, locks
+from jaxgen import addresses, files, locks
 from jaxgen.data import (
     archives,
     arrayrecords,
@@ -204,7 +204,7 @@ def latest(path: str, contents: records.Contents) -> tuple:
 def stamps_of(path: str, contents: records.Contents) -> tuple:
     """What changes when the files of a source do."""
     about = [os.stat(one) for one in (*({path} if os.path.exists(path) else ()), *contents.files)]
-    return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in about)
+    return tuple((one.st_ino, *files.version_of(one)) for one in about)
 
 
 def gaussians_source(data, here: str) -> Source:

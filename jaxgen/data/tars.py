@@ -154,7 +154,7 @@ def index(path: str, directory: str, confined: bool) -> Index:
     """
     with open_file(path) as file:
         about = os.fstat(file.fileno())
-        key = text_digest(os.path.realpath(path), str(about.st_size), str(about.st_mtime_ns))
+        key = text_digest(os.path.realpath(path), *map(str, files.version_of(about)))
         kept = os.path.join(directory, INDICES, f'{key}.tar_index')
         if (known := load_index(kept, about.st_size)) is not None:
             return known

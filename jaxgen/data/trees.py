@@ -149,7 +149,7 @@ def walk(root: str, links: bool, counts: Counter) -> Listed:
                     size, time, device, inode = about.st_size, about.st_mtime_ns, about.st_dev, about.st_ino
                 block += (below + name).encode('utf-8', 'surrogateescape')
                 ends.append(len(block))
-                sizes.append(size), times.append(time), devices.append(device), inodes.append(inode)
+                sizes.append(size), times.append(min(time, 2**63 - 1)), devices.append(device), inodes.append(inode)
         except OSError as e:
             raise UserError(f'config.data.source: cannot list {path}: {e.strerror}') from e
         finally:

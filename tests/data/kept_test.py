@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 from data_sets import encoded, make, random_image, take
 from support import assert_same
 
-from jaxgen import data, log
+from jaxgen import data, files, log
 from jaxgen.data import kept, loader, transforms
 
 
@@ -104,6 +105,41 @@ def test_other_files_have_one_of_their_own(section, tmp_path, directory):
     everything(section, keep_classes=(0, 1))
     everything(section, validation_fraction=0.3)
     assert len(os.listdir(directory)) == 4
+
+
+def test_a_changed_image_of_the_same_size_and_time(section, tmp_path, directory):
+    """As some programs leave it that copy files; also in a process that goes on."""
+    path = tmp_path / 'images' / '1' / '1.bmp'
+    path.write_bytes(encoded(random_image(100), 'BMP'))
+    first = everything(section)
+    before = os.stat(path)
+    with open(path, 'r+b') as file:
+        file.write(encoded(random_image(101), 'BMP'))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    found = everything(section)
+    assert not np.array_equal(first['image'], found['image'])
+    assert_same([everything(section, disk_mb=0, cache_mb=0)], [found])
+
+
+def test_times_beyond_64_bits(section, tmp_path, directory):
+    try:
+        os.utime(tmp_path / 'images' / '1' / '1.png', (1.4e10, 1.4e10))
+    except (OverflowError, OSError):
+        pytest.skip('the file system has no such times')
+    assert len(everything(section)['image'])
+
+
+@pytest.mark.parametrize('given', ['cache', '~nobody_at_all/cache', ''])
+def test_relative_cache_directories_are_none(given, tmp_path, monkeypatch):
+    """By the XDG specification."""
+    monkeypatch.setenv('XDG_CACHE_HOME', given)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.chdir(tmp_path)
+    assert kept.open_store('what', 3, 5, 10) is not None
+    assert os.listdir(tmp_path) == ['home']
+    files.make_private('a/b')  # and ends
+    assert stat.S_IMODE(os.stat(tmp_path / 'a' / 'b').st_mode) == 0o700
 
 
 def test_what_is_torn_or_changed_is_decoded_again(section, directory, monkeypatch):
