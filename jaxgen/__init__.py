@@ -71,11 +71,21 @@ def list_configs(*words: str) -> list[Entry]:
     return catalogue.entries([str(word) for word in words])
 
 
-def import_weights(path: str | os.PathLike, *, name: str = '', config=None, workdir: str = '', names: str = '') -> Run:
+def import_weights(
+    path: str | os.PathLike,
+    *,
+    name: str = '',
+    config=None,
+    workdir: str | os.PathLike = '',
+    names: str = '',
+    discriminator: str | os.PathLike = '',
+) -> Run:
     """The run that holds published weights, which is made in `workdir`. See `jaxgen.library.import_weights`."""
     from jaxgen import library
 
-    return library.import_weights(path, name=name, config=config, workdir=workdir, names=names)
+    return library.import_weights(
+        path, name=name, config=config, workdir=workdir, names=names, discriminator=discriminator
+    )
 
 
 def published() -> tuple:

@@ -435,7 +435,8 @@ def test_former_names_in_files_and_on_the_command_line(renamed, base, tmp_path):
 
 
 with open(os.path.join(os.path.dirname(__file__), 'former_configs.json'), encoding='utf-8') as file:
-    FORMER = json.load(file)  # {name: family and model as runs of this config saved them before 0.2.0}
+    # {name: family and model as runs of this config saved them before 0.2.0, or first, where the family is newer}
+    FORMER = json.load(file)
 
 
 @pytest.mark.parametrize('name', FORMER)

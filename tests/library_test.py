@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ from support import ROOT, assert_same, metrics, path, saved_state
 
 import jaxgen
 from jaxgen import config as configs
+from jaxgen import library
 from jaxgen.errors import RunError, UserError
 
 STEPS = 4
@@ -97,6 +99,12 @@ def test_mistakes_are_one_line(name, overrides, message):
 
 
 @pytest.mark.slow
+def test_what_is_passed_on_takes_the_same():
+    """`import jaxgen` is without jax, so its function stands for that of library.py, and has the same parameters."""
+    short, whole = (inspect.signature(module.import_weights).parameters for module in (jaxgen, library))
+    assert {*short} == {*whole}
+
+
 def test_list_configs():
     entries = jaxgen.list_configs('vae', 'DIGITS')
     assert {'vae_digits', 'conditional_vae_digits'} <= {entry.name for entry in entries}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -184,6 +185,80 @@ DEFAULTS = {'attention_bias': False, 'norm_type': 'layer_norm', 'norm_elementwis
 SKIP_DEFAULTS = {'time_embedding_type': 'positional', 'mid_block_scale_factor': 1}
 
 
+# {kind of a value of a JSON file of diffusers: (keys, whether null is one of their values)}
+KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
+    'a count': (
+        (
+            *('layers_per_block', 'num_layers', 'patch_size', 'num_attention_heads', 'latent_channels', 'in_channels'),
+            *('num_vq_embeddings', 'num_train_timesteps', 'steps_offset', 'freq_shift', 'downsample_padding'),
+        ),
+        False,
+    ),
+    'a count or null': (
+        (
+            *('norm_num_groups', 'attn_norm_num_groups', 'attention_head_dim', 'num_class_embeds', 'out_channels'),
+            *('num_embeds_ada_norm', 'vq_embed_dim'),
+        ),
+        True,
+    ),
+    'a number': (
+        (
+            *('norm_eps', 'dropout', 'beta_start', 'beta_end', 'scaling_factor', 'clip_sample_range'),
+            'mid_block_scale_factor',
+        ),
+        False,
+    ),
+    'true or false': (
+        (
+            *('flip_sin_to_cos', 'use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention', 'clip_sample'),
+            *('set_alpha_to_one', 'thresholding', 'rescale_betas_zero_snr'),
+        ),
+        False,
+    ),
+    'a word': (
+        (
+            *('_class_name', 'beta_schedule', 'prediction_type', 'timestep_spacing', 'variance_type'),
+            *('resnet_time_scale_shift', 'downsample_type', 'upsample_type'),
+        ),
+        False,
+    ),
+    'a list of counts': (('block_out_channels',), False),
+    'a list of numbers or null': (('trained_betas',), True),
+}
+MOST_IN_LIST = 100_000
+
+
+def is_of(kind: str, value: Any) -> bool:
+    """Whether a value of a JSON file is of a kind, see KINDS."""
+    several = re.match(r'a list of (\w+)s', kind)
+    if several:
+        there = isinstance(value, list | tuple) and 0 < len(value) <= MOST_IN_LIST
+        return there and all(is_of(f'a {several[1]}', one) for one in value)
+    if kind == 'true or false':
+        return isinstance(value, bool)
+    if kind == 'a word':
+        return isinstance(value, str) and value.isprintable()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if kind == 'a number':
+        return math.isfinite(value) and abs(value) < 2**31
+    return isinstance(value, int) and 0 <= value < 2**31
+
+
+def check_kinds(said: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where a value that is read is of another kind than diffusers writes: the file is damaged.
+
+    Args:
+      where: the file, for the message.
+    """
+    for kind, (keys, null) in KINDS.items():
+        for key in keys:
+            if key in said and not (null and said[key] is None) and not is_of(kind.removesuffix(' or null'), said[key]):
+                shown = repr(said[key])
+                shown = f'{shown[:80]}...' if len(shown) > 80 else shown
+                raise UserError(f'{where} is damaged: {key} is {shown}, and should be {kind}')
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two values of a config.json say the same, numbers to a thousandth."""
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
@@ -225,6 +300,7 @@ def said_of(
     name = said.get('_class_name', classes[0])
     if name not in classes:
         raise UserError(f'the config.json of the weights is of a {name}: this config takes {" or ".join(classes)}')
+    check_kinds(said, 'the config.json of the weights')
     check_values(said, keys or KEYS[name])
     return dict(said)
 
@@ -342,7 +418,9 @@ def pipeline_part(weights: Weights | None, *names: str) -> dict[str, Any]:
         if os.path.isfile(os.path.join(above, PIPELINE)):
             for name in names:
                 if os.path.isfile(os.path.join(above, name)):
-                    return read_json(os.path.join(above, name))
+                    said = read_json(os.path.join(above, name))
+                    check_kinds(said, os.path.join(above, name))
+                    return said
     return {}
 
 

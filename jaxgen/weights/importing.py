@@ -222,7 +222,7 @@ def import_weights(
         for name, weights in parts.stages.items():
             stages[name] = os.path.join(new, 'stages', name)
             os.makedirs(stages[name])
-            stage = pipelines.stage_config(config, name, weights)
+            stage = pipelines.stage_config(config, name, weights, parts.said(weights))
             lines += [f'stages.{name}: {line}' for line in write_run(stages[name], stage, weights, '', licence, '')]
         here = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages}))
         there = {name: os.path.join(workdir, 'stages', name) for name in stages}

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Set
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
@@ -18,6 +19,7 @@ from jaxgen.errors import UserError
 from jaxgen.sections import sides
 from jaxgen.weights import diffusers, files
 from jaxgen.weights.files import Weights, open_weights
+from jaxgen.weights.mapping import DTYPES
 
 NETWORKS = ('unet', 'transformer')  # folders of the network that a run is of
 STAGES = {'first': ('vae', 'vqvae', 'movq')}  # {stage: its folders}
@@ -38,6 +40,10 @@ class Parts:
     @property
     def files(self) -> tuple[str, ...]:
         return self.weights.files
+
+    def said(self, stage: Weights) -> dict[str, Any]:
+        """config.json of an earlier stage, {} where there is none: beside a file of several models it is of another."""
+        return {} if stage is self.weights else stage.config
 
 
 def open_parts(path: str, option: str = '--from') -> Parts:
@@ -124,6 +130,7 @@ def with_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], named: Set[
     if not scheduler or config.family != 'diffusion':
         return config, []
     name = os.path.join(SCHEDULER, SCHEDULER_CONFIG)
+    diffusers.check_kinds(scheduler, name)
     fields = diffusers.process_fields(scheduler)
     if fields.get('model.process.name') == 'cosine':  # which has no betas to set
         fields = {field: value for field, value in fields.items() if '.beta_' not in field}
@@ -150,20 +157,29 @@ def with_scale(config: ConfigDict, parts: Parts, named: Set[str]) -> tuple[Confi
     stage = parts.stages.get('first')
     if stage is None or 'latent_scale' not in config.model:
         return config, []
-    said_by, value = 'config.json of the first stage', stage.config.get('scaling_factor', SCALING)
-    if not stage.config:
+    said_by, said = 'config.json of the first stage', parts.said(stage)
+    if not said:
         name = next((n for n in parts.weights if n in ('scale_factor', 'state_dict.scale_factor')), '')
         if not name:
             return config, []
-        said_by, value = name, float(parts.weights[name].read())
-    if stage.config.get('shift_factor'):
-        raise UserError(f'{said_by}: shift_factor is {stage.config["shift_factor"]}, and here latents are only scaled')
-    return agreed(config, {'model.latent_scale': float(value)}, named, said_by)
+        tensor = parts.weights[name]
+        value = np.asarray(tensor.read(), np.float32).reshape(-1) if tensor.dtype.name in DTYPES else np.zeros(0)
+        if value.size != 1 or not np.isfinite(value[0]):
+            raise UserError(f'{parts.weights.path}: {name} is no number: the file is damaged')
+        return agreed(config, {'model.latent_scale': float(value[0])}, named, name)
+    diffusers.check_kinds(said, said_by)
+    if said.get('shift_factor'):
+        raise UserError(f'{said_by}: shift_factor is {said["shift_factor"]!r}, and here latents are only scaled')
+    value = float(said.get('scaling_factor', SCALING))
+    return agreed(config, {'model.latent_scale': value}, named, said_by)
 
 
-def stage_config(config: ConfigDict, stage: str, weights: Weights) -> ConfigDict:
+def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping[str, Any]) -> ConfigDict:
     """The config of an earlier stage: that of the name of the run that the config stands on, with its data and the
     sizes that the model's config.json says.
+
+    Args:
+      said: that config.json, {} where there is none.
 
     Raises:
       UserError: there is no config of that name.
@@ -176,7 +192,7 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights) -> ConfigDict
         )
     own = configs.load(name).to_dict()
     sections = {**own, 'data': config.data.to_dict(), 'mesh': config.mesh.to_dict()}
-    _, model = fields_of(weights.config, sides(config.data.size)[0]) if weights.config else (None, {})
+    _, model = fields_of(said, sides(config.data.size)[0]) if said else (None, {})
     return configs.complete(configs.update_sections(sections, {'model': model}))
 
 
@@ -260,6 +276,7 @@ def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[int |
     Raises:
       UserError: it is of no class that is known here, or damaged.
     """
+    diffusers.check_kinds(said, 'config.json')
     kind = said.get('_class_name')
     if kind not in CLASSES:
         raise UserError(f'config.json: {kind!r} is none of {", ".join(CLASSES)}: give the --config of its network')
@@ -293,12 +310,13 @@ def derived(path: str) -> tuple[str, ConfigDict]:
     sections = configs.load(base).to_dict()
     over: dict[str, Any] = {'model': model, 'data': {'channels': said.get('in_channels', 3)}}
     if stage is not None:
-        kind = stage.config.get('_class_name')
+        diffusers.check_kinds(stage.config, 'config.json of the first stage')
+        kind, widths = stage.config.get('_class_name'), stage.config.get('block_out_channels', [0])
         if kind not in CLASSES:
             raise UserError(f'the first stage of {path} is a {kind!r}: give the --config of the networks')
         over['stages'] = {'first': os.path.join('runs', CLASSES[kind][0])}
         over['data']['channels'] = stage.config.get('in_channels', 3)
-        size <<= len(stage.config['block_out_channels']) - 1
+        size = min(size << min(len(widths) - 1, 31), 2**31)
     elif sections.get('stages'):
         raise UserError(f'{path} is a model of latents: name the folder of its pipeline, or give --config')
     over['data']['size'] = size

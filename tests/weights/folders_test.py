@@ -194,7 +194,7 @@ def test_links_out_of_a_folder_are_not_followed(tmp_path):
     ({}, 'needs --config'),
     ({'_class_name': 'Other'}, "'Other' is none of AutoencoderKL"),
     ({'_class_name': 'UNet2DModel'}, 'config.json of a UNet2DModel is damaged'),
-    ({'_class_name': 'UNet2DModel', 'block_out_channels': [32, 'x']}, 'config.json of a UNet2DModel is damaged'),
+    ({'_class_name': 'UNet2DModel', 'block_out_channels': [32, 'x']}, r'damaged: block_out_channels is \[32, .x'),
     ({'_class_name': 'UNet2DModel', 'block_out_channels': [32, 64]}, 'sample_size is None'),
     ({'_class_name': 'DiTTransformer2DModel', 'sample_size': 32}, 'a model of latents'),
 ])  # fmt: skip
@@ -203,3 +203,75 @@ def test_configs_that_cannot_be_derived_get_a_line(tmp_path, said, line):
     (tmp_path / 'config.json').write_text(json.dumps(said))
     with pytest.raises(UserError, match=line):
         pipelines.derived(str(tmp_path))
+
+
+PARTS = {
+    'unet': {
+        **{'_class_name': 'UNet2DModel', 'sample_size': 16, 'block_out_channels': [32, 64], 'layers_per_block': 1},
+        **KINDS,
+    },
+    'vqvae': {'_class_name': 'VQModel', 'block_out_channels': [32, 64], 'scaling_factor': 0.5, **STAGE},
+    'scheduler': {**SAID, 'trained_betas': None},
+}
+
+
+def pipeline(folder, **parts):
+    """A pipeline's JSON files, with other values of some keys of its parts, and weights of one number."""
+    for name, said in PARTS.items():
+        (folder / name).mkdir(parents=True)
+        file = 'scheduler_config.json' if name == 'scheduler' else 'config.json'
+        (folder / name / file).write_text(json.dumps({**said, **parts.get(name, {})}))
+        safetensors.numpy.save_file({'a': np.ones(1)}, folder / name / 'diffusion_pytorch_model.safetensors')
+    (folder / 'model_index.json').write_text(json.dumps({name: ['diffusers', 'X'] for name in PARTS}))
+    return str(folder)
+
+
+def read_pipeline(folder: str):
+    """The config of a pipeline, and what its scheduler and its first stage say."""
+    _, config = pipelines.derived(folder)
+    parts = pipelines.parts_for(config, folder, set())
+    config, _ = pipelines.with_scheduler(config, parts.scheduler, set())
+    config, _ = pipelines.with_scale(config, parts, set())
+    for name, weights in parts.stages.items():
+        own = pipelines.stage_config(config, name, weights, parts.said(weights))
+        sources.for_config(own, 'diffusers')[0].fields(own, weights)
+    source = sources.for_config(config, 'diffusers')[0]
+    return source.fields(config, parts.weights)
+
+
+@pytest.mark.parametrize('value', [None, [], {}, 'a\nb', [[]], [None], -1, 1.5, float('nan'), float('inf'), 2**70])
+@pytest.mark.parametrize(('part', 'key'), [
+    ('unet', '_class_name'), ('unet', 'block_out_channels'), ('unet', 'layers_per_block'), ('unet', 'downsample_type'),
+    ('vqvae', '_class_name'), ('vqvae', 'block_out_channels'),
+    ('scheduler', 'beta_schedule'), ('scheduler', 'prediction_type'), ('scheduler', 'timestep_spacing'),
+    ('scheduler', 'num_train_timesteps'),
+])  # fmt: skip
+def test_values_of_another_kind_get_a_line(tmp_path, part, key, value):
+    """JSON of a stranger: nothing in it is used before its kind is known."""
+    with pytest.raises(UserError) as e:
+        read_pipeline(pipeline(tmp_path / 'p', **{part: {key: value}}))
+    assert key in str(e.value) and str(e.value).isprintable(), str(e.value)
+
+
+@pytest.mark.parametrize('value', [None, 'x', [], {}, float('nan')])
+def test_scales_that_are_no_numbers_get_a_line(tmp_path, value):
+    with pytest.raises(UserError, match=r'first stage is damaged: scaling_factor is .*, and should be a number'):
+        read_pipeline(pipeline(tmp_path / 'p', vqvae={'scaling_factor': value}))
+    assert read_pipeline(pipeline(tmp_path / 'q'))['model.latent_scale'] == 0.5
+
+
+@pytest.mark.parametrize(('scale', 'line'), [(np.array(0.25), ''), (np.ones(2), 'is no number'), (np.nan, 'is no num')])
+def test_scale_of_a_file_of_several_models(tmp_path, scale, line):
+    """What config.json says beside the file is of another model."""
+    tensors = {'scale_factor': np.asarray(scale, np.float32), 'first_stage_model.a': np.ones(1, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / 'x.safetensors')
+    (tmp_path / 'config.json').write_text('{"_class_name": "Other", "scaling_factor": 7}')
+    config = config_of('ldm_celebahq256', [])
+    parts = pipelines.parts_for(config, str(tmp_path / 'x.safetensors'), set())
+    if line:
+        with pytest.raises(UserError, match=line):
+            pipelines.with_scale(config, parts, set())
+    else:
+        assert pipelines.with_scale(config, parts, set())[0].model.latent_scale == 0.25
+        weights = parts.stages['first']
+        assert pipelines.stage_config(config, 'first', weights, parts.said(weights)).family == 'vqgan'
