@@ -124,7 +124,8 @@ def use(function: Callable[[Sequence[Any]], list], args: Sequence[Any]) -> list:
             for dx, mark in zip(pull(gradient), marks, strict=True)
         )
 
-    results.defvjp(lambda *values: (results(*values), values), backward)
+    # Not by `results` itself: policies of checkpoints would see one opaque call, and compute its products twice.
+    results.defvjp(lambda *values: (whole(gathered(values, again=False)), values), backward)
     return results(*map(bare, args))
 
 
@@ -275,7 +276,10 @@ def while_loop(eqn, args: list) -> list:
 
 
 def conditional(eqn, args: list) -> list:
-    """A choice between branches; what one of them leaves cut is cut."""
+    """A choice between branches; what one of them leaves cut is cut. One by platform, which is made when the program is
+    lowered, stays as it is: no other platform's branch may be compiled."""
+    if eqn.params.get('branches_platforms'):
+        return use(functools.partial(bind, eqn), args)
     index, *operands = args
     marks = [mark_of(x) for x in operands]
     found: list[list[Mark | None]] = []

@@ -11,10 +11,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from embedded import FAMILIES, IN_QUICK_PART
+from embedded import DISTINCT, FAMILIES, IN_QUICK_PART
 from support import ROOT, assemble, devices, tiny
 
-from jaxgen import collectives, data, fsdp, sample, sharding
+from jaxgen import collectives, data, describe, fsdp, sample, sharding
 from jaxgen.train import make_call
 
 # A prime of which no array of weights has a multiple: an array whose size has this factor is of the batch, and has
@@ -106,6 +106,25 @@ def test_activations_are_not_sent_in_any_family(part):
     in_a_process('audit', *sorted(set(FAMILIES.values()) | set(IN_QUICK_PART.values()))[part::4])
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name == 'dit_digits' else pytest.mark.slow)
+        for name in sorted({*DISTINCT.values()})
+    ],
+)
+def test_products_are_computed_as_often_as_without_parts(name, monkeypatch):
+    """Gathers are made once more in the backward pass; what a checkpoint keeps of a block is still kept."""
+    monkeypatch.setattr(sharding, 'SMALLEST_SHARDED', 64)
+    config = tiny(name)
+    a = assemble(config)
+    batch = describe.shapes_of(a.features, 4 * config.data.batch)
+    mesh = jax.sharding.AbstractMesh((1, PARTS), ('data', 'fsdp'))
+    whole = describe.update_flops(a, batch)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert describe.update_flops(a, batch) == whole
+
+
 # --- what is made of functions
 
 
@@ -182,6 +201,22 @@ def test_without_parts_nothing_is_changed():
     assert str(jax.make_jaxpr(fsdp.gathering(jnp.sin))(1.0)) == str(jax.make_jaxpr(jnp.sin)(1.0))
     with sharding.use(sharding.make_mesh(1)):
         assert str(jax.make_jaxpr(fsdp.gathering(jnp.sin))(1.0)) == str(jax.make_jaxpr(jnp.sin)(1.0))
+
+
+def test_a_choice_by_platform_stays_one(monkeypatch):
+    """No program holds the branch of another platform, whose kernels it could not compile."""
+
+    def function(weights, x):
+        return jax.lax.platform_dependent(weights, x, tpu=lambda w, x: jnp.sinh(x @ w), default=lambda w, x: x @ w)
+
+    def gradient(weights, x):
+        return jax.grad(lambda weights: fsdp.gathering(function)(weights, x).sum())(weights)
+
+    monkeypatch.setattr(sharding, 'SMALLEST_SHARDED', 1)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, PARTS), ('data', 'fsdp'))):
+        traced = jax.jit(gradient).trace(jnp.ones((8, 8)), jnp.ones((8, 8)))
+        platforms = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ('cpu', 'tpu')}
+    assert 'cosh' in platforms['tpu'] and 'cosh' not in platforms['cpu']
 
 
 def test_extra_is_whole():
