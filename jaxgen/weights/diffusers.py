@@ -201,13 +201,7 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
         ),
         True,
     ),
-    'a number': (
-        (
-            *('norm_eps', 'dropout', 'beta_start', 'beta_end', 'scaling_factor', 'clip_sample_range'),
-            'mid_block_scale_factor',
-        ),
-        False,
-    ),
+    'a number': (('norm_eps', 'dropout', 'beta_start', 'beta_end', 'scaling_factor', 'clip_sample_range'), False),
     'true or false': (
         (
             *('flip_sin_to_cos', 'use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention', 'clip_sample'),
