@@ -190,14 +190,14 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     'a count': (
         (
             *('layers_per_block', 'num_layers', 'patch_size', 'num_attention_heads', 'latent_channels', 'in_channels'),
-            *('num_vq_embeddings', 'num_train_timesteps', 'steps_offset', 'freq_shift', 'downsample_padding'),
+            *('num_vq_embeddings', 'steps_offset', 'freq_shift', 'downsample_padding'),
         ),
         False,
     ),
     'a count or null': (
         (
             *('norm_num_groups', 'attn_norm_num_groups', 'attention_head_dim', 'num_class_embeds', 'out_channels'),
-            *('num_embeds_ada_norm', 'vq_embed_dim'),
+            *('num_embeds_ada_norm', 'vq_embed_dim', 'num_train_timesteps'),
         ),
         True,
     ),

@@ -223,6 +223,8 @@ def test_every_key_of_a_class_is_known(cls):
     diffusers = pytest.importorskip('diffusers')
     signature = inspect.signature(getattr(diffusers, cls).__init__)
     assert [key for key in signature.parameters if key not in ('self', *names.KEYS[cls])] == []
+    defaults = {key: one.default for key, one in signature.parameters.items() if key != 'self'}
+    names.check_kinds({key: list(x) if isinstance(x, tuple) else x for key, x in defaults.items()}, cls)
 
 
 CONFIGS = {
@@ -243,6 +245,7 @@ def fields_by(cls: str, said: dict, config: str = ''):
 @pytest.mark.parametrize('cls', CONFIGS)
 def test_a_key_says_what_the_networks_have_or_is_refused(cls):
     fields_by(cls, {'a_key_of_tomorrow': None, 'another': False})
+    fields_by(cls, dict.fromkeys(('num_train_timesteps', 'num_class_embeds', 'attn_norm_num_groups')))
     with pytest.raises(UserError, match=r"a_key_of_tomorrow is 'on' .* what it changes is not known"):
         fields_by(cls, {'a_key_of_tomorrow': 'on'})
     for key, values in names.KEYS[cls].items():
@@ -310,7 +313,9 @@ def test_every_key_of_a_scheduler_is_read_or_does_not_matter():
     read |= {'clip_sample', 'clip_sample_range', 'set_alpha_to_one', 'steps_offset', 'prediction_type', 'thresholding'}
     read |= {'timestep_spacing', 'rescale_betas_zero_snr', 'dynamic_thresholding_ratio', 'sample_max_value'}
     for cls in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
-        assert set(inspect.signature(cls.__init__).parameters) - {'self'} <= read
+        parameters = inspect.signature(cls.__init__).parameters
+        assert set(parameters) - {'self'} <= read
+        names.check_kinds({key: one.default for key, one in parameters.items() if key != 'self'}, cls.__name__)
     plain = {'num_train_timesteps': 10, 'beta_schedule': 'linear'}
     with pytest.raises(UserError, match=r"beta_schedule 'laplace' and prediction_type 'epsilon'; here are linear"):
         names.process_fields({**plain, 'beta_schedule': 'laplace'})
