@@ -110,17 +110,33 @@ def analyse(assembled: Assembled) -> Program:
         by_view = any(u and image for u, image in zip(used[stages : stages + len(names)], images, strict=True))
         made[name] = Feature(out[name].shape[1:], np.dtype(out[name].dtype), by_view)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(out))
-    constants = hashlib.sha256()
-    for constant in closed.consts:
-        constants.update(np.ascontiguousarray(constant).tobytes())
-    text = re.sub(r'0x[0-9a-f]+', '', str(jaxpr)) + constants.hexdigest()  # without addresses of functions
     return Program(
         made,
         tuple(name for name, used in zip(names, read[stages : stages + len(names)], strict=True) if used),
         tuple(int(i) for i in np.flatnonzero(read[:stages])),
         bool(read[stages + len(names) :].any()),
-        text,
+        program_text(jaxpr, closed.consts),
     )
+
+
+def program_text(jaxpr, constants) -> str:
+    """A text that is the same for the same program, whose constants are these."""
+    digest = hashlib.sha256()
+    for x in (*constants, *constants_within(jaxpr)):
+        x = jax.random.key_data(x) if jax.dtypes.issubdtype(getattr(x, 'dtype', None), jax.dtypes.prng_key) else x
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return re.sub(r'0x[0-9a-f]+', '', str(jaxpr)) + digest.hexdigest()  # without addresses of functions
+
+
+def constants_within(jaxpr) -> Iterator[Any]:
+    """Constants of the programs that a program calls, of which its text says only the shape, as of arrays within it."""
+    for eqn in jaxpr.eqns:
+        yield from (x.val for x in eqn.invars if hasattr(x, 'val'))
+        for value in eqn.params.values():
+            for called in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(called, 'eqns'):
+                    yield from getattr(called, 'consts', ())
+                    yield from constants_within(called)
 
 
 def pictured(assembled: Assembled) -> set[str]:

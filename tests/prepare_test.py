@@ -154,6 +154,35 @@ def test_a_set_is_of_its_images_and_weights_alone(stage, tmp_path):
     assert prepare.plan_or_reason(a, a.dataset('train'), 'on').name not in {name, *different}
 
 
+@pytest.mark.parametrize('called', ['itself', 'jit', 'scan', 'checkpoint', 'cond', 'custom_vjp', 'literal'])
+def test_programs_that_differ_in_a_constant_differ(called):
+    """Wherever it is closed over."""
+
+    def text(values: np.ndarray) -> str:
+        def multiply(x):
+            return x * (float(values[50]) if called == 'literal' else values)
+
+        def twice(x):
+            return jax.lax.scan(lambda s, _: (jax.jit(multiply)(s), None), x, None, length=2)[0]
+
+        same = jax.custom_vjp(multiply)
+        same.defvjp(lambda x: (multiply(x), None), lambda _, g: (g,))
+        call = {
+            'jit': jax.jit(multiply),
+            'scan': twice,
+            'checkpoint': jax.checkpoint(multiply),
+            'cond': lambda x: jax.lax.cond(x[0] > 0, jax.jit(multiply), lambda x: x, x),
+            'custom_vjp': same,
+        }.get(called, multiply)
+        closed = jax.make_jaxpr(call)(jnp.ones(2000))
+        return prepare.program_text(closed.jaxpr, closed.consts)
+
+    values = np.arange(2000, dtype=np.float32)
+    other = values.copy()
+    other[50] += 1e-5
+    assert text(values) == text(values.copy()) != text(other)
+
+
 def test_a_changed_image_of_a_large_folder_has_another_set(stage, tmp_path):
     """Its identity is names and sizes alone; also what could not be decoded is of a limit."""
     for i in range(12):

@@ -21,6 +21,7 @@ import hashlib
 import os
 import shutil
 import stat
+import weakref
 
 import numpy as np
 
@@ -37,10 +38,7 @@ class Store:
     def __init__(self, file: int, key: bytes, n: int, size: int, writable: bool):
         self.file, self.key, self.size, self.writable = file, key, size, writable
         self.verified = np.zeros(n, bool)  # places whose digest this process has looked at
-
-    def __del__(self):
-        with contextlib.suppress(OSError):
-            os.close(self.file)
+        weakref.finalize(self, os.close, file).atexit = False  # threads may still read then
 
     def digest(self, i: int, content) -> bytes:
         return hashlib.blake2b(content, digest_size=DIGEST, key=self.key, salt=i.to_bytes(8, 'little')).digest()
