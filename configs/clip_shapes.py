@@ -7,7 +7,7 @@ Captions are few: two scenes in a batch often have the same, which is not held a
 
 Time: not measured
 Paper: none of this size
-Ours: 0 of it measured yet
+Ours: 645,985 parameters; not measured
 """
 
 from jaxgen.config import make

@@ -101,3 +101,28 @@ def test_other_devices_keep_laxs_gradients(platform):
         return sorted(line for line in lines if 'convolution' in line or 'transpose' in line)
 
     assert operations(lambda x, w: convolve(x, w, (2, 2), 'SAME')) == operations(reference)
+
+
+@pytest.mark.parametrize('dilation', [(1, 1), (2, 2)], ids=['plain', 'transposed'])
+@pytest.mark.parametrize('n', [4, 5, 9], ids=['one part', 'a rest', 'two parts and a rest'])
+def test_kernels_gradients_are_sums_over_parts_of_a_batch(n, dilation):
+    """By lax's own, in parts of four images of 16x16 pixels; in bfloat16 summed in float32."""
+    x = jax.random.normal(jax.random.key(0), (n, 16, 16, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+
+    def gradient(function, dtype):
+        return jax.jit(jax.grad(lambda w: jnp.tanh(function(x.astype(dtype), w.astype(dtype))).sum(dtype=jnp.float32)))
+
+    def own(x, w):
+        return convolve(x, w, (1, 1), ((1, 1), (1, 1)), dilation)
+
+    def reference(x, w):
+        numbers = ('NHWC', 'HWIO', 'NHWC')
+        return lax.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)), dilation, dimension_numbers=numbers)
+
+    want = gradient(reference, jnp.float32)(w)
+    ours = gradient(own, jnp.float32)
+    np.testing.assert_allclose(ours(w), want, rtol=1e-4, atol=1e-4)
+    assert ('while' in ours.lower(w).as_text()) == (n > 4)
+    low = gradient(own, jnp.bfloat16)(w)
+    assert jnp.abs(low - want).max() < 0.03 * jnp.abs(want).max()
