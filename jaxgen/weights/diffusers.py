@@ -451,6 +451,8 @@ def process_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not said or 'num_train_timesteps' not in said or not {'beta_schedule', 'trained_betas'} & said.keys():
         return {}
+    if said['num_train_timesteps'] is None:  # as a network's may be
+        raise UserError('the scheduler of the pipeline is damaged: num_train_timesteps is null, and should be a count')
     schedule, prediction = said.get('beta_schedule', 'linear'), said.get('prediction_type', 'epsilon')
     if schedule not in PROCESSES or prediction not in PREDICTIONS:
         raise UserError(
@@ -517,11 +519,13 @@ def remarks(config: ConfigDict, weights: Weights) -> list[str]:
             'there is no config.json beside the weights: heads, eps and groups of the norms and the embedding of time '
             'are those of the config'
         )
-    if said := pipeline_part(weights, SCHEDULER):
+    if config.family == 'diffusion' and (said := pipeline_part(weights, SCHEDULER)):
         try:
             fields = sampler_fields(said)
         except UserError as e:
             return [*lines, str(e)]
+        own = config.model.sampler.to_dict()
+        fields = fields if any(own.get(name) != value for name, value in fields.items()) else {}
         flags = ' '.join(f'--config.model.sampler.{name}={value}' for name, value in fields.items())
         lines += [f'the {said["_class_name"]} of the pipeline samples as {flags}'] if fields else []
     return lines

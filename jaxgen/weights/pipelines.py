@@ -7,8 +7,9 @@ is a table here; names of the weights are the sources' affair.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -201,12 +202,30 @@ def attention_sizes(kinds: list, size: int) -> tuple[int, ...]:
     return tuple(size >> level for level, kind in enumerate(kinds) if 'Attn' in str(kind))
 
 
+def multiples(widths: Sequence[int], fractions: bool = False) -> tuple[float, ...]:
+    """Widths over the first of them.
+
+    Args:
+      fractions: they need not be whole numbers.
+
+    Raises:
+      UserError: they are none.
+    """
+    if not any(width % widths[0] for width in widths):
+        return tuple(width // widths[0] for width in widths)
+    if not fractions:
+        raise UserError(f'block_out_channels {list(widths)}: widths of the networks here are multiples of the first')
+    # `int(channels * multiplier)` is the width again.
+    quotients = [(width, width / widths[0]) for width in widths]
+    return tuple(q if int(widths[0] * q) == width else math.nextafter(q, math.inf) for width, q in quotients)
+
+
 def autoencoder_model(said: Mapping[str, Any]) -> dict[str, Any]:
     """config.model of an AutoencoderKL or VQModel."""
     widths = said['block_out_channels']
     model = {
         'channels': widths[0],
-        'multipliers': tuple(width // widths[0] for width in widths),
+        'multipliers': multiples(widths),
         'blocks': said.get('layers_per_block', 1),
         'latent': said.get('latent_channels', 4 if said['_class_name'] == 'AutoencoderKL' else 3),
         'groups': said.get('norm_num_groups', 32),
@@ -227,7 +246,7 @@ def unet_model(said: Mapping[str, Any]) -> dict[str, Any]:
     network: dict[str, Any] = {
         'name': 'unet',
         'channels': widths[0],
-        'multipliers': tuple(width // widths[0] for width in widths),
+        'multipliers': multiples(widths, fractions=True),
         'blocks': said.get('layers_per_block', 2),
         'groups': said.get('norm_num_groups', 32),
         'group_size': 0,
@@ -236,10 +255,13 @@ def unet_model(said: Mapping[str, Any]) -> dict[str, Any]:
     }
     published = (said.get('flip_sin_to_cos', True), said.get('freq_shift', 0), said.get('downsample_padding', 1))
     heads = said.get('attention_head_dim', 8)
-    if published != (False, 1, 0) or heads is not None:
+    fractions = any(width % widths[0] for width in widths)
+    if published != (False, 1, 0) or heads is not None or fractions:
         network |= {'name': 'adm', 'head_channels': heads or 0, **({} if heads else {'heads': 1})}
         network['scale_shift'] = said.get('resnet_time_scale_shift', 'default') == 'scale_shift'
         network['resample_in_blocks'] = said.get('downsample_type', 'conv') == 'resnet'
+        network |= {'sines_first': not published[0], 'freq_shift': published[1]}
+        network['padding'] = 'all' if published[2] else 'end'
     variance = 'learned' if said.get('out_channels', 3) == 2 * said.get('in_channels', 3) else 'fixed'
     return {'network': network, 'training': {'variance': {'name': variance}}}
 
@@ -253,6 +275,8 @@ def dit_model(said: Mapping[str, Any]) -> dict[str, Any]:
         'blocks': said.get('num_layers', 28),
         'heads': heads,
         'patch': said.get('patch_size', 2),
+        'freq_shift': 1,
+        'mlp_eps': said.get('norm_eps', 1e-5),
     }
     variance = 'learned' if said.get('out_channels') == 2 * said.get('in_channels', 4) else 'fixed'
     return {'network': network, 'training': {'variance': {'name': variance}}}
@@ -267,8 +291,15 @@ CLASSES = {
 }
 
 
-def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[int | None, dict[str, Any]]:
-    """(height and width that config.json says, config.model).
+def size_of(said: Mapping[str, Any]) -> tuple[int, ...]:
+    """Height and width that config.json says, () where it says none."""
+    size = said.get('sample_size')
+    several = size if isinstance(size, list | tuple) else [size, size]
+    return tuple(several) if len(several) == 2 and all(diffusers.is_of('a count', one) for one in several) else ()
+
+
+def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(height and width that config.json says, () for none; config.model).
 
     Args:
       height: of what the network reads, which its attention depends on; None: that of config.json.
@@ -281,10 +312,10 @@ def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[int |
     if kind not in CLASSES:
         raise UserError(f'config.json: {kind!r} is none of {", ".join(CLASSES)}: give the --config of its network')
     try:
-        size, model = said.get('sample_size'), CLASSES[kind][1](said)
-        if 'down_block_types' in said:
+        size, model = size_of(said), CLASSES[kind][1](said)
+        if 'down_block_types' in said and (height or size):
             section = model.get('network', model)
-            section['attention'] = attention_sizes(said['down_block_types'], height or size)
+            section['attention'] = attention_sizes(said['down_block_types'], height or size[0])
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as e:
         raise UserError(f'config.json of a {kind} is damaged ({type(e).__name__}: {e})') from e
     return size, model
@@ -305,8 +336,10 @@ def derived(path: str) -> tuple[str, ConfigDict]:
     base = CLASSES[said['_class_name']][0]
     if stage is not None and base == 'ddpm_cifar10':
         base = 'ldm_celebahq256'
-    if not isinstance(size, int):
-        raise UserError(f'config.json of {path}: sample_size is {size!r}; give --config with config.data.size')
+    if not size:
+        raise UserError(
+            f'config.json of {path}: sample_size is {said.get("sample_size")!r}; give --config with config.data.size'
+        )
     sections = configs.load(base).to_dict()
     over: dict[str, Any] = {'model': model, 'data': {'channels': said.get('in_channels', 3)}}
     if stage is not None:
@@ -316,10 +349,10 @@ def derived(path: str) -> tuple[str, ConfigDict]:
             raise UserError(f'the first stage of {path} is a {kind!r}: give the --config of the networks')
         over['stages'] = {'first': os.path.join('runs', CLASSES[kind][0])}
         over['data']['channels'] = stage.config.get('in_channels', 3)
-        size = min(size << min(len(widths) - 1, 31), 2**31)
+        size = tuple(min(side << min(len(widths) - 1, 31), 2**31) for side in size)
     elif sections.get('stages'):
         raise UserError(f'{path} is a model of latents: name the folder of its pipeline, or give --config')
-    over['data']['size'] = size
+    over['data']['size'] = size if size[0] != size[1] else size[0]
     classes = said.get('num_class_embeds') or said.get('num_embeds_ada_norm')
     if said['_class_name'] == 'UNet2DModel' and classes:
         raise UserError(f'{path} has {classes} classes: give --config, with the data that have them')

@@ -275,3 +275,55 @@ def test_scale_of_a_file_of_several_models(tmp_path, scale, line):
         assert pipelines.with_scale(config, parts, set())[0].model.latent_scale == 0.25
         weights = parts.stages['first']
         assert pipelines.stage_config(config, 'first', weights, parts.said(weights)).family == 'vqgan'
+
+
+@pytest.mark.parametrize(('said', 'name', 'widths'), [
+    ({'sample_size': [16, 8]}, 'adm', (32, 64)),
+    ({'block_out_channels': [64, 96, 224], 'attention_head_dim': None}, 'adm', (64, 96, 224)),
+    ({'block_out_channels': [98, 102, 106], 'norm_num_groups': 2}, 'adm', (98, 102, 106)),
+    ({'flip_sin_to_cos': False, 'freq_shift': 1, 'downsample_padding': 0}, 'adm', (32, 64)),
+    (
+        {'flip_sin_to_cos': False, 'freq_shift': 1, 'downsample_padding': 0, 'attention_head_dim': None},
+        'unet', (32, 64),
+    ),
+])  # fmt: skip
+def test_derived_configs_have_the_fields_of_their_source(tmp_path, said, name, widths):
+    """What config.json says is all there: no line with fields to set follows."""
+    kinds = ['DownBlock2D'] * (len(widths) - 1) + ['AttnDownBlock2D']
+    said = {**PARTS['unet'], 'down_block_types': kinds, **said}
+    safetensors.numpy.save_file({'a': np.ones(2)}, tmp_path / 'diffusion_pytorch_model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(said))
+    _, config = pipelines.derived(str(tmp_path))
+    network = config.model.network
+    assert network.name == name
+    assert config.data.size == (16 if said['sample_size'] == 16 else tuple(said['sample_size']))
+    assert tuple(int(network.channels * m) for m in network.multipliers) == widths
+    assert network.attention == (16 >> len(widths) - 1,)
+    source = sources.for_config(config, 'diffusers')[0]
+    weights = files.open_weights(str(tmp_path))
+    assert importing.other_fields(config, source, weights, {'norm/scale': (widths[0],)}) == {}
+
+
+def test_derived_config_of_a_dit(tmp_path):
+    said = {'_class_name': 'DiTTransformer2DModel', 'num_attention_heads': 2, 'attention_head_dim': 16, 'num_layers': 3}
+    said |= {'norm_eps': 1e-3, 'sample_size': 8, 'out_channels': 8}
+    folder = pipeline(tmp_path / 'p', vqvae={'_class_name': 'AutoencoderKL', 'latent_channels': 4})
+    os.rename(f'{folder}/unet', f'{folder}/transformer')
+    (tmp_path / 'p' / 'transformer' / 'config.json').write_text(json.dumps(said))
+    os.rename(f'{folder}/vqvae', f'{folder}/vae')
+    (tmp_path / 'p' / 'model_index.json').write_text('{"transformer": [], "vae": [], "scheduler": []}')
+    _, config = pipelines.derived(folder)
+    network = config.model.network
+    assert (network.heads, network.channels, network.blocks, network.mlp_eps) == (2, 32, 3, 1e-3)
+    assert config.data.size == 16
+    parts = pipelines.parts_for(config, folder, set())
+    config, _ = pipelines.with_scheduler(config, parts.scheduler, set())
+    config, _ = pipelines.with_scale(config, parts, set())
+    source = sources.for_config(config, 'diffusers')[0]
+    assert importing.other_fields(config, source, parts.weights, {}) == {}
+    assert source.remarks(config, parts.weights) == []
+
+
+def test_widths_of_a_first_stage_are_multiples(tmp_path):
+    with pytest.raises(UserError, match=r'block_out_channels \[32, 48\]: widths of the networks here are multiples'):
+        read_pipeline(pipeline(tmp_path / 'p', vqvae={'block_out_channels': [32, 48]}))
