@@ -485,8 +485,17 @@ def program_text(one: dict[str, Any], name: str) -> list[str]:
         ]
     else:
         lines.append(f'  FLOPs         {amount(one["flops"], "")}')
-    if one.get('flops_per_chip', math.inf) * one['chips'] < 0.9 * one['flops']:
-        lines.append('  WARNING       not all operations of the compiled program were found: its numbers are too small')
+    compiled = one.get('flops_per_chip', one['flops'] / one['chips']) * one['chips'] / (one['flops'] or 1)
+    if one['flops'] and compiled < 0.9:
+        lines.append(
+            f'  WARNING       {percent(compiled)} of the FLOPs are in the compiled program: equal products were merged '
+            '(as of a generator in two steps), small ones became sums, or some were not found and the times are too small'
+        )
+    if one['flops'] and compiled > 1.1:
+        lines.append(
+            f'  WARNING       {percent(compiled)} of the FLOPs are in the compiled program: chips compute the same, or '
+            'the compiler computes again what it has no memory for'
+        )
     lines += [f'  to change     {line}' for line in one['advice']]
     lines.append(f'  compiled in   {one["compile_seconds"]:.0f} s')
     return lines
