@@ -209,11 +209,13 @@ def _inside_jax() -> Any:
 
 def job(config, mesh) -> str:
     """A name for what a training compiles: of all fields that its program depends on, and the devices."""
-    fields = {
-        name: value
-        for name, value in configs.flat(config.to_dict()).items()
-        if not configs.FREE_ON_RESUME.fullmatch(name) and name not in ('seed', 'data.source', 'data.other')
-    }
+
+    def is_of_program(name: str) -> bool:
+        of_program = configs.LAYOUT.fullmatch(name) or name in ('train.deterministic', 'data.prepared')
+        others = configs.FREE_ON_RESUME.fullmatch(name) or name in ('seed', 'data.source', 'data.other')
+        return bool(of_program or not others)
+
+    fields = {name: value for name, value in configs.flat(config.to_dict()).items() if is_of_program(name)}
     kinds = [[device.platform, device.device_kind] for device in mesh.devices.flat]
     about = [jax.__version__, os.environ.get('XLA_FLAGS', ''), kinds, fields]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]

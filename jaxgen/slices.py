@@ -489,7 +489,7 @@ def program_text(one: dict[str, Any], name: str) -> list[str]:
     if one['flops'] and compiled < 0.9:
         lines.append(
             f'  WARNING       {percent(compiled)} of the FLOPs are in the compiled program: equal products were merged '
-            '(as of a generator in two steps), small ones became sums, or some were not found and the times are too small'
+            '(as of a generator in two steps), small ones became sums, or some were not found'
         )
     if one['flops'] and compiled > 1.1:
         lines.append(

@@ -13,9 +13,9 @@ import threading
 
 import jax
 import pytest
-from support import ROOT, assert_same, metrics, mistake, path, saved_state
+from support import ROOT, assert_same, metrics, mistake, path, saved_state, tiny
 
-from jaxgen import compilation, files
+from jaxgen import compilation, files, sharding
 from jaxgen.main import run_main
 
 
@@ -255,3 +255,25 @@ def test_how_long_a_compile_took(fresh, tmp_path):
     for text in ('', 'nan', '-3', '1e9', 'x' * 100, '\0'):
         file.write_text(text)
         assert compilation.seconds('job') is None
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'same'),
+    [
+        ('train.remat', True, False),
+        ('train.updates_per_call', 7, False),
+        ('train.deterministic', False, False),
+        ('optim.accumulate', 2, False),
+        ('mesh.fsdp', 2, False),
+        ('train.steps', 7, True),
+        ('sample.batch', 2, True),
+    ],
+)
+def test_a_job_is_of_what_its_program_depends_on(field, value, same):
+    """Another layout is another program, which no former start has compiled."""
+    mesh = sharding.make_mesh(1, jax.devices()[:1])
+    section, _, name = field.partition('.')
+    jobs = [
+        compilation.job(config, mesh) for config in (tiny('vae_digits'), tiny('vae_digits', **{section: {name: value}}))
+    ]
+    assert (jobs[0] == jobs[1]) is same
