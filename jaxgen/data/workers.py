@@ -236,6 +236,15 @@ class Line:
         return memory[damaged : damaged + len(task)] if task and memory else b''
 
 
+def most_workers() -> int:
+    """How many processes half of the files take that this process may have open; one at least."""
+    import resource
+
+    bound, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    each = 3 * LINES  # of each line a socket, memory, and that as it is mapped
+    return sys.maxsize if bound == resource.RLIM_INFINITY else max(bound // 2 // each, 1)
+
+
 def memory_file() -> int:
     """A file in memory that has no name."""
     if hasattr(os, 'memfd_create'):
@@ -334,7 +343,7 @@ class Pool:
                 raise Unavailable('they have been ended')
             if self.started:
                 return
-            for _ in range(self.n):
+            for _ in range(min(self.n, most_workers())):
                 try:
                     self.workers.append(Worker(self))
                 except (Unavailable, OSError) as e:
@@ -364,11 +373,15 @@ class Pool:
                     with contextlib.suppress(Exception):
                         line.result()
                 line.task = None
-                self.idle.put(line)
+                self.put_back(line)
 
     def first(self, pending: deque[Line]) -> Iterator[tuple[Task, list[np.ndarray], np.ndarray]]:
         yield pending[0].result()
-        self.idle.put(pending.popleft())
+        self.put_back(pending.popleft())
+
+    def put_back(self, line: Line) -> None:
+        if not self.closed:
+            self.idle.put(line)
 
     def free(self, wait: bool) -> Line | None:
         """A line without a task; None: there is none now. A thread waits for one only while it holds none itself."""
@@ -396,7 +409,11 @@ class Pool:
                         with contextlib.suppress(OSError):
                             line.socket.shutdown(socket.SHUT_RDWR)
                         line.socket.close()
+            worker.lines = []  # no cycle is left: their memory goes with the last that uses it
         self.workers = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.idle.get_nowait()
         self.idle.put(None)
 
 

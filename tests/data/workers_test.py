@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -115,7 +117,8 @@ def test_a_killed_process_is_replaced(section, monkeypatch):
     with contextlib.closing(data.batches({**config, 'processes': 2}, seed=0)) as batches:
         found = [next(batches)]
         for _ in range(11):
-            os.kill(pids(batches)[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the last one has ended, and another is being started
+                os.kill(pids(batches)[0], signal.SIGKILL)
             found.append(next(batches))
         running = pids(batches)
     assert_same(expected, found)
@@ -160,6 +163,32 @@ def test_processes_that_keep_ending_end_the_run_in_a_line(section, monkeypatch):
         with pytest.raises(RunError, match=r'processes .* have ended.*SIGKILL.*config\.data\.processes') as caught:
             list(itertools.islice(batches, 50))
         assert '\n' not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
+def test_closing_leaves_no_file_open(section):
+    """Nor memory, at once."""
+    taken = data.dataset({**section, 'processes': 2}, 'train')
+    before = len(os.listdir('/proc/self/fd'))
+    gc.disable()
+    try:
+        taken.take(np.arange(16))
+        assert len(os.listdir('/proc/self/fd')) > before
+        taken.close()
+        assert len(os.listdir('/proc/self/fd')) == before
+    finally:
+        gc.enable()
+
+
+def test_files_are_left_for_the_rest(section, monkeypatch):
+    """Where the system allows few: those of images, checkpoints and compiled programs."""
+    limits = {resource.RLIMIT_NOFILE: (27, 4096)}
+    monkeypatch.setattr(resource, 'getrlimit', limits.__getitem__)
+    with contextlib.closing(data.batches({**section, 'processes': 6}, seed=0)) as batches:
+        next(batches)
+        assert len(pids(batches)) == 2
+    limits[resource.RLIMIT_NOFILE] = (resource.RLIM_INFINITY,) * 2
+    assert workers.most_workers() > 1000
 
 
 @pytest.mark.parametrize('executable', ['', '/nowhere/python', sys.executable])
