@@ -257,7 +257,8 @@ def write_run(
     check_fields(config, fit)
     check_classes(fit, assembled.context.classes if assembled.context else 0)
     others = other_networks(assembled.abstract)
-    skip = f'{fit.source.skip}|{sources.DISCRIMINATOR.pattern}.*' if others else fit.source.skip
+    skip = f'{fit.source.skip}|{sources.TRAINING}'
+    skip = f'{skip}|{sources.DISCRIMINATOR.pattern}.*' if others else skip
     mapping.check(fit.entries, fit.weights, skip, f'{weights.path} (names of {fit.source.name})')
     critic = find_discriminator(config, fit, flat_shapes({**part, **others}), weights, discriminator)
     part |= others if critic else {}
@@ -310,6 +311,9 @@ def write_run(
     saved = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages or {}}))
     directory.save_config(folder, saved, assembled.spec)
     lines = [f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}']
+    if len(fit.roots) > 1:
+        taken, *rest = (repr(root) for root in fit.roots)
+        lines.append(f'NOTE: the file has such weights several times: those of {taken}, not of {", ".join(rest[:5])}')
     if re.search(r'non-?commercial|\bnc\b', record['licence'], re.IGNORECASE):
         lines.append(f'NOTE: these weights are under {record["licence"]}: not for commercial use')
     if others and not critic:

@@ -28,6 +28,10 @@ SOURCES: tuple[Source, ...] = (
 
 # Prefixes of a discriminator's names in a file of several networks.
 DISCRIMINATOR = re.compile(r'(.*?[._])??(D|netD|netD_dict|discriminator)\.(module\.)?')
+# Prefixes of averages: ema., model_ema., EMA., emaModel., shadow., ...
+AVERAGES = re.compile(r'(^|[._]|(?<=[a-z])(?=[A-Z]))(?i:ema|swa|shadow|averaged?|averages)([._]|(?=[A-Z]))')
+# What training leaves beside the weights.
+TRAINING = r'(?i:opt|optim|optimi[sz]ers?|lr_?schedulers?|(grad_?)?scaler)(_\w+)?\..*'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Fit:
     entries: list[Entry]
     weights: Weights
     present: float  # fraction of the expected names that the file has
+    roots: tuple[str, ...] = ()  # prefixes under which the file has these weights, the first of which is taken
 
 
 def for_config(config: ConfigDict, name: str = '') -> list[Source]:
@@ -108,18 +113,20 @@ def roots_of(source: Source, entries: Sequence[Entry], weights: Weights) -> list
     some = {*names[:: max(len(names) // 4, 1)]}
     before = {name.removesuffix(end) for end in some for name in weights if name.endswith(f'.{end}')}
     there = [*source.roots, *sorted(before - {*source.roots}, key=lambda root: (len(root), root))]
-    return sorted(there, key=lambda root: not re.search(r'(^|[._])ema[._]', root))
+    return sorted(there, key=lambda root: not AVERAGES.search(root))
 
 
 def fit(source: Source, config: ConfigDict, shapes: Shapes, weights: Weights) -> Fit:
     """A source with a file, under the root where most of the expected names are."""
     entries = entries_of(source, config, shapes)
     named = source.normalised(weights)
-    fits = []
-    for root in roots_of(source, entries, named):
+    fits, roots = [], roots_of(source, entries, named)
+    for root in roots:
         inside = named.below(root)
         fits.append(Fit(source, entries, inside, mapping.count_present(entries, inside)))
-    return max(fits, key=lambda one: one.present)  # the first of equal ones
+    best = max(fits, key=lambda one: one.present)  # the first of equal ones
+    whole = tuple(root for root, one in zip(roots, fits, strict=True) if one.present == best.present)
+    return dataclasses.replace(best, roots=whole)
 
 
 def choose(config: ConfigDict, shapes: Shapes, weights: Weights, name: str = '') -> Fit:

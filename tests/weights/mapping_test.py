@@ -171,6 +171,7 @@ def test_averages_are_preferred_to_weights():
 
 @pytest.mark.parametrize(('others', 'root'), [
     ((), 'module.'), (('model.',), 'ema.'), (('',), 'model_ema.module.'), ((), 'state_dict.net._orig_mod.'),
+    (('net.',), 'emaNet.'), (('a.', 'net.'), 'netEMA.'), (('x.',), 'swa_model.module.'), (('x.',), 'ema.shadow.'),
 ])  # fmt: skip
 def test_names_under_any_prefix_averages_first(others, root):
     config, shapes, weights = case('ADM')
@@ -179,6 +180,15 @@ def test_names_under_any_prefix_averages_first(others, root):
     fit = sources.choose(config, shapes, Weights('both', both), 'guided')
     mapping.check(fit.entries, fit.weights, fit.source.skip, 'both')
     assert fit.weights['out.2.bias'].read().all()
+    assert fit.roots[0] == root and {*fit.roots} == {root, *others}
+
+
+@pytest.mark.parametrize(('name', 'left'), [
+    ('optimizer.state.0.exp_avg', False), ('opt_state.x', False), ('lr_schedulers.0.last_lr', False),
+    ('scaler.scale', False), ('optimal.weight', True), ('model.scaler.weight', True),
+])  # fmt: skip
+def test_what_training_leaves_is_no_weight(name, left):
+    assert (re.fullmatch(sources.TRAINING, name) is None) == left
 
 
 def test_published_weights_have_configs_with_the_fields_of_their_source():
