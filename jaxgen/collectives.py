@@ -180,7 +180,9 @@ def trips(module: Program, loop: Instruction) -> int:
         one = source(body, name)
         if one is not None and one.opcode == 'get-tuple-element' and (found := re.search(r'\bindex=(\d+)', one.text)):
             one = source(caller, begins[int(found[1])]) if int(found[1]) < len(begins) else None
-        number = re.match(r'\((-?\d+)\)', one.text) if one is not None and one.opcode == 'constant' else None
+        if one is None or one.opcode != 'constant' or not one.shapes[0].dtype.startswith(('s', 'u')):
+            return None
+        number = re.match(r'\((-?\d+)\)', one.text)
         return int(number[1]) if number else None
 
     root = next((source(body, one.name) for one in body.values() if one.root), None)
@@ -193,14 +195,19 @@ def trips(module: Program, loop: Instruction) -> int:
             re.match(r'\((\d+)\)', p.text) if p is not None and p.opcode == 'parameter' else None for p in places
         ]
         operands = tuple(operands[int(number[1])] if number else '' for number in numbers)
-    if root is not None and root.opcode == 'compare' and len(operands) == 2:
-        start, end = map(value, operands)
-        if end is not None and re.search(r'direction=(LT|LE)', root.text):
-            return max(end - (start or 0) + ('direction=LE' in root.text), 0)
+    if root is None or root.opcode != 'compare' or len(operands) != 2:
+        return 1  # goes on by more than a counter
+    start, end = map(value, operands)
+    if re.search(r'direction=(GT|GE)', root.text):  # the bound is named first
+        start, end = end, start
+    if end is not None and re.search(r'direction=[LG][TE]', root.text):
+        return max(end - (start or 0) + bool(re.search(r'direction=[LG]E', root.text)), 0)
     constants = [
         int(found[1])
         for one in body.values()
-        if one.opcode == 'constant' and (found := re.match(r'\((\d+)\)', one.text))
+        if one.opcode == 'constant'
+        and (found := re.match(r'\((\d+)\)', one.text))
+        and one.shapes[0].dtype.startswith(('s', 'u'))
     ]
     return max(constants, default=1)
 

@@ -96,9 +96,13 @@ def test_groups(text, expected):
     ('%most = s32[] constant(7)\n  ROOT %less = pred[] compare(%i, %most), direction=LE', 6),
     ('%n = s32[] get-tuple-element(%carry), index=1\n  ROOT %less = pred[] compare(%i, %n), direction=LT', 28),
     ('%n = s32[] get-tuple-element(%carry), index=1\n  ROOT %f = pred[] fusion(%n, %i), kind=kLoop, calls=%fused', 28),
+    ('%most = s32[] constant(7)\n  ROOT %more = pred[] compare(%most, %i), direction=GT', 5),
+    ('%x = f32[] constant(100)\n  %y = f32[] convert(%i)\n  ROOT %more = pred[] compare(%y, %x), direction=LT', 1),
+    ('%n = s32[] constant(7)\n  %l = pred[] compare(%i, %n), direction=LT\n  ROOT %and = pred[] and(%l, %i)', 1),
 ])  # fmt: skip
 def test_trips_of_a_loop(condition, expected):
-    """The counter starts from 2; its bound is a constant of the condition, or among what the loop begins with."""
+    """The counter starts from 2; its bound is a constant of the condition, or among what the loop begins with. A loop
+    that goes on by anything else counts once."""
     module = c.parse(f"""\
 %fused (p: s32[], q: s32[]) -> pred[] {{
   %p = s32[] parameter(0)
