@@ -211,11 +211,12 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     ),
     'a word': (
         (
-            *('_class_name', 'beta_schedule', 'prediction_type', 'timestep_spacing', 'variance_type'),
+            *('_class_name', 'beta_schedule', 'prediction_type', 'timestep_spacing'),
             *('resnet_time_scale_shift', 'downsample_type', 'upsample_type'),
         ),
         False,
     ),
+    'a word or null': (('variance_type',), True),
     'a list of counts': (('block_out_channels',), False),
     'a list of numbers or null': (('trained_betas',), True),
 }

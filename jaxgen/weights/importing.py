@@ -24,7 +24,7 @@ from jaxgen.contract import State
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
 from jaxgen.weights import mapping, pipelines, sources, whole
-from jaxgen.weights.files import Weights, open_weights
+from jaxgen.weights.files import PIPELINE, Weights, open_weights
 from jaxgen.weights.source import Shapes, Source
 
 RECORD = 'weights.json'  # in a run's directory: where its weights are from
@@ -150,9 +150,11 @@ def initial(assembled: assembly.Assembled, paths: set[str]) -> dict[str, Deferre
 
 
 def stated_licence(path: str) -> str:
-    """The licence in the front matter of the README.md beside the weights, or of the folder above; '' where none is."""
-    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-    for readme in (os.path.join(folder, 'README.md'), os.path.join(os.path.dirname(folder), 'README.md')):
+    """The licence in the front matter of the README.md beside the weights, or of their pipeline; '' where none is."""
+    folder = os.path.abspath(path) if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    above = os.path.dirname(folder)
+    folders = [folder, *([above] if os.path.isfile(os.path.join(above, PIPELINE)) else [])]
+    for readme in (os.path.join(one, 'README.md') for one in folders):
         if os.path.isfile(readme):
             with open(readme, encoding='utf-8', errors='replace') as file:
                 front = file.read(2**14).partition('---')[2].partition('---')[0]

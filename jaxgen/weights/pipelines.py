@@ -37,6 +37,7 @@ class Parts:
     weights: Weights
     stages: dict[str, Weights] = dataclasses.field(default_factory=dict)
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)  # scheduler_config.json
+    lacking: str = ''  # folder of the first stage that a pipeline names and does not have
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -73,7 +74,8 @@ def open_parts(path: str, option: str = '--from') -> Parts:
         files.check_inside(os.path.dirname(os.path.join(folder, name)), name)
     scheduler = files.read_part(os.path.join(folder, SCHEDULER), SCHEDULER_CONFIG)
     weights = open_weights(os.path.join(folder, network), option)
-    return Parts(weights, stages, scheduler)
+    lacking = [name for name in STAGES['first'] if any(said.get(name) or [None]) and name not in there]
+    return Parts(weights, stages, scheduler, next(iter(lacking), ''))
 
 
 def name_of(path: str) -> str:
@@ -133,9 +135,11 @@ def with_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], named: Set[
     name = os.path.join(SCHEDULER, SCHEDULER_CONFIG)
     diffusers.check_kinds(scheduler, name)
     fields = diffusers.process_fields(scheduler)
+    unknown = [f'{name} has no betas: the process is that of the config, {config.model.process.name!r}']
     if fields.get('model.process.name') == 'cosine':  # which has no betas to set
         fields = {field: value for field, value in fields.items() if '.beta_' not in field}
     config, lines = agreed(config, fields, named, name)
+    lines = lines if fields else unknown
     if {'model.sampler', 'model.sampler.name'} & named:
         return config, lines
     try:
@@ -328,6 +332,11 @@ def derived(path: str) -> tuple[str, ConfigDict]:
       UserError: there is none, or it does not say what a config needs.
     """
     parts = open_parts(path)
+    if parts.lacking and not parts.stages:
+        raise UserError(
+            f'{path} lacks its first stage, the folder {parts.lacking}: fetch that too, or give --config and '
+            '--config.stages.first'
+        )
     said = parts.weights.config
     if not said:
         raise UserError(f'--mode=import --from={path} needs --config: no config.json beside the weights says the sizes')

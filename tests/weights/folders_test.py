@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 
@@ -16,6 +17,7 @@ import jaxgen
 from jaxgen import assembly
 from jaxgen import config as configs
 from jaxgen.errors import UserError
+from jaxgen.weights import diffusers as diffusers_names
 from jaxgen.weights import exporting, files, importing, pipelines, schedulers, sources
 
 KINDS = dict(down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
@@ -327,3 +329,41 @@ def test_derived_config_of_a_dit(tmp_path):
 def test_widths_of_a_first_stage_are_multiples(tmp_path):
     with pytest.raises(UserError, match=r'block_out_channels \[32, 48\]: widths of the networks here are multiples'):
         read_pipeline(pipeline(tmp_path / 'p', vqvae={'block_out_channels': [32, 48]}))
+
+
+def test_a_pipeline_without_its_first_stage_is_no_model_of_images(tmp_path):
+    """Its network is of latents; null stands for a part that there is none of."""
+    folder = pipeline(tmp_path / 'p')
+    os.rename(f'{folder}/vqvae', tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match='lacks its first stage, the folder vqvae'):
+        pipelines.derived(folder)
+    for none in (None, [None, None]):
+        with open(f'{folder}/model_index.json', 'w', encoding='utf-8') as file:
+            json.dump({'unet': ['diffusers', 'UNet2DModel'], 'scheduler': [], 'vqvae': none}, file)
+        assert pipelines.derived(folder)[0] == 'ddpm_cifar10'
+
+
+def test_a_scheduler_without_betas_leaves_the_process(tmp_path):
+    said = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'num_train_timesteps': 1000, 'shift': 1.0}
+    config, lines = pipelines.with_scheduler(config_of('ddpm_cifar10', []), said, set())
+    assert config == config_of('ddpm_cifar10', [])
+    assert "has no betas: the process is that of the config, 'linear'" in lines[0] and len(lines) == 2
+
+
+@pytest.mark.slow
+def test_schedulers_of_diffusers_are_of_their_kinds():
+    diffusers = pytest.importorskip('diffusers')
+    for name in ('DDPM', 'DDIM', 'PNDM', 'EulerDiscrete', 'HeunDiscrete', 'DPMSolverMultistep', 'UniPCMultistep'):
+        parameters = inspect.signature(getattr(diffusers, f'{name}Scheduler').__init__).parameters
+        diffusers_names.check_kinds({key: one.default for key, one in parameters.items() if key != 'self'}, name)
+
+
+def test_licences_of_other_folders_are_not_those_of_weights(tmp_path):
+    """That of the folder above is that of its pipeline alone."""
+    (tmp_path / 'unet').mkdir()
+    (tmp_path / 'README.md').write_text('---\nlicense: mit\n---')
+    assert importing.stated_licence(str(tmp_path / 'unet')) == ''
+    (tmp_path / 'model_index.json').write_text('{}')
+    assert importing.stated_licence(str(tmp_path / 'unet')) == 'mit'
+    (tmp_path / 'unet' / 'README.md').write_text('---\nlicense: apache-2.0\n---')
+    assert importing.stated_licence(str(tmp_path / 'unet')) == 'apache-2.0'
