@@ -14,7 +14,6 @@ import errno
 import functools
 import hashlib
 import math
-import mmap
 import os
 import re
 import shutil
@@ -160,34 +159,56 @@ def write(directory: str, layout: Layout, file: int, pieces: Iterable[tuple[int,
 
 
 class PreparedSet:
-    """A whole set, memory mapped. `take` may be called from several threads, and the set be sent to other processes,
-    which map it themselves."""
+    """A whole set, open. `take` may be called from several threads, and the set be sent to other processes, which open
+    it themselves."""
 
     def __init__(self, directory: str, layout: Layout, lock: int | None = None):
         """lock: of `set_lock`, which is held as long as there is this object."""
         self.directory, self.layout = directory, layout
         if lock is not None:
             weakref.finalize(self, os.close, lock)
-        self.maps = [self.mapped(file) for file in range(layout.files)]
+        self.opened = [self.open_file(file) for file in range(layout.files)]
         self.verified: set[int] = set()
 
     def __reduce__(self):
         return PreparedSet, (self.directory, self.layout)
 
-    def mapped(self, file: int) -> mmap.mmap:
-        """A file's bytes.
+    def open_file(self, file: int) -> int:
+        """The descriptor of a file.
 
         Raises:
           RunError: it is not there, or not of its size.
         """
-        path, size = file_path(self.directory, file), self.layout.size(file)
         try:
-            with open_regular(path) as stored:
-                if os.fstat(stored.fileno()).st_size != size:
+            with open_regular(file_path(self.directory, file)) as stored:
+                if os.fstat(stored.fileno()).st_size != self.layout.size(file):
                     raise self.damaged(file)
-                return mmap.mmap(stored.fileno(), size, access=mmap.ACCESS_READ)
+                descriptor = os.dup(stored.fileno())
         except OSError as e:
-            raise RunError(f'{path} cannot be read ({e.strerror}): the same command makes it anew') from e
+            raise self.unreadable(file, e) from e
+        weakref.finalize(self, os.close, descriptor).atexit = False  # threads may still read then
+        return descriptor
+
+    def read(self, file: int, offset: int, out: memoryview) -> None:
+        """Reads bytes of a file; by position, since a page of a mapped file that is gone ends the process.
+
+        Raises:
+          RunError: it has been cut off, or cannot be read.
+        """
+        while len(out):  # some file systems give less than is asked for
+            try:
+                part = os.pread(self.opened[file], len(out), offset)
+            except OSError as e:
+                raise self.unreadable(file, e) from e
+            if not part:
+                raise self.damaged(file)
+            out[: len(part)] = part
+            out, offset = out[len(part) :], offset + len(part)
+
+    def unreadable(self, file: int, e: OSError) -> RunError:
+        return RunError(
+            f'{file_path(self.directory, file)} cannot be read ({e.strerror}): the same command makes it anew'
+        )
 
     def damaged(self, file: int) -> RunError:
         """The error of a damaged file, which is removed, so that it is made anew."""
@@ -202,34 +223,36 @@ class PreparedSet:
         return hashlib.sha256(b''.join(map(self.digest, range(self.layout.files)))).hexdigest()
 
     def digest(self, file: int) -> bytes:
-        return self.maps[file][:DIGEST]
+        out = bytearray(DIGEST)
+        self.read(file, 0, memoryview(out))
+        return bytes(out)
 
     def verify(self, file: int) -> None:
         """Raises RunError where a file's values are not those that were written; it is read whole once a process."""
         if file not in self.verified:
-            if hashlib.sha256(memoryview(self.maps[file])[DIGEST:]).digest() != self.digest(file):
+            sha, size, block = hashlib.sha256(), self.layout.size(file), memoryview(bytearray(2**22))
+            for start in range(DIGEST, size, len(block)):
+                part = block[: size - start]
+                self.read(file, start, part)
+                sha.update(part)
+            if sha.digest() != self.digest(file):
                 raise self.damaged(file)
             self.verified.add(file)
 
-    def arrays(self, file: int) -> dict[str, np.ndarray]:
-        """{name: [examples of the file, views, ...]}, not in memory."""
-        out, n = {}, len(self.layout.examples_of(file))
-        for name, offset in self.layout.offsets(file).items():
-            feature, views = self.layout.features[name], self.layout.views_of(name)
-            stored = np.frombuffer(self.maps[file], np.uint8, n * views * feature.nbytes, offset)
-            out[name] = stored.view(feature.dtype).reshape(n, views, *feature.shape)
-        return out
-
     def take(self, indices: np.ndarray, view: np.ndarray) -> dict[str, np.ndarray]:
         """{name: [n, ...]} of the examples [n] in these views [n], fresh arrays."""
-        layout, which = self.layout, indices // self.layout.each
-        out = {name: np.empty((len(indices), *f.shape), f.dtype) for name, f in layout.features.items()}
-        for file in map(int, np.unique(which)):
+        layout, which = self.layout, (indices // self.layout.each).tolist()
+        for file in set(which):
             self.verify(file)
-            here = which == file
-            rows = indices[here] - file * layout.each
-            for name, array in self.arrays(file).items():
-                out[name][here] = array[rows, view[here] if layout.features[name].by_view else 0]
+        out = {}
+        for name, feature in layout.features.items():
+            out[name] = np.empty((len(indices), *feature.shape), feature.dtype)
+            rows = out[name].reshape(len(indices), math.prod(feature.shape)).view(np.uint8)
+            views = layout.views_of(name)
+            offsets = {file: layout.offsets(file)[name] for file in set(which)}
+            for k, (file, i, v) in enumerate(zip(which, indices.tolist(), view.tolist(), strict=True)):
+                row = (i - file * layout.each) * views + (v if feature.by_view else 0)
+                self.read(file, offsets[file] + row * feature.nbytes, memoryview(rows[k]))
         return out
 
 

@@ -95,6 +95,22 @@ def test_a_file_is_whole_or_not_there(tmp_path, several_files):
         PreparedSet(str(tmp_path), LAYOUT)
 
 
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path, several_files, monkeypatch):
+    """Is a line, and not the end of the process, which a mapped page that is gone would be."""
+    write(str(tmp_path), LAYOUT, values(LAYOUT))
+    read, one = PreparedSet(str(tmp_path), LAYOUT), np.array([1])
+    read.take(one, one)
+    os.truncate(tmp_path / '00000.features', 40)
+    with pytest.raises(RunError, match=r'damaged.*makes it anew'):
+        read.take(one, one)
+    pread = os.pread
+    monkeypatch.setattr(os, 'pread', lambda file, n, at: pread(file, min(n, 7), at))  # as of a network's disk, say
+    write(str(tmp_path), LAYOUT, values(LAYOUT))
+    again = PreparedSet(str(tmp_path), LAYOUT).take(one, one)
+    for name, array in values(LAYOUT).items():
+        np.testing.assert_array_equal(again[name], array[one, one if array.shape[1] > 1 else 0])
+
+
 @pytest.mark.parametrize('harm', ['cut', 'longer', 'byte', 'digest', 'link', 'folder'])
 def test_damage_is_seen(tmp_path, several_files, harm, monkeypatch):
     """At the start; of a large set, whose files are not read then, when the file is first used."""
