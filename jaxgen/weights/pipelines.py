@@ -350,7 +350,9 @@ def derived(path: str) -> tuple[str, ConfigDict]:
             f'config.json of {path}: sample_size is {said.get("sample_size")!r}; give --config with config.data.size'
         )
     sections = configs.load(base).to_dict()
+    # In float32, whatever the nearest config trains in: images are those of the pipeline.
     over: dict[str, Any] = {'model': model, 'data': {'channels': said.get('in_channels', 3)}}
+    over['train'] = {'dtype': 'float32'}
     if stage is not None:
         diffusers.check_kinds(stage.config, 'config.json of the first stage')
         kind, widths = stage.config.get('_class_name'), stage.config.get('block_out_channels', [0])

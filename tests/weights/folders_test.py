@@ -317,7 +317,7 @@ def test_derived_config_of_a_dit(tmp_path):
     _, config = pipelines.derived(folder)
     network = config.model.network
     assert (network.heads, network.channels, network.blocks, network.mlp_eps) == (2, 32, 3, 1e-3)
-    assert config.data.size == 16
+    assert config.data.size == 16 and config.train.dtype == 'float32'
     parts = pipelines.parts_for(config, folder, set())
     config, _ = pipelines.with_scheduler(config, parts.scheduler, set())
     config, _ = pipelines.with_scale(config, parts, set())
