@@ -35,8 +35,7 @@ def define_flags() -> flags.FlagValues:
     string(
         'out',
         '',
-        'sample, explore, data: where the images go, default WORKDIR/samples, .../explore, .../data; pack: FILE.zip or '
-        'FOLDER; compile: FILE.json for all numbers',
+        'sample, explore, data: where the images go, default in WORKDIR; pack: FILE.zip or FOLDER; compile: FILE.json',
         flag_values=values,
     )
     string('weights', 'ema', 'sample, evaluate, explore: ema | params | width of an average, 0.07', flag_values=values)
@@ -106,7 +105,7 @@ def help_text(values: flags.FlagValues) -> str:
     lines = []
     for name in (name for name in values if name != 'h'):
         value = '' if values[name].boolean else '=' + name.upper()
-        first = f'  --{name + value:<20}'
+        first = f'  --{name + value:<19} '
         lines += textwrap.wrap(
             values[name].help.partition(';\n')[0], 96, initial_indent=first, subsequent_indent=' ' * 24
         )
