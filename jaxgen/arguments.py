@@ -87,7 +87,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=pack --workdir=runs/ddpm_digits --out=x.zip  the run and its stages, to share
   jaxgen --mode=describe --config=ddpm_digits              parameters, bytes, batch, FLOPs
   jaxgen --mode=compile --config=dit_imagenet256 --topology=v5e:4x4  what a TPU slice would take
-  jaxgen --mode=prepare --config=dit_imagenet256           what frozen stages make of the images, once
+  jaxgen --mode=prepare --config=dit_imagenet256           what frozen stages compute, once
   jaxgen --mode=data --config=ddpm_digits                  counts, classes, a grid of images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
