@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import options
+from jaxgen.augmentation import turns
 from jaxgen.contract import Aux, Context, Family, State, make_update, new_state
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
@@ -115,6 +116,7 @@ class Model(NamedTuple):
     by_variance: bool  # the schedule learns to lower the variance of L_diff
     steps: int  # of sampling
     times: int  # of the evaluated bound
+    augmentation: str = 'none'  # of augmentation.turns.KINDS
 
 
 @options.checked
@@ -127,6 +129,7 @@ def build(
     timesteps: Annotated[int, '[0, inf)'] = 0,
     sampler: Annotated[Section, Fields(Sampling)] = EMPTY,
     likelihood: Annotated[Section, Fields(Evaluation)] = EMPTY,
+    augmentation: Annotated[str, OneOf(*turns.KINDS)] = 'none',
 ) -> Family:
     """VDM. The defaults are those for CIFAR-10 without augmentation.
 
@@ -138,11 +141,14 @@ def build(
       timesteps: T of the bound; 0: continuous time.
       sampler: see `Sampling`.
       likelihood: of held-out images, see `Evaluation`.
+      augmentation: of training images: 'turns', flips and quarter turns; 'turns_and_channels', also channels in another
+        order. Whether an image was changed is a condition of the network; held-out images and samples are not.
 
     Raises:
-      UserError: values that do not go together, no labels.
+      UserError: values that do not go together, no labels, images to be turned that are not square.
     """
     check(schedule, timesteps)
+    check_augmentation(augmentation, conditioning, context.image)
     check_groups(
         'config.model.network', network['groups'], network['group_size'], network['eps'], (network['channels'],)
     )
@@ -157,6 +163,7 @@ def build(
         by_variance=schedule.get('loss') == 'variance',
         steps=sampler['steps'] or timesteps or 1000,
         times=likelihood['times'],
+        augmentation=augmentation,
     )
     networks = ('denoiser',) if schedule['name'] == 'fixed' else ('denoiser', 'schedule')
     step = make_update(functools.partial(loss, model), context.optim, *networks)
@@ -184,6 +191,22 @@ def check(schedule: dict, timesteps: int) -> None:
         raise UserError(
             "config.model.schedule.loss = 'variance' is of continuous time, config.model.timesteps 0; it is "
             f'{timesteps}'
+        )
+
+
+def check_augmentation(augmentation: str, conditioning: dict, image: tuple[int, ...]) -> None:
+    """Raises UserError where images cannot be turned, or the network has another condition in that place."""
+    if augmentation == 'none':
+        return
+    if len({*image[:2]}) > 1:
+        raise UserError(
+            f'config.model.augmentation turns images, so config.data.size must be square; it is {image[:2]}'
+        )
+    vectors = [name for name, section in conditioning.items() if conditions.PARTS[section['kind']] == 'vector']
+    if vectors:
+        raise UserError(
+            'config.model.augmentation is a condition of its own, and the network has no place for '
+            f'{vectors[0]} beside it: leave one of them out'
         )
 
 
@@ -260,7 +283,16 @@ def reconstruction_loss(x: Array, eps: Array, gamma_0: Array) -> Array:
 
 
 def diffusion_loss(
-    model: Model, params: Any, ends, u_t: Array, other: Array, x: Array, eps: Array, values: Values, rngs: Any = None
+    model: Model,
+    params: Any,
+    ends,
+    u_t: Array,
+    other: Array,
+    x: Array,
+    eps: Array,
+    values: Values,
+    rngs: Any = None,
+    changed: Array | None = None,
 ) -> Array:
     """L_diff of one time for each example (eq. 14 and 17).
 
@@ -270,22 +302,33 @@ def diffusion_loss(
       u_t, other: [n] each, see `normalised_pair`.
       x, eps: [n, ...].
       rngs: of dropout, in training.
+      changed: bool [n], which images are augmented; None: none.
     """
     gamma_0, gamma_1 = ends
     gamma = gamma_0 + (gamma_1 - gamma_0) * u_t
     alpha, sigma = (expanded(a, x) for a in alpha_sigma(gamma))
-    eps_hat = estimate(model, params, alpha * INWARD * x + sigma * eps, gamma, values, rngs)
+    eps_hat = estimate(model, params, alpha * INWARD * x + sigma * eps, gamma, values, rngs, changed)
     error = jnp.square(eps - eps_hat).sum(tuple(range(1, x.ndim)))
     if model.timesteps:  # e^(gamma(t) - gamma(s)) - 1 = SNR(s) / SNR(t) - 1
         return 0.5 * model.timesteps * jnp.expm1((gamma_1 - gamma_0) * (u_t - other)) * error
     return 0.5 * (gamma_1 - gamma_0) * other * error  # gamma'(t) = -(log SNR)'(t)
 
 
-def estimate(model: Model, params: Any, z: Array, gamma: Array, values: Values, rngs: Any = None) -> Array:
+def estimate(
+    model: Model,
+    params: Any,
+    z: Array,
+    gamma: Array,
+    values: Values,
+    rngs: Any = None,
+    changed: Array | None = None,
+) -> Array:
     """eps_hat of z [n, ...] at gamma [n]. The network puts out what z is wrong by: without it eps_hat is z."""
     schedule = model.schedule
     t = 1000 * (gamma - schedule.gamma_min) / (schedule.gamma_max - schedule.gamma_min)
     embeddings = conditions.embed(model.conditioning, params, values, z)
+    if changed is not None:  # without a vector the network takes 0 in its place
+        embeddings['vector'] = changed.astype(jnp.float32)[:, None]
     return z + model.network.apply(params, z, t, embeddings, train=rngs is not None, rngs=rngs)
 
 
@@ -298,6 +341,9 @@ def loss(model: Model, params, state: State, frozen, batch, rng) -> tuple[Array,
     """L_prior + L_recon + L_diff, bits per dimension (eq. 11)."""
     rng_z0, rng_zt, rng_dropout = jax.random.split(rng, 3)
     x, ends, unit = batch['image'], ends_of(model, params), bits(model)
+    changed = None
+    if model.augmentation != 'none':
+        x, changed = turns.augment(stream(rng, 'augmentation'), x, model.augmentation == 'turns_and_channels')
     values = conditions.values_of(model.conditioning, batch)
     values = conditions.drop(model.conditioning, stream(rng, 'conditions'), values)
     prior = unit * prior_loss(x, ends[1]).mean()
@@ -305,7 +351,9 @@ def loss(model: Model, params, state: State, frozen, batch, rng) -> tuple[Array,
     eps = jax.random.normal(rng_zt, x.shape)
 
     def terms(weights, ends, u_t, other):
-        return unit * diffusion_loss(model, weights, ends, u_t, other, x, eps, values, {'dropout': rng_dropout})
+        return unit * diffusion_loss(
+            model, weights, ends, u_t, other, x, eps, values, {'dropout': rng_dropout}, changed
+        )
 
     terms = squared_for_last_two(terms) if model.by_variance else terms
     diffusion = terms(params['denoiser'], ends, *normalised_pair(model, params, batch['t'])).mean()

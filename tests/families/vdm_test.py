@@ -603,3 +603,30 @@ def test_weight_decay_is_of_all_but_biases_as_in_the_release():
         patterns = {**config.optim, **config.optim.networks.get(name, {})}['no_decay']
         for path, kept in jax.tree.leaves_with_path(decay_mask(weights, tuple(patterns))):
             assert kept == (path[-1].key != 'bias'), path
+
+
+def test_augmentation_is_a_condition_of_the_network():
+    """In training the flag is the network's input; the bound and samples are those of images as they are."""
+    import support
+
+    config = support.tiny('vdm_digits', model=dict(augmentation='turns'))
+    a, batch = support.assemble(config), support.first_batch(config)
+    plain = support.assemble(support.tiny('vdm_digits'))
+    state = jax.jit(a.family.init)(jax.random.key(0), batch, {})
+    state = state.replace(params=randomised(state.params), ema=randomised(state.ema))
+    for family in (a.family, plain.family):  # the same weights serve both, the flag 0 in one of them
+        np.testing.assert_array_equal(
+            family.evaluate(state, {}, batch | {'index': np.arange(len(batch['image']))}, jax.random.key(1))[
+                'bits_per_dim'
+            ],
+            plain.family.evaluate(state, {}, batch | {'index': np.arange(len(batch['image']))}, jax.random.key(1))[
+                'bits_per_dim'
+            ],
+        )
+    logs = a.family.update(state, {}, batch, jax.random.key(2))[1]
+    assert logs['loss'] != plain.family.update(state, {}, batch, jax.random.key(2))[1]['loss']
+    with pytest.raises(UserError, match='no place for label'):
+        support.assemble(support.tiny('vdm_digits', **{'data': dict(features=('image', 'label')), 'model': dict(
+            augmentation='turns', conditioning=dict(label={}))}))  # fmt: skip
+    with pytest.raises(UserError, match='must be square'):
+        support.assemble(support.tiny('vdm_digits', model=dict(augmentation='turns'), data=dict(size=(8, 12))))
