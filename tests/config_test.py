@@ -495,7 +495,7 @@ GET = 'def get_config(variant=""):\n    '
         ('def get_config(:\n', ':1: SyntaxError'),
         ('x = (\n', ':1: SyntaxError'),
         ('\n\n  x = 1\n', ':3: IndentationError'),
-        (b'x = 1\0\n', ': SyntaxError'),
+        (b'x = 1\0\n', 'null bytes'),  # a ValueError or SyntaxError, by Python's version
         (b'x = "\xff"\n', ': SyntaxError'),
         ('def get_config():\n    return 1\n', ': TypeError'),
         ('get_config = 3\n', ': TypeError'),

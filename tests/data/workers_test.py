@@ -26,7 +26,8 @@ from jaxgen.data import folder, loader, workers
 from jaxgen.errors import RunError, UserError
 
 CODE = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from jaxgen import data
 from jaxgen.data import loader
 batches = data.batches({'source': 'folder:%s', 'dir': '%s', 'size': 12, 'channels': 3, 'direct': 0, 'cache_mb': 0,

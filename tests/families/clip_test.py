@@ -32,24 +32,24 @@ def test_loss_is_the_contrastive_one_of_whole_batches():
     """By NumPy from the two towers' outputs, duplicates counted."""
     config = tiny('clip_shapes', model=dict(duplicates='count'), data=dict(batch=6))
     a, batch = assemble(config), first_batch(config)
-    state = a.family.init(jax.random.key(0), batch, {})
-    images = np.asarray(a.family.encode(state, {}, batch, jax.random.key(0)), np.float64)
-    texts = np.asarray(a.family.encode_text(state, {}, batch['tokens']).embedding, np.float64)
+    state = jax.jit(a.family.init)(jax.random.key(0), batch, {})
+    images = np.asarray(jax.jit(a.family.encode)(state, {}, batch, jax.random.key(0)), np.float64)
+    texts = np.asarray(jax.jit(a.family.encode_text)(state, {}, batch['tokens']).embedding, np.float64)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
     logits = np.exp(images @ texts.T / 0.07)
     own = np.diagonal(logits)
     expected = -(np.log(own / logits.sum(1)) + np.log(own / logits.sum(0))).mean() / 2
-    _, logs = a.family.update(state, {}, batch, jax.random.key(1))
+    _, logs = jax.jit(a.family.update)(state, {}, batch, jax.random.key(1))
     np.testing.assert_allclose(logs['loss'], expected, rtol=1e-4)
 
 
 def test_the_scale_has_an_upper_end():
     config = tiny('clip_shapes', model=dict(temperature=0.07, largest_scale=5.0))
     a, batch = assemble(config), first_batch(config)
-    state = a.family.init(jax.random.key(0), batch, {})
+    state = jax.jit(a.family.init)(jax.random.key(0), batch, {})
     assert np.isclose(np.exp(state.params['scale']['value']), 1 / 0.07)
-    _, logs = a.family.update(state, {}, batch, jax.random.key(1))
+    _, logs = jax.jit(a.family.update)(state, {}, batch, jax.random.key(1))
     assert logs['scale'] == 5
 
 
