@@ -91,7 +91,7 @@ def test_vdm(kind):
     assert new == dict(
         network=dict(network, fourier=(3,)), conditioning={},
         schedule={'name': kind, 'gamma_min': -9.0, 'gamma_max': 4.0, **learned},
-        timesteps=5, sampler={'steps': 7}, likelihood={'times': 3},
+        timesteps=5, sampler={'steps': 7}, likelihood={'times': 3}, augmentation='none',
     )  # fmt: skip
 
 
