@@ -24,6 +24,7 @@ from support import (
     saved_state,
     tiny,
     tiny_stage,
+    with_tokens,
 )
 
 from jaxgen import assembly, conditions, data, describe, run, sample, sharding, testing
@@ -469,7 +470,7 @@ def on_devices(names: list[str], parts_of_weights: tuple[int, ...] = (1, 2, 4, 8
             places = sharding.over_weights(assembled.mesh, assembled.abstract)
             if fsdp > 1:
                 assert any('fsdp' in str(s.spec) for s in jax.tree.leaves(places)), 'nothing is cut'
-            batch = next(iter(data.batches(config.data, 'train', seed=0)))
+            batch = with_tokens(config, next(iter(data.batches(config.data, 'train', seed=0))))
             placed = sharding.put_batch(assembled.mesh, batch)
             frozen = jax.device_put(assembled.frozen, sharding.over_weights(assembled.mesh, assembled.frozen))
             if not results or name in BY_THE_BATCH:

@@ -111,6 +111,10 @@ BASES = {
 
 # The shift is of flows, which end where alpha is 0; these two divide by alpha.
 IMPOSSIBLE = {'diffusion': {('sampler=predictor_corrector', 'shift'), ('sampler=annealed_langevin', 'shift')}}
+# Whole numbers and truths of chains, which `others` does not vary; tests/diffusion/samplers_test.py holds them.
+IMPOSSIBLE['diffusion'] |= {
+    (f'sampler={name}', field) for name in samplers.SAMPLERS for field in ('offset', 'unit_start')
+}
 
 
 def config_of(name: str, model: dict):

@@ -818,7 +818,8 @@ def test_a_config_holds_the_fields_of_its_components_alone():
     order = ['--config.model.sampler.eta=0.5', '--config.model.sampler=ddim']
     for texts in (order, order[::-1]):
         sampler = config.override(edm, texts).model.sampler.to_dict()
-        assert sampler == {'name': 'ddim', 'steps': 9, 'spacing': 'uniform', 'shift': 1.0, 'clip': False, 'eta': 0.5}
+        common = {'steps': 9, 'spacing': 'uniform', 'shift': 1.0, 'clip': False, 'offset': 0, 'unit_start': False}
+        assert sampler == common | {'name': 'ddim', 'eta': 0.5, 'clipped_noise': True, 'to_first': False}
     network = config.override(edm, ['--config.model.network.name=dit', '--config.model.network.heads=4']).model.network
     assert network.heads == 4 and network.channels == 8 and 'multipliers' not in network
     with pytest.raises(UserError, match='s_churn: no such field'):

@@ -444,18 +444,18 @@ def test_whole_branches_are_dropped():
     """Both branches of a block for p^2 of the examples, and those that are left are as much larger."""
     block = Block(
         heads=2, blocks=1, std=0.5, gate=1.0, unit_queries=True, shared=False, dropout=0.0, drops_path=True,
-        train=True, dtype=jnp.float32,
+        train=True, dtype=jnp.float32, lengths=(3,),
     )  # fmt: skip
     n, p = 2000, 0.4
     x, condition = (jnp.broadcast_to(random_weights(jnp.zeros(s), i), (n, *s)) for i, s in enumerate([(3, 8), (8,)]))
-    params = weights_of(block, x[:1], None, jnp.float32(p), condition[:1], None)
+    params = weights_of(block, (x[:1], None), None, jnp.float32(p), condition[:1])
 
     @functools.partial(jax.jit, static_argnums=0)
     def change(train, params):
         return (
             block.clone(train=train).apply(
-                {'params': params}, x, None, jnp.float32(p), condition, None, rngs={'dropout': jax.random.key(1)}
-            )[0]
+                {'params': params}, (x, None), None, jnp.float32(p), condition, rngs={'dropout': jax.random.key(1)}
+            )[0][0]
             - x
         )
 
