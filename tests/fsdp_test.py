@@ -23,6 +23,7 @@ PRIME = 29
 # Families that compare the examples of a batch with each other, or keep images, and so send them:
 EXCEPTIONS = {
     'attngan': 'every caption is compared with every image',
+    'clip': 'every text is compared with every image',
     'cyclegan': 'the pool of translated images takes one after another',
     'ddgan': 'standard deviations of groups of examples',
     'ebm': 'the buffer of chains is on every device',
