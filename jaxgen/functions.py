@@ -16,6 +16,7 @@ from jaxgen import data, fsdp, log, options, randomness, sharding
 from jaxgen.contract import Family
 from jaxgen.errors import UserError
 from jaxgen.evaluation.bound import BoundModel
+from jaxgen.losses.matching import unit
 from jaxgen.sample import Program, Request, batch_size, settings_of, to_inside
 
 # Functions of a Family that a Run offers, and what they need beside themselves.
@@ -53,8 +54,7 @@ def requested(request: Request) -> Program:
         return functions.denoise(state, frozen, to_inside(rest), x, arrays['sigma'])
 
     def encode_text(state, frozen, arrays, rng):
-        x = functions.encode_text(state, frozen, arrays['tokens']).embedding.astype(jnp.float32)
-        return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+        return unit(functions.encode_text(state, frozen, arrays['tokens']).embedding)
 
     made = {'encode': encode, 'encode_text': encode_text, 'decode': decode, 'classify': classify, 'denoise': denoise}
     function = made[name]

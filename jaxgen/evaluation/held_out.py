@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import fsdp, log, randomness, sample, sharding
 from jaxgen.errors import RunError
 from jaxgen.evaluation.bound import BoundModel
+from jaxgen.losses.matching import unit
 from jaxgen.metrics import detection, disentanglement, retrieval
 
 
@@ -117,8 +117,7 @@ def pair_encoder(family) -> Callable:
 
     def encode(state, frozen, batch, seed):
         image = family.encode(state, frozen, sample.to_inside(batch), randomness.stream(jax.random.key(seed), 'encode'))
-        text = family.encode_text(state, frozen, batch['tokens']).embedding.astype(jnp.float32)
-        text = text / jnp.sqrt(jnp.square(text).sum(-1, keepdims=True) + 1e-12)
+        text = unit(family.encode_text(state, frozen, batch['tokens']).embedding)
         return {'image': image, 'text': text, 'tokens': batch['tokens']}
 
     return sharding.jit(encode)

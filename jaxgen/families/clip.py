@@ -24,7 +24,7 @@ from jaxgen import options
 from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, Texts, make_update, new_state
 from jaxgen.errors import UserError
-from jaxgen.losses.matching import contrastive_loss
+from jaxgen.losses.matching import contrastive_loss, unit
 from jaxgen.networks.clip import TextTower, VisionTower
 from jaxgen.options import Count, Fields, OneOf, Positive, Section
 
@@ -37,12 +37,6 @@ NORMALISATIONS = {
     'none': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-
-
-def unit(x: Array) -> Array:
-    """Vectors [n, d] of length 1, float32."""
-    x = x.astype(jnp.float32)
-    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
 def check_heads(where: str, section: dict) -> None:

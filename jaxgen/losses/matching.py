@@ -13,6 +13,12 @@ Array = jax.Array
 LOW = -1e9  # of logits that do not count
 
 
+def unit(x: Array) -> Array:
+    """Vectors [n, d] of length 1, float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
 def cosine(x: Array, y: Array) -> Array:
     """Cosine similarity of the last axes, broadcast."""
     norms = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1) + 1e-12)

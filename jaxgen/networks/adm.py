@@ -115,6 +115,16 @@ class Half(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def vector_features(self) -> int:
+        return 4 * self.channels
+
+    @nn.nowrap
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
+        start = nn.initializers.normal(1.0)  # as torch starts embeddings
+        return Embed(classes, self.vector_features, embedding_init=start, dtype=self.dtype)
+
     def norm(self) -> Callable:
         return functools.partial(GroupNorm, self.groups, self.eps, least=self.group_size)
 
@@ -179,16 +189,6 @@ class ADMUNet(Half):
     out_channels: int = 0
 
     takes: ClassVar = ('vector', 'planes')
-
-    @property
-    def vector_features(self) -> int:
-        return 4 * self.channels
-
-    @nn.nowrap
-    def class_embedding(self, classes: int) -> nn.Module:
-        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
-        start = nn.initializers.normal(1.0)  # as torch starts embeddings
-        return Embed(classes, self.vector_features, embedding_init=start, dtype=self.dtype)
 
     @nn.compact
     def __call__(self, x: Array, t: Array, vector: Array | None = None, *, train: bool) -> Array:

@@ -71,6 +71,14 @@ def apply_blocks(module: Any, x: Array, causal: bool) -> tuple[Array, Array]:
     return blocks((x, x), jnp.arange(module.blocks))[0]
 
 
+def projected(module: Any, pooled: Array) -> Array:
+    """The embedding [n, features] of a tower; `pooled` [n, C] itself where it has no projection."""
+    if not module.features:
+        return pooled
+    init = NORMAL(module.channels**-0.5)
+    return Dense(module.features, bias=False, init=init, dtype=module.dtype, name='project')(pooled)
+
+
 class TextOutput(NamedTuple):
     """What a text tower computes of texts."""
 
@@ -119,13 +127,7 @@ class TextTower(nn.Module):
         # Not by an index, whose gradient adds up in no fixed order on GPUs.
         end = jax.nn.one_hot(tokens.argmax(-1), tokens.shape[1], dtype=last.dtype)
         pooled = jnp.einsum('nt,ntc->nc', end, last, precision='highest')
-        embedding = pooled
-        if self.features:
-            project = Dense(
-                self.features, bias=False, init=NORMAL(self.channels**-0.5), dtype=self.dtype, name='project'
-            )
-            embedding = project(pooled)
-        return TextOutput(last, before, norm(before), pooled, embedding)
+        return TextOutput(last, before, norm(before), pooled, projected(self, pooled))
 
 
 class VisionOutput(NamedTuple):
@@ -169,10 +171,4 @@ class VisionTower(nn.Module):
         x = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm1')(x + positions.astype(self.dtype))
         x, before = apply_blocks(self, x, causal=False)
         pooled = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm2')(x[:, 0])
-        embedding = pooled
-        if self.features:
-            project = Dense(
-                self.features, bias=False, init=NORMAL(self.channels**-0.5), dtype=self.dtype, name='project'
-            )
-            embedding = project(pooled)
-        return VisionOutput(x, before, pooled, embedding)
+        return VisionOutput(x, before, pooled, projected(self, pooled))

@@ -16,7 +16,7 @@ from jaxgen.networks.adm import INIT, Half
 from jaxgen.networks.attention import attend
 from jaxgen.networks.embeddings import VectorEmbedding, cosines_first
 from jaxgen.networks.fields import GroupSize
-from jaxgen.networks.layers import Conv, Dense, Embed, GroupNorm, LayerNorm, upsample_nearest, variance_scaling
+from jaxgen.networks.layers import Conv, Dense, GroupNorm, LayerNorm, upsample_nearest, variance_scaling
 from jaxgen.options import Count
 
 Array = jax.Array
@@ -125,16 +125,6 @@ class LatentUNet(Half):
 
     takes: ClassVar = ('vector', 'tokens', 'planes')
     token_features: ClassVar = 0  # tokens of any width are attended to as they are
-
-    @property
-    def vector_features(self) -> int:
-        return 4 * self.channels
-
-    @nn.nowrap
-    def class_embedding(self, classes: int) -> nn.Module:
-        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
-        start = nn.initializers.normal(1.0)  # as torch starts embeddings
-        return Embed(classes, self.vector_features, embedding_init=start, dtype=self.dtype)
 
     @nn.nowrap
     def vector_embedding(self) -> nn.Module:

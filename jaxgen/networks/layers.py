@@ -250,6 +250,20 @@ def mean_of_first(x: Array) -> Array:
     return jnp.where(jnp.arange(len(x))[:, None] == 0, means, 0).sum(0)
 
 
+class RMSNorm(nn.Module):
+    """Tokens over their root mean square, times a learned scale (Zhang & Sennrich 2019), statistics in float32."""
+
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale).astype(self.dtype)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) of [..., C] over all axes but the last, statistics in float32.
 

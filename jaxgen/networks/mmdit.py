@@ -18,8 +18,7 @@ import numpy as np
 from jaxgen.networks.attention import attend
 from jaxgen.networks.dit import position_embedding
 from jaxgen.networks.embeddings import VectorEmbedding, cosines_first
-from jaxgen.networks.layers import Dense, LayerNorm
-from jaxgen.networks.t5 import RMSNorm
+from jaxgen.networks.layers import Dense, LayerNorm, RMSNorm
 from jaxgen.options import Count
 
 Array = jax.Array

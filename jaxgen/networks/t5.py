@@ -13,26 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.networks.attention import attend
-from jaxgen.networks.layers import Dense, Embed
+from jaxgen.networks.layers import Dense, Embed, RMSNorm
 from jaxgen.options import Count
 
 Array = jax.Array
 
 NORMAL = nn.initializers.normal
-
-
-class RMSNorm(nn.Module):
-    """Tokens over their root mean square, times a learned scale (Zhang & Sennrich 2019), statistics in float32."""
-
-    eps: float = 1e-6
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * scale).astype(self.dtype)
 
 
 def distance_buckets(queries: int, keys: int, buckets: int, furthest: int) -> np.ndarray:

@@ -122,6 +122,18 @@ def stylegan2_discriminator(config: ConfigDict, shapes: Shapes) -> Table:
     return Table([*names, *LEAVES], [Layout('discriminator/dense/kernel', 'o (c h w) -> (h w c) o', {'h': 4, 'w': 4})])
 
 
+# Blocks and attention of BigGAN, of both networks.
+BIGGAN_BLOCKS: list[Substitution] = [
+    (r'^block(\d+)/', r'blocks.\1.0/'),
+    (r'^attention(\d+)/gain$', r'blocks.\1.1.gamma'),
+    (r'^attention(\d+)/query/', r'blocks.\1.1/theta/'),
+    (r'^attention(\d+)/key/', r'blocks.\1.1/phi/'),
+    (r'^attention(\d+)/value/', r'blocks.\1.1/g/'),
+    (r'^attention(\d+)/out/', r'blocks.\1.1/o/'),
+    ('/shortcut/', '/conv_sc/'),
+]
+
+
 def biggan(config: ConfigDict, shapes: Shapes) -> Table:
     """The generator with its batch statistics and the vectors of its spectral norms.
 
@@ -139,16 +151,10 @@ def biggan(config: ConfigDict, shapes: Shapes) -> Table:
         ('^norm/bias$', 'output_layer.0.bias'),
         ('^norm/', 'output_layer.0.'),
         ('^last/', 'output_layer.2/'),
-        (r'^block(\d+)/', r'blocks.\1.0/'),
-        (r'^attention(\d+)/gain$', r'blocks.\1.1.gamma'),
-        (r'^attention(\d+)/query/', r'blocks.\1.1/theta/'),
-        (r'^attention(\d+)/key/', r'blocks.\1.1/phi/'),
-        (r'^attention(\d+)/value/', r'blocks.\1.1/g/'),
-        (r'^attention(\d+)/out/', r'blocks.\1.1/o/'),
+        *BIGGAN_BLOCKS,
         (r'/norm(\d)_gain/', r'/bn\1/gain/'),
         (r'/norm(\d)_shift/', r'/bn\1/bias/'),
         (r'/norm(\d)/', r'/bn\1/'),
-        ('/shortcut/', '/conv_sc/'),
     ]
     square = {'h': 4, 'w': 4}
     layouts = [
@@ -171,13 +177,7 @@ def biggan_discriminator(config: ConfigDict, shapes: Shapes) -> Table:
         (r'^extra/discriminator/vectors/verdict/embedding/kernel$', 'embed/v0'),
         (r'^extra/discriminator/vectors/(.*)/kernel$', r'discriminator/\1/u0'),
         ('^discriminator/', ''),
-        (r'^block(\d+)/', r'blocks.\1.0/'),
-        (r'^attention(\d+)/gain$', r'blocks.\1.1.gamma'),
-        (r'^attention(\d+)/query/', r'blocks.\1.1/theta/'),
-        (r'^attention(\d+)/key/', r'blocks.\1.1/phi/'),
-        (r'^attention(\d+)/value/', r'blocks.\1.1/g/'),
-        (r'^attention(\d+)/out/', r'blocks.\1.1/o/'),
-        ('/shortcut/', '/conv_sc/'),
+        *BIGGAN_BLOCKS,
         ('^verdict/value/', 'linear/'),
         ('^verdict/embedding/', 'embed/'),
     ]
