@@ -163,3 +163,13 @@ def randomised(shapes, seed: int = 0):
         return (rng.normal(size=leaf.shape) / np.sqrt(math.prod(leaf.shape[:-1]) or 9)).astype(np.float32)
 
     return jax.tree.map(draw, shapes)
+
+
+def randomise(torch, model):
+    """No weight is special: norms have other scales than 1 and biases other values than 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            fan = p[0].numel() if p.ndim > 1 else 20
+            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
+    return model.eval()

@@ -43,6 +43,11 @@ def tiny(name: str, **sections):
     return configs.make(**configs.deep_update(configs.load(path(name)).to_dict(), sections))
 
 
+def config_of(name: str, fields: list[str]):
+    """The config of a name or FILE:VARIANT with fields as the command takes them, 'model.blocks=1'."""
+    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
+
+
 def first_batch(config) -> dict:
     """The first training batch of a config, as families get it."""
     from jaxgen import data, sample

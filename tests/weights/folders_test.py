@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import run_main
+from references import randomise
+from support import config_of, run_main
 
 import jaxgen
 from jaxgen import assembly
@@ -23,20 +24,6 @@ from jaxgen.weights import exporting, files, importing, pipelines, schedulers, s
 KINDS = dict(down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
 STAGE = dict(down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
 SIZES = dict(block_out_channels=(32, 64), layers_per_block=1)
-
-
-def config_of(name: str, fields: list[str]):
-    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
-
-
-def randomise(torch, model):
-    """No weight is special: norms have other scales than 1 and biases other values than 0."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            fan = p[0].numel() if p.ndim > 1 else 20
-            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
-    return model.eval()
 
 
 def ldm(torch, diffusers, folder: str):

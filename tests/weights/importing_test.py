@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import ROOT, devices, run_main
+from references import randomise
+from support import ROOT, config_of, devices, run_main
 
 import jaxgen
 from jaxgen import assembly
@@ -36,20 +37,6 @@ UNET = [
     'model.sampler.eta=0.0',
 ]
 KL = ['data.size=16', 'data.source=shapes', 'model.channels=32', 'model.multipliers=(1,2)', 'model.blocks=1']
-
-
-def config_of(name: str, fields: list[str]):
-    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
-
-
-def randomise(torch, model):
-    """No weight is special: norms have other scales than 1 and biases other values than 0."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            fan = p[0].numel() if p.ndim > 1 else 20
-            p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
-    return model.eval()
 
 
 def nchw(torch, x):

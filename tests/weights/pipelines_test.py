@@ -12,6 +12,7 @@ import make_references as references
 import numpy as np
 import pytest
 from drawing import drawn
+from support import config_of
 
 import jaxgen
 from jaxgen import config as configs
@@ -32,10 +33,6 @@ DDPM = {
     'freq_shift': 1,
     'attention_head_dim': None,
 }
-
-
-def config_of(name: str, fields: list[str]):
-    return configs.override(configs.load(name), [f'--config.{field}' for field in fields])
 
 
 def filled(model):
