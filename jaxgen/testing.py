@@ -6,7 +6,9 @@
         check_family(mypackage.myfamily.build, image=(8, 8, 1), classes=10, width=4)
 
 What is wrong is a ContractError, one line that names the function, the primitive of its program where there is one, and
-the remedy. Some checks need several devices: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=8.
+the remedy. Some checks need several devices: on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=8, and
+NPROC=64: XLA has as many threads as NPROC says, each collective blocks one, and with as few as devices all can wait for
+each other.
 """
 
 from __future__ import annotations

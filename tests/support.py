@@ -121,8 +121,13 @@ def main(*args: str, env: dict | None = None, timeout: float = 240) -> subproces
 
 
 def devices(n: int) -> dict[str, str]:
-    """Environment of a process that sees n devices."""
-    return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n}'}
+    """Environment of a process that sees n devices.
+
+    XLA has as many threads as devices and a collective blocks one, so that two collectives at a time, entered by the
+    devices in different orders, can stop all of them for ever. NPROC is XLA's number of threads.
+    """
+    flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n}'
+    return {'XLA_FLAGS': flags, 'NPROC': str(8 * n)}
 
 
 def metrics(workdir) -> list[dict]:

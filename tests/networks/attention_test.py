@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from support import devices
 
 from jaxgen.errors import UserError
 from jaxgen.networks import attention
@@ -255,9 +256,8 @@ print('none')
 @slow
 def test_nothing_is_gathered_where_the_batch_is_cut():
     """On eight devices every one attends within its own examples, and the result is that of one device."""
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
     done = subprocess.run(
-        [sys.executable, '-c', GATHERS], env={**os.environ, 'XLA_FLAGS': flags}, capture_output=True, text=True
+        [sys.executable, '-c', GATHERS], env={**os.environ, **devices(8)}, capture_output=True, text=True
     )
     assert done.stdout == 'none\n', done.stderr
 
