@@ -59,7 +59,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string(
         'condition',
         [],
-        "sample: NAME=VALUE, e.g. label=3, caption='a small red heart', image=photo.png or a folder; may be repeated",
+        "sample: NAME=VALUE, e.g. label=3, caption='a red heart' or @FILE, image=FILE or a folder; may be repeated",
         flag_values=values,
     )
     string('from', '', 'import: file or folder of published weights', flag_values=values)

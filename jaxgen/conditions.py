@@ -5,8 +5,9 @@
     provide = conditions.provider(assembled, config, given)
     provide(np.arange(4))  # {'index': [4], 'image': [4, H, W, C], 'label': [4]}
 
-A condition is a label, a caption, or an array; an image may be a person's own file, folder or array of any size (see
-data/own_images.py). Of each condition there is one value for all samples, or one for each of them.
+A condition is a label, a caption (a text of any words where text encoders read it), or an array; an image may be a
+person's own file, folder or array of any size (see data/own_images.py). Of each condition there is one value for all
+samples, or one for each of them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ from jaxgen.data import captions, folder, numpy_files
 from jaxgen.data.loader import OTHER
 from jaxgen.data.own_images import OwnImages, Reduced, reason
 from jaxgen.errors import UserError
+from jaxgen.options import shown
+from jaxgen.text import tokenizers
 
 LOW_RESOLUTION = 'low_resolution'
 APART = (OTHER, 'reference', LOW_RESOLUTION)  # images that need not lie over the others, pixel by pixel
 MOST_BYTES = 80  # of a file's name that are part of another's; file systems take 255
+PROMPTS = ('caption', 'negative_caption')  # texts of any words, where text encoders read them
+MOST_TEXT = 2**20  # characters
 SECOND = ('mask', 'reference')  # images after which a sample is named only where there is no other
 
 
@@ -190,6 +195,7 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     check_aligned(images)
     texts = {name: text_of(images.get(name), value) for name, value in condition.items()}
     notes = [] if reconstructs or not images else unset(assembled, {*values, *replaced})
+    notes += cut_off(assembled, values)
     return Given(values, images, 0, reconstructs, tuple(replaced), texts, tuple(notes))
 
 
@@ -251,13 +257,15 @@ def numbers(assembled, config, name: str, value) -> Values:
     Raises:
       UserError: the value is none for this condition.
     """
-    feature, spec = assembled.spec.features[name], assembled.spec
     if hasattr(value, '__array__') and not isinstance(value, np.ndarray | np.generic):
         value = np.asarray(value)
     values = as_list(value)
     listed = is_list(value)
     if not values:
         raise UserError(f'condition {name}: an empty list; name one value at least')
+    if name in PROMPTS and assembled.texts:
+        return Values(captions.encoded([prompt(name, one) for one in values]), listed)
+    feature, spec = assembled.spec.features[name], assembled.spec
     if name == 'caption':
         origin.check_named(assembled.unnamed, *configs.DATA_PATHS)  # whose words are read
         known = functools.cache(lambda: captions.known(config.data))
@@ -266,6 +274,33 @@ def numbers(assembled, config, name: str, value) -> Values:
     if feature.shape:
         return arrays(name, value, feature)
     return Values(np.array([one_number(spec, config, name, one) for one in values], feature.dtype), listed)
+
+
+def prompt(name: str, value) -> str:
+    """A text for tokenizers: any words, any length, none at all.
+
+    Raises:
+      UserError: it is no text.
+    """
+    if not isinstance(value, str):
+        raise UserError(f'condition {name} must be a text, or a list of one for each sample; it is {shown(value)}')
+    if len(value) > MOST_TEXT:
+        raise UserError(f'condition {name}: a text of {len(value):,} characters; {MOST_TEXT:,} are read at most')
+    return value
+
+
+def cut_off(assembled, values: dict[str, Any]) -> list[str]:
+    """Lines about texts with more tokens than a text encoder reads."""
+    lines = []
+    for name in (name for name in PROMPTS if name in values and assembled.texts):
+        texts = [tokenizers.caption_text(row) for row in values[name].array]
+        for length, tokenizer in {one.length: one for one in assembled.tokenizers.values()}.items():
+            rests = [(text, rest) for text in texts if (rest := tokenizer.rest(text))]
+            if rests:
+                many = f', and so on of {len(rests)} of {len(texts)} texts' if len(texts) > 1 else ''
+                text, rest = (shown(words) for words in rests[0])
+                lines.append(f'{name} {text}: {length} tokens are read, and not its end {rest}{many}')
+    return lines
 
 
 def one_number(spec, config, name: str, value) -> int | float:

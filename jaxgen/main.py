@@ -79,10 +79,13 @@ from jaxgen import (
 )
 from jaxgen import config as configs
 from jaxgen import run as runs
-from jaxgen.data import summary
+from jaxgen.conditions import PROMPTS
+from jaxgen.data import folder, summary
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import cache, explore, record
 from jaxgen.weights import exporting, importing, pipelines
+
+MOST_PROMPTS = 2**26  # bytes of a file of texts
 
 
 def parse_condition(text: str) -> tuple[str, str]:
@@ -97,11 +100,38 @@ def parse_condition(text: str) -> tuple[str, str]:
 
 
 def parse_conditions(texts: list[str]) -> dict[str, str | list[str]]:
-    """{name: value} of texts NAME=VALUE; several of one name are values of one sample each."""
+    """{name: value} of texts NAME=VALUE; several of one name, and the lines of a file, caption=@FILE, are values of one
+    sample each."""
     condition: dict[str, list[str]] = {}
+    listed = set()  # also where a file has one line
     for name, value in map(parse_condition, texts):
-        condition.setdefault(name, []).append(value)
-    return {name: values[0] if len(values) == 1 else values for name, values in condition.items()}
+        if name in PROMPTS and value.startswith('@'):
+            condition.setdefault(name, []).extend(prompts(name, value[1:]))
+            listed.add(name)
+        else:
+            condition.setdefault(name, []).append(value)
+    return {name: values if len(values) > 1 or name in listed else values[0] for name, values in condition.items()}
+
+
+def prompts(name: str, path: str) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Raises:
+      UserError: there is no such file, it is no text in UTF-8, or too large.
+    """
+    path = os.path.expanduser(path)
+    try:
+        with folder.open_regular(path) as file:
+            content = file.read(MOST_PROMPTS + 1)
+        if len(content) > MOST_PROMPTS:
+            raise ValueError(f'it has more than {MOST_PROMPTS:,} bytes')
+        lines = [line.strip() for line in content.decode('utf-8-sig').split('\n')]
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else ' '.join(str(e).split())
+        raise UserError(f'--condition={name}=@{path}: no texts can be read, one a line, in UTF-8: {why}') from e
+    if not (found := [line for line in lines if line]):
+        raise UserError(f'--condition={name}=@{path}: the file holds no text')
+    return found
 
 
 def beside_sources(given, images: np.ndarray) -> np.ndarray:

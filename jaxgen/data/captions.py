@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from jaxgen.errors import UserError
 def words(text: bytes) -> list[bytes]:
     """The words of a caption in UTF-8, as jaxgen/networks/text.py reads them."""
     return re.findall(rb'[a-z0-9_\x80-\xff]+', text.lower())
+
+
+def encoded(texts: Sequence[str]) -> np.ndarray:
+    """Texts as data sets hold captions, uint8 [n, bytes of the longest]: UTF-8, zeros behind each."""
+    rows = [text.encode(errors='replace') for text in texts]
+    room = max(1, *map(len, rows))
+    return np.stack([np.frombuffer(row.ljust(room, b'\0'), np.uint8) for row in rows])
 
 
 def known(data) -> set[bytes]:

@@ -80,6 +80,13 @@ class Tokenizer:
             ids[row, : len(numbers)], lengths[row] = numbers, len(numbers)
         return Tokens(ids, lengths, cut)
 
+    def rest(self, text: str) -> str:
+        """The end of a text that its tokens leave out, '' where they are all of it."""
+        encoding = self.backend.encode(text)
+        if len(encoding.ids) <= self.length:
+            return ''
+        return text[encoding.offsets[self.length - (self.end is not None)][0] :]
+
     def with_length(self, length: int) -> Tokenizer:
         """The same for texts of another number of tokens."""
         if not 2 <= length <= LONGEST:

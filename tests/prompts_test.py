@@ -1,0 +1,69 @@
+"""Texts as conditions of models that read tokens: any words, from the command line and from files."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxgen import conditions, main
+from jaxgen.errors import UserError
+from jaxgen.text import tokenizers
+
+TEXTS = [
+    'A llama, in a top hat!',
+    '',
+    '北京の写真 ☕',
+    'word ' * 500,
+    "it's <|endoftext|> here",
+    'two\nlines\x00inside',
+]
+
+
+@pytest.fixture(scope='module')
+def assembled():
+    tokenizer = tokenizers.train([f'a {colour} circle' for colour in ('red', 'green')], 530, 12)
+    return SimpleNamespace(texts={'tokens': None}, tokenizers={'text/tokens': tokenizer}, spec=None)
+
+
+def test_any_words_of_any_length_in_any_script(assembled):
+    given = conditions.numbers(assembled, None, 'caption', TEXTS)
+    assert [tokenizers.caption_text(row) for row in given.array] == TEXTS and given.listed
+    assert given.array.dtype == np.uint8 and given.array.shape == (6, 2500)
+    one = conditions.numbers(assembled, None, 'negative_caption', 'blurry')
+    assert len(one) == 1 and not one.listed
+    broken = conditions.numbers(assembled, None, 'caption', 'a \udcff byte')  # of a command line that is no UTF-8
+    assert tokenizers.caption_text(broken.array[0]) == 'a ? byte'
+    for value in (3, [None], b'bytes', [['nested']], {'a': 1}, [], 'x' * (2**20 + 1)):
+        with pytest.raises(UserError, match='condition caption'):
+            conditions.numbers(assembled, None, 'caption', value)
+
+
+def test_what_no_tokens_are_left_for_is_said(assembled):
+    tokenizer = assembled.tokenizers['text/tokens']
+    words = 'a red circle beside a green circle'
+    values = {'caption': conditions.numbers(assembled, None, 'caption', [words, 'a red circle'])}
+    (line,) = conditions.cut_off(assembled, values)
+    rest = tokenizer.rest(words)
+    assert repr(rest) in line and '12 tokens' in line and '1 of 2' in line and words.endswith(rest)
+    # What is left in is the same tokens as of the whole text, and with one word more there would be another one.
+    whole, short = tokenizer([words, words.removesuffix(rest)]).ids
+    np.testing.assert_array_equal(whole, short)
+    assert tokenizer.rest('a red circle') == '' and not tokenizer.rest(words.removesuffix(rest))
+    assert not conditions.cut_off(assembled, {'caption': conditions.numbers(assembled, None, 'caption', 'a circle')})
+
+
+def test_texts_of_a_file(tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_bytes('\ufeffa cat\r\n\r\n  ein Käfer = 3 \n'.encode())
+    texts = ['a cat', 'ein Käfer = 3']
+    assert main.parse_conditions([f'caption=@{path}', 'label=3']) == {'caption': texts, 'label': '3'}
+    assert main.parse_conditions([f'caption=@{path}', 'caption=last']) == {'caption': [*texts, 'last']}
+    path.write_text('one')
+    assert main.parse_conditions([f'negative_caption=@{path}']) == {'negative_caption': ['one']}
+    assert main.parse_conditions(['image=@photo.png']) == {'image': '@photo.png'}
+    (tmp_path / 'empty').write_text(' \n')
+    (tmp_path / 'latin').write_bytes(b'caf\xe9')
+    for name in ('empty', 'latin', 'gone', '.'):
+        with pytest.raises(UserError, match='--condition=caption=@') as e:
+            main.parse_conditions([f'caption=@{tmp_path / name}'])
+        assert '\n' not in str(e.value)
