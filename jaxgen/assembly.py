@@ -20,7 +20,7 @@ from jaxgen import config as configs
 from jaxgen import data, directory, imports, log, optim, options, origin, sample, sharding, stopping
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.checks import check_size, check_stage_image
-from jaxgen.contract import Context, Family, State, Texts
+from jaxgen.contract import NEGATIVE, Context, Family, State, Texts
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
@@ -85,7 +85,7 @@ class Assembled:
 
     def tokenised(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its captions as the tokens that the family and its stages read."""
-        return captions.tokenised(batch, self.tokenizers) if self.texts else batch
+        return captions.tokenised(batch, self.tokenizers, self.family.captions.encoded) if self.texts else batch
 
     @property
     def features(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,6 +94,9 @@ class Assembled:
         if self.texts:
             features.pop('caption', None)
         tokens = {name: jax.ShapeDtypeStruct((texts.length,), np.int32) for name, texts in self.texts.items()}
+        if self.family.captions.encoded:
+            tokens |= {captions.negative_name(name): x for name, x in tokens.items() if '/' in name}
+            tokens[NEGATIVE] = jax.ShapeDtypeStruct((), np.bool_)
         return features | tokens
 
     def with_model(self, model: dict[str, Any]) -> Assembled:

@@ -217,7 +217,8 @@ def is_derived(family) -> bool:
 
 def allowed(family) -> tuple[str, ...]:
     """The names that a person may set."""
-    more = ('image',) if is_reconstructed(family) or is_derived(family) else ()
+    more: tuple[str, ...] = ('image',) if is_reconstructed(family) or is_derived(family) else ()
+    more += PROMPTS if family.captions.encoded else ()
     return tuple(dict.fromkeys((*family.conditions, *inputs(family), *more, *family.displayed)))
 
 

@@ -26,7 +26,7 @@ Inside, images are NHWC float32 in [-1, 1]; outside (data sets, files) they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -179,6 +179,21 @@ class Captions(NamedTuple):
     """What `sample` reads of a caption."""
 
     words: int = 0  # at most; longer ones are refused on the command line. 0: any number
+    encoded: bool = False  # by stages: a batch holds 'STAGE/tokens' int32 [n, length] for each stage with `texts`, and
+    # the same of the text that stands for no caption, 'STAGE/negative', with NEGATIVE
+
+
+NEGATIVE = 'has_negative'  # bool [n] of a batch: whether 'STAGE/negative' are of a negative prompt, and not of ''
+
+
+def condition_names(family: Family, names: Iterable[str]) -> list[str]:
+    """Which of the arrays of a batch `sample` reads beside 'index'."""
+    encoded = family.captions.encoded
+
+    def read(name: str) -> bool:
+        return name in family.conditions or (encoded and (name == NEGATIVE or name.endswith(('/tokens', '/negative'))))
+
+    return [name for name in names if read(name)]
 
 
 class Texts(NamedTuple):

@@ -184,6 +184,8 @@ def make_plan(assembled: Assembled, examples, program: Program) -> Plan:
         'reads': program.reads,
         'views': [views.choices(section), section.fill],
     }
+    if texts := sorted(set(program.reads) & set(assembled.texts)):
+        about['tokenizers'] = {name: assembled.tokenizers[name].digest() for name in texts}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return Plan(program, layout, examples, digest[:32])
 

@@ -21,6 +21,7 @@ import numpy as np
 import jaxgen
 from jaxgen import assembly, chips, costs, describe, prepare, sample, sharding
 from jaxgen.chips import GIB, Chip
+from jaxgen.contract import condition_names
 from jaxgen.errors import RunError, UserError
 
 KNOWN = (
@@ -201,7 +202,7 @@ def sample_program(a: assembly.Assembled) -> tuple[Any, tuple]:
     ema = {name: weights for name, weights in a.abstract.ema.items() if '@' not in name}
     state = a.abstract.replace(params=None, opt=None, ema=ema)
     state, frozen = (placed(tree, sharding.over_weights(a.mesh, tree)) for tree in (state, a.frozen))
-    features = {name: a.features[name] for name in a.family.conditions}
+    features = {name: a.features[name] for name in condition_names(a.family, a.features)}
     features['index'] = jax.ShapeDtypeStruct((), np.int32)
     batch = batch_of(a.mesh, features, sharding.round_up(a.mesh, a.config.sample.batch))
     return sample.program(a.family).call, (state, frozen, batch, 0, sample.settings_of(a.family))

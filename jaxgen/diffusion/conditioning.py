@@ -13,10 +13,18 @@ A kind says what the array is embedded as, and what stands for its absence:
                float32 [n, T, d]         entries or a linear map
     image      float32 [n, h, w, c]      'planes' [n, H, W, c], enlarged      zeros
     mask       float32 [n, h, w, c]      'planes' [n, H, W, c], nearest       zeros
+    text       what frozen stages make   'tokens' [n, T, D] and               what they make of
+               of the caption            'pooled' [n, d]                      no text
+    numbers    float32 [n, k]            'pooled' [n, k d], cosines, sines    themselves
 
-A vector is added to the network's embedding of time; tokens join its attention; planes are concatenated to x_t. So a
-class label, a pooled text embedding, an image embedding, text tokens, a low-resolution, masked or control image and a
-mask are one mechanism. Parameters of an embedding lie among the network's, under the condition's name.
+A vector is added to the network's embedding of time; tokens join its attention; planes are concatenated to x_t; pooled
+vectors are joined, and the network embeds them. So a class label, an image embedding, a caption, a low-resolution,
+masked or control image and a mask are one mechanism. Parameters of an embedding lie among the network's, under the
+condition's name.
+
+A caption is read by text encoders, which are stages: `config.stages.text` (and any further name) is the run of a `clip`
+or `t5`. A batch holds its tokens as 'text/tokens', and those of the text that stands for no caption, '' or a negative
+prompt, as 'text/negative' (`contract.Captions`). What the encoders make of them is computed once for a sample.
 """
 
 from __future__ import annotations
@@ -27,23 +35,27 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.contract import Context
+from jaxgen.contract import NEGATIVE, Context, Frozen
 from jaxgen.diffusion.processes import expanded
 from jaxgen.errors import UserError
+from jaxgen.networks.clip import TextOutput
+from jaxgen.networks.conditions import TextMaps
+from jaxgen.networks.latent_unet import embedded_numbers
 from jaxgen.networks.layers import Dense, Embed
-from jaxgen.options import Component, Named, Rate, own_fields
+from jaxgen.options import Component, Named, OneOf, Rate, Rule, own_fields
 from jaxgen.randomness import stream
 
 Array = jax.Array
-Values = dict[str, Array]  # {condition: array of the batch}
-Embeddings = dict[str, Array]  # 'vector' [n, D], 'tokens' [n, T, D], 'planes' [n, H, W, C]: those that there are
+Values = dict[str, Any]  # {condition: array of the batch, or a tree of arrays that frozen stages make of it}
+Embeddings = dict[str, Array]  # 'vector' [n, D], 'tokens' [n, T, D], 'pooled' [n, d], 'planes' [n, H, W, C]: those that
+# there are
 
 
 class Condition(NamedTuple):
     """One condition of a network."""
 
     name: str  # of its array in the batch
-    part: str  # 'vector' | 'tokens' | 'planes'
+    part: str  # 'vector' | 'tokens' | 'pooled' | 'planes' | 'guidance'; '': several, `embed` gives a dict of them
     module: Any  # a linen module with parameters, (array) -> embedding; None: `embed` alone
     embed: Callable  # (array or the module's output, x) -> embedding of that part
     null: Callable  # array -> the array of its shape that stands for its absence
@@ -51,6 +63,8 @@ class Condition(NamedTuple):
     absent: Callable | None = None  # n -> the array of n examples without it, where its shape is known before
     optional: bool = False  # a batch without the array is one in which it is absent
     kind: str = ''  # of KINDS
+    compute: Callable | None = None  # (frozen, batch, train) -> value; None: the array of its name in the batch
+    prepare: Callable | None = None  # (frozen, batch) -> {name: array} of the stages, that a batch may hold before
 
 
 Conditioning = tuple[Condition, ...]
@@ -58,6 +72,11 @@ Conditioning = tuple[Condition, ...]
 
 def same(value: Array, x: Array) -> Array:
     """The value itself: an embedding that does not depend on x."""
+    return value
+
+
+def same_value(value: Any) -> Any:
+    """The value itself, of which there is no absence."""
     return value
 
 
@@ -95,16 +114,31 @@ def embedding(name: str, context: Context, network: Any, *, dropout: Rate = 0.0)
 
 
 def tokens(
-    name: str, context: Context, network: Any, *, vocabulary: Annotated[int, '[0, inf)'] = 0, dropout: Rate = 0.0
+    name: str,
+    context: Context,
+    network: Any,
+    *,
+    vocabulary: Annotated[int, '[0, inf)'] = 0,
+    features: Annotated[int, '[0, inf)'] = 0,
+    dropout: Rate = 0.0,
 ) -> Condition:
     """A sequence, of integers [n, T] by a table or of vectors [n, T, d] by a linear map.
 
     Args:
       vocabulary: number of the integers; 0: the sequence is of vectors.
+      features: width of a token, for networks that read tokens of any; 0: the width that the network has, or that of
+        the vectors.
       dropout: probability that the sequence is left out in training, zeros in its place.
     """
-    width = network.token_features
-    module = Embed(vocabulary, width, dtype=context.dtype) if vocabulary else Dense(width, dtype=context.dtype)
+    width = getattr(network, 'token_features', 0) or features
+    if vocabulary and not width:
+        raise UserError(
+            f'config.model.conditioning.{name}.features: {type(network).__name__} reads tokens of any width: name one'
+        )
+    if vocabulary:
+        module = Embed(vocabulary, width, dtype=context.dtype)
+    else:
+        module = Dense(width, dtype=context.dtype) if width else None
     return Condition(name, 'tokens', module, same, jnp.zeros_like, dropout)
 
 
@@ -127,10 +161,179 @@ def mask(name: str, context: Context, network: Any, *, dropout: Rate = 0.0) -> C
     return Condition(name, 'planes', None, enlarged_to_nearest, jnp.zeros_like, dropout)
 
 
-KINDS = {'class': classes, 'embedding': embedding, 'tokens': tokens, 'image': image, 'mask': mask}
-# What an array of each kind is embedded as.
-PARTS = {'class': 'vector', 'embedding': 'vector', 'tokens': 'tokens', 'image': 'planes', 'mask': 'planes'}
-USUAL = {'label': 'class', 'low_resolution': 'image', 'mask': 'mask', 'edges': 'image', 'masked': 'image'}
+def numbers(
+    name: str,
+    context: Context,
+    network: Any,
+    *,
+    values: tuple[float, ...] = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0),
+    absent: tuple[float, ...] = (),
+    features: Annotated[int, '[2, inf)', Rule(lambda n: n % 2 == 0, 'an even number')] = 256,
+    dropout: Rate = 0.0,
+) -> Condition:
+    """Numbers [n, k] by cosines and sines: SDXL's sizes and crop (Podell et al. 2023, section 2.2).
+
+    Args:
+      values: where the batch holds none: original height and width, top and left of the crop, target height and width.
+      absent: that stand for their absence in guidance; (): themselves.
+      features: of the embedding of each number.
+      dropout: probability that `absent` is taken in training.
+    """
+    if absent and len(absent) != len(values):
+        raise UserError(
+            f'config.model.conditioning.{name}.absent must have the {len(values)} numbers of values; it has '
+            f'{len(absent)}'
+        )
+
+    def null(value: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(absent, value.dtype), value.shape) if absent else value
+
+    def usual(n: int) -> Array:
+        return jnp.broadcast_to(jnp.asarray(values, jnp.float32), (n, len(values)))
+
+    def embed(value: Array, x: Array) -> Array:
+        return embedded_numbers(value, features)
+
+    return Condition(name, 'pooled', None, embed, null, dropout, usual, optional=True)
+
+
+def outputs_of(text: str) -> list[tuple[str, str]]:
+    """[(stage, output)] of 'STAGE/OUTPUT+STAGE/OUTPUT'.
+
+    Raises:
+      ValueError: it has another form.
+    """
+    pairs = [tuple(one.split('/')) for one in text.split('+')]
+    if not all(len(pair) == 2 and pair[0] and pair[1] in TextOutput._fields for pair in pairs):
+        raise ValueError(text)
+    return pairs
+
+
+def check_outputs(where: str, texts: tuple[str, ...], context: Context) -> list[list[tuple[str, str]]]:
+    """The outputs of text encoders that the fields of a text name.
+
+    Raises:
+      UserError: none of this form, or of no stage that reads texts.
+    """
+    try:
+        every = [outputs_of(text) for text in texts]
+    except ValueError as e:
+        raise UserError(
+            f"{where}: write STAGE/OUTPUT, like 'text/last', or two of them with '+', OUTPUT one of "
+            f'{", ".join(TextOutput._fields)}; it is {str(e)!r}'
+        ) from None
+    for stage in dict.fromkeys(stage for row in every for stage, _ in row):
+        family = context.stages.get(stage)
+        if family is None or family.encode_text is None:
+            raise UserError(f'{where} needs config.stages.{stage}, the run of a text encoder: clip or t5')
+    return every
+
+
+def in_a_row(arrays: list[Array]) -> Array:
+    """Sequences [n, T, D] one behind the other, the narrower ones filled up with zeros."""
+    widest = max(x.shape[-1] for x in arrays)
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1]))) for x in arrays], 1)
+
+
+def text(
+    name: str,
+    context: Context,
+    network: Any,
+    *,
+    tokens: tuple[str, ...] = ('text/last',),
+    pooled: tuple[str, ...] = (),
+    empty: Annotated[str, OneOf('encoded', 'zeros')] = 'encoded',
+    dropout: Rate = 0.0,
+) -> Condition:
+    """A caption, as the text encoders of `config.stages` read it: outputs of `networks.clip.TextOutput`.
+
+    Stable Diffusion 1 reads 'text/last', 2 'text/before_normalised', SDXL 'text/before+text_2/before' with the pooled
+    'text_2/embedding', SD 3 'text/before+text_2/before' and behind them 'text_3/last' with the pooled 'text/embedding',
+    'text_2/embedding', FLUX 'text_2/last' with the pooled 'text/pooled'.
+
+    Args:
+      tokens: sequences 'STAGE/OUTPUT', one behind the other; 'A+B': those of two encoders side by side, with a narrower
+        one filled up with zeros.
+      pooled: vectors 'STAGE/OUTPUT', side by side.
+      empty: what stands for no caption where there is no negative prompt: '' 'encoded', or 'zeros' (SDXL).
+      dropout: probability that the caption is left out in training.
+    """
+    where = f'config.model.conditioning.{name}'
+    rows = check_outputs(f'{where}.tokens', tokens, context)
+    vectors = check_outputs(f'{where}.pooled', pooled, context)
+    parts = {'tokens': rows, 'pooled': vectors}
+    if not (rows or vectors):
+        raise UserError(f'{where}: tokens and pooled are both empty: name an output of a text encoder')
+    read = sorted({pair for part in parts.values() for row in part for pair in row})
+    stages = sorted({stage for stage, _ in read})
+
+    def encode(frozen: Frozen, tokens: dict[str, Array]) -> dict[str, Array]:
+        made = {stage: context.stages[stage].encode_text(*frozen[stage], tokens[stage]) for stage in stages}
+        return {f'{stage}/{output}': getattr(made[stage], output) for stage, output in read}
+
+    def prepare(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
+        return encode(frozen, {stage: batch[f'{stage}/tokens'] for stage in stages})
+
+    def joined(outputs: dict[str, Array]) -> dict[str, Array]:
+        made = {
+            part: [side_by_side([outputs['/'.join(pair)] for pair in row]) for row in parts[part]] for part in parts
+        }
+        join = {'tokens': in_a_row, 'pooled': side_by_side}
+        return {part: join[part](arrays) for part, arrays in made.items() if arrays}
+
+    def compute(frozen: Frozen, batch: dict[str, Array], train: bool) -> dict[str, Any]:
+        there = all('/'.join(pair) in batch for pair in read)
+        value = joined(batch if there else prepare(frozen, batch))
+        # In training no text has a negative prompt, so that one example's is that of all.
+        negative = {stage: batch[f'{stage}/negative'] for stage in stages}
+        absent = joined(encode(frozen, {stage: x[:1] if train else x for stage, x in negative.items()}))
+        if empty == 'zeros':
+            given = batch[NEGATIVE][: 1 if train else None]
+            absent = {part: jnp.where(expanded(given, x), x, 0) for part, x in absent.items()}
+        absent = {part: jnp.broadcast_to(absent[part], x.shape) for part, x in value.items()}
+        return value | {'absent': absent}
+
+    def null(value: dict[str, Any]) -> dict[str, Any]:
+        return value['absent'] | {'absent': value['absent']}
+
+    has_pooled = 'pooled' in network.takes
+    widths = {'tokens': getattr(network, 'token_features', 0), 'pooled': 0 if has_pooled else network.vector_features}
+    module = TextMaps(widths, context.dtype) if any(widths[part] for part in parts if parts[part]) else None
+
+    def embed(value: dict[str, Any], x: Array) -> dict[str, Array]:
+        names = {'tokens': 'tokens', 'pooled': 'pooled' if has_pooled else 'vector'}
+        return {names[part]: array for part, array in value.items() if part != 'absent'}
+
+    return Condition(name, '', module, embed, null, dropout, compute=compute, prepare=prepare)
+
+
+KINDS = {
+    'class': classes,
+    'embedding': embedding,
+    'tokens': tokens,
+    'image': image,
+    'mask': mask,
+    'text': text,
+    'numbers': numbers,
+}
+# What an array of each kind is embedded as; for texts see `parts_of`.
+PARTS = {
+    'class': 'vector',
+    'embedding': 'vector',
+    'tokens': 'tokens',
+    'image': 'planes',
+    'mask': 'planes',
+    'numbers': 'pooled',
+}
+USUAL = {
+    'label': 'class',
+    'low_resolution': 'image',
+    'mask': 'mask',
+    'edges': 'image',
+    'masked': 'image',
+    'caption': 'text',
+    'sizes': 'numbers',
+}
 NAMED = Named(Component(KINDS, key='kind'), USUAL)
 
 
@@ -145,15 +348,39 @@ def make(section: dict[str, dict], context: Context, network: Any) -> Conditioni
     """
     conditions = []
     for name, own in section.items():
-        kind, part = own['kind'], PARTS[own['kind']]
-        if part not in network.takes or (kind == 'embedding' and not network.vector_features):
-            raise UserError(
-                f'config.model.conditioning.{name} of kind {kind!r} is embedded as {part}, and the network '
-                f'{type(network).__name__} reads {", ".join(network.takes) or "no conditions"}'
-            )
+        kind = own['kind']
+        for part in parts_of(own, network):
+            if part not in network.takes or (kind == 'embedding' and not network.vector_features):
+                raise UserError(
+                    f'config.model.conditioning.{name} of kind {kind!r} is embedded as {part}, and the network '
+                    f'{type(network).__name__} reads {", ".join(network.takes) or "no conditions"}'
+                )
         made = KINDS[kind](name, context, network, **own_fields(own, 'kind'))
         conditions.append(made._replace(kind='words' if own.get('vocabulary') else kind))
     return tuple(conditions)
+
+
+def parts_of(own: dict, network: Any) -> tuple[str, ...]:
+    """The parts of a network that a condition's complete section is embedded as."""
+    if own['kind'] != 'text':
+        return (PARTS[own['kind']],)
+    pooled = 'pooled' if 'pooled' in network.takes else 'vector'
+    return ('tokens',) * bool(own['tokens']) + (pooled,) * bool(own['pooled'])
+
+
+def reads_text(conditioning: Conditioning) -> bool:
+    """Whether text encoders read the captions."""
+    return any(condition.kind == 'text' for condition in conditioning)
+
+
+def prepare(conditioning: Conditioning) -> Callable | None:
+    """(frozen, batch) -> {name: [n, ...]}, what frozen stages make of the conditions; None: nothing."""
+    every = [condition.prepare for condition in conditioning if condition.prepare]
+
+    def prepared(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
+        return {name: x for one in every for name, x in one(frozen, batch).items()}
+
+    return prepared if every else None
 
 
 def names(conditioning: Conditioning) -> tuple[str, ...]:
@@ -166,20 +393,32 @@ def droppable(conditioning: Conditioning) -> tuple[str, ...]:
     return tuple(condition.name for condition in conditioning if condition.dropout)
 
 
-def values_of(conditioning: Conditioning, batch: dict[str, Array]) -> Values:
-    """The conditions' arrays in a batch.
+def values_of(
+    conditioning: Conditioning, batch: dict[str, Array], frozen: Frozen | None = None, train: bool = False
+) -> Values:
+    """The conditions' values: arrays of a batch, or what frozen stages make of them.
+
+    Args:
+      frozen: the stages' weights, where a condition reads some.
+      train: the batch is of training: no negative prompts.
 
     Raises:
       UserError: the batch lacks one.
     """
     for condition in conditioning:
-        if condition.name not in batch and not condition.optional:
+        if condition.name not in batch and not condition.optional and condition.compute is None:
             raise UserError(
                 f'config.model.conditioning.{condition.name} needs {condition.name!r} in config.data.features'
                 + ', and its side in pixels as config.data.low_resolution' * (condition.name == 'low_resolution')
             )
     n = len(next(iter(batch.values()))) if batch else 0
-    return {c.name: batch[c.name] if c.name in batch else c.absent(n) for c in conditioning}
+
+    def value(c: Condition) -> Any:
+        if c.compute is not None:
+            return c.compute(frozen, batch, train)
+        return batch[c.name] if c.name in batch else c.absent(n)
+
+    return {c.name: value(c) for c in conditioning}
 
 
 # {kind: (whether integers, least and most axes)} of an array; 'words' are tokens with a vocabulary.
@@ -190,6 +429,7 @@ ARRAYS = {
     'tokens': (False, 3, 3),
     'image': (False, 3, 9),
     'mask': (False, 3, 9),
+    'numbers': (False, 2, 2),
 }
 
 
@@ -198,8 +438,10 @@ def check_arrays(conditioning: Conditioning, values: Values) -> None:
     for c in conditioning:
         integers, least, most = ARRAYS.get(c.kind, (None, 0, 0))
         value = values[c.name]
-        if integers is not None and (
-            jnp.issubdtype(value.dtype, jnp.integer) != integers or not least <= value.ndim <= most
+        if (
+            integers is not None
+            and c.compute is None
+            and (jnp.issubdtype(value.dtype, jnp.integer) != integers or not least <= value.ndim <= most)
         ):
             kind = "tokens' with a vocabulary" if c.kind == 'words' else f"{c.kind}'"
             raise UserError(
@@ -219,7 +461,8 @@ def init(conditioning: Conditioning, rng: Array, values: Values) -> dict[str, An
 
 
 def embed(conditioning: Conditioning, params: dict[str, Any], values: Values, x: Array) -> Embeddings:
-    """The embeddings of all conditions: the sum of the vectors, the tokens in a row, the planes in a row.
+    """The embeddings of all conditions: the sum of the vectors, the tokens in a row, pooled vectors and planes side by
+    side.
 
     Args:
       params: those of the network, the embeddings' under their names.
@@ -230,9 +473,25 @@ def embed(conditioning: Conditioning, params: dict[str, Any], values: Values, x:
         value = values[condition.name]
         if condition.module is not None:
             value = condition.module.apply({'params': params.get(condition.name, {})}, value)
-        parts.setdefault(condition.part, []).append(condition.embed(value, x))
-    joined = {'vector': sum, 'tokens': lambda v: jnp.concatenate(v, 1), 'planes': lambda v: jnp.concatenate(v, -1)}
-    return {part: joined[part](embedded) for part, embedded in parts.items()}
+        embedded = condition.embed(value, x)
+        for part, one in ({condition.part: embedded} if condition.part else embedded).items():
+            parts.setdefault(part, []).append(one)
+    return {part: JOINED[part](embedded) for part, embedded in parts.items()}
+
+
+def side_by_side(arrays: list[Array]) -> Array:
+    """Arrays [n, ..., D] as one [n, ..., sum of D]."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, -1)
+
+
+# How the embeddings of several conditions are one.
+JOINED: dict[str, Callable] = {
+    'vector': sum,
+    'tokens': in_a_row,
+    'pooled': side_by_side,
+    'planes': side_by_side,
+    'guidance': sum,
+}
 
 
 def without(conditioning: Conditioning, values: Values, *absent: str) -> Values:
@@ -247,8 +506,11 @@ def drop(conditioning: Conditioning, rng: Array, values: Values) -> Values:
     for condition in conditioning:
         if condition.dropout:
             value = values[condition.name]
-            absent = jax.random.bernoulli(stream(rng, condition.name), condition.dropout, value.shape[:1])
-            dropped[condition.name] = jnp.where(expanded(absent, value), condition.null(value), value)
+            n = jax.tree.leaves(value)[0].shape[:1]
+            absent = jax.random.bernoulli(stream(rng, condition.name), condition.dropout, n)
+            dropped[condition.name] = jax.tree.map(
+                lambda null, x, absent=absent: jnp.where(expanded(absent, x), null, x), condition.null(value), value
+            )
     return dropped
 
 

@@ -46,6 +46,8 @@ class Guidance:
       channels: number of channels that are guided, the first ones (DiT's released sampler: three of four); 0: all.
       classifier_scale: of the gradient of log p(label | x_t) by the noisy classifier of `config.stages.classifier`
         (Dhariwal & Nichol 2021); 0: none.
+      distilled: scale that a network reads which was distilled from a guided one, of FLUX.1-dev (3.5 by default there);
+        others have none.
     """
 
     scale: Annotated[float, TRACED] = 1.0
@@ -56,6 +58,7 @@ class Guidance:
     rescale: Annotated[Fraction, TRACED] = 0.0
     channels: Annotated[int, '[0, inf)'] = 0
     classifier_scale: Annotated[NonNegative, TRACED] = 0.0
+    distilled: Annotated[NonNegative, TRACED] = 1.0
 
     @property
     def off(self) -> bool:

@@ -27,8 +27,8 @@ class Space(NamedTuple):
     decode: Callable  # (frozen, x_0, rng) -> images [n, H, W, C] in [-1, 1]
 
 
-def bind(context: Context, scale: float) -> Space:
-    """The latents of `config.stages.first` times `scale`, or images where there is no such stage.
+def bind(context: Context, scale: float, shift: float = 0.0) -> Space:
+    """The latents of `config.stages.first` less `shift`, times `scale`, or images where there is no such stage.
 
     Raises:
       UserError: the stage has no maps of continuous latents.
@@ -47,15 +47,19 @@ def bind(context: Context, scale: float) -> Space:
             f'config.stages.first: its latents {stage.latents.shape} are no maps [h, w, c], and the networks want maps'
         )
 
+    def scaled(latents: Array) -> Array:
+        return scale * (latents - shift) if shift else scale * latents
+
     def encode(frozen, batch, rng) -> Array:
-        return scale * stage.encode(*frozen['first'], batch, rng)
+        return scaled(stage.encode(*frozen['first'], batch, rng))
 
     first = stages.encoder(stage, 'first')
 
     def encode_drawn(frozen, batch, rng) -> Array:
-        return scale * first.encode(frozen, batch, rng)
+        return scaled(first.encode(frozen, batch, rng))
 
     def decode(frozen, x_0, rng) -> Array:
-        return jnp.clip(stage.decode(*frozen['first'], {}, x_0 / scale, rng), -1, 1)
+        latents = x_0 / scale + shift if shift else x_0 / scale
+        return jnp.clip(stage.decode(*frozen['first'], {}, latents, rng), -1, 1)
 
     return Space(stage.latents.shape, stage.divisor, True, encode, first.prepare, encode_drawn, decode)

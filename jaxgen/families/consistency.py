@@ -37,7 +37,7 @@ import numpy as np
 
 from jaxgen import options
 from jaxgen.checks import check_stage_image
-from jaxgen.contract import Aux, Context, Family, State, advance, by_settings, gradient_step, new_state
+from jaxgen.contract import Aux, Captions, Context, Family, State, advance, by_settings, gradient_step, new_state
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import samplers
@@ -411,6 +411,7 @@ def build(
         denoise=functools.partial(denoise, model),
         trajectory=by_settings(functools.partial(trajectory, model), settings),
         conditions=tuple(c.name for c in bound if not c.optional),
+        captions=Captions(encoded=conditions.reads_text(bound)),
         divisor=denoisers.divisor_of(network),
         free=('sampler',),
         sampling=('sampler',),
@@ -491,7 +492,7 @@ def loss(model: Model, number: Callable, params, state: State, frozen, batch, rn
     eps = jax.random.normal(rng_noise, x_0.shape)
     x_high = x_0 + expanded(high, x_0) * eps
     x_low = model.lower(frozen, batch, eps, x_high, high, low)
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, stream(rng, 'conditions'), values)
     target_params = state.extra['target'] if model.target else params['denoiser']
     target = estimate(model, target_params, x_low, low, values, rng_dropout)
@@ -516,7 +517,7 @@ def init(model: Model, context: Context, from_teacher: bool, rng, batch, frozen)
     Raises:
       UserError: the teacher's network has other weights.
     """
-    one = jax.tree.map(lambda v: v[:1], conditions.values_of(model.conditioning, batch))
+    one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
     params = model.network.init(rng, jnp.zeros((1, *model.shape)), one)
     if from_teacher:
         theirs = dict(frozen['teacher'][0].ema.get('denoiser', {}))
@@ -543,11 +544,11 @@ def update(model: Model, context: Context, number: Callable, step: Callable, sta
     return advance(state, context.optim), {**logs, 'levels': n.astype(jnp.float32)}
 
 
-def run_sampler(model: Model, state: State, batch, rng, settings: dict, **options):
+def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, **options):
     """x_0 [n, ...] of the samples of a batch (algorithm 1); with `trajectory` (x_0, what was passed through)."""
     rng_start, rng_steps = jax.random.split(rng)
     x = settings['start'] * normal(example_keys(rng_start, batch), model.shape)
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen)
 
     def denoise(x: Array, sigma: Array) -> Array:
         x_0 = estimate(model, state.ema['denoiser'], x, jnp.broadcast_to(sigma, (len(x),)), values)
@@ -558,12 +559,12 @@ def run_sampler(model: Model, state: State, batch, rng, settings: dict, **option
 
 def sample(model: Model, state: State, frozen, batch, rng, settings: dict) -> Array:
     """Samples, float32 [n, H, W, C] in [-1, 1]."""
-    return jnp.clip(run_sampler(model, state, batch, rng, settings), -1, 1)
+    return jnp.clip(run_sampler(model, state, frozen, batch, rng, settings), -1, 1)
 
 
 def trajectory(model: Model, state: State, frozen, batch, rng, settings: dict) -> dict[str, Array]:
     """'x': after each evaluation of the network, and 'x_0': its estimates, [steps, n, H, W, C]."""
-    return run_sampler(model, state, batch, rng, settings, trajectory=True)[1]
+    return run_sampler(model, state, frozen, batch, rng, settings, trajectory=True)[1]
 
 
 def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:
@@ -572,7 +573,7 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     'reconstruction/S' is the squared error of the estimate from sigma = S; 'self_consistency' the mean squared distance
     between the estimates at a level and at its neighbour below among end_scales + 1, as in training.
     """
-    x_0, values = batch['image'], conditions.values_of(model.conditioning, batch)
+    x_0, values = batch['image'], conditions.values_of(model.conditioning, batch, frozen)
     eps = normal(example_keys(rng, batch), model.shape)
     axes = tuple(range(1, x_0.ndim))
 
@@ -594,4 +595,4 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
 def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -> Array:
     """The image that the ODE leads to from x = image + sigma eps, and not the mean of all images that x leaves open;
     float32 [n, H, W, C]; sigma [n], from sigma_min to sigma_max."""
-    return estimate(model, state.ema['denoiser'], x, sigma, conditions.values_of(model.conditioning, batch))
+    return estimate(model, state.ema['denoiser'], x, sigma, conditions.values_of(model.conditioning, batch, frozen))

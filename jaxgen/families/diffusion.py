@@ -47,7 +47,18 @@ import jax.numpy as jnp
 from jaxgen import options
 from jaxgen.augmentation import edm
 from jaxgen.checks import check_stage_image
-from jaxgen.contract import Aux, Context, Family, State, advance, by_settings, gradient_step, new_state
+from jaxgen.contract import (
+    Aux,
+    Captions,
+    Context,
+    Family,
+    Prepare,
+    State,
+    advance,
+    by_settings,
+    gradient_step,
+    new_state,
+)
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
@@ -69,6 +80,7 @@ Array = jax.Array
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
+DISTILLED = 'distilled_guidance'  # in a batch, [n]
 
 
 class Model(NamedTuple):
@@ -99,6 +111,7 @@ def build(
         Follows(likelihood.LIKELIHOODS, lambda model: 'bound' if model['process']['name'] in CHAINS else 'ode'),
     ] = EMPTY,
     latent_scale: Positive = 1.0,
+    latent_shift: float = 0.0,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -111,16 +124,18 @@ def build(
       guidance: see `guidance.Guidance`.
       likelihood: of held-out images, by the bound of a chain or the ODE of a process in continuous time.
       latent_scale: of the latents of `config.stages.first`, so that their standard deviation is about 1.
+      latent_shift: subtracted from them before that (SD 3, FLUX).
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
     """
-    space = latents.bind(context, latent_scale)
+    space = latents.bind(context, latent_scale, latent_shift)
     moves = processes.make(process, training['prediction']['name'])
     formulation = objective.formulate(moves, network.get('embedding') == 'fourier', **training)
     outputs = space.shape[-1] * (2 if formulation.learned else 1)
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
-    conditioning = conditions.make(conditioning, context, module) + augmented(formulation, module, context)
+    conditioning = conditions.make(conditioning, context, module)
+    conditioning += augmented(formulation, module, context) + distilled(module)
     bound = Model(
         space,
         formulation,
@@ -137,6 +152,7 @@ def build(
     settings = functools.partial(settings_of, bound)
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
+    encoded = conditions.reads_text(conditioning)
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, 'denoiser')
     divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
@@ -144,7 +160,7 @@ def build(
         functools.partial(update, bound, context, step),
         by_settings(functools.partial(sample, bound), settings),
         functools.partial(evaluate, bound),
-        prepare=space.prepare,
+        prepare=both(space.prepare, conditions.prepare(conditioning)),
         encode=functools.partial(encode, bound) if invertible else None,
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
@@ -154,7 +170,36 @@ def build(
         free=('sampler', 'guidance', 'likelihood'),
         sampling=('sampler', 'guidance'),
         settings=settings,
+        captions=Captions(encoded=encoded),
     )
+
+
+def both(*prepare: Prepare | None) -> Prepare | None:
+    """What frozen stages make of images and of conditions; None where images are read as they are: then a batch must
+    hold them."""
+    images, others = prepare
+    if images is None or others is None:
+        return images
+
+    def prepared(frozen, batch, rng):
+        return images(frozen, batch, rng) | others(frozen, batch)
+
+    return prepared
+
+
+def distilled(module: Any) -> Conditioning:
+    """The scale of guidance that a distilled network reads (Meng et al. 2022, arXiv 2210.03142): `guidance.distilled`
+    in sampling, 1 in training."""
+    if not getattr(module, 'distilled', False):
+        return ()
+    return (
+        Condition(DISTILLED, 'guidance', None, conditions.same, conditions.same_value, 0.0, jnp.ones, optional=True),
+    )
+
+
+def reads_distilled(conditioning: Conditioning) -> bool:
+    """Whether the network reads a scale of guidance."""
+    return DISTILLED in conditions.names(conditioning)
 
 
 def variance_of(likelihood: dict, process: processes.Process, formulation: Formulation) -> dict[str, str]:
@@ -200,6 +245,8 @@ def augmented(formulation: Formulation, module: Any, context: Context) -> Condit
 def check(model: Model, context: Context, process: dict) -> None:
     """Raises UserError where parts of a model do not go together."""
     guides.check(model.guidance, model.conditioning, model.space.shape[-1])
+    if model.guidance.distilled != 1 and not reads_distilled(model.conditioning):
+        raise UserError('config.model.guidance.distilled is for networks that were distilled: this one reads none')
     classifier_scale = model.guidance.classifier_scale
     if model.space.latent and (model.sampler.clip or classifier_scale):
         raise UserError(
@@ -242,7 +289,8 @@ def loss(model: Model, parts: int, params, state: State, frozen, batch, rng) -> 
     draw_times = model.formulation.draw_times
     t = draw_times(rng_t, len(x_0)) if draw_times else batch['t']
     eps = jax.random.normal(rng_noise, x_0.shape)
-    values = conditions.drop(model.conditioning, rng_condition, conditions.values_of(model.conditioning, batch))
+    values = conditions.values_of(model.conditioning, batch, frozen, train=True)
+    values = conditions.drop(model.conditioning, rng_condition, values)
     weights = params['denoiser']
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
     errors, logs = objective.errors(
@@ -270,7 +318,7 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
         classes = jax.eval_shape(classify, *frozen['classifier'], noisy, rng).shape[-1]
         if classes != context.classes:
             raise UserError(f'config.stages.classifier knows {classes} classes, and the data {context.classes}')
-    one = jax.tree.map(lambda v: v[:1], conditions.values_of(model.conditioning, batch))
+    one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
     params = model.network.init(rng, jnp.zeros((1, *model.space.shape)), one)
     by_importance = model.formulation.draw_times is None
     history = importance.start(model.formulation.process.steps) if by_importance else None
@@ -300,6 +348,8 @@ def settings_of(model: Model) -> dict[str, Any]:
     """What sampling reads beside the weights: the standard deviation of the noise that it starts from, the sampler's
     table, the numbers of guidance, and those of an ancestral sampler that a classifier guides."""
     sampler, guidance = model.sampler, guides.settings_of(model.guidance)
+    if reads_distilled(model.conditioning):
+        guidance['distilled'] = model.guidance.distilled
     settings = {'start': sampler.start, 'table': sampler.table, 'guidance': guidance}
     moved = model.classifier is not None and bool(sampler.variance)
     return settings | ({'moves': guides.moves_of(sampler.schedule, sampler.variance)} if moved else {})
@@ -319,8 +369,9 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     """x_0 [n, ...] of the samples of a batch; with `trajectory` (x_0, what was passed through)."""
     rng_start, rng_steps = jax.random.split(rng)
     x = settings['start'] * normal(example_keys(rng_start, batch), model.space.shape)
-    values = conditions.values_of(model.conditioning, batch)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
+    scale = jnp.full(len(x), guidance.distilled, jnp.float32)
+    values = conditions.values_of(model.conditioning, {DISTILLED: scale} | batch, frozen)
     denoise = denoiser_of(model, state, values, guidance, model.sampler.clip and not model.sampler.clip_here)
     if model.classifier is not None:
         classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
@@ -348,7 +399,7 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     keys, process = example_keys(rng, batch), model.formulation.process
     # A clipped chain has a bound (Ho et al. 2020 clip); the density of the ODE needs the derivative.
     clip = model.sampler.clip and process.steps > 0
-    denoise = denoiser_of(model, state, conditions.values_of(model.conditioning, batch), OFF, clip)
+    denoise = denoiser_of(model, state, conditions.values_of(model.conditioning, batch, frozen), OFF, clip)
     if model.space.latent:
         x_0 = model.space.encode(frozen, batch, stream(rng, 'encoder'))
         return {'eps_error': likelihood.noise_error(denoise, x_0, process, keys)}
@@ -363,7 +414,7 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
     process = model.formulation.process
     t = process.time(jnp.maximum(sigma, 1e-6))  # its logarithm is finite
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen)
     estimator = denoiser_of(model, state, values, model.guidance, model.sampler.clip)
     return samplers.estimate(estimator, coefficients(process, t, x)[0] * x, t)[0]
 

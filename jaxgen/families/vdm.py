@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.augmentation import turns
-from jaxgen.contract import Aux, Context, Family, State, make_update, new_state
+from jaxgen.contract import Aux, Captions, Context, Family, State, make_update, new_state
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion.conditioning import Conditioning, Values
@@ -175,6 +175,7 @@ def build(
         denoise=functools.partial(denoise, model),
         trajectory=functools.partial(trajectory, model),
         conditions=tuple(c.name for c in bound if not c.optional),
+        captions=Captions(encoded=conditions.reads_text(bound)),
         free=('sampler', 'likelihood'),
         sampling=('sampler',),
     )
@@ -344,7 +345,7 @@ def loss(model: Model, params, state: State, frozen, batch, rng) -> tuple[Array,
     changed = None
     if model.augmentation != 'none':
         x, changed = turns.augment(stream(rng, 'augmentation'), x, model.augmentation == 'turns_and_channels')
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, stream(rng, 'conditions'), values)
     prior = unit * prior_loss(x, ends[1]).mean()
     reconstruction = unit * reconstruction_loss(x, jax.random.normal(rng_z0, x.shape), ends[0]).mean()
@@ -391,7 +392,7 @@ def squared_for_last_two(terms: Callable) -> Callable:
 def init(model: Model, context: Context, rng, batch, frozen) -> State:
     """The state before the first update."""
     rng_network, rng_schedule = jax.random.split(rng)
-    one = jax.tree.map(lambda v: v[:1], conditions.values_of(model.conditioning, batch))
+    one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
     params = {'denoiser': model.network.init(rng_network, jnp.zeros((1, *model.shape)), one)}
     if model.schedule.kind != 'fixed':
         params['schedule'] = model.schedule.init(rng_schedule)['params']
@@ -416,12 +417,12 @@ def estimates(model: Model, params: Any, z: Array, gamma: Array, values: Values)
     return eps_hat, (z - sigma * eps_hat) / (INWARD * alpha)
 
 
-def run_sampler(model: Model, state: State, batch, rng) -> tuple[Array, dict[str, Array]]:
+def run_sampler(model: Model, state: State, frozen, batch, rng) -> tuple[Array, dict[str, Array]]:
     """z_0, and what it passed through, see `trajectory`: draws z_1, then each z_s from p(z_s | z_t) (appendix A.4, eq.
     32 to 34)."""
     rng_start, rng_steps = jax.random.split(rng)
     keys, steps = example_keys(rng_steps, batch), model.steps
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen)
     gammas = gamma_at(model, state.ema, jnp.arange(steps + 1) / steps)
 
     def one(z: Array, at: tuple[Array, Array, Array]):
@@ -440,7 +441,7 @@ def run_sampler(model: Model, state: State, batch, rng) -> tuple[Array, dict[str
 def sample(model: Model, state: State, frozen, batch, rng) -> Array:
     """The grey levels that p(x | z_0) gives the highest probability, the nearest to z_0 / alpha_0: float32 [n, H, W, C]
     in [-1, 1]."""
-    z, _ = run_sampler(model, state, batch, rng)
+    z, _ = run_sampler(model, state, frozen, batch, rng)
     alpha, _ = alpha_sigma(ends_of(model, state.ema)[0])
     middle = (LEVELS - 1) / 2
     level = jnp.round((z / (INWARD * alpha) + 1) * middle)
@@ -449,7 +450,7 @@ def sample(model: Model, state: State, frozen, batch, rng) -> Array:
 
 def trajectory(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:
     """'x': z_s after each step, and 'x_0': the estimate of the image that the step was made with."""
-    return run_sampler(model, state, batch, rng)[1]
+    return run_sampler(model, state, frozen, batch, rng)[1]
 
 
 def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]:
@@ -457,7 +458,7 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     sum of: 'bits_prior', 'bits_reconstruction', 'bits_diffusion'."""
     rng_reconstruction, rng_time, rng_noise = jax.random.split(rng, 3)
     x, params, unit = batch['image'], state.ema, bits(model)
-    values, ends = conditions.values_of(model.conditioning, batch), ends_of(model, params)
+    values, ends = conditions.values_of(model.conditioning, batch, frozen), ends_of(model, params)
     prior = prior_loss(x, ends[1])
     reconstruction = reconstruction_loss(x, normal(example_keys(rng_reconstruction, batch), model.shape), ends[0])
     first = jax.vmap(jax.random.uniform)(example_keys(rng_time, batch))
@@ -486,5 +487,5 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     """
     gamma = 2 * jnp.log(INWARD * jnp.maximum(sigma, 1e-6))
     alpha, _ = alpha_sigma(gamma)
-    values = conditions.values_of(model.conditioning, batch)
+    values = conditions.values_of(model.conditioning, batch, frozen)
     return estimates(model, state.ema['denoiser'], expanded(alpha, x) * INWARD * x, gamma, values)[1]

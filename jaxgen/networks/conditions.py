@@ -1,4 +1,4 @@
-"""Embeddings of class labels that are no table: a linear map of one-hot vectors, and one-hot vectors themselves."""
+"""Embeddings of conditions: class labels by no table (a linear map of one-hot vectors, these themselves), texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgen.networks.layers import variance_scaling
+from jaxgen.networks.layers import Dense, variance_scaling
 
 Array = jax.Array
 
@@ -37,3 +37,19 @@ class OneHot(nn.Module):
 
     def __call__(self, label: Array) -> Array:
         return jax.nn.one_hot(label, self.classes)
+
+
+class TextMaps(nn.Module):
+    """Linear maps of a text's arrays to the widths that a network reads, for networks that have none of their own.
+
+    Attributes:
+      features: {'tokens' or 'pooled': width}, 0: as it is.
+    """
+
+    features: dict[str, int]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, value: dict[str, Any]) -> dict[str, Any]:
+        maps = {part: Dense(width, dtype=self.dtype, name=part) for part, width in self.features.items() if width}
+        return {part: maps[part](x) if part in maps else x for part, x in value.items()}

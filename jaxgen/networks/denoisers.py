@@ -26,7 +26,9 @@ from jaxgen.errors import UserError
 from jaxgen.imports import OwnToo, is_dotted
 from jaxgen.networks.adm import ADMUNet
 from jaxgen.networks.dit import DiT
+from jaxgen.networks.latent_unet import LatentUNet
 from jaxgen.networks.layers import check_groups
+from jaxgen.networks.mmdit import Flux, MMDiT
 from jaxgen.networks.ncsnpp import NCSNpp
 from jaxgen.networks.refinenet import RefineNet
 from jaxgen.networks.unet import UNet
@@ -35,10 +37,22 @@ from jaxgen.randomness import stream
 
 Array = jax.Array
 
-NETWORKS = OwnToo({'unet': UNet, 'adm': ADMUNet, 'ncsnpp': NCSNpp, 'dit': DiT, 'refinenet': RefineNet})
+NETWORKS = OwnToo(
+    {
+        'unet': UNet,
+        'adm': ADMUNet,
+        'ncsnpp': NCSNpp,
+        'dit': DiT,
+        'refinenet': RefineNet,
+        'latent_unet': LatentUNet,
+        'mmdit': MMDiT,
+        'flux': Flux,
+    }
+)
 # Attributes of the networks that others decide: the prediction, the process, the shared machinery.
 GIVEN = ('out_channels', 'levels', 'sigmas', 'remat', 'dtype')
 COMPONENT = Component(NETWORKS, omit=GIVEN)
+TRANSFORMERS = ('dit', 'mmdit', 'flux')
 
 
 class Network(NamedTuple):
@@ -94,10 +108,12 @@ def divisor_of(section: dict) -> int:
     """Number of which an image's height and width must be multiples, for a complete section."""
     if is_dotted(section['name']):
         return getattr(NETWORKS[section['name']], 'divisor', 1)
-    if section['name'] == 'dit':
+    if section['name'] in TRANSFORMERS:
         return section['patch']
     if section['name'] == 'refinenet':
         return 2
+    if section['name'] == 'latent_unet':
+        return 1
     return section.get('patch', 1) * 2 ** (len(section['multipliers']) - 1)
 
 
@@ -113,10 +129,29 @@ def check_network(section: dict, shape: tuple[int, ...], where: str = 'config.mo
         raise UserError(
             f'images of {size_text(shape)} pixels do not fit {where}: config.data.size must be a multiple of {divisor}'
         )
-    if name == 'dit' and section['channels'] % section['heads']:
-        raise UserError(f'{where}: channels {section["channels"]} must be a multiple of heads {section["heads"]}')
+    if name in TRANSFORMERS:
+        check_transformer(name, section, shape, where)
     if 'multipliers' in section and not is_dotted(name):
         check_levels(name, section, shape[0] // section.get('patch', 1), where)
+
+
+def check_transformer(name: str, section: dict, shape: tuple[int, ...], where: str) -> None:
+    """Raises UserError where widths, heads and depths of a transformer do not go together."""
+    channels, heads = section['channels'], section['heads']
+    if channels % heads:
+        raise UserError(f'{where}: channels {channels} must be a multiple of heads {heads}')
+    if name == 'flux' and (sum(section['axes']) != channels // heads or any(n % 2 for n in section['axes'])):
+        raise UserError(
+            f'{where}.axes: three even numbers whose sum is channels / heads = {channels // heads}; they are '
+            f'{section["axes"]}'
+        )
+    if name != 'mmdit':
+        return
+    if section['dual'] >= section['blocks']:
+        raise UserError(f'{where}.dual must be less than blocks, {section["blocks"]}; it is {section["dual"]}')
+    rows = max(shape[:2]) // section['patch']
+    if rows > section['largest']:
+        raise UserError(f'{where}.largest must be at least the {rows} patches of a side; it is {section["largest"]}')
 
 
 def check_levels(name: str, section: dict, top: int, where: str) -> None:
@@ -127,12 +162,15 @@ def check_levels(name: str, section: dict, top: int, where: str) -> None:
     """
     channels, multipliers = section['channels'], section['multipliers']
     # UNet and NCSNpp begin with `channels`, ADM's with those of the first level.
-    widths = [int(channels * m) for m in ((1, *multipliers) if name != 'adm' else multipliers)]
+    like_adm = name in ('adm', 'latent_unet')
+    widths = [int(channels * m) for m in (multipliers if like_adm else (1, *multipliers))]
     check_groups(where, section['groups'], section['group_size'], section['eps'], widths)
     sizes = [top >> level for level in range(len(multipliers))]
     for size in section['attention']:
         if size not in sizes:
             raise UserError(f'{where}.attention: no level of the network has {size} rows, only {sizes}')
+    if name == 'latent_unet':
+        check_depths(section, widths, where)
     if name != 'adm':
         return
     part = section['head_channels'] or section['heads']
@@ -141,4 +179,19 @@ def check_levels(name: str, section: dict, top: int, where: str) -> None:
             raise UserError(
                 f'{where}: {int(channels * multiplier)} channels at {size} pixels, where there is attention, must '
                 f'be a multiple of head_channels, or else of heads: {part}'
+            )
+
+
+def check_depths(section: dict, widths: list[int], where: str) -> None:
+    """Raises UserError where the transformers of a latent U-Net do not go with its levels."""
+    depths, part = (*section['depths'], section['middle_depth']), section['head_channels'] or section['heads']
+    if len(section['depths']) != len(widths):
+        raise UserError(f'{where}.depths must be {len(widths)} numbers, as multipliers; they are {section["depths"]}')
+    if section['attention']:
+        raise UserError(f'{where}.attention: this network has transformers by depths; it must be ()')
+    for depth, width in zip(depths, (*widths, widths[-1]), strict=True):
+        if depth and width % part:
+            raise UserError(
+                f'{where}: the {width} channels of a level with a transformer must be a multiple of head_channels, or '
+                f'else of heads: {part}'
             )

@@ -22,12 +22,11 @@ from jaxgen.options import Count
 Array = jax.Array
 
 
-def pooled_vector(texts: Array, numbers: Array, features: int) -> Array:
-    """What SDXL embeds beside the time [n, d + k * features]: pooled texts [n, d] and k numbers of each example, [n, k]
-    (original height and width, the crop's top and left, the target's height and width), by sines and cosines."""
+def embedded_numbers(numbers: Array, features: int) -> Array:
+    """Cosines and sines [n, k * features] of k numbers of each example, [n, k]: of SDXL's original height and width,
+    the crop's top and left, the target's height and width (Podell et al. 2023, section 2.2)."""
     n, k = numbers.shape
-    embedded = cosines_first(numbers.reshape(-1), features).reshape(n, k * features)
-    return jnp.concatenate([texts, embedded], -1)
+    return cosines_first(numbers.reshape(-1), features).reshape(n, k * features)
 
 
 def split_heads(x: Array, parts: int, heads: int) -> Array:
@@ -123,13 +122,8 @@ class LatentUNet(Half):
     middle_depth: Annotated[int, '[0, inf)'] = 1
     out_channels: int = 0
 
-    takes: ClassVar = ('vector', 'tokens', 'planes')
+    takes: ClassVar = ('vector', 'pooled', 'tokens', 'planes')
     token_features: ClassVar = 0  # tokens of any width are attended to as they are
-
-    @nn.nowrap
-    def vector_embedding(self) -> nn.Module:
-        """A module of [n, d] to [n, vector_features]: of pooled texts and sizes, see `pooled_vector`."""
-        return VectorEmbedding(self.vector_features, self.dtype)
 
     @nn.nowrap
     def attend(self, h: Array, tokens: Array, name: str, depth: int) -> Array:
@@ -148,6 +142,7 @@ class LatentUNet(Half):
         t: Array,
         vector: Array | None = None,
         tokens: Array | None = None,
+        pooled: Array | None = None,
         control: Sequence[Array] | None = None,
         *,
         train: bool,
@@ -156,6 +151,7 @@ class LatentUNet(Half):
         x: float32 [n, H, W, C].
         t: [n], step of a schedule with about 1000 of them, integer or real.
         vector: [n, vector_features], added to the embedding of time; None: there is no condition.
+        pooled: [n, d], of which two layers make another such vector: pooled texts, and sizes as of `embedded_numbers`.
         tokens: [n, S, D], of any width; None: one token of zeros.
         control: maps to be added to those that the way down hands to the way up, in their order, and to the middle's
           (Zhang et al. 2023, arXiv 2302.05543).
@@ -167,6 +163,8 @@ class LatentUNet(Half):
         embedding = self.embed(t)
         if vector is not None:
             embedding = embedding + vector
+        if pooled is not None:
+            embedding = embedding + VectorEmbedding(self.vector_features, self.dtype, name='pooled')(pooled)
         embedding = nn.silu(embedding)
         h, skips = self.descend_with(x, embedding, tokens, train)
         if control is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxgen.networks.attention import attend
 from jaxgen.networks.dit import position_embedding
 from jaxgen.networks.embeddings import VectorEmbedding, cosines_first
-from jaxgen.networks.layers import Dense, LayerNorm, RMSNorm
+from jaxgen.networks.layers import Dense, Embed, LayerNorm, RMSNorm
 from jaxgen.options import Count
 
 Array = jax.Array
@@ -174,25 +174,38 @@ class Transformer(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
-    takes: ClassVar = ('vector', 'tokens', 'planes')
+    takes: ClassVar = ('vector', 'pooled', 'tokens', 'planes')
+    token_features: ClassVar = 0  # tokens of any width, by a linear map of the network's own
 
     @property
     def vector_features(self) -> int:
         return self.channels
 
-    @property
-    def token_features(self) -> int:
-        return self.channels
-
     @nn.nowrap
-    def vector_embedding(self) -> nn.Module:
-        """A module of [n, d] to [n, vector_features]: of pooled texts."""
-        return VectorEmbedding(self.channels, self.dtype)
+    def class_embedding(self, classes: int) -> nn.Module:
+        """A module of int32 [n] in [0, classes) to [n, vector_features]."""
+        return Embed(classes, self.channels, dtype=self.dtype)
 
     @nn.nowrap
     def time(self, t: Array, name: str = 'time') -> Array:
         """The embedding [n, C] of times [n]."""
         return VectorEmbedding(self.channels, self.dtype, name=name)(cosines_first(t, FREQUENCIES))
+
+    @nn.nowrap
+    def vector(self, embedding: Array, vector: Array | None, pooled: Array | None) -> Array:
+        """What modulates all blocks, [n, C]: the sum of the embedding of time and those of conditions."""
+        if vector is not None:
+            embedding = embedding + vector
+        if pooled is not None:
+            embedding = embedding + VectorEmbedding(self.channels, self.dtype, name='pooled')(pooled)
+        return nn.silu(embedding)
+
+    @nn.nowrap
+    def text(self, tokens: Array | None, n: int) -> Array:
+        """The stream of the text [n, S, C]."""
+        if tokens is None:
+            return jnp.zeros((n, 1, self.channels), self.dtype)
+        return Dense(self.channels, dtype=self.dtype, name='text')(tokens.astype(self.dtype))
 
     @nn.nowrap
     def last(self, h: Array, vector: Array, height: int, width: int, features: int) -> Array:
@@ -229,22 +242,28 @@ class MMDiT(Transformer):
 
     @nn.compact
     def __call__(
-        self, x: Array, t: Array, vector: Array | None = None, tokens: Array | None = None, *, train: bool = False
+        self,
+        x: Array,
+        t: Array,
+        vector: Array | None = None,
+        tokens: Array | None = None,
+        pooled: Array | None = None,
+        *,
+        train: bool = False,
     ) -> Array:
         """Args:
         x: float32 [n, H, W, C].
         t: [n], from 0 to 1000.
         vector: [n, channels], added to the embedding of time; None: there is no condition.
-        tokens: [n, S, channels]; None: one of zeros.
+        tokens: [n, S, D], of any width; None: one of zeros.
+        pooled: [n, d], of which two layers make another vector: pooled texts.
         """
         height, width = (side // self.patch for side in x.shape[1:3])
         patches = einops.rearrange(x, 'n (h a) (w b) c -> n (h w) (a b c)', a=self.patch, b=self.patch)
         image = Dense(self.channels, dtype=self.dtype, name='first')(patches)
         image = image + jnp.asarray(self.positions(height, width), self.dtype)
-        text = jnp.zeros((len(x), 1, self.channels)) if tokens is None else tokens
-        embedding = self.time(t)
-        vector = nn.silu(embedding if vector is None else embedding + vector)
-        streams = image, text.astype(self.dtype)
+        vector = self.vector(self.time(t), vector, pooled)
+        streams = image, self.text(tokens, len(x))
         own = (self.heads, self.qk_norm, self.dtype)
         if self.dual:
             streams, _ = scanned(JointBlock, self.dual, self.remat)(*own, dual=True, name='dual')(streams, vector, None)
@@ -284,6 +303,7 @@ class Flux(Transformer):
         t: Array,
         vector: Array | None = None,
         tokens: Array | None = None,
+        pooled: Array | None = None,
         guidance: Array | None = None,
         *,
         train: bool = False,
@@ -292,19 +312,20 @@ class Flux(Transformer):
         x: float32 [n, H, W, C].
         t: [n], from 0 to 1000.
         vector: [n, channels], added to the embedding of time; None: there is no condition.
-        tokens: [n, S, channels]; None: one of zeros.
+        tokens: [n, S, D], of any width; None: one of zeros.
+        pooled: [n, d], of which two layers make another vector: pooled texts.
         guidance: scale [n] of a distilled network; None: 1.
         """
         height, width = (side // self.patch for side in x.shape[1:3])
         # A patch's channels are outermost here, as latents are packed.
         patches = einops.rearrange(x, 'n (h a) (w b) c -> n (h w) (c a b)', a=self.patch, b=self.patch)
         image = Dense(self.channels, dtype=self.dtype, name='first')(patches)
-        text = (jnp.zeros((len(x), 1, self.channels)) if tokens is None else tokens).astype(self.dtype)
+        text = self.text(tokens, len(x))
         embedding = self.time(t)
         if self.distilled:
             scale = jnp.ones(len(x)) if guidance is None else guidance
             embedding = embedding + self.time(1000 * scale, 'guidance')
-        vector = nn.silu(embedding if vector is None else embedding + vector)
+        vector = self.vector(embedding, vector, pooled)
         texts = text.shape[1]
         angles = jnp.asarray(rotary_angles(height, width, texts, self.axes))
         own = (self.heads, True, self.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen import data
-from jaxgen.contract import Texts
+from jaxgen.contract import NEGATIVE, Texts
 from jaxgen.text import tokenizers
 from jaxgen.text.tokenizers import TRAINED, Tokenizer
 
@@ -24,12 +24,33 @@ def trained(section, texts: Texts) -> Tokenizer:
     return tokenizers.train(read(), texts.vocabulary, texts.length)
 
 
-def tokenised(batch: Mapping[str, Any], made: Mapping[str, Tokenizer]) -> dict[str, Any]:
-    """A batch whose 'caption' uint8 [n, L], where it has one, is replaced by {name: its tokens int32 [n, length]}."""
+def negative_name(name: str) -> str:
+    """The name of the tokens of the text that stands for no caption, where `name` are a caption's, 'STAGE/tokens'."""
+    return name.removesuffix('tokens') + 'negative'
+
+
+def tokenised(batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives: bool = False) -> dict[str, Any]:
+    """A batch whose 'caption' uint8 [n, L], where it has one, is replaced by {name: its tokens int32 [n, length]}.
+
+    Args:
+      negatives: beside 'STAGE/tokens' come 'STAGE/negative', the tokens of 'negative_caption' or, without one, of '',
+        and whether there is one, see `contract.NEGATIVE`.
+    """
     out = dict(batch)
-    if 'caption' in out:
-        texts = [tokenizers.caption_text(caption) for caption in np.asarray(out.pop('caption'))]
-        out |= {name: tokenizer(texts).ids for name, tokenizer in made.items()}
+    captions, negative = out.pop('caption', None), out.pop('negative_caption', None)
+    if captions is None:
+        return out
+    texts = [tokenizers.caption_text(caption) for caption in np.asarray(captions)]
+    out |= {name: tokenizer(texts).ids for name, tokenizer in made.items()}
+    if negatives:
+        unlike = ['']
+        if negative is not None:
+            unlike = [tokenizers.caption_text(caption) for caption in np.asarray(negative)]
+        for name, tokenizer in made.items():
+            if '/' in name:
+                ids = tokenizer(unlike).ids
+                out[negative_name(name)] = np.array(np.broadcast_to(ids, (len(texts), ids.shape[1])))
+        out[NEGATIVE] = np.array(np.broadcast_to([bool(text) for text in unlike], len(texts)))
     return out
 
 

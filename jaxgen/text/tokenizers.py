@@ -13,6 +13,7 @@ They come from strangers and are data; nothing in them is executed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -65,6 +66,12 @@ class Tokenizer:
     def vocabulary(self) -> int:
         """Tokens are numbers from 0 to vocabulary - 1."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def digest(self) -> str:
+        """SHA-256 of its files and of the length of texts."""
+        parts = [str(self.length).encode(), *(part for item in sorted(self.files.items()) for part in item)]
+        digests = [hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest() for part in parts]
+        return hashlib.sha256(b''.join(digests)).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """The tokens of texts; longer ones keep their first tokens and their end."""

@@ -138,11 +138,11 @@ def test_latent_unet(system):
     network = latent_unet.LatentUNet(32, multipliers, heads=4, head_channels=width, depths=depths, middle_depth=middle)
     x, t, tokens = drawn(2, *size, 4), np.array([3, 801]), drawn(2, 7, 24)
     texts, sizes = drawn(2, 12), np.array([[64, 48, 0, 3, 64, 40], [32, 32, 1, 0, 64, 64]], np.float32)
-    embedder = network.vector_embedding()
+    numbers = latent_unet.embedded_numbers(sizes, 8)
+    vector = jnp.concatenate([texts, numbers], -1) if pooled else None
 
     def init():
-        params = network.init(jax.random.key(0), x, t, tokens=tokens, train=False)['params']
-        return params | ({'pooled': embedder.init(jax.random.key(0), drawn(2, 60))['params']} if pooled else {})
+        return network.init(jax.random.key(0), x, t, tokens=tokens, pooled=vector, train=False)['params']
 
     config = ConfigDict({'model': {'network': {'multipliers': multipliers, 'linear_projection': bool(width)}}})
     params = read(text_to_image.latent_unet(config, {}), jax.eval_shape(init), theirs)
@@ -150,11 +150,7 @@ def test_latent_unet(system):
 
     @jax.jit
     def ours(params):
-        vector = None
-        if pooled:
-            vector = embedder.apply({'params': params['pooled']}, latent_unet.pooled_vector(texts, sizes, 8))
-            params = {name: value for name, value in params.items() if name != 'pooled'}
-        return network.apply({'params': params}, x, t, vector, tokens, train=False)
+        return network.apply({'params': params}, x, t, tokens=tokens, pooled=vector, train=False)
 
     torch = pytest.importorskip('torch')
     with torch.no_grad():
@@ -165,23 +161,16 @@ def test_latent_unet(system):
 
 
 def transformer_output(network, table, theirs, other, x, t, pooled, tokens, beside=(), **named):
-    """Our output by their weights, with the embeddings of conditions that stand beside the network."""
-    embedder, width = network.vector_embedding(), network.channels
+    """Our output by their weights."""
 
     def init():
-        vector, text = jnp.zeros((len(x), width)), jnp.zeros((*tokens.shape[:2], width))
-        params = network.init(jax.random.key(0), x, t, vector, text, **named)['params']
-        text = {'kernel': jnp.zeros((tokens.shape[-1], width)), 'bias': jnp.zeros(width)}
-        return params | {'pooled': embedder.init(jax.random.key(0), pooled)['params'], 'text': text}
+        return network.init(jax.random.key(0), x, t, tokens=tokens, pooled=pooled, **named)['params']
 
     params = read(table, jax.eval_shape(init), theirs, beside)
 
     @jax.jit
     def ours(params):
-        own = dict(params)
-        vector = embedder.apply({'params': own.pop('pooled')}, pooled)
-        text = own.pop('text')
-        return network.apply({'params': own}, x, t, vector, tokens @ text['kernel'] + text['bias'], **named)
+        return network.apply({'params': params}, x, t, tokens=tokens, pooled=pooled, **named)
 
     np.testing.assert_allclose(ours(params), other, atol=2e-5)
     assert other.std() > 0.1
