@@ -83,6 +83,11 @@ EMPTY: dict[str, Any] = {}
 DISTILLED = 'distilled_guidance'  # in a batch, [n]
 
 
+def own_weights(networks: dict[str, Any], frozen) -> Any:
+    """The weights of a network that is trained itself."""
+    return networks['denoiser']
+
+
 class Model(NamedTuple):
     """A diffusion model, its parts bound to their options."""
 
@@ -94,6 +99,7 @@ class Model(NamedTuple):
     guidance: Guidance
     classifier: Callable | None  # (frozen, label, moves) -> guidance.Classifier
     evaluation: dict  # options of the likelihood
+    weights: Callable = own_weights  # (params or averages by network, frozen) -> weights of the network
 
 
 @options.checked
@@ -291,7 +297,7 @@ def loss(model: Model, parts: int, params, state: State, frozen, batch, rng) -> 
     eps = jax.random.normal(rng_noise, x_0.shape)
     values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
-    weights = params['denoiser']
+    weights = model.weights(params, frozen)
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
     errors, logs = objective.errors(
         model.formulation, model.network, weights, x_0, t, eps, embeddings, {'dropout': rng_dropout}
@@ -338,10 +344,11 @@ def update(model: Model, context: Context, step: Callable, state: State, frozen,
     return advance(state, context.optim), aux.logs
 
 
-def denoiser_of(model: Model, state: State, values: Values, guidance: Guidance, clip: bool) -> Callable:
+def denoiser_of(model: Model, state: State, frozen, values: Values, guidance: Guidance, clip: bool) -> Callable:
     """The denoiser (x, t) -> x_0, or (x_0, fraction), by the averaged weights."""
     f, network = model.formulation, model.network
-    return objective.denoiser(f, network, state.ema['denoiser'], model.conditioning, values, guidance, clip)
+    weights = model.weights(state.ema, frozen)
+    return objective.denoiser(f, network, weights, model.conditioning, values, guidance, clip)
 
 
 def settings_of(model: Model) -> dict[str, Any]:
@@ -372,7 +379,7 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
     values = conditions.values_of(model.conditioning, {DISTILLED: scale} | batch, frozen)
-    denoise = denoiser_of(model, state, values, guidance, model.sampler.clip and not model.sampler.clip_here)
+    denoise = denoiser_of(model, state, frozen, values, guidance, model.sampler.clip and not model.sampler.clip_here)
     if model.classifier is not None:
         classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
         scale = guidance.classifier_scale
@@ -399,7 +406,7 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     keys, process = example_keys(rng, batch), model.formulation.process
     # A clipped chain has a bound (Ho et al. 2020 clip); the density of the ODE needs the derivative.
     clip = model.sampler.clip and process.steps > 0
-    denoise = denoiser_of(model, state, conditions.values_of(model.conditioning, batch, frozen), OFF, clip)
+    denoise = denoiser_of(model, state, frozen, conditions.values_of(model.conditioning, batch, frozen), OFF, clip)
     if model.space.latent:
         x_0 = model.space.encode(frozen, batch, stream(rng, 'encoder'))
         return {'eps_error': likelihood.noise_error(denoise, x_0, process, keys)}
@@ -415,21 +422,21 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     process = model.formulation.process
     t = process.time(jnp.maximum(sigma, 1e-6))  # its logarithm is finite
     values = conditions.values_of(model.conditioning, batch, frozen)
-    estimator = denoiser_of(model, state, values, model.guidance, model.sampler.clip)
+    estimator = denoiser_of(model, state, frozen, values, model.guidance, model.sampler.clip)
     return samplers.estimate(estimator, coefficients(process, t, x)[0] * x, t)[0]
 
 
-def unconditional(model: Model, state: State, n: int, clip: bool) -> Callable:
+def unconditional(model: Model, state: State, frozen, n: int, clip: bool) -> Callable:
     """The denoiser without any condition."""
     values = {condition.name: condition.absent(n) for condition in model.conditioning}
-    return denoiser_of(model, state, values, OFF, clip)
+    return denoiser_of(model, state, frozen, values, OFF, clip)
 
 
 def encode(model: Model, state: State, frozen, batch, rng) -> Array:
     """The noise [n, H, W, C], of variance 1, that `decode` turns into the images, by DDIM inversion; of the first
     stage's latents where there is one."""
     x, sampler = model.space.encode(frozen, batch, stream(rng, 'encoder')), model.sampler
-    denoise = unconditional(model, state, len(x), sampler.clip)
+    denoise = unconditional(model, state, frozen, len(x), sampler.clip)
     return samplers.ddim_inversion(denoise, x, sampler.schedule) / sampler.start
 
 
@@ -438,6 +445,6 @@ def decode(model: Model, state: State, frozen, batch, latents, rng) -> Array:
     DDIM without noise."""
     sampler = model.sampler
     table = sampler.table if sampler.ddim else samplers.ddim.table(sampler.schedule)
-    denoise = unconditional(model, state, len(latents), sampler.clip and 'raw_weight' not in table)
+    denoise = unconditional(model, state, frozen, len(latents), sampler.clip and 'raw_weight' not in table)
     x = samplers.run(denoise, sampler.start * latents, table, None)
     return model.space.decode(frozen, x, stream(rng, 'decoder'))
