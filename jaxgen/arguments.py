@@ -64,6 +64,7 @@ def define_flags() -> flags.FlagValues:
     )
     string('from', '', 'import: file or folder of published weights', flag_values=values)
     string('discriminator', '', 'import: file of the discriminator, if apart from the generator', flag_values=values)
+    string('tokenizer', '', 'import: folder of the tokenizer, if apart from the text encoder', flag_values=values)
     string('to', '', 'export: FILE.safetensors, FILE.pt or a new folder', flag_values=values)
     string('names', '', 'import, export: the source whose names the weights have', flag_values=values)
     string('topology', '', 'compile: the slice, v5e:4x4, v5p:2x2x4, v6e:8x8, h100:8', flag_values=values)
@@ -196,12 +197,12 @@ READS = {
     'data': ('config', 'workdir', 'out'),
     'fields': ('config',),
     'list': (),
-    'import': ('config', 'workdir', 'from', 'discriminator', 'names'),
+    'import': ('config', 'workdir', 'from', 'discriminator', 'tokenizer', 'names'),
     'export': ('config', 'workdir', 'weights', 'step', 'to', 'names'),
 }
 WITHOUT_RUN = ('train', 'describe', 'compile', 'prepare', 'data', 'fields', 'import')  # modes of a config
 # Options in which ~ is the home directory; the config knows its own.
-PATHS = ('workdir', 'out', 'images', 'from', 'discriminator', 'to', 'cache')
+PATHS = ('workdir', 'out', 'images', 'from', 'discriminator', 'tokenizer', 'to', 'cache')
 
 
 def check_flags(values: flags.FlagValues) -> None:

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgen import fsdp
+from jaxgen.errors import UserError
 from jaxgen.optim import Optim, power_one_minus_decay, steps_within_update
 
 Array = jax.Array
@@ -219,7 +220,7 @@ class Family(NamedTuple):
     """
 
     init: Init
-    update: Update
+    update: Update  # `untrained`: nothing trains it, it is imported
     sample: Sample | None  # None: the family draws no samples
     evaluate: Evaluate
     encode: Encode | None = None
@@ -248,6 +249,11 @@ class Family(NamedTuple):
         str, ...
     ] = ()  # metrics of `evaluate` of which larger values are better; 'accuracy' also 'accuracy/0'
     statistics: bool = False  # State.extra holds batch statistics or norms of the averaged weights: no others sample
+
+
+def untrained(state: State, frozen: Frozen, batch: Batch, rng: Array) -> tuple[State, dict[str, Array]]:
+    """The `update` of families whose weights are imported; `train.check_trains` refuses them before it is traced."""
+    raise UserError('nothing trains this family: its weights are imported')
 
 
 def by_settings(function: Callable, settings: Callable[[], PyTree]) -> Callable:

@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from jaxgen import prepare, sample
+from jaxgen.contract import untrained
 from jaxgen.data import views
 
 
@@ -137,6 +138,7 @@ def describe(config, assembled) -> dict:
     once what they make of an image, see prepare.py, those of an update after that, and of one image."""
     state, family = assembled.abstract, assembled.family
     batch = shapes_of(assembled.features, config.data.batch)
+    trained = family.update is not untrained
     parameters = {name: count(weights) for name, weights in state.params.items()}
     about = {
         'family': config.family,
@@ -144,8 +146,7 @@ def describe(config, assembled) -> dict:
         'frozen_parameters': {name: count(stage) for name, stage in assembled.frozen.items()},
         'state_bytes': size(state),
         'batch': {k: [list(v.shape), jnp.dtype(v.dtype).name] for k, v in batch.items()},
-        'update_flops': update_flops(assembled, batch),
-        'steps': config.train.steps,
+        **({'update_flops': update_flops(assembled, batch), 'steps': config.train.steps} if trained else {}),
         'conditions': list(family.conditions),
     }
     made = prepare.batch_features(assembled)

@@ -94,6 +94,7 @@ def import_weights(
     workdir: str | os.PathLike = '',
     names: str = '',
     discriminator: str | os.PathLike = '',
+    tokenizer: str | os.PathLike = '',
 ) -> Run:
     """The run at step 0 that holds the weights of a published file or folder, which is made in `workdir`.
 
@@ -101,10 +102,11 @@ def import_weights(
       path: a .safetensors file, a file of torch, or a folder of the hub.
       name: of published weights, see `jaxgen.published()`: it says config and source.
       config: of the network that the weights are of, where they have no such name. Without either it is made by the
-        config.json of a model or pipeline of diffusers.
+        config.json of a model or pipeline of diffusers or transformers.
       workdir: the run's directory; 'runs/NAME' by default, of the config.
       names: of the source, where the names in the file fit several.
       discriminator: of a GAN, a file of its own, where `path` does not have it.
+      tokenizer: of a text encoder, a folder of its own, where `path` does not have it.
 
     Raises:
       UserError: no such weights, or they do not fit the config; a file that only code could open.
@@ -116,8 +118,9 @@ def import_weights(
     if name and config is not None:
         raise UserError('name the published weights, or give the config of their network: one of them')
     licence = ''
+    reader = files.as_path(tokenizer, 'tokenizer')
     if not name and config is None:
-        base, checked = pipelines.derived(files.as_path(path, 'path'))
+        base, checked = pipelines.derived(files.as_path(path, 'path'), reader)
     elif name:
         one = known.find(name)
         licence = one.licence
@@ -129,5 +132,5 @@ def import_weights(
     if not workdir:
         raise UserError("name the run's directory: jaxgen.import_weights(..., workdir='runs/NAME')")
     critic = files.as_path(discriminator, 'discriminator')
-    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names, licence, critic)
+    importing.import_weights(checked, files.as_path(path, 'path'), workdir, names, licence, critic, tokenizer=reader)
     return runs.load(workdir)

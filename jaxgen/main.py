@@ -316,7 +316,7 @@ def main(argv: list[str]) -> None:
         compilation.use(values.cache, values.multihost)
     if mode in ('train', 'describe', 'compile', 'prepare', 'data', 'import'):
         if mode == 'import' and not values.config:
-            base, config = pipelines.derived(str(values['from'].value))
+            base, config = pipelines.derived(str(values['from'].value), values.tokenizer)
             log.say(f'config: {base}, with the sizes that config.json says')
         else:
             config = configs.load(values.config)
@@ -334,6 +334,7 @@ def main(argv: list[str]) -> None:
                 values.names,
                 discriminator=values.discriminator,
                 named=configs.fields_of(overrides),
+                tokenizer=values.tokenizer,
             )
         elif mode == 'prepare':
             prepare.prepare_mode(config, workdir)

@@ -1,13 +1,14 @@
 """A run to share: its weights with those of its stages, in one folder or archive, --mode=pack.
 
-What is packed is what sampling, evaluation and exploration read: the config, the description of the data, one
-checkpoint without the state of the optimiser, and in stages/NAME the same of each stage. The digests of the files are
-those of the training. Training data are not packed, and a pack cannot be trained on.
+What is packed is what sampling, evaluation and exploration read: the config, the description of the data, the
+tokenizer, one checkpoint without the state of the optimiser, and in stages/NAME the same of each stage. The digests of
+the files are those of the training. Training data are not packed, and a pack cannot be trained on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -48,6 +49,8 @@ def parts(workdir: str, config, step: int, frozen: dict, folder: str) -> Iterato
     for name in FILES:
         if os.path.isfile(os.path.join(workdir, name)):
             yield Packed(os.path.join(folder, name), os.path.join(workdir, name))
+    for path in sorted(glob.glob(os.path.join(glob.escape(os.path.join(workdir, directory.TOKENIZER)), '*'))):
+        yield Packed(os.path.join(folder, directory.TOKENIZER, os.path.basename(path)), path)
     checkpoints = os.path.join(workdir, 'checkpoints', str(step))
     sums = {
         name: digest for name, digest in checkpoint.digest(checkpoints).items() if name.split(os.sep)[0] not in LEFT_OUT

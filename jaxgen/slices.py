@@ -388,13 +388,14 @@ def report(config, topology: str, programs: tuple[str, ...] = ('update', 'sample
       UserError: there is no such slice or compiler, or the config does not go with it.
       RunError: the compiler fails.
     """
-    from jaxgen.train import check_fits
+    from jaxgen.train import check_fits, check_trains
 
     if jax.default_backend() == 'gpu':
         raise UserError('slices are compiled for in a process without GPUs: set JAX_PLATFORMS=cpu')
     where = find(topology)
     mesh = sharding.make_mesh(config.mesh.fsdp, where.devices)
     a = assembly.assemble(config, mesh, assembly.abstract_stage)
+    check_trains(config, a.family)
     check_fits(config, mesh)
     about: dict[str, Any] = {
         'topology': topology,

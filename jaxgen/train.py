@@ -35,7 +35,7 @@ from jaxgen import (
 from jaxgen import config as configs
 from jaxgen.assembly import Assembled, assemble, check_stages, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
-from jaxgen.contract import State
+from jaxgen.contract import Family, State, untrained
 from jaxgen.data.prepared import PreparedSet
 from jaxgen.directory import TOKENIZER, check_cycle, check_moved_data, save_config, saved_config
 from jaxgen.errors import RunError, UserError
@@ -112,6 +112,15 @@ def as_it_began(workdir: str, config):
     return config
 
 
+def check_trains(config, family: Family) -> None:
+    """Raises UserError where a family has no training."""
+    if family.update is untrained:
+        raise UserError(
+            f'nothing here trains the family {config.family!r}: import a published one, --mode=import --from=FOLDER '
+            '--workdir=runs/NAME, and name its run as a stage of another, --config.stages.NAME=runs/NAME'
+        )
+
+
 def make_call(assembled: Assembled, shardings, updates: int, seed: int):
     """The jitted program of `updates` updates: (state, frozen, batches [updates, ...]) -> (state, logs [updates])."""
 
@@ -149,6 +158,7 @@ class Training:
         self.workdir, self.callbacks = workdir, callbacks
         check_cycle(workdir, config)
         self.a = a = assemble(config, sharding.make_mesh(config.mesh.fsdp), workdir=workdir)
+        check_trains(config, a.family)
         self.first = jax.process_index() == 0
         check_fits(config, a.mesh)
         self.k = config.train.updates_per_call

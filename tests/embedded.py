@@ -12,12 +12,14 @@ from jaxgen import config as configs
 from jaxgen.sections import sides
 
 SOURCES = ('digits', 'shapes', 'gaussians')
+UNTRAINED = ('encoder',)  # families that are imported, and that nothing trains
 
 
 def is_embedded(name: str) -> bool:
     """Whether a config trains on data made here, at a small size: a published one may stand on scenes of 256 pixels."""
-    data = configs.load(path(name, '')).data
-    return data.source.partition(':')[0] in SOURCES and max(sides(data.size)) <= 64
+    config = configs.load(path(name, ''))
+    data = config.data
+    return config.family not in UNTRAINED and data.source.partition(':')[0] in SOURCES and max(sides(data.size)) <= 64
 
 
 EMBEDDED = [name for name in NAMES if is_embedded(name)]

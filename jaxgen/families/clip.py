@@ -18,25 +18,19 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgen import options
 from jaxgen.checks import check_size
 from jaxgen.contract import Aux, Context, Family, Texts, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.matching import contrastive_loss, unit
-from jaxgen.networks.clip import TextTower, VisionTower
+from jaxgen.networks.clip import NORMALISATIONS, TextTower, VisionTower, normalised
 from jaxgen.options import Count, Fields, OneOf, Positive, Section
 
 Array = jax.Array
 
 EMPTY: dict[str, Any] = {}
 SHARED = ('features', 'activation', 'remat', 'dtype')  # attributes of the towers that are the same for both
-# Mean and standard deviation of a channel in [0, 1] by which images are normalised.
-NORMALISATIONS = {
-    'none': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
 
 
 def check_heads(where: str, section: dict) -> None:
@@ -86,11 +80,9 @@ def build(
     check_size(context.image, vision['patch'], 'config.model.vision.patch')
     shared = dict(features=features, activation=activation, remat=context.remat, dtype=context.dtype)
     reader, viewer = TextTower(**text, **shared), VisionTower(**vision, **shared)
-    mean, deviation = (np.asarray(row, np.float32) for row in NORMALISATIONS[normalisation])
 
     def of_images(weights, images):
-        x = (images / 2 + 0.5 - mean[: context.image[2]]) / deviation[: context.image[2]]
-        return unit(viewer.apply({'params': weights['vision']}, x).embedding)
+        return unit(viewer.apply({'params': weights['vision']}, normalised(images, normalisation)).embedding)
 
     def of_texts(weights, tokens):
         return unit(reader.apply({'params': weights['text']}, tokens).embedding)

@@ -10,6 +10,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgen.networks.attention import attend
 from jaxgen.networks.layers import Dense, Embed, LayerNorm
@@ -18,6 +19,18 @@ from jaxgen.options import Count, OneOf
 Array = jax.Array
 
 NORMAL = nn.initializers.normal
+
+# Mean and standard deviation of a channel in [0, 1] by which images are normalised.
+NORMALISATIONS = {
+    'none': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+def normalised(images: Array, kind: str) -> Array:
+    """Images [n, H, W, C] in [-1, 1] by the mean and deviation of each channel."""
+    mean, deviation = (np.asarray(row, np.float32)[: images.shape[-1]] for row in NORMALISATIONS[kind])
+    return (images / 2 + 0.5 - mean) / deviation
 
 
 def quick_gelu(x: Array) -> Array:
@@ -96,12 +109,13 @@ class TextTower(nn.Module):
     1024, 24, 16 with 1024 and bigG/14 1280, 32, 20 with 1280, both of exact GELU; vocabulary 49,408, length 77.
 
     Attributes:
-      vocabulary: number of tokens, of which the largest in a text is its end.
+      vocabulary: number of tokens.
       length: most tokens of a text.
       channels, blocks, heads: width of a token, depth, and heads of attention.
       hidden: width of the MLPs; 0: four times the channels.
       features: dimensions of the embedding; 0: there is no projection.
       activation: of the MLPs: 'quick_gelu', OpenAI's; 'gelu', the exact one.
+      end: number of the token that ends a text, the first of which is the pooled one; -1: the largest in the text.
     """
 
     vocabulary: Count = 49_408
@@ -112,6 +126,7 @@ class TextTower(nn.Module):
     hidden: Annotated[int, '[0, inf)'] = 0
     features: Annotated[int, '[0, inf)'] = 512
     activation: Annotated[str, OneOf(*ACTIVATIONS)] = 'quick_gelu'
+    end: Annotated[int, '[-1, inf)'] = -1
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -125,7 +140,8 @@ class TextTower(nn.Module):
         norm = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm')
         last = norm(x)
         # Not by an index, whose gradient adds up in no fixed order on GPUs.
-        end = jax.nn.one_hot(tokens.argmax(-1), tokens.shape[1], dtype=last.dtype)
+        place = (tokens if self.end < 0 else tokens == self.end).argmax(-1)
+        end = jax.nn.one_hot(place, tokens.shape[1], dtype=last.dtype)
         pooled = jnp.einsum('nt,ntc->nc', end, last, precision='highest')
         return TextOutput(last, before, norm(before), pooled, projected(self, pooled))
 

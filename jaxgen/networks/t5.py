@@ -70,6 +70,7 @@ class T5Encoder(nn.Module):
       hidden: width of the MLPs.
       buckets, furthest: of distances between tokens that have a bias of their own, and the distance from which on all
         share one.
+      length: tokens of a text as a run reads it; the network has no positions, and takes any number.
     """
 
     vocabulary: Count = 32_128
@@ -80,6 +81,7 @@ class T5Encoder(nn.Module):
     hidden: Count = 1024
     buckets: Annotated[int, '[4, inf)'] = 32
     furthest: Count = 128
+    length: Count = 512
     remat: bool = False
     dtype: Any = jnp.float32
 

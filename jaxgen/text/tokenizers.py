@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,6 +102,15 @@ class Tokenizer:
         files = {**self.files, 'tokenizer_config.json': json.dumps(config, indent=2).encode()}
         return dataclasses.replace(self, length=length, files=files)
 
+    def with_pad(self, pad: int) -> Tokenizer:
+        """The same with another number behind the end of a text."""
+        token = self.backend.id_to_token(pad)
+        if token is None:
+            raise UserError(f'the tokenizer has no token of number {pad}')
+        config = json.loads(self.files.get('tokenizer_config.json', b'{}')) | {'pad_token': token}
+        files = {**self.files, 'tokenizer_config.json': json.dumps(config, indent=2).encode()}
+        return of_files(files, kind_of(files), self.length)
+
     def save(self, folder: str) -> None:
         """Writes the files that `from_folder` reads."""
         os.makedirs(folder, exist_ok=True)
@@ -128,7 +137,7 @@ def from_folder(folder: str, length: int = 0) -> Tokenizer:
                 raise UserError(f'{path}: {os.path.getsize(path):,} bytes are more than a tokenizer has')
             with open(path, 'rb') as file:
                 files[name] = file.read()
-    kind = next((name for name in ('vocab.json', 'tokenizer.json', 'spiece.model') if name in files), '')
+    kind = kind_of(files)
     if not kind or (kind == 'vocab.json' and 'merges.txt' not in files):
         missing = (
             'merges.txt beside its vocab.json' if kind else 'vocab.json with merges.txt, tokenizer.json or spiece.model'
@@ -142,6 +151,11 @@ def from_folder(folder: str, length: int = 0) -> Tokenizer:
         raise
     except BaseException as e:  # the library's panics are no Exceptions
         raise UserError(f'{os.path.join(folder, kind)}: no tokenizer ({" ".join(str(e).split())[:200]})') from e
+
+
+def kind_of(files: Container[str]) -> str:
+    """The file that holds the vocabulary of a tokenizer of these files; '' where none does."""
+    return next((name for name in ('vocab.json', 'tokenizer.json', 'spiece.model') if name in files), '')
 
 
 def of_files(files: dict[str, bytes], kind: str, length: int) -> Tokenizer:

@@ -16,14 +16,15 @@ import jaxgen
 from jaxgen import assembly, directory, files, log, memory, sharding
 from jaxgen.errors import UserError
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, pipelines, schedulers, sources, whole
+from jaxgen.weights import diffusers, pipelines, schedulers, sources, text_encoders, whole
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
 from jaxgen.weights.source import network as network_name
 
-WEIGHTS = 'diffusion_pytorch_model.safetensors'  # in a folder of the hub
-FOLDER = (WEIGHTS, 'config.json', 'README.md')
+# In a folder of the hub, by the source; that of diffusers for all others.
+WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'transformers': 'model.safetensors'}
+FOLDER = (WEIGHTS['diffusers'], 'config.json', 'README.md')
 
 
 def source_of(run: Run, names: str) -> Source:
@@ -194,19 +195,36 @@ def pipeline_of(run: Run) -> dict[str, Run]:
 
 
 def write_model(
-    folder: str, run: Run, source: Source, export: Export, metadata: dict[str, str], more: dict[str, Any] | None = None
+    folder: str,
+    run: Run,
+    source: Source,
+    export: Export,
+    metadata: dict[str, str],
+    more: dict[str, Any] | None = None,
+    tokenizer_name: str = '',
 ) -> None:
-    """Writes the weights of one network and its config.json into a folder.
+    """Writes the weights of one network and its config.json into a folder, and its tokenizer.
 
     Args:
       more: what its config.json says besides.
+      tokenizer_name: of the folder beside it for the tokenizer; '': its own.
     """
+    tokenizer = directory.saved_tokenizer(run.folder) if run.assembled.family.texts.vocabulary else None
     if source.name == 'diffusers':
         config = diffusers.model_config(run.config, run.assembled)
+    elif source.name == 'transformers':
+        side = run.image[0]
+        config = text_encoders.model_config(run.config, side, tokenizer)
+        if 'normalisation' in run.config.model and run.assembled.family.encode is not None:
+            said = text_encoders.preprocessor_config(run.config, side)
+            files.save_json(os.path.join(folder, text_encoders.PREPROCESSOR), said)
     else:
         config = json.loads(run.config.to_json_best_effort())
     files.save_json(os.path.join(folder, 'config.json'), {**config, **(more or {})})
-    with memory.returned(), files.replacing(os.path.join(folder, WEIGHTS)) as file:
+    if tokenizer is not None:
+        tokenizer.save(os.path.join(os.path.dirname(folder), tokenizer_name) if tokenizer_name else folder)
+    name = WEIGHTS.get(source.name, WEIGHTS['diffusers'])
+    with memory.returned(), files.replacing(os.path.join(folder, name)) as file:
         write_safetensors(file, export, metadata)
 
 

@@ -20,10 +20,11 @@ import jaxgen
 from jaxgen import assembly, directory, files, log, memory, randomness, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, Deferred
-from jaxgen.contract import State
+from jaxgen.contract import State, Texts
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
-from jaxgen.weights import mapping, pipelines, sources, whole
+from jaxgen.text.tokenizers import Tokenizer
+from jaxgen.weights import mapping, pipelines, sources, text_encoders, whole
 from jaxgen.weights.files import PIPELINE, Weights, open_weights
 from jaxgen.weights.source import Shapes, Source
 
@@ -198,6 +199,7 @@ def import_weights(
     licence: str = '',
     discriminator: str = '',
     named: Set[str] = frozenset(),
+    tokenizer: str = '',
 ) -> None:
     """Writes the run `workdir`, at step 0, with the weights of a published file or folder.
 
@@ -209,6 +211,7 @@ def import_weights(
       licence: of the weights; '': that which a README.md beside them or else the source states.
       discriminator: file of the discriminator, where that of the generator does not have it.
       named: fields that the person set, {'stages.first', ...}: what a pipeline says of others is taken over.
+      tokenizer: folder of the tokenizer, where it does not lie with the weights of a text encoder.
 
     Raises:
       UserError: there is a run in `workdir`, the file cannot be read safely, or it does not fit the config.
@@ -219,16 +222,30 @@ def import_weights(
     config, lines = pipelines.with_scheduler(config, parts.scheduler, named)
     config, more = pipelines.with_scale(config, parts, named)
     lines += more
+    reads: list[str] = []
+
+    def of_texts(stage: str, weights: Weights) -> Callable[[Texts, str], Tokenizer]:
+        def read(texts: Texts, source: str) -> Tokenizer:
+            reads.append(stage)
+            pad = 0 if source == 'openclip' else None  # as its own code fills texts up
+            return text_encoders.read_tokenizer(texts, weights.path, tokenizer, stage.removeprefix('text'), pad)
+
+        return read
+
     with whole.new_directory(workdir, 'import', '--workdir') as new:
         stages = {}
         for name, weights in parts.stages.items():
             stages[name] = os.path.join(new, 'stages', name)
             os.makedirs(stages[name])
             stage = pipelines.stage_config(config, name, weights, parts.said(weights))
-            lines += [f'stages.{name}: {line}' for line in write_run(stages[name], stage, weights, '', licence, '')]
+            written = write_run(stages[name], stage, weights, of_texts(name, weights), '', licence)
+            lines += [f'stages.{name}: {line}' for line in written]
         here = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages}))
         there = {name: os.path.join(workdir, 'stages', name) for name in stages}
-        lines += write_run(new, here, parts.weights, names, licence, discriminator, there)
+        own = of_texts('', parts.weights)
+        lines += write_run(new, here, parts.weights, own, names, licence, discriminator, there)
+        if tokenizer and not reads:
+            raise UserError(f'--tokenizer={tokenizer}: nothing that is imported here reads texts: leave it out')
     for line in lines:
         log.say(line)
     log.say(f'{workdir} is a run at step 0')
@@ -238,15 +255,17 @@ def write_run(
     folder: str,
     config: ConfigDict,
     weights: Weights,
+    read_tokenizer: Callable[[Texts, str], Tokenizer],
     names: str,
     licence: str,
-    discriminator: str,
+    discriminator: str = '',
     stages: dict[str, str] | None = None,
 ) -> list[str]:
     """Writes a run at step 0 into an empty directory: the weights are read, checked and written array by array. Returns
     lines on what was written.
 
     Args:
+      read_tokenizer: (texts of the family, name of the source) -> their tokenizer.
       stages: paths that its earlier stages will have, where they will be moved.
 
     Raises:
@@ -265,6 +284,8 @@ def write_run(
     critic = find_discriminator(config, fit, flat_shapes({**part, **others}), weights, discriminator)
     part |= others if critic else {}
     shapes, fits = flat_shapes(part), [fit, *([critic] if critic else [])]
+    texts = assembled.family.texts
+    tokenizer = read_tokenizer(texts, fit.source.name) if texts.vocabulary else None
     bar = log.bar(sum(len(one.entries) for one in fits), 'importing', unit='array')
     arrays = {path: x for one in fits for path, x in deferred(one, shapes, bar.update).items()}
     arrays |= initial(assembled, {path for path in shapes if path not in arrays})
@@ -310,6 +331,8 @@ def write_run(
     for one in opened:
         one.check_unchanged()
     files.save_json(os.path.join(folder, RECORD), record)
+    if tokenizer is not None:
+        tokenizer.save(os.path.join(folder, directory.TOKENIZER))
     saved = configs.complete(configs.update_sections(config.to_dict(), {'stages': stages or {}}))
     directory.save_config(folder, saved, assembled.spec)
     lines = [f'imported {sum(x.size for x in arrays.values()):,} numbers of {fit.source.title}']

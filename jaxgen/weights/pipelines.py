@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.sections import sides
-from jaxgen.weights import diffusers, files
+from jaxgen.weights import diffusers, files, text_encoders
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.mapping import DTYPES
 
@@ -325,13 +325,37 @@ def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[tuple
     return size, model
 
 
-def derived(path: str) -> tuple[str, ConfigDict]:
-    """(name of the nearest config, config) of a model or pipeline of diffusers, by its config.json.
+def reading_texts(weights: Weights, tokenizer: str = '', data: ConfigDict | None = None) -> ConfigDict | None:
+    """The config of a text encoder or of CLIP, by its tensors and config.json; None: it is another model.
+
+    Args:
+      tokenizer: folder of its tokenizer, where it lies elsewhere.
+      data: of the run that it is a stage of; None: drawn scenes, of the size of its images.
+    """
+    made = text_encoders.model_of(weights, text_encoders.length_of(weights.path, tokenizer))
+    if made is None:
+        return None
+    family, model, side = made
+    own: dict[str, Any] = {'source': 'shapes', 'size': side or 32, 'channels': 3, 'batch': 32}
+    reads = 'network' not in model or model['network']['name'] != 'clip_vision'
+    features = ('image', 'caption') if reads else ('image',)
+    sections = {'data': {**(data.to_dict() if data else own), 'features': features}, 'train': {'sample_every': 0}}
+    return configs.make(family=family, model=model, **sections)
+
+
+def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
+    """(name of the nearest config, config) of a model or pipeline of diffusers or transformers, by its config.json and
+    its tensors.
+
+    Args:
+      tokenizer: folder of the tokenizer, where it does not lie with the weights of a text encoder.
 
     Raises:
       UserError: there is none, or it does not say what a config needs.
     """
     parts = open_parts(path)
+    if '_class_name' not in parts.weights.config and (config := reading_texts(parts.weights, tokenizer)) is not None:
+        return config.family, config
     if parts.lacking and not parts.stages:
         raise UserError(
             f'{path} lacks its first stage, the folder {parts.lacking}: fetch that too, or give --config and '
