@@ -24,6 +24,7 @@ from support import (
     saved_state,
     tiny,
     tiny_stage,
+    with_tokenizers,
     with_tokens,
 )
 
@@ -305,7 +306,7 @@ def test_images_that_are_not_square(name):
         assert '\n' not in str(caught.value)
         return
     config = wide(config)
-    assembled = assembly.assemble(config, stage=wide_stage)
+    assembled = with_tokenizers(assembly.assemble(config, stage=wide_stage))
     assert assembled.spec.features['image'].shape[:2] == config.data.size
     check_traces(config, assembled)
 

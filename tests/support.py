@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib
 import json
@@ -58,21 +59,32 @@ def first_batch(config) -> dict:
 
 def with_tokens(config, batch: dict) -> dict:
     """A batch with tokens in place of captions where the config's family reads them, by tokenizers made for it."""
-    from jaxgen.text import captions
-
     if 'caption' not in batch:
         return batch
-    texts = assembly.assemble(config, stage=assembly.abstract_stage).texts
-    return (
-        captions.tokenised(batch, {name: captions.trained(config.data, t) for name, t in texts.items()})
-        if texts
-        else batch
-    )
+    stage = functools.partial(shaped_stage, config.data.size)
+    return with_tokenizers(assembly.assemble(config, stage=stage)).tokenised(batch)
+
+
+def with_tokenizers(assembled):
+    """The same with tokenizers that are trained on its captions, also those of stages."""
+    from jaxgen.text import captions
+
+    section = assembled.config.data
+    made = {name: captions.trained(section, texts) for name, texts in assembled.texts.items()}
+    assembled.__dict__['tokenizers'] = made  # where functools keeps them
+    return assembled
 
 
 def tiny_stage(folder: str):
     """The tiny config of the stage that a config names as the run in `folder`."""
     return configs.load(configs.named(folder).partition(':')[0] + ':tiny')
+
+
+def shaped_stage(size, folder: str, mesh, dtype: str = ''):
+    """That stage for images of `size`, as shapes."""
+    config = configs.make(**configs.deep_update(tiny_stage(folder).to_dict(), {'data': {'size': size}}))
+    a = assembly.assemble(config, mesh, functools.partial(shaped_stage, size))
+    return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
 
 def fresh_stage(folder: str, mesh, dtype: str = ''):
@@ -88,7 +100,7 @@ def fresh_stage(folder: str, mesh, dtype: str = ''):
 def assemble(config, mesh=None):
     """assembly.assemble with stages of random weights."""
 
-    return assembly.assemble(config, mesh, fresh_stage)
+    return with_tokenizers(assembly.assemble(config, mesh, fresh_stage))
 
 
 def context(image=(8, 8, 1), classes: int = 0, **changes) -> Context:

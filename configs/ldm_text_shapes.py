@@ -1,0 +1,59 @@
+"""Text to image on drawn scenes and their captions (jaxgen/data/shapes.py), 32x32: latent diffusion by a U-Net that
+attends to the caption's tokens, the system of Stable Diffusion.
+
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # for the autoencoder's perceptual distance
+    python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
+    python -m jaxgen.main --config=configs/clip_shapes.py          # the text encoder
+    python -m jaxgen.main --config=configs/ldm_text_shapes.py
+
+`--mode=sample --condition=caption='a large red circle on a white background'` draws one caption, with
+`--condition=negative_caption=blue` away from another. `--mode=evaluate` gives the conditional accuracy by
+`classifier_shapes`: conditional_accuracy/0 is the fraction of right shapes, 1 that of colours, 2 of sizes, 6 of
+backgrounds, conditional_accuracy/caption that of samples of which all four are right.
+
+Time: not measured
+Paper: none
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        stages=dict(first='runs/kl_shapes', text='runs/clip_shapes'),
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=64),
+        model=dict(
+            process='flow',
+            network=dict(
+                name='latent_unet',
+                channels=40,
+                multipliers=(1, 2),
+                blocks=1,
+                depths=(0, 1),
+                middle_depth=1,
+                heads=4,
+                group_size=4,
+            ),
+            training=dict(prediction='flow', times=dict(name='logit_normal', mean=0.0, std=1.0)),
+            conditioning=dict(caption=dict(kind='text', tokens=('text/last',), dropout=0.1)),
+            sampler=dict(name='euler', steps=25, clip=False),
+            guidance=dict(scale=2.0),
+            latent_scale=0.5,
+        ),
+        optim=dict(lr=1.5e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=300, sample_every=600),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                model=dict(
+                    network=dict(channels=8, multipliers=(1,), depths=(1,), heads=2),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
+                ),
+                optim=dict(warmup=2),
+            ),
+        },
+    )

@@ -1,0 +1,50 @@
+"""Stable Diffusion 3's system on drawn scenes and their captions (jaxgen/data/shapes.py), 32x32: flow matching of
+latents, with times near the middle drawn more often, by a transformer in which text and image are two streams (MMDiT).
+
+    python -m jaxgen.main --config=configs/classifier_shapes.py    # for the autoencoder's perceptual distance
+    python -m jaxgen.main --config=configs/kl_shapes.py            # the autoencoder, whose latents these are
+    python -m jaxgen.main --config=configs/clip_shapes.py          # the text encoder
+    python -m jaxgen.main --config=configs/sd3_shapes.py
+
+Commands and metrics are those of `ldm_text_shapes`. A token is 2x2 latents, 8x8 pixels.
+
+Time: not measured
+Paper: none of this size
+Differs: one text encoder of three
+Ours: not measured
+"""
+
+from jaxgen.config import make
+
+
+def get_config(variant: str = ''):
+    return make(
+        variant,
+        family='diffusion',
+        stages=dict(first='runs/kl_shapes', text='runs/clip_shapes'),
+        data=dict(source='shapes', size=32, channels=3, features=('image', 'caption'), batch=64),
+        model=dict(
+            process='flow',
+            network=dict(name='mmdit', channels=128, blocks=4, heads=4, patch=2, qk_norm=True, largest=8, unit=1.0),
+            training=dict(prediction='flow', times=dict(name='logit_normal', mean=0.0, std=1.0)),
+            conditioning=dict(
+                caption=dict(kind='text', tokens=('text/last',), pooled=('text/embedding',), dropout=0.1)
+            ),
+            sampler=dict(name='euler', steps=25, clip=False),
+            guidance=dict(scale=2.0),
+            latent_scale=0.5,
+        ),
+        optim=dict(lr=1e-3, schedule='cosine', warmup=100, clip=1.0, ema=0.995, ema_warmup=True),
+        train=dict(steps=2400, updates_per_call=5, log_every=50, save_every=300, sample_every=600),
+        evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
+        variants={
+            'tiny': dict(
+                model=dict(
+                    network=dict(channels=16, blocks=2, heads=2),
+                    sampler=dict(steps=4),
+                    likelihood=dict(steps=3),
+                ),
+                optim=dict(warmup=2),
+            ),
+        },
+    )
