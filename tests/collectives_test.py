@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
-from support import ROOT, devices
+from support import python_on
 
 from jaxgen import collectives as c
 
@@ -171,7 +167,5 @@ found = collectives.collectives(jax.jit(loss).lower(w, x).compile().as_text(), [
 assert collectives.totals(found) == {('small', 'all-reduce'): 4, ('weights', 'all-gather'): 3 * 64 * 96 * 4}, found
 assert {one.group for one in found if one.carrier == 'weights'} == {4}
 """
-    done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **devices(8)}, capture_output=True, text=True
-    )
+    done = python_on(8, code)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,11 +16,11 @@ from support import (
     NAMES,
     assemble,
     assert_same,
-    devices,
     first_batch,
     main,
     metrics,
     path,
+    python_on,
     saved_state,
     tiny,
     tiny_stage,
@@ -446,15 +446,7 @@ def test_devices_do_not_matter(part):
     """A family on 8 devices, weights whole or cut over 2, 4 and 8, agrees with one device to rounding."""
     names = sorted(n for family, n in FAMILIES.items() if family not in MEANS_ALONE)[part::4]
     code = 'import sys; sys.path.insert(0, "tests"); from contract_test import on_devices; on_devices(sys.argv[1:])'
-    import subprocess
-    import sys
-
-    from support import ROOT
-
-    env = {**os.environ, **devices(8)}
-    done = subprocess.run(
-        [sys.executable, '-c', code, *names], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
-    )
+    done = python_on(8, code, *names, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

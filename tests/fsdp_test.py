@@ -4,15 +4,12 @@ devices; and what fsdp.py makes of functions, against the functions themselves."
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from embedded import DISTINCT, FAMILIES, IN_QUICK_PART
-from support import ROOT, assemble, devices, tiny
+from support import assemble, python_on, tiny
 
 from jaxgen import collectives, describe, fsdp, sample, sharding
 from jaxgen.train import make_call
@@ -36,10 +33,7 @@ PARTS = 4
 def in_a_process(function: str, *arguments: str, timeout: float = 560) -> str:
     """Standard output of a function of this file, run where there are 8 devices."""
     code = f'import sys; sys.path.insert(0, "tests"); import conftest, fsdp_test; fsdp_test.{function}(sys.argv[1:])'
-    done = subprocess.run(
-        [sys.executable, '-c', code, *arguments],
-        cwd=ROOT, env={**os.environ, **devices(8)}, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    done = python_on(8, code, *arguments, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

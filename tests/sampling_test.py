@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
+import support
 from support import assemble, devices, first_batch, path
 
 import jaxgen
@@ -399,13 +401,7 @@ def test_films_take_the_same_options():
 @pytest.mark.slow
 def test_on_eight_devices(tmp_path):
     """The tests of what compiles, where batches are cut over devices."""
-    import os
-    import subprocess
-    import sys
-
     command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', __file__]
-    done = subprocess.run(
-        [*command, '-k', 'compile_nothing and gan_digits and not conditional or seeds or sizes'],
-        env={**os.environ, **devices(8)}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    chosen = 'compile_nothing and gan_digits and not conditional or seeds or sizes'
+    done = support.run([*command, '-k', chosen], devices(8), timeout=500)
     assert done.returncode == 0 and '3 passed' in done.stdout, done.stdout[-3000:]

@@ -7,10 +7,12 @@ import glob
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -124,22 +126,46 @@ def quantised_images(n: int, size: int = 8, seed: int = 1) -> Array:
     return jnp.asarray(levels / 127.5 - 1, jnp.float32)
 
 
+STUCK = 'Termination timeout for'  # of XLA, where virtual devices wait for each other
+
+
+def run(
+    command: Sequence[str], env: dict | None = None, timeout: float = 240, **options
+) -> subprocess.CompletedProcess:
+    """Runs a command in the project's folder, with what it prints as text.
+
+    Virtual devices are threads, which on a busy machine can wait for each other in two collectives at once; XLA ends
+    such a process after 40 s, and it is run again.
+
+    Args:
+      env: what differs in the environment.
+    """
+    env = {**os.environ, **(env or {})}
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=env)
+        if done.returncode != -signal.SIGABRT or STUCK not in (done.stderr or ''):
+            break
+    return done
+
+
 def main(*args: str, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
     """Runs the command in a process of its own, as its user would."""
-    command = [sys.executable, '-W', 'error', '-m', 'jaxgen.main', *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, **(env or {})}
-    )
+    return run([sys.executable, '-W', 'error', '-m', 'jaxgen.main', *args], env, timeout)
 
 
 def devices(n: int) -> dict[str, str]:
     """Environment of a process that sees n devices.
 
-    XLA has as many threads as devices and a collective blocks one, so that two collectives at a time, entered by the
-    devices in different orders, can stop all of them for ever. NPROC is XLA's number of threads.
+    XLA has as many threads as devices and a collective blocks one, so that several at a time, entered by the devices in
+    different orders, can stop all of them for ever. NPROC is XLA's number of threads; one program is run at a time.
     """
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n}'
-    return {'XLA_FLAGS': flags, 'NPROC': str(8 * n)}
+    return {'XLA_FLAGS': flags, 'NPROC': str(8 * n), 'JAX_CPU_ENABLE_ASYNC_DISPATCH': 'false'}
+
+
+def python_on(n: int, code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Runs Python code in a process that sees n devices."""
+    return run([sys.executable, '-c', code, *arguments], devices(n), timeout)
 
 
 def metrics(workdir) -> list[dict]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROOT, devices
+from support import python_on
 
 from jaxgen import options
 from jaxgen.contract import Aux, Context, Family, Latents, advance, gradient_step, make_update, new_state
@@ -202,10 +199,7 @@ def on_devices() -> None:
 @pytest.mark.slow
 def test_on_several_devices():
     code = 'import sys; sys.path.insert(0, "tests"); import testing_test; testing_test.on_devices()'
-    done = subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **devices(4)}, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    done = python_on(4, code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

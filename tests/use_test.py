@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import types
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, assert_same, devices, mistake, path, saved_state
+from support import assert_same, mistake, path, python_on, saved_state
 
 from jaxgen import arguments as command
 from jaxgen import config as configs
@@ -561,8 +560,7 @@ def test_a_sharded_run_on_one_device(tmp_path):
         f'assert run_main(["jaxgen", {VAE!r}, "--workdir={two}", "--config.mesh.fsdp=2"]) == 0\n'
         f'numpy.save("{tmp_path}/two.npy", jaxgen.load("{two}").sample(n=4))\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **devices(2)}, capture_output=True,
-                          text=True, timeout=240)  # fmt: skip
+    done = python_on(2, code)
     assert done.returncode == 0, done.stderr
     loaded = run.load(str(two))
     assert directory.saved_config(str(two)).mesh.fsdp == 2 and loaded.config.mesh.fsdp == 1

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from support import devices
+from support import python_on
 
 from jaxgen.errors import UserError
 from jaxgen.networks import attention
@@ -256,9 +253,7 @@ print('none')
 @slow
 def test_nothing_is_gathered_where_the_batch_is_cut():
     """On eight devices every one attends within its own examples, and the result is that of one device."""
-    done = subprocess.run(
-        [sys.executable, '-c', GATHERS], env={**os.environ, **devices(8)}, capture_output=True, text=True
-    )
+    done = python_on(8, GATHERS)
     assert done.stdout == 'none\n', done.stderr
 
 

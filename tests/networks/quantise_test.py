@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import ROOT, devices
+from support import python_on
 
 from jaxgen.contract import State
 from jaxgen.networks import quantise
@@ -221,8 +217,7 @@ one, eight = jax.jit(both)(z), jax.jit(both)(jax.device_put(z, place))
 assert len(eight[0].devices()) == 8
 jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6), one, eight)
 """
-    env = {**os.environ, **devices(8)}
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = python_on(8, code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

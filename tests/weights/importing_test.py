@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from references import randomise
-from support import ROOT, config_of, devices, run_main
+from support import ROOT, config_of, python_on, run_main
 
 import jaxgen
 from jaxgen import assembly
@@ -391,9 +391,7 @@ def test_weights_lie_on_the_mesh_with_its_sharding(tmp_path):
     fields = [f'--config.{field}' for field in (*tiny_file(tmp_path / 'x.safetensors'), 'mesh.fsdp=8')]
     run = str(tmp_path / 'run')
     given = ['--mode=import', '--config=ddpm_cifar10', f'--from={tmp_path}/x.safetensors', f'--workdir={run}', *fields]
-    done = subprocess.run(
-        [sys.executable, '-c', ON_DEVICES, run, *given], cwd=ROOT, env=os.environ | devices(8), capture_output=True
-    )
+    done = python_on(8, ON_DEVICES, run, *given)
     assert done.returncode == 0, done.stderr
     theirs = safetensors.numpy.load_file(tmp_path / 'x.safetensors')['mid_block.resnets.0.conv1.weight']
     np.testing.assert_array_equal(np.load(f'{run}/kernel.npy'), theirs.transpose(2, 3, 1, 0))
