@@ -91,6 +91,7 @@ PATHS = {
     'data.dir': ('',),
     'data.prepared_dir': ('',),
     'evaluate.features': ('run:',),
+    'evaluate.clip': ('run:',),
     'evaluate.inception': ('',),
     'evaluate.reference': ('',),
 }

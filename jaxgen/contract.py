@@ -160,6 +160,12 @@ class EncodeText(Protocol):
     def __call__(self, state: State, frozen: Frozen, tokens: Array) -> Any: ...
 
 
+class LogitScale(Protocol):
+    """What the cosines of embeddings of images and texts are multiplied by to be logits, float32 []."""
+
+    def __call__(self, state: State) -> Array: ...
+
+
 class Posterior(NamedTuple):
     """The distribution of latents given an image, of which `encode` gives the mean."""
 
@@ -231,6 +237,7 @@ class Family(NamedTuple):
     embed: Embed | None = None  # of integer latents whose grids are scales of one map
     posterior: Posterior | None = None  # of the latents: later stages are trained on draws from it
     encode_text: EncodeText | None = None
+    logit_scale: LogitScale | None = None  # where `encode` of images and `encode_text` are into one space
     prepare: Prepare | None = None  # where `update` reads of an image what frozen stages make of it, and nothing else
     conditions: tuple[str, ...] = ()  # names in `batch` that sample reads beside 'index'
     inputs: tuple[Input, ...] = ()  # further images, that a person may give beside or in place of these

@@ -82,7 +82,8 @@ from jaxgen import run as runs
 from jaxgen.conditions import PROMPTS
 from jaxgen.data import folder, summary
 from jaxgen.errors import RunError, UserError
-from jaxgen.evaluation import cache, explore, record
+from jaxgen.evaluation import cache, explore, record, samples
+from jaxgen.sections import sides
 from jaxgen.weights import exporting, importing, pipelines
 
 MOST_PROMPTS = 2**26  # bytes of a file of texts
@@ -198,17 +199,19 @@ def evaluate_mode(run, seed: int) -> None:
     That file is the newest; those of all settings lie beside each other in WORKDIR/results.
     """
     config, family = run.config.evaluate, run.assembled.family
-    evaluator = None
+    evaluator = clip = None
     if config.features != 'none' and family.sample is not None:
         evaluator = runs.make_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
         evaluator.check(config.samples)
+    if family.sample is not None:
+        clip = runs.make_clip_evaluator(run.config, run.assembled.mesh, run.assembled.unnamed)
     about = record.made(run, split=config.held_out, seed=run.config.seed)
     if config.examples:
         about['examples'] = config.examples
     metrics = run.evaluate() | run.modes(config.samples, seed)
-    if evaluator is not None:
-        metrics |= run.compare(evaluator, config.samples, seed)
-        about |= {'samples': {'n': config.samples, 'seed': seed}, **evaluator.about()}
+    if evaluator is not None or clip is not None:
+        metrics |= run.compare(evaluator, config.samples, seed, clip)
+        about |= {'samples': {'n': config.samples, 'seed': seed}, **runs.about_networks(evaluator, clip)}
     record.save(run.workdir, about, metrics)
     cache.clear(run.workdir)
 
@@ -239,16 +242,22 @@ def pack_mode(workdir: str, config, named: set[str], step: int | str | None, out
 
 def images_mode(config, unnamed: dict[str, str], folder: str, out: str) -> None:
     """The metrics of a folder of images against the data set of a config."""
-    if config.evaluate.features == 'none':
+    if config.evaluate.features == 'none' and config.evaluate.clip == 'none':
         raise UserError('--images needs --features=inception or --features=run:PATH: the network to evaluate with')
     out = out or os.path.join('runs', f'images_{os.path.basename(os.path.abspath(folder))}')
     files.check_writable(out, '--out')
     mesh = sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
-    evaluator = runs.make_evaluator(config, mesh, unnamed)
-    images = data.FolderImages(folder, evaluator.image)
-    evaluator.check(len(images))
-    metrics = evaluator.compare_images(images, folder)
-    record.save(out, {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **evaluator.about()}, metrics)
+    evaluator = runs.make_evaluator(config, mesh, unnamed) if config.evaluate.features != 'none' else None
+    clip = runs.make_clip_evaluator(config, mesh, unnamed)
+    images = data.FolderImages(folder, (*sides(config.data.size), config.data.channels))
+    metrics: dict[str, dict] = {}
+    if evaluator is not None:
+        evaluator.check(len(images))
+        metrics |= evaluator.compare_images(images, folder)
+    if clip is not None:
+        metrics |= samples.Measures(clip=clip).compare_images(images, folder)
+    about = {'images': {'folder': os.path.abspath(folder), 'n': len(images)}, **runs.about_networks(evaluator, clip)}
+    record.save(out, about, metrics)
 
 
 def data_mode(config, out: str) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -35,10 +35,12 @@ from jaxgen.checkpoint import Checkpoints
 from jaxgen.contract import State
 from jaxgen.data.own_images import OwnImages
 from jaxgen.errors import UserError
-from jaxgen.evaluation import cache, conditional, held_out, samples
+from jaxgen.evaluation import cache, conditional, held_out, prompts, samples
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.metrics import features
+from jaxgen.metrics import arrays, features
+from jaxgen.metrics.scores import log_sum_exp
 from jaxgen.options import check_integer
+from jaxgen.text.tokenizers import caption_text
 
 DECIDES = re.compile(
     r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
@@ -280,10 +282,44 @@ class Run:
         class, where the texts describe classes.
 
         Args:
-          images: uint8 or floats in [-1, 1], [n, H, W, C].
+          images: uint8 or floats in [-1, 1], [n, H, W, C], of any size.
         """
-        functions.check_offered(self.assembled.family, 'encode_text', self.config.family)
-        return self.encode(images) @ self.encode_text(texts).T
+        self.check_one_space()
+        return self.encode_images(images) @ self.encode_text(texts).T
+
+    def zero_shot(
+        self, images, classes: Sequence[str | Sequence[str]], templates: Sequence[str] = ('{}',)
+    ) -> np.ndarray:
+        """Probabilities of the classes, float32 [n, classes], by texts that describe them; see evaluation/prompts.py.
+
+        Args:
+          images: as for `similarity`.
+          classes: the text of each class, 'a photo of a cat' or, with templates, 'cat'; or several texts of each.
+          templates: the prompts of a class are its texts in place of {} in all of these.
+        """
+        self.check_one_space()
+        texts = prompts.fill(templates, classes)
+        cosines = self.encode_images(images) @ prompts.embeddings(self.encode_text, texts).T
+        logits = cosines * self.logit_scale
+        return np.exp(logits - log_sum_exp(logits, 1)).astype(np.float32)
+
+    def check_one_space(self) -> None:
+        """Raises UserError where the family does not bring images and texts into one space."""
+        if self.assembled.family.logit_scale is None:
+            raise UserError(f'a {self.config.family} does not compare images with texts: take a run of clip')
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines of embeddings of images and texts are multiplied by to be logits."""
+        scale = self.assembled.family.logit_scale
+        assert scale is not None
+        return float(scale(self.model.state))
+
+    def encode_images(self, images) -> np.ndarray:
+        """Embeddings of images of any size, float32 [n, d]; see metrics.features.resized."""
+        if np.shape(images)[1:] == self.image:
+            return self.encode(images)
+        return arrays.extract(images, self, self.config.sample.batch)['features']
 
     def denoise(self, images, sigma, condition: dict[str, Any] | None = None) -> np.ndarray:
         """Estimates of the images without noise, [n, H, W, C]: uint8 of uint8, else float32, not clipped.
@@ -371,12 +407,36 @@ class Run:
         source = a.dataset(split)
         n = min(c.evaluate.examples or len(source), len(source))
         kept = c.data.keep_classes if split == 'test' else ()  # the other splits have no other classes
+        tasks = prompts.tasks(c.evaluate.templates, c.data.to_dict()) if a.family.logit_scale else {}
         anomalous = ~np.isin(data.labels(c.data, split)[:n], kept) if kept else None
         results = held_out.evaluate(model, source, n, c.evaluate.batch, c.seed, anomalous, split)
         if 'factors' in a.spec.features and a.family.encode is not None and not a.family.latents.grids:
             results |= held_out.evaluate_disentanglement(model, source, n, c.evaluate.batch, c.seed)
         if a.family.encode_text is not None and a.family.encode is not None and 'tokens' in a.texts:
             results |= held_out.evaluate_retrieval(model, source, n, c.evaluate.batch, c.seed)
+        if a.family.logit_scale is not None:
+            results |= self.evaluate_zero_shot(tasks, n)
+        return results
+
+    def evaluate_zero_shot(self, tasks: dict[str, prompts.Task], n: int) -> dict[str, dict]:
+        """Accuracies of the first n examples of config.evaluate.held_out, see prompts.tasks."""
+        c, a, numbers = self.config.evaluate, self.assembled, np.arange(n)
+        if not tasks:
+            return {}
+        source = a.untokenised(c.held_out, features=('image',))
+        cuts = range(0, n, c.batch)
+        images = np.concatenate([self.encode(source.take(numbers[i : i + c.batch])['image']) for i in cuts])
+        texts = list(dict.fromkeys(text for task in tasks.values() for texts in task.prompts for text in texts))
+        embedded = dict(zip(texts, self.encode_text(texts), strict=True))
+
+        def encode(texts: list[str]) -> np.ndarray:
+            return np.stack([embedded[text] for text in texts])
+
+        results = {}
+        for name, task in tasks.items():
+            feature = task.attribute.feature
+            values = a.untokenised(c.held_out, features=('image', feature)).take(numbers)[feature]
+            results[name] = prompts.accuracy(task, encode, images, values)
         return results
 
     def saved_params(self) -> dict[str, Any]:
@@ -406,25 +466,64 @@ class Run:
         metrics = data.sample_metrics(self.config.data)
         return metrics(self.sample(n, seed)) if metrics and self.assembled.family.sample else {}
 
-    def compare(self, evaluator: samples.Evaluator, n: int, seed: int = 0) -> dict[str, dict]:
+    def compare(
+        self, evaluator: samples.Evaluator | None, n: int, seed: int = 0, clip: samples.Evaluator | None = None
+    ) -> dict[str, dict]:
         """Metrics of n samples against a data set, see samples.compare. Where samples are conditioned on attributes
-        that the evaluator's network predicts, also the conditional accuracy, see conditional.Attributes."""
+        that the evaluator's network predicts, also the conditional accuracy, see conditional.Attributes.
+
+        Args:
+          clip: of a CLIP run: of samples and their captions, see samples.Measures.of_clip. None: the evaluator, where
+            its network is one.
+        """
         n, seed = check_integer('n', n, 1), check_integer('seed', seed, 0)
         a, c, model = self.assembled, self.config.to_dict(), self.model
         origin.check_named(a.unnamed, *configs.DATA_PATHS)
         batch = model.batch_size(c['sample']['batch'], n)
         weights = features.digest((self.state.ema, self.state.extra, a.frozen))
         decides = [c[name] for name in ('family', 'model', 'data', 'stages')] + [c['train']['dtype'], weights]
-        folder = cache.path(self.folder, [*decides, evaluator.features.digest, seed, batch])
         provide = conditions.provider(a, self.config, {})
-        attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
-        pieces = samples.sample_outputs(model, provide, evaluator, attributes, n, batch, seed, folder)
-        return samples.compare_samples(evaluator, pieces, n)
+        if clip is None and evaluator is not None and evaluator.features.texts:
+            clip = evaluator
+        measures = samples.Measures(evaluator, clip=clip, captions=self.captions())
+        if evaluator is not None:
+            attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
+            measures = dataclasses.replace(measures, attributes=attributes)
+        networks = [one.features.digest if one else '' for one in (evaluator, clip)]
+        folder = cache.path(self.folder, [*decides, *networks, seed, batch])
+        return measures.compare(samples.sample_outputs(model, provide, measures, n, batch, seed, folder), n)
+
+    def captions(self) -> Callable[[dict[str, np.ndarray]], list[str]] | None:
+        """The function from samples' conditions to the captions of the test split that they are drawn for; None where
+        they are drawn for none."""
+        if 'caption' not in self.assembled.family.conditions:
+            return None
+        source = self.assembled.untokenised('test')
+
+        def of_examples(batch: dict[str, np.ndarray]) -> list[str]:
+            return [caption_text(caption) for caption in source.take_cyclic(batch['index'])['caption']]
+
+        return of_examples
 
     def changes(self) -> dict[str, Any]:
         """{field: value} of what samples depend on, where it is another than in the run's own config."""
         different = configs.changed(directory.saved_config(self.folder), self.config)
         return {field: value for field, (_, value) in different.items() if DECIDES.fullmatch(field)}
+
+
+def feature_run(field: str, value: str, mesh) -> features.Features:
+    """The network of the run that a field names, 'run:PATH'.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = value.removeprefix('run:')
+    if not os.path.isfile(os.path.join(path, 'config.json')):
+        file = configs.named(path)
+        command = f' (python -m jaxgen.main --config={file})' if file else ''
+        without = ', or --features=none for the metrics that need no other network' if 'features' in field else ''
+        raise UserError(f'config.{field} = {value!r}: no run in {path}; train it first{command}{without}')
+    return load(path, mesh=mesh).features
 
 
 def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> samples.Evaluator:
@@ -440,23 +539,38 @@ def make_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = No
     origin.check_named(unnamed or {}, 'evaluate.reference')
     if config.evaluate.features == 'inception':
         origin.check_named(unnamed or {}, 'evaluate.inception')
-    which, section = config.evaluate.features, config.data.to_dict()
-    if which == 'inception':
-        network = features.of_inception(config.evaluate.inception, os.path.join(data.root(section), 'weights'), mesh)
+    c, section = config.evaluate, config.data.to_dict()
+    if c.features == 'inception':
+        network = features.of_inception(c.inception, os.path.join(data.root(section), 'weights'), mesh)
     else:
-        path = which.removeprefix('run:')
-        if not os.path.isfile(os.path.join(path, 'config.json')):
-            file = configs.named(path)
-            command = f' (python -m jaxgen.main --config={file})' if file else ''
-            raise UserError(
-                f'config.evaluate.features = {which!r}: no run in {path}; train it first{command}, or --features=none '
-                'for the metrics that need no other network'
-            )
-        network = load(path, mesh=mesh).features
-    c = config.evaluate
+        network = feature_run('evaluate.features', c.features, mesh)
     evaluator = samples.Evaluator(network, section, c.split, mesh, c.batch, os.path.expanduser(c.reference))
     network.shapes(evaluator.image)  # whether it reads such images
     return evaluator
+
+
+def make_clip_evaluator(config: ConfigDict, mesh, unnamed: dict[str, str] | None = None) -> samples.Evaluator | None:
+    """The CLIP run of config.evaluate.clip, and the data set of config.data; None where it names none.
+
+    Raises:
+      UserError: there is no such run, it has no texts and images in one space, or does not read such images.
+    """
+    c = config.evaluate
+    if c.clip == 'none':
+        return None
+    origin.check_named(unnamed or {}, *configs.DATA_PATHS, 'evaluate.clip')
+    network = feature_run('evaluate.clip', c.clip, mesh)
+    if network.texts is None:
+        raise UserError(f'config.evaluate.clip = {c.clip!r} must be a run of clip: this one has no texts')
+    evaluator = samples.Evaluator(network, config.data.to_dict(), c.split, mesh, c.batch)
+    network.shapes(evaluator.image)
+    return evaluator
+
+
+def about_networks(evaluator: samples.Evaluator | None, clip: samples.Evaluator | None) -> dict:
+    """The entries of evaluation.json on the networks that samples are measured with, and the data set."""
+    about = [one.about() for one in (clip, evaluator) if one]
+    return {**about[0], **about[-1]} | ({'clip': clip.about()['features']} if clip else {})
 
 
 def load(

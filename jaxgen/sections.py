@@ -300,6 +300,10 @@ class Evaluate:
       examples: of that split; 0 is all.
       samples: drawn for metrics of samples.
       features: the feature network of these metrics.
+      clip: a CLIP run by which samples are compared with their captions, and with the data, beside these: CLIP score,
+        R-precision and CMMD.
+      templates: prompts by which a CLIP run's test images are classified without training: {} is the name of the class,
+        {colour} that of a factor's value; see evaluation/prompts.py.
       inception: file with the published weights, for 'inception'.
       split: images that samples are compared with; most papers take train.
       reference: a published file of moments (.npz with mu and sigma, as EDM, guided-diffusion and pytorch-fid have
@@ -311,6 +315,8 @@ class Evaluate:
     examples: Annotated[int, '[0, inf)'] = 0
     samples: Annotated[int, '[1, inf)'] = 50_000
     features: Annotated[str, Rule(is_features, "'inception', 'run:PATH' or 'none'")] = 'none'
+    clip: Annotated[str, Rule(lambda name: name == 'none' or name.startswith('run:'), "'run:PATH' or 'none'")] = 'none'
+    templates: tuple[str, ...] = ('a photo of a {}',)
     inception: str = ''
     split: Annotated[str, OneOf('train', 'validation', 'test')] = 'train'
     reference: str = ''

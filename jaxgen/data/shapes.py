@@ -54,7 +54,13 @@ FACTORS = {
     'rotation': 12,
     'background': len(BACKGROUNDS),
 }
-CAPTIONED_FACTORS = ('shape', 'colour', 'size', 'background')  # those with names: a caption states their values
+NAMES = {
+    'shape': SHAPES,
+    'colour': tuple(COLOURS),
+    'size': tuple(SIZES),
+    'background': tuple(BACKGROUNDS),
+}  # of the values of factors
+CAPTIONED_FACTORS = tuple(NAMES)  # a caption states their values
 # The shape is coloured all over; along its border only; or all over, and in the middle of every image.
 STYLES = ('filled', 'outlined', 'centred')
 MIDDLE = 4  # the value of x and y, of 8, that is nearest to the middle

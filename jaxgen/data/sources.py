@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,7 @@ class Source(NamedTuple):
     check: Callable[[], None] = lambda: None  # refuses a prepared set that does not suit the config
     own: bool = True  # made by jaxgen, so that remains of it may be deleted
     captioned: tuple[int, ...] = ()  # entries of the feature 'factors' whose values the feature 'caption' states
+    values: Mapping[str, tuple[int, tuple[str, ...]]] = {}  # see factor_names
     test_scenes: str = ''  # test examples of one number show one scene in all sources with the same name here
     sample_metrics: Callable[[np.ndarray], dict[str, dict]] | None = None  # see the function of this name
     # Of files that are read as they are; None: that is settled when they are looked at, and the builder is there too.
@@ -130,6 +131,7 @@ def shapes_source(data, here: str) -> Source:
         lambda: batch_features(features),
         lambda: builders.JaxgenShapes(config=config, data_dir=here),
         captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
+        values={name: (list(shapes.FACTORS).index(name), names) for name, names in shapes.NAMES.items()},
         test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
     )
 
@@ -231,6 +233,11 @@ def sample_metrics(data) -> Callable[[np.ndarray], dict[str, dict]] | None:
     """The source's own metrics of samples, a function from uint8 [n, H, W, C] to {name: {'value', 'n', ...}}, where the
     data's distribution is known; else None."""
     return resolve(data).sample_metrics
+
+
+def factor_names(data) -> Mapping[str, tuple[int, tuple[str, ...]]]:
+    """{name of an entry of the feature 'factors': (which entry, the names of its values)}, of those that have names."""
+    return resolve(data).values
 
 
 def same_test_scenes(data) -> bool:

@@ -61,7 +61,7 @@ def requested(family, section: dict, features: networks.Features, mesh) -> Attri
     names, conditions = features.attributes, family.conditions
     if not names or not conditions:
         return None
-    if 'label' in conditions:
+    if 'label' in conditions and (names == ('label',) or 'caption' not in conditions):
         of_label = Attributes(features, mesh, lambda batch: {'label': batch['label']})
         return of_label if names == ('label',) else None
     # Of an image that is translated from another source the attributes are unknown, unless both have the same scenes.

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxgen import fsdp, log, randomness, sample, sharding
-from jaxgen.errors import RunError
+from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.losses.matching import unit
 from jaxgen.metrics import detection, disentanglement, retrieval
@@ -129,7 +129,8 @@ RECALLS = (1, 5, 10)
 def evaluate_retrieval(model: BoundModel, source, n: int, batch: int, seed: int) -> dict[str, dict]:
     """{metric: {'value', 'n'}} of the first n pairs of image and caption: 'recall@k/text', the fraction of images of
     whose k most similar captions one is theirs, and 'recall@k/image' the other way round. A caption that is word for
-    word the same as an image's own is right."""
+    word the same as an image's own is right. 'r_precision' is the fraction of images to which of 100 captions their own
+    is the most similar, where there are as many."""
     embeddings = map_examples(pair_encoder(model.family), model, source, n, batch, seed, 'retrieval')
     _, number = np.unique(embeddings['tokens'], axis=0, return_inverse=True)
     number = number.reshape(-1)
@@ -138,7 +139,18 @@ def evaluate_retrieval(model: BoundModel, source, n: int, batch: int, seed: int)
         ks = [k for k in RECALLS if k < n]
         recalls = retrieval.recall(embeddings[queries], embeddings[answers], (number, number), ks)
         results |= {f'recall@{k}/{name}': {'value': value, 'n': n} for k, value in recalls.items()}
-    return results
+    precision = r_precision(embeddings['image'], embeddings['text'], number)
+    return results | ({'r_precision': precision} if precision else {})
+
+
+def r_precision(images: np.ndarray, texts: np.ndarray, same: np.ndarray) -> dict:
+    """{'value', 'stderr', 'n', 'of'} of retrieval.r_precision; {} where there are not enough other texts."""
+    try:
+        right = retrieval.r_precision(images, texts, same)
+    except UserError as e:
+        log.say(f'no R-precision: {e}')
+        return {}
+    return {**mean(right.astype(np.float64)), 'of': retrieval.CANDIDATES}
 
 
 def evaluate_disentanglement(model: BoundModel, source, n: int, batch: int, seed: int) -> dict[str, dict]:

@@ -20,13 +20,14 @@ from jaxgen import data, log, sample, sharding
 from jaxgen.errors import UserError
 from jaxgen.evaluation import cache, conditional
 from jaxgen.evaluation.bound import BoundModel
-from jaxgen.evaluation.held_out import mean
+from jaxgen.evaluation.held_out import mean, r_precision
 from jaxgen.metrics import features as networks
-from jaxgen.metrics import neighbours, scores
+from jaxgen.metrics import neighbours, retrieval, scores
 from jaxgen.metrics.moments import frechet
-from jaxgen.metrics.statistics import Statistics, cached, gather, published
+from jaxgen.metrics.statistics import KEPT, Statistics, cached, gather, published
 from jaxgen.sections import sides
 
+CLIP = 'clip/'  # names of what a CLIP run gives of samples begin with it
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 # Metrics of which larger values are better.
 LARGER: tuple[str, ...] = ('inception_score', 'precision', 'recall', 'density', 'coverage', 'authenticity', 'modes')
@@ -68,7 +69,12 @@ def fidelity_and_diversity(fake: Statistics, real: Statistics, training: bool) -
     return metrics
 
 
-def compare(fake: Statistics, real: Statistics, name: str, training: bool) -> dict[str, dict]:
+def clip_distance(fake: np.ndarray, real: np.ndarray) -> dict:
+    """The entry 'cmmd' of embeddings of images [n, d] against those of a data set."""
+    return {'value': scores.gaussian_discrepancy(fake, real), 'n': len(fake), 'n_reference': len(real)}
+
+
+def compare(fake: Statistics, real: Statistics, name: str, training: bool, clip: bool = False) -> dict[str, dict]:
     """{metric/NAME: {'value', 'n', 'n_reference', ...}} of images against a data set.
 
     frechet            distance of two Gaussians (FID, where the network is Inception)
@@ -79,10 +85,12 @@ def compare(fake: Statistics, real: Statistics, name: str, training: bool) -> di
     density, coverage  the same with neighbourhoods of 5, robust to outliers
     authenticity       fraction of images that are not copies of training images
     modes, class_kl    classes with a sample; divergence of the class distribution from that of the data, nats
+    cmmd               maximum mean discrepancy of a CLIP run's embeddings
 
     Args:
       name: the network's.
       training: the data set is what the model was trained on; authenticity is of nothing else.
+      clip: the features are embeddings of a CLIP run.
     """
     metrics = distances(fake, real)
     if fake.logits is not None:
@@ -91,6 +99,8 @@ def compare(fake: Statistics, real: Statistics, name: str, training: bool) -> di
     if real.published:
         return {f'{metric}/{name}': entry for metric, entry in metrics.items()}
     metrics |= fidelity_and_diversity(fake, real, training)
+    if clip:
+        metrics['cmmd'] = clip_distance(fake.features, real.features)
     if fake.logits is not None:
         modes, kl = scores.class_balance(fake.logits, real.counts)
         metrics['modes'] = {'value': modes, 'n': len(fake.logits), 'of': len(real.counts)}
@@ -152,6 +162,7 @@ class Evaluator:
             return [f'frechet/{self.features.name}']
         names = ['frechet', *(['sfid'] if 'spatial' in outputs else []), 'kid']
         names += ['inception_score', 'modes', 'class_kl'] if 'logits' in outputs else []
+        names += ['cmmd'] if self.features.texts else []
         return [f'{name}/{self.features.name}' for name in (*names, 'precision', 'recall', 'density', 'coverage')]
 
     def batch(self, n: int) -> int:
@@ -192,7 +203,8 @@ class Evaluator:
     def compare(self, pieces: Iterable[dict], n: int) -> dict[str, dict]:
         """Metrics of n images, of whose `extract` these are the pieces; see `compare`."""
         real = self.reference  # before the pieces are made: it has a progress bar of its own
-        return compare(gather(pieces, n), real, self.features.name, self.split == 'train')
+        clip = self.features.texts is not None
+        return compare(gather(pieces, n), real, self.features.name, self.split == 'train', clip)
 
     def compare_images(self, images, title: str) -> dict[str, dict]:
         """Metrics of images, uint8 [n, H, W, C] or any sequence of such slices."""
@@ -213,18 +225,103 @@ class Evaluator:
         }
 
 
+Conditions = dict[str, np.ndarray]  # of samples, by name; see conditions.provider
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What samples are measured with, one of the first and the last at least."""
+
+    evaluator: Evaluator | None = None
+    attributes: conditional.Attributes | None = None  # that they are requested to show, by the evaluator's network
+    clip: Evaluator | None = None  # of a CLIP run
+    captions: Callable[[Conditions], list[str]] | None = None  # that they are drawn for
+
+    def outputs(self, images: np.ndarray, conditions: Conditions, n: int) -> dict[str, np.ndarray]:
+        """Of samples uint8 [b, H, W, C], some of a set of n: outputs of the evaluator's network, and beside them, in
+        entries that begin with 'conditional_accuracy', whether each shows the attributes that it is conditioned on;
+        'clip/image', 'clip/text' and 'clip/tokens' are of the CLIP run."""
+        out: dict[str, np.ndarray] = {}
+        if self.evaluator:
+            out |= self.evaluator.extract(images, n)
+        if self.evaluator and self.attributes:
+            out |= self.attributes.correct(images, conditions, self.evaluator.batch(n))
+        if self.clip:
+            same = self.clip is self.evaluator
+            out[f'{CLIP}image'] = out['features'] if same else self.clip.extract(images, n)['features']
+        if self.clip and self.captions and self.clip.features.texts:
+            texts = self.clip.features.texts(self.captions(conditions))
+            out |= {f'{CLIP}text': texts.embeddings, f'{CLIP}tokens': texts.tokens}
+        return out
+
+    def compare(self, pieces: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, dict]:
+        """Metrics of n samples, of whose `outputs` these are the pieces; those of single samples with their standard
+        errors."""
+        apart: dict[str, list] = {}
+
+        def rest() -> Iterator[dict[str, np.ndarray]]:
+            for piece in pieces:
+                for name in [name for name in piece if name.startswith((conditional.PREFIX, CLIP))]:
+                    apart.setdefault(name, []).append(piece.pop(name))
+                yield piece
+
+        metrics = {}
+        if self.clip:
+            _ = self.clip.reference  # before the pieces are made: it has a progress bar of its own
+        if self.evaluator:
+            metrics = self.evaluator.compare(rest(), n)
+        else:
+            for _ in rest():
+                pass
+        each = {name: np.concatenate(parts) for name, parts in apart.items()}
+        for name, correct in each.items():
+            if self.evaluator and name.startswith(conditional.PREFIX):
+                metrics[f'{name}/{self.evaluator.features.name}'] = mean(correct.astype(np.float64))
+        return metrics | self.of_clip({name.removeprefix(CLIP): x for name, x in each.items() if name.startswith(CLIP)})
+
+    def compare_images(self, images, title: str) -> dict[str, dict]:
+        """`of_clip` of images that no captions are known of, uint8 [n, H, W, C] or any sequence of such slices."""
+        assert self.clip is not None
+        _ = self.clip.reference
+        pieces = self.clip.pieces(lambda i, j: images[i:j], len(images), title)
+        return self.of_clip({'image': np.concatenate([piece['features'] for piece in pieces])})
+
+    def of_clip(self, outputs: dict[str, np.ndarray]) -> dict[str, dict]:
+        """Metrics by the embeddings of a CLIP run:
+
+        cmmd         maximum mean discrepancy of the embeddings of samples and data
+        clip_score   100 max(cosine, 0) of a sample and its caption
+        r_precision  fraction of samples to which of 100 captions their own is the most similar
+        """
+        metrics: dict[str, dict] = {}
+        if self.clip and self.clip is not self.evaluator:
+            real = self.clip.reference.features
+            metrics['cmmd'] = clip_distance(outputs['image'][:KEPT], real)
+        if 'text' in outputs:
+            metrics |= text_metrics(outputs['image'], outputs['text'], outputs['tokens'])
+        return {f'{name}/{self.clip.features.name}': entry for name, entry in metrics.items() if self.clip}
+
+
+def text_metrics(images: np.ndarray, texts: np.ndarray, tokens: np.ndarray) -> dict[str, dict]:
+    """'clip_score' and 'r_precision' of embeddings [n, d] of images and of their texts. Texts of the same tokens [n, T]
+    are the same; without 99 others there is no R-precision."""
+    same = np.unique(tokens, axis=0, return_inverse=True)[1].reshape(-1)
+    precision = r_precision(images, texts, same)
+    return {'clip_score': mean(retrieval.clip_scores(images, texts))} | (
+        {'r_precision': precision} if precision else {}
+    )
+
+
 def sample_outputs(
     model: BoundModel,
-    provide: Callable[[np.ndarray], dict[str, np.ndarray]],
-    evaluator: Evaluator,
-    attributes: conditional.Attributes | None,
+    provide: Callable[[np.ndarray], Conditions],
+    measures: Measures,
     n: int,
     batch: int,
     seed: int,
     folder: str,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Outputs of the evaluator's network for n samples, piece by piece, and beside them, in entries that begin with
-    'conditional_accuracy', whether each shows the attributes that it is conditioned on.
+    """`Measures.outputs` of n samples, piece by piece.
 
     Args:
       provide: of the samples' conditions, by their numbers; see conditions.provider.
@@ -235,28 +332,10 @@ def sample_outputs(
 
     def make(numbers: np.ndarray) -> dict[str, np.ndarray]:
         conditions = provide(numbers)
-        images = sample.draw_batch(model, conditions, size, seed)
-        correct = attributes.correct(images, conditions, evaluator.batch(n)) if attributes else {}
-        return evaluator.extract(images, n) | correct
+        return measures.outputs(sample.draw_batch(model, conditions, size, seed), conditions, n)
 
     with log.bar(n, 'samples', jax.process_index() != 0) as bar:
         for start in range(0, n, size):
             numbers = np.arange(start, min(start + size, n))
             yield cache.piece(folder, start, len(numbers), functools.partial(make, numbers))
             bar.update(len(numbers))
-
-
-def compare_samples(evaluator: Evaluator, pieces: Iterable[dict[str, np.ndarray]], n: int) -> dict[str, dict]:
-    """Metrics of n samples by the pieces of `sample_outputs`; conditional accuracies with their standard errors."""
-    correct: dict[str, list] = {}
-
-    def outputs() -> Iterator[dict[str, np.ndarray]]:
-        for piece in pieces:
-            for name in [name for name in piece if name.startswith(conditional.PREFIX)]:
-                correct.setdefault(name, []).append(piece.pop(name))
-            yield piece
-
-    metrics = evaluator.compare(outputs(), n)
-    for name, parts in correct.items():
-        metrics[f'{name}/{evaluator.features.name}'] = mean(np.concatenate(parts).astype(np.float64))
-    return metrics

@@ -126,6 +126,10 @@ def build(
         """The output of the text tower."""
         return reader.apply({'params': state.ema['text']}, tokens)
 
+    def logit_scale(state):
+        """The learned scale of cosines."""
+        return scale(state.ema)
+
     return Family(
         init,
         update,
@@ -133,6 +137,7 @@ def build(
         evaluate,
         encode,
         encode_text=encode_text,
+        logit_scale=logit_scale,
         texts=Texts(text['vocabulary'], text['length']),
         divisor=vision['patch'],
         larger=('similarity',),

@@ -6,9 +6,10 @@ What `features` may be:
   a file              weights of the Inception network, see inception.load: then frechet_distance is FID, and
                       kernel_distance KID
   a function          uint8 [b, H, W, C] -> [b, d], or {'features': [b, d], 'logits': [b, c]}
-Images are uint8 [n, H, W, C], or floats in [-1, 1], which are rounded to 8 bits; a sequence whose slices are images
-(data.FolderImages) is read a batch at a time. Samples come first, the data that they are compared with second. Extract
-once what several metrics read: `extract(images, run)['features']`.
+What compares images with texts takes embeddings, or images, texts and a run of clip. Images are uint8 [n, H, W, C], or
+floats in [-1, 1], which are rounded to 8 bits; a sequence whose slices are images (data.FolderImages) is read a batch
+at a time. Samples come first, the data that they are compared with second. Extract once what several metrics read:
+`extract(images, run)['features']`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, functions, log, sharding
+from jaxgen import data, functions, log, options, sharding
 from jaxgen.errors import UserError
 from jaxgen.metrics import features as networks
-from jaxgen.metrics import moments, neighbours, scores
+from jaxgen.metrics import moments, neighbours, retrieval, scores
 
 SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 
@@ -163,6 +164,67 @@ def kernel_distance(
     """
     a, b = both(samples, reference, features, batch)
     return scores.kernel_distance(a, b, subsets, min(size, len(a), len(b)))
+
+
+def clip_distance(samples, reference, features=None, batch: int = 256) -> float:
+    """CMMD: squared maximum mean discrepancy of embeddings of images by a CLIP run, times 1000. See
+    scores.gaussian_discrepancy.
+
+    Raises:
+      UserError: arrays that are none of images or features; see above.
+      RunError: a feature is not finite.
+    """
+    return scores.gaussian_discrepancy(*both(samples, reference, features, batch))
+
+
+def pairs(images, texts, features, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeddings [n, d] of images and of their texts, and int [n], equal where texts are the same.
+
+    Raises:
+      UserError: they are no such pairs, or `features` does not read texts.
+    """
+    if features is None:
+        embedded = outputs_of('texts', texts, None, batch)
+        _, same = np.unique(embedded, axis=0, return_inverse=True)
+    else:
+        net = network(features)[0] if not callable(features) else None
+        if net is None or net.texts is None:
+            raise UserError('features must be a run of clip, or its directory: texts are read by it')
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f'texts must be a list of them, one for each image; it is {options.shown(texts)}')
+        embedded, tokens = net.texts(list(texts))
+        _, same = np.unique(tokens, axis=0, return_inverse=True)
+    embeddings = outputs_of('images', images, features, batch)
+    if embeddings.shape != embedded.shape:
+        raise UserError(
+            f'images and texts must belong together in order; they are {list(embeddings.shape)} and '
+            f'{list(embedded.shape)}'
+        )
+    return embeddings, embedded, same.reshape(-1)
+
+
+def clip_score(images, texts, features=None, batch: int = 256, weight: float = 100.0) -> float:
+    """Mean CLIP score of images and their texts, weight * max(cosine, 0); see retrieval.clip_scores.
+
+    Args:
+      texts: one for each image; embeddings where `features` is None.
+      weight: 100, as most tables have it; the paper's is 2.5.
+    """
+    embeddings, embedded, _ = pairs(images, texts, features, batch)
+    return float(retrieval.clip_scores(embeddings, embedded, weight).mean())
+
+
+def r_precision(images, texts, features=None, batch: int = 256, candidates: int = 100, seed: int = 2020) -> float:
+    """Fraction of images to which, of their own text and 99 others, their own is the most similar; see
+    retrieval.r_precision.
+
+    Args:
+      texts: one for each image; embeddings where `features` is None.
+      candidates: texts of each image.
+      seed: by which the others are drawn.
+    """
+    embeddings, embedded, same = pairs(images, texts, features, batch)
+    return float(retrieval.r_precision(embeddings, embedded, same, candidates, seed).mean())
 
 
 def neighbourhood(

@@ -12,17 +12,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import data, fsdp, sharding
+from jaxgen import data, fsdp, log, sharding
 from jaxgen.errors import UserError
 from jaxgen.metrics import inception
 from jaxgen.networks.inception import Inception
+
+
+class EmbeddedTexts(NamedTuple):
+    """Texts as a network reads them."""
+
+    embeddings: np.ndarray  # float32 [n, d], of length 1
+    tokens: np.ndarray  # int32 [n, length], the same where a text is the same
 
 
 class Features(NamedTuple):
@@ -36,6 +43,8 @@ class Features(NamedTuple):
     attributes: tuple[str, ...] = ()  # features of the data that a classifier predicts
     # (variables, {'image': uint8 [n, H, W, C], attributes}) -> {'accuracy': [n], ...}: whether predictions are right
     correct: Callable | None = None
+    resizes: bool = False  # images of any size are brought to that of `image`, and grey ones to its channels
+    texts: Callable[[Sequence[str]], EmbeddedTexts] | None = None  # of a network with texts and images in one space
 
     def shapes(self, image: tuple[int, int, int]) -> dict[str, int]:
         """{output: its dimensions} for images of shape `image`; 'logits' and 'spatial' only where there are any.
@@ -43,9 +52,10 @@ class Features(NamedTuple):
         Raises:
           UserError: it does not read such images.
         """
-        if self.image not in (None, image):
+        own = self.image or image
+        if own != image and not (self.resizes and own[2] in (3, image[2])):
             raise UserError(
-                f'{self.name} reads images of {displayed(self.image)}, and these are {displayed(image)}: '
+                f'{self.name} reads images of {displayed(own)}, and these are {displayed(image)}: '
                 'name features that were trained on such images'
             )
         like = jax.ShapeDtypeStruct((1, *image), np.uint8)
@@ -67,8 +77,23 @@ def digest(tree) -> str:
     return total.hexdigest()
 
 
+def resized(images: jax.Array, image: tuple[int, int, int]) -> jax.Array:
+    """uint8 [n, H, W, C] as [n, *image]: the largest part in the middle that has its aspect ratio, by bicubic
+    interpolation with antialiasing (Keys 1981, a = -1/2), as CLIP's images are brought to size."""
+    height, width, channels = image
+    factor = max(height / images.shape[1], width / images.shape[2])
+    size = [max(int(factor * side), least) for side, least in zip(images.shape[1:3], image, strict=False)]
+    if (height, width) != images.shape[1:3]:
+        x = jax.image.resize(images.astype(jnp.float32), (len(images), *size, images.shape[3]), 'cubic')
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        x = jnp.rint(jnp.clip(x[:, top : top + height, left : left + width], 0, 255))
+        images = x.astype(jnp.uint8)
+    return jnp.broadcast_to(images, (*images.shape[:3], channels))
+
+
 def of_run(run) -> Features:
-    """The features of a run (run.Run): the output of its family's `encode`, flat, and the logits of its `classify`.
+    """The features of a run (run.Run): the output of its family's `encode`, flat, and the logits of its `classify`. One
+    that reads texts too takes images of any size, see `resized`.
 
     Raises:
       UserError: its family encodes nothing.
@@ -77,8 +102,12 @@ def of_run(run) -> Features:
     if family.encode is None or family.latents.grids:
         raise UserError(f'{run.workdir} is a run of {run.config.family}, which has no features: name a classifier')
 
+    image = tuple(run.assembled.spec.features['image'].shape)
+    reads = family.logit_scale is not None
+
     def apply(variables, images):
         state, frozen = variables
+        images = resized(images, image) if reads else images
         batch, rng = {'image': data.to_float(images)}, jax.random.key(0)
         out = {'features': family.encode(state, frozen, batch, rng)}
         if family.classify is not None:
@@ -91,13 +120,33 @@ def of_run(run) -> Features:
         metrics = family.evaluate(state, frozen, batch, jax.random.key(0))
         return {name: x for name, x in metrics.items() if name.split('/')[0] == 'accuracy'}
 
+    said: list[int] = []
+
+    def texts(values: Sequence[str]) -> EmbeddedTexts:
+        tokens, _, cut = run.assembled.tokenizers['tokens'](list(values))
+        if cut and not said:
+            said.append(cut)
+            log.say(
+                f'NOTE: {name} reads {tokens.shape[1]} tokens of a text, and some captions are longer: these are cut'
+            )
+        return EmbeddedTexts(run.apply('encode_text', {'tokens': tokens}), tokens)
+
     attributes = tuple(name for name in run.config.data.features if name != 'image')
     classifier = family.sample is None and family.classify is not None and attributes
     weights = (run.state.ema, run.state.extra)
     name = os.path.basename(os.path.abspath(run.workdir))
     variables = (run.state, run.assembled.frozen)
-    image = tuple(run.assembled.spec.features['image'].shape)
-    return Features(name, digest(weights), image, apply, variables, *((attributes, correct) if classifier else ()))
+    return Features(
+        name,
+        digest(weights),
+        image,
+        apply,
+        variables,
+        attributes if classifier else (),
+        correct if classifier else None,
+        resizes=reads,
+        texts=texts if reads else None,
+    )
 
 
 def of_inception(path: str, cache: str, mesh) -> Features:

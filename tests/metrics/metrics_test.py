@@ -7,10 +7,10 @@ import pytest
 from support import torch_fidelity
 
 from jaxgen.errors import RunError, UserError
-from jaxgen.metrics import neighbours
+from jaxgen.metrics import neighbours, scores
 from jaxgen.metrics.moments import Moments, finite, frechet, merge
 from jaxgen.metrics.neighbours import neighbourhood
-from jaxgen.metrics.scores import class_balance, inception_score, kernel_distance, modes_covered
+from jaxgen.metrics.scores import class_balance, gaussian_discrepancy, inception_score, kernel_distance, modes_covered
 
 
 def gaussian(mean, covariance, n=101) -> Moments:
@@ -140,6 +140,29 @@ def test_kernel_distance_against_loops():
     within = sum(kernel(s[i], s[j]) for s in (x, y) for i, j in pairs if i != j) / 42
     expected = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 49
     assert kernel_distance(x, y, subsets=2, size=7) == pytest.approx((expected, 0)), 'a subset of all is the set'
+
+
+def test_gaussian_discrepancy_against_loops(monkeypatch):
+    """Means over all pairs, those of one with itself among them, in parts of any number of rows."""
+    x, y = two_sets(3, 9, 7, 4)
+
+    def mean(a, b):
+        return np.mean([np.exp(-np.square(p - q).sum() / (2 * 3.0**2)) for p in a for q in b])
+
+    expected = 5 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert gaussian_discrepancy(x, y, sigma=3, scale=5) == pytest.approx(expected, rel=1e-10)
+    monkeypatch.setattr(scores, 'ROWS', 4)
+    assert gaussian_discrepancy(x, y, sigma=3, scale=5) == pytest.approx(expected, rel=1e-10)
+    assert gaussian_discrepancy(x, x) == 0
+    with pytest.raises(UserError, match='one dimension'):
+        gaussian_discrepancy(x, y[:, :3])
+
+
+def test_gaussian_discrepancy_of_two_points():
+    """1000 (2 - 2 exp(-d^2 / 200)) of one point each at the distance d, also where d is small."""
+    for d in (2.0, 1e-4):
+        expected = -2000 * np.expm1(-(d**2) / 200)
+        assert gaussian_discrepancy(np.zeros((1, 3)), np.array([[d, 0, 0]])) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_grows_with_the_shift_and_has_no_bias():
