@@ -2,6 +2,7 @@
 
     python benchmarks/slices.py                                   # all rows, hours; goes on where it stopped
     python benchmarks/slices.py --only=dit_imagenet256 --topology=v5e:4x4,h100:8
+    python benchmarks/slices.py --program=update                  # without samplers
     python benchmarks/slices.py --again --only=var_imagenet256    # rows that are there too
     python benchmarks/slices.py --list                            # the rows, and which are there
 
@@ -46,12 +47,15 @@ def key(row: dict) -> tuple[str, str, str]:
     return row['config'], row['topology'], row['program']
 
 
-def rows(only: list[str], topologies: list[str]) -> list[dict]:
-    """The rows of configs and slices, [] for those of the table: config, topology, program and the fields that are set.
+def rows(only: list[str], topologies: list[str], programs: list[str]) -> list[dict]:
+    """The rows of configs, slices and programs, [] for all of the table: config, topology, program and the fields that
+    are set.
     Those whose batch or `fsdp` does not go with the number of chips are left out."""
     made = []
     loaded = {name: configs.load(name) for name in only or CONFIGS}
-    for topology, program, (name, config) in itertools.product(topologies or TOPOLOGIES, PROGRAMS, loaded.items()):
+    for topology, program, (name, config) in itertools.product(
+        topologies or TOPOLOGIES, programs or PROGRAMS, loaded.items()
+    ):
         chips = slices.chips_of(topology)
         fsdp = max(TOPOLOGIES.get(topology, 1), config.mesh.fsdp)
         if config.data.batch // config.optim.accumulate % chips or chips % fsdp:
@@ -93,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='these configs, with commas between')
     parser.add_argument('--topology', default='', help='these slices, with commas between')
+    parser.add_argument('--program', default='', help='update or sample alone')
     parser.add_argument('--again', action='store_true', help='compile rows that are there, too')
     parser.add_argument('--list', action='store_true', help='compile nothing')
     parser.add_argument('--out', default=PATH)
@@ -101,8 +106,9 @@ def main() -> None:
     if os.path.exists(arguments.out):
         with open(arguments.out, encoding='utf-8') as file:
             record = json.load(file)
-    only, topologies = (text.split(',') if text else [] for text in (arguments.only, arguments.topology))
-    for row in rows(only, topologies):
+    given = (arguments.only, arguments.topology, arguments.program)
+    only, topologies, programs = (text.split(',') if text else [] for text in given)
+    for row in rows(only, topologies, programs):
         there = {key(r): r for r in record['rows']}
         old = there.get(key(row))
         if arguments.list:
@@ -111,7 +117,7 @@ def main() -> None:
         if old is not None and 'error' not in old and not arguments.again:
             continue
         there[key(row)] = compile_row(row)
-        order = {key(r): i for i, r in enumerate(rows([], []))}
+        order = {key(r): i for i, r in enumerate(rows([], [], []))}
         record['rows'] = sorted(there.values(), key=lambda r: order.get(key(r), len(order)))
         files.save_json(arguments.out, record)
         found = there[key(row)].get('found', {})
