@@ -49,6 +49,8 @@ class Data:
       size: pixels of each side of square images, 28, or (height, width), (28, 20).
       channels: of an image.
       features: arrays of a batch, ('image', 'label'), ('image', 'edges').
+      caption: the column, field or feature of the source that the feature 'caption' is: 'prompt', 'captions/text'; ''
+        is the first of the usual names, 'text', 'caption', ...
       classes: number of classes where the source does not tell it (a folder, a TFDS set).
       batch: examples of one update, over all devices.
       keep_classes: classes that training is restricted to; the test split keeps all, for detecting the others.
@@ -102,6 +104,7 @@ class Data:
     features: Annotated[tuple[str, ...], Rule(lambda x: 'image' in x, "names of features, 'image' among them")] = (
         'image',
     )
+    caption: str = ''
     classes: Annotated[int, '[0, inf)'] = 0
     batch: Annotated[int, '[1, inf)'] = 128
     keep_classes: Annotated[

@@ -5,6 +5,7 @@ captions and splits by the files' names.
     dataset.json                         EDM's and StyleGAN's {"labels": [["00000/img0.png", 3], ...]}, or null
     0001.jpg, 0001.cls, 0001.txt         WebDataset's: files of one stem are one example: its class, its caption;
     0001.jpg, 0001.json                  or both in {"label": 3, "caption": "a cat"}
+    metadata.jsonl, metadata.csv         the captions of the images below their folder, see metadata.py
 
 A file's name is never a path here: nothing is unpacked, and files are read by number, some at once, into memory. A file
 has at most the bytes of an image of data.max_pixels, whatever its header says.
@@ -27,7 +28,7 @@ import numpy as np
 
 from jaxgen import files
 from jaxgen.addresses import Address
-from jaxgen.data import arrays, folder, transforms, trees
+from jaxgen.data import folder, metadata, texts, transforms, trees
 from jaxgen.data.records import Contents, Feature, Split, classes_of, text_digest
 from jaxgen.errors import UserError
 
@@ -35,8 +36,9 @@ MOST_JSON = 2**28  # bytes of a dataset.json; that of ImageNet has 2^26
 MOST_LABEL = 2**15  # bytes of an image's name and label, a vector of a thousand numbers, in it
 MOST_SMALL = 2**20  # bytes of a caption, a label, or both, in a file
 LABELS = ('label', 'cls', 'class')  # fields of the .json beside an image, in the order of preference
-CAPTIONS = ('caption', 'text', 'txt')
+CAPTIONS = ('caption', 'text', 'txt', 'captions', 'texts', 'prompt')
 TEXTS = ('.txt', '.caption')
+CAPTIONLESS = 'put a metadata.jsonl beside the images ({"file_name": "1.png", "text": "a cat"}), or 1.txt beside 1.png'
 REPLACED = 'files of which the archive has a later one of the same name'
 HIDDEN = re.compile(r'(?:^|/)\.(?!\.?(?:/|$))')  # '.a' and 'a/.b', but not '../a'
 
@@ -103,12 +105,11 @@ def contents(
     if vectors is not None:
         features['vector'] = Feature(('vector',), shape=vectors.shape[1:], dtype=np.float32)
         columns['vector'] = lambda i: vectors[i]
-    captions = caption_files(sidecars)
-    if captions is not None and (captions >= 0).any():
-        features['caption'] = Feature(('caption',), shape=(arrays.CAPTION,))
-        columns['caption'] = lambda i: caption(entries, int(captions[i]))
-        if n := int((captions < 0).sum()):
-            notes.append(f'the captions of {n} images that have none')
+    if 'caption' in data['features'] and (captions := captions_of(entries, chosen, sidecars, data['caption'], where)):
+        features['caption'] = Feature(('caption',), shape=(captions.room,), text=True)
+        columns['caption'] = captions
+        notes += captions.notes
+        recipe += f' caption={data["caption"]}' if data['caption'] else ''
     labels = numbers if label else None
     splits = {title: split(part, names, tree, columns, labels) for title, part in tree.splits.items()}
 
@@ -183,7 +184,7 @@ def image_numbers(entries: Entries, where: str) -> tuple[np.ndarray, list[str]]:
             continue
         if suffix in trees.SUFFIXES:
             chosen.append(i)
-        elif suffix not in ('.json', '.cls', *TEXTS):
+        elif suffix not in ('.json', '.cls', *TEXTS) and not metadata.is_metadata(base):
             others[suffix or 'without one'] += 1
     if not chosen:
         raise UserError(f'{where} holds no images (.png, .jpg, .webp, ...), but {len(entries.names)} other files')
@@ -339,22 +340,87 @@ def small_json(entries: Entries, i: int, where: str) -> dict:
 # --- captions
 
 
-def caption_files(sidecars: Sidecars | None) -> np.ndarray | None:
-    """The file with the caption of each image, -1 where there is none."""
-    if sidecars is None:
-        return None
-    return np.where(sidecars.captions >= 0, sidecars.captions, sidecars.both)
+class CaptionsOf:
+    """The function from the number of an image to its captions, as texts.py has them.
+
+    Attributes:
+      told: of files for many images, see metadata.py.
+      files: of each image the file beside it with its captions, -1 where there is none.
+    """
+
+    def __init__(self, entries: Entries, told: metadata.Captions | None, files: np.ndarray, column: str):
+        self.entries, self.files, self.column = entries, files, column
+        self.metadata, self.told = told, told.texts if told else {}
+        sizes = entries.sizes[files[files >= 0]]
+        self.room = texts.room_for(max(told.longest if told else 0, int(sizes.max(initial=0))))
+        self.notes = list(told.notes) if told else []
+        if n := len(files) - int(((files >= 0) | np.isin(np.arange(len(files)), list(self.told))).sum()):
+            self.notes.append(f'the captions of {n} images that have none')
+
+    def __call__(self, i: int) -> tuple[bytes, ...]:
+        """Raises ValueError where the file beside an image cannot be read."""
+        if (told := self.told.get(int(i))) is not None:
+            return told
+        file = int(self.files[i])
+        if file < 0:
+            return ()
+        name = self.entries.names[file]
+        try:
+            content = self.entries.read(file, MOST_SMALL)
+            if not name.lower().endswith('.json'):
+                return texts.encoded(content.decode('utf-8-sig'))
+            fields = json.loads(content)
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{name!a} is no UTF-8') from e
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{name!a}: {e}') from e
+        if not isinstance(fields, dict):
+            raise ValueError(f'{name!a} holds no JSON object')
+        keys = (self.column,) if self.column else CAPTIONS
+        return texts.encoded(next((fields[key] for key in keys if isinstance(fields.get(key), str | list)), None))
+
+    def read_files(self) -> list[str]:
+        """Names of the files that captions are read from."""
+        beside = [self.entries.names[int(i)] for i in np.unique(self.files[self.files >= 0])]
+        return [*beside, *(self.metadata.files if self.metadata else ())]
+
+    def digest(self, names: trees.Names, whole: bool) -> str:
+        """64 hexadecimal digits, the same for the same captions of images with these names.
+
+        Args:
+          whole: by what is in the files beside the images, not by their sizes alone.
+        """
+        digest = hashlib.sha256((self.metadata.digest(names) if self.metadata else '').encode())
+        for name, file in sorted((names.encoded(i), int(k)) for i, k in enumerate(self.files) if k >= 0):
+            content = b'%d' % self.entries.sizes[file]
+            if whole:
+                with contextlib.suppress(ValueError):  # it has no captions then
+                    content = hashlib.sha256(self.entries.read(file, MOST_SMALL)).digest()
+            digest.update(name + b'\0' + content + b'\0')
+        return digest.hexdigest()
 
 
-def caption(entries: Entries, i: int) -> np.ndarray:
-    """The caption in a file, uint8 [1024]; of a .json, its field; empty where there is none (i = -1)."""
-    if i < 0:
-        return arrays.padded('', arrays.CAPTION)
-    text = entries.read(i, MOST_SMALL).decode('utf-8', 'replace')
-    if entries.names[i].lower().endswith('.json'):
-        fields = json.loads(text)
-        text = next((fields[key] for key in CAPTIONS if isinstance(fields.get(key), str)), '')
-    return arrays.padded(text.strip(), arrays.CAPTION)
+def captions_of(
+    entries: Entries, chosen: np.ndarray, sidecars: Sidecars | None, column: str, where: str
+) -> CaptionsOf | None:
+    """The captions of images; None where no file holds any.
+
+    Args:
+      chosen: numbers of the images.
+      column: see config.data.caption.
+
+    Raises:
+      UserError: a file with the captions of many is damaged.
+    """
+    images = set(chosen.tolist())
+    others = [(name, i) for i, name in enumerate(entries.names) if i not in images and metadata.is_metadata(name)]
+    told = metadata.read(entries.names.take(chosen), others, entries.read, column, where)
+    files = np.full(len(chosen), -1, np.int64)
+    if sidecars is not None:
+        plain = sidecars.captions if column in ('', *CAPTIONS) else files
+        files = np.where(plain >= 0, plain, sidecars.both)
+    captioned = (files >= 0).any() or (told is not None and told.texts)
+    return CaptionsOf(entries, told, files, column) if captioned else None
 
 
 # --- a large folder
@@ -416,6 +482,7 @@ def modified(path: str) -> int:
 
 
 MOST_KEPT = 4
+captioned: dict[str, CaptionsOf | None] = {}  # by what they are read from
 folders: dict[tuple[str, bool], Folder] = {}  # by path and whether links are followed; listed by this process
 lock = threading.Lock()
 
@@ -448,15 +515,98 @@ def of_folder(source: Folder, data) -> Contents:
     """What a folder holds whose files are read as they are."""
     tree, label = source.tree, label_of(source.tree, data, source.root)
     features = {'image': Feature(('image',), image=True)} | ({'label': label} if label else {})
-    columns = {'image': lambda i: source.read(i, data['max_pixels']), 'label': lambda i: tree.labels[i]}
+    columns: dict[str, Callable[[int], Any]] = {
+        'image': lambda i: source.read(i, data['max_pixels']),
+        'label': lambda i: tree.labels[i],
+    }
+    captions = captions_beside(source, data)
+    if captions:
+        features['caption'] = Feature(('caption',), shape=(captions.room,), text=True)
+        columns['caption'] = captions
     labels = tree.labels if label else None
     splits = {title: split(part, source.listed.names, tree, columns, labels) for title, part in tree.splits.items()}
-    return Contents(source.root, features, splits, (), 'folder 1', (*source.notes, *tree.notes), **digests(source))
+    return Contents(
+        *(source.root, features, splits, (), 'folder 1'),
+        (*notes_beside(source, captions), *tree.notes),
+        **digests(source, captions, data['direct']),
+    )
 
 
-def digests(source: Folder) -> dict[str, Callable[[], str]]:
-    """`digest` and `stamp` of Contents."""
-    return {'digest': lambda: source.digest, 'stamp': lambda: source.stamp}
+def captions_beside(source: Folder, data) -> CaptionsOf | None:
+    """The captions of a folder's images; None where they are not wanted, or there are none. Those of a few folders are
+    kept while their files stay as they are.
+
+    Raises:
+      UserError: a file with captions is damaged.
+    """
+    if 'caption' not in data['features']:
+        return None
+    entries, stamp = with_others(source)
+    key = text_digest(source.root, data['caption'], source.digest, stamp)
+    with lock:
+        if key not in captioned:
+            chosen = np.arange(len(source.listed.names))
+            made = captions_of(entries, chosen, beside(entries, chosen), data['caption'], source.root)
+            while len(captioned) >= MOST_KEPT:
+                captioned.pop(next(iter(captioned)))
+            captioned[key] = made
+        return captioned[key]
+
+
+def notes_beside(source: Folder, captions: CaptionsOf | None) -> tuple[str, ...]:
+    """The folder's notes, without files that are read for captions, and those of the captions."""
+    if captions is None:
+        return source.notes
+    endings = Counter(dict(source.listed.endings))
+    every = f'{endings.total()} {trees.other_endings(endings)}' if endings else ''
+    endings -= Counter(os.path.splitext(name)[1].lower() for name in captions.read_files())
+    rest = (f'{endings.total()} {trees.other_endings(endings)}',) if endings else ()
+    return (*(note for note in source.notes if note != every), *rest, *captions.notes)
+
+
+def with_others(source: Folder) -> tuple[Entries, str]:
+    """(the images of a folder and, behind them, the files that may hold their captions; a text that changes when one of
+    these does)."""
+    names, sizes, rows = [*source.listed.names], [*source.listed.sizes.tolist()], []
+    for path, _ in source.listed.directories:
+        below = path[len(source.root) :].lstrip('/')
+        with contextlib.suppress(OSError), os.scandir(path) as listed:
+            for entry in sorted(listed, key=lambda entry: entry.name):
+                ending = os.path.splitext(entry.name)[1].lower()
+                if entry.name[0] == '.' or not (ending in (*TEXTS, '.json') or metadata.is_metadata(entry.name)):
+                    continue
+                with contextlib.suppress(OSError):
+                    about = entry.stat()
+                    names.append(below + entry.name)
+                    sizes.append(about.st_size)
+                    rows.append(f'{names[-1]} {files.version_of(about)}')
+
+    def content(i: int, most: int) -> bytes:
+        try:
+            with folder.open_regular(os.path.join(source.root, names[i])) as file:
+                read = file.read(most + 1)
+        except OSError as e:
+            raise ValueError(e.strerror or str(e)) from e
+        if len(read) > most:
+            raise ValueError(f'it has more than the {most} bytes that are read')
+        return read
+
+    return Entries(trees.Names.of(names), np.array(sizes, np.int64), content), text_digest(*rows)
+
+
+def digests(source: Folder, captions: CaptionsOf | None = None, most: int = 0) -> dict[str, Callable[[], str]]:
+    """`digest` and `stamp` of Contents.
+
+    Args:
+      most: images of a folder whose files of captions are read for the digest; of more it has their sizes.
+    """
+    if captions is None:
+        return {'digest': lambda: source.digest, 'stamp': lambda: source.stamp}
+    whole = len(source.listed.names) <= most
+    return {
+        'digest': lambda: text_digest(source.digest, captions.digest(source.listed.names, whole)),
+        'stamp': lambda: text_digest(source.stamp, with_others(source)[1]),
+    }
 
 
 # --- a large folder of pairs
@@ -478,6 +628,11 @@ def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
         raise UserError(f'the folder {source.root} must hold its images in {", ".join(required)}: {what}')
     tables = {title: partners(source, numbers) for title, numbers in tree.splits.items()}
     parts = {name: tree.classes.index(name) for name in required}
+    captions = captions_beside(source, data)
+    if 'caption' in data['features']:
+        if captions is None:
+            raise UserError(f'{source.root} has no captions: {CAPTIONLESS}')
+        features = {**features, 'caption': Feature(('caption',), shape=(captions.room,), text=True)}
 
     def split_of(table: np.ndarray) -> Split:
         def opened(wanted: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
@@ -485,6 +640,8 @@ def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
                 names = (name for name in required if name in wanted)
                 out = {name: source.read(int(table[i, parts[name]]), data['max_pixels']) for name in names}
                 check_aspects(out, data['max_pixels'])
+                if captions and 'caption' in wanted:
+                    out['caption'] = captions(int(image[i]))
                 return out
 
             return example
@@ -493,7 +650,11 @@ def of_pairs(source: Folder, features: dict[str, Feature], data) -> Contents:
         return Split(len(table), opened, None, lambda i: ascii(names[int(image[i])]), lambda: tree.ranks[image])
 
     splits = {title: split_of(table) for title, table in tables.items()}
-    return Contents(source.root, features, splits, (), 'pairs 1', (*source.notes, *tree.notes), **digests(source))
+    return Contents(
+        *(source.root, features, splits, (), 'pairs 1'),
+        (*notes_beside(source, captions), *tree.notes),
+        **digests(source, captions, data['direct']),
+    )
 
 
 def partners(source: Folder, numbers: np.ndarray) -> np.ndarray:

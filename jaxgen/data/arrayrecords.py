@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from jaxgen import files
 from jaxgen.addresses import Address
-from jaxgen.data import arrays, folder, guard, tars, transforms
-from jaxgen.data.records import Contents, Feature, Split, classes_of, open_file, root, text_digest
+from jaxgen.data import folder, guard, tars, texts, transforms
+from jaxgen.data.records import UNREAD_TEXT, Contents, Feature, Split, classes_of, open_file, root, text_digest
 from jaxgen.errors import UserError
 
 # Fields of an Example that are taken for these features, in the order of preference.
@@ -60,7 +60,7 @@ def read(address: Address, data) -> Contents:
         labels, names, n = classes_of(raw, data['classes'], where)
         features['label'] = Feature(('label',), dtype=np.int32, classes=n, names=names)
     if 'caption' in fields:
-        features['caption'] = Feature(('caption',), shape=(arrays.CAPTION,))
+        features['caption'] = Feature(('caption',), shape=(UNREAD_TEXT,), text=True)
 
     def opened(wanted: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
         def example(i: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read(address: Address, data) -> Contents:
                 if len(values['image']) > most:
                     raise ValueError(f'it has {len(values["image"])} bytes, more than the {most} that are read')
             if 'caption' in wanted:
-                values['caption'] = arrays.padded(only(parsed, fields['caption']), arrays.CAPTION)
+                values['caption'] = texts.encoded(every(parsed, fields['caption']))
             return {name: values[name] for name in wanted}
 
         return example
@@ -159,6 +159,12 @@ def fields_of(first: bytes, address: Address, where: str) -> dict[str, str]:
             )
         chosen['image'] = min(others)
     return chosen
+
+
+def every(fields: Any, name: str) -> list[Any]:
+    """The values of a field, none where there is no such field."""
+    kind = fields[name].WhichOneof('kind') if name in fields else None
+    return list(getattr(fields[name], kind).value) if kind else []
 
 
 def safe_only(fields: Any, name: str) -> Any:

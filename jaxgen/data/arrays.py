@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxgen import files
 from jaxgen.addresses import Address
-from jaxgen.data import guard
+from jaxgen.data import guard, texts
 from jaxgen.data.records import Contents, Feature, Split, classes_of, root, text_digest
 from jaxgen.errors import RunError, UserError
 
@@ -41,7 +41,6 @@ ROLES = {
 PLURALS = {'images': 'image', 'labels': 'label', 'captions': 'caption'}
 SPLIT = re.compile('(?:(train|test|validation|valid|val)_?(.+)|(.+)_(train|test|validation|valid|val))')
 WORDS = {'train': 'train', 'test': 'test', 'val': 'validation', 'valid': 'validation', 'validation': 'validation'}
-CAPTION = 1024  # bytes of a text, at most; what is longer is cut off
 INFLATION = 1032  # of deflate, at most: no compressed file holds more bytes than this times its own
 SAMPLED = 32  # images that are looked at to see whether 0 and 1 are all their values
 UNPACKED = 'jaxgen_unpacked'  # in the directory of prepared sets: compressed arrays too large for data.cache_mb
@@ -362,24 +361,14 @@ def features_of(
             features[name] = Feature((name,), image=True)
         elif x.dtype.kind in 'US':
             if len(x.shape) == 1:
-                room = max(len(text_bytes(text)) for one in columns.values() for text in one.vector(name))
-                features[name] = Feature((name,), shape=(max(room, 1),))
+                stored = (text for one in columns.values() for text in one.vector(name).tolist())
+                longest = max((len(text) for one in stored for text in texts.encoded(one)), default=0)
+                features[name] = Feature((name,), shape=(texts.room_for(longest),), text=True)
         elif x.dtype.kind in 'biuf':
             shape = x.shape[1:] if math.prod(x.shape) != columns['train'].n else ()
             kind = np.float32 if x.dtype.kind == 'f' else np.uint8 if x.dtype == np.uint8 else np.int32
             features[name] = Feature((name,), shape=shape, dtype=kind)
     return features, labels
-
-
-def text_bytes(text) -> bytes:
-    """A text as data sets hold it: UTF-8, cut off between two characters."""
-    encoded = text if isinstance(text, bytes) else str(text).encode('utf-8', 'replace')
-    return encoded if len(encoded) <= CAPTION else encoded[:CAPTION].decode('utf-8', 'ignore').encode()
-
-
-def padded(text, room: int) -> np.ndarray:
-    """A text as uint8 [room], zeros behind it."""
-    return np.frombuffer(text_bytes(text)[:room].ljust(room, b'\0'), np.uint8)
 
 
 def split_of(columns: Columns, features: dict[str, Feature], labels: np.ndarray | None) -> Split:
@@ -400,7 +389,7 @@ def value_of(columns: Columns, name: str, feature: Feature, labels: np.ndarray |
         return checked(check, lambda i: scale(how.image(x, i)))
     x = columns.vector(name)
     if x.dtype.kind in 'US':
-        return checked(check, lambda i: padded(x[i], feature.shape[0]))
+        return checked(check, lambda i: texts.encoded(x[i]))
     return checked(check, lambda i: converted(np.asarray(x[i]), feature.dtype))
 
 

@@ -19,16 +19,17 @@ import grain
 import jax
 import numpy as np
 
-from jaxgen.data import decoding, folder, kept, sources, splits, transforms, views, workers
+from jaxgen.data import decoding, folder, kept, sources, splits, texts, transforms, views, workers
 from jaxgen.data.decoding import Crops
 from jaxgen.data.prepared import PreparedSet
-from jaxgen.data.records import Feature, Records, blocks_of, name_of
+from jaxgen.data.records import Feature, Records, blocks_of, name_of, with_features
 from jaxgen.data.records import stamp as stamp_of
 from jaxgen.data.section import completes
 from jaxgen.errors import RunError, UserError
 from jaxgen.sections import sides
 
 MOST_LINES = 5  # about damaged examples
+KEPT_TEXTS = 2**18  # examples of a set whose texts stay in memory
 FEW = 2048  # examples that are decoded sooner than processes are started
 MOST_PROCESSES = 32  # that are started without being asked for
 LEAST_AT_ONCE, MOST_AT_ONCE = 8, 32  # images that a process is given at a time,
@@ -172,15 +173,25 @@ class Examples:
 
     def __init__(self, records: Records, data):
         self.records, self.data = records, data
-        self.shapes = {name: shape(f, data) for name, f in records.chosen.items()}
+        rooms = {name: f.shape[0] for name, f in records.chosen.items() if f.text}
+        # All else, of which an example is an array of one shape.
+        others = tuple(name for name in records.chosen if name not in rooms)
+        self.stored = with_features(records, others) if rooms else records
+        self.shapes = {name: shape(f, data) for name, f in self.stored.chosen.items()}
         self.targets = tuple(
-            decoding.Target(name, self.shapes[name], f.palette) for name, f in records.chosen.items() if f.image
+            decoding.Target(name, self.shapes[name], f.palette) for name, f in self.stored.chosen.items() if f.image
         )
         pixels = sum(math.prod(target.shape) for target in self.targets)
         self.fits = len(records) * pixels <= data['cache_mb'] * 2**20
         self.cache = self.empty(len(records)) if self.fits else {}
         self.known = np.zeros(len(records), bool)  # which of them the cache holds
         self.corrupt: dict[int, str] = {}  # examples that could not be decoded, and why
+        self.textless: dict[int, str] = {}  # examples whose texts cannot be read, and why
+        self.texts = (
+            texts.Texts(records, rooms, self.fits and len(records) <= KEPT_TEXTS, self.count_textless)
+            if rooms
+            else None
+        )
         processes = number_of_processes(data['processes'], len(records))
         self.workers = workers.Lease(processes) if processes and self.targets else None
 
@@ -209,14 +220,26 @@ class Examples:
         return {name: np.asarray(x[0]) for name, x in self.take(np.array([i % len(self)])).items()}
 
     def take(
-        self, indices: np.ndarray, crops: Crops | None = None, words: np.ndarray | None = None
+        self,
+        indices: np.ndarray,
+        crops: Crops | None = None,
+        words: np.ndarray | None = None,
+        drawn: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """The examples [n] as one batch, fresh arrays [n, ...].
 
         Args:
           crops: of each one's images; None: their central parts, as for evaluation.
           words: of the bits that are drawn for grey levels; None: those of the image itself. See transforms.binarised.
+          drawn: which of an example's texts it has, see texts.py; None: the first.
         """
+        out = self.arrays(indices, crops, words) if self.shapes else {}
+        if self.texts:
+            out |= self.texts.take(np.array([self.substitute(i) for i in indices.tolist()]), drawn)
+        return {name: out[name] for name in self.records.chosen}
+
+    def arrays(self, indices: np.ndarray, crops: Crops | None, words: np.ndarray | None) -> dict[str, np.ndarray]:
+        """As `take`, without texts."""
         how, crops = self.data['binarise'] if 'image' in self.shapes else 'none', crops or Crops()
         if how == 'none':
             return self.grey(indices, crops)
@@ -265,7 +288,7 @@ class Examples:
             return None
         stamp = stamp_of(self.records)
         fields = [(name, self.data[name]) for name in decoding.FIELDS]
-        layout = [(name, self.shapes[name], np.dtype(f.dtype).str, f.path) for name, f in self.records.chosen.items()]
+        layout = [(name, self.shapes[name], np.dtype(f.dtype).str, f.path) for name, f in self.stored.chosen.items()]
         what = repr((decoding.version(), stamp, fields, layout, self.targets))
         return kept.open_store(what, len(self), size, self.data['disk_mb']) if stamp else None
 
@@ -275,7 +298,7 @@ class Examples:
         if not self.targets:
             return False
         try:
-            return isinstance(self.records[0][self.targets[0].name], bytes)
+            return isinstance(self.stored[0][self.targets[0].name], bytes)
         except (RunError, UserError):
             raise
         except Exception:  # the first one is damaged
@@ -339,12 +362,12 @@ class Examples:
         """The images of a batch in parts for `n` processes. All else of the examples goes into `out`."""
         room = max(1, MOST_BYTES // sum(math.prod(target.shape) for target in self.targets))
         size = min(max(LEAST_AT_ONCE, -(-len(indices) // (workers.LINES * n))), MOST_AT_ONCE, room)
-        others = [name for name, f in self.records.chosen.items() if not f.image]
+        others = [name for name, f in self.stored.chosen.items() if not f.image]
         stored: list[bytes] = []
         start = length = 0
         for k, i in enumerate(map(int, indices)):
             try:
-                example = self.records[i]
+                example = self.stored[i]
             except (RunError, UserError):
                 raise
             except Exception:  # damaged: no image is in these bytes either
@@ -375,6 +398,33 @@ class Examples:
                 self.count_corrupt(one, sources.reason(e))
             one = int(transforms.uniform(i, k, transforms.REPLACED) * len(self))
 
+    def substitute(self, i: int) -> int:
+        """The example that stands in the place of example i, see `sound`: i itself, where it is not damaged."""
+        one = i
+        for k in itertools.count():
+            if one not in self.corrupt:
+                return one
+            one = int(transforms.uniform(i, k, transforms.REPLACED) * len(self))
+        raise AssertionError
+
+    def count_textless(self, i: int, e: Exception) -> None:
+        """Counts an example whose texts cannot be read, and says so.
+
+        Raises:
+          RunError: they are more than data.max_corrupt of the examples.
+        """
+        new, why, most = i not in self.textless, sources.reason(e), self.data['max_corrupt']
+        self.textless[i] = why
+        said = f'{self.records.path}: the texts of {name_of(self.records, i)} cannot be read ({why})'
+        if len(self.textless) > min(most * len(self), len(self) - 1):
+            raise RunError(
+                f'{said}: {len(self.textless)} of {len(self)} examples, more than config.data.max_corrupt = {most:g}; '
+                'repair or remove them, or raise it'
+            )
+        if new and len(self.textless) <= MOST_LINES:
+            more = '; others will not be named' if len(self.textless) == MOST_LINES else ''
+            folder.say(f'{said}, it has none{more}')
+
     def count_corrupt(self, i: int, why: str) -> None:
         """Counts an example that cannot be decoded, and says so once."""
         new = i not in self.corrupt
@@ -393,11 +443,11 @@ class Examples:
 
     def example(self, i: int, crop: Crops) -> dict[str, Any]:
         """One example, decoded."""
-        out = self.records[i]
+        out = self.stored[i]
         return out | {t.name: decoding.prepared(out[t.name], t, self.data, crop) for t in self.targets}
 
     def empty(self, n: int) -> dict[str, np.ndarray]:
-        return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.records.chosen.items()}
+        return {name: np.empty((n, *self.shapes[name]), f.dtype) for name, f in self.stored.chosen.items()}
 
 
 class UnpairedExamples:
@@ -572,7 +622,7 @@ def augmented(
         )
         anew = transforms.words(seed, numbers, transforms.BITS + apart) if data['binarise'] == 'dynamic' else None
         indices = which(numbers)
-        out = {} if read is None else read.take(indices, crops, anew)
+        out = {} if read is None else read.take(indices, crops, anew, uniform(transforms.CAPTION, bool(read.texts)))
         return out | prepared.take(indices, views.numbers(data, len(numbers), crops)) if prepared else out
 
     return take

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgen.addresses import Address
-from jaxgen.data import arrays
-from jaxgen.data.records import Contents, Feature, Split, classes_of, open_file
+from jaxgen.data import arrays, texts
+from jaxgen.data.records import UNREAD_TEXT, Contents, Feature, Split, classes_of, open_file
 from jaxgen.errors import RunError, UserError
 
 SPLIT = re.compile(r'(?:^|[^a-z])(train|test|validation|valid|val|dev)(?:[^a-z]|$)')
@@ -158,6 +158,12 @@ def is_text(kind, pa) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def is_texts(kind, pa) -> bool:
+    """Whether values are texts or lists of texts."""
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_text(kind.value_type if lists else kind, pa)
+
+
 def roles(path: str, options: dict[str, str], schema, described: dict[str, Any], pa) -> dict[str, str]:
     """{feature: column}: those that the address names, those with usual names or types, all others by their own."""
     listed = ', '.join(f'{field.name} {str(field.type)[:40]}' for field in list(schema)[:10])
@@ -172,7 +178,7 @@ def roles(path: str, options: dict[str, str], schema, described: dict[str, Any],
     usual = {
         'image': [*(n for n in arrays.ROLES['image'] if n in images), *images],
         'label': [*(n for n in arrays.ROLES['label'] if n in schema.names), *classes],
-        'caption': [n for n in CAPTIONS if n in schema.names and is_text(schema.field(n).type, pa)],
+        'caption': [n for n in CAPTIONS if n in schema.names and is_texts(schema.field(n).type, pa)],
     }
     for name, columns in usual.items():
         if name not in named and (columns := [column for column in columns if column not in named.values()]):
@@ -285,13 +291,13 @@ def features_of(
             features[name], numbers = label_feature(path, columns, about, data)
         elif name != 'image' and is_image(schema.field(column), described, pa):
             features[name] = Feature((name,), image=True)
-        elif is_text(kind, pa):
+        elif is_texts(kind, pa):
             if name in data['features']:
-                texts = (text for one in columns.values() for text in one.column(name))
-                room = max((len(arrays.text_bytes(text or '')) for text in texts), default=1)
-                features[name] = Feature((name,), shape=(max(room, 1),))
+                stored = (value for one in columns.values() for value in one.column(name))
+                longest = max((len(text) for value in stored for text in texts.encoded(value)), default=0)
+                features[name] = Feature((name,), shape=(texts.room_for(longest),), text=True)
             else:
-                features[name] = Feature((name,), shape=(arrays.CAPTION,))
+                features[name] = Feature((name,), shape=(UNREAD_TEXT,), text=True)
         elif pa.types.is_integer(kind) or pa.types.is_boolean(kind):
             features[name] = Feature((name,), dtype=np.int32)
         elif pa.types.is_floating(kind):
@@ -360,8 +366,8 @@ def value_of(value, feature: Feature):
             # A path leads out of the set: it is not followed.
             raise ValueError('it has a path and no bytes' if isinstance(value, dict) and value.get('path') else 'empty')
         return content
-    if feature.shape:
-        return arrays.padded(value or '', feature.shape[0])
+    if feature.text:
+        return texts.encoded(value)
     if value is None:
         raise ValueError('a value is null')
     return arrays.converted(np.asarray(value), feature.dtype)[()]

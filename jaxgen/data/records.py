@@ -12,6 +12,7 @@ its reader, and name it in `addresses.READ` and `sources.READERS`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import os
@@ -30,6 +31,8 @@ from jaxgen.errors import RunError, UserError
 DIGESTS = 'jaxgen_digests'  # in the directory of prepared sets: of files that take long to read
 LONG = 2**24  # bytes of such a file
 MOST_CLASSES = 2**20  # that integers as labels may number
+MOST_TEXT = 2**15  # bytes of a text in a batch; what is longer is cut off
+UNREAD_TEXT = 2**13  # the same where the longest one of a source is not known
 
 
 class Feature(NamedTuple):
@@ -43,6 +46,7 @@ class Feature(NamedTuple):
     image: bool = False
     channels: int = 0  # of an image; 0: config.data.channels
     palette: bool = False  # an image whose palette's indices are classes, not to be blended
+    text: bool = False  # a record holds a tuple of UTF-8 bytes, see texts.py; `shape` is the most bytes of one
     side: int = 0  # the shorter one in pixels, of an image that is made smaller than the others; 0: as they are
 
 
@@ -55,9 +59,9 @@ class Records(Protocol):
     """The examples of one split of a source, in an order that never changes.
 
     `records[i]` holds the chosen features: an image as the bytes of its file or as uint8 [H, W] or [H, W, C] with 1 to
-    4 channels, all else as a number or an array of the feature's shape. It may be called from several threads at once.
-    What it raises is the fault of one example, which is counted and replaced (see loader.Examples), except RunError:
-    that ends the run.
+    4 channels, a text as in texts.py, all else as a number or an array of the feature's shape. It may be called from
+    several threads at once. What it raises is the fault of one example, which is counted and replaced (see
+    loader.Examples), except RunError: that ends the run.
     """
 
     path: str  # for messages
@@ -113,9 +117,13 @@ class ReadRecords:
         split = contents.splits[title]
         self.path, self.chosen, self.split, self.numbers = contents.path, chosen, split, numbers
         self.contents, self.title = contents, title
-        self.example = split.open(tuple({f.path[0] for f in chosen.values()}))
         self.make_identity = identity
+        self.read_chosen()
         self.shuffled = split.ranks is not None  # see sources.PreparedRecords; what has ranks is in their order
+
+    def read_chosen(self) -> None:
+        """Opens the features in `chosen`."""
+        self.example = self.split.open(tuple({f.path[0] for f in self.chosen.values()}))
 
     @functools.cached_property
     def identity(self) -> str:
@@ -152,6 +160,17 @@ def name_of(records: Records, i: int) -> str:
     while not isinstance(records, ReadRecords) and hasattr(records, 'records'):  # a part of others, see splits.py
         i, records = int(getattr(records, 'numbers', range(i + 1))[i]), records.records
     return records.name(i) if isinstance(records, ReadRecords) else f'example {i}'
+
+
+def with_features(records: Records, names: tuple[str, ...]) -> Records:
+    """The same records, of which no other features are read."""
+    other = copy.copy(records)
+    other.chosen = {name: records.chosen[name] for name in names}
+    if hasattr(records, 'records'):  # a part of others, see splits.py
+        other.records = with_features(records.records, names)
+    else:
+        other.read_chosen()
+    return other
 
 
 def stamp(records: Records) -> str:

@@ -44,11 +44,13 @@ from jaxgen.data import (
     guard,
     idx,
     matlab,
+    metadata,
     numpy_files,
     parquet,
     records,
     shapes,
     tars,
+    texts,
     zips,
 )
 from jaxgen.data.records import Feature, root
@@ -166,7 +168,9 @@ def read_contents(data) -> records.Contents:
     try:
         stamps, contents = _contents.get(key, ((), None))
         if contents is None or stamps != latest(path, contents):
-            contents = READERS[address.kind](address._replace(path=path), data)
+            options = {'caption': data['caption']} if data['caption'] and 'caption' in data['features'] else {}
+            options = {**options, **address.options} if address.kind in CAPTIONED else address.options
+            contents = READERS[address.kind](address._replace(path=path, options=options), data)
             while len(_contents) >= KEPT:
                 _contents.pop(next(iter(_contents)), None)
             _contents[key] = stamps_of(path, contents), contents
@@ -189,8 +193,9 @@ def contents_of(source: Source) -> records.Contents | None:
 # Fields of config.data that readers may depend on.
 READ_BY = (
     *('source', 'dir', 'features', 'classes', 'keep_classes', 'test_fraction', 'max_pixels', 'cache_mb', 'channels'),
-    *('size', 'threads', 'max_corrupt'),
+    *('size', 'threads', 'max_corrupt', 'caption'),
 )
+CAPTIONED = ('arrayrecord', 'mat', 'npy', 'npz', 'parquet')  # kinds whose addresses name what captions are in
 KEPT = 4  # contents of sources
 _contents: dict[str, tuple] = {}  # by the fields that they depend on, with the stamps of their files
 
@@ -258,6 +263,8 @@ def folder_source(data, here: str) -> Source:
 
     def features() -> dict[str, Feature]:
         # Where the config is complete without it, the folder is not read: it may be on another machine.
+        if 'caption' in data['features']:
+            return archives.of_folder(images(), data).features
         if 'label' not in data['features']:
             return {'image': Feature(('image',), image=True)}
         elsewhere = data['classes'] and not os.path.isdir(os.path.expanduser(path))
@@ -291,7 +298,10 @@ def folder_source(data, here: str) -> Source:
 
 
 def is_direct(images: archives.Folder, config: Callable[[], builders.FolderConfig], data, here: str) -> bool:
-    """Whether a folder is read as it is. One that was prepared before stays as it was."""
+    """Whether a folder is read as it is: with captions, which prepared sets lack, or since it is large. One that was
+    prepared before stays as it was."""
+    if 'caption' in data['features']:
+        return True
     if len(images.listed.names) <= data['direct']:
         return False
     pattern = f'{folder.title(images.root)}-*'
@@ -300,13 +310,14 @@ def is_direct(images: archives.Folder, config: Callable[[], builders.FolderConfi
 
 
 def pairs_source(data, here: str) -> Source:
-    """A folder whose sub-folders hold the image features of an example in files of one name."""
+    """A folder whose sub-folders hold the image features of an example in files of one name; the captions are those of
+    the files in image/."""
 
     # Features that are made of others are no folders.
     made = {'low_resolution'} if data['low_resolution'] else set()
     required = tuple(name for name in dict.fromkeys(('image', *data['features'])) if name not in made)
     if labels := {'label', 'domain'} & set(required):
-        raise UserError(f'config.data.features: {data["source"]} has images alone, and no {min(labels)}')
+        raise UserError(f'config.data.features: {data["source"]} has images and captions, and no {min(labels)}')
 
     path = data['source'].partition(':')[2]
     images = functools.cache(lambda: archives.listed(path, data['direct'], links=True))
@@ -317,8 +328,13 @@ def pairs_source(data, here: str) -> Source:
         return folder_config(data, here, listing, folder.paired(listing, required))
 
     # What the config names is taken to exist: it may be on another machine.
-    features = {name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name))) for name in required}
+    features = {
+        name: Feature((name,), image=True, palette=bool(CLASS_MAPS.search(name)))
+        for name in required
+        if name != 'caption'
+    }
 
+    @functools.cache
     def contents() -> records.Contents | None:
         if not is_direct(images(), config, data, here):
             return None
@@ -326,7 +342,11 @@ def pairs_source(data, here: str) -> Source:
         announce(found)
         return found
 
-    return from_folder(data['source'], lambda: features, config, here)._replace(contents=functools.cache(contents))
+    def known() -> dict[str, Feature]:
+        found = contents() if 'caption' in data['features'] else None
+        return found.features if found else features
+
+    return from_folder(data['source'], known, config, here)._replace(contents=contents)
 
 
 def folder_config(data, here: str, listing: folder.Listing, parts: tuple[str, ...] = ()) -> builders.FolderConfig:
@@ -406,10 +426,12 @@ def batch_features(features) -> dict[str, Feature]:
     """{name: Feature} of all features that a batch can hold.
 
     'image' is the image feature of that name, or else the first one; 'label' the class label; others go by their
-    path, like 'attributes/Smiling', if they are images too, or numbers of a fixed shape. Integers and bools become
-    int32, but uint8 stays; floats become float32.
+    path, like 'attributes/Smiling', if they are images too, texts or lists of texts, or numbers of a fixed shape.
+    Integers and bools become int32, but uint8 stays; floats become float32. 'caption' is the text of that name, or else
+    the first whose name is usual for captions.
     """
     others: dict[str, Feature] = {}
+    found: dict[str, Feature] = {}  # texts
     images: dict[str, Feature] = {}
 
     def visit(feature, path: tuple[str, ...]) -> None:
@@ -418,6 +440,9 @@ def batch_features(features) -> dict[str, Feature]:
                 visit(inner, (*path, key))
         elif isinstance(feature, tfds.features.Image):
             images['/'.join(path)] = Feature(path, image=True, channels=1 if feature.shape[-1] == 1 else 0)
+        elif keys := text_keys(feature):
+            for whole in ((*path, *key) for key in keys):
+                found['/'.join(whole)] = Feature(whole, shape=(records.UNREAD_TEXT,), text=True)
         elif isinstance(feature.shape, tuple) and None not in feature.shape:
             dtype = np.dtype(feature.np_dtype)  # the field dtype would import TensorFlow
             if dtype.kind not in 'biuf' or isinstance(feature, tfds.features.Video | tfds.features.Audio):
@@ -432,7 +457,23 @@ def batch_features(features) -> dict[str, Feature]:
     visit(features, ())
     main = next((name for name, f in images.items() if f.path[-1] == 'image'), next(iter(images), ''))
     first = {'image': images.pop(main)._replace(channels=0)} if images else {}
-    return {**first, **others, **images}
+    rank = {name: i for i, name in enumerate(('caption', *metadata.COLUMNS))}
+    usual = sorted((rank[f.path[-1]], len(f.path), name) for name, f in found.items() if f.path[-1] in rank)
+    if usual and 'caption' not in others:
+        found.setdefault('caption', found[usual[0][-1]])
+    return {**first, **others, **images, **found}
+
+
+def text_keys(feature) -> list[tuple[str, ...]]:
+    """Where in a feature of TFDS texts are: [()] of a text or a list of texts, [('text',)] of a list of dicts."""
+    if isinstance(feature, tfds.features.Sequence):
+        inner = feature.feature
+        if isinstance(inner, dict | tfds.features.FeaturesDict):
+            return [(key,) for key, one in inner.items() if () in text_keys(one)]
+        feature = inner
+    if isinstance(feature.shape, tuple) and not feature.shape and np.dtype(feature.np_dtype).kind in 'OSU':
+        return [()]
+    return []
 
 
 def class_names(feature: tfds.features.ClassLabel) -> tuple[str, ...]:
@@ -453,6 +494,12 @@ def choose(source: Source, data) -> dict[str, Feature]:
     known = dict(source.features())
     if 'label' in known:
         known.setdefault('domain', known['label'])
+    if data['caption'] and 'caption' in data['features'] and source.builder and not contents_of(source):
+        if data['caption'] in known:
+            known['caption'] = known[data['caption']]
+        else:
+            known.pop('caption', None)
+            missing_caption(source, data['caption'], known)
     if data['low_resolution']:
         known['low_resolution'] = known['image']._replace(side=data['low_resolution'])
     missing = [name for name in data['features'] if name not in known]
@@ -463,6 +510,8 @@ def choose(source: Source, data) -> dict[str, Feature]:
             hint += f', ... ({len(known)} in all)'
         if 'low_resolution' in missing:
             hint = 'config.data.low_resolution makes one of the image'
+        elif source.name.startswith(('folder:', 'zip:', 'tar:')) and 'caption' in missing:
+            hint = archives.CAPTIONLESS
         elif source.name.startswith('folder:') and 'label' in missing:
             hint = 'put every image into a sub-folder named after its class'
         raise UserError(f'config.data.features: {source.name} has no {", ".join(map(repr, missing))}; {hint}')
@@ -477,6 +526,12 @@ def choose(source: Source, data) -> dict[str, Feature]:
             raise UserError(f'{source.name} has an unknown number of classes: set config.data.classes')
         chosen['label'] = chosen['label']._replace(classes=n or data['classes'])
     return chosen
+
+
+def missing_caption(source: Source, name: str, known: dict[str, Feature]) -> None:
+    """Raises UserError: data.caption names no feature."""
+    found = [name for name, f in known.items() if f.text] or list(known)
+    raise UserError(f'config.data.caption: {source.name} has no {name!r}; it has {", ".join(found[:20])}')
 
 
 # --- preparing
@@ -638,11 +693,19 @@ class PreparedRecords:
 
     def __init__(self, path: str, info, stored, chosen: dict[str, Feature], identity: str, shuffled: bool = False):
         self.path, self.stored, self.chosen, self.identity = path, stored, chosen, identity
-        self.shuffled = shuffled
-        # Only the chosen features are parsed: an example of CelebA holds 50.
-        parsed = {f.path: functools.reduce(lambda x, key: x[key], f.path, info.features) for f in chosen.values()}
+        self.shuffled, self.info = shuffled, info
+        self.read_chosen()
+
+    def read_chosen(self) -> None:
+        """Only the chosen features are parsed: an example of CelebA holds 50."""
+        parsed = {}
+        for path in (f.path for f in self.chosen.values()):
+            feature, depth = self.info.features, 0
+            while depth < len(path) and not isinstance(feature, tfds.features.Sequence):
+                feature, depth = feature[path[depth]], depth + 1
+            parsed[path[:depth]] = feature  # a sequence is parsed whole
         self.features = tfds.features.FeaturesDict(nest(parsed))
-        self.decoders = nest({f.path: tfds.decode.SkipDecoding() for f in chosen.values() if f.image})
+        self.decoders = nest({f.path: tfds.decode.SkipDecoding() for f in self.chosen.values() if f.image})
 
     def stamp(self) -> str:
         """See `records.stamp`."""
@@ -659,7 +722,8 @@ class PreparedRecords:
             raise RunError(
                 f'{self.path}: cannot read example {i} ({reason(e)}); delete it, and it is prepared anew'
             ) from e
-        return {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
+        found = {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
+        return {name: texts.encoded(x) if self.chosen[name].text else x for name, x in found.items()}
 
 
 def nest(flat: dict[tuple[str, ...], Any]) -> dict:

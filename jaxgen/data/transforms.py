@@ -33,6 +33,7 @@ FLIP, CROP, ORDER, ROW, COLUMN, OTHER = 1, 2, 3, 5, 6, 8
 PAD, SHIFT, CROPPED, VALIDATION, BITS = (16, 17), (18, 19), 20, 21, 22
 BLOCKS = 23
 HELD_OUT, REPLACED = 7, 15  # these are of a source, whatever the seed is
+CAPTION = 200  # beyond those of TRIES
 TRIES = range(32, 32 + 10 * 16, 16)  # of a rectangle; each has four streams from there on
 
 # What PIL may take a file for, whatever its name: decoders that read pixels and start no program. They are tried in

@@ -81,6 +81,7 @@ class Listed(NamedTuple):
     sizes: np.ndarray  # int64, bytes; -1 where the file cannot be looked at
     times: np.ndarray  # int64, ns, of the last change
     directories: tuple[tuple[str, int], ...]  # path and time of the last change of every folder that was listed
+    endings: tuple[tuple[str, int], ...] = ()  # of the files that are no images, and how many there are of each
 
 
 class Tree(NamedTuple):
@@ -164,7 +165,7 @@ def walk(root: str, links: bool, counts: Counter) -> Listed:
     if endings:
         counts[other_endings(endings)] = endings.total()
     names = Names(bytes(block), column(ends))
-    listed = Listed(names, column(sizes), column(times), tuple(directories))
+    listed = Listed(names, column(sizes), column(times), tuple(directories), tuple(endings.items()))
     if links:
         return listed
     first = first_of_each(column(devices), column(inodes, np.uint64))

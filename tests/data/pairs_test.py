@@ -30,7 +30,7 @@ def test_pairs_stay_together(tmp_path, direct):
     assert len(only) == len(splits[1]), 'one set is prepared, whichever of its features are chosen'
     smaller = {**config, 'features': ('image', 'edges', 'low_resolution'), 'low_resolution': 3}
     assert data.dataset(smaller, 'test')[0]['low_resolution'].shape == (3, 3, 1)
-    with refused(f'{source} has images alone, and no label'):
+    with refused(f'{source} has images and captions, and no label'):
         data.spec({**config, 'features': ('image', 'label')})
     windows = set()
     for fields in ({}, {'flip': True}, {'crop': 'random', 'flip': True, 'jitter': 4}):
