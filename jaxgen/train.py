@@ -41,6 +41,7 @@ from jaxgen.directory import TOKENIZER, check_cycle, check_moved_data, save_conf
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.run import Run, make_evaluator
+from jaxgen.text import captions
 
 # With several hosts, calls between two agreements on whether one of them has a signal to stop.
 CALLS_PER_AGREEMENT = 10
@@ -212,6 +213,8 @@ class Training:
             self.introduce(images, about['step'], f'going on from step {about["step"]} of {config.train.steps}')
         else:
             self.introduce(images, 0, f'from step 0 to {config.train.steps}')
+            for line in captions.cut_off(config.data, a.tokenizers) if self.first and a.texts else ():
+                log.say(line)
             began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
             self.seconds = time.monotonic() - began

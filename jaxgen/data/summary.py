@@ -130,7 +130,8 @@ def classes_of(data, names: list[str]) -> dict[str, Any]:
 def captions_of(batch: dict[str, np.ndarray]) -> list[str]:
     if 'caption' not in batch:
         return []
-    return [bytes(x).rstrip(b'\0').decode('utf-8', 'replace') for x in batch['caption'][:4]]
+    texts = (bytes(x).rstrip(b'\0').decode('utf-8', 'replace') for x in batch['caption'][:4])
+    return [' '.join(text.split()) for text in texts]
 
 
 def lines_of(data, examples: loader.Examples) -> list[str]:
@@ -202,7 +203,8 @@ def text(about: dict[str, Any]) -> list[str]:
     for split, counts in about['classes'].items():
         some = ', '.join(f'{title} {n}' for title, n in list(counts.items())[:20])
         lines.append(f'classes       {split}: {some}{", ..." if len(counts) > 20 else ""} ({len(counts)} classes)')
-    lines += [f'caption       {caption}' for caption in about['captions']]
+    shown = (text if text.isprintable() else ascii(text)[1:-1] for text in about['captions'])
+    lines += [f'caption       {text if len(text) <= 200 else text[:200] + "..."}' for text in shown]
     lines += [f'left out      {line}' for line in about['left_out']]
     augmentation = ', '.join(f'{name} = {value}' for name, value in about['augmentation'].items())
     lines.append(f'augmentation  {augmentation or "none"}')

@@ -12,16 +12,46 @@ from jaxgen.contract import NEGATIVE, Texts
 from jaxgen.text import tokenizers
 from jaxgen.text.tokenizers import TRAINED, Tokenizer
 
+COUNTED = 10_000  # examples that are looked at for captions that are too long
+
 
 def trained(section, texts: Texts) -> Tokenizer:
     """A tokenizer of the captions of the training split of a section `data`."""
-    examples = data.dataset({**section.to_dict(), 'features': ('caption',)}, 'train')
+    return tokenizers.train(read(captions_of(section), TRAINED), texts.vocabulary, texts.length)
 
-    def read() -> Iterator[str]:
-        for i in range(min(len(examples), TRAINED)):
+
+def captions_of(section):
+    """The training examples of a section `data`, their captions alone."""
+    return data.dataset({**section.to_dict(), 'features': ('caption',)}, 'train')
+
+
+def read(examples, most: int) -> Iterator[str]:
+    """All captions of the first `most` examples."""
+    for i in range(min(len(examples), most)):
+        if examples.texts:
+            yield from (text.decode() for text in examples.texts.one(i)['caption'])
+        else:
             yield tokenizers.caption_text(examples[i]['caption'])
 
-    return tokenizers.train(read(), texts.vocabulary, texts.length)
+
+def cut_off(section, made: Mapping[str, Tokenizer]) -> list[str]:
+    """Lines about training captions that have more tokens than there is room for.
+
+    Args:
+      made: {name of tokens: their tokenizer}.
+    """
+    if not made:
+        return []
+    examples = captions_of(section)
+    captions = list(read(examples, COUNTED if examples.texts else COUNTED // 10))
+    lines = []
+    for length, tokenizer in {one.length: one for one in made.values()}.items():
+        if cut := tokenizer(captions).cut:
+            lines.append(
+                f'{cut:,} of the first {len(captions):,} training captions have more than {length} tokens: their ends '
+                'are left out'
+            )
+    return lines
 
 
 def negative_name(name: str) -> str:
