@@ -28,7 +28,12 @@ def known(data) -> set[bytes]:
     """All words of the training captions."""
     section = {**data, 'features': ('caption',)}
     records = sources.open_records(sources.resolve(section), section, 'train')
-    return {word for i in range(len(records)) for word in words(bytes(records[i]['caption']))}
+    found: set[bytes] = set()
+    for i in range(len(records)):
+        stored = records[i]['caption']  # one as an array, or all as in texts.py
+        for text in stored if isinstance(stored, tuple) else [bytes(stored)]:
+            found.update(words(text))
+    return found
 
 
 def check(text: str, room: int, most: int, known: Callable[[], set[bytes]]) -> np.ndarray:

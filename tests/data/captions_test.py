@@ -14,7 +14,7 @@ from archives_test import write_tar, write_zip
 from data_sets import encoded, grey, make, refused, take, write_folder
 
 from jaxgen import data
-from jaxgen.data import folder, metadata, transforms
+from jaxgen.data import captions, folder, metadata, transforms
 from jaxgen.errors import RunError, UserError
 from jaxgen.text.tokenizers import caption_text
 
@@ -114,6 +114,13 @@ def test_the_column_is_an_option(tmp_path):
         data.spec(captioned(tmp_path, source, caption='other'))
     with refused("line 1: 'n' must be a text, or a list of texts, and no int"):
         data.spec(captioned(tmp_path, source, caption='n'))
+
+
+def test_words_of_a_vocabulary_are_those_of_all_captions(tmp_path):
+    config = captioned(tmp_path, written(tmp_path / 'x', files('jsonl')))
+    trained = {int(one['image'][0, 0, 0]) for one in data.dataset(config, 'train')}
+    expected = {word for i in trained for text in WORDS[i] for word in captions.words(text.encode())}
+    assert captions.known(config) == expected and {b'number', 'größe'.encode()} <= expected
 
 
 def test_identity_is_of_images_and_captions(tmp_path):
