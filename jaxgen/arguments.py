@@ -15,7 +15,7 @@ from jaxgen import configs, interrupt, locks, options
 from jaxgen.errors import UserError
 
 MODES = (
-    *('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'describe', 'compile', 'prepare'),
+    *('train', 'sample', 'evaluate', 'explore', 'pack', 'import', 'export', 'merge', 'describe', 'compile', 'prepare'),
     *('data', 'fields', 'list'),
 )
 
@@ -65,7 +65,7 @@ def define_flags() -> flags.FlagValues:
     string('from', '', 'import: file or folder of published weights', flag_values=values)
     string('discriminator', '', 'import: file of the discriminator, if apart from the generator', flag_values=values)
     string('tokenizer', '', 'import: folder of the tokenizer, if apart from the text encoder', flag_values=values)
-    string('to', '', 'export: FILE.safetensors, FILE.pt or a new folder', flag_values=values)
+    string('to', '', 'export: FILE.safetensors, FILE.pt or a new folder; merge: a new run', flag_values=values)
     string('names', '', 'import, export: the source whose names the weights have', flag_values=values)
     string('topology', '', 'compile: the slice, v5e:4x4, v5p:2x2x4, v6e:8x8, h100:8', flag_values=values)
     string('cache', '', 'directory of compiled programs, or off; default ~/.cache/jaxgen/compiled', flag_values=values)
@@ -93,6 +93,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
   jaxgen --mode=export --workdir=runs/ddpm_digits --to=x.pt  its weights, for other programs
+  jaxgen --config=runs/NAME:lora --config.data.source=folder:PATH  LoRA of a run, on a few images
 
 Options:
 {options}
@@ -199,6 +200,7 @@ READS = {
     'list': (),
     'import': ('config', 'workdir', 'from', 'discriminator', 'tokenizer', 'names'),
     'export': ('config', 'workdir', 'weights', 'step', 'to', 'names'),
+    'merge': ('config', 'workdir', 'weights', 'step', 'to'),
 }
 WITHOUT_RUN = ('train', 'describe', 'compile', 'prepare', 'data', 'fields', 'import')  # modes of a config
 # Options in which ~ is the home directory; the config knows its own.
@@ -224,7 +226,7 @@ def check_flags(values: flags.FlagValues) -> None:
             options.check_integer(f'--{name}', values[name].value, 0 if name == 'seed' else 1)
     if values.step not in ('', 'best') and not (values.step.isdecimal() and values.step.isascii()):
         raise UserError(f'--step must be the step of a checkpoint, or best; it is {options.shown(values.step)}')
-    for name in {'import': ('from',), 'export': ('to',), 'compile': ('topology',)}.get(mode, ()):
+    for name in {'import': ('from',), 'export': ('to',), 'merge': ('to',), 'compile': ('topology',)}.get(mode, ()):
         if not values[name].value:
             raise UserError(f'--mode={mode} needs --{name}: {values[name].help.partition(": ")[2]}')
     if mode not in ('list', 'import') and not values.config and (mode in WITHOUT_RUN or not values.workdir):
@@ -255,7 +257,13 @@ def say_mistake(e: UserError) -> int:
 # Modes that compute, and what they begin with.
 DOING = {
     **{'train': 'training', 'sample': 'sampling', 'evaluate': 'evaluating', 'explore': 'exploring', 'pack': 'packing'},
-    **{'import': 'importing', 'export': 'exporting', 'compile': 'compiling', 'prepare': 'preparing'},
+    **{
+        'import': 'importing',
+        'export': 'exporting',
+        'merge': 'merging',
+        'compile': 'compiling',
+        'prepare': 'preparing',
+    },
 }
 
 

@@ -180,13 +180,23 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequenc
             )
 
 
-def restored_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
+def restored_stage(
+    path: str, mesh, dtype: str = '', made: dict | None = None, alone: bool = False
+) -> tuple[Family, State, dict]:
     """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages.
 
-    dtype: that it computes in; '': that which it was trained in.
+    Args:
+      dtype: that it computes in; '': that which it was trained in.
+      made: stages that are restored already; a run that several name is restored once.
+      alone: nothing of its own stages is read: they are shapes, and `frozen` is {}.
     """
-    assembled, state = restore(path, {'train.dtype': dtype} if dtype else None, mesh=mesh)
-    return assembled.family, state, assembled.frozen
+    made = {} if made is None else made
+    key = (os.path.realpath(path), dtype, alone)
+    if key not in made:
+        stage = abstract_stage if alone else functools.partial(restored_stage, made=made)
+        assembled, state = restore(path, {'train.dtype': dtype} if dtype else None, mesh=mesh, stage=stage)
+        made[key] = assembled.family, state, {} if alone else assembled.frozen
+    return made[key]
 
 
 def abstract_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
@@ -240,10 +250,15 @@ def assemble(
     """
     spec = spec or data.spec(config.data)
     mesh = mesh or sharding.make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
-    if stage is restored_stage:
+    restoring = stage is restored_stage or getattr(stage, 'func', None) is restored_stage
+    if restoring:
         check_stages_trained(config)
+        stage = functools.partial(restored_stage, made={}) if stage is restored_stage else stage
     dtype = '' if config.train.stages_dtype == 'stage' else config.train.dtype
-    stages = {name: stage(path, mesh, dtype) for name, path in config.stages.items()}
+    stages = {}
+    for name, path in config.stages.items():
+        alone = restoring and directory.is_read_alone(config, path)
+        stages[name] = stage(path, mesh, dtype, **({'alone': True} if alone else {}))
     context = Context(
         image=tuple(spec.features['image'].shape),
         classes=spec.classes,
@@ -275,9 +290,10 @@ def make_family(config: ConfigDict, context: Context) -> Family:
     model = config.model.to_dict()
     family = build(context, **model)
     known = options.fields(build)
-    fixed = options.untraced(known, options.complete(build, model, 'model'))
-    program = (json.dumps(fixed), context.optim)
-    return family._replace(image=context.image, program=program, deterministic=config.train.deterministic)
+    complete = options.complete(build, model, 'model')
+    program = (json.dumps(options.untraced(known, complete)), context.optim)
+    about = json.dumps({'family': config.family, 'model': complete})
+    return family._replace(image=context.image, config=about, program=program, deterministic=config.train.deterministic)
 
 
 def restore(
@@ -288,8 +304,12 @@ def restore(
     mesh=None,
     named: Set[str] = frozenset(),
     step: int | str | None = None,
+    stage: Callable = restored_stage,
 ) -> tuple[Assembled, State]:
-    """The config of a run assembled, and its weights as State.ema; arguments and errors as those of `run.load`."""
+    """The config of a run assembled, and its weights as State.ema; arguments and errors as those of `run.load`.
+
+    stage: as of `assemble`; of an abstract one it is not checked that it is what the run was trained on.
+    """
     check_weights_name(weights)
     if isinstance(config, dict):
         config = configs.nested_fields(configs.plain(config))
@@ -304,7 +324,7 @@ def restore(
     directory.check_cycle(workdir, used)
     if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
         used.mesh.fsdp = math.gcd(used.mesh.fsdp, jax.device_count())
-    assembled = dataclasses.replace(assemble(used, mesh, spec=spec, workdir=workdir), unnamed=unnamed)
+    assembled = dataclasses.replace(assemble(used, mesh, stage, spec, workdir), unnamed=unnamed)
     directory.check_use(workdir, saved, used, assembled.family.free)
     if weights != 'ema' and assembled.family.statistics:
         raise UserError(
@@ -320,7 +340,8 @@ def restore(
     if restored is None:
         raise UserError(f'{workdir} has no checkpoint yet: let the training save one first')
     state, about = restored
-    check_stages(about, assembled, workdir, configs.moved(saved, used))
+    if stage is not abstract_stage:
+        check_stages(about, assembled, workdir, configs.moved(saved, used))
     directory.check_moved_data(about, used, workdir, configs.moved(saved, used), saved.data.test_source)
     names = [name for name in state.ema if '@' not in name]
     if weights != 'ema' and int(state.step) == 0:

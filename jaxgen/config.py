@@ -505,8 +505,13 @@ def locate(file: str) -> str:
 
 
 def load(path: str) -> ConfigDict:
-    """The config of `FILE.py` or `FILE.py:VARIANT`, or of the name of one that comes with jaxgen, `NAME:VARIANT`."""
+    """The config of `FILE.py` or `FILE.py:VARIANT`, or of the name of one that comes with jaxgen, `NAME:VARIANT`; or
+    that by which a run is tuned, `RUN:VARIANT`, see tuning.py."""
     file, variant = split_variant(path)
+    from jaxgen import tuning  # which reads runs, by this module
+
+    if tuning.is_run(file):
+        return tuning.derived(file, variant)
     file = locate(file)
     spec = importlib.util.spec_from_file_location('jaxgen_config', file)
     if spec is None or spec.loader is None:

@@ -245,7 +245,10 @@ class Family(NamedTuple):
     divisor: int = 1  # the image's height and width must be multiples of this
     free: tuple[str, ...] = ()  # fields and sections of config.model that no update reads: they may change on resume
     sampling: tuple[str, ...] = ()  # those of them that sample reads
+    merged: tuple[Callable, Callable] | None = None  # of adapters and their base as an ordinary run: (state, frozen) ->
+    # {network: weights}, and sections of the config -> those of that run
     settings: Callable[[], PyTree] | None = None  # values of fields marked TRACED, as `sample` takes them
+    config: str = ''  # JSON of {'family', 'model'} of the config that it is built of; `assembly.make_family` says it
     program: Hashable = None  # equal for families whose programs differ in settings alone; see assembly.make_family
     deterministic: bool = True  # of its programs, see `sharding.jit`; `assembly.make_family` says it
     latents: Latents = Latents()

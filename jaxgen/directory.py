@@ -155,6 +155,13 @@ def check_moved_data(
         )
 
 
+def is_read_alone(config: ConfigDict, path: str) -> bool:
+    """Whether nothing of the stages of the run in `path` is read where it is a stage of this config's run: an adapter,
+    whose base may be this run itself. The family's module says it by `reads_alone`, of the saved config."""
+    reads_alone = getattr(configs.module(config.family), 'reads_alone', None)
+    return bool(reads_alone and reads_alone(saved_config(path)))
+
+
 def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), untrained: bool = False) -> None:
     """Raises UserError where a run is a stage of itself, also by way of others. Reads configs alone.
 
@@ -165,6 +172,8 @@ def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), u
         if os.path.realpath(path) in here:
             raise UserError(f'config.stages.{name}: {path} is a stage of itself; name the run of an earlier stage')
         if os.path.isfile(os.path.join(path, 'config.json')):
+            if is_read_alone(config, path):
+                continue
             check_cycle(path, read(path)[0], here, untrained)
         elif untrained and configs.named(path):
             check_cycle(path, configs.load(configs.named(path)), here, untrained)

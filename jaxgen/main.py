@@ -17,6 +17,7 @@ Modes:
   import    make a run of published weights, at step 0: --from=FILE_OR_FOLDER [--names=SOURCE]; a model of diffusers
             needs no --config
   export    write a run's weights with the names of a source: --to=FILE_OR_FOLDER [--names=SOURCE]
+  merge     write one ordinary run of a run with adapters (LoRA), its base and their scales: --to=RUN
   data      print what the data of a config are, before training: counts, sizes, classes, what is left out; an image
             grid of a training batch and of test examples: PNG and JSON
   list      print the configs that come with jaxgen, a line each: those with all the words that follow
@@ -71,6 +72,7 @@ from jaxgen import (
     files,
     hosts,
     log,
+    merging,
     outputs,
     pack,
     prepare,
@@ -388,6 +390,8 @@ def main(argv: list[str]) -> None:
         log.say(f'{compilation.devices()}; step {run.step}, {run.weights} weights; {compilation.notice()}')
     if mode == 'export':
         exporting.export_weights(run, values.to, values.names)
+    elif mode == 'merge':
+        merging.merge(run, values.to)
     elif mode == 'sample':
         sample_mode(run, values.n, values.seed, condition, values.out, values.film)
     elif mode == 'explore':

@@ -511,6 +511,9 @@ def untraced(known: dict[str, Field], values: dict) -> dict[str, Any]:
             out[name] = {section.key: value[section.key], **own}
         elif isinstance(section, Fields):
             out[name] = untraced(section.fields(), value)
+        elif isinstance(section, PartialFields):
+            parts = {key: untraced({k: section.fields()[k] for k in own}, own) for key, own in value.items()}
+            out[name] = {key: own for key, own in parts.items() if own}
         elif not field.traced:
             out[name] = value
     return out

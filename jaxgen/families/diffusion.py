@@ -32,6 +32,8 @@ Each part is a section of `config.model`, the keyword arguments of the function 
 With `config.stages.first`, an autoencoder, all of it happens to that stage's latents (latent diffusion, Rombach et al.
 2021, arXiv 2112.10752): x_0 = latent_scale encode(image), and samples are decoded. Latents have no bits;
 measured is then 'eps_error', the mean square error of the noise, at ten levels evenly over time.
+
+With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ from jaxgen.contract import (
     gradient_step,
     new_state,
 )
+from jaxgen.diffusion import adapters as adapting
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
@@ -77,15 +80,12 @@ from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
+reads_alone = adapting.is_adapter  # of a stage's saved config, see `assembly.assemble`
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
+TUNING = {'lora': adapting.lora_of}  # see tuning.py
 DISTILLED = 'distilled_guidance'  # in a batch, [n]
-
-
-def own_weights(networks: dict[str, Any], frozen) -> Any:
-    """The weights of a network that is trained itself."""
-    return networks['denoiser']
 
 
 class Model(NamedTuple):
@@ -99,7 +99,8 @@ class Model(NamedTuple):
     guidance: Guidance
     classifier: Callable | None  # (frozen, label, moves) -> guidance.Classifier
     evaluation: dict  # options of the likelihood
-    weights: Callable = own_weights  # (params or averages by network, frozen) -> weights of the network
+    adapters: adapting.Adapters
+    adapter: dict  # its complete section
 
 
 @options.checked
@@ -118,6 +119,8 @@ def build(
     ] = EMPTY,
     latent_scale: Positive = 1.0,
     latent_shift: float = 0.0,
+    adapter: Annotated[Section, adapting.COMPONENT] = 'none',
+    adapters: Annotated[Section, adapting.SECTION] = EMPTY,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -131,10 +134,14 @@ def build(
       likelihood: of held-out images, by the bound of a chain or the ODE of a process in continuous time.
       latent_scale: of the latents of `config.stages.first`, so that their standard deviation is about 1.
       latent_shift: subtracted from them before that (SD 3, FLUX).
+      adapter: what of the network of `config.stages.base` is trained in place of a network.
+      adapters: {stage: scale} of the LoRAs that are stages, and of this run's own under the name 'own'.
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
     """
+    given = dict(process=process, network=network, training=training, conditioning=conditioning)
+    given |= dict(latent_scale=latent_scale, latent_shift=latent_shift)
     space = latents.bind(context, latent_scale, latent_shift)
     moves = processes.make(process, training['prediction']['name'])
     formulation = objective.formulate(moves, network.get('embedding') == 'fourier', **training)
@@ -151,6 +158,8 @@ def build(
         Guidance(**guidance),
         None,
         likelihood | variance_of(likelihood, moves, formulation),
+        adapting.bind(context, given, adapter, adapters),
+        adapter,
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
@@ -159,7 +168,8 @@ def build(
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
     encoded = conditions.reads_text(conditioning)
-    step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, 'denoiser')
+    trained = adapting.LORA if bound.adapters.base else 'denoiser'
+    step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, trained)
     divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
         functools.partial(init, bound, context),
@@ -173,9 +183,10 @@ def build(
         trajectory=by_settings(functools.partial(trajectory, bound), settings),
         conditions=tuple(c.name for c in conditioning if not c.optional) + label,
         divisor=divisor,
-        free=('sampler', 'guidance', 'likelihood'),
-        sampling=('sampler', 'guidance'),
+        free=('sampler', 'guidance', 'likelihood', 'adapters'),
+        sampling=('sampler', 'guidance', 'adapters'),
         settings=settings,
+        merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors else None,
         captions=Captions(encoded=encoded),
     )
 
@@ -297,7 +308,7 @@ def loss(model: Model, parts: int, params, state: State, frozen, batch, rng) -> 
     eps = jax.random.normal(rng_noise, x_0.shape)
     values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
-    weights = model.weights(params, frozen)
+    weights = model.adapters.weights(params, frozen, model.adapters.in_training)
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
     errors, logs = objective.errors(
         model.formulation, model.network, weights, x_0, t, eps, embeddings, {'dropout': rng_dropout}
@@ -325,10 +336,13 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
         if classes != context.classes:
             raise UserError(f'config.stages.classifier knows {classes} classes, and the data {context.classes}')
     one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
-    params = model.network.init(rng, jnp.zeros((1, *model.space.shape)), one)
+    make = functools.partial(model.network.init, rng, jnp.zeros((1, *model.space.shape)), one)
     by_importance = model.formulation.draw_times is None
     history = importance.start(model.formulation.process.steps) if by_importance else None
-    return new_state({'denoiser': params}, context.optim, history)
+    if not model.adapters.base:
+        return new_state({'denoiser': make()}, context.optim, history)
+    params = adapting.init(rng, jax.eval_shape(make), frozen, model.adapter)
+    return new_state({adapting.LORA: params}, context.optim, history)
 
 
 def update(model: Model, context: Context, step: Callable, state: State, frozen, batch, rng):
@@ -344,10 +358,15 @@ def update(model: Model, context: Context, step: Callable, state: State, frozen,
     return advance(state, context.optim), aux.logs
 
 
-def denoiser_of(model: Model, state: State, frozen, values: Values, guidance: Guidance, clip: bool) -> Callable:
-    """The denoiser (x, t) -> x_0, or (x_0, fraction), by the averaged weights."""
+def denoiser_of(
+    model: Model, state: State, frozen, values: Values, guidance: Guidance, clip: bool, factors: dict | None = None
+) -> Callable:
+    """The denoiser (x, t) -> x_0, or (x_0, fraction), by the averaged weights.
+
+    factors: of LoRAs; None: the model's own.
+    """
     f, network = model.formulation, model.network
-    weights = model.weights(state.ema, frozen)
+    weights = model.adapters.weights(state.ema, frozen, factors)
     return objective.denoiser(f, network, weights, model.conditioning, values, guidance, clip)
 
 
@@ -358,6 +377,7 @@ def settings_of(model: Model) -> dict[str, Any]:
     if reads_distilled(model.conditioning):
         guidance['distilled'] = model.guidance.distilled
     settings = {'start': sampler.start, 'table': sampler.table, 'guidance': guidance}
+    settings |= {'adapters': model.adapters.factors} if model.adapters.factors else {}
     moved = model.classifier is not None and bool(sampler.variance)
     return settings | ({'moves': guides.moves_of(sampler.schedule, sampler.variance)} if moved else {})
 
@@ -379,7 +399,8 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
     values = conditions.values_of(model.conditioning, {DISTILLED: scale} | batch, frozen)
-    denoise = denoiser_of(model, state, frozen, values, guidance, model.sampler.clip and not model.sampler.clip_here)
+    clip = model.sampler.clip and not model.sampler.clip_here
+    denoise = denoiser_of(model, state, frozen, values, guidance, clip, settings.get('adapters'))
     if model.classifier is not None:
         classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
         scale = guidance.classifier_scale

@@ -1,0 +1,51 @@
+"""Configs of fine-tuning, derived from the run that is tuned: --config=RUN:lora.
+
+What a family makes of its runs stands in its module's table TUNING, {variant: (sections of the config, RUN) -> sections
+that are put over them}. The model, sizes and stages are the run's; the data are the person's to name.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ml_collections import ConfigDict
+
+from jaxgen import config as configs
+from jaxgen import directory, files
+from jaxgen.config import DEFAULTS, UnknownVariant
+from jaxgen.errors import UserError
+
+UNNAMED = 'folder:'  # a source without a path, which is refused: the person names one
+# What the person's images are made to fit.
+KEPT = ('size', 'channels', 'features', 'classes')
+
+
+def derived(run: str, variant: str) -> ConfigDict:
+    """The config by which a run is tuned; it is not complete before `data.source` is set.
+
+    Args:
+      variant: of the table of the run's family, 'lora'.
+
+    Raises:
+      UserError: there is no such run, or its family is not tuned so.
+    """
+    saved, _, _ = directory.read(run)
+    table = getattr(configs.module(saved.family), 'TUNING', {})
+    if not table:
+        raise UserError(f'--config={run}: a {saved.family} has no fine-tuning; name a config, not a run')
+    if variant not in table:
+        raise UnknownVariant(variant, list(table))
+    sections = saved.to_dict()
+    data = {name: sections['data'][name] for name in KEPT} | {'source': UNNAMED}
+    usual = {name: DEFAULTS[name] for name in ('optim', 'train', 'sample', 'evaluate', 'mesh')}
+    for name in ('dtype', 'remat'):
+        usual['train'] = {**usual['train'], name: sections['train'][name]}
+    usual['mesh'] = sections['mesh']
+    base = {**sections, **usual, 'data': {**DEFAULTS['data'], **data}}
+    over = table[variant](sections, files.absolute(os.path.expanduser(run)))
+    return ConfigDict(configs.update_sections(base, over))
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is a run's directory."""
+    return os.path.isfile(os.path.join(os.path.expanduser(path), 'config.json'))
