@@ -8,6 +8,8 @@ import itertools
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -66,6 +68,22 @@ def write_folder(path, values, **subfolders) -> str:
         for value in inside:
             grey(value).save(os.path.join(path, where, f'{value}.png'))
     return f'folder:{path}'
+
+
+def write_zip(path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> str:
+    with zipfile.ZipFile(path, 'w', method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return f'zip:{path}'
+
+
+def write_tar(path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mode: str = 'w') -> str:
+    with tarfile.open(path, mode, format=form) as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return f'tar:{path}'
 
 
 def write_pairs(path, image, **others) -> str:

@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from data_sets import encoded, grey, make, random_image, refused, take, write_folder
+from data_sets import encoded, grey, make, random_image, refused, take, write_folder, write_tar, write_zip
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxgen import data
@@ -32,22 +32,6 @@ def files_of(folder) -> dict[str, bytes]:
 def images(n: int = 12, below: str = '') -> dict[str, bytes]:
     """Grey images named by their values."""
     return {f'{below}{i}.png': encoded(grey(i)) for i in range(n)}
-
-
-def write_zip(path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> str:
-    with zipfile.ZipFile(path, 'w', method) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return f'zip:{path}'
-
-
-def write_tar(path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mode: str = 'w') -> str:
-    with tarfile.open(path, mode, format=form) as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return f'tar:{path}'
 
 
 def write_records(path, contents: list[bytes]) -> str:

@@ -10,8 +10,7 @@ import random
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from archives_test import write_tar, write_zip
-from data_sets import encoded, grey, make, refused, take, write_folder
+from data_sets import encoded, grey, make, refused, take, write_folder, write_tar, write_zip
 
 from jaxgen import data
 from jaxgen.data import captions, folder, metadata, transforms
