@@ -14,7 +14,7 @@ import numpy as np
 from jaxgen.contract import apart, together
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion.conditioning import Conditioning, Values
-from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise, expanded
+from jaxgen.diffusion.processes import Process, coefficients, ends_at_noise, expanded, time_of
 from jaxgen.diffusion.schedules import Schedule, posterior
 from jaxgen.errors import UserError
 from jaxgen.losses.likelihoods import cross_entropy
@@ -197,7 +197,7 @@ def classifier_guided(denoise: Callable, log_probability: Callable, scale_at: Ca
 
     def guided(x: Array, t: Array):
         output = denoise(x, t)
-        t = jnp.broadcast_to(t, (len(x),))
+        t = jax.tree.map(lambda value: jnp.broadcast_to(value, (len(x),)), t)
         gradient = jax.grad(lambda x: log_probability(x, t).sum())(x)
         x_0, *fraction = output if isinstance(output, tuple) else (output,)
         x_0 = x_0 + scale * scale_at(t, *fraction) * gradient
@@ -240,7 +240,7 @@ def bind_classifier(
         alpha, sigma = level(t)
         if moves is None:
             return sigma**2 / alpha
-        i = jnp.searchsorted(jnp.asarray(moves['t']), t)
+        i = jnp.searchsorted(jnp.asarray(moves['t']), time_of(t))
         least = jnp.asarray(moves['scale'])[i].reshape(alpha.shape)
         if 'growth' not in moves:
             return least

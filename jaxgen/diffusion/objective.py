@@ -164,11 +164,11 @@ def formulate(
 def predict(
     formulation: Formulation, network: Network, params: Any, x_t: Array, t: Array, embeddings: Embeddings, **options
 ) -> tuple[Array, Array | None]:
-    """The network's output at times t [n], and with a learned variance where it lies between its bounds, [0, 1]."""
+    """The network's output at times or levels t [n], and where a learned variance lies between its bounds, [0, 1]."""
     f = formulation
     alpha, sigma = coefficients(f.process, t, x_t)
     scaled = parameterisations.input_scale(f.prediction, alpha, sigma, f.data_std) * x_t
-    output = network.apply(params, scaled, f.c_noise(t), embeddings, **options)
+    output = network.apply(params, scaled, f.c_noise(processes.time_of(t)), embeddings, **options)
     if not f.learned:
         return output, None
     output, fraction = jnp.split(output, 2, -1)
@@ -218,7 +218,7 @@ def denoiser(
     clip: bool,
 ) -> Callable:
     """The denoiser (x, t) -> estimate of x_0, and with a learned variance (estimate, fraction); t is [n], or one for
-    all.
+    all; a time, or a level in a Schedule.
 
     Args:
       values: {condition: [n, ...]}.
@@ -232,9 +232,9 @@ def denoiser(
     def denoise(x: Array, t: Array):
         active = None
         if guidance.limited:
-            at = f.process.at(t)
+            at = processes.level_at(f.process, t)
             active = in_interval(at.alpha, at.sigma, guidance.low, guidance.high)
-        t = jnp.broadcast_to(t, (len(x),))
+        t = jax.tree.map(lambda value: jnp.broadcast_to(value, (len(x),)), t)
         output, fraction = guided(apply, x, t, conditioning, values, guidance, active)
         x_0 = parameterisations.to_x_0(f.prediction, output, x, *coefficients(f.process, t, x), f.data_std)
         x_0 = jnp.clip(x_0, -1, 1) if clip else x_0

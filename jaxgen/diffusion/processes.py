@@ -265,9 +265,20 @@ def expanded(values, x):
 
 
 def coefficients(process: Process, t, x) -> tuple[Any, Any]:
-    """alpha and sigma at times t [n], with as many axes as x [n, ...]."""
-    at = process.at(t)
+    """alpha and sigma at times t [n], or at levels [n], with as many axes as x [n, ...]."""
+    at = level_at(process, t)
     return expanded(at.alpha, x), expanded(at.sigma, x)
+
+
+def level_at(process: Process, t) -> Schedule:
+    """The noise level at times t, or t itself where it is a Schedule: a level beside the process's, with the time that
+    the network gets."""
+    return t if isinstance(t, Schedule) else process.at(t)
+
+
+def time_of(t):
+    """The time of a time or a level."""
+    return t.t if isinstance(t, Schedule) else t
 
 
 def ends_at_noise(process: Process) -> bool:

@@ -39,7 +39,18 @@ from jaxgen.diffusion import schedules
 from jaxgen.diffusion.processes import Process, ends_at_noise
 from jaxgen.diffusion.schedules import Schedule, posterior
 from jaxgen.errors import UserError
-from jaxgen.options import TRACED, Choice, Component, Fraction, NonNegative, OneOf, Positive, Rate, own_fields
+from jaxgen.options import (
+    TRACED,
+    Choice,
+    Component,
+    Fraction,
+    NonNegative,
+    OneOf,
+    Positive,
+    Rate,
+    fields,
+    own_fields,
+)
 from jaxgen.randomness import normal
 
 Array = jax.Array
@@ -49,6 +60,7 @@ PREDICTORS = ('reverse_diffusion', 'euler_maruyama', 'none')
 
 # Weights of the steps of a sampler by name, in the order of the steps: see `entries` and `run`.
 Table = dict[str, Any]
+STATED = ('t', 'alpha_t', 'sigma_t')  # columns of a table that holds the levels, see `with_levels`
 
 
 def by_table(make: Callable[..., Table]) -> Callable:
@@ -93,7 +105,9 @@ def ddim(
     eta: Annotated[Fraction, TRACED] = 0.0,
     clipped_noise: bool = True,
     to_first: bool = False,
+    by_stride: bool = False,
     first: tuple[float, float] = (1.0, 0.0),
+    below: Schedule | None = None,
 ) -> Table:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
@@ -104,13 +118,18 @@ def ddim(
         False).
       to_first: the last step leads to the first level of the chain in place of the data (latent diffusion's code;
         set_alpha_to_one False of diffusers).
+      by_stride: of a chain of T steps, a step leads floor(T / N) steps down, wherever the next of the N levels is: as
+        diffusers' DDIM, which differs where the levels are spaced otherwise.
       first: alpha and sigma of that level.
+      below: levels that the steps lead to, of sigma 0 where beyond the chain; None: the next ones.
     """
-    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule, first if to_first else (1.0, 0.0))
     variance = posterior(schedule).variance
-    if to_first:
-        alpha_s[0], sigma_s[0] = first
-        variance[0] = (sigma_s[0] / sigma[0]) ** 2 * max(1 - (alpha[0] / alpha_s[0]) ** 2, 0)
+    if by_stride and below is not None:
+        end = alpha_s[0], sigma_s[0]
+        alpha_s, sigma_s = (np.where(below.sigma > 0, own, last) for own, last in zip(below[1:], end, strict=True))
+    if to_first or by_stride:
+        variance = (sigma_s / sigma) ** 2 * np.maximum(1 - (alpha / alpha_s) ** 2, 0)
     std = np.minimum(eta * np.sqrt(variance), sigma_s)
     # x_s = alpha_s x_0 + direction eps + std noise, with eps = (x_t - alpha x_0) / sigma
     direction = np.sqrt(sigma_s**2 - std**2)
@@ -120,28 +139,40 @@ def ddim(
     return linear(schedule.t, direction / sigma, alpha_s, std) | entries({'t': schedule.t, 'raw_weight': of_noise})
 
 
-def ddim_inversion(denoise: Callable, x_0: Array, schedule: Schedule, *, trajectory: bool = False) -> Array:
+def ddim_inversion(
+    denoise: Callable, x_0: Array, schedule: Schedule, *, trajectory: bool = False, stated: bool = False
+) -> Array:
     """The noise x at the schedule's last level that `ddim` turns into the images x_0 [n, ...], but for an
     error that falls with the number of steps (Song et al. 2021, arXiv 2010.02502, section 4.3).
 
     The noise of a step is estimated where it starts. From the data to the first level it is that of
     alpha x_0 at the first level: the data have no noise to estimate.
+
+    Args:
+      stated: as in `with_levels`.
     """
     alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
     first = np.arange(len(alpha)) == 0
     ratio = np.divide(sigma, sigma_s, out=np.full_like(sigma, 2.0), where=~first)
     weights = ratio, np.where(first, -alpha, alpha - ratio * alpha_s)
-    t = np.concatenate([schedule.t[:1], schedule.t[:-1]])
-    x = jnp.float32(alpha[0]) * x_0
-    table = linear(t[::-1], *(w[::-1] for w in weights), np.zeros(len(t)))
-    return run(denoise, x, table, None, trajectory)
+
+    def make(schedule: Schedule) -> Table:
+        t = np.concatenate([schedule.t[:1], schedule.t[:-1]])
+        return linear(t[::-1], *(w[::-1] for w in weights), np.zeros(len(t)))
+
+    return run(denoise, jnp.float32(alpha[0]) * x_0, with_levels(make, schedule, stated), None, trajectory)
 
 
 @by_table
-def euler(schedule: Schedule) -> Table:
+def euler(schedule: Schedule, *, to_first: bool = False, first: tuple[float, float] = (1.0, 0.0)) -> Table:
     """Euler's method for x / alpha as a function of sigma / alpha (Karras et al. 2022, arXiv 2206.00364,
-    section 3). For a flow it is Euler's method on the velocity; in each case it is `ddim` without noise."""
-    return ddim.table(schedule)
+    section 3). For a flow it is Euler's method on the velocity; in each case it is `ddim` without noise.
+
+    Args:
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+    """
+    return ddim.table(schedule, to_first=to_first, first=first)
 
 
 @by_table
@@ -241,30 +272,147 @@ def euler_maruyama(
 
 
 @by_table
-def dpm_solver_pp(
+def dpm_solver(
     schedule: Schedule,
     *,
-    order: Annotated[int, '[1, 2]'] = 2,
+    order: Annotated[int, '[1, 3]'] = 2,
+    correction: Annotated[str, OneOf('midpoint', 'heun')] = 'midpoint',
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    to_first: bool = False,
+    first: tuple[float, float] = (1.0, 0.0),
+    levels: int = 0,
+    noise: bool = False,
     sde: bool = False,
 ) -> Table:
-    """DPM-Solver++ (2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095), of first order in its first and last step.
+    """Multistep DPM-Solver++, algorithm 2 of Lu et al. 2022 (arXiv 2211.01095), and with `noise` multistep DPM-Solver
+    (Lu et al. 2022, arXiv 2206.00927), which interpolates eps in place of x_0. The order rises from 1; the step to
+    the data is of first order.
 
     Args:
-      order: 1: `ddim`; 2.
-      sde: SDE-DPM-Solver++ (2M), which adds noise and with order 1 is `ancestral` with 'fixed_small'.
+      order: 1: `ddim`; 2; 3, of the ODE alone.
+      correction: of second order, how the slope of the estimates enters: 'midpoint' (2M) or 'heun'.
+      lower_order_final: of fewer than 15 levels the last two steps are of second and of first order.
+      euler_at_final: the last step is of first order.
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+      levels: number of levels where the schedule is the lower part of more, see `make`.
+      noise: estimates of eps.
+      sde: the reverse SDE, which adds noise and with order 1 and without `noise` is `ancestral` with 'fixed_small'.
     """
-    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
+    if order == 3 and sde:
+        raise UserError('config.model.sampler.order = 3 is of the ODE; that of an SDE is 1 or 2')
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule, first if to_first else (1.0, 0.0))
+    n = len(alpha)
     h = log_ratio(alpha_s, sigma_s) - log_ratio(alpha, sigma)
-    k = 2 * h if sde else h
-    # An estimate that moves on as it did in the step before has moved so much by the middle of this one.
-    beyond = np.zeros(len(h))
-    if order == 2:
-        beyond[1:-1] = 0.5 * h[1:-1] / h[2:]
-    x_t_weight = sigma_s / sigma * (np.exp(-h) if sde else 1)
-    x_0_weight = -alpha_s * np.expm1(-k)
-    std = sigma_s * np.sqrt(-np.expm1(-2 * h)) if sde else np.zeros(len(h))
-    both = np.stack([x_0_weight * (1 + beyond), -x_0_weight * beyond], -1)
-    return linear(schedule.t, x_t_weight, both, std)
+    # In eps all is as in x_0, with alpha and sigma changed over and h < 0.
+    k = -h if noise else 2 * h if sde else h
+    scale = 2 * sigma_s if noise and sde else sigma_s if noise else alpha_s
+    few = lower_order_final and max(levels, n) < 15
+    p = np.minimum(order, n - np.arange(n))
+    p[:1] = np.minimum(p[:1], 1 if few or euler_at_final or not to_first else order)
+    p[1:2] = np.minimum(p[1:2], 2 if few else order)
+    weights = np.zeros((n, order))
+    for i in range(n):
+        # Derivatives of the estimate by lambda, times powers of h, from differences.
+        here = scale[i] * exponential_moments(k[i]) if scale[i] else np.zeros(3)
+        weights[i, 0] = here[0]
+        if p[i] == 2:
+            slope = h[i] / h[i + 1] * (0.5 * here[0] if correction == 'midpoint' else here[1])
+            weights[i, :2] += slope, -slope
+        if p[i] == 3:
+            # The second derivative has half the weight of the polynomial's, as in the released code.
+            nodes = -np.array([0, h[i + 1], h[i + 1] + h[i + 2]]) / h[i]
+            weights[i] = np.linalg.solve(np.vander(nodes, increasing=True).T, here)
+    growth = np.exp(-h) if sde else 1
+    x_t_weight = alpha_s / alpha if noise else sigma_s / sigma * growth
+    std = np.zeros(n)
+    if sde:
+        with np.errstate(invalid='ignore', over='ignore'):
+            std = sigma_s * np.sqrt(np.expm1(2 * h) if noise else -np.expm1(-2 * h))
+    if noise and not to_first:
+        weights[0, 0], std[0] = -sigma[0] / alpha[0], 0  # to the data, the estimate of x_0
+    return linear(schedule.t, x_t_weight, weights, std, kept=eps_of(alpha, sigma) if noise else None)
+
+
+def exponential_moments(k: float) -> np.ndarray:
+    """[3], the integrals of k e^(k (u - 1)) u^j / j! for u from 0 to 1, j from 0: weights in an exponential integrator
+    of an estimate, its derivative and its second one. Infinite k: 1, with the others 1 and 1/2."""
+    if np.isinf(k):
+        return np.array([1.0, 1.0, 0.5])
+    if abs(k) < 1e-3:
+        return k * np.array([1 - k / 2 + k**2 / 6, 1 / 2 - k / 6 + k**2 / 24, 1 / 6 - k / 24 + k**2 / 120])
+    all_of_it = -np.expm1(-k)
+    slope = 1 - all_of_it / k
+    return np.array([all_of_it, slope, 0.5 - slope / k])
+
+
+dpm_solver_pp = by_table(functools.partial(dpm_solver.table, noise=False))
+
+
+@by_table
+def dpm_solver_singlestep(
+    schedule: Schedule,
+    *,
+    order: Annotated[int, '[1, 3]'] = 2,
+    correction: Annotated[str, OneOf('midpoint', 'heun')] = 'midpoint',
+    lower_order_final: bool = True,
+    to_first: bool = False,
+    first: tuple[float, float] = (1.0, 0.0),
+    levels: int = 0,
+    noise: bool = False,
+) -> Table:
+    """Singlestep DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, algorithm 1; of third order appendix C), and with
+    `noise` DPM-Solver: groups of `order` levels, each entered by steps of orders 1, 2, ... from the group's first
+    level. One evaluation a level. The step to the data is of first order.
+
+    Args:
+      order: levels of a group.
+      correction: of the highest derivative, 'midpoint' or 'heun'.
+      lower_order_final: the last group is smaller, whatever the number of levels; else it is so where they are no whole
+        number of groups.
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+      levels: number of levels where the schedule is the lower part of more, see `make`.
+      noise: estimates of eps.
+    """
+    alpha, sigma, alpha_s, sigma_s = (v[::-1] for v in noise_levels(schedule, first if to_first else (1.0, 0.0)))
+    n = len(alpha)
+    lambdas, ends = log_ratio(alpha, sigma), log_ratio(alpha_s, sigma_s)
+    orders = singlestep_orders(max(levels, n), order, lower_order_final or not to_first, to_first)[-n:]
+    steps = []
+    for i in range(n):
+        p = min(orders[i], i + 1)
+        base = i - p + 1
+        h = ends[i] - lambdas[base]
+        if sigma_s[i] == 0 and noise:  # to the data, the estimate of x_0
+            steps.append(Step(1 / alpha[i], np.array([-sigma[i] / alpha[i]]), False))
+            continue
+        here = (sigma_s[i] if noise else alpha_s[i]) * exponential_moments(-h if noise else h)
+        nodes = (lambdas[base : i + 1] - lambdas[base]) / h
+        values = [here[0]]
+        if p == 2:
+            slope = (0.5 * here[0] if correction == 'midpoint' else here[1]) / nodes[1]
+            values = [slope, here[0] - slope]
+        elif p == 3 and correction == 'midpoint':
+            slope = here[1] / nodes[2]
+            values = [slope, 0, here[0] - slope]
+        elif p == 3:
+            values = np.linalg.solve(np.vander(nodes, increasing=True).T, here * [1, 1, 2])[::-1]
+        growth = alpha_s[i] / alpha[base] if noise else sigma_s[i] / sigma[base]
+        steps.append(Step(growth, np.array(values, float), p > 1))
+    return restarted(schedule.t[::-1], steps, eps_of(alpha, sigma) if noise else None)
+
+
+def singlestep_orders(n: int, order: int, lower_order_final: bool, to_first: bool) -> list[int]:
+    """Orders of n steps, in groups 1, 2, ..., `order`. The last ones are lower where they are to be, or where n is no
+    multiple of the order; to the data (not `to_first`) the last step is of first order."""
+    groups = [*range(1, order + 1)]
+    if not (lower_order_final or n % order):
+        return groups * (n // order)
+    if to_first and order == 3 and n % 3 == 2:
+        return [*groups * (n // 3), 1, 2]
+    return [*groups * ((n - 1) // order), *groups[: (n - 1) % order], 1]
 
 
 @by_table
@@ -272,46 +420,64 @@ def unipc(
     schedule: Schedule,
     *,
     order: Annotated[int, '[1, 9]'] = 2,
+    b: Annotated[str, OneOf('bh1', 'bh2')] = 'bh2',
+    noise: bool = False,
+    uncorrected: Annotated[tuple[int, ...], '[0, inf)'] = (),
+    to_first: bool = False,
+    first: tuple[float, float] = (1.0, 0.0),
+    skipped: int = 0,
 ) -> Table:
-    """UniPC-p with B(h) = e^h - 1 and x_0 prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2): a
+    """UniPC-p with x_0 prediction (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2): a
     step is made by UniP, then made again by UniC with the estimate at its end, which serves the next step too.
     The order rises from 1 in the first steps and falls to 1 in the last.
 
     Args:
       order: p, from 1.
+      b: B(h), 'bh2' e^h - 1 or 'bh1' h.
+      noise: estimates of eps in place of x_0.
+      uncorrected: steps, from 0, that UniC does not make again.
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+      skipped: number of levels above the schedule's that are left out, see `make`.
     """
-    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule, first if to_first else (1.0, 0.0))
     n = len(alpha)
     half_log_snr = log_ratio(alpha, sigma)
     h = log_ratio(alpha_s, sigma_s) - half_log_snr
     usable = n - (alpha[-1] == 0)  # there lambda is infinite, and the estimate no point of a polynomial
     p = [min(order, max(usable - i, 1), i + 1) for i in range(n)]
     nodes = [(half_log_snr[i + 1 : i + p[i]] - half_log_snr[i]) / h[i] for i in range(n)]
-    uni_p = [bh2_weights(h[i], nodes[i], alpha_s[i]) for i in range(n)]
+    # In eps all is as in x_0, with alpha and sigma changed over and h < 0.
+    signed, scale, scale_s = (-h, sigma, sigma_s) if noise else (h, alpha, alpha_s)
+    x_t_weight = alpha_s / alpha if noise else sigma_s / sigma
+    uni_p = [bh_weights(signed[i], nodes[i], scale_s[i], b) for i in range(n)]
+    if noise and not to_first:
+        uni_p[0] = np.array([-sigma[0] / alpha[0]])  # to the data, the estimate of x_0
     x_0_weight = np.zeros((n, order + 1))
     for i in range(n):
         x_0_weight[i, : p[i]] = uni_p[i]
-        if i < n - 1:
+        if i < n - 1 and n - 2 - i + skipped not in uncorrected:
             # UniC's step to level i starts from the same x as UniP's and differs from it in the estimates' weights:
             # that difference is all that is added here, and no earlier x need be kept.
-            *earlier, here = bh2_weights(h[i + 1], np.append(nodes[i + 1], 1), alpha[i])
-            x_0_weight[i, : p[i + 1] + 1] += sigma_s[i] / sigma[i] * np.array([here, *(earlier - uni_p[i + 1])])
-    return linear(schedule.t, sigma_s / sigma, x_0_weight, np.zeros(n))
+            *earlier, here = bh_weights(signed[i + 1], np.append(nodes[i + 1], 1), scale[i], b)
+            x_0_weight[i, : p[i + 1] + 1] += x_t_weight[i] * np.array([here, *(earlier - uni_p[i + 1])])
+    return linear(schedule.t, x_t_weight, x_0_weight, np.zeros(n), kept=eps_of(alpha, sigma) if noise else None)
 
 
-def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
+def bh_weights(h: float, nodes: np.ndarray, alpha_s: float, b: str = 'bh2') -> np.ndarray:
     """Weights of the estimates at the start of a step and at `nodes` in x_s (Zhao et al. 2023, theorem 3.1).
 
     Args:
       h: difference of log(alpha / sigma), may be infinite where there is no node but 1.
       nodes: positions of the other estimates, in units of h from the start: 1 is the end, earlier ones are below 0.
       alpha_s: at the end.
+      b: B(h) of one node; of several it cancels.
 
     Returns:
       [1 + len(nodes)].
     """
     scale = np.expm1(-h)
-    rho = np.full(len(nodes), 0.5)  # the paper's choice for one node
+    rho = np.full(len(nodes), 0.5 if b == 'bh2' else -0.5 * h / scale)  # the paper's choice for one node
     if len(nodes) > 1:
         phi, moments = scale / -h, []  # phi_1(-h)
         for k in range(1, len(nodes) + 1):
@@ -320,6 +486,198 @@ def bh2_weights(h: float, nodes: np.ndarray, alpha_s: float) -> np.ndarray:
         rho = np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
     weights = -alpha_s * scale * rho / nodes
     return np.array([-alpha_s * scale - weights.sum(), *weights])
+
+
+@by_table
+def lms(schedule: Schedule, *, order: Annotated[int, '[1, 9]'] = 4) -> Table:
+    """The linear multistep method of Adams and Bashforth for x / alpha as a function of sigma / alpha, whose derivative
+    is eps, with the steps as they are; its order rises from 1 (package k-diffusion).
+
+    Args:
+      order: estimates of eps that a step is made of.
+    """
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule)
+    ratio, n = sigma / alpha, len(alpha)
+    step = sigma_s / alpha_s - ratio
+    weights = np.zeros((n, order))
+    for i in range(n):
+        p = min(order, n - i)
+        nodes = (ratio[i : i + p] - ratio[i]) / step[i]
+        moments = 1 / np.arange(1, p + 1)
+        weights[i, :p] = alpha_s[i] * step[i] * np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
+    return linear(schedule.t, alpha_s / alpha, weights, np.zeros(n), kept=eps_of(alpha, sigma))
+
+
+@by_table
+def deis(
+    schedule: Schedule,
+    *,
+    order: Annotated[int, '[1, 3]'] = 2,
+    lower_order_final: bool = True,
+    to_first: bool = False,
+    first: tuple[float, float] = (1.0, 0.0),
+    levels: int = 0,
+) -> Table:
+    """DEIS in log(rho), rho = sigma / alpha (Zhang & Chen 2023, arXiv 2204.13902, section 3.3): the polynomial in
+    log(rho) through the newest estimates of eps is integrated by rho. The order rises from 1; the step to the data is
+    of first order.
+
+    Args:
+      order: estimates of eps that a step is made of.
+      lower_order_final: of fewer than 15 levels the last two steps are of second and of first order.
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+      levels: number of levels where the schedule is the lower part of more, see `make`.
+    """
+    alpha, sigma, alpha_s, sigma_s = noise_levels(schedule, first if to_first else (1.0, 0.0))
+    n, rho, rho_s = len(alpha), sigma / alpha, sigma_s / alpha_s
+    few = lower_order_final and max(levels, n) < 15
+    weights = np.zeros((n, order))
+    for i in range(n):
+        last = 1 if few or not to_first else order
+        p = min(order, n - i, {0: last, 1: 2 if few else order}.get(i, order))
+        span = np.log(rho_s[i] / rho[i]) if p > 1 else 0.0
+        moments = [rho_s[i] - rho[i]]  # integrals of log(r / rho)^k from rho to rho_s
+        for k in range(1, p):
+            moments.append(rho_s[i] * span**k - k * moments[-1])
+        nodes = np.log(rho[i : i + p] / rho[i])
+        weights[i, :p] = alpha_s[i] * np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
+    return linear(schedule.t, alpha_s / alpha, weights, np.zeros(n), kept=eps_of(alpha, sigma))
+
+
+@by_table
+def pndm(
+    schedule: Schedule,
+    *,
+    runge_kutta: bool = False,
+    combined: Annotated[str, OneOf('eps', 'v')] = 'eps',
+    to_first: bool = True,
+    first: tuple[float, float] = (1.0, 0.0),
+    stride: int = 1,
+    at: Callable[[np.ndarray], Schedule] | None = None,
+    skipped: int = 0,
+) -> Table:
+    """Pseudo numerical methods (Liu et al. 2022, arXiv 2202.09778): DDIM's step along a sum of the newest outputs
+    of the network, those of the linear multistep method of order 4. Without `runge_kutta` the order rises from 1 and
+    the first step is made twice, N + 1 evaluations of N levels (PLMS of latent diffusion); with it the first three
+    steps are of the pseudo Runge-Kutta method, of four evaluations each (algorithm 2), from 4 levels.
+
+    Of a chain of T steps, a step leads floor(T / N) steps down, as in diffusers.
+
+    Args:
+      runge_kutta: see above.
+      combined: the outputs that are summed, 'eps' or the velocity 'v', which is what networks of v-prediction put out.
+      to_first: the last step leads to the first level of the chain in place of the data.
+      first: alpha and sigma of that level.
+      stride: floor(T / N).
+      at: steps of the chain to their levels.
+      skipped: number of evaluations that are left out at the start, see `make`.
+    """
+    if runge_kutta and len(schedule.t) < 4:
+        raise UserError(
+            'config.model.sampler.runge_kutta takes its first three steps so: config.model.sampler.steps >= 4'
+        )
+    t = schedule.t[::-1]
+    ends = (1.0, 0.0) if not to_first else first
+    moves = pndm_moves(t, stride, runge_kutta, skipped)
+
+    def level(i: int) -> tuple[float, float]:
+        found = at(np.array([max(i, 0)]))
+        return (found.alpha[0], found.sigma[0]) if i >= 0 else ends
+
+    steps = []
+    for move in moves:
+        (alpha, sigma), (alpha_s, sigma_s) = level(move.start), level(move.end)
+        of_x, of_eps = alpha_s / alpha, sigma_s - alpha_s * sigma / alpha
+        if combined == 'v':  # eps = alpha v + sigma x
+            of_x, of_eps = of_x + of_eps * sigma, of_eps * alpha
+        steps.append(Step(of_x, of_eps * np.array(move.weights), move.restart))
+    times = np.array([move.t for move in moves])
+    _, alpha, sigma = at(times)
+    return restarted(times, steps, eps_of(alpha, sigma) if combined == 'eps' else v_of(alpha, sigma))
+
+
+class Move(NamedTuple):
+    """A step of `pndm`, in steps of the chain."""
+
+    t: int  # at which the network is evaluated
+    start: int
+    end: int
+    weights: tuple[float, ...]  # of the outputs, the newest first
+    restart: bool  # from where the move before began
+
+
+def pndm_moves(t: np.ndarray, stride: int, runge_kutta: bool, skipped: int = 0) -> list[Move]:
+    """The steps of `pndm` over levels t, decreasing.
+
+    Args:
+      skipped: evaluations that are left out at the start. The method begins anew at the next one, as in diffusers.
+    """
+    times = [int(one) for one in t]
+    moves = []
+    slopes: list[int] = []  # evaluations whose outputs the multistep method is made of
+    if runge_kutta:
+        half = stride // 2
+        for first in times[:3]:
+            slopes.append(len(moves))
+            weights = ((1,), (1,), (1,), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+            visits = (first, first - half, first - half, first - stride)
+            ends = (first - half, first - half, first - stride, first - stride)
+            rows = zip(visits, ends, weights, range(4), strict=True)
+            moves += [Move(one, first, end, weight, bool(i)) for one, end, weight, i in rows]
+        times = times[3:]
+    else:
+        times = [*times[:2], *times[1:2], *times[2:]][skipped:]
+    for i, one in enumerate(times):
+        if not runge_kutta and i == 1:  # the first step again
+            moves.append(Move(one, one + stride, one, (0.5, 0.5), True))
+            continue
+        slopes = [*slopes[-3:], len(moves)]
+        sums = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+        weights = np.zeros(len(moves) - slopes[0] + 1)
+        weights[[len(moves) - slope for slope in slopes[::-1]]] = sums[len(slopes)]
+        moves.append(Move(one, one, one - stride, tuple(weights), False))
+    return moves
+
+
+class Step(NamedTuple):
+    """x = x_t_weight base + sum of weights and what is kept of the newest evaluations, the newest first."""
+
+    x_t_weight: float
+    weights: np.ndarray
+    restart: bool  # base: the x that the step before started from; else the newest x
+
+
+def restarted(t: np.ndarray, steps: list[Step], kept: np.ndarray | None) -> Table:
+    """The table of steps some of which start again where the one before did: that x is a sum of the newest x and what
+    is kept, and need not be kept itself.
+
+    Args:
+      t: [M], times of the evaluations, in the order of the steps.
+      kept: [M, 2], see `linear`, in the same order.
+    """
+    width = max(len(step.weights) + 1 for step in steps)
+    x_t_weight, weights = np.zeros(len(steps)), np.zeros((len(steps), width))
+    base, since = 1.0, np.zeros(width)  # the newest x = base (x of the start) + since (what is kept)
+    for i, step in enumerate(steps):
+        own = np.pad(np.asarray(step.weights, np.float64), (0, width - len(step.weights)))
+        before = np.append(0, since[:-1]) if step.restart else np.zeros(width)
+        x_t_weight[i] = step.x_t_weight / (base if step.restart else 1)
+        weights[i] = own - x_t_weight[i] * before
+        base, since = step.x_t_weight, own
+    used = max(int(np.flatnonzero(np.any(weights != 0, 0)).max(initial=0)) + 1, 1)
+    kept = kept if kept is None else kept[::-1]
+    return linear(t[::-1], x_t_weight[::-1], weights[::-1, :used], np.zeros(len(steps)), kept=kept)
+
+
+def eps_of(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """[N, 2], weights of x and x_0 in eps."""
+    return np.stack([1 / sigma, -alpha / sigma], -1)
+
+
+def v_of(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """[N, 2], weights of x and x_0 in the velocity v = alpha eps - sigma x_0, where alpha^2 + sigma^2 = 1."""
+    return np.stack([alpha / sigma, -1 / sigma], -1)
 
 
 @by_table
@@ -410,6 +768,21 @@ def consistency(schedule: Schedule, *, sigma_min: float = 0.0) -> Table:
     return linear(schedule.t, np.zeros(len(std)), alpha_s, std)
 
 
+@by_table
+def lcm(schedule: Schedule, *, time_scale: Positive = 10.0) -> Table:
+    """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv 2310.04378, algorithm 3): the consistency
+    function c_skip x + c_out x_0, then noise up to the next level.
+
+    Args:
+      time_scale: of the steps of the chain in c_skip and c_out, with which they are near 0 and 1 everywhere but at the
+        data.
+    """
+    _, _, alpha_s, sigma_s = noise_levels(schedule)
+    t = time_scale * schedule.t
+    skip, out = 0.25 / (t**2 + 0.25), t / np.sqrt(t**2 + 0.25)
+    return linear(schedule.t, alpha_s * skip, alpha_s * out, sigma_s)
+
+
 # {name: function from a Schedule and options to a Table}
 SAMPLERS = {
     'ancestral': ancestral.table,
@@ -417,15 +790,26 @@ SAMPLERS = {
     'euler': euler.table,
     'euler_ancestral': euler_ancestral.table,
     'heun': heun.table,
-    'dpm_solver_pp': functools.partial(dpm_solver_pp.table, sde=False),
-    'dpm_solver_pp_sde': functools.partial(dpm_solver_pp.table, sde=True),
+    'lms': lms.table,
+    'pndm': pndm.table,
+    'dpm_solver': functools.partial(dpm_solver.table, noise=True, sde=False),
+    'dpm_solver_sde': functools.partial(dpm_solver.table, noise=True, sde=True),
+    'dpm_solver_pp': functools.partial(dpm_solver.table, noise=False, sde=False),
+    'dpm_solver_pp_sde': functools.partial(dpm_solver.table, noise=False, sde=True),
+    'dpm_solver_single': functools.partial(dpm_solver_singlestep.table, noise=True),
+    'dpm_solver_pp_single': functools.partial(dpm_solver_singlestep.table, noise=False),
     'unipc': unipc.table,
+    'deis': deis.table,
     'euler_maruyama': euler_maruyama.table,
     'predictor_corrector': predictor_corrector.table,
     'annealed_langevin': annealed_langevin.table,
     'consistency': consistency.table,
+    'lcm': lcm.table,
 }
 CONTINUOUS_SPACINGS = ('uniform', 'karras')
+# Samplers that divide by alpha, or by a difference of log(alpha / sigma) from the last level.
+DIVIDING = ('lms', 'deis', 'dpm_solver', 'dpm_solver_sde', 'dpm_solver_single', 'dpm_solver_pp_single')
+LITERAL = ('leading', 'linspace')  # spacings of diffusers, whose single level is the first one and not noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,26 +819,59 @@ class Visits:
     Attributes:
       steps: number of noise levels; 0: all T of a chain, 100 in continuous time.
       spacing: which noise levels. Of a chain 'uniform' | 'leading' (by whole strides) | 'trailing' (from the last one
-        down) | 'respaced' (both ends) | 'quadratic'; in continuous time 'uniform'; of both 'karras', by sigma / alpha
-        to the power 1/7 (EDM, eq. 5).
+        down) | 'respaced' (both ends) | 'linspace' (the same between whole steps, where sigma / alpha is linear) |
+        'quadratic' | 'distilled' (of the steps that a latent consistency model was distilled on, see `grid`); in
+        continuous time 'uniform'; of both 'karras', by sigma / alpha to the power 1/7 (EDM, eq. 5).
       offset: of a chain, steps by which the levels of a spacing are moved up: 1 in latent diffusion's code
         (steps_offset of diffusers).
       shift: of process 'flow': t becomes shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23).
       clip: estimates of x_0 to [-1, 1] at every step.
       unit_start: of a process with alpha^2 + sigma^2 = 1, the noise that sampling starts from has standard deviation 1
         in place of the last level's sigma, which is a little less (guided-diffusion, latent diffusion, diffusers).
+      skip_first: one level more is spaced, and the one next to the data is left out (multistep solvers of diffusers).
+      grid: of spacing 'distilled', the number of steps.
+      ramp: the levels are spread anew between the first and the last of the spacing, by sigma / alpha, of process
+        'flow' by t: 'karras' (to the power 1/7), 'exponential' (in the logarithm) or 'beta' (quantiles of Beta(0.6,
+        0.6)); 'log_linear': in the logarithm between the ends of the chain, with the network's times those of the
+        spacing.
+      ramp_ends: the least and the largest sigma / alpha of a ramp; 0: those of the spacing.
+      rounding: of levels between the steps of a chain, or of t 1000 in continuous time, the network's time: '' as it
+        is, 'nearest' step or 'down'.
+      least_alpha: alpha is at least this, so that the last level of a chain with zero terminal SNR has a finite
+        sigma / alpha.
+      ends: of process 'flow', t between which the levels are spaced before the shift, (0, 1). From 0 the level at the
+        data itself is left out.
+      dynamic_shift: of process 'flow', shift is mu ('linear') or e^mu ('exponential'), mu linear in the number of
+        tokens of the network; '': shift.
+      shift_range: mu at the least and at the largest number of tokens.
+      token_range: the least and the largest number of tokens.
     """
 
     steps: Annotated[int, '[0, inf)'] = 0
-    spacing: Annotated[str, OneOf(*schedules.SPACINGS, 'karras'), TRACED] = 'uniform'
+    spacing: Annotated[str, OneOf(*schedules.SPACINGS, 'linspace', 'distilled', 'karras'), TRACED] = 'uniform'
     offset: Annotated[int, '[0, inf)', TRACED] = 0
     shift: Annotated[Positive, TRACED] = 1.0
     clip: bool = True
     unit_start: Annotated[bool, TRACED] = False
+    skip_first: Annotated[bool, TRACED] = False
+    grid: Annotated[int, '[1, inf)', TRACED] = 50
+    ramp: Annotated[str, OneOf('', *schedules.RAMPS, 'log_linear'), TRACED] = ''
+    ramp_ends: Annotated[tuple[float, float], '[0, inf)', TRACED] = (0.0, 0.0)
+    rounding: Annotated[str, OneOf('', 'nearest', 'down'), TRACED] = ''
+    least_alpha: Annotated[Rate, TRACED] = 0.0
+    ends: Annotated[tuple[float, float], '[0, 1]', TRACED] = (0.0, 1.0)
+    dynamic_shift: Annotated[str, OneOf('', 'exponential', 'linear'), TRACED] = ''
+    shift_range: Annotated[tuple[float, float], TRACED] = (0.5, 1.15)
+    token_range: Annotated[tuple[int, int], '[0, inf)', TRACED] = (256, 4096)
+
+    @property
+    def stated(self) -> bool:
+        """Whether the levels may differ from those of the process at the network's times, see `with_levels`."""
+        return self.spacing == 'linspace' or bool(self.ramp or self.rounding or self.least_alpha)
 
 
-# Arguments of samplers that follow from the process.
-DERIVED = ('straight', 'level', 'sigma_min', 'first')
+# Arguments of samplers that follow from the process and the levels.
+DERIVED = ('straight', 'level', 'sigma_min', 'first', 'below', 'at', 'stride', 'levels', 'skipped')
 COMPONENT = Component(SAMPLERS, Visits, DERIVED)
 
 
@@ -467,6 +884,7 @@ class Sampler(NamedTuple):
     start: float  # standard deviation of the noise that it starts from
     variance: str  # of an ancestral one, else ''
     ddim: bool  # whether it is DDIM without noise
+    stated: bool = False  # whether tables hold the levels of the schedule, see `with_levels`
 
     @property
     def clip_here(self) -> bool:
@@ -474,11 +892,14 @@ class Sampler(NamedTuple):
         return 'raw_weight' in self.table
 
 
-def make(section: dict, process: Process, learned: bool = False) -> Sampler:
+def make(section: dict, process: Process, learned: bool = False, *, tokens: int = 0, skip: int = 0) -> Sampler:
     """The sampler of a complete section {'name': ..., its fields, those of `Visits`}.
 
     Args:
       learned: the network puts out a variance.
+      tokens: of the network, for `dynamic_shift`.
+      skip: levels that are left out from the noisy end, see `skipped_levels`: x begins at the schedule's last level, as
+        alpha x_0 + sigma eps. A method that uses earlier estimates begins anew there.
 
     Raises:
       UserError: fields that do not go with each other or with the process.
@@ -487,18 +908,73 @@ def make(section: dict, process: Process, learned: bool = False) -> Sampler:
     visits = Visits(**{f.name: section[f.name] for f in dataclasses.fields(Visits)})
     own = {k: v for k, v in own_fields(section).items() if not hasattr(visits, k)}
     check(name, own, visits, process, learned)
-    schedule = visited(process, visits.steps, visits.spacing, visits.shift, own.get('last_step', 0.0), visits.offset)
+    schedule = levels_of(process, visits, own.get('last_step', 0.0), tokens)
+    n = len(schedule.t)
+    repeated = name == 'pndm' and n > 1  # N + 1 evaluations, of which `skip` are left out
+    if not 0 <= skip < n + repeated:
+        raise UserError(f'of {n} noise levels from 0 to {n - 1 + repeated} may be left out; it is {skip}')
+    if not repeated:
+        schedule = Schedule(*(values[: n - skip] for values in schedule))
+    parameters = fields(SAMPLERS[name])
     if name == 'ancestral':
         own['variance'] = model_variance(own['variance'], process, learned)
     if name == 'heun':
         own |= {'straight': process.straight, 'level': lambda ratio: process.at(process.time(ratio))}
     if name == 'ddim':
-        first = process.at(np.array([process.low]))
-        own |= {'first': (first.alpha[0], first.sigma[0])}
         own['clipped_noise'] |= not visits.clip
+    own |= {k: v for k, v in derive(process, schedule, n, skip).items() if k in parameters}
+    table = with_levels(functools.partial(SAMPLERS[name], **own), schedule, visits.stated)
+    if repeated:
+        schedule = Schedule(*(values[schedule.t <= table['t'][0]] for values in schedule))
     start = 1.0 if visits.unit_start else float(schedule.sigma[-1])
-    table, still = SAMPLERS[name](schedule, **own), name == 'ddim' and not own['eta']
-    return Sampler(table, schedule, visits.clip, start, own.get('variance', ''), still)
+    still = name == 'ddim' and not own['eta']
+    return Sampler(table, schedule, visits.clip, start, own.get('variance', ''), still, visits.stated)
+
+
+def derive(process: Process, schedule: Schedule, n: int, skip: int) -> dict[str, Any]:
+    """Arguments of samplers that follow from the process and the levels: of those in DERIVED each that some take.
+
+    Args:
+      n: number of levels before `skip` of them were left out.
+    """
+    first, stride = process.at(np.array([process.low])), process.steps // n
+    derived = {'first': (first.alpha[0], first.sigma[0]), 'levels': n, 'skipped': skip, 'stride': stride}
+    if not process.steps:
+        return derived
+
+    def at(steps: np.ndarray) -> Schedule:
+        """Levels of steps of the chain; below it sigma is 0."""
+        found = process.at(np.clip(steps, 0, process.steps - 1))
+        return found._replace(sigma=np.where(steps < 0, 0, found.sigma))
+
+    whole = np.issubdtype(schedule.t.dtype, np.integer)
+    return derived | {'at': at, 'below': at(schedule.t - stride) if whole else None}
+
+
+def with_levels(make: Callable[[Schedule], Table], schedule: Schedule, stated: bool) -> Table:
+    """The table `make(schedule)`, which visits no other levels.
+
+    Args:
+      stated: it holds alpha and sigma of the levels beside the times, and the denoiser gets all three, in a `Schedule`,
+        as its t. Else the process gives them by t.
+    """
+    if not stated:
+        return make(schedule)
+    table = make(schedule._replace(t=np.arange(len(schedule.t))))
+    i = table['t']
+    return table | {name: values[i].astype(np.float32) for name, values in zip(STATED, schedule, strict=True)}
+
+
+def skipped_levels(steps: int, strength: float, whole: bool = True) -> int:
+    """How many of `steps` noise levels are left out where an image is changed by `strength`, from 0, not at all, to 1,
+    into anything (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+
+    Args:
+      whole: the number that is kept is rounded down, as in diffusers' pipelines of Stable Diffusion 1, 2 and XL; else
+        the number that is left out, as in those of Stable Diffusion 3 and FLUX.
+    """
+    kept = min(int(steps * strength) if whole else steps * strength, steps)
+    return int(max(steps - kept, 0))
 
 
 def model_variance(variance: str, process: Process, learned: bool) -> str:
@@ -527,8 +1003,10 @@ def check(name: str, own: dict, visits: Visits, process: Process, learned: bool)
         raise UserError(f'{where}.name = {name!r} divides by alpha, which is 0 at the last level here')
     if visits.shift != 1 and not process.straight:
         raise UserError(f"{where}.shift is of process 'flow'; it is {visits.shift}")
-    if process.steps and visits.steps > process.steps:
-        raise UserError(f'{where}.steps must be from 0 to timesteps {process.steps}; it is {visits.steps}')
+    most = process.steps - visits.skip_first
+    if process.steps and (visits.steps or process.steps) > most:
+        raise UserError(f'{where}.steps must be from 0 to timesteps {most}; it is {visits.steps}')
+    check_visits(where, name, own, visits, process)
     ends = process.at(np.array([process.low, process.end]))
     if visits.unit_start and not np.allclose(ends.alpha**2 + ends.sigma**2, 1):
         raise UserError(f'{where}.unit_start is of processes with alpha^2 + sigma^2 = 1, and this is none')
@@ -538,14 +1016,114 @@ def check(name: str, own: dict, visits: Visits, process: Process, learned: bool)
         raise UserError(f'{where}.last_step is of continuous time, from 0 to below 1; it is {own["last_step"]}')
 
 
+def check_visits(where: str, name: str, own: dict, visits: Visits, process: Process) -> None:
+    """Raises UserError for levels that the process does not have, or the sampler cannot visit.
+
+    Args:
+      where: the section.
+      own: options of the sampler.
+    """
+    noise = process.straight or (ends_at_noise(process) and not visits.least_alpha)
+    if noise and not visits.least_alpha and name in DIVIDING:
+        raise UserError(
+            f'{where}.name = {name!r} divides by alpha, which is 0 at the last level here: least_alpha above 0'
+        )
+    if not process.steps and (name in ('pndm', 'lcm') or own.get('by_stride')):
+        raise UserError(f'{where}: {name!r} with {"by_stride" if name == "ddim" else "its steps"} is of chains')
+    if visits.stated and (name == 'pndm' or own.get('by_stride') or own.get('s_churn')):
+        raise UserError(f'{where}: {name!r} as it is set visits whole steps of a chain: no ramp, rounding, least_alpha')
+    if visits.spacing == 'distilled' and not (visits.steps or process.steps) <= visits.grid <= process.steps:
+        raise UserError(
+            f"{where}.spacing = 'distilled' chooses steps of grid {visits.grid}, at most all {process.steps} of the "
+            f'chain; steps is {visits.steps}'
+        )
+    if visits.ramp == 'log_linear' and not process.steps:
+        raise UserError(f"{where}.ramp = 'log_linear' is of chains")
+    if not process.straight and (visits.ends != (0.0, 1.0) or visits.dynamic_shift):
+        raise UserError(f"{where}.ends and dynamic_shift are of process 'flow'")
+    if not visits.ends[0] < visits.ends[1] or 0 < visits.ramp_ends[1] < visits.ramp_ends[0]:
+        raise UserError(f'{where}: ends {visits.ends} and ramp_ends {visits.ramp_ends} are the least and the largest')
+    if visits.token_range[0] >= visits.token_range[1]:
+        raise UserError(f'{where}.token_range {visits.token_range} is the least and the largest number of tokens')
+
+
+def levels_of(process: Process, visits: Visits, last_step: float = 0.0, tokens: int = 0) -> Schedule:
+    """The noise levels that a sampler visits, numpy float64, from the one next to the data to the last; see `Visits`.
+
+    Args:
+      last_step, tokens: see `visited`, `make`.
+    """
+    shift = visits.shift
+    if visits.dynamic_shift:
+        if not tokens:
+            raise UserError('config.model.sampler.dynamic_shift is by the number of tokens, and this network has none')
+        (least, most), (low, high) = visits.token_range, visits.shift_range
+        mu = low + (high - low) * (tokens - least) / (most - least)
+        shift = math.exp(mu) if visits.dynamic_shift == 'exponential' else mu
+        if shift <= 0:
+            raise UserError(f'config.model.sampler: {tokens} tokens have the shift {shift}, and it must be above 0')
+    n = visits.steps or process.steps or 100
+    options = {'last_step': last_step, 'offset': visits.offset, 'grid': visits.grid, 'ends': visits.ends}
+    found = visited(process, n + visits.skip_first, visits.spacing, shift, **options)
+    found = Schedule(*(values[int(visits.skip_first) :] for values in found))
+    if not visits.stated:
+        return found
+    if not process.steps:
+        return between(process, visits, found, n)
+    chain = process.at(np.arange(process.steps))
+    preserving = bool(np.allclose(chain.alpha**2 + chain.sigma**2, 1))
+    alpha = np.maximum(chain.alpha, visits.least_alpha)
+    sigma = np.sqrt(1 - alpha**2) if preserving else chain.sigma
+    chain_ratio = sigma / alpha
+    t, ratio = found.t, np.interp(found.t, np.arange(process.steps), chain_ratio)
+    if visits.ramp == 'log_linear':
+        ratio = schedules.exponential_ramp(chain_ratio[0], chain_ratio[-1], n + 1)[:-1][::-1]
+    elif visits.ramp:
+        low, high = (own or there for own, there in zip(visits.ramp_ends, ratio[[0, -1]], strict=True))
+        ratio = schedules.RAMPS[visits.ramp](low, high, n)[::-1]
+        t = np.interp(np.log(ratio), np.log(chain_ratio), np.arange(process.steps, dtype=np.float64))
+    # What is a whole step but for rounding errors stays one.
+    t = {'': t, 'nearest': np.round(t), 'down': np.floor(t + 1e-9)}[visits.rounding]
+    alpha = 1 / np.sqrt(1 + ratio**2) if preserving else np.interp(ratio, chain_ratio, alpha)
+    return Schedule(t, alpha, ratio * alpha)
+
+
+def between(process: Process, visits: Visits, levels: Schedule, n: int) -> Schedule:
+    """Levels of a process in continuous time, spread anew, with the network's times rounded."""
+    if visits.ramp:
+        place = levels.t if process.straight else levels.sigma / levels.alpha
+        low, high = (own or there for own, there in zip(visits.ramp_ends, place[[0, -1]], strict=True))
+        ratio = schedules.RAMPS[visits.ramp](low, high, n)[::-1]
+        levels = process.at(ratio if process.straight else process.time(ratio))
+    if visits.least_alpha:
+        low = levels.alpha < visits.least_alpha
+        sigma = 1 - visits.least_alpha if process.straight else math.sqrt(1 - visits.least_alpha**2)
+        alpha = np.where(low, visits.least_alpha, levels.alpha)
+        levels = Schedule(np.where(low & process.straight, sigma, levels.t), alpha, np.where(low, sigma, levels.sigma))
+    rounded = {
+        '': levels.t,
+        'nearest': np.round(levels.t * 1000) / 1000,
+        'down': np.floor(levels.t * 1000 + 1e-9) / 1000,
+    }
+    return levels._replace(t=rounded[visits.rounding])
+
+
 def visited(
-    process: Process, n: int, spacing: str, shift: float = 1.0, last_step: float = 0.0, offset: int = 0
+    process: Process,
+    n: int,
+    spacing: str,
+    shift: float = 1.0,
+    last_step: float = 0.0,
+    offset: int = 0,
+    grid: int = 50,
+    ends: tuple[float, float] = (0.0, 1.0),
 ) -> Schedule:
-    """The noise levels that a sampler visits, numpy float64, from the one next to the data to the last.
+    """The noise levels of a spacing, numpy float64, from the one next to the data to the last.
 
     Args:
       n: how many; 0: all steps of a chain, 100 in continuous time; 1: the last one, which is noise.
-      spacing, shift: see `Visits`; 'uniform' in continuous time is evenly in t. The shift moves last_step too.
+      spacing, shift, grid, ends: see `Visits`; 'uniform' in continuous time is evenly in t. The shift moves last_step
+        too.
       last_step: in continuous time, t of the level next to the data where it is above 0; the others are evenly between
         it and the end.
       offset: of a chain, steps by which the levels are moved up.
@@ -554,32 +1132,44 @@ def visited(
       UserError: the offset moves a level beyond the last.
     """
     n = n or process.steps or 100
-    if n == 1:  # most spacings have the first level then, which is the data but for a little noise
+    alone = (
+        n == 1 and spacing not in LITERAL
+    )  # most spacings have the first level then, the data but for a little noise
+    if alone and (process.steps or ends[1] == 1):
         return process.at(np.array([process.end]))
     if spacing == 'karras':
-        ends = process.at(np.array([process.low, process.end], np.float64))
-        low, high = (ends.sigma / ends.alpha) ** (1 / 7)
+        limits = process.at(np.array([process.low, process.end], np.float64))
+        low, high = (limits.sigma / limits.alpha) ** (1 / 7)
         return process.at(process.time(np.linspace(low, high, n) ** 7))
     if process.steps:
-        steps = schedules.SPACINGS[spacing](process.steps, n) + offset
+        if spacing == 'linspace':
+            return process.at(np.linspace(0.0, process.steps - 1, n))
+        if spacing == 'distilled':
+            steps = schedules.distilled_steps(process.steps, n, grid)
+        else:
+            steps = schedules.SPACINGS[spacing](process.steps, n) + offset
         if steps[-1] >= process.steps:
             raise UserError(
                 f'config.model.sampler.offset {offset} moves the last of {n} levels, {steps[-1] - offset}, beyond that '
                 f'of the process, {process.steps - 1}'
             )
         return process.at(steps)
-    at_data = process.at(np.array([process.low])).sigma[0] == 0 and not last_step
-    times = np.linspace(last_step or process.low, process.end, n + at_data)[int(at_data) :]
+    low, high = last_step or max(process.low, ends[0]), min(process.end, ends[1])
+    at_data = process.at(np.array([low])).sigma[0] == 0
+    times = np.array([high]) if alone else np.linspace(low, high, n + at_data)[int(at_data) :]
     if shift != 1:
         # Written so that t = 1 stays 1, whatever is rounded: beyond it alpha would be below 0.
         times = shift * times / (1 - times + shift * times)
     return process.at(times)
 
 
-def noise_levels(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """alpha and sigma of each level, and those of the level below it, [N] each. Below the first lies the data."""
+def noise_levels(
+    schedule: Schedule, last: tuple[float, float] = (1.0, 0.0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """alpha and sigma of each level, and those of the level below it, [N] each. Below the first lies the data, or the
+    level of alpha and sigma `last`."""
     alpha, sigma = schedule.alpha, schedule.sigma
-    return alpha, sigma, np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
+    return alpha, sigma, np.concatenate([last[:1], alpha[:-1]]), np.concatenate([last[1:], sigma[:-1]])
 
 
 def log_ratio(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -589,7 +1179,12 @@ def log_ratio(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def linear(
-    t: np.ndarray, x_t_weight: np.ndarray, x_0_weight: np.ndarray, std: np.ndarray, growth: np.ndarray | None = None
+    t: np.ndarray,
+    x_t_weight: np.ndarray,
+    x_0_weight: np.ndarray,
+    std: np.ndarray,
+    growth: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
 ) -> Table:
     """Steps x = x_t_weight x + sum of x_0_weight and the newest estimates + std noise, from the last entry down.
 
@@ -598,8 +1193,11 @@ def linear(
       x_t_weight, std: [M].
       x_0_weight: [M], or [M, p] for p estimates, the newest first.
       growth: [M], of std, which is multiplied by e^(growth fraction), fraction as denoise returns it.
+      kept: [M, 2], weights of x and x_0 in what takes the place of an estimate of x_0 in the sum, as `eps_of`; None:
+        the estimate itself.
     """
     table = {'t': t, 'x_t_weight': x_t_weight, 'x_0_weight': x_0_weight.reshape(len(t), -1)}
+    table |= {} if kept is None else {'kept': kept}
     table |= {'std': std} if std.any() else {}
     return entries(table | ({'growth': growth} if growth is not None and growth.any() else {}))
 
@@ -614,9 +1212,9 @@ def entries(columns: dict[str, np.ndarray]) -> Table:
 def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajectory: bool = False):
     """x_0 [n, ...], or with `trajectory` (x_0, what was passed through): the steps of a table from x.
 
-    Where the table has 'correct', these entries are Langevin steps along the score in place of the sum. Where it has
-    'raw_weight', estimates are clipped to [-1, 1] here, and that is the weight of those that are not.
-    """
+    Where the table has STATED levels, the denoiser gets them as its t, in a Schedule. Where it has 'correct', these
+    entries are Langevin steps along the score in place of the sum. Where it has 'raw_weight', estimates are clipped to
+    [-1, 1] here, and that is the weight of those that are not."""
     columns = {name: jnp.asarray(values) for name, values in table.items() if name != 'first'}
     if 'first' in table:  # x at a higher level than it is given at
         noise = noise_of(keys, len(columns['t']), x)
@@ -624,9 +1222,11 @@ def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajector
 
     def step(carry, at):
         x, *earlier = carry
-        raw, fraction = estimate(denoise, x, at['t'])
+        level = Schedule(*(at[name] for name in STATED)) if 'alpha_t' in at else at['t']
+        raw, fraction = estimate(denoise, x, level)
         x_0 = jnp.clip(raw, -1, 1) if 'raw_weight' in at else raw
-        estimates = (x_0, *earlier)
+        newest = at['kept'][0] * x + at['kept'][1] * x_0 if 'kept' in at else x_0
+        estimates = (newest, *earlier)
         moved = at['x_t_weight'] * x + sum(at['x_0_weight'][k] * value for k, value in enumerate(estimates))
         if 'raw_weight' in at:
             moved = moved + at['raw_weight'] * raw

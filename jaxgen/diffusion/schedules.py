@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 
 
 class Schedule(NamedTuple):
@@ -94,6 +95,14 @@ def respaced_steps(timesteps: int, n: int) -> np.ndarray:
     return np.round(np.arange(n) * (timesteps - 1) / max(n - 1, 1)).astype(int)
 
 
+def distilled_steps(timesteps: int, n: int, grid: int) -> np.ndarray:
+    """n of the steps 0..T-1: of the `grid` steps i floor(T / grid) - 1, i from 1, that a consistency model was
+    distilled on, about evenly from the last one down (Luo et al. 2023, arXiv 2310.04378, section 4.4; diffusers'
+    LCM)."""
+    taught = np.arange(1, grid + 1)[::-1] * (timesteps // grid) - 1
+    return taught[np.arange(n) * grid // n][::-1]
+
+
 SPACINGS = {
     'uniform': uniform_steps,
     'leading': leading_steps,
@@ -101,6 +110,25 @@ SPACINGS = {
     'respaced': respaced_steps,
     'quadratic': quadratic_steps,
 }
+
+
+def karras_ramp(low: float, high: float, n: int) -> np.ndarray:
+    """n values, decreasing from high to low, evenly in the power 1/7 (Karras et al. 2022, eq. 5)."""
+    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
+
+
+def exponential_ramp(low: float, high: float, n: int) -> np.ndarray:
+    """n values, decreasing from high to low, evenly in the logarithm."""
+    return np.exp(np.linspace(np.log(high), np.log(low), n))
+
+
+def beta_ramp(low: float, high: float, n: int) -> np.ndarray:
+    """n values, decreasing from high to low, by quantiles of Beta(0.6, 0.6): denser at both ends (Lee et al. 2024,
+    arXiv 2407.12173)."""
+    return low + scipy.special.betaincinv(0.6, 0.6, np.linspace(1, 0, n)) * (high - low)
+
+
+RAMPS = {'karras': karras_ramp, 'exponential': exponential_ramp, 'beta': beta_ramp}
 
 
 def posterior(schedule: Schedule) -> Posterior:

@@ -154,7 +154,7 @@ def build(
         formulation,
         denoisers.bind(module, conditioning),
         conditioning,
-        samplers.make(sampler, moves, formulation.learned),
+        samplers.make(sampler, moves, formulation.learned, tokens=denoisers.tokens_of(network, space.shape)),
         Guidance(**guidance),
         None,
         likelihood | variance_of(likelihood, moves, formulation),
@@ -458,14 +458,16 @@ def encode(model: Model, state: State, frozen, batch, rng) -> Array:
     stage's latents where there is one."""
     x, sampler = model.space.encode(frozen, batch, stream(rng, 'encoder')), model.sampler
     denoise = unconditional(model, state, frozen, len(x), sampler.clip)
-    return samplers.ddim_inversion(denoise, x, sampler.schedule) / sampler.start
+    return samplers.ddim_inversion(denoise, x, sampler.schedule, stated=sampler.stated) / sampler.start
 
 
 def decode(model: Model, state: State, frozen, batch, latents, rng) -> Array:
     """Images [n, H, W, C] of noise as `encode` gives it, by DDIM without any condition, the sampler itself where it is
     DDIM without noise."""
     sampler = model.sampler
-    table = sampler.table if sampler.ddim else samplers.ddim.table(sampler.schedule)
+    table = sampler.table
+    if not sampler.ddim:
+        table = samplers.with_levels(samplers.ddim.table, sampler.schedule, sampler.stated)
     denoise = unconditional(model, state, frozen, len(latents), sampler.clip and 'raw_weight' not in table)
     x = samplers.run(denoise, sampler.start * latents, table, None)
     return model.space.decode(frozen, x, stream(rng, 'decoder'))

@@ -11,6 +11,7 @@ are set where it has such attributes; the image's sides must be multiples of an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,6 +103,13 @@ def with_planes(x: Array, embeddings: Embeddings) -> tuple[Array, Embeddings]:
     """x with the planes behind its channels, and the other embeddings."""
     others = {part: value for part, value in embeddings.items() if part != 'planes'}
     return jnp.concatenate([x, embeddings['planes']], -1) if 'planes' in embeddings else x, others
+
+
+def tokens_of(section: dict, shape: tuple[int, ...]) -> int:
+    """The number of patches of x [*shape] that a transformer reads as tokens; 0 of other networks."""
+    if section['name'] not in TRANSFORMERS:
+        return 0
+    return math.prod(side // section['patch'] for side in shape[:2])
 
 
 def divisor_of(section: dict) -> int:

@@ -12,8 +12,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxgen import log
+from jaxgen.diffusion import samplers
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
+from jaxgen.weights import schedulers
 from jaxgen.weights.files import PIPELINE, Weights, read_json
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
 from jaxgen.weights.source import Shapes, Source, network
@@ -190,7 +192,8 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
     'a count': (
         (
             *('layers_per_block', 'num_layers', 'patch_size', 'num_attention_heads', 'latent_channels', 'in_channels'),
-            *('num_vq_embeddings', 'steps_offset', 'freq_shift', 'downsample_padding'),
+            *('num_vq_embeddings', 'steps_offset', 'freq_shift', 'downsample_padding', 'solver_order'),
+            *('original_inference_steps', 'base_image_seq_len', 'max_image_seq_len'),
         ),
         False,
     ),
@@ -201,21 +204,32 @@ KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
         ),
         True,
     ),
-    'a number': (('norm_eps', 'dropout', 'beta_start', 'beta_end', 'scaling_factor', 'clip_sample_range'), False),
+    'a number': (
+        (
+            *('norm_eps', 'dropout', 'beta_start', 'beta_end', 'scaling_factor', 'clip_sample_range'),
+            *('shift', 'flow_shift', 'timestep_scaling'),
+        ),
+        False,
+    ),
+    'a number or null': (('sigma_min', 'sigma_max', 'shift_terminal', 'base_shift', 'max_shift'), True),
     'true or false': (
         (
             *('flip_sin_to_cos', 'use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention', 'clip_sample'),
-            *('set_alpha_to_one', 'thresholding', 'rescale_betas_zero_snr'),
+            *('set_alpha_to_one', 'thresholding', 'rescale_betas_zero_snr', 'skip_prk_steps', 'use_flow_sigmas'),
+            *('lower_order_final', 'euler_at_final', 'use_lu_lambdas', 'predict_x0', 'use_dynamic_shifting'),
+            *('invert_sigmas', 'stochastic_sampling'),
         ),
         False,
     ),
     'a word': (
         (
             *('_class_name', 'beta_schedule', 'prediction_type', 'timestep_spacing'),
-            *('resnet_time_scale_shift', 'downsample_type', 'upsample_type'),
+            *('resnet_time_scale_shift', 'downsample_type', 'upsample_type', 'algorithm_type', 'solver_type'),
+            *('final_sigmas_type', 'interpolation_type', 'timestep_type', 'time_shift_type'),
         ),
         False,
     ),
+    'true or false or null': (('use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas'), True),
     'a word or null': (('variance_type',), True),
     'a list of counts': (('block_out_channels',), False),
     'a list of numbers or null': (('trained_betas',), True),
@@ -421,10 +435,6 @@ def pipeline_part(weights: Weights | None, *names: str) -> dict[str, Any]:
 
 SCHEDULER = 'scheduler/scheduler_config.json'
 STAGES = ('vae/config.json', 'vqvae/config.json')
-PROCESSES = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine', 'sigmoid': 'sigmoid'}
-PREDICTIONS = {'epsilon': 'eps', 'sample': 'x0', 'v_prediction': 'v'}
-VARIANCES = {'fixed_small': 'fixed_small', 'fixed_small_log': 'fixed_small', 'fixed_large': 'fixed_large'}
-SPACINGS = {'leading': 'leading', 'trailing': 'trailing', 'linspace': 'respaced'}
 
 
 def pipeline_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
@@ -434,7 +444,7 @@ def pipeline_fields(config: ConfigDict, weights: Weights | None) -> dict[str, An
       UserError: latents of a kind that a later stage here does not have.
     """
     stage = pipeline_part(weights, *STAGES)
-    fields = process_fields(pipeline_part(weights, SCHEDULER))
+    fields = schedulers.process_fields(pipeline_part(weights, SCHEDULER))
     if stage and config.stages.get('first'):
         if any(stage.get(key) for key in ('shift_factor', 'latents_mean', 'latents_std')):
             raise UserError(
@@ -442,74 +452,6 @@ def pipeline_fields(config: ConfigDict, weights: Weights | None) -> dict[str, An
             )
         fields['model.latent_scale'] = stage.get('scaling_factor', 0.18215)
     return fields
-
-
-def process_fields(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of what was learned, by the scheduler_config.json of any scheduler with betas; {} of others.
-
-    Raises:
-      UserError: betas or a prediction that there are not here.
-    """
-    if not said or 'num_train_timesteps' not in said or not {'beta_schedule', 'trained_betas'} & said.keys():
-        return {}
-    if said['num_train_timesteps'] is None:  # as a network's may be
-        raise UserError('the scheduler of the pipeline is damaged: num_train_timesteps is null, and should be a count')
-    schedule, prediction = said.get('beta_schedule', 'linear'), said.get('prediction_type', 'epsilon')
-    if schedule not in PROCESSES or prediction not in PREDICTIONS:
-        raise UserError(
-            f'the scheduler of the pipeline has beta_schedule {schedule!r} and prediction_type {prediction!r}; here '
-            f'are {", ".join(PROCESSES)}, and {", ".join(PREDICTIONS)}'
-        )
-    fields = {
-        'model.process.name': PROCESSES[schedule],
-        'model.process.timesteps': said['num_train_timesteps'],
-        'model.process.beta_start': said.get('beta_start', 0.0001),
-        'model.process.beta_end': said.get('beta_end', 0.02),
-        'model.process.zero_terminal': said.get('rescale_betas_zero_snr', False),
-        'model.training.prediction.name': PREDICTIONS[prediction],
-        'model.training.time_scale': 1.0,
-        'model.training.time_shift': 0.0,
-    }
-    if betas := said.get('trained_betas'):
-        fields |= {'model.process.name': 'listed', 'model.process.betas': tuple(betas)}
-    return fields
-
-
-def sampler_fields(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of config.model.sampler with which samples are those of a DDPMScheduler or DDIMScheduler, by its
-    scheduler_config.json, at a number of steps that divides that of the process; {} of other schedulers.
-
-    Raises:
-      UserError: it samples as nothing here does.
-    """
-    kind = said.get('_class_name')
-    if kind not in ('DDPMScheduler', 'DDIMScheduler'):
-        return {}
-    spacing, clip = said.get('timestep_spacing', 'leading'), said.get('clip_sample', True)
-    variance = said.get('variance_type', 'fixed_small')
-    problems = {
-        'thresholding': said.get('thresholding', False),
-        'clip_sample_range': clip and said.get('clip_sample_range', 1.0) != 1,
-        'timestep_spacing': spacing not in SPACINGS or (spacing == 'linspace' and kind == 'DDIMScheduler'),
-        # At the end of 'trailing' levels it adds the noise of a whole step, but for small variances.
-        'variance_type': kind == 'DDPMScheduler'
-        and (
-            variance not in (*VARIANCES, 'learned_range')
-            or (spacing == 'trailing' and VARIANCES.get(variance) != 'fixed_small')
-        ),
-    }
-    if wrong := [key for key, there in problems.items() if there]:
-        raise UserError(f'samplers here have no {wrong[0]} {said.get(wrong[0])!r}, which a {kind} of the pipeline has')
-    fields: dict[str, Any] = {
-        'name': 'ancestral' if kind == 'DDPMScheduler' else 'ddim',
-        'spacing': SPACINGS[spacing],
-        'offset': said.get('steps_offset', 0) if spacing == 'leading' else 0,
-        'clip': clip,
-        'unit_start': True,
-    }
-    if kind == 'DDPMScheduler':
-        return fields | {'variance': VARIANCES.get(variance, 'learned')}
-    return fields | {'eta': 0.0, 'clipped_noise': False, 'to_first': not said.get('set_alpha_to_one', True)}
 
 
 def remarks(config: ConfigDict, weights: Weights) -> list[str]:
@@ -522,11 +464,14 @@ def remarks(config: ConfigDict, weights: Weights) -> list[str]:
         )
     if config.family == 'diffusion' and (said := pipeline_part(weights, SCHEDULER)):
         try:
-            fields = sampler_fields(said)
+            fields = schedulers.sampler_fields(said)
         except UserError as e:
             return [*lines, str(e)]
         own = config.model.sampler.to_dict()
-        fields = fields if any(own.get(name) != value for name, value in fields.items()) else {}
+        there = own
+        if fields and own['name'] != fields['name']:
+            there = {name: field.default for name, field in samplers.COMPONENT.fields(fields['name']).items()}
+        fields = {name: value for name, value in fields.items() if there.get(name) != value}
         flags = ' '.join(f'--config.model.sampler.{name}={value}' for name, value in fields.items())
         lines += [f'the {said["_class_name"]} of the pipeline samples as {flags}'] if fields else []
     return lines

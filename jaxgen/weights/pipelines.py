@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.sections import sides
-from jaxgen.weights import diffusers, files, text_encoders
+from jaxgen.weights import diffusers, files, schedulers, text_encoders
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.mapping import DTYPES
 
@@ -26,7 +26,8 @@ NETWORKS = ('unet', 'transformer')  # folders of the network that a run is of
 STAGES = {'first': ('vae', 'vqvae', 'movq')}  # {stage: its folders}
 SCHEDULER, SCHEDULER_CONFIG = 'scheduler', 'scheduler_config.json'
 INSIDE = {'first': 'first_stage_model.'}  # {stage: what stands in its names in one file with others}
-STEPS = 50  # of the pipelines that draw by DDIM
+STEPS = 50  # of most pipelines, see `schedulers.STEPS`
+EVEN = ('flux',)  # networks whose pipelines space the levels themselves, evenly
 SCALING = 0.18215  # scaling_factor of first stages of diffusers whose config.json does not say it
 
 
@@ -134,7 +135,7 @@ def with_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], named: Set[
         return config, []
     name = os.path.join(SCHEDULER, SCHEDULER_CONFIG)
     diffusers.check_kinds(scheduler, name)
-    fields = diffusers.process_fields(scheduler)
+    fields = schedulers.process_fields(scheduler)
     unknown = [f'{name} has no betas: the process is that of the config, {config.model.process.name!r}']
     if fields.get('model.process.name') == 'cosine':  # which has no betas to set
         fields = {field: value for field, value in fields.items() if '.beta_' not in field}
@@ -143,14 +144,15 @@ def with_scheduler(config: ConfigDict, scheduler: Mapping[str, Any], named: Set[
     if {'model.sampler', 'model.sampler.name'} & named:
         return config, lines
     try:
-        sampler = diffusers.sampler_fields(scheduler)
+        sampler = schedulers.sampler_fields(scheduler, even=config.model.network.name in EVEN)
     except UserError as e:
         return config, [*lines, f'{e}: {config.model.sampler.name!r} draws']
     if not sampler:
         kind = scheduler.get('_class_name')
         return config, [*lines, f'no sampler here is known to draw as {kind}: {config.model.sampler.name!r} draws']
-    if sampler['name'] == 'ddim':
-        sampler['steps'] = min(STEPS, scheduler.get('num_train_timesteps', STEPS))
+    if sampler['name'] != 'ancestral':
+        steps = schedulers.STEPS.get(scheduler.get('_class_name', ''), STEPS)
+        sampler['steps'] = min(steps, scheduler.get('num_train_timesteps', STEPS))
     fields = {f'model.sampler.{field}': value for field, value in sampler.items()}
     config, more = agreed(config, fields, named, name, free=True)
     return config, [*lines, *more]
