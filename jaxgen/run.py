@@ -94,6 +94,7 @@ class Run:
         given = f', under {", ".join(family.conditions)}' if family.conditions else ''
         can = [name for name in functions.OFFERED if getattr(family, name) is not None]
         can += ['reconstruct'] if {'encode', 'decode'} <= {*can} else []
+        can += ['similarity', 'zero_shot'] if family.logit_scale is not None else []
         can += ['interpolate'] if 'decode' in can and not family.latents.grids else []
         lines = [
             f'Run of {self.config.family} in {self.workdir}',
