@@ -162,6 +162,17 @@ def test_whole_clip(tmp_path, tokenizer, capsys):
     np.testing.assert_allclose(
         run.similarity(images, TEXTS), unit(theirs.image_embeds.numpy()) @ unit(theirs.text_embeds.numpy()).T, atol=2e-5
     )
+    np.testing.assert_allclose(run.zero_shot(images, TEXTS), theirs.logits_per_image.softmax(1), atol=2e-4)
+    # Images of another size, by the source's own preparation: to within its rounding after each axis.
+    larger = (64 + np.kron(images[:3], np.ones((1, 5, 3, 1)))[:, :, :23] * 60).astype(np.uint8)
+    sizes = dict(size={'shortest_edge': 12}, crop_size=12, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pixels = transformers.CLIPImageProcessor(**sizes)([x.transpose(2, 0, 1) for x in larger], return_tensors='pt')
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens.astype(np.int64)), pixels['pixel_values'])
+    cosines = np.diagonal(theirs.logits_per_image / model.logit_scale.detach().exp())
+    np.testing.assert_allclose(np.diagonal(run.similarity(larger, TEXTS)), cosines, atol=5e-3)
+    score = jaxgen.metrics.clip_score(larger, TEXTS, features=run)
+    assert score == pytest.approx(100 * np.maximum(cosines, 0).mean(), abs=0.5)
     check_export(run, model, str(tmp_path / 'out'))
     assert jaxgen.import_weights(tmp_path / 'out', workdir=tmp_path / 'again').config.model.to_dict() == (
         run.config.model.to_dict()
