@@ -6,7 +6,9 @@ r"""KL-f8, the autoencoder of Stable Diffusion: 256x256 pixels to 32x32x4 latent
 The variant `lpips` is the published loss. Its weights are for a person to fetch: torchvision's VGG-16
 (https://download.pytorch.org/models/vgg16-397923af.pth) and LPIPS's own, version 0.1
 (https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth). Without the variant the
-loss has differences of pixels and the discriminator alone.
+loss has differences of pixels and the discriminator alone. `sd3` has the form of Stable Diffusion 3's and FLUX's
+autoencoders, 16 channels of latents without a convolution there; `size512`, `size768`, `size1024` are of larger
+images.
 
 The released model was trained on OpenImages, with the losses below. Latent diffusion multiplies the latents by 0.18215,
 one over their standard deviation: that is the later stage's business.
@@ -46,6 +48,10 @@ def get_config(variant: str = ''):
         evaluate=dict(features='none', samples=50_000),
         variants={
             'lpips': dict(model=dict(perceptual=1.0)),
+            'sd3': dict(model=dict(latent=16, latent_kernel=0)),
+            'size512': dict(data=dict(size=512)),
+            'size768': dict(data=dict(size=768)),
+            'size1024': dict(data=dict(size=1024)),
             'tiny': dict(
                 data=dict(source='shapes'),
                 model=dict(

@@ -105,6 +105,11 @@ PUBLISHED = {
     'dcgan_celeba': {'generator': 3_576_704, 'discriminator': 2_765_568},
     'ddgan_cifar10': {'generator': 48_432_515, 'discriminator': 12_741_633},
     'sngan_cifar10': {'generator': 4_276_739, 'discriminator': 1_053_825},
+    'stable_diffusion': {'denoiser': 859_520_964},
+    'stable_diffusion_xl': {'denoiser': 2_567_463_684},
+    # 2,084,951,104 in the file, with a table of positions that is computed here.
+    'stable_diffusion_3': {'denoiser': 2_084_951_104 - 192**2 * 1536},
+    'flux': {'denoiser': 11_901_408_320},
 }
 # The same of variants.
 VARIANTS = {
@@ -113,6 +118,10 @@ VARIANTS = {
     'clip_text_l14:h14': {'text': 340_387_840},
     'clip_text_l14:bigg14': {'text': 694_659_840},
     't5_xxl': {'text': 4_762_310_656},
+    'stable_diffusion:v2': {'denoiser': 865_910_724},
+    'stable_diffusion_xl:refiner': {'denoiser': 2_259_526_660},
+    'flux:schnell': {'denoiser': 11_891_178_560},
+    'kl_f8_imagenet256:sd3': {'total': 83_819_683 + 2_765_633},
     'stargan2_celebahq256:afhq': {
         'generator': 33_892_995,
         'mapping': 3_259_072,
