@@ -1016,6 +1016,13 @@ def check(name: str, own: dict, visits: Visits, process: Process, learned: bool)
         raise UserError(f'{where}.last_step is of continuous time, from 0 to below 1; it is {own["last_step"]}')
 
 
+def ended(table: Table, t: float) -> Table:
+    """The table without the evaluations at times below t: it ends with x at the level that its last step leads to. Of
+    SDXL's two networks the first one draws so far, and the second goes on from there, see `skip` of `make`."""
+    last = table['t'] >= t
+    return {name: values if name == 'first' else values[last] for name, values in table.items()}
+
+
 def check_visits(where: str, name: str, own: dict, visits: Visits, process: Process) -> None:
     """Raises UserError for levels that the process does not have, or the sampler cannot visit.
 

@@ -548,6 +548,25 @@ def test_inversion_gives_the_image_back_the_better_the_more_steps():
         assert off[2] < 0.1 and off[1] < off[0] / 1.6 and off[2] < off[1] / 1.6, (kind, off)
 
 
+@pytest.mark.slow
+def test_inversion_over_stated_levels():
+    """The denoiser gets the levels themselves: nothing else is different."""
+    from jaxgen.diffusion.processes import time_of
+
+    schedule, x_0 = grid('vp', 6, top=4.0), normal(keys_of(0, 4), (3,))
+    plain = samplers.ddim_inversion(best('vp'), x_0, schedule)
+
+    def denoise(x, level):
+        assert isinstance(level, Schedule)
+        return best('vp')(x, time_of(level))
+
+    found = samplers.ddim_inversion(denoise, x_0, schedule, stated=True)
+    np.testing.assert_allclose(found, plain, rtol=1e-6)
+    table = samplers.with_levels(samplers.ddim.table, schedule, True)
+    np.testing.assert_allclose(table['alpha_t'][::-1], schedule.alpha, rtol=1e-6)
+    np.testing.assert_allclose(table['sigma_t'][::-1], schedule.sigma, rtol=1e-6)
+
+
 # What all have in common
 
 

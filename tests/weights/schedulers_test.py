@@ -204,10 +204,12 @@ def test_draws_as_diffusers_does(name, own, n, monkeypatch):
         compare(said_of(name, own), n, monkeypatch)
 
 
-QUICK = [(name, own, 6) for name, own in CASES if own in (SD, {**FLOW, 'flow_shift': 3.0}, {}, {'shift': 3.0})]
-
-
-@pytest.mark.parametrize(('name', 'own', 'n'), [*QUICK, ('PNDM', {**SD, 'skip_prk_steps': True, 'steps_offset': 1}, 7)])
+@pytest.mark.parametrize(('name', 'own', 'n'), [
+    ('PNDM', {**SD, 'skip_prk_steps': True, 'steps_offset': 1}, 7),
+    ('EulerDiscrete', {**SD, 'timestep_spacing': 'leading', 'steps_offset': 1}, 6),
+    ('DPMSolverMultistep', {'use_karras_sigmas': True, **SD}, 6),
+    ('FlowMatchEulerDiscrete', {'shift': 3.0}, 6),
+])  # fmt: skip
 def test_draws_as_the_published_settings(name, own, n, monkeypatch):
     compare(said_of(name, own), n, monkeypatch)
 
@@ -256,6 +258,35 @@ def test_levels_that_img2img_leaves_out():
         samplers.make(section, process, skip=5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'own'), [
+    ('EulerDiscrete', {**SD, 'timestep_spacing': 'leading', 'steps_offset': 1}),
+    ('DPMSolverMultistep', {'use_karras_sigmas': True}),
+    ('PNDM', {**SD, 'skip_prk_steps': True}),
+    ('HeunDiscrete', {}),
+])  # fmt: skip
+def test_ends_in_the_middle_as_diffusers_does(name, own, monkeypatch):
+    """`denoising_end` of SDXL's pipeline: the evaluations at times from T (1 - 0.6) on."""
+    torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
+    said = said_of(name, own)
+    process, section, prediction = sections(said, 12)
+    sampler = samplers.make(section, process)
+    sampler = sampler._replace(table=samplers.ended(sampler.table, 400))
+    noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    found, _, _ = ours(process, sampler, prediction, noise)
+    scheduler = getattr(diffusers, said['_class_name']).from_config(dict(said))
+    scheduler.set_timesteps(12)
+    y = torch.from_numpy(noise) * scheduler.init_noise_sigma
+    times = [t for t in scheduler.timesteps if t >= 400]
+    for t in times:
+        y = scheduler.step(network(torch, scheduler.scale_model_input(y, t), t.float()), t, y).prev_sample
+    # Schedulers of k-diffusion have x / alpha.
+    ratio = float(scheduler.sigmas[len(times)]) if name in ('EulerDiscrete', 'HeunDiscrete') else 0.0
+    assert len(found) == 2 and len(times) == len(sampler.table['t']) < 12 * scheduler.order
+    np.testing.assert_allclose(found, y.numpy() / np.sqrt(1 + ratio**2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['exponential', 'linear'])
 @pytest.mark.parametrize(('tokens', 'n'), [(64, 4), (1024, 7), (4096, 1)])
 def test_shift_by_the_number_of_tokens(kind, tokens, n, monkeypatch):
