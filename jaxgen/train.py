@@ -255,7 +255,7 @@ class Training:
     def look_at_data(self):
         """The training examples, and how many images there are, in words."""
         began = time.monotonic()
-        examples = data.dataset(self.config.data, 'train')
+        examples = self.a.dataset('train')
         count = f'{len(examples):,} training'
         if time.monotonic() - began < 1:  # a folder of a million files is not listed twice for a number
             for split in ('validation', 'test'):
