@@ -26,7 +26,7 @@ def get_config(variant: str = ''):
             duplicates='ignore',
         ),
         optim=dict(name='adamw', lr=2e-3, schedule='cosine', warmup=100, weight_decay=0.1, ema=0.99, ema_warmup=True),
-        evaluate=dict(templates=('a {size} {colour} {shape} on a {background} background',)),
+        evaluate=dict(templates=('a {size} {colour} {shape} on a {background} background',), ensemble='probabilities'),
         train=dict(steps=1500, updates_per_call=10, log_every=100, save_every=500, sample_every=0),
         variants={
             'tiny': dict(

@@ -289,7 +289,11 @@ class Run:
         return self.encode_images(images) @ self.encode_text(texts).T
 
     def zero_shot(
-        self, images, classes: Sequence[str | Sequence[str]], templates: Sequence[str] = ('{}',)
+        self,
+        images,
+        classes: Sequence[str | Sequence[str]],
+        templates: Sequence[str] = ('{}',),
+        ensemble: str = 'embeddings',
     ) -> np.ndarray:
         """Probabilities of the classes, float32 [n, classes], by texts that describe them; see evaluation/prompts.py.
 
@@ -297,11 +301,14 @@ class Run:
           images: as for `similarity`.
           classes: the text of each class, 'a photo of a cat' or, with templates, 'cat'; or several texts of each.
           templates: the prompts of a class are its texts in place of {} in all of these.
+          ensemble: what of several prompts of a class is averaged, 'embeddings' or 'probabilities'.
         """
         self.check_one_space()
+        if ensemble not in prompts.ENSEMBLES:
+            raise UserError(f'ensemble must be {" or ".join(prompts.ENSEMBLES)}; it is {options.shown(ensemble)}')
         texts = prompts.fill(templates, classes)
-        cosines = self.encode_images(images) @ prompts.embeddings(self.encode_text, texts).T
-        logits = cosines * self.logit_scale
+        embedded = self.encode_images(images)
+        logits = prompts.logits(embedded, self.encode_text, texts, self.logit_scale, ensemble)
         return np.exp(logits - log_sum_exp(logits, 1)).astype(np.float32)
 
     def check_one_space(self) -> None:
@@ -437,7 +444,8 @@ class Run:
         for name, task in tasks.items():
             feature = task.attribute.feature
             values = a.untokenised(c.held_out, features=('image', feature)).take(numbers)[feature]
-            results[name] = prompts.accuracy(task, encode, images, values)
+            logits = prompts.logits(images, encode, task.prompts, self.logit_scale, c.ensemble)
+            results[name] = prompts.accuracy(task, logits, values)
         return results
 
     def saved_params(self) -> dict[str, Any]:

@@ -307,6 +307,7 @@ class Evaluate:
         R-precision and CMMD.
       templates: prompts by which a CLIP run's test images are classified without training: {} is the name of the class,
         {colour} that of a factor's value; see evaluation/prompts.py.
+      ensemble: what of the several prompts of a class is averaged.
       inception: file with the published weights, for 'inception'.
       split: images that samples are compared with; most papers take train.
       reference: a published file of moments (.npz with mu and sigma, as EDM, guided-diffusion and pytorch-fid have
@@ -320,6 +321,7 @@ class Evaluate:
     features: Annotated[str, Rule(is_features, "'inception', 'run:PATH' or 'none'")] = 'none'
     clip: Annotated[str, Rule(lambda name: name == 'none' or name.startswith('run:'), "'run:PATH' or 'none'")] = 'none'
     templates: tuple[str, ...] = ('a photo of a {}',)
+    ensemble: Annotated[str, OneOf('embeddings', 'probabilities')] = 'embeddings'
     inception: str = ''
     split: Annotated[str, OneOf('train', 'validation', 'test')] = 'train'
     reference: str = ''

@@ -2,9 +2,13 @@
 (Radford et al. 2021, arXiv 2103.00020, section 3.1).
 
     texts = fill(('a photo of a {}', 'a drawing of a {}'), ['circle', 'square'])
-    embeddings(run.encode_text, texts)  # [2, d]
+    logits(run.encode(images), run.encode_text, texts, run.logit_scale)  # [n, 2]
 
-A class with several prompts is the mean of their embeddings, each of length 1, brought to length 1 (section 3.1.4).
+Of the several prompts of a class are averaged (`ENSEMBLES`)
+
+  embeddings     each of length 1; their mean is brought to length 1 (section 3.1.4)
+  probabilities  exp(logit) of each: with prompts that state other things too, as whole captions do, the class is what
+                 they have in common, whichever of these is right
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from jaxgen.metrics.retrieval import normalised
 
 SLOT = re.compile(r'\{(\w*)\}')
 MOST_PROMPTS = 50_000  # of one evaluation
+ENSEMBLES = ('embeddings', 'probabilities')
+ROWS = 256  # images at a time
 
 
 def fill(templates: Sequence[str], classes: Sequence[str | Sequence[str]]) -> list[list[str]]:
@@ -58,6 +64,34 @@ def embeddings(encode: Callable[[list[str]], np.ndarray], prompts: Sequence[Sequ
     number = {text: i for i, text in enumerate(dict.fromkeys(itertools.chain.from_iterable(prompts)))}
     embedded = normalised(encode(list(number)))
     return normalised(np.stack([embedded[[number[text] for text in texts]].mean(0) for texts in prompts]))
+
+
+def logits(
+    images: np.ndarray,
+    encode: Callable[[list[str]], np.ndarray],
+    prompts: Sequence[Sequence[str]],
+    scale: float,
+    ensemble: str = 'embeddings',
+) -> np.ndarray:
+    """Logits of the classes, float64 [n, classes], by the embeddings of images [n, d].
+
+    Args:
+      encode: see `embeddings`.
+      scale: of cosines.
+      ensemble: one of `ENSEMBLES`.
+    """
+    if ensemble == 'embeddings':
+        return scale * images @ embeddings(encode, prompts).T
+    texts = embeddings(encode, [[text] for one in prompts for text in one])
+    counts = [len(one) for one in prompts]
+    starts = np.cumsum([0, *counts[:-1]])
+    parts = []
+    for i in range(0, len(images), ROWS):
+        each = scale * images[i : i + ROWS] @ texts.T
+        top = each.max(1, keepdims=True)
+        with np.errstate(divide='ignore'):
+            parts.append(top + np.log(np.add.reduceat(np.exp(each - top), starts, axis=1) / counts))
+    return np.concatenate(parts)
 
 
 # --- of a data set whose attributes have names
@@ -141,14 +175,12 @@ def tasks(templates: Sequence[str], section: dict) -> dict[str, Task]:
     return made
 
 
-def accuracy(task: Task, encode: Callable[[list[str]], np.ndarray], images: np.ndarray, values: np.ndarray) -> dict:
-    """{'value', 'stderr', 'n'}: the fraction of images whose most similar class is theirs.
+def accuracy(task: Task, logits: np.ndarray, values: np.ndarray) -> dict:
+    """{'value', 'stderr', 'n'}: the fraction of images whose likeliest class is theirs.
 
     Args:
-      encode: see `embeddings`.
-      images: their embeddings [n, d].
+      logits: [n, classes].
       values: of the attribute's feature, int [n] or [n, entries].
     """
     right = values if task.attribute.entry is None else values[:, task.attribute.entry]
-    predicted = (images @ embeddings(encode, task.prompts).T).argmax(1)
-    return mean((predicted == right).astype(np.float64))
+    return mean((logits.argmax(1) == right).astype(np.float64))

@@ -61,7 +61,7 @@ def test_templates_of_nothing_in_the_data(monkeypatch):
     assert prompts.tasks(('a photo of a {}',), points) == {}, 'neither classes nor factors'
 
 
-def test_accuracy_is_that_of_the_nearest_mean():
+def test_accuracy_is_that_of_the_nearest_mean(monkeypatch):
     """Texts in the plane: the mean of a class's directions decides, whatever their number."""
     at = {'east': 0.0, 'north-east': 45.0, 'north': 90.0, 'west': 180.0}
 
@@ -72,10 +72,19 @@ def test_accuracy_is_that_of_the_nearest_mean():
     task = prompts.Task(prompts.Attribute('label', None, ('a', 'b')), [['east', 'north-east', 'north'], ['west']])
     angles = np.radians([0.0, 45, 112, 113, 200])  # the border is at (45 + 180) / 2
     images = np.stack([np.cos(angles), np.sin(angles)], 1)
-    assert prompts.accuracy(task, encode, images, np.array([0, 0, 0, 0, 1]))['value'] == 0.8
+    logits = prompts.logits(images, encode, task.prompts, 3.0)
+    assert prompts.accuracy(task, logits, np.array([0, 0, 0, 0, 1]))['value'] == 0.8
     third = task._replace(attribute=task.attribute._replace(entry=1))
     values = np.array([[5, 0], [5, 0], [5, 0], [5, 1], [5, 1]])
-    assert prompts.accuracy(third, encode, images, values)['value'] == 1
+    assert prompts.accuracy(third, logits, values)['value'] == 1
+    # Probabilities: the mean over a class's prompts of exp(3 cos).
+    monkeypatch.setattr(prompts, 'ROWS', 2)
+    each = np.exp(3 * images @ encode(list(at)).T)
+    expected = np.log(np.stack([each[:, :3].mean(1), each[:, 3]], 1))
+    logits = prompts.logits(images, encode, task.prompts, 3.0, 'probabilities')
+    np.testing.assert_allclose(logits, expected, rtol=1e-12)
+    far = prompts.logits(images, encode, task.prompts, 3e4, 'probabilities')
+    assert not np.isnan(far).any() and far.argmax(1).tolist() == [0, 0, 0, 0, 1]
 
 
 @pytest.fixture(scope='module')
@@ -165,7 +174,8 @@ def test_a_clip_run_classifies_its_test_images_by_prompts(runs):
     assert {f'zero_shot_accuracy{name}' for name in names} == {n for n in values if n.startswith('zero_shot')}
     run = jaxgen.load(runs['clip_shapes'])
     test = data.dataset({**SECTION, 'features': ('image', 'label')}, 'test').take(np.arange(130))
-    predicted = run.zero_shot(test['image'], shapes.SHAPES, ('a {}',)).argmax(1)
+    ensemble = configs.load(path('clip_shapes')).evaluate.ensemble
+    predicted = run.zero_shot(test['image'], shapes.SHAPES, ('a {}',), ensemble).argmax(1)
     assert values['zero_shot_accuracy']['value'] == pytest.approx((predicted == test['label']).mean(), abs=1 / 130)
     assert values['zero_shot_accuracy']['n'] == 130 and 'r_precision' in values
 
