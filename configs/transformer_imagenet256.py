@@ -2,7 +2,7 @@
 
     python -m jaxgen.main --config=configs/transformer_imagenet256.py
 
-after its first stage, `configs/vqgan_imagenet256.py:k16384`.
+after its first stage, `configs/vqgan_imagenet256.py:k16384`. On fewer than four devices --config.mesh.fsdp=1.
 
 Differs: the release does not say the batch of its run; 96 is that of its first stage, and the learning rate 4.5e-6 for
 each of its images, by the release's rule. Images are resized by bicubic interpolation, there bilinear.
@@ -47,6 +47,8 @@ def get_config(variant: str = ''):
             dtype='bfloat16',
             remat=True,
         ),
+        # The state of training is 22.6 GB, more than a chip of 16 GB holds.
+        mesh=dict(fsdp=4),
         sample=dict(batch=32),
         variants={
             'tiny': dict(
