@@ -5,9 +5,10 @@ of them. Left to itself XLA may as well keep the weights in place and send activ
 evaluated again equation by equation with a mark on what is cut (`gathering`). What acts on numbers one by one (casts,
 optimisers, averages, weight normalisation) leaves them cut; for any other equation the weights are gathered (`use`),
 after their cast to the dtype of computation; into loops their parts go as they are, so that a stack of blocks is
-gathered block by block. In a loss the gradient is summed over the devices and cut again at the same place, and the
-backward pass gathers anew in place of keeping what the forward pass has gathered. So no network and no family mentions
-devices, a person's own included, and the memory is one layer's weights beside the parts.
+gathered block by block. In a loss the gradient is summed over the devices and cut again at the same place, first over
+those that hold one copy of the weights (`summed`), and the backward pass gathers anew in place of keeping what the
+forward pass has gathered. So no network and no family mentions devices, a person's own included, and the memory is one
+layer's weights beside the parts.
 
 Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054.
 """
@@ -85,11 +86,16 @@ def _identity(args: Sequence[Any]) -> list:
     return list(args)
 
 
-def use(function: Callable[[Sequence[Any]], list], args: Sequence[Any]) -> list:
+def use(
+    function: Callable[[Sequence[Any]], list], args: Sequence[Any], examples: tuple[int, int, int] | None = None
+) -> list:
     """Results of a function of arrays, some of which are cut and gathered for it.
 
     Its gradient gathers them anew, in place of keeping what was gathered; that of weights is summed over the devices,
     and cut again.
+
+    Args:
+      examples: of a function that is linear in its one cut array and has one other, see `examples_of`.
     """
     marks = [mark_of(x) for x in args]
     if not any(marks):
@@ -116,6 +122,12 @@ def use(function: Callable[[Sequence[Any]], list], args: Sequence[Any]) -> list:
         return whole(gathered(values, again=False))
 
     def backward(values, gradient):
+        if examples is not None:
+            i, j = examples[0], 1 - examples[0]
+            there = gathered(values, again=True)
+            _, pull = jax.vjp(lambda x: whole([x, there[i]] if i else [there[i], x]), values[j])
+            dx, dw = *pull(gradient), summed(whole, values, gradient, examples, marks[i].axis)
+            return (dx, dw) if i else (dw, dx)
         _, pull = jax.vjp(lambda *values: whole(values), *gathered(values, again=True))
         # Whole first: what a gradient is computed from would else be cut along the same axis, and activations be sent
         # for it. XLA makes one reduce-scatter of the two, where the devices have it.
@@ -127,6 +139,49 @@ def use(function: Callable[[Sequence[Any]], list], args: Sequence[Any]) -> list:
     # Not by `results` itself: policies of checkpoints would see one opaque call, and compute its products twice.
     results.defvjp(lambda *values: (whole(gathered(values, again=False)), values), backward)
     return results(*map(bare, args))
+
+
+def examples_of(eqn, args: Sequence[Any]) -> tuple[int, int, int] | None:
+    """Of a matrix product or convolution of cut weights with examples: (index of the weights, axis of the examples in
+    the other array, that in the result); None where it is no such product, or there is one copy of the weights.
+
+    The axis is the first of the other array, or what a convolution says. Were it of something else, the gradient would
+    be the same, and would be computed in other parts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    cuts = [i for i, x in enumerate(args) if isinstance(x, Cut)]
+    if mesh.empty or mesh.manual_axes or mesh.shape.get('data', 1) == 1 or len(args) != 2 or len(cuts) != 1:
+        return None
+    (i,) = cuts
+    if eqn.primitive.name == 'dot_general':
+        contracted, along = eqn.params['dimension_numbers']
+        axis, result = 0, 0 if i else eqn.invars[0].aval.ndim - len(contracted[0])
+        if along[0] or axis in contracted[1 - i]:
+            return None
+    elif eqn.primitive.name == 'conv_general_dilated' and i == 1 and eqn.params['batch_group_count'] == 1:
+        where = eqn.params['dimension_numbers']
+        axis, result = where.lhs_spec[0], where.out_spec[0]
+    else:
+        return None
+    return (i, axis, result) if args[1 - i].shape[axis] % mesh.size == 0 else None
+
+
+def summed(whole: Callable, values: Sequence[Any], gradient: Any, examples: tuple[int, int, int], axis: int) -> Any:
+    """The gradient of a product's weights, cut along `axis`, from that of its results: of each device's examples, cut
+    and summed over the `fsdp` devices that hold one copy, then summed over the copies. A sum over all devices, to
+    which XLA would come, sends the whole gradient twice where this sends it once and a part of it twice."""
+    i, of_other, of_result = examples
+    over = ('data', 'fsdp')
+
+    def local(other, gradient):
+        of = jax.ShapeDtypeStruct(values[i].shape, values[i].dtype)
+        pull = jax.linear_transpose(lambda w: whole([other, w] if i else [w, other]), of)
+        (found,) = pull(gradient)
+        found = jax.lax.psum_scatter(found, 'fsdp', scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(found, 'data')
+
+    places = P(*[None] * of_other, over), [P(*[None] * of_result, over)]
+    return jax.shard_map(local, in_specs=places, out_specs=spec_of(axis), check_vma=False)(values[1 - i], gradient)
 
 
 def evaluate(jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list:
@@ -153,6 +208,9 @@ def debug_of(arguments: int, results: int):
 
 def bind(eqn, args: Sequence[Any]) -> list:
     """Results of an equation as it stands."""
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in `summed`; the equation's own mesh is that outside
+        found = eqn.primitive.bind(*args, **eqn.params)
+        return list(found) if eqn.primitive.multiple_results else [found]
     values = {v: x for v, x in zip(eqn.invars, args, strict=True) if not isinstance(v, core.Literal)}
     alone = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, debug_of(len(values), len(eqn.outvars)))
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
@@ -182,7 +240,7 @@ def equation(eqn, args: list) -> list:
         if name in POINTWISE and shapes == {x.shape} and {cut.mark.axis for cut in cuts} == {mark.axis}:
             results = bind(eqn, [bare(a) for a in args])
             return marked(results, [mark] * len(results))
-    return use(functools.partial(bind, eqn), args)
+    return use(functools.partial(bind, eqn), args, examples_of(eqn, args))
 
 
 def call(eqn, args: list) -> list:

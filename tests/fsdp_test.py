@@ -180,10 +180,16 @@ def compare(_) -> None:
     close(plain, jax.device_get((values, grads)))
     sent = collectives.collectives(compiled.as_text(), [w.shape for w in jax.tree.leaves(weights)], [PARTS], small=64)
     assert {one.carrier for one in sent} <= {'weights', 'small'}, collectives.totals(sent)
+    sums = ('reduce-scatter', 'all-reduce')
     whole = weights['stack'].nbytes + sum(w.nbytes for w in weights['list'])
     # Forwards and backwards; the last matrix is there already when the backward pass begins.
     gathered = sum(one.bytes for one in sent if one.kind == 'all-gather' and one.carrier == 'weights')
     assert 2 * whole - weights['square'].nbytes <= gathered <= 2 * whole, (gathered, whole)
+    # Gradients of products are summed in parts over the devices of one copy, and these parts over the copies; those of
+    # weights that are normalised before their product, as the stack's, over all devices.
+    summed = {kind: sum(one.bytes for one in sent if (one.kind, one.carrier) == (kind, 'weights')) for kind in sums}
+    products = whole - weights['stack'].nbytes
+    assert summed == {'reduce-scatter': products, 'all-reduce': products / PARTS + weights['stack'].nbytes}
     # The stack's gradients in parts, and a few whole matrices beside them.
     most = stack['stack'].nbytes / PARTS + 4 * weights['square'].nbytes
     assert stack_alone.memory_analysis().temp_size_in_bytes < most < stack['stack'].nbytes, (
