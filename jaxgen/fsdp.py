@@ -126,7 +126,9 @@ def use(
             i, j = examples[0], 1 - examples[0]
             there = gathered(values, again=True)
             _, pull = jax.vjp(lambda x: whole([x, there[i]] if i else [there[i], x]), values[j])
-            dx, dw = *pull(gradient), summed(whole, values, gradient, examples, marks[i].axis)
+            (dx,) = pull(gradient)
+            (mark,) = filter(None, marks)
+            dw = summed(whole, values, gradient, examples, mark.axis)
             return (dx, dw) if i else (dw, dx)
         _, pull = jax.vjp(lambda *values: whole(values), *gathered(values, again=True))
         # Whole first: what a gradient is computed from would else be cut along the same axis, and activations be sent
@@ -180,7 +182,7 @@ def summed(whole: Callable, values: Sequence[Any], gradient: Any, examples: tupl
         found = jax.lax.psum_scatter(found, 'fsdp', scatter_dimension=axis, tiled=True)
         return jax.lax.psum(found, 'data')
 
-    places = P(*[None] * of_other, over), [P(*[None] * of_result, over)]
+    places: Any = P(*[None] * of_other, over), [P(*[None] * of_result, over)]
     return jax.shard_map(local, in_specs=places, out_specs=spec_of(axis), check_vma=False)(values[1 - i], gradient)
 
 
