@@ -34,7 +34,7 @@ COLUMNS = (
     ('modes', 'modes', 0, True),
 )
 START_OF_A_CORE = 'seconds_of_a_core_to_first_batch'
-FRACTIONS = ('accuracy', 'conditional accuracy')  # shown in per cent
+FRACTIONS = ('accuracy', 'conditional accuracy', 'zero-shot accuracy', 'recall@1', 'R-precision')  # shown in per cent
 
 
 def result(name: str) -> dict:

@@ -2,12 +2,16 @@
 here.
 
     python -m jaxgen.main --config=configs/clip_shapes.py
+    python -m jaxgen.main --mode=evaluate --workdir=runs/clip_shapes
 
-Captions are few: two scenes in a batch often have the same, which is not held against them (`duplicates`).
+Captions are few: two scenes in a batch often have the same, which is not held against them (`duplicates`). The second
+command measures retrieval, and classification by prompts: the template makes all 1,536 captions, and an image's class
+is that of the likeliest of them together.
 
-Time: not measured
+Time: 65 minutes on 2 CPU cores with other work on them
 Paper: none of this size
-Ours: 645,985 parameters; not measured
+Ours: 645,985 parameters. Of 2,000 held-out scenes: recall@1 of captions 80.7%, of images 86.8%; recall@10 99.9% and
+100%; R-precision 98.4%. By prompts 99.9% of colours, 100% of backgrounds, 92.0% of sizes and 73.8% of shapes are right
 """
 
 from jaxgen.config import make
