@@ -446,11 +446,13 @@ def pipeline_fields(config: ConfigDict, weights: Weights | None) -> dict[str, An
     stage = pipeline_part(weights, *STAGES)
     fields = schedulers.process_fields(pipeline_part(weights, SCHEDULER))
     if stage and config.stages.get('first'):
-        if any(stage.get(key) for key in ('shift_factor', 'latents_mean', 'latents_std')):
+        if any(stage.get(key) for key in ('latents_mean', 'latents_std')):
             raise UserError(
-                'the latents of the pipeline are shifted (shift_factor, latents_mean); here they are scaled alone'
+                'the latents of the pipeline have a mean and a deviation of each channel (latents_mean); here they are '
+                'shifted and scaled by one number'
             )
         fields['model.latent_scale'] = stage.get('scaling_factor', 0.18215)
+        fields['model.latent_shift'] = stage.get('shift_factor') or 0.0
     return fields
 
 

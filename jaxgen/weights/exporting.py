@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 import jaxgen
 from jaxgen import assembly, directory, files, log, memory, sharding
 from jaxgen.errors import UserError
+from jaxgen.networks import denoisers
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, pipelines, schedulers, sources, text_encoders, whole
+from jaxgen.weights import diffusers, pipelines, schedulers, sources, text_encoders, text_to_image, whole
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
@@ -157,21 +158,28 @@ def write_folder(to: str, run: Run, source: Source, export: Export, metadata: di
     """Writes weights, config.json and README.md into a new folder, and the earlier stages and the scheduler beside them
     where diffusers has a pipeline of these: all of them or none."""
     parts = pipeline_of(run) if source.name == 'diffusers' and run.config.stages else {}
+    model = run.config.model
     with whole.new_directory(to, 'export', '--to') as new:
         for folder, stage in parts.items():
-            own = source_of(stage, 'diffusers')
-            more = {'scaling_factor': run.config.model.latent_scale}
-            write_model(os.path.join(new, folder), stage, own, Export(stage, own), metadata, more)
+            texts = folder.startswith('text_encoder')
+            own = source_of(stage, 'transformers' if texts else 'diffusers')
+            more = {} if texts else {'scaling_factor': model.latent_scale}
+            if not texts and model.latent_shift:
+                more['shift_factor'] = model.latent_shift
+            tokenizer = folder.replace('text_encoder', 'tokenizer') if texts else ''
+            inside = {**metadata, 'names': own.name}
+            write_model(os.path.join(new, folder), stage, own, Export(stage, own), inside, more, tokenizer)
         if parts:
-            network = 'transformer' if network_name(run.config) == 'dit' else 'unet'
+            network = 'transformer' if network_name(run.config) in denoisers.TRANSFORMERS else 'unet'
             write_model(os.path.join(new, network), run, source, export, metadata)
             scheduler = schedulers.scheduler_config(run.config)
             files.save_json(os.path.join(new, pipelines.SCHEDULER, pipelines.SCHEDULER_CONFIG), scheduler)
-            index = {name: os.path.join(new, name, 'config.json') for name in (*parts, network)}
-            kinds = {name: ['diffusers', read_json(path)['_class_name']] for name, path in index.items()}
+            kinds = {name: class_of(os.path.join(new, name)) for name in (*parts, network)}
+            for name in parts:
+                if name.startswith('text_encoder'):
+                    kinds[name.replace('text_encoder', 'tokenizer')] = ['transformers', tokenizer_class(kinds[name][1])]
             index = {**kinds, 'scheduler': ['diffusers', scheduler['_class_name']]}
-            pipeline = 'DiTPipeline' if network == 'transformer' else 'LDMPipeline'
-            files.save_json(os.path.join(new, PIPELINE), {'_class_name': pipeline, **index})
+            files.save_json(os.path.join(new, PIPELINE), {**pipeline_index(run, set(parts)), **index})
         else:
             write_model(new, run, source, export, metadata)
         with files.replacing(os.path.join(new, 'README.md')) as file:
@@ -184,14 +192,56 @@ def pipeline_of(run: Run) -> dict[str, Run]:
     Raises:
       UserError: it has none of such stages.
     """
-    if set(run.config.stages) != {'first'} or network_name(run.config) not in ('dit', 'unet', 'adm'):
+    name, stages = network_name(run.config), set(run.config.stages)
+    reading = name in text_to_image.CLASSES
+    fits = 'first' in stages and (stages - {'first'} if reading else name in ('dit', 'unet', 'adm'))
+    if not fits or not stages <= {'first', *(pipelines.TEXTS if reading else ())}:
         raise UserError('diffusers has no pipeline of such stages: name a file, --to=FILE.safetensors')
-    folder = 'vae' if network_name(run.config) == 'dit' else 'vqvae'
-    path = run.config.stages['first']
-    config, spec, _ = directory.read(path)
-    assembled = assembly.assemble(config, run.assembled.mesh, assembly.abstract_stage, spec)
-    state, _ = run.assembled.frozen['first']
-    return {folder: Run(path, config, assembled, state, 'ema')}
+    made = {}
+    for stage in sorted(stages):
+        path = run.config.stages[stage]
+        config, spec, _ = directory.read(path)
+        assembled = assembly.assemble(config, run.assembled.mesh, assembly.abstract_stage, spec)
+        state, _ = run.assembled.frozen[stage]
+        folder = pipelines.STAGES[stage][0]
+        folder = 'vqvae' if stage == 'first' and name in ('unet', 'adm') else folder
+        made[folder] = Run(path, config, assembled, state, 'ema')
+    return made
+
+
+def class_of(folder: str) -> list[str]:
+    """[library, class] of a model in a folder, by its config.json."""
+    said = read_json(os.path.join(folder, 'config.json'))
+    kind = said.get('_class_name', '')
+    return ['diffusers', kind] if kind else ['transformers', said['architectures'][0]]
+
+
+def tokenizer_class(encoder: str) -> str:
+    return 'T5TokenizerFast' if encoder.startswith('T5') else 'CLIPTokenizer'
+
+
+def pipeline_index(run: Run, parts: set[str]) -> dict[str, Any]:
+    """The class of a pipeline in model_index.json, and what that says besides its parts."""
+    name, none = network_name(run.config), [None, None]
+    if name not in text_to_image.CLASSES:
+        return {'_class_name': 'DiTPipeline' if name == 'dit' else 'LDMPipeline'}
+    image = {'image_encoder': none, 'feature_extractor': none}
+    if name != 'latent_unet':
+        return {'_class_name': 'FluxPipeline' if name == 'flux' else 'StableDiffusion3Pipeline', **image}
+    numbers = [one for one in run.config.model.conditioning.values() if one.kind == 'numbers']
+    if 'text_encoder_2' not in parts:
+        return {
+            '_class_name': 'StableDiffusionPipeline',
+            **image,
+            'safety_checker': none,
+            'requires_safety_checker': False,
+        }
+    empty = any(one.get('empty') == 'zeros' for one in run.config.model.conditioning.values())
+    about = {'force_zeros_for_empty_prompt': empty, **image}
+    if numbers and len(numbers[0]['values']) != text_to_image.NUMBERS:  # the refiner
+        first = {'text_encoder': none, 'tokenizer': none, 'requires_aesthetics_score': True}
+        return {'_class_name': 'StableDiffusionXLImg2ImgPipeline', **about, **first}
+    return {'_class_name': 'StableDiffusionXLPipeline', **about}
 
 
 def write_model(
@@ -211,7 +261,8 @@ def write_model(
     """
     tokenizer = directory.saved_tokenizer(run.folder) if run.assembled.family.texts.vocabulary else None
     if source.name == 'diffusers':
-        config = diffusers.model_config(run.config, run.assembled)
+        reading = network_name(run.config) in text_to_image.CLASSES
+        config = (text_to_image if reading else diffusers).model_config(run.config, run.assembled)
     elif source.name == 'transformers':
         side = run.image[0]
         config = text_encoders.model_config(run.config, side, tokenizer)

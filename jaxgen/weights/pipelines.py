@@ -18,12 +18,20 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.sections import sides
-from jaxgen.weights import diffusers, files, schedulers, text_encoders
+from jaxgen.weights import diffusers, files, schedulers, text_encoders, text_to_image
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.mapping import DTYPES
+from jaxgen.weights.source import network as network_name
 
 NETWORKS = ('unet', 'transformer')  # folders of the network that a run is of
-STAGES = {'first': ('vae', 'vqvae', 'movq')}  # {stage: its folders}
+# {stage: its folders}
+STAGES = {
+    'first': ('vae', 'vqvae', 'movq'),
+    'text': ('text_encoder',),
+    'text_2': ('text_encoder_2',),
+    'text_3': ('text_encoder_3',),
+}
+TEXTS = ('text', 'text_2', 'text_3')  # stages that read texts
 SCHEDULER, SCHEDULER_CONFIG = 'scheduler', 'scheduler_config.json'
 INSIDE = {'first': 'first_stage_model.'}  # {stage: what stands in its names in one file with others}
 STEPS = 50  # of most pipelines, see `schedulers.STEPS`
@@ -39,6 +47,7 @@ class Parts:
     stages: dict[str, Weights] = dataclasses.field(default_factory=dict)
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)  # scheduler_config.json
     lacking: str = ''  # folder of the first stage that a pipeline names and does not have
+    index: dict[str, Any] = dataclasses.field(default_factory=dict)  # model_index.json
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -76,7 +85,7 @@ def open_parts(path: str, option: str = '--from') -> Parts:
     scheduler = files.read_part(os.path.join(folder, SCHEDULER), SCHEDULER_CONFIG)
     weights = open_weights(os.path.join(folder, network), option)
     lacking = [name for name in STAGES['first'] if any(said.get(name) or [None]) and name not in there]
-    return Parts(weights, stages, scheduler, next(iter(lacking), ''))
+    return Parts(weights, stages, scheduler, next(iter(lacking), ''), said)
 
 
 def name_of(path: str) -> str:
@@ -175,10 +184,15 @@ def with_scale(config: ConfigDict, parts: Parts, named: Set[str]) -> tuple[Confi
             raise UserError(f'{parts.weights.path}: {name} is no number: the file is damaged')
         return agreed(config, {'model.latent_scale': float(value[0])}, named, name)
     diffusers.check_kinds(said, said_by)
-    if said.get('shift_factor'):
-        raise UserError(f'{said_by}: shift_factor is {said["shift_factor"]!r}, and here latents are only scaled')
-    value = float(said.get('scaling_factor', SCALING))
-    return agreed(config, {'model.latent_scale': value}, named, said_by)
+    return agreed(config, latent_fields(said), named, said_by)
+
+
+def latent_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of how latents are scaled, by the config.json of a first stage."""
+    shift = said.get('shift_factor') or 0.0
+    if not diffusers.is_of('a number', shift):
+        raise UserError(f'config.json of the first stage is damaged: shift_factor is {repr(shift)[:80]}')
+    return {'model.latent_scale': float(said.get('scaling_factor', SCALING)), 'model.latent_shift': float(shift)}
 
 
 def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping[str, Any]) -> ConfigDict:
@@ -191,6 +205,12 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping
     Raises:
       UserError: there is no config of that name.
     """
+    if stage in TEXTS:
+        length = text_to_image.LENGTHS.get(text_to_image.CLASSES.get(network_name(config), ''), 0)
+        made = reading_texts(weights, data=config.data, length=length)
+        if made is None:
+            raise UserError(f'{weights.path} holds no text encoder that is known here')
+        return made
     name = configs.named(config.stages[stage])
     if not name:
         raise UserError(
@@ -327,14 +347,17 @@ def fields_of(said: Mapping[str, Any], height: int | None = None) -> tuple[tuple
     return size, model
 
 
-def reading_texts(weights: Weights, tokenizer: str = '', data: ConfigDict | None = None) -> ConfigDict | None:
+def reading_texts(
+    weights: Weights, tokenizer: str = '', data: ConfigDict | None = None, length: int = 0
+) -> ConfigDict | None:
     """The config of a text encoder or of CLIP, by its tensors and config.json; None: it is another model.
 
     Args:
       tokenizer: folder of its tokenizer, where it lies elsewhere.
       data: of the run that it is a stage of; None: drawn scenes, of the size of its images.
+      length: tokens of a text, of an encoder without positions; 0: that of the tokenizer.
     """
-    made = text_encoders.model_of(weights, text_encoders.length_of(weights.path, tokenizer))
+    made = text_encoders.model_of(weights, length or text_encoders.length_of(weights.path, tokenizer))
     if made is None:
         return None
     family, model, side = made
@@ -343,6 +366,57 @@ def reading_texts(weights: Weights, tokenizer: str = '', data: ConfigDict | None
     features = ('image', 'caption') if reads else ('image',)
     sections = {'data': {**(data.to_dict() if data else own), 'features': features}, 'train': {'sample_every': 0}}
     return configs.make(family=family, model=model, **sections)
+
+
+MOST_LATENTS = 128  # rows of the maps of pipelines whose config.json says no sample_size
+
+
+def text_to_images(path: str, parts: Parts) -> tuple[str, ConfigDict]:
+    """(name, config) of a pipeline whose network reads texts.
+
+    Raises:
+      UserError: it lacks a model, or is none that is known here.
+    """
+    said, stage = parts.weights.config, parts.stages.get('first')
+    encoders = [name for name in TEXTS if name in parts.stages]
+    if stage is None or stage.config.get('_class_name') != 'AutoencoderKL':
+        raise UserError(
+            f'{path} is a {said["_class_name"]}, which needs the rest of its pipeline (vae, text_encoder, tokenizer, '
+            'scheduler beside it): name the folder of the pipeline, or give --config with its --config.stages'
+        )
+    own = text_to_image.section_of(said)
+    diffusers.check_kinds(stage.config, 'config.json of the first stage')
+    channels = said.get('in_channels', 64) // 4 if own['name'] == 'flux' else said.get('in_channels', 4)
+    if channels != (latent := stage.config.get('latent_channels', 4)):
+        raise UserError(
+            f'the network of {path} reads {channels} channels, and its latents have {latent}: what else it reads is '
+            'not known, so give --config with its model.conditioning'
+        )
+    size = size_of(said) or (MOST_LATENTS, MOST_LATENTS)
+    factor = 2 ** min(len(stage.config.get('block_out_channels', [0])) - 1, 8)
+    size = tuple(min(side * factor, 2**31) for side in size)
+    if max(size) > 2**16:
+        raise UserError(f'config.json of {path}: sample_size {said.get("sample_size")!r} is of no image')
+    flow = own['name'] != 'latent_unet'
+    model = {
+        'process': 'flow' if flow else 'scaled_linear',
+        'network': own,
+        'training': {'prediction': 'flow' if flow else 'eps', 'times': 'logit_normal' if flow else 'uniform'},
+        'sampler': {'name': 'euler' if flow else 'ddim', 'steps': STEPS, 'clip': False, 'unit_start': True},
+        **text_to_image.conditioning_of(said, parts.index, encoders, size),
+    }
+    data = {'source': 'shapes', 'size': size if size[0] != size[1] else size[0], 'channels': 3, 'batch': 8}
+    stages = {name: os.path.join('runs', CLASSES['AutoencoderKL'][0] if name == 'first' else name)
+              for name in ('first', *encoders)}  # fmt: skip
+    config = configs.make(
+        family='diffusion',
+        data={**data, 'features': ('image', 'caption')},
+        model=model,
+        stages=stages,
+        train={'sample_every': 0},
+        evaluate={'features': 'none'},
+    )
+    return own['name'], config
 
 
 def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
@@ -364,6 +438,8 @@ def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
             '--config.stages.first'
         )
     said = parts.weights.config
+    if said.get('_class_name') in text_to_image.KEYS:
+        return text_to_images(path, parts)
     if not said:
         raise UserError(f'--mode=import --from={path} needs --config: no config.json beside the weights says the sizes')
     size, model = fields_of(said)

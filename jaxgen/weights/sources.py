@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxgen.errors import UserError
 from jaxgen.options import near
-from jaxgen.weights import compvis, diffusers, edm, gans, guided, mapping, meta, numbered, text_encoders
+from jaxgen.weights import compvis, diffusers, edm, gans, guided, mapping, meta, numbered, text_encoders, text_to_image
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import Entry
 from jaxgen.weights.source import OF_DISCRIMINATOR, Shapes, Source
@@ -24,6 +24,7 @@ SOURCES: tuple[Source, ...] = (
     *numbered.SOURCES,
     *gans.SOURCES,
     *text_encoders.SOURCES,
+    *text_to_image.SOURCES,
 )
 
 

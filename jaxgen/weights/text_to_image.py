@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from jaxgen.weights.diffusers import blocks
+from jaxgen.errors import UserError
+from jaxgen.weights.diffusers import ANY, blocks, check_kinds, check_values, is_of, map_shape, pipeline_fields
+from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes
+from jaxgen.weights.source import Shapes, Source, network
 
 
 def of_transformer(ours: str, theirs: str) -> Substitution:
@@ -113,3 +120,394 @@ def flux(config: ConfigDict, shapes: Shapes) -> Table:
         *EMBEDDINGS,
     ]
     return Table([*names, *LEAVES], [Layout('denoiser/modulation/.*', forward=exchanged, backward=exchanged)])
+
+
+# --- what config.json says
+
+# Values of the keys of each class's config.json, as `diffusers.KEYS` has them.
+COMMON = dict.fromkeys(('sample_size', 'in_channels', 'out_channels', 'patch_size', 'num_layers'), ANY)
+HEADS = dict.fromkeys(
+    ('attention_head_dim', 'num_attention_heads', 'joint_attention_dim', 'pooled_projection_dim'), ANY
+)
+KEYS: dict[str, dict[str, tuple]] = {
+    'UNet2DConditionModel': {
+        **dict.fromkeys(('sample_size', 'in_channels', 'out_channels', 'block_out_channels', 'layers_per_block'), ANY),
+        **dict.fromkeys(('flip_sin_to_cos', 'freq_shift', 'downsample_padding', 'dropout', 'norm_num_groups'), ANY),
+        **dict.fromkeys(('norm_eps', 'cross_attention_dim', 'transformer_layers_per_block', 'attention_head_dim'), ANY),
+        **dict.fromkeys(('num_attention_heads', 'use_linear_projection', 'upcast_attention'), ANY),
+        **dict.fromkeys(('addition_time_embed_dim', 'projection_class_embeddings_input_dim'), ANY),
+        **dict.fromkeys(('addition_embed_type_num_heads', 'mid_block_only_cross_attention'), ANY),
+        'center_input_sample': (False,),
+        'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
+        'mid_block_type': ('UNetMidBlock2DCrossAttn',),
+        'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
+        'only_cross_attention': (False,),
+        'mid_block_scale_factor': (1,),
+        'act_fn': ('silu', 'swish'),
+        'reverse_transformer_layers_per_block': (None,),
+        'encoder_hid_dim': (None,),
+        'encoder_hid_dim_type': (None,),
+        'dual_cross_attention': (False,),
+        'class_embed_type': (None,),
+        'num_class_embeds': (None,),
+        'addition_embed_type': (None, 'text_time'),
+        'resnet_time_scale_shift': ('default', 'scale_shift'),
+        'resnet_skip_time_act': (False,),
+        'resnet_out_scale_factor': (1,),
+        'time_embedding_type': ('positional',),
+        'time_embedding_dim': (None,),
+        'time_embedding_act_fn': (None,),
+        'timestep_post_act': (None,),
+        'time_cond_proj_dim': (None,),
+        'conv_in_kernel': (3,),
+        'conv_out_kernel': (3,),
+        'attention_type': ('default',),
+        'class_embeddings_concat': (False,),
+        'cross_attention_norm': (None,),
+    },
+    'SD3Transformer2DModel': {
+        **COMMON,
+        **HEADS,
+        **dict.fromkeys(('caption_projection_dim', 'pos_embed_max_size', 'dual_attention_layers'), ANY),
+        'qk_norm': (None, 'rms_norm'),
+    },
+    'FluxTransformer2DModel': {
+        **COMMON,
+        **HEADS,
+        **dict.fromkeys(('num_single_layers', 'guidance_embeds', 'axes_dims_rope'), ANY),
+    },
+}
+CLASSES = {'latent_unet': 'UNet2DConditionModel', 'mmdit': 'SD3Transformer2DModel', 'flux': 'FluxTransformer2DModel'}
+
+
+def by_level(said: Mapping[str, Any], key: str, default: int, levels: int) -> list[int]:
+    """A key's count of each level, which may be one for all.
+
+    Raises:
+      UserError: it is something else.
+    """
+    value = said.get(key)
+    counts = list(value) if isinstance(value, list | tuple) else [default if value is None else value] * levels
+    if len(counts) != levels or not all(is_of('a count', one) for one in counts):
+        raise UserError(
+            f'{key} is {repr(value)[:80]} in the config.json of the weights: one count, or one of each level'
+        )
+    return counts
+
+
+def plain(said: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with one number where a key has one of each level, as `diffusers.check_kinds` knows it."""
+    out = {key: value for key, value in said.items() if value is not None}
+    for key in ('attention_head_dim', 'layers_per_block', 'num_attention_heads'):
+        if is_of('a list of counts', out.get(key)):
+            out[key] = out[key][0]
+    return out
+
+
+def checked(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of one of CLASSES.
+
+    Raises:
+      UserError: it says what no network here has, or is damaged.
+    """
+    check_kinds(plain(said), 'the config.json of the weights')
+    check_values(said, KEYS[said['_class_name']])
+    return dict(said)
+
+
+def unet_section(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of a UNet2DConditionModel.
+
+    Raises:
+      UserError: heads or levels that this network has not.
+    """
+    widths = list(said.get('block_out_channels', (320, 640, 1280, 1280)))
+    levels = len(widths)
+    kinds = said.get('down_block_types', (*['CrossAttnDownBlock2D'] * 3, 'DownBlock2D'))
+    ups = said.get('up_block_types', ('UpBlock2D', *['CrossAttnUpBlock2D'] * 3))
+    crossed = [str(kind).startswith('Cross') for kind in kinds]
+    if len(crossed) != levels or [str(kind).startswith('Cross') for kind in ups][::-1] != crossed:
+        raise UserError('down_block_types and up_block_types of the file are not those of the same levels')
+    depths = by_level(said, 'transformer_layers_per_block', 1, levels)
+    residual = {*by_level(said, 'layers_per_block', 2, levels)}
+    if len(residual) > 1:
+        raise UserError('layers_per_block of the file differ by level: the network here has as many on each')
+    # Its attention_head_dim is the number of heads, by an old mistake that files count on.
+    key = 'num_attention_heads' if said.get('num_attention_heads') is not None else 'attention_head_dim'
+    heads = by_level(said, key, 8, levels)
+    if not all(heads):
+        raise UserError(f'{key} of the file is 0: the config.json is damaged')
+    if len({*heads}) == 1:
+        own = {'heads': heads[0], 'head_channels': 0}
+    elif len({width / n for width, n in zip(widths, heads, strict=True)}) == 1 and widths[0] % heads[0] == 0:
+        own = {'head_channels': widths[0] // heads[0]}
+    else:
+        raise UserError(f'{key} of the file is {heads}: heads here are as many, or as wide, on each level')
+    embedding = (said.get('freq_shift', 0), said.get('downsample_padding', 1))
+    if embedding[0] not in (0, 1) or embedding[1] not in (0, 1):
+        raise UserError(f'freq_shift and downsample_padding of the file must be 0 or 1; they are {embedding}')
+    return {
+        'name': 'latent_unet',
+        'channels': widths[0],
+        'multipliers': fractions(widths),
+        'blocks': residual.pop(),
+        'depths': tuple(n if there else 0 for n, there in zip(depths, crossed, strict=True)),
+        'middle_depth': depths[-1],
+        **own,
+        'dropout': float(said.get('dropout', 0.0)),
+        'groups': said.get('norm_num_groups', 32),
+        'group_size': 0,
+        'eps': said.get('norm_eps', 1e-5),
+        'scale_shift': said.get('resnet_time_scale_shift', 'default') == 'scale_shift',
+        'resample_in_blocks': False,
+        'sines_first': not said.get('flip_sin_to_cos', True),
+        'freq_shift': embedding[0],
+        'padding': 'all' if embedding[1] else 'end',
+    }
+
+
+def mmdit_section(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of a SD3Transformer2DModel.
+
+    Raises:
+      UserError: blocks with a second attention behind others.
+    """
+    heads, dual = said.get('num_attention_heads', 18), list(said.get('dual_attention_layers', ()))
+    if dual != list(range(len(dual))):
+        raise UserError(f'dual_attention_layers of the file are {dual}: here they are the first blocks')
+    channels = heads * said.get('attention_head_dim', 64)
+    if said.get('caption_projection_dim', channels) != channels:
+        raise UserError(f'caption_projection_dim of the file must be {channels}, the width of a token')
+    patch = said.get('patch_size', 2)
+    return {
+        'name': 'mmdit',
+        'channels': channels,
+        'blocks': said.get('num_layers', 18),
+        'heads': heads,
+        'dual': len(dual),
+        'qk_norm': said.get('qk_norm') is not None,
+        'patch': patch,
+        'largest': (largest := said.get('pos_embed_max_size', 96)),
+        # Positions count in patches of the maps that the table was made for.
+        'unit': largest / ((said.get('sample_size') or 128) // patch),
+    }
+
+
+def flux_section(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of a FluxTransformer2DModel, whose input is patches of 2 x 2."""
+    heads = said.get('num_attention_heads', 24)
+    if said.get('patch_size', 1) != 1 or said.get('in_channels', 64) % 4:
+        raise UserError(
+            'patch_size and in_channels of the file must be 1 and a multiple of 4: latents are packed by 2 x 2'
+        )
+    return {
+        'name': 'flux',
+        'channels': heads * said.get('attention_head_dim', 128),
+        'blocks': said.get('num_layers', 19),
+        'single_blocks': said.get('num_single_layers', 38),
+        'heads': heads,
+        'patch': 2,
+        'axes': tuple(said.get('axes_dims_rope', (16, 56, 56))),
+        'distilled': bool(said.get('guidance_embeds', False)),
+    }
+
+
+SECTIONS = {
+    'UNet2DConditionModel': unet_section,
+    'SD3Transformer2DModel': mmdit_section,
+    'FluxTransformer2DModel': flux_section,
+}
+
+
+def section_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The section config.model.network by a config.json of one of CLASSES.
+
+    Raises:
+      UserError: it says what no network here has, or is damaged.
+    """
+    kind = said['_class_name']
+    try:
+        return SECTIONS[kind](checked(said))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, OverflowError) as e:
+        raise UserError(f'config.json of a {kind} is damaged ({type(e).__name__}: {e})') from e
+
+
+def fractions(widths: Sequence[int]) -> tuple[float, ...]:
+    """Widths over the first of them; `int(channels * multiplier)` is the width again."""
+    quotients = [(width, width / widths[0]) for width in widths]
+    return tuple(q if int(widths[0] * q) == width else math.nextafter(q, math.inf) for width, q in quotients)
+
+
+def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Fields of a network that reads texts by its config.json, and of the pipeline that it lies in."""
+    name, said = network(config), weights.config if weights is not None else {}
+    if not said:
+        return {}
+    kind = said.get('_class_name', '')
+    if kind != CLASSES[name]:
+        raise UserError(f'the config.json of the weights is of a {kind or "model of no class"}: this config takes '
+                        f'{CLASSES[name]}')  # fmt: skip
+    own = {f'model.network.{key}': value for key, value in section_of(said).items()}
+    return own | pipeline_fields(config, weights)
+
+
+# --- what the pipeline says
+
+NUMBERS = 6  # of SDXL: original height and width, top and left of the crop, target height and width
+AESTHETIC = (
+    6.0,
+    2.5,
+)  # the score that SDXL's refiner reads in place of the last two, of a prompt and of a negative one
+# What the pipelines of diffusers draw with where a person says nothing.
+SCALES = {'UNet2DConditionModel': 7.5, 'SD3Transformer2DModel': 7.0, 'FluxTransformer2DModel': 3.5}
+SCALE_XL = 5.0
+LENGTHS = {'SD3Transformer2DModel': 256, 'FluxTransformer2DModel': 512}  # tokens of a prompt of T5
+
+
+def conditioning_of(
+    said: Mapping[str, Any], index: Mapping[str, Any], encoders: Sequence[str], size: tuple[int, ...]
+) -> dict[str, Any]:
+    """config.model.conditioning and guidance of a pipeline.
+
+    Args:
+      said: config.json of the network; index: model_index.json.
+      encoders: stages of its text encoders, of 'text', 'text_2', 'text_3'.
+      size: height and width of an image.
+
+    Raises:
+      UserError: it lacks a text encoder.
+    """
+    kind, scale = said['_class_name'], SCALES[said['_class_name']]
+    caption: dict[str, Any] = {'kind': 'text', 'dropout': 0.1}
+    conditioning: dict[str, Any] = {'caption': caption}
+    guidance = {'distilled': scale} if said.get('guidance_embeds') else {'scale': scale}
+    wanted = {'SD3Transformer2DModel': ('text', 'text_2', 'text_3'), 'FluxTransformer2DModel': ('text', 'text_2')}
+    sized = said.get('addition_embed_type') == 'text_time'
+    needed = wanted.get(kind, ('text_2',) if sized else ('text',))
+    if missing := [stage for stage in needed if stage not in encoders]:
+        raise UserError(
+            f'the pipeline lacks {missing[0].replace("text", "text_encoder")}, which its network was trained with: '
+            'fetch that folder too'
+        )
+    if kind == 'SD3Transformer2DModel':
+        caption['tokens'] = ('text/before+text_2/before', 'text_3/last')
+        caption['pooled'] = ('text/embedding', 'text_2/embedding')
+    elif kind == 'FluxTransformer2DModel':
+        caption |= {'tokens': ('text_2/last',), 'pooled': ('text/pooled',)}
+        if not said.get('guidance_embeds'):
+            guidance = {'scale': 1.0}
+    elif sized:
+        both = [stage for stage in ('text', 'text_2') if stage in encoders]
+        caption |= {'tokens': ('+'.join(f'{stage}/before' for stage in both),), 'pooled': ('text_2/embedding',)}
+        caption['empty'] = 'zeros' if index.get('force_zeros_for_empty_prompt') else 'encoded'
+        sides = tuple(map(float, size))
+        values, absent = (*sides, 0.0, 0.0, *sides), ()
+        if index.get('requires_aesthetics_score'):
+            values, absent = ((*sides, 0.0, 0.0, score) for score in AESTHETIC)
+        conditioning['sizes'] = {'kind': 'numbers', 'values': values, 'absent': absent}
+        conditioning['sizes']['features'] = said.get('addition_time_embed_dim') or 256
+        guidance = {'scale': SCALE_XL}
+    else:
+        caption['tokens'] = ('text/last',)
+    return {'conditioning': conditioning, 'guidance': guidance}
+
+
+# --- config.json of what is exported
+
+
+def model_config(config: ConfigDict, assembled: Any) -> dict[str, Any]:
+    """config.json by which diffusers builds the network of a run."""
+    net = config.model.network.to_dict()
+    params = assembled.abstract.params['denoiser']
+    shape = map_shape(assembled)
+    made = {'latent_unet': unet_config, 'mmdit': mmdit_config, 'flux': flux_config}[net['name']]
+    own = made(net, params, shape)
+    numbers = [one for one in config.model.conditioning.values() if one.kind == 'numbers']
+    more = {'addition_time_embed_dim': numbers[0].features} if numbers else {}
+    return {'_class_name': CLASSES[net['name']], **own, **more}
+
+
+def unet_config(net: dict[str, Any], params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    widths = [int(net['channels'] * m) for m in net['multipliers']]
+    crossed = [depth > 0 for depth in net['depths']]
+    heads = [width // net['head_channels'] if net['head_channels'] else net['heads'] for width in widths]
+    # A level without a transformer has a depth too, the last one's is the middle's.
+    depths = [depth or 1 for depth in net['depths'][:-1]] + [net['middle_depth']]
+    if crossed[-1] and net['depths'][-1] != net['middle_depth']:
+        raise UserError(
+            'diffusers has as many blocks in the middle as on the last level: name a file, --to=FILE.safetensors'
+        )
+    context = next(flat for path, flat in flatten_dict(params, sep='/').items() if path.endswith('cross_kv/kernel'))
+    pooled = params.get('pooled')
+    extra: dict[str, Any] = {}
+    if pooled is not None:
+        width = pooled['linear1']['kernel'].shape[0]
+        extra = {'addition_embed_type': 'text_time', 'projection_class_embeddings_input_dim': width}
+    return {
+        'sample_size': shape[0] if shape[0] == shape[1] else list(shape[:2]),
+        'in_channels': params['first']['kernel'].shape[2],
+        'out_channels': params['last']['kernel'].shape[3],
+        'block_out_channels': widths,
+        'layers_per_block': net['blocks'],
+        'down_block_types': ['CrossAttnDownBlock2D' if one else 'DownBlock2D' for one in crossed],
+        'up_block_types': ['CrossAttnUpBlock2D' if one else 'UpBlock2D' for one in crossed[::-1]],
+        'transformer_layers_per_block': depths,
+        'attention_head_dim': heads[0] if len({*heads}) == 1 else heads,
+        'cross_attention_dim': context.shape[-2],
+        'use_linear_projection': True,
+        'norm_num_groups': net['groups'],
+        'norm_eps': net['eps'],
+        'dropout': net['dropout'],
+        'flip_sin_to_cos': not net['sines_first'],
+        'freq_shift': net['freq_shift'],
+        'downsample_padding': 1 if net['padding'] == 'all' else 0,
+        'resnet_time_scale_shift': 'scale_shift' if net['scale_shift'] else 'default',
+        **extra,
+    }
+
+
+def mmdit_config(net: dict[str, Any], params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        'sample_size': round(net['largest'] / net['unit']) * net['patch'],
+        'patch_size': net['patch'],
+        'in_channels': params['first']['kernel'].shape[0] // net['patch'] ** 2,
+        'num_layers': net['blocks'],
+        'attention_head_dim': net['channels'] // net['heads'],
+        'num_attention_heads': net['heads'],
+        'joint_attention_dim': params['text']['kernel'].shape[0],
+        'caption_projection_dim': net['channels'],
+        'pooled_projection_dim': params['pooled']['linear1']['kernel'].shape[0],
+        'out_channels': params['last']['kernel'].shape[1] // net['patch'] ** 2,
+        'pos_embed_max_size': net['largest'],
+        'dual_attention_layers': list(range(net['dual'])),
+        'qk_norm': 'rms_norm' if net['qk_norm'] else None,
+    }
+
+
+def flux_config(net: dict[str, Any], params: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        'patch_size': 1,
+        'in_channels': params['first']['kernel'].shape[0],
+        'num_layers': net['blocks'],
+        'num_single_layers': net['single_blocks'],
+        'attention_head_dim': net['channels'] // net['heads'],
+        'num_attention_heads': net['heads'],
+        'joint_attention_dim': params['text']['kernel'].shape[0],
+        'pooled_projection_dim': params['pooled']['linear1']['kernel'].shape[0],
+        'guidance_embeds': net['distilled'],
+        'axes_dims_rope': list(net['axes']),
+    }
+
+
+def of_network(name: str) -> Callable[[ConfigDict], bool]:
+    return lambda config: network(config) == name
+
+
+SOURCES = (
+    Source('diffusers', 'UNet2DConditionModel of diffusers', of_network('latent_unet'), latent_unet, fields=fields),
+    Source(
+        'diffusers', 'SD3Transformer2DModel of diffusers', of_network('mmdit'), mmdit, skip=r'pos_embed\.pos_embed',
+        fields=fields,
+    ),
+    Source('diffusers', 'FluxTransformer2DModel of diffusers', of_network('flux'), flux, fields=fields),
+)  # fmt: skip
