@@ -117,6 +117,28 @@ def first_stage_fields(config: ConfigDict, weights: Weights | None) -> dict[str,
     return norms | fields | known({'model.vocabulary': codes})
 
 
+def sizes(weights: Weights) -> dict[str, Any]:
+    """config.model of a KL autoencoder by the tensors of a checkpoint that holds one; {} where it holds none."""
+    ends = [name for name in weights if name.endswith('encoder.conv_in.weight')]
+    if not ends:
+        return {}
+    inside = weights.below(ends[0].removesuffix('encoder.conv_in.weight'))
+    levels = numbers(inside, r'encoder\.down\.(\d+)\.block\.')
+    widths = [of_shape(inside, f'encoder.down.{i}.block.0.conv1.weight', 0) for i in levels]
+    channels = of_shape(inside, 'encoder.conv_in.weight', 0)
+    if not all(widths) or not channels or any(width % channels for width in widths):
+        return {}
+    return {
+        'channels': channels,
+        'multipliers': tuple(width // channels for width in widths),
+        'blocks': len(numbers(inside, r'encoder\.down\.0\.block\.(\d+)\.')),
+        'latent': of_shape(inside, 'encoder.conv_out.weight', 0) // 2,
+        'latent_kernel': of_shape(inside, 'quant_conv.weight', 2),
+        'middle_attention': 'encoder.mid.attn_1.proj_out.weight' in inside,
+        'attention': (),
+    }
+
+
 def patchgan_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """Layers and channels."""
     convolutions = len([name for name in weights or () if len((weights or {})[name].shape) == 4])

@@ -78,10 +78,7 @@ class Weights(Mapping):
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 of the file; of several files, that of their digests in order."""
-        digests = []
-        for path in self.files:
-            with open(path, 'rb') as file:
-                digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
+        digests = [digest_of(path, file_state(path)) for path in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(digests).encode()).hexdigest()
 
     @functools.cached_property
@@ -99,6 +96,13 @@ class Weights(Mapping):
         """The tensors whose names begin with `prefix`, without it."""
         inside = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
         return dataclasses.replace(self, tensors=inside)
+
+
+@functools.lru_cache(maxsize=64)
+def digest_of(path: str, state: tuple[int, ...]) -> str:
+    """SHA-256 of a file in this state: of one with several models it is taken once."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def file_state(path: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.sections import sides
-from jaxgen.weights import diffusers, files, schedulers, text_encoders, text_to_image
+from jaxgen.weights import compvis, diffusers, files, schedulers, text_encoders, text_to_image
 from jaxgen.weights.files import Weights, open_weights
 from jaxgen.weights.mapping import DTYPES
 from jaxgen.weights.source import network as network_name
@@ -33,9 +33,16 @@ STAGES = {
 }
 TEXTS = ('text', 'text_2', 'text_3')  # stages that read texts
 SCHEDULER, SCHEDULER_CONFIG = 'scheduler', 'scheduler_config.json'
-INSIDE = {'first': 'first_stage_model.'}  # {stage: what stands in its names in one file with others}
+# {stage: prefixes, one of which stands before its names in one file with others}
+INSIDE = {
+    'first': ('first_stage_model.',),
+    'text': ('cond_stage_model.transformer.', 'cond_stage_model.model.', 'conditioner.embedders.0.transformer.'),
+    'text_2': ('conditioner.embedders.1.model.', 'conditioner.embedders.0.model.'),
+}
 STEPS = 50  # of most pipelines, see `schedulers.STEPS`
 EVEN = ('flux',)  # networks whose pipelines space the levels themselves, evenly
+SCALING_XL = 0.13025  # of SDXL's
+BASE_2 = 875_000  # global_step of the file of Stable Diffusion 2 at 512 pixels
 SCALING = 0.18215  # scaling_factor of first stages of diffusers whose config.json does not say it
 
 
@@ -102,12 +109,21 @@ def parts_for(config: ConfigDict, path: str, named: Set[str]) -> Parts:
       UserError: as `open_parts`.
     """
     parts = open_parts(path)
-    stages = dict(parts.stages)
-    for stage, inside in INSIDE.items():
-        if stage not in stages and any(inside in name for name in parts.weights):
-            stages[stage] = parts.weights
+    stages = {**in_one_file(parts.weights), **parts.stages}
     chosen = {name: w for name, w in stages.items() if name in config.stages and f'stages.{name}' not in named}
     return dataclasses.replace(parts, stages=chosen)
+
+
+def in_one_file(weights: Weights) -> dict[str, Weights]:
+    """{stage: its weights} of the earlier stages in a file of several models."""
+    found = {}
+    for stage, prefixes in INSIDE.items():
+        for prefix in prefixes:
+            root = next((name.partition(prefix)[0] for name in weights if prefix in name), None)
+            if root is not None and stage not in found:  # config.json beside the file is of another model
+                inside = weights if stage == 'first' else weights.below(root + prefix)
+                found[stage] = dataclasses.replace(inside, config={}) if stage != 'first' else weights
+    return found
 
 
 def agreed(
@@ -211,6 +227,9 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping
         if made is None:
             raise UserError(f'{weights.path} holds no text encoder that is known here')
         return made
+    told = {}
+    if not said and network_name(config) in text_to_image.CLASSES:
+        told = compvis.sizes(weights)
     name = configs.named(config.stages[stage])
     if not name:
         raise UserError(
@@ -219,7 +238,7 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping
         )
     own = configs.load(name).to_dict()
     sections = {**own, 'data': config.data.to_dict(), 'mesh': config.mesh.to_dict()}
-    _, model = fields_of(said, sides(config.data.size)[0]) if said else (None, {})
+    _, model = fields_of(said, sides(config.data.size)[0]) if said else (None, told)
     return configs.complete(configs.update_sections(sections, {'model': model}))
 
 
@@ -368,6 +387,64 @@ def reading_texts(
     return configs.make(family=family, model=model, **sections)
 
 
+def from_checkpoint(weights: Weights) -> tuple[str, ConfigDict] | None:
+    """(name, config) of a checkpoint of Stable Diffusion 1, 2 or XL with its first stage and text encoders, by its
+    tensors; None: it is something else.
+
+    Raises:
+      UserError: it has no text encoder.
+    """
+    root = text_encoders.root_before(weights, f'{text_to_image.DIFFUSION}input_blocks.0.0.weight')
+    inside = weights.below(f'{root or ""}{text_to_image.DIFFUSION}')
+    own = text_to_image.compvis_section(inside) if root is not None else {}
+    stages = in_one_file(weights)
+    encoders = [stage for stage in TEXTS if stage in stages]
+    if not own or 'first' not in stages:
+        return None
+    embedded = text_to_image.of_shape(inside, 'label_emb.0.0.weight', 1)
+    refines = bool(embedded) and 'text' not in encoders
+    said: dict[str, Any] = {'_class_name': 'UNet2DConditionModel'}
+    index = {'force_zeros_for_empty_prompt': not refines, 'requires_aesthetics_score': refines}
+    open_clip = 'text' in stages and text_encoders.root_before(stages['text'], 'ln_final.weight') is not None
+    second = open_clip and not embedded
+    if embedded:
+        read = text_encoders.model_of(stages['text_2']) if 'text_2' in stages else None
+        pooled = read[1]['network']['features'] if read else 0
+        said['addition_embed_type'] = 'text_time'
+        said['addition_time_embed_dim'] = (embedded - pooled) // (text_to_image.NUMBERS - refines)
+    # Of Stable Diffusion 2 that at 512 pixels predicts the noise, and was published at this step.
+    steps = weights.get(f'{root}global_step')
+    base = steps is not None and steps.dtype.kind in 'iu' and int(np.asarray(steps.read()).reshape(-1)[0]) == BASE_2
+    side = 1024 if embedded else 768 if second and not base else 512
+    conditioning = text_to_image.conditioning_of(said, index, encoders, (side, side))
+    if second:
+        conditioning['conditioning']['caption']['tokens'] = ('text/before_normalised',)
+    model = {
+        'process': 'scaled_linear',
+        'network': own,
+        'training': {'prediction': 'v' if second and not base else 'eps'},
+        'sampler': {'name': 'ddim', 'steps': STEPS, 'spacing': 'leading', 'offset': 1, 'to_first': True, 'clip': False,
+                    'unit_start': True},
+        'latent_scale': SCALING_XL if embedded else SCALING,
+        **conditioning,
+    }  # fmt: skip
+    return 'latent_unet', latent_config(model, side, encoders)
+
+
+def latent_config(model: dict[str, Any], size: Any, encoders: Sequence[str]) -> ConfigDict:
+    """The config of a diffusion model of a KL autoencoder's latents, with these text encoders."""
+    first = os.path.join('runs', CLASSES['AutoencoderKL'][0])
+    data = {'source': 'shapes', 'size': size, 'channels': 3, 'batch': 8, 'features': ('image', 'caption')}
+    return configs.make(
+        family='diffusion',
+        data=data,
+        model=model,
+        stages={'first': first, **{name: os.path.join('runs', name) for name in encoders}},
+        train={'sample_every': 0},
+        evaluate={'features': 'none'},
+    )
+
+
 MOST_LATENTS = 128  # rows of the maps of pipelines whose config.json says no sample_size
 
 
@@ -405,18 +482,7 @@ def text_to_images(path: str, parts: Parts) -> tuple[str, ConfigDict]:
         'sampler': {'name': 'euler' if flow else 'ddim', 'steps': STEPS, 'clip': False, 'unit_start': True},
         **text_to_image.conditioning_of(said, parts.index, encoders, size),
     }
-    data = {'source': 'shapes', 'size': size if size[0] != size[1] else size[0], 'channels': 3, 'batch': 8}
-    stages = {name: os.path.join('runs', CLASSES['AutoencoderKL'][0] if name == 'first' else name)
-              for name in ('first', *encoders)}  # fmt: skip
-    config = configs.make(
-        family='diffusion',
-        data={**data, 'features': ('image', 'caption')},
-        model=model,
-        stages=stages,
-        train={'sample_every': 0},
-        evaluate={'features': 'none'},
-    )
-    return own['name'], config
+    return own['name'], latent_config(model, size if size[0] != size[1] else size[0], encoders)
 
 
 def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
@@ -430,9 +496,11 @@ def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
       UserError: there is none, or it does not say what a config needs.
     """
     parts = open_parts(path)
+    if '_class_name' not in parts.weights.config and (made := from_checkpoint(parts.weights)) is not None:
+        return made
     if '_class_name' not in parts.weights.config and (config := reading_texts(parts.weights, tokenizer)) is not None:
         return config.family, config
-    if parts.lacking and not parts.stages:
+    if parts.lacking and 'first' not in parts.stages:
         raise UserError(
             f'{path} lacks its first stage, the folder {parts.lacking}: fetch that too, or give --config and '
             '--config.stages.first'

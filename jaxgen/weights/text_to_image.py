@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,30 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxgen.errors import UserError
+from jaxgen.weights import guided
 from jaxgen.weights.diffusers import ANY, blocks, check_kinds, check_values, is_of, map_shape, pipeline_fields
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network
+from jaxgen.weights.source import Shapes, Source, network, numbers, of_shape
 
 
 def of_transformer(ours: str, theirs: str) -> Substitution:
     return (f'_transformer/blocks/{ours}/', f'_transformer/transformer_blocks.*.{theirs}/')
+
+
+# Inside a transformer of the U-Net, whose names are the same in diffusers and in latent-diffusion.
+TRANSFORMER: list[Substitution] = [
+    (r'_transformer/blocks/norm(\d)/', r'_transformer/transformer_blocks.*.norm\1/'),
+    of_transformer('qkv', 'attn1.to_{q,k,v}'),
+    of_transformer('out', 'attn1.to_out.0'),
+    of_transformer('cross_q', 'attn2.to_q'),
+    of_transformer('cross_kv', 'attn2.to_{k,v}'),
+    of_transformer('cross_out', 'attn2.to_out.0'),
+    of_transformer('mlp1', 'ff.net.0.proj'),
+    of_transformer('mlp2', 'ff.net.2'),
+    ('_transformer/first/', '_transformer/proj_in/'),
+    ('_transformer/last/', '_transformer/proj_out/'),
+]
 
 
 def latent_unet(config: ConfigDict, shapes: Shapes) -> Table:
@@ -27,16 +44,7 @@ def latent_unet(config: ConfigDict, shapes: Shapes) -> Table:
     names = [
         ('^denoiser/', ''),
         ('_transformer/norm/', '_transformer/norm_in/'),  # no norm of `blocks`
-        (r'_transformer/blocks/norm(\d)/', r'_transformer/transformer_blocks.*.norm\1/'),
-        of_transformer('qkv', 'attn1.to_{q,k,v}'),
-        of_transformer('out', 'attn1.to_out.0'),
-        of_transformer('cross_q', 'attn2.to_q'),
-        of_transformer('cross_kv', 'attn2.to_{k,v}'),
-        of_transformer('cross_out', 'attn2.to_out.0'),
-        of_transformer('mlp1', 'ff.net.0.proj'),
-        of_transformer('mlp2', 'ff.net.2'),
-        ('_transformer/first/', '_transformer/proj_in/'),
-        ('_transformer/last/', '_transformer/proj_out/'),
+        *TRANSFORMER,
         (r'^down(\d+)_(\d+)_transformer/', r'down_blocks.\1.attentions.\2/'),
         (r'^up(\d+)_(\d+)_transformer/', lambda m: f'up_blocks.{top - int(m[1])}.attentions.{m[2]}/'),
         ('^middle_transformer/', 'mid_block.attentions.0/'),
@@ -50,6 +58,25 @@ def latent_unet(config: ConfigDict, shapes: Shapes) -> Table:
     if not config.model.network.get('linear_projection', True):
         one_by_one.append(r'.*_transformer/(first|last)/kernel')
     return Table([*names, *LEAVES], [Layout(where, 'o i 1 1 -> i o') for where in one_by_one])
+
+
+def compvis_unet(config: ConfigDict, shapes: Shapes) -> Table:
+    """The same network by the names of CompVis and Stability AI, which are those of guided-diffusion but for
+    transformers in place of attention."""
+    named = dict(shapes)
+    for path in shapes:
+        if m := re.match(r'(.*up\d+_\d+)_transformer/', path):
+            named[f'{m[1]}_attention/qkv/kernel'] = ()
+    names = [
+        *TRANSFORMER,
+        ('_transformer/', '_attention/'),
+        (r'^denoiser/pooled/linear(\d)/', lambda m: f'label_emb.0.{2 * int(m[1]) - 2}/'),
+        *guided.INSIDE,
+        *guided.ENDS,
+        ('^middle_attention/', 'middle_block.1/'),
+        *guided.numbered(config, named),
+    ]
+    return Table([*names, *LEAVES], [Layout(r'.*/shortcut/kernel', 'o i 1 1 -> i o')])
 
 
 def exchanged(x: np.ndarray) -> np.ndarray:
@@ -297,9 +324,7 @@ def flux_section(said: Mapping[str, Any]) -> dict[str, Any]:
     """The network of a FluxTransformer2DModel, whose input is patches of 2 x 2."""
     heads = said.get('num_attention_heads', 24)
     if said.get('patch_size', 1) != 1 or said.get('in_channels', 64) % 4:
-        raise UserError(
-            'patch_size and in_channels of the file must be 1 and a multiple of 4: latents are packed by 2 x 2'
-        )
+        raise UserError('patch_size and in_channels of the file must be 1 and a multiple of 4: tokens are 2 x 2 pixels')
     return {
         'name': 'flux',
         'channels': heads * said.get('attention_head_dim', 128),
@@ -499,6 +524,59 @@ def flux_config(net: dict[str, Any], params: Any, shape: tuple[int, ...]) -> dic
     }
 
 
+# --- checkpoints of CompVis and Stability AI
+
+DIFFUSION = 'model.diffusion_model.'  # prefix of the network in them
+
+
+def compvis_section(weights: Weights) -> dict[str, Any]:
+    """The network of a checkpoint by its tensors: {} where there is none. Its heads are eight in Stable Diffusion 1,
+    and 64 wide in all later ones, which read wider contexts."""
+    first, blocks = of_shape(weights, 'input_blocks.0.0.weight', 0), numbers(weights, r'input_blocks\.(\d+)\.')
+    crossed = [name for name in weights if name.endswith('.attn2.to_k.weight')]
+    if not first or not crossed:
+        return {}
+    context = weights[crossed[0]].shape[-1]
+    widths, depths, own = [], [], []
+    for n in blocks[1:]:
+        if f'input_blocks.{n}.0.op.weight' in weights:
+            own.append(n)
+            continue
+        width = of_shape(weights, f'input_blocks.{n}.0.out_layers.3.weight', 0)
+        depth = len(numbers(weights, rf'input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.'))
+        if not widths or n - 1 in own:
+            widths.append(width)
+            depths.append(depth)
+    per_level = (len(blocks) - 1 - len(own)) // max(len(widths), 1)
+    return {
+        'name': 'latent_unet',
+        'channels': first,
+        'multipliers': fractions([first, *widths])[1:],
+        'blocks': per_level,
+        'depths': tuple(depths),
+        'middle_depth': len(numbers(weights, r'middle_block\.1\.transformer_blocks\.(\d+)\.')),
+        **({'heads': 8, 'head_channels': 0} if context <= 768 else {'head_channels': 64}),
+        **{'groups': 32, 'group_size': 0, 'eps': 1e-5, 'scale_shift': False, 'resample_in_blocks': False},
+        **{'sines_first': False, 'freq_shift': 0, 'padding': 'all'},
+    }
+
+
+def compvis_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """What the tensors tell; the heads are the config's."""
+    own = compvis_section(weights) if weights is not None else {}
+    told = {key: value for key, value in own.items() if key not in ('heads', 'head_channels')}
+    return {f'model.network.{key}': value for key, value in told.items()}
+
+
+def compvis_remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    net = config.model.network
+    heads = f'{net.head_channels} channels a head, head_channels' if net.head_channels else f'{net.heads}, heads'
+    return [
+        f'the file does not say how many heads its attention has ({heads} of config.model.network), nor what the '
+        f'network predicts: {config.model.training.prediction.name!r}, config.model.training.prediction'
+    ]
+
+
 def of_network(name: str) -> Callable[[ConfigDict], bool]:
     return lambda config: network(config) == name
 
@@ -508,6 +586,11 @@ SOURCES = (
     Source(
         'diffusers', 'SD3Transformer2DModel of diffusers', of_network('mmdit'), mmdit, skip=r'pos_embed\.pos_embed',
         fields=fields,
+    ),
+    Source(
+        'compvis', 'checkpoints of Stable Diffusion of CompVis and Stability AI', of_network('latent_unet'),
+        compvis_unet, roots=('', 'state_dict.', DIFFUSION, f'state_dict.{DIFFUSION}'), prepare=guided.averages,
+        fields=compvis_fields, remarks=compvis_remarks,
     ),
     Source('diffusers', 'FluxTransformer2DModel of diffusers', of_network('flux'), flux, fields=fields),
 )  # fmt: skip

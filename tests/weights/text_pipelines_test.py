@@ -3,18 +3,22 @@ same prompts and noise, and the same weights back."""
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from references import randomise
 from support import run_main
 
 import jaxgen
 from jaxgen import conditions, sample
+from jaxgen.errors import UserError
 from jaxgen.families import diffusion
 from jaxgen.text import tokenizers
-from jaxgen.weights import exporting
+from jaxgen.weights import exporting, text_to_image
 
 LENGTH, VOCABULARY = 11, 560
 PROMPTS, NEGATIVES = ['a red heart on a mat', 'star star blue'], ['blurred', '']
@@ -37,7 +41,7 @@ def t5(transformers, width: int):
 def autoencoder(diffusers, **options):
     torch = pytest.importorskip('torch')
     kinds = dict(down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
-    sizes = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, sample_size=32, norm_num_groups=8)
+    sizes = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, sample_size=32, norm_num_groups=32)
     return randomise(torch, diffusers.AutoencoderKL(**kinds, **sizes, **options))
 
 
@@ -45,7 +49,7 @@ def unet(diffusers, first: bool, **options):
     """A U-Net with transformers on the first level, or on the last."""
     torch = pytest.importorskip('torch')
     kinds = ['CrossAttnDownBlock2D', 'DownBlock2D'][:: 1 if first else -1]
-    sizes = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
+    sizes = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32)
     ups = [kind.replace('Down', 'Up') for kind in kinds[::-1]]
     return randomise(torch, diffusers.UNet2DConditionModel(
         down_block_types=kinds, up_block_types=ups, **sizes, **options))  # fmt: skip
@@ -110,11 +114,13 @@ def flux(diffusers, transformers, tokenizer):
     )  # fmt: skip
 
 
+LENGTHS = {'sd3': 256, 'flux': 512}  # tokens of T5
 # {case: (pipeline, options of the call, fields of the sampler)}
 FLOW = dict(sigmas=list(np.linspace(1, 1 / STEPS, STEPS)))
 PIPELINES = {
     'sd': (stable_diffusion, dict(guidance_scale=3.0, negative_prompt=NEGATIVES), {}),
-    'sdxl': (stable_diffusion_xl, dict(guidance_scale=3.0, negative_prompt=NEGATIVES), {}),
+    # Where nothing is unwanted its prompt is zeros, and one of its two is ''.
+    'sdxl': (stable_diffusion_xl, dict(guidance_scale=3.0, negative_prompt=['blurred', 'blue']), {}),
     'sd3': (stable_diffusion_3, dict(guidance_scale=3.0, negative_prompt=NEGATIVES, **FLOW), {'shift': 3.0}),
     'flux': (flux, dict(guidance_scale=3.0, **FLOW), {'shift': 3.0}),
 }
@@ -156,11 +162,12 @@ def test_images_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch
         latents = theirs._pack_latents(latents, 2, 4, 16, 16)
     theirs.set_progress_bar_config(disable=True)
     call = dict(height=32, width=32, latents=latents, num_inference_steps=STEPS, output_type='np', **options)
-    if case in text_to_image_lengths:
-        call['max_sequence_length'] = text_to_image_lengths[case]
+    if case in LENGTHS:
+        call['max_sequence_length'] = LENGTHS[case]
     images = 2 * theirs(PROMPTS, **call).images - 1
 
-    given = {'caption': PROMPTS} | ({'negative_caption': NEGATIVES} if 'negative_prompt' in options else {})
+    unlike = {'negative_caption': options['negative_prompt']} if 'negative_prompt' in options else {}
+    given = {'caption': PROMPTS, **unlike}
     arrays = conditions.first(run.assembled, run.config, 2, given)
     batch = sample.to_inside({name: jnp.asarray(x) for name, x in arrays.items()})
     monkeypatch.setattr(diffusion, 'normal', lambda keys, shape: jnp.asarray(noise))
@@ -179,4 +186,108 @@ def test_images_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch
                 torch.testing.assert_close(there[key].reshape(weight.shape), weight, rtol=0, atol=0)
 
 
-text_to_image_lengths = {'sd3': 256, 'flux': 512}
+@pytest.mark.slow
+def test_a_checkpoint_of_one_file(tokenizer, tmp_path, capsys):
+    """By the names of CompVis, which diffusers turns into its own: network, first stage and text encoder, a config by
+    the tensors, and a tokenizer from elsewhere."""
+    torch = pytest.importorskip('torch')
+    single_file_utils = pytest.importorskip('diffusers.loaders.single_file_utils')
+
+    theirs = saved(stable_diffusion, tokenizer, tmp_path / 'hub')
+    assert run_main(['jaxgen', '--mode=import', f'--from={tmp_path}/hub', f'--workdir={tmp_path}/run']) == 0
+    run = jaxgen.load(str(tmp_path / 'run'))
+    exporting.export_weights(run, str(tmp_path / 'unet.safetensors'), 'compvis')
+    exporting.export_weights(
+        jaxgen.load(str(tmp_path / 'run' / 'stages' / 'first')), str(tmp_path / 'vae.safetensors'), 'compvis'
+    )
+    prefixes = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.'}
+    state = {
+        f'{prefix}{name}': x
+        for part, prefix in prefixes.items()
+        for name, x in safetensors.numpy.load_file(tmp_path / f'{part}.safetensors').items()
+    }
+    as_torch = {name: torch.from_numpy(x) for name, x in state.items()}
+    for part, convert in (('unet', 'convert_ldm_unet_checkpoint'), ('vae', 'convert_ldm_vae_checkpoint')):
+        module = getattr(theirs, part)
+        turned = getattr(single_file_utils, convert)(dict(as_torch), config=dict(module.config))
+        for name, weight in module.state_dict().items():
+            torch.testing.assert_close(turned[name].reshape(weight.shape), weight, rtol=0, atol=0)
+    names = {name.removeprefix('text_model.'): x.numpy() for name, x in theirs.text_encoder.state_dict().items()}
+    state |= {f'cond_stage_model.transformer.text_model.{name}': x for name, x in names.items()}
+    # What the checkpoint has besides.
+    state |= {'cond_stage_model.transformer.text_model.embeddings.position_ids': np.arange(LENGTH)[None]}
+    state |= {'betas': np.linspace(0.1, 0.2, 10), 'model_ema.decay': np.ones(())}
+    safetensors.numpy.save_file({k: np.ascontiguousarray(x) for k, x in state.items()}, tmp_path / 'all.safetensors')
+    command = ['jaxgen', '--mode=import', f'--from={tmp_path}/all.safetensors', f'--workdir={tmp_path}/one']
+    assert run_main(command) == 2
+    assert 'holds no tokenizer, which texts are read by' in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / 'one')
+    fields = ['--config.data.size=32', '--config.model.network.heads=4']
+    assert run_main([*command, f'--tokenizer={tokenizer}', *fields]) == 0, capsys.readouterr()
+    one = jaxgen.load(str(tmp_path / 'one'))
+    jax.tree.map(np.testing.assert_array_equal, one.state.ema, run.state.ema)
+    for stage in ('first', 'text'):
+        jax.tree.map(
+            np.testing.assert_array_equal, one.assembled.frozen[stage][0].ema, run.assembled.frozen[stage][0].ema
+        )
+    assert one.config.model.conditioning.to_dict() == run.config.model.conditioning.to_dict()
+    assert one.config.model.latent_scale == 0.18215
+
+
+# --- what is wrong
+
+
+UNET = {'_class_name': 'UNet2DConditionModel'}
+
+
+@pytest.mark.parametrize(
+    ('said', 'line'),
+    [
+        (UNET | {'class_embed_type': 'timestep'}, "class_embed_type is 'timestep'"),
+        (UNET | {'attention_head_dim': [5, 10, 20, 21]}, r'heads here are as many, or as wide'),
+        (UNET | {'attention_head_dim': 'eight'}, 'attention_head_dim is .eight.'),
+        (UNET | {'layers_per_block': [1, 2, 2, 2]}, 'layers_per_block of the file differ by level'),
+        (UNET | {'transformer_layers_per_block': [[1, 2], 1, 1, 1]}, 'transformer_layers_per_block is'),
+        (UNET | {'block_out_channels': []}, 'block_out_channels'),
+        (UNET | {'time_cond_proj_dim': 256}, 'time_cond_proj_dim is 256'),
+        ({'_class_name': 'SD3Transformer2DModel', 'dual_attention_layers': [1]}, 'here they are the first blocks'),
+        ({'_class_name': 'SD3Transformer2DModel', 'qk_norm': 'layer_norm'}, "qk_norm is 'layer_norm'"),
+        ({'_class_name': 'SD3Transformer2DModel', 'caption_projection_dim': 7}, 'caption_projection_dim of the file'),
+        ({'_class_name': 'FluxTransformer2DModel', 'patch_size': 2}, 'tokens are 2 x 2'),
+        ({'_class_name': 'FluxTransformer2DModel', 'axes_dims_rope': 3}, 'is damaged'),
+    ],
+)
+def test_a_network_that_there_is_not(said, line):
+    with pytest.raises(UserError, match=line) as caught:
+        text_to_image.section_of(said)
+    assert '\n' not in str(caught.value)
+
+
+def test_networks_of_published_config_json():
+    """Stable Diffusion 2.1, SDXL's refiner and Stable Diffusion 3.5 medium."""
+    crossed, plain = 'CrossAttnDownBlock2D', 'DownBlock2D'
+    two = text_to_image.section_of(UNET | {'attention_head_dim': [5, 10, 20, 20]})
+    assert (two['head_channels'], two['depths'], two['middle_depth']) == (64, (1, 1, 1, 0), 1)
+    refiner = text_to_image.section_of(UNET | {
+        'block_out_channels': [384, 768, 1536, 1536], 'attention_head_dim': [6, 12, 24, 24],
+        'transformer_layers_per_block': 4, 'down_block_types': [plain, crossed, crossed, plain],
+        'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'],
+    })  # fmt: skip
+    assert (refiner['head_channels'], refiner['depths'], refiner['middle_depth']) == (64, (0, 4, 4, 0), 4)
+    three = text_to_image.section_of({
+        '_class_name': 'SD3Transformer2DModel', 'sample_size': 128, 'num_layers': 24, 'num_attention_heads': 24,
+        'caption_projection_dim': 1536, 'pos_embed_max_size': 384, 'qk_norm': 'rms_norm',
+        'dual_attention_layers': list(range(13)),
+    })  # fmt: skip
+    assert (three['channels'], three['dual'], three['unit'], three['largest']) == (1536, 13, 6.0, 384)
+
+
+def test_a_pipeline_that_lacks_a_text_encoder():
+    said = {'_class_name': 'SD3Transformer2DModel'}
+    with pytest.raises(UserError, match='the pipeline lacks text_encoder_3'):
+        text_to_image.conditioning_of(said, {}, ['text', 'text_2'], (1024, 1024))
+    refiner = UNET | {'addition_embed_type': 'text_time'}
+    made = text_to_image.conditioning_of(refiner, {'requires_aesthetics_score': True}, ['text_2'], (1024, 1024))
+    assert made['conditioning']['sizes']['values'] == (1024, 1024, 0, 0, 6)
+    assert made['conditioning']['sizes']['absent'] == (1024, 1024, 0, 0, 2.5)
+    assert made['conditioning']['caption']['tokens'] == ('text_2/before',)
