@@ -506,7 +506,7 @@ def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
             '--config.stages.first'
         )
     said = parts.weights.config
-    if said.get('_class_name') in text_to_image.KEYS:
+    if str(said.get('_class_name')) in text_to_image.KEYS:
         return text_to_images(path, parts)
     if not said:
         raise UserError(f'--mode=import --from={path} needs --config: no config.json beside the weights says the sizes')

@@ -226,9 +226,9 @@ def kind_of(weights: Weights | None) -> str:
       UserError: a model that there is not here.
     """
     said = weights.config if weights is not None else {}
-    kind = said.get('model_type', '')
+    kind = str(said.get('model_type', ''))
     if kind and kind not in KEYS:
-        raise UserError(f'the config.json of the weights is of a {str(kind)[:80]!r}: here are {", ".join(KEYS)}')
+        raise UserError(f'the config.json of the weights is of a {kind[:80]!r}: here are {", ".join(KEYS)}')
     return kind
 
 
@@ -459,7 +459,8 @@ def tower_model(weights: Weights, source: str, tower: str) -> dict[str, Any]:
             )
         own['heads'] = own['channels'] // 64
     # OpenAI's files have the side of an image among the weights.
-    own.setdefault('activation', 'quick_gelu' if f'{root}input_resolution' in weights else 'gelu')
+    quick = source == 'transformers' or f'{root}input_resolution' in weights
+    own.setdefault('activation', 'quick_gelu' if quick else 'gelu')
     return own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from ml_collections import ConfigDict
 from jaxgen.errors import UserError
 from jaxgen.weights import guided
 from jaxgen.weights.diffusers import ANY, blocks, check_kinds, check_values, is_of, map_shape, pipeline_fields
-from jaxgen.weights.files import Weights
+from jaxgen.weights.files import Tensor, Weights
 from jaxgen.weights.mapping import LEAVES, Layout, Substitution, Table
-from jaxgen.weights.source import Shapes, Source, network, numbers, of_shape
+from jaxgen.weights.source import Shapes, Source, known, network, numbers, of_shape
 
 
 def of_transformer(ours: str, theirs: str) -> Substitution:
@@ -147,6 +148,93 @@ def flux(config: ConfigDict, shapes: Shapes) -> Table:
         *EMBEDDINGS,
     ]
     return Table([*names, *LEAVES], [Layout('denoiser/modulation/.*', forward=exchanged, backward=exchanged)])
+
+
+def stability_blocks(ours: str, number: str) -> list[Substitution]:
+    """Blocks of two streams as Stability AI names them, q, k and v joined."""
+    parts = {
+        'modulation': 'adaLN_modulation.1',
+        'qkv': 'attn.qkv',
+        'out': 'attn.proj',
+        'norm_q': 'attn.ln_q',
+        'norm_k': 'attn.ln_k',
+        'mlp1': 'mlp.fc1',
+        'mlp2': 'mlp.fc2',
+        'qkv2': 'attn2.qkv',
+        'out2': 'attn2.proj',
+        'norm_q2': 'attn2.ln_q',
+        'norm_k2': 'attn2.ln_k',
+    }
+    streams = {'image': 'x_block', 'text': 'context_block'}
+    return [
+        (f'^{ours}/{own}_{part}/', f'joint_blocks.{number}.{block}.{name}/')
+        for own, block in streams.items()
+        for part, name in parts.items()
+    ]
+
+
+def stability_mmdit(config: ConfigDict, shapes: Shapes) -> Table:
+    """MMDiT of Stable Diffusion 3 and 3.5 as Stability AI has it."""
+    net = config.model.network
+    names = [
+        ('^denoiser/', ''),
+        ('^first/', 'x_embedder.proj/'),
+        *stability_blocks('dual', '*'),
+        *stability_blocks('blocks', f'*+{net.dual}'),
+        *stability_blocks('end', str(net.blocks - 1)),
+        (r'^time/linear(\d)/', lambda m: f't_embedder.mlp.{2 * int(m[1]) - 2}/'),
+        (r'^pooled/linear(\d)/', lambda m: f'y_embedder.mlp.{2 * int(m[1]) - 2}/'),
+        ('^text/', 'context_embedder/'),
+        ('^modulation/', 'final_layer.adaLN_modulation.1/'),
+        ('^last/', 'final_layer.linear/'),
+    ]
+    first = Layout('denoiser/first/kernel', 'o c a b -> (a b c) o', {'a': net.patch, 'b': net.patch})
+    return Table([*names, *LEAVES], [first])
+
+
+def bfl_flux(config: ConfigDict, shapes: Shapes) -> Table:
+    """FLUX.1 as Black Forest Labs has it, after `with_halves`."""
+    names: list[Substitution] = [('^denoiser/', ''), ('^first/', 'img_in/'), ('^text/', 'txt_in/')]
+    for own, theirs in {'image': 'img', 'text': 'txt'}.items():
+        block = f'double_blocks.*.{theirs}_'
+        parts = {'modulation': 'mod.lin', 'qkv': 'attn.qkv', 'out': 'attn.proj', 'mlp1': 'mlp.0', 'mlp2': 'mlp.2'}
+        names += [(f'^blocks/{own}_{part}/', f'{block}{name}/') for part, name in parts.items()]
+        for part, name in {'q': 'query', 'k': 'key'}.items():
+            names.append((f'^blocks/{own}_norm_{part}/scale$', f'{block}attn.norm.{name}_norm.scale'))
+    single = 'single_blocks.*.'
+    names += [
+        ('^single/modulation/', single + 'modulation.lin/'),
+        ('^single/qkv/', single + 'linear1.qkv/'),
+        ('^single/mlp1/', single + 'linear1.mlp/'),
+        ('^single/norm_q/scale$', single + 'norm.query_norm.scale'),
+        ('^single/norm_k/scale$', single + 'norm.key_norm.scale'),
+        ('^single/out/', single + 'linear2/'),
+        ('^modulation/', 'final_layer.adaLN_modulation.1/'),
+        ('^last/', 'final_layer.linear/'),
+    ]
+    for own, theirs in {'time': 'time_in', 'guidance': 'guidance_in', 'pooled': 'vector_in'}.items():
+        names += [(f'^{own}/linear1/', f'{theirs}.in_layer/'), (f'^{own}/linear2/', f'{theirs}.out_layer/')]
+    return Table([*names, *LEAVES])
+
+
+def part_of(tensor: Tensor, start: int, end: int) -> Tensor:
+    """Rows of a tensor."""
+    shape = (end - start, *tensor.shape[1:])
+    return dataclasses.replace(tensor, shape=shape, read=lambda: tensor.read()[start:end])
+
+
+def with_halves(weights: Weights) -> Weights:
+    """The weights of FLUX with what a block of one stream computes in one product as two: q, k and v, and the MLP."""
+    tensors = {}
+    for name, tensor in weights.tensors.items():
+        m = re.fullmatch(r'(.*single_blocks\.\d+\.linear1)\.(weight|bias)', name)
+        width = of_shape(weights, f'{m[1]}.weight', 1) if m else 0
+        if m and tensor.shape and tensor.shape[0] > 3 * width:
+            tensors[f'{m[1]}.qkv.{m[2]}'] = part_of(tensor, 0, 3 * width)
+            tensors[f'{m[1]}.mlp.{m[2]}'] = part_of(tensor, 3 * width, tensor.shape[0])
+        else:
+            tensors[name] = tensor
+    return dataclasses.replace(weights, tensors=tensors)
 
 
 # --- what config.json says
@@ -577,6 +665,49 @@ def compvis_remarks(config: ConfigDict, weights: Weights) -> list[str]:
     ]
 
 
+def stability_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Sizes of an MMDiT by its tensors; heads are 64 wide, and a table of positions is in units of 1/64 of its side."""
+    if weights is None or not (blocks := numbers(weights, r'joint_blocks\.(\d+)\.')):
+        return {}
+    table = weights.get('pos_embed')
+    largest = math.isqrt(table.shape[1]) if table is not None and len(table.shape) == 3 else 0
+    channels = of_shape(weights, 'x_embedder.proj.weight', 0)
+    told = {
+        'channels': channels,
+        'blocks': len(blocks),
+        'patch': of_shape(weights, 'x_embedder.proj.weight', 2),
+        'largest': largest,
+    }
+    own = known(told) | {
+        'dual': len(numbers(weights, r'joint_blocks\.(\d+)\.x_block\.attn2\.')),
+        'qk_norm': 'joint_blocks.0.x_block.attn.ln_q.weight' in weights,
+    }
+    return {f'model.network.{key}': value for key, value in own.items()}
+
+
+def bfl_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+    """Sizes of a FLUX by its tensors.
+
+    Raises:
+      UserError: names are to be written.
+    """
+    if weights is None:
+        raise UserError("the names of FLUX's own files are read, and not written: --names=diffusers")
+    own = known({
+        'channels': of_shape(weights, 'img_in.weight', 0),
+        'blocks': len(numbers(weights, r'double_blocks\.(\d+)\.')),
+        'single_blocks': len(numbers(weights, r'single_blocks\.(\d+)\.')),
+    })  # fmt: skip
+    own['distilled'] = 'guidance_in.in_layer.weight' in weights
+    return {f'model.network.{key}': value for key, value in own.items()}
+
+
+def own_remarks(config: ConfigDict, weights: Weights) -> list[str]:
+    net = config.model.network
+    more = f', axes {net.axes}' if 'axes' in net else f', unit {net.unit} of the positions'
+    return [f'the file does not say how many heads its attention has: {net.heads}{more}, config.model.network']
+
+
 def of_network(name: str) -> Callable[[ConfigDict], bool]:
     return lambda config: network(config) == name
 
@@ -591,6 +722,14 @@ SOURCES = (
         'compvis', 'checkpoints of Stable Diffusion of CompVis and Stability AI', of_network('latent_unet'),
         compvis_unet, roots=('', 'state_dict.', DIFFUSION, f'state_dict.{DIFFUSION}'), prepare=guided.averages,
         fields=compvis_fields, remarks=compvis_remarks,
+    ),
+    Source(
+        'stability', 'Stable Diffusion 3 and 3.5 of Stability AI', of_network('mmdit'), stability_mmdit,
+        roots=('', DIFFUSION), skip='pos_embed', fields=stability_fields, remarks=own_remarks,
+    ),
+    Source(
+        'bfl', 'FLUX.1 of Black Forest Labs', of_network('flux'), bfl_flux, roots=('', DIFFUSION), prepare=with_halves,
+        fields=bfl_fields, remarks=own_remarks,
     ),
     Source('diffusers', 'FluxTransformer2DModel of diffusers', of_network('flux'), flux, fields=fields),
 )  # fmt: skip

@@ -19,16 +19,17 @@ from jaxgen.errors import UserError
 from jaxgen.families import diffusion
 from jaxgen.text import tokenizers
 from jaxgen.weights import exporting, text_to_image
+from jaxgen.weights.importing import import_weights
 
 LENGTH, VOCABULARY = 11, 560
 PROMPTS, NEGATIVES = ['a red heart on a mat', 'star star blue'], ['blurred', '']
 STEPS = 10
 
 
-def text(transformers, cls: str = 'CLIPTextModel', width: int = 32, embedding: int = 20, **options):
+def text(transformers, cls: str = 'CLIPTextModel', width: int = 32, embedding: int = 20, heads: int = 4, **options):
     torch = pytest.importorskip('torch')
     own = dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, eos_token_id=2, projection_dim=embedding)
-    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4)
+    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=heads)
     return randomise(torch, getattr(transformers, cls)(transformers.CLIPTextConfig(**own, **sizes, **options)))
 
 
@@ -61,10 +62,10 @@ XL = dict(use_linear_projection=True, addition_embed_type='text_time', addition_
 
 
 def stable_diffusion(diffusers, transformers, tokenizer):
-    network = unet(diffusers, True, cross_attention_dim=32, attention_head_dim=4)
+    network = unet(diffusers, True, cross_attention_dim=64, attention_head_dim=4)
     return diffusers.StableDiffusionPipeline(
-        vae=autoencoder(diffusers), text_encoder=text(transformers), tokenizer=tokenizer, unet=network,
-        scheduler=diffusers.DDIMScheduler(**BETAS, **FIRST), safety_checker=None, feature_extractor=None,
+        vae=autoencoder(diffusers), text_encoder=text(transformers, width=64, heads=1), tokenizer=tokenizer,
+        unet=network, scheduler=diffusers.DDIMScheduler(**BETAS, **FIRST), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
@@ -176,6 +177,14 @@ def test_images_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch
     assert images.std() > 0.2
     np.testing.assert_allclose(draw(run.state, run.assembled.frozen), np.clip(images, -1, 1), atol=1e-3)
 
+    if case in LENGTHS:
+        exporting.export_weights(run, str(tmp_path / 'out.safetensors'), 'diffusers')
+        state = {k: x for k, x in theirs.transformer.state_dict().items() if k != 'pos_embed.pos_embed'}
+        out = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
+        assert out.keys() == state.keys()
+        for key, weight in state.items():
+            np.testing.assert_array_equal(out[key].reshape(weight.shape), weight)
+        return
     exporting.export_weights(run, str(tmp_path / 'out'), 'diffusers')
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / 'out')
     assert type(again) is type(theirs)
@@ -232,6 +241,76 @@ def test_a_checkpoint_of_one_file(tokenizer, tmp_path, capsys):
         )
     assert one.config.model.conditioning.to_dict() == run.config.model.conditioning.to_dict()
     assert one.config.model.latent_scale == 0.18215
+
+
+def by_bfl(state: dict) -> dict:
+    """The tensors of a FluxTransformer2DModel by the names of Black Forest Labs, flux/model.py."""
+    out = {}
+    for theirs, ours in (
+        ('img_in', 'x_embedder'), ('txt_in', 'context_embedder'), ('final_layer.linear', 'proj_out'),
+        *((f'{a}.{c}', f'time_text_embed.{b}.linear_{d}') for a, b in (
+            ('time_in', 'timestep_embedder'), ('vector_in', 'text_embedder'), ('guidance_in', 'guidance_embedder'),
+        ) for c, d in (('in_layer', 1), ('out_layer', 2))),
+    ):  # fmt: skip
+        out |= {f'{theirs}.{kind}': state[f'{ours}.{kind}'] for kind in ('weight', 'bias')}
+    for kind in ('weight', 'bias'):  # their scale and shift change places
+        out[f'final_layer.adaLN_modulation.1.{kind}'] = np.concatenate(
+            np.split(state[f'norm_out.linear.{kind}'], 2)[::-1]
+        )
+    for i in range(2):
+        block, single = f'transformer_blocks.{i}', f'single_transformer_blocks.{i}'
+        for kind in ('weight', 'bias'):
+            for stream, name, qkv in (('img', '', 'to_{}'), ('txt', '_context', 'add_{}_proj')):
+                own = f'double_blocks.{i}.{stream}_'
+                joined = [state[f'{block}.attn.{qkv.format(part)}.{kind}'] for part in 'qkv']
+                out[f'{own}attn.qkv.{kind}'] = np.concatenate(joined)
+                out[f'{own}mod.lin.{kind}'] = state[f'{block}.norm1{name}.linear.{kind}']
+                for number, part in ((0, 'net.0.proj'), (2, 'net.2')):
+                    out[f'{own}mlp.{number}.{kind}'] = state[f'{block}.ff{name}.{part}.{kind}']
+            out[f'double_blocks.{i}.img_attn.proj.{kind}'] = state[f'{block}.attn.to_out.0.{kind}']
+            out[f'double_blocks.{i}.txt_attn.proj.{kind}'] = state[f'{block}.attn.to_add_out.{kind}']
+            parts = [state[f'{single}.attn.to_{part}.{kind}'] for part in 'qkv']
+            out[f'single_blocks.{i}.linear1.{kind}'] = np.concatenate([*parts, state[f'{single}.proj_mlp.{kind}']])
+            out[f'single_blocks.{i}.linear2.{kind}'] = state[f'{single}.proj_out.{kind}']
+            out[f'single_blocks.{i}.modulation.lin.{kind}'] = state[f'{single}.norm.linear.{kind}']
+        for short, long in (('q', 'query'), ('k', 'key')):
+            for stream, name in (('img', 'norm'), ('txt', 'norm_added')):
+                out[f'double_blocks.{i}.{stream}_attn.norm.{long}_norm.scale'] = state[
+                    f'{block}.attn.{name}_{short}.weight'
+                ]
+            out[f'single_blocks.{i}.norm.{long}_norm.scale'] = state[f'{single}.attn.norm_{short}.weight']
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['sd3', 'flux'])
+def test_networks_by_the_names_of_their_authors(case, tokenizer, tmp_path, capsys):
+    """Into the run of the pipeline, whose stages are there; those of Stable Diffusion 3 as diffusers turns them into
+    its own."""
+    torch = pytest.importorskip('torch')
+    single_file_utils = pytest.importorskip('diffusers.loaders.single_file_utils')
+    theirs = saved(PIPELINES[case][0], tokenizer, tmp_path / 'hub').transformer
+    assert run_main(['jaxgen', '--mode=import', f'--from={tmp_path}/hub', f'--workdir={tmp_path}/run']) == 0
+    run, file = jaxgen.load(str(tmp_path / 'run')), tmp_path / 'own.safetensors'
+    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
+    if case == 'sd3':
+        exporting.export_weights(run, str(tmp_path / 'out.safetensors'), 'stability')
+        own = safetensors.numpy.load_file(tmp_path / 'out.safetensors')
+        own['pos_embed'] = state['pos_embed.pos_embed']
+        convert = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers
+        turned = convert({name: torch.from_numpy(x) for name, x in own.items()})
+        for name, x in state.items():
+            np.testing.assert_array_equal(turned[name].reshape(x.shape), x)
+    else:
+        own = by_bfl(state)
+        with pytest.raises(UserError, match='are read, and not written'):
+            exporting.export_weights(run, str(tmp_path / 'out.safetensors'), 'bfl')
+    own = {f'model.diffusion_model.{name}': np.ascontiguousarray(x) for name, x in own.items()}
+    safetensors.numpy.save_file(own, file)
+    named = {f'stages.{stage}' for stage in run.config.stages}
+    import_weights(run.config, str(file), str(tmp_path / 'again'), named=named)
+    again = jaxgen.load(str(tmp_path / 'again'))
+    jax.tree.map(np.testing.assert_array_equal, again.state.ema, run.state.ema)
 
 
 # --- what is wrong
