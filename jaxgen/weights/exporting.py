@@ -177,7 +177,9 @@ def write_folder(to: str, run: Run, source: Source, export: Export, metadata: di
             kinds = {name: class_of(os.path.join(new, name)) for name in (*parts, network)}
             for name in parts:
                 if name.startswith('text_encoder'):
-                    kinds[name.replace('text_encoder', 'tokenizer')] = ['transformers', tokenizer_class(kinds[name][1])]
+                    beside = name.replace('text_encoder', 'tokenizer')
+                    made = tokenizer_class(os.path.join(new, beside), kinds[name][1])
+                    kinds[beside] = ['transformers', made]
             index = {**kinds, 'scheduler': ['diffusers', scheduler['_class_name']]}
             files.save_json(os.path.join(new, PIPELINE), {**pipeline_index(run, set(parts)), **index})
         else:
@@ -216,8 +218,12 @@ def class_of(folder: str) -> list[str]:
     return ['diffusers', kind] if kind else ['transformers', said['architectures'][0]]
 
 
-def tokenizer_class(encoder: str) -> str:
-    return 'T5TokenizerFast' if encoder.startswith('T5') else 'CLIPTokenizer'
+def tokenizer_class(folder: str, encoder: str) -> str:
+    """The class of a tokenizer in transformers, as its files say; else that of most such encoders."""
+    path = os.path.join(folder, 'tokenizer_config.json')
+    said = read_json(path).get('tokenizer_class') if os.path.isfile(path) else None
+    usual = 'T5TokenizerFast' if encoder.startswith('T5') else 'CLIPTokenizer'
+    return said if isinstance(said, str) and said.isidentifier() else usual
 
 
 def pipeline_index(run: Run, parts: set[str]) -> dict[str, Any]:
