@@ -305,3 +305,24 @@ def test_what_does_not_depend_on_the_image_has_one_view(stage, tmp_path):
     for flip in (0, 1):
         batch = made.take(indices, np.full(len(indices), flip))
         np.testing.assert_array_equal(batch['text/embedding'][:, 0], 0.5 * examples.take(indices)['label'])
+
+
+@pytest.mark.slow
+def test_what_text_encoders_make_of_captions(tmp_path):
+    """The updates are those of captions that are read in each."""
+    fields = {'data': {'prepared_dir': str(tmp_path / 'sets')}, 'train': {'steps': 2, 'log_every': 1, 'save_every': 2}}
+    base = tiny('ldm_text_shapes', **fields)
+    for name, path in base.stages.items():
+        base.stages[name] = str(tmp_path / os.path.basename(path))
+        of_stage = tiny_stage(path)
+        of_stage.stages = {}
+        if of_stage.family == 'vqgan':
+            of_stage.model.perceptual = 0.0
+        train(of_stage, base.stages[name])
+    for prepared in ('on', 'off'):
+        base.data.prepared = prepared
+        train(base.copy_and_resolve_references(), str(tmp_path / prepared))
+    made, read = (metrics(str(tmp_path / prepared)) for prepared in ('on', 'off'))
+    assert len(made) == len(read) == 2
+    for a, b in zip(made, read, strict=True):
+        np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
