@@ -94,6 +94,7 @@ jaxgen {version}: generative models for images
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
   jaxgen --mode=export --workdir=runs/ddpm_digits --to=x.pt  its weights, for other programs
   jaxgen --config=runs/NAME:lora --config.data.source=folder:PATH  LoRA of a run, on a few images
+  jaxgen --mode=merge --workdir=runs/LORA --to=runs/NEW    a LoRA and its base as one run
 
 Options:
 {options}

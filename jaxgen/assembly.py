@@ -78,6 +78,8 @@ class Assembled:
             stage = name.rpartition('/')[0]
             path = self.config.stages[stage] if stage else self.workdir
             saved = directory.saved_tokenizer(path) if path else None
+            if not stage and saved is None and self.config.train.initial:
+                saved = directory.saved_tokenizer(self.config.train.initial)
             if saved is None and stage:
                 raise UserError(f'config.stages.{stage}: the run in {path} has no tokenizer')
             made[name] = saved or captions.trained(self.config.data, texts)
@@ -93,11 +95,13 @@ class Assembled:
         features = dict(self.spec.features)
         if self.texts:
             features.pop('caption', None)
+            others = 'other/' if features.pop('other_caption', None) else ''
         tokens = {name: jax.ShapeDtypeStruct((texts.length,), np.int32) for name, texts in self.texts.items()}
+        of_others = {f'other/{name}': x for name, x in tokens.items()} if self.texts and others else {}
         if self.family.captions.encoded:
             tokens |= {captions.negative_name(name): x for name, x in tokens.items() if '/' in name}
             tokens[NEGATIVE] = jax.ShapeDtypeStruct((), np.bool_)
-        return features | tokens
+        return features | tokens | of_others
 
     def with_model(self, model: dict[str, Any]) -> Assembled:
         """The same with another config.model, which says of the weights what it said before."""

@@ -68,7 +68,7 @@ MAX_JSON = 2**20  # bytes of a config.json; a real one has some thousand
 # A run may go on although these differ from what it was started with: they change how far it
 # goes and what is written when, never what an update computes.
 FREE_ON_RESUME = re.compile(
-    r'train\.(steps|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
+    r'train\.(steps|initial|log_every|save_every|keep|keep_every|sample_every|samples|evaluate_every|evaluate_samples'
     r'|held_out_every|held_out_examples|stop_on|patience|deterministic)|data\.validation_source'
     r'|sample\..*|evaluate\..*|data\.(dir|direct|threads|processes|cache_mb|disk_mb|max_corrupt|max_pixels)'
     r'|data\.(prepared|prepared_dir|prepared_gb)'
@@ -94,6 +94,7 @@ PATHS = {
     'evaluate.clip': ('run:',),
     'evaluate.inception': ('',),
     'evaluate.reference': ('',),
+    'train.initial': ('',),
 }
 MACHINE = ('data.dir', 'data.prepared_dir')  # questions of the machine, which a stranger's run does not answer
 DATA_PATHS = tuple(field for field in PATHS if field.startswith('data.') and field not in MACHINE)  # of images

@@ -126,7 +126,9 @@ def import_weights(
         licence = one.licence
         checked, names, base = known.config_of(one), names or one.names, one.config
     else:
-        checked = configs_of(config)
+        from jaxgen import tuning  # which reads runs
+
+        checked = configs_of(tuning.for_weights(os.fspath(config)) if isinstance(config, str | os.PathLike) else config)
         base = configs.name(os.fspath(config)) if isinstance(config, str | os.PathLike) else ''
     workdir = files.as_path(workdir, 'workdir') or (os.path.join('runs', base) if base else '')
     if not workdir:

@@ -78,6 +78,7 @@ from jaxgen import (
     prepare,
     sharding,
     slices,
+    tuning,
 )
 from jaxgen import config as configs
 from jaxgen import run as runs
@@ -330,7 +331,7 @@ def main(argv: list[str]) -> None:
             base, config = pipelines.derived(str(values['from'].value), values.tokenizer)
             log.say(f'config: {base}, with the sizes that config.json says')
         else:
-            config = configs.load(values.config)
+            config = tuning.for_weights(values.config) if mode == 'import' else configs.load(values.config)
         config = configs.override(config, overrides)
         if mode == 'data':
             data_mode(config, values.out or os.path.join(workdir, 'data'))

@@ -46,6 +46,8 @@ class Data:
       source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH, idx:PATH, npz:FILE, npy:PATH, mat:FILE,
         parquet:PATH, cifar:PATH or a TFDS name, see jaxgen/data.
       other: a second source, whose images come unpaired as the feature 'other'.
+      prompt: caption of every example, in place of the source's own.
+      other_prompt: caption of every image of `other`.
       size: pixels of each side of square images, 28, or (height, width), (28, 20).
       channels: of an image.
       features: arrays of a batch, ('image', 'label'), ('image', 'edges').
@@ -72,7 +74,8 @@ class Data:
         those of 'fixed'. Of the image alone, not of features beside it.
       low_resolution: shorter side in pixels of the feature 'low_resolution', means of squares of the image; 0 is none.
       dir: directory of prepared sets; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      test_fraction: fraction held out of a source without a test split.
+      test_fraction: fraction held out of a source without a test split; 0: all of it is trained on, and nothing is held
+        out.
       test_source: a source of the test split, all of it where it has no test split of its own; 'split:NAME' is a split
         of `source`. Then all of a source without a test split is trained on.
       validation_fraction: fraction of the training examples held out for validation, by class; 0 is none.
@@ -99,6 +102,8 @@ class Data:
 
     source: str = 'digits'
     other: str = ''
+    prompt: str = ''
+    other_prompt: str = ''
     size: Annotated[int | tuple[int, ...], Rule(is_size, 'int, or (height, width) in pixels, each from 1 to 65536')] = 8
     channels: Annotated[int, OneOf(1, 3)] = 1
     features: Annotated[tuple[str, ...], Rule(lambda x: 'image' in x, "names of features, 'image' among them")] = (
@@ -126,7 +131,7 @@ class Data:
     binarise: Annotated[str, OneOf('none', 'threshold', 'fixed', 'dynamic')] = 'none'
     low_resolution: Annotated[int, '[0, inf)'] = 0
     dir: str = ''
-    test_fraction: Annotated[float, '(0, 1)'] = 0.2
+    test_fraction: Annotated[float, '[0, 1)'] = 0.2
     test_source: str = ''
     validation_fraction: Annotated[float, '[0, 1)'] = 0.0
     validation_source: str = ''
@@ -227,6 +232,7 @@ class Train:
 
     Attributes:
       steps: updates.
+      initial: run from whose averaged weights the training starts; '' is from random ones.
       updates_per_call: updates in one XLA program; every interval is a multiple of it.
       dtype: of computation; weights are float32.
       stages_dtype: of computation of frozen stages: 'run' is dtype, 'stage' that which each was trained in; 'auto' is
@@ -252,6 +258,7 @@ class Train:
     """
 
     steps: Annotated[int, '[1, inf)'] = 1000
+    initial: str = ''
     updates_per_call: Annotated[int, '[1, inf)'] = 1
     dtype: Annotated[str, OneOf('float32', 'bfloat16')] = 'float32'
     stages_dtype: Annotated[str, OneOf('auto', 'run', 'stage')] = 'auto'

@@ -33,7 +33,7 @@ from jaxgen import (
     stopping,
 )
 from jaxgen import config as configs
-from jaxgen.assembly import Assembled, assemble, check_stages, say_if_initial
+from jaxgen.assembly import Assembled, abstract_stage, assemble, check_stages, restore, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.contract import Family, State, untrained
 from jaxgen.data.prepared import PreparedSet
@@ -217,6 +217,8 @@ class Training:
                 log.say(line)
             began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
+            if config.train.initial:
+                self.state = self.started_from(self.state, self.initial())
             self.seconds = time.monotonic() - began
         self.checkpoints.kept.best = self.best.step
         if self.first:
@@ -325,7 +327,33 @@ class Training:
         """State before the first update that starts from published weights: those that are averaged, and the averages,
         are the published ones in float32, and so are other networks that were published; the rest and the optimisers
         start as in any run."""
-        state = self.fresh()
+        return self.started_from(self.fresh(), published)
+
+    def initial(self) -> State:
+        """The weights of `config.train.initial`, as published ones.
+
+        Raises:
+          UserError: they are of another model.
+        """
+        path = self.config.train.initial
+        there, state = restore(path, mesh=self.a.mesh, stage=abstract_stage)
+        if there.config.family != self.config.family:
+            raise UserError(f'config.train.initial = {path} is a {there.config.family}, not a {self.config.family}')
+        ema = {name: state.ema.get(name.partition('@')[0]) for name in self.a.abstract.ema}
+        here, have = (
+            {jax.tree_util.keystr(keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (self.a.abstract.ema, ema)
+        )
+        for name in sorted(here.keys() | have.keys()):
+            if here.get(name) != have.get(name):
+                raise UserError(
+                    f'config.train.initial = {path} has other weights: {name} is {have.get(name)} there and '
+                    f'{here.get(name)} here: --config={path}:full takes the model from it'
+                )
+        return state.replace(params={}, ema=ema, extra=None)
+
+    def started_from(self, state: State, published: State) -> State:
+        """A state before the first update with these weights, see `from_imported`."""
 
         def start(state: State, published: State) -> State:
             ema = jax.tree.map(lambda new, old: new.astype(old.dtype), published.ema, state.ema)

@@ -11,7 +11,7 @@ import os
 from ml_collections import ConfigDict
 
 from jaxgen import config as configs
-from jaxgen import directory, files
+from jaxgen import directory, files, origin
 from jaxgen.config import DEFAULTS, UnknownVariant
 from jaxgen.errors import UserError
 
@@ -20,11 +20,12 @@ UNNAMED = 'folder:'  # a source without a path, which is refused: the person nam
 KEPT = ('size', 'channels', 'features', 'classes')
 
 
-def derived(run: str, variant: str) -> ConfigDict:
+def derived(run: str, variant: str, same_data: bool = False) -> ConfigDict:
     """The config by which a run is tuned; it is not complete before `data.source` is set.
 
     Args:
       variant: of the table of the run's family, 'lora'.
+      same_data: the data are the run's, where it was trained by this person: nothing will be trained on them.
 
     Raises:
       UserError: there is no such run, or its family is not tuned so.
@@ -37,6 +38,8 @@ def derived(run: str, variant: str) -> ConfigDict:
         raise UnknownVariant(variant, list(table))
     sections = saved.to_dict()
     data = {name: sections['data'][name] for name in KEPT} | {'source': UNNAMED}
+    if same_data and origin.is_own(run, saved):
+        data = sections['data']
     usual = {name: DEFAULTS[name] for name in ('optim', 'train', 'sample', 'evaluate', 'mesh')}
     for name in ('dtype', 'remat'):
         usual['train'] = {**usual['train'], name: sections['train'][name]}
@@ -44,6 +47,12 @@ def derived(run: str, variant: str) -> ConfigDict:
     base = {**sections, **usual, 'data': {**DEFAULTS['data'], **data}}
     over = table[variant](sections, files.absolute(os.path.expanduser(run)))
     return ConfigDict(configs.update_sections(base, over))
+
+
+def for_weights(name: str) -> ConfigDict:
+    """`config.load` of a config for weights that are imported: nothing is trained, so that no data need be named."""
+    file, variant = configs.split_variant(name)
+    return derived(file, variant, same_data=True) if is_run(file) else configs.load(name)
 
 
 def is_run(path: str) -> bool:

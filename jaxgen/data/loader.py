@@ -35,6 +35,7 @@ MOST_PROCESSES = 32  # that are started without being asked for
 LEAST_AT_ONCE, MOST_AT_ONCE = 8, 32  # images that a process is given at a time,
 MOST_BYTES = 2**25  # and bytes of them
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
+OTHER_CAPTION = 'other_caption'  # and what config.data.other_prompt says of each
 
 
 class Spec(NamedTuple):
@@ -109,6 +110,10 @@ def spec(data) -> Spec:
     Raises:
       UserError: an unknown source, a feature that it lacks, or a class.
     """
+    if prompts := fixed_captions(data):
+        about = spec(without_captions(data))
+        texts = {name: jax.ShapeDtypeStruct(text.shape, text.dtype) for name, text in prompts.items()}
+        return about._replace(features={**about.features, **texts})
     if OTHER in data['features']:
         own, other = sections(data)
         with of_other():
@@ -480,8 +485,54 @@ class UnpairedExamples:
         return {**self.examples.take_cyclic(numbers), OTHER: self.others.take_cyclic(numbers)['image']}
 
 
+def fixed_captions(data) -> dict[str, np.ndarray]:
+    """{'caption' and 'other_caption': its bytes in UTF-8} of the captions that all examples have alike."""
+    texts = {'caption': data['prompt'] if 'caption' in data['features'] else ''}
+    texts[OTHER_CAPTION] = data['other_prompt'] if OTHER in data['features'] else ''
+    return {name: np.frombuffer(text.encode(errors='replace'), np.uint8) for name, text in texts.items() if text}
+
+
+def without_captions(data) -> dict:
+    """The section `data` for the source's own features."""
+    own = tuple(name for name in data['features'] if not (name == 'caption' and data['prompt']))
+    return {**data, 'features': own, 'prompt': '', 'other_prompt': ''}
+
+
+def captioned(batch: dict[str, np.ndarray], prompts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch with the captions that all examples have alike."""
+    n = len(next(iter(batch.values())))
+    return batch | {name: np.broadcast_to(text, (n, *text.shape)).copy() for name, text in prompts.items()}
+
+
+class Captioned:
+    """Examples with captions that all of them have alike; all else as theirs."""
+
+    def __init__(self, examples: Examples | UnpairedExamples, prompts: dict[str, np.ndarray]):
+        self.examples, self.prompts = examples, prompts
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getattr__(self, name: str):
+        return getattr(self.examples, name)
+
+    @property
+    def identity(self) -> str:
+        texts = (f'{name} {bytes(text).decode()!r}' for name, text in self.prompts.items())
+        return ' '.join([self.examples.identity, *texts])
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return {**self.examples[i], **self.prompts}
+
+    def take(self, *arguments, **named) -> dict[str, np.ndarray]:
+        return captioned(self.examples.take(*arguments, **named), self.prompts)
+
+    def take_cyclic(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return captioned(self.examples.take_cyclic(numbers), self.prompts)
+
+
 @completes
-def dataset(data, split: str) -> Examples | UnpairedExamples:
+def dataset(data, split: str) -> Examples | UnpairedExamples | Captioned:
     """The examples of split 'train', 'validation' or 'test' in stored order, cut and resized as for evaluation.
 
     The set is prepared first if it is not there yet. What is in each split: splits.open_split.
@@ -489,6 +540,8 @@ def dataset(data, split: str) -> Examples | UnpairedExamples:
     Raises:
       UserError: it cannot be prepared, has no such split, or data.box does not fit its images.
     """
+    if prompts := fixed_captions(data):
+        return Captioned(dataset(without_captions(data), split), prompts)
     if OTHER in data['features']:
         own, other = sections(data)
         with of_other():
@@ -690,6 +743,13 @@ def batches(
       An iterator; `close()` ends its threads and processes.
     """
     batch = data['batch'] if batch is None else batch
+    if prompts := fixed_captions(data):
+        data, last = without_captions(data), finish
+
+        def finish(out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            out = captioned(out, prompts)
+            return last(out) if last else out
+
     if not 0 <= seed < 2**64:
         raise UserError(f'config.seed = {seed} must be from 0 to {2**64 - 1}')
     if batch < 1 or batch % process_count:

@@ -80,6 +80,8 @@ def open_split(data, split: str) -> tuple[Records | Selected | Relabelled, dict]
     field = f'{split}_source'
     if split != 'train' and section[field]:
         return open_named(section, field)
+    if split == 'test' and not section['test_fraction'] and not sources.has_split(sources.resolve(section), 'own_test'):
+        raise UserError('there are no test examples: config.data.test_fraction is 0')
     if split == 'test' or (split == 'validation' and not section['validation_fraction']):
         return sources.open_records(sources.resolve(section), section, part(section, split)), section
     return select_training(section, split), section
@@ -87,7 +89,7 @@ def open_split(data, split: str) -> tuple[Records | Selected | Relabelled, dict]
 
 def part(data, split: str) -> str:
     """The name of a split of `data.source` for `sources.open_records`."""
-    if not data['test_source']:
+    if not data['test_source'] and (data['test_fraction'] or split != 'train'):
         return split
     rest = 'none' if data['test_source'] == f'{OWN}validation' else 'rest'
     return {'train': 'whole', 'validation': rest}.get(split, split)

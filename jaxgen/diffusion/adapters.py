@@ -333,6 +333,12 @@ def bind(context: Context, model: Mapping[str, Any], adapter: Mapping[str, Any],
 # --- tuning.py
 
 
+def of_few_images(sections: dict[str, Any]) -> dict[str, Any]:
+    """The section `data` for a few images: all of them are trained on, and have the conditions of the model alone."""
+    read = [name for name in sections['data']['features'] if name in sections['model']['conditioning']]
+    return {'batch': 4, 'test_fraction': 0.0, 'features': ('image', *read), 'prepared': 'off'}
+
+
 def lora_of(sections: dict[str, Any], run: str) -> dict[str, Any]:
     """What a config of LoRA has over that of its base: the recipe of diffusers' examples of training LoRA (the rate,
     AdamW, the norm of the gradient, rank 4), without an average of the weights, which so few updates would not fill.
@@ -340,7 +346,17 @@ def lora_of(sections: dict[str, Any], run: str) -> dict[str, Any]:
     return {
         'stages': {BASE: run},
         'model': {'adapter': {'name': 'lora'}},
-        'data': {'batch': 4},
+        'data': of_few_images(sections),
         'optim': {'name': 'adamw', 'lr': 1e-4, 'weight_decay': 1e-2, 'clip': 1.0, 'ema': 0.0},
         'train': {'steps': 500, 'save_every': 250, 'sample_every': 250, 'samples': 16},
+    }
+
+
+def full_of(sections: dict[str, Any], run: str) -> dict[str, Any]:
+    """What a config of fine-tuning all weights has over that of the run that it starts from: DreamBooth's recipe in
+    diffusers' example (the rate, AdamW, the norm of the gradient)."""
+    return {
+        'data': of_few_images(sections),
+        'optim': {'name': 'adamw', 'lr': 5e-6, 'weight_decay': 1e-2, 'clip': 1.0, 'ema': 0.0},
+        'train': {'initial': run, 'steps': 400, 'save_every': 200, 'sample_every': 200, 'samples': 16},
     }

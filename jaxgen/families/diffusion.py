@@ -84,7 +84,7 @@ reads_alone = adapting.is_adapter  # of a stage's saved config, see `assembly.as
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
-TUNING = {'lora': adapting.lora_of}  # see tuning.py
+TUNING = {'lora': adapting.lora_of, 'full': adapting.full_of}  # see tuning.py
 DISTILLED = 'distilled_guidance'  # in a batch, [n]
 
 
@@ -101,6 +101,7 @@ class Model(NamedTuple):
     evaluation: dict  # options of the likelihood
     adapters: adapting.Adapters
     adapter: dict  # its complete section
+    prior_weight: float  # of the loss of other images
 
 
 @options.checked
@@ -121,6 +122,7 @@ def build(
     latent_shift: float = 0.0,
     adapter: Annotated[Section, adapting.COMPONENT] = 'none',
     adapters: Annotated[Section, adapting.SECTION] = EMPTY,
+    prior_weight: options.NonNegative = 1.0,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -136,6 +138,8 @@ def build(
       latent_shift: subtracted from them before that (SD 3, FLUX).
       adapter: what of the network of `config.stages.base` is trained in place of a network.
       adapters: {stage: scale} of the LoRAs that are stages, and of this run's own under the name 'own'.
+      prior_weight: of the loss of `config.data.other`, images of the class of an object, in fine-tuning on it
+        (DreamBooth).
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
@@ -160,6 +164,7 @@ def build(
         likelihood | variance_of(likelihood, moves, formulation),
         adapting.bind(context, given, adapter, adapters),
         adapter,
+        prior_weight,
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
@@ -292,7 +297,27 @@ def check(model: Model, context: Context, process: dict) -> None:
 
 
 def loss(model: Model, parts: int, params, state: State, frozen, batch, rng) -> tuple[Array, Aux]:
-    """The loss of a batch; with importance sampling of t its errors by example, in `kept`.
+    """The loss of a batch; where it holds other images, theirs too (DreamBooth's prior preservation: Ruiz et al. 2022,
+    arXiv 2208.12242, section 3.2)."""
+    batch, others = with_others(batch)
+    value, aux = loss_of(model, parts, params, state, frozen, batch, rng)
+    if not others:
+        return value, aux
+    prior = loss_of(model, parts, params, state, frozen, others, stream(rng, 'others'))[0]
+    return value + model.prior_weight * prior, Aux({**aux.logs, 'loss_others': prior}, aux.kept)
+
+
+def with_others(batch: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(batch, the same with the other images and their tokens in place of its own; {} where it has none)."""
+    own = {name: x for name, x in batch.items() if name != 'other' and not name.startswith('other/')}
+    if 'other' not in batch:
+        return own, {}
+    theirs = {name.removeprefix('other/'): x for name, x in batch.items() if name.startswith('other/')}
+    return own, {**own, 'image': batch['other'], **theirs}
+
+
+def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) -> tuple[Array, Aux]:
+    """The loss of the images of a batch; with importance sampling of t its errors by example, in `kept`.
 
     Args:
       parts: into which a batch is cut for its gradient.

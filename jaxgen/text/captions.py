@@ -68,6 +68,9 @@ def tokenised(batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives
     """
     out = dict(batch)
     captions, negative = out.pop('caption', None), out.pop('negative_caption', None)
+    if (others := out.pop('other_caption', None)) is not None:
+        texts = [tokenizers.caption_text(caption) for caption in np.asarray(others)]
+        out |= {f'other/{name}': tokenizer(texts).ids for name, tokenizer in made.items()}
     if captions is None:
         return out
     texts = [tokenizers.caption_text(caption) for caption in np.asarray(captions)]

@@ -14,10 +14,11 @@ from flax.traverse_util import flatten_dict
 
 import jaxgen
 from jaxgen import assembly, directory, files, log, memory, sharding
+from jaxgen.diffusion.adapters import is_adapter
 from jaxgen.errors import UserError
 from jaxgen.networks import denoisers
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, pipelines, schedulers, sources, text_encoders, text_to_image, whole
+from jaxgen.weights import diffusers, lora, pipelines, schedulers, sources, text_encoders, text_to_image, whole
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
@@ -111,9 +112,13 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
       UserError: there is something already, or several sources have names for this config.
     """
     to = os.path.expanduser(to)
-    source = source_of(run, names)
+    adapter = is_adapter(run.config)
+    source = None if adapter else source_of(run, names)
     if os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
         raise UserError(f'--to={to} is there already: name another file or folder')
+    if source is None:
+        lora.export_lora(run, to, names)
+        return
     folder = not to.endswith(('.safetensors', '.pt', '.pth'))
     wrong = other_fields(run.config, source, None, flat_shapes(published_part(run.state)))
     if wrong and not (folder and source.name == 'diffusers'):  # whose config.json says them

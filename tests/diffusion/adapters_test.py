@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from support import assert_same, context, main, metrics, path
 
 import jaxgen
 from jaxgen import config as configs
-from jaxgen import library, merging, sample
+from jaxgen import data, library, merging, sample
 from jaxgen.contract import Family
 from jaxgen.diffusion import adapters
 from jaxgen.errors import UserError
+from jaxgen.families import diffusion
 
 RNG = np.random.default_rng(0)
 
@@ -159,3 +161,50 @@ def test_mistakes_in_a_command(runs, tmp_path):
         assert done.returncode == 2, done.stderr
         assert message in done.stderr.splitlines()[-1]
     assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
+
+
+def test_captions_that_all_examples_have_alike(tmp_path):
+    for i in range(5):
+        Image.fromarray(RNG.integers(0, 255, (9, 9), np.uint8)).save(tmp_path / f'{i}.png')
+    fields = {
+        'source': f'folder:{tmp_path}',
+        'features': ('image', 'caption', 'other'),
+        'other': 'shapes',
+        'size': 8,
+        'batch': 3,
+    }
+    fields |= {'prompt': 'a sks digit', 'other_prompt': 'a digit', 'test_fraction': 0.0}
+    batch = next(iter(data.batches(fields, 'train', seed=0)))
+    for name, text in (('caption', b'a sks digit'), ('other_caption', b'a digit')):
+        assert [bytes(x) for x in batch[name]] == 3 * [text]
+        assert data.spec(fields).features[name].shape == batch[name].shape[1:]
+    assert batch['other'].shape == (3, 8, 8, 1)
+    assert len(data.dataset(fields, 'train')) == 5  # nothing is held out
+    with pytest.raises(UserError, match='no test examples'):
+        data.dataset(fields, 'test')
+
+
+def test_other_images_have_a_loss_of_their_own():
+    own = {'image': 1, 'text/tokens': 2, 'has_negative': 3}
+    others = {'other': 4, 'other/text/tokens': 5}
+    assert diffusion.with_others(own) == (own, {})
+    assert diffusion.with_others(own | others) == (own, {'image': 4, 'text/tokens': 5, 'has_negative': 3})
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_from_a_run_and_keeps_its_class(runs, tmp_path):
+    folder, _ = runs
+    changes = {'data.source': 'digits', 'data.batch': 8, 'data.features': ('image', 'other'), 'data.other': 'shapes'}
+    changes |= {'train.log_every': 1, 'train.sample_every': 0, 'train.save_every': 1, 'optim.lr': 1e-8}
+    config = library.config(f'{folder}/base:full', **changes)
+    one = library.train(library.config(config, **{'train.steps': 1}), tmp_path / 'run')
+    base = jaxgen.load(folder / 'base')
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(close, one.state.ema, base.state.ema)
+    library.train(library.config(config, **{'train.steps': 2}), tmp_path / 'run')
+    library.train(library.config(config, **{'train.steps': 2}), tmp_path / 'whole')
+    runs_of_two = [jaxgen.load(tmp_path / name) for name in ('run', 'whole')]
+    assert_same(*(run.state.ema for run in runs_of_two))
+    (first, _) = metrics(tmp_path / 'whole')
+    assert first['loss_others'] > 0
+    assert not runs_of_two[0].config.stages  # it stands on its own
