@@ -28,7 +28,7 @@ def define_flags() -> flags.FlagValues:
     string(
         'config',
         '',
-        'a config that comes with jaxgen, NAME or NAME:VARIANT, or FILE.py, FILE.py:VARIANT',
+        'NAME or NAME:VARIANT that comes with jaxgen, FILE.py:VARIANT, or RUN:lora',
         flag_values=values,
     )
     string('workdir', '', 'directory of the run; default runs/<config name>', flag_values=values)
@@ -53,7 +53,7 @@ def define_flags() -> flags.FlagValues:
     string(
         'images',
         '',
-        'evaluate: a folder of images instead of a run, against the data of --config',
+        'evaluate: a folder of images instead of a run, against --config',
         flag_values=values,
     )
     flags.DEFINE_multi_string(
@@ -93,7 +93,6 @@ jaxgen {version}: generative models for images
   jaxgen --mode=fields --config=ddpm_digits                every field of the config
   jaxgen --mode=import --config=dit_imagenet256 --from=x.pt  a run of published weights
   jaxgen --mode=export --workdir=runs/ddpm_digits --to=x.pt  its weights, for other programs
-  jaxgen --config=runs/NAME:lora --config.data.source=folder:PATH  LoRA of a run, on a few images
   jaxgen --mode=merge --workdir=runs/LORA --to=runs/NEW    a LoRA and its base as one run
 
 Options:
