@@ -42,7 +42,7 @@ def define_flags() -> flags.FlagValues:
     integer(
         'n',
         0,
-        'how many; default 64, in evaluate config.evaluate.samples; explore: rows, 8',
+        'how many; default 64, in evaluate config.evaluate.samples; explore: 8',
         flag_values=values,
     )
     string('step', '', 'of the checkpoint that is used, or best; default the newest', flag_values=values)
