@@ -34,6 +34,7 @@ DTYPES = {
     **{'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8},
 }
 HUB = 'hf:'
+TOKENIZERS = ('*merges.txt', '*spiece.model')  # files of tokenizers beside JSON
 PIPELINE = 'model_index.json'  # of a folder whose models lie in folders of their own
 # The weights in a folder of the hub, the first that is there.
 IN_FOLDER = (
@@ -157,7 +158,9 @@ def of_hub(path: str, option: str) -> str:
     except ImportError as e:
         raise UserError(f'{option}={path} needs pip install huggingface_hub, or name a folder of your own') from e
     below = '/'.join([*parts[2:], ''])
-    wanted = [f'{below}{ending}' for ending in ('*.json', '*.safetensors', '*.bin')]
+    wanted = [f'{below}{ending}' for ending in ('*.json', '*.safetensors', '*.bin', *TOKENIZERS)]
+    if parts[2:] and parts[2].startswith('text_encoder'):  # whose tokenizer lies in a folder beside it
+        wanted += [f'tokenizer*/{ending}' for ending in ('*.json', *TOKENIZERS)]
     try:
         folder = snapshot_download('/'.join(parts[:2]), allow_patterns=wanted)
     except Exception as e:  # of the network, the hub or its cache

@@ -14,11 +14,13 @@ from references import randomise
 from support import run_main
 
 import jaxgen
-from jaxgen import conditions, sample
+from jaxgen import assembly, conditions, sample
+from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
 from jaxgen.text import tokenizers
-from jaxgen.weights import exporting, text_to_image
+from jaxgen.weights import exporting, importing, pipelines, sources, text_to_image
+from jaxgen.weights.files import Tensor, Weights
 from jaxgen.weights.importing import import_weights
 
 LENGTH, VOCABULARY = 11, 560
@@ -232,6 +234,51 @@ def test_a_checkpoint_of_one_file(tokenizer, tmp_path, capsys):
         )
     assert one.config.model.conditioning.to_dict() == run.config.model.conditioning.to_dict()
     assert one.config.model.latent_scale == 0.18215
+
+
+def names_of(config, source: str, prefix: str) -> dict[str, Tensor]:
+    """Tensors that are not there, with the names of a source at a config's size."""
+    part = importing.published_part(assembly.assemble(config, stage=assembly.abstract_stage).abstract)
+    entries = sources.entries_of(sources.for_config(config, source)[0], config, importing.flat_shapes(part))
+    shapes = {f'{prefix}{name}': entry.their_shape() for entry in entries for name in entry.all_names}
+    return {name: Tensor(shape, np.dtype(np.float32), lambda: None) for name, shape in shapes.items()}
+
+
+# {config: {prefix of a text encoder: (its config, source)}}
+CHECKPOINTS = {
+    'stable_diffusion': {'cond_stage_model.transformer.': ('clip_text_l14', 'transformers')},
+    'stable_diffusion:v2': {'cond_stage_model.model.': ('clip_text_l14:h14', 'openclip')},
+    'stable_diffusion_xl': {
+        'conditioner.embedders.0.transformer.': ('clip_text_l14', 'transformers'),
+        'conditioner.embedders.1.model.': ('clip_text_l14:bigg14', 'openclip'),
+    },
+    'stable_diffusion_xl:refiner': {'conditioner.embedders.0.model.': ('clip_text_l14:bigg14', 'openclip')},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_checkpoints_at_published_size(name):
+    """Networks, sizes and what is read of the text encoders are those of the configs, by names and shapes alone."""
+    config = configs.load(name)
+    tensors = names_of(config, 'compvis', 'model.diffusion_model.')
+    tensors |= names_of(configs.load('kl_f8_imagenet256'), 'compvis', 'first_stage_model.')
+    for prefix, (encoder, source) in CHECKPOINTS[name].items():
+        tensors |= names_of(configs.load(encoder), source, prefix)
+    weights = Weights('all.safetensors', tensors)
+    _, made = pipelines.from_checkpoint(weights)
+    assert made.model.network.to_dict() == config.model.network.to_dict()
+    assert made.model.latent_scale == config.model.latent_scale
+    caption, own = made.model.conditioning.caption, config.model.conditioning.caption
+    # The text encoder of 2 has its last block in such a file, which transformers' lacks.
+    assert caption.tokens == (('text/before_normalised',) if name.endswith(':v2') else own.tokens)
+    assert (caption.pooled, caption.empty) == (own.pooled, own.empty)
+    assert made.model.conditioning.get('sizes') == config.model.conditioning.get('sizes')
+    for stage, inside in pipelines.in_one_file(weights).items():
+        if stage != 'first':
+            encoder = next(one for prefix, (one, _) in CHECKPOINTS[name].items() if prefix in pipelines.INSIDE[stage])
+            network = pipelines.stage_config(made, stage, inside, {}).model.network.to_dict()
+            assert network == configs.load(encoder).model.network.to_dict()
 
 
 def by_bfl(state: dict) -> dict:
