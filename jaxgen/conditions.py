@@ -18,7 +18,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,7 +161,7 @@ def read(assembled, config, condition: dict[str, Any] | Given, n: int | None = N
 
 def made(assembled, config, condition: dict[str, Any]) -> Given:
     family = assembled.family
-    reconstructs = 'image' in condition and is_reconstructed(family)
+    reconstructs = 'image' in condition and is_reconstructed(family, condition)
     if family.sample is None and not reconstructs:
         raise UserError(f'a {config.family} draws no images: there is nothing to sample')
     for name in condition:
@@ -192,6 +192,10 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     if values and not reconstructs and not read_by_sample & set(values):
         wanted = ', '.join(family.conditions)
         raise UserError(f'condition {next(iter(values))!r} is displayed by --film alone: samples are made of {wanted}')
+    for one in family.inputs:
+        if one.name in values and not reconstructs and not set(one.beside) <= set(values):
+            more = f', {one.otherwise}' if one.otherwise else ''
+            raise UserError(f'condition {one.name} is read beside {" and ".join(one.beside)}: set that too{more}')
     check_aligned(images)
     texts = {name: text_of(images.get(name), value) for name, value in condition.items()}
     notes = [] if reconstructs or not images else unset(assembled, {*values, *replaced})
@@ -204,9 +208,13 @@ def inputs(family) -> dict[str, tuple[int, ...]]:
     return {one.name: one.shape for one in family.inputs}
 
 
-def is_reconstructed(family) -> bool:
-    """Whether an image is reconstructed, since no condition is one and the family encodes and decodes."""
-    named = {*family.conditions, *inputs(family)}
+def is_reconstructed(family, names: Iterable[str] = ()) -> bool:
+    """Whether an image is reconstructed, since no condition is one and the family encodes and decodes.
+
+    Args:
+      names: of what is set: an input is none where one that it is read beside is not among them.
+    """
+    named = {*family.conditions, *(one.name for one in family.inputs if set(one.beside) <= set(names))}
     return not {'image', LOW_RESOLUTION} & named and family.encode is not None and family.decode is not None
 
 

@@ -216,6 +216,8 @@ class Input(NamedTuple):
     name: str
     shape: tuple[int, int, int]  # of one example's
     instead_of: str = ''  # the condition that the batch need not hold then
+    beside: tuple[str, ...] = ()  # others without which it is not read
+    otherwise: str = ''  # what else a person may do who gives it without them
 
 
 class Family(NamedTuple):

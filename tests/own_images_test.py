@@ -217,7 +217,7 @@ def test_one_value_or_one_for_each_sample():
     ('upsampler_shapes', {'image': noise(8, 8), 'low_resolution': noise(8, 8)}, 'leave one out'),
     ('inpainting_shapes', {'image': noise(9, 9), 'mask': noise(8, 8)}, 'one size'),
     ('completing_digits', {'image': noise(2, 8, 9, 1), 'mask': noise(9, 8)}, '9 x 8 pixels and mask 8 x 9'),
-    ('vae_digits', {'label': 3}, 'conditions: image'), ('ddpm_digits', {'mask': noise(8, 8)}, 'conditions: image'),
+    ('vae_digits', {'label': 3}, 'conditions: image'), ('ddpm_digits', {'mask': noise(8, 8)}, 'read beside image'),
     ('vae_digits', {'image': noise(8, 8), 'label': 1}, 'no condition'),
     ('conditional_vae_digits', {'image': noise(8, 8)}, 'label'), ('dcgan_digits', {'image': noise(8, 8)}, 'has none'),
     ('classifier_digits', {'image': noise(8, 8)}, 'draws no images'),

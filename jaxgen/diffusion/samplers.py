@@ -1216,13 +1216,28 @@ def entries(columns: dict[str, np.ndarray]) -> Table:
     return {name: np.ascontiguousarray(v[::-1], kinds[v.dtype.kind]) for name, v in columns.items()}
 
 
-def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajectory: bool = False):
+def run(
+    denoise: Callable,
+    x: Array,
+    table: Table,
+    keys: Array | None,
+    trajectory: bool = False,
+    keep: Callable | None = None,
+):
     """x_0 [n, ...], or with `trajectory` (x_0, what was passed through): the steps of a table from x.
 
     Where the table has STATED levels, the denoiser gets them as its t, in a Schedule. Where it has 'correct', these
     entries are Langevin steps along the score in place of the sum. Where it has 'raw_weight', estimates are clipped to
-    [-1, 1] here, and that is the weight of those that are not."""
+    [-1, 1] here, and that is the weight of those that are not.
+
+    Args:
+      keep: (x, level, last) -> x, what x of each step is replaced by: the level is that of the next evaluation, and at
+        the last step of none, but x is data.
+    """
     columns = {name: jnp.asarray(values) for name, values in table.items() if name != 'first'}
+    if keep is not None:
+        columns['last'] = jnp.arange(len(columns['t'])) == len(columns['t']) - 1
+        columns |= {f'next_{name}': jnp.roll(columns[name], -1) for name in STATED if name in columns}
     if 'first' in table:  # x at a higher level than it is given at
         noise = noise_of(keys, len(columns['t']), x)
         x = table['first']['x_t_weight'] * x + table['first']['std'] * noise
@@ -1244,6 +1259,9 @@ def run(denoise: Callable, x: Array, table: Table, keys: Array | None, trajector
             score = at['precision'] * (at['alpha'] * x_0 - x)
             size = at['size'] / jnp.square(score).mean(tuple(range(1, x.ndim)), keepdims=True)
             moved = jnp.where(at['correct'], x + size * score + jnp.sqrt(2 * size) * noise, moved)
+        if keep is not None:
+            after = [at[f'next_{name}'] for name in STATED if name in at]
+            moved = keep(moved, Schedule(*after) if len(after) > 1 else after[0], at['last'])
         return (moved, *estimates[:-1]), {'x': moved, 'x_0': x_0} if trajectory else None
 
     start = (x, *[jnp.zeros_like(x)] * (columns['x_0_weight'].shape[1] - 1))

@@ -33,6 +33,8 @@ With `config.stages.first`, an autoencoder, all of it happens to that stage's la
 2021, arXiv 2112.10752): x_0 = latent_scale encode(image), and samples are decoded. Latents have no bits;
 measured is then 'eps_error', the mean square error of the noise, at ten levels evenly over time.
 
+Samples that begin with a person's image, or fill the hole of one: see diffusion/editing.py.
+
 With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py.
 """
 
@@ -63,10 +65,12 @@ from jaxgen.contract import (
 )
 from jaxgen.diffusion import adapters as adapting
 from jaxgen.diffusion import conditioning as conditions
+from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
 from jaxgen.diffusion import importance, latents, likelihood, objective, processes, samplers
 from jaxgen.diffusion.conditioning import Condition, Conditioning, Values
+from jaxgen.diffusion.editing import Editing, Edits
 from jaxgen.diffusion.guidance import OFF, Guidance
 from jaxgen.diffusion.latents import Space
 from jaxgen.diffusion.objective import Formulation
@@ -102,6 +106,7 @@ class Model(NamedTuple):
     adapters: adapting.Adapters
     adapter: dict  # its complete section
     prior_weight: float  # of the loss of other images
+    edits: Edits
 
 
 @options.checked
@@ -123,6 +128,7 @@ def build(
     adapter: Annotated[Section, adapting.COMPONENT] = 'none',
     adapters: Annotated[Section, adapting.SECTION] = EMPTY,
     prior_weight: options.NonNegative = 1.0,
+    editing: Annotated[Section, Fields(Editing)] = EMPTY,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -140,6 +146,7 @@ def build(
       adapters: {stage: scale} of the LoRAs that are stages, and of this run's own under the name 'own'.
       prior_weight: of the loss of `config.data.other`, images of the class of an object, in fine-tuning on it
         (DreamBooth).
+      editing: of images that a person gives in sampling, see `editing.Editing`.
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
@@ -153,18 +160,24 @@ def build(
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
     conditioning = conditions.make(conditioning, context, module)
     conditioning += augmented(formulation, module, context) + distilled(module)
+    tokens = denoisers.tokens_of(network, space.shape)
+
+    def make_sampler(skip: int) -> samplers.Sampler:
+        return samplers.make(sampler, moves, formulation.learned, tokens=tokens, skip=skip)
+
     bound = Model(
         space,
         formulation,
         denoisers.bind(module, conditioning),
         conditioning,
-        samplers.make(sampler, moves, formulation.learned, tokens=denoisers.tokens_of(network, space.shape)),
+        make_sampler(0),
         Guidance(**guidance),
         None,
         likelihood | variance_of(likelihood, moves, formulation),
         adapting.bind(context, given, adapter, adapters),
         adapter,
         prior_weight,
+        edits.bind(Editing(**editing), context, conditions.names(conditioning), make_sampler, not moves.straight),
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
@@ -187,9 +200,10 @@ def build(
         denoise=None if space.latent else functools.partial(denoise, bound),
         trajectory=by_settings(functools.partial(trajectory, bound), settings),
         conditions=tuple(c.name for c in conditioning if not c.optional) + label,
+        inputs=bound.edits.inputs,
         divisor=divisor,
-        free=('sampler', 'guidance', 'likelihood', 'adapters'),
-        sampling=('sampler', 'guidance', 'adapters'),
+        free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing'),
+        sampling=('sampler', 'guidance', 'adapters', 'editing'),
         settings=settings,
         merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors else None,
         captions=Captions(encoded=encoded),
@@ -398,10 +412,10 @@ def denoiser_of(
 def settings_of(model: Model) -> dict[str, Any]:
     """What sampling reads beside the weights: the standard deviation of the noise that it starts from, the sampler's
     table, the numbers of guidance, and those of an ancestral sampler that a classifier guides."""
-    sampler, guidance = model.sampler, guides.settings_of(model.guidance)
+    sampler, guidance = model.edits.sampler, guides.settings_of(model.guidance)
     if reads_distilled(model.conditioning):
         guidance['distilled'] = model.guidance.distilled
-    settings = {'start': sampler.start, 'table': sampler.table, 'guidance': guidance}
+    settings = {**edits.settings_of(model.edits), 'table': sampler.table, 'guidance': guidance}
     settings |= {'adapters': model.adapters.factors} if model.adapters.factors else {}
     moved = model.classifier is not None and bool(sampler.variance)
     return settings | ({'moves': guides.moves_of(sampler.schedule, sampler.variance)} if moved else {})
@@ -420,7 +434,12 @@ def classifier_of(model: Model, context: Context, frozen, label: Array, moves: d
 def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, **options):
     """x_0 [n, ...] of the samples of a batch; with `trajectory` (x_0, what was passed through)."""
     rng_start, rng_steps = jax.random.split(rng)
-    x = settings['start'] * normal(example_keys(rng_start, batch), model.space.shape)
+    eps = normal(example_keys(rng_start, batch), model.space.shape)
+    x_0 = edited(model, frozen, batch, rng)
+    x = edits.start(settings, eps, x_0, model.edits.options.strength < 1)
+    if x_0 is not None and edits.MASK in batch:
+        hole = edits.at_size(edits.missing(batch[edits.MASK]), model.space.shape)
+        options['keep'] = edits.keeping(model.formulation.process, x_0, eps, hole)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
     values = conditions.values_of(model.conditioning, {DISTILLED: scale} | batch, frozen)
@@ -433,9 +452,19 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     return samplers.run(denoise, x, settings['table'], example_keys(rng_steps, batch), **options)
 
 
+def edited(model: Model, frozen, batch, rng) -> Array | None:
+    """x_0 [n, ...] of the image of a batch that is to be edited, None where there is none."""
+    if not edits.reads(model.edits, batch):
+        return None
+    return model.space.encode(frozen, batch, stream(rng, 'encoder'))
+
+
 def sample(model: Model, state: State, frozen, batch, rng, settings: dict) -> Array:
     """Samples, float32 [n, H, W, C] in [-1, 1]."""
-    return model.space.decode(frozen, run_sampler(model, state, frozen, batch, rng, settings), stream(rng, 'decoder'))
+    x_0 = run_sampler(model, state, frozen, batch, rng, settings)
+    images = model.space.decode(frozen, x_0, stream(rng, 'decoder'))
+    paste = model.edits.options.paste and edits.MASK in batch and edits.reads(model.edits, batch)
+    return edits.pasted(images, batch) if paste else images
 
 
 def trajectory(model: Model, state: State, frozen, batch, rng, settings: dict) -> dict[str, Array]:

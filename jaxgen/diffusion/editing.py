@@ -1,0 +1,158 @@
+"""Editing: sampling that begins from a person's image, and sampling under a mask.
+
+Where a batch holds 'image', and `editing.strength` is below 1, sampling begins at an intermediate level with that image
+and its noise (SDEdit, Meng et al. 2022, arXiv 2108.01073). Where it holds 'mask' too, what the mask leaves is known:
+after each step it is replaced by the image with the noise of the level that x is at then (Song et al. 2021, arXiv
+2011.13456, appendix I.2), the same noise in all steps, as in diffusers' inpainting with networks that read no mask. The
+network need not have been trained for either.
+
+Of latents both are of the latents of the image, the mean of the first stage's posterior where it has one (diffusers
+draws from it), with the mask at their size by the nearest value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.contract import Context, Input
+from jaxgen.diffusion import samplers
+from jaxgen.diffusion.processes import Process, coefficients
+from jaxgen.diffusion.samplers import Sampler
+from jaxgen.errors import UserError
+
+Array = jax.Array
+
+IMAGE, MASK = 'image', 'mask'  # in a batch; the mask is above 0 where something is missing
+TAKEN = (IMAGE, MASK, 'low_resolution')  # conditions of which a person's image is one, or is made into one
+
+
+@dataclasses.dataclass(frozen=True)
+class Editing:
+    """How images that a person gives are changed.
+
+    Attributes:
+      strength: 1: samples are drawn from noise alone; below 1 they begin with the image, of which the last of the noise
+        levels, this fraction of them, are visited: the less, the more like the image.
+      paste: under a mask, the image itself is put over what is known of the sample. Without it the known part of
+        latents is as the first stage decodes it (diffusers' default).
+    """
+
+    strength: Annotated[float, '(0, 1]'] = 1.0
+    paste: bool = True
+
+
+class Edits(NamedTuple):
+    """Editing bound to a model."""
+
+    options: Editing
+    sampler: Sampler  # which begins at the level that `strength` says
+    inputs: tuple[Input, ...]  # that `sample` reads
+
+
+def bind(options: Editing, context: Context, names: tuple[str, ...], make: Callable[[int], Sampler], whole: bool):
+    """The Edits of a model.
+
+    Args:
+      names: of its conditions.
+      make: (skip) -> the sampler without that many levels, see `samplers.make`.
+      whole: see `samplers.skipped_levels`.
+
+    Raises:
+      UserError: a strength that leaves no noise level, or a model whose condition the image is.
+    """
+    sampler, changes = make(0), options.strength < 1
+    takes = len(context.image) == 3 and not set(TAKEN) & set(names)
+    if changes and not takes:
+        raise UserError('config.model.editing.strength is of images, and an image is a condition of this model itself')
+    if changes:
+        n = len(sampler.schedule.t)
+        skip = samplers.skipped_levels(n, options.strength, whole)
+        if skip >= n:
+            raise UserError(f'config.model.editing.strength = {options.strength} leaves none of {n} noise levels')
+        sampler = make(skip)
+    return Edits(options, sampler, inputs_of(context.image, changes) if takes else ())
+
+
+def inputs_of(shape: tuple[int, ...], changes: bool) -> tuple[Input, ...]:
+    """The images that `sample` reads: an image and its mask.
+
+    Args:
+      shape: of an image.
+      changes: whether an image alone is one that samples begin with.
+    """
+    height, width, channels = shape
+    alone = Input(IMAGE, (height, width, channels))
+    if not changes:
+        alone = alone._replace(beside=(MASK,), otherwise='or editing.strength below 1, to change all of it')
+    return alone, Input(MASK, (height, width, 1), beside=(IMAGE,))
+
+
+def reads(edits: Edits, batch: dict[str, Array]) -> bool:
+    """Whether sampling reads the image of a batch."""
+    needed = {IMAGE} if edits.options.strength < 1 else {IMAGE, MASK}
+    return bool(edits.inputs) and needed <= set(batch)
+
+
+def start(settings: dict[str, Any], eps: Array, x_0: Array | None, changes: bool) -> Array:
+    """The x that sampling begins with.
+
+    Args:
+      settings: 'start', the standard deviation of its noise, and 'kept', what x_0 is multiplied with.
+      eps: noise.
+      x_0: the image, in the model's space.
+      changes: whether strength is below 1.
+
+    Raises:
+      UserError: no image to begin with.
+    """
+    x = settings['start'] * eps
+    if not changes:
+        return x
+    if x_0 is None:
+        raise UserError('editing.strength below 1 begins with an image: set the condition image')
+    return settings['kept'] * x_0 + x
+
+
+def settings_of(edits: Edits) -> dict[str, float]:
+    """The numbers that `start` reads."""
+    schedule = edits.sampler.schedule
+    if edits.options.strength == 1:
+        return {'start': edits.sampler.start}
+    return {'start': float(schedule.sigma[-1]), 'kept': float(schedule.alpha[-1])}
+
+
+def missing(mask: Array) -> Array:
+    """Masks of a batch, in [-1, 1], as bool: True where something is missing."""
+    return mask > 0
+
+
+def at_size(mask: Array, shape: tuple[int, ...]) -> Array:
+    """Masks [n, H, W, 1] at the height and width of `shape`, by the first value of each block (torch's 'nearest')."""
+    for axis, size in ((1, shape[0]), (2, shape[1])):
+        mask = jnp.take(mask, jnp.arange(size) * mask.shape[axis] // size, axis)
+    return mask
+
+
+def keeping(process: Process, x_0: Array, eps: Array, hole: Array) -> Callable:
+    """What `samplers.run` does to x after a step: (x, level, last) -> x with what is known in its place.
+
+    Args:
+      x_0, eps: [n, ...], the image and its noise.
+      hole: bool [n, ..., 1], where x stays.
+    """
+
+    def keep(x: Array, level: Any, last: Array) -> Array:
+        alpha, sigma = coefficients(process, level, x)
+        return jnp.where(hole, x, jnp.where(last, x_0, alpha * x_0 + sigma * eps))
+
+    return keep
+
+
+def pasted(images: Array, batch: dict[str, Array]) -> Array:
+    """Images [n, H, W, C] with the batch's own where nothing is missing."""
+    return jnp.where(missing(batch[MASK]), images, batch[IMAGE])

@@ -1,0 +1,283 @@
+"""Editing of a person's images: a plain loop in numpy, diffusers' pipelines around a toy network, and what runs keep of
+an image."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import assemble, context, first_batch, tiny
+
+from jaxgen import conditions, options, run
+from jaxgen.diffusion import editing, processes, samplers
+from jaxgen.diffusion.editing import Editing
+from jaxgen.diffusion.schedules import Schedule
+from jaxgen.errors import UserError
+from jaxgen.families import diffusion
+from jaxgen.weights import schedulers
+
+LEVELS = Schedule(np.array([0.1, 0.4, 0.9]), np.array([0.99, 0.8, 0.3]), np.array([0.1, 0.6, 0.95]))
+RNG = np.random.default_rng(0)
+IMAGE, NOISE = RNG.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
+HOLE = np.zeros((1, 4, 4, 1), bool)
+HOLE[:, 1:3, :2] = True
+
+
+def toy(x, t):
+    """An estimate of x_0 that mixes neighbours, so that what is known reaches the hole."""
+    lib = jnp if isinstance(x, jax.Array) else np
+    return lib.tanh(x + 0.5 * lib.roll(x, 1, 1) - 0.3 * lib.roll(x, 1, 2)) * (1 - 0.2 * t)
+
+
+def level_at(t):
+    """The process of LEVELS."""
+    i = jnp.argmin(jnp.abs(jnp.asarray(LEVELS.t) - t))
+    return Schedule(t, jnp.asarray(LEVELS.alpha)[i], jnp.asarray(LEVELS.sigma)[i])
+
+
+class Toy:
+    at = staticmethod(level_at)
+
+
+@pytest.mark.parametrize('stated', [False, True])
+@pytest.mark.parametrize('name', ['ddim', 'heun'])
+def test_what_is_known_stays_at_its_level(name, stated):
+    """DDIM and Heun's method as loops that put the known part into x whenever x has come to another level."""
+    table = samplers.with_levels(getattr(samplers, name).table, LEVELS, stated)
+    keep = editing.keeping(Toy, jnp.asarray(IMAGE), jnp.asarray(NOISE), jnp.asarray(HOLE))
+
+    def denoise(x, t):
+        return toy(x, t.t if stated else t)
+
+    found = samplers.run(denoise, jnp.asarray(NOISE), table, None, keep=keep)
+
+    alphas, sigmas = np.append(1, LEVELS.alpha), np.append(0, LEVELS.sigma)
+
+    def known(x, i):
+        return np.where(HOLE, x, alphas[i] * IMAGE + sigmas[i] * NOISE)
+
+    x = NOISE.astype(np.float64)
+    for i in (3, 2, 1):
+        here = toy(x, LEVELS.t[i - 1])
+        slope = (x - alphas[i] * here) / sigmas[i]  # of x / alpha by sigma / alpha
+        step = sigmas[i - 1] / alphas[i - 1] - sigmas[i] / alphas[i]
+        moved = known(alphas[i - 1] * (x / alphas[i] + step * slope), i - 1)
+        if name == 'heun' and i > 1:
+            there = (moved - alphas[i - 1] * toy(moved, LEVELS.t[i - 2])) / sigmas[i - 1]
+            moved = known(alphas[i - 1] * (x / alphas[i] + step * (slope + there) / 2), i - 1)
+        x = moved
+    np.testing.assert_allclose(found, x, atol=1e-5)
+    np.testing.assert_array_equal(found[:, ~HOLE[0, ..., 0]], IMAGE[:, ~HOLE[0, ..., 0]])
+
+
+def test_masks_at_the_size_of_latents():
+    """As torch's interpolation by the nearest value: the first pixel of each block."""
+    mask = np.arange(48, dtype=np.float32).reshape(1, 8, 6, 1)
+    np.testing.assert_array_equal(editing.at_size(mask, (4, 2, 5)), mask[:, ::2, ::3])
+    np.testing.assert_array_equal(editing.at_size(mask, (8, 6, 3)), mask)
+
+
+# --- diffusers' pipelines, with a toy network and a toy autoencoder
+
+SCHEDULERS = {
+    'DDIMScheduler': dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+    'PNDMScheduler': dict(skip_prk_steps=True, steps_offset=1),
+    'DPMSolverMultistepScheduler': dict(),
+    'EulerDiscreteScheduler': dict(),
+    'UniPCMultistepScheduler': dict(),
+    'HeunDiscreteScheduler': dict(),
+}  # fmt: skip
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', num_train_timesteps=1000)
+
+
+def toy_eps(lib, x, t, axes):
+    """The noise that the toy network predicts."""
+    return lib.tanh(0.7 * x + 0.3 * lib.roll(x, 1, axes[0]) - 0.2 * lib.roll(x, 1, axes[1])) * (0.5 + t / 2000)
+
+
+def stand_ins():
+    """(autoencoder, network) as diffusers' pipelines read them."""
+    import torch
+    from diffusers.configuration_utils import FrozenDict
+
+    class Network(torch.nn.Module):
+        config = FrozenDict(in_channels=4, sample_size=8, time_cond_proj_dim=None)
+        dtype = torch.float32
+
+        def forward(self, x, t, **_):
+            return (toy_eps(torch, x, t, (2, 3)),)
+
+    class Distribution:
+        def __init__(self, x):
+            self.x = x
+
+        def sample(self, _=None):
+            return self.x
+
+        mode = sample
+
+    class Encoded:
+        def __init__(self, x):
+            self.latent_dist = Distribution(x)
+
+    class Autoencoder(torch.nn.Module):
+        config = FrozenDict(block_out_channels=(1, 1), latent_channels=4, scaling_factor=0.5, force_upcast=False)
+        dtype = torch.float32
+
+        def encode(self, x):
+            small = torch.nn.functional.avg_pool2d(x, 2)
+            return Encoded(torch.cat([small, small[:, :1]], 1))
+
+        def decode(self, z, **_):
+            return (torch.nn.functional.interpolate(z[:, :3], scale_factor=2),)
+
+    return Autoencoder(), Network()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')  # torch and numpy, schedulers
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('strength', [1.0, 0.6, 0.35])
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_equals_diffusers(name, strength, masked, monkeypatch):
+    """StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline of 7 steps, from the same image and noise."""
+    torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
+    if strength == 1 and not masked:
+        pytest.skip('of strength 1 diffusers begins with the image at the last level')
+    vae, network = stand_ins()
+    scheduler = getattr(diffusers, name)(**BETAS, **SCHEDULERS[name])
+    image = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    mask = np.zeros((1, 16, 16, 1), np.float32)
+    mask[:, 3:12, 4:13] = 1
+    eps = np.random.default_rng(2).normal(size=(1, 8, 8, 4)).astype(np.float32)
+    kind = 'Inpaint' if masked else 'Img2Img'
+    module = f'diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_{kind.lower()}'
+    pipeline = getattr(diffusers, f'StableDiffusion{kind}Pipeline')
+    monkeypatch.setattr(pipeline, 'register_modules', lambda self, **parts: self.__dict__.update(parts))
+    monkeypatch.setattr(pipeline, 'maybe_free_model_hooks', lambda self: None)
+    monkeypatch.setattr(pipeline, '_execution_device', torch.device('cpu'))
+    pipe = pipeline(vae, None, None, network, scheduler, None, None, requires_safety_checker=False)
+    monkeypatch.setattr(f'{module}.randn_tensor', lambda *_, **__: torch.from_numpy(eps.transpose(0, 3, 1, 2)))
+    pipe.set_progress_bar_config(disable=True)
+    images = torch.from_numpy((image.transpose(0, 3, 1, 2) + 1) / 2)
+    given = dict(image=images, strength=strength, num_inference_steps=7, guidance_scale=1.0, output_type='latent')
+    given |= dict(prompt_embeds=torch.zeros(1, 2, 3))
+    if masked:
+        given |= dict(mask_image=torch.from_numpy(mask.transpose(0, 3, 1, 2)), height=16, width=16)
+    wanted = pipe(**given).images.numpy().transpose(0, 2, 3, 1)
+
+    # Ours, of the same scheduler_config.json.
+    said = dict(scheduler.config) | {'_class_name': name}
+    fields = options.fields(diffusion.build)
+    learned = {k: v for k, v in schedulers.process_fields(said).items() if k.startswith('model.process.')}
+    own = {k.removeprefix('model.process.'): v for k, v in learned.items()}
+    known = options.fields(processes.PROCESSES[own['name']])
+    process = processes.make({'name': own['name'], **{k: own.get(k, field.default) for k, field in known.items()}})
+    sampler = {**schedulers.sampler_fields(said), 'steps': 7}
+    section = options.value_of(fields['sampler'], sampler, 'sampler')
+
+    def make(skip):
+        return samplers.make(section, process, skip=skip)
+
+    edits = editing.bind(Editing(strength=strength), context((16, 16, 3)), (), make, whole=True)
+
+    def denoise(x, t):
+        alpha, sigma = processes.coefficients(process, t, x)
+        return (x - sigma * toy_eps(jnp, x, processes.time_of(t), (1, 2))) / alpha
+
+    latents = image.reshape(1, 8, 2, 8, 2, 3).mean((2, 4))
+    latents = 0.5 * jnp.asarray(np.concatenate([latents, latents[..., :1]], -1))
+    x = editing.start(editing.settings_of(edits), jnp.asarray(eps), latents, strength < 1)
+    hole = editing.at_size(editing.missing(2 * mask - 1), (8, 8))
+    keep = editing.keeping(process, latents, jnp.asarray(eps), hole) if masked else None
+    found = samplers.run(denoise, x, edits.sampler.table, None, keep=keep)
+    assert np.abs(wanted - np.asarray(latents)).max() > 0.05
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+# --- runs
+
+
+@functools.cache
+def fresh(name: str) -> run.Run:
+    """A run of a tiny config, with random weights in all of its layers."""
+    config = tiny(name)
+    a = assemble(config)
+    rng = np.random.default_rng(0)
+    state = jax.eval_shape(a.family.init, jax.random.key(0), first_batch(config), a.frozen)
+    state = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), state)
+    return run.Run('nowhere', config, a, state, 'ema')
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ddpm_digits', 'dit_digits', 'flow_digits', 'flow_shapes'])
+def test_a_run_edits_images(name):
+    """What is known stays to the grey level, a hole of everything is no condition, and strength is how far it goes."""
+    r = fresh(name)
+    x, hole = pixels(2, *r.image), np.zeros(r.image[:2], bool)
+    hole[: len(hole) // 2] = True
+    y = r.sample(seed=1, condition={'image': x, 'mask': hole})
+    np.testing.assert_array_equal(y[:, ~hole], x[:, ~hole])
+    free = r.sample(2, seed=1)
+    np.testing.assert_array_equal(r.sample(seed=1, condition={'image': x, 'mask': np.ones_like(hole)}), free)
+    assert (y[:, hole] != free[:, hole]).any() and (y[:, hole] != x[:, hole]).any()
+    np.testing.assert_array_equal(r.sample(seed=1, condition={'image': x, 'mask': ~hole})[:, hole], x[:, hole])
+    # By strength: another program each, of fewer levels.
+    changed = {s: r.sample(seed=1, condition={'image': x}, editing={'strength': s}) for s in (0.26, 0.8)}
+    distance = {s: np.abs(y.astype(int) - x).mean() for s, y in changed.items()}
+    assert distance[0.26] < distance[0.8]
+    masked = r.sample(seed=1, condition={'image': x, 'mask': hole}, editing={'strength': 0.5})
+    np.testing.assert_array_equal(masked[:, ~hole], x[:, ~hole])
+    np.testing.assert_array_equal(r.film(2, 2, condition={'image': x, 'mask': hole}).shape[0], 2)
+
+
+@pytest.mark.slow
+def test_the_known_part_of_latents_is_decoded_without_paste():
+    """It is the reconstruction by the first stage, where the hole is far."""
+    r = fresh('flow_shapes')
+    x, none = pixels(1, *r.image), np.zeros(r.image[:2], bool)
+    y = r.sample(condition={'image': x, 'mask': none}, editing={'paste': False})
+    first, (state, frozen) = r.assembled.context.stages['first'], r.assembled.frozen['first']
+    latents = first.encode(state, frozen, {'image': jnp.asarray(x) / 127.5 - 1}, jax.random.key(0))
+    wanted = (np.asarray(first.decode(state, frozen, {}, latents, jax.random.key(0))) + 1) * 127.5
+    np.testing.assert_allclose(y, np.clip(wanted, 0, 255), atol=1)
+
+
+def test_what_an_image_needs_beside_it(no_compile):
+    r = fresh_shapes('ddpm_digits')
+    image, hole = pixels(8, 8), np.ones((8, 8), bool)
+    assert r({'image': image}).reconstructs
+    assert not r({'image': image, 'mask': hole}).reconstructs
+    assert not r({'image': image}, strength=0.5).reconstructs
+    with pytest.raises(UserError, match='mask is read beside image: set that too'):
+        r({'mask': hole})
+    with pytest.raises(UserError, match=r'strength = 0\.01 leaves none of'):
+        r({'image': image}, strength=0.01)
+    with pytest.raises(UserError, match='strength'):
+        r({'image': image}, strength=0.0)
+    with pytest.raises(UserError, match='a condition of this model itself'):
+        fresh_shapes('upsampler_shapes')({}, strength=0.5)
+
+
+def fresh_shapes(name: str):
+    """(condition, fields of editing) -> the conditions as a run of this tiny config reads them."""
+    config = tiny(name)
+    a = assemble(config)
+
+    def read(condition, **fields):
+        return conditions.read(a.with_options({'editing': fields}) if fields else a, config, condition)
+
+    return read
+
+
+@pytest.mark.slow
+def test_strength_begins_with_an_image():
+    with pytest.raises(UserError, match='set the condition image'):
+        fresh('ddpm_digits').sample(2, editing={'strength': 0.5})
