@@ -13,9 +13,9 @@ backgrounds, conditional_accuracy/caption that of samples of which all four are 
 
 Time: not measured
 Paper: none
-Ours: not trained to the end. After 900 of the 2,400 updates, of 256 samples of held-out captions 52.7% show the shape, of
-which 12.5% is chance (after about 500 36%), 96.1% the colour, all the background, 91.4% the size; 48.4% show all four
-(`python benchmarks/latents.py --first=runs/kl_shapes_robust --model=runs/ldm_text_shapes --n=256`)
+Ours: not trained to the end. After 900 of the 2,400 updates, of 256 samples of held-out captions 52.7% show the shape,
+of which 12.5% is chance (36% after about 500), 96.1% the colour, all the background, 91.4% the size; 48.4% show all
+four (`python benchmarks/latents.py --first=runs/kl_shapes_robust --model=runs/ldm_text_shapes --n=256`)
 """
 
 from jaxgen.config import make
