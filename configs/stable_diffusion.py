@@ -9,9 +9,10 @@ A folder of the hub is imported with its autoencoder, text encoder and tokenizer
 `--mode=describe`, for a single file (`--config=stable_diffusion --from=v1-5-pruned-emaonly.safetensors`), and to train.
 
 Variants: `:v2`, Stable Diffusion 2.1 at 512 pixels, which reads OpenCLIP's ViT-H/14, one block before its last;
-`:v2,v`, its 768 pixels, which predict v.
+`:v2,v`, its 768 pixels, which predict v; `:inpainting`, the
+model of 1.5 that fills holes, of 9 channels: latents, a mask and latents of what is known.
 
-859,520,964 weights; 865,910,724 of `:v2`.
+859,520,964 weights; 865,910,724 of `:v2`, 859,535,364 of `:inpainting`.
 
 Differs: data are drawn scenes, where a person names no others; LAION is not to be had any more. Published: batch of
 2,048, a learning rate of 1e-4 after 10,000 steps of warm-up (model card).
@@ -56,6 +57,7 @@ def get_config(variant: str = ''):
                 data=dict(size=768),
                 model=dict(training=dict(prediction='v')),
             ),
+            'inpainting': dict(model=dict(conditioning=dict(inpainting={}))),
             'tiny': dict(
                 model=dict(
                     process=dict(timesteps=20),

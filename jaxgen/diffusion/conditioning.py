@@ -16,6 +16,7 @@ A kind says what the array is embedded as, and what stands for its absence:
     text       what frozen stages make   'tokens' [n, T, D] and               what they make of
                of the caption            'pooled' [n, d]                      no text
     numbers    float32 [n, k]            'pooled' [n, k d], cosines, sines    themselves
+    inpainting 'image' and 'mask'        'planes' [n, H, W, 1 + C]            all is missing
 
 A vector is added to the network's embedding of time; tokens join its attention; planes are concatenated to x_t; pooled
 vectors are joined, and the network embeds them. So a class label, an image embedding, a caption, a low-resolution,
@@ -35,6 +36,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgen.augmentation import corruptions
 from jaxgen.contract import NEGATIVE, Context, Frozen
 from jaxgen.diffusion.processes import expanded
 from jaxgen.errors import UserError
@@ -65,6 +67,7 @@ class Condition(NamedTuple):
     kind: str = ''  # of KINDS
     compute: Callable | None = None  # (frozen, batch, train) -> value; None: the array of its name in the batch
     prepare: Callable | None = None  # (frozen, batch) -> {name: array} of the stages, that a batch may hold before
+    draw: Callable | None = None  # (keys [n]) -> {name: array} that training reads where the batch does not hold them
 
 
 Conditioning = tuple[Condition, ...]
@@ -197,6 +200,56 @@ def numbers(
     return Condition(name, 'pooled', None, embed, null, dropout, usual, optional=True)
 
 
+def inpainting(
+    name: str,
+    context: Context,
+    network: Any,
+    *,
+    masks: Annotated[str, OneOf('strokes', 'square', 'both')] = 'both',
+    brush: Annotated[tuple[float, float], '(0, 1]', Rule(lambda b: b[0] <= b[1], 'the least and the largest width')] = (
+        0.05,
+        0.16,
+    ),
+    hole: Annotated[float, '(0, 1]'] = 0.5,
+    whole: Rate = 0.25,
+) -> Condition:
+    """What is known of an image under a mask: the mask, 1 where something is missing, and x_0 of the image with grey in
+    its hole (Stable Diffusion's inpainting model; Rombach et al. 2021, section 4.5). Masks are 'mask' of the batch, in
+    sampling a person's; without one all is missing. See diffusion/editing.py.
+
+    Args:
+      masks: that training draws where the data have none: 'strokes' of a brush, a 'square' or 'both'.
+      brush: least and largest width of the brush, of the shorter side of the image.
+      hole: side of the square, of the shorter side of the image.
+      whole: probability that all is missing.
+    """
+    size = context.image[:2]
+    least = min(size)
+
+    def draw(keys: Array) -> dict[str, Array]:
+        names = ('strokes', 'square', 'whole')
+        k = dict(zip(names, jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0), strict=True))
+        mask = jnp.zeros((len(keys), *size, 1), bool)
+        if masks != 'square':
+            mask |= corruptions.strokes(k['strokes'], size, (brush[0] * least, brush[1] * least))
+        if masks != 'strokes':
+            mask |= corruptions.holes(k['square'], size, max(round(hole * least), 1))
+        everything = jax.vmap(lambda key: jax.random.bernoulli(key, whole))(k['whole'])
+        return {'mask': jnp.where(expanded(everything, mask) | mask, 1.0, -1.0)}
+
+    return Condition(name, 'planes', None, same, same_value, 0.0, optional=True, draw=draw)
+
+
+def drawn(conditioning: Conditioning, keys: Callable, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with the arrays that training draws and that it does not hold.
+
+    Args:
+      keys: () -> keys [n].
+    """
+    made = {name: x for c in conditioning if c.draw for name, x in c.draw(keys()).items()}
+    return {**made, **batch}
+
+
 def outputs_of(text: str) -> list[tuple[str, str]]:
     """[(stage, output)] of 'STAGE/OUTPUT+STAGE/OUTPUT'.
 
@@ -315,6 +368,7 @@ KINDS = {
     'mask': mask,
     'text': text,
     'numbers': numbers,
+    'inpainting': inpainting,
 }
 # What an array of each kind is embedded as; for texts see `parts_of`.
 PARTS = {
@@ -324,6 +378,7 @@ PARTS = {
     'image': 'planes',
     'mask': 'planes',
     'numbers': 'pooled',
+    'inpainting': 'planes',
 }
 USUAL = {
     'label': 'class',
@@ -333,6 +388,7 @@ USUAL = {
     'masked': 'image',
     'caption': 'text',
     'sizes': 'numbers',
+    'inpainting': 'inpainting',
 }
 NAMED = Named(Component(KINDS, key='kind'), USUAL)
 

@@ -6,6 +6,9 @@ after each step it is replaced by the image with the noise of the level that x i
 2011.13456, appendix I.2), the same noise in all steps, as in diffusers' inpainting with networks that read no mask. The
 network need not have been trained for either.
 
+A network with a condition of kind 'inpainting' (diffusion/conditioning.py) reads the mask and what is known, and x is
+left to it.
+
 Of latents both are of the latents of the image, the mean of the first stage's posterior where it has one (diffusers
 draws from it), with the mask at their size by the nearest value.
 """
@@ -13,6 +16,7 @@ draws from it), with the mask at their size by the nearest value.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -21,6 +25,8 @@ import jax.numpy as jnp
 
 from jaxgen.contract import Context, Input
 from jaxgen.diffusion import samplers
+from jaxgen.diffusion.conditioning import Conditioning
+from jaxgen.diffusion.latents import Space
 from jaxgen.diffusion.processes import Process, coefficients
 from jaxgen.diffusion.samplers import Sampler
 from jaxgen.errors import UserError
@@ -52,13 +58,15 @@ class Edits(NamedTuple):
     options: Editing
     sampler: Sampler  # which begins at the level that `strength` says
     inputs: tuple[Input, ...]  # that `sample` reads
+    keeps: bool = True  # whether what is known is put back after each step
 
 
-def bind(options: Editing, context: Context, names: tuple[str, ...], make: Callable[[int], Sampler], whole: bool):
+def bind(
+    options: Editing, context: Context, conditioning: Conditioning, make: Callable[[int], Sampler], whole: bool
+) -> Edits:
     """The Edits of a model.
 
     Args:
-      names: of its conditions.
       make: (skip) -> the sampler without that many levels, see `samplers.make`.
       whole: see `samplers.skipped_levels`.
 
@@ -66,7 +74,7 @@ def bind(options: Editing, context: Context, names: tuple[str, ...], make: Calla
       UserError: a strength that leaves no noise level, or a model whose condition the image is.
     """
     sampler, changes = make(0), options.strength < 1
-    takes = len(context.image) == 3 and not set(TAKEN) & set(names)
+    takes = len(context.image) == 3 and not {c.name for c in conditioning} & set(TAKEN)
     if changes and not takes:
         raise UserError('config.model.editing.strength is of images, and an image is a condition of this model itself')
     if changes:
@@ -75,7 +83,8 @@ def bind(options: Editing, context: Context, names: tuple[str, ...], make: Calla
         if skip >= n:
             raise UserError(f'config.model.editing.strength = {options.strength} leaves none of {n} noise levels')
         sampler = make(skip)
-    return Edits(options, sampler, inputs_of(context.image, changes) if takes else ())
+    keeps = not any(c.kind == 'inpainting' for c in conditioning)
+    return Edits(options, sampler, inputs_of(context.image, changes) if takes else (), keeps)
 
 
 def inputs_of(shape: tuple[int, ...], changes: bool) -> tuple[Input, ...]:
@@ -136,6 +145,24 @@ def at_size(mask: Array, shape: tuple[int, ...]) -> Array:
     for axis, size in ((1, shape[0]), (2, shape[1])):
         mask = jnp.take(mask, jnp.arange(size) * mask.shape[axis] // size, axis)
     return mask
+
+
+def with_space(conditioning: Conditioning, space: Space) -> Conditioning:
+    """The conditions, of which those of kind 'inpainting' are in this space."""
+    compute = functools.partial(known_planes, space)
+    return tuple(c._replace(compute=compute) if c.kind == 'inpainting' else c for c in conditioning)
+
+
+def known_planes(space: Space, frozen: Any, batch: dict[str, Array], train: bool) -> Array:
+    """[n, h, w, 1 + C], the masks of a batch and x_0 of its images with 0, grey, in their holes; all is missing where
+    there is no mask."""
+    n = len(next(iter(batch.values())))
+    if MASK in batch and IMAGE in batch:
+        hole, image = missing(batch[MASK]), batch[IMAGE]
+    else:
+        hole, image = jnp.ones((n, *space.image[:2], 1), bool), jnp.zeros((n, *space.image))
+    known = space.encode(frozen, {IMAGE: jnp.where(hole, 0, image)}, jax.random.key(0))
+    return jnp.concatenate([at_size(hole, space.shape).astype(known.dtype), known], -1)
 
 
 def keeping(process: Process, x_0: Array, eps: Array, hole: Array) -> Callable:

@@ -25,6 +25,7 @@ class Space(NamedTuple):
     prepare: Prepare | None  # what `encode_drawn` may be given in place of images
     encode_drawn: Callable  # as encode, drawn from the stage's posterior where it has one: for training
     decode: Callable  # (frozen, x_0, rng) -> images [n, H, W, C] in [-1, 1]
+    image: tuple[int, ...]  # shape of an image
 
 
 def bind(context: Context, scale: float, shift: float = 0.0) -> Space:
@@ -39,7 +40,10 @@ def bind(context: Context, scale: float, shift: float = 0.0) -> Space:
         def images(frozen, batch, rng) -> Array:
             return batch['image']
 
-        return Space(context.image, 1, False, images, None, images, lambda frozen, x_0, rng: jnp.clip(x_0, -1, 1))
+        def in_range(frozen, x_0, rng) -> Array:
+            return jnp.clip(x_0, -1, 1)
+
+        return Space(context.image, 1, False, images, None, images, in_range, context.image)
     if not (stage.latents.shape and stage.encode and stage.decode):
         raise UserError('config.stages.first must be the run of an autoencoder with continuous latents')
     if len(stage.latents.shape) != 3:
@@ -62,4 +66,4 @@ def bind(context: Context, scale: float, shift: float = 0.0) -> Space:
         latents = x_0 / scale + shift if shift else x_0 / scale
         return jnp.clip(stage.decode(*frozen['first'], {}, latents, rng), -1, 1)
 
-    return Space(stage.latents.shape, stage.divisor, True, encode, first.prepare, encode_drawn, decode)
+    return Space(stage.latents.shape, stage.divisor, True, encode, first.prepare, encode_drawn, decode, context.image)

@@ -158,7 +158,7 @@ def build(
     formulation = objective.formulate(moves, network.get('embedding') == 'fourier', **training)
     outputs = space.shape[-1] * (2 if formulation.learned else 1)
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
-    conditioning = conditions.make(conditioning, context, module)
+    conditioning = edits.with_space(conditions.make(conditioning, context, module), space)
     conditioning += augmented(formulation, module, context) + distilled(module)
     tokens = denoisers.tokens_of(network, space.shape)
 
@@ -177,7 +177,7 @@ def build(
         adapting.bind(context, given, adapter, adapters),
         adapter,
         prior_weight,
-        edits.bind(Editing(**editing), context, conditions.names(conditioning), make_sampler, not moves.straight),
+        edits.bind(Editing(**editing), context, conditioning, make_sampler, not moves.straight),
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
@@ -194,7 +194,7 @@ def build(
         functools.partial(update, bound, context, step),
         by_settings(functools.partial(sample, bound), settings),
         functools.partial(evaluate, bound),
-        prepare=both(space.prepare, conditions.prepare(conditioning)),
+        prepare=both(space.prepare, conditions.prepare(conditioning)) if bound.edits.keeps else None,
         encode=functools.partial(encode, bound) if invertible else None,
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
@@ -291,7 +291,7 @@ def check(model: Model, context: Context, process: dict) -> None:
         )
     if model.space.latent and model.formulation.augmentation:
         raise UserError('config.model.training.augmentation is of images; config.stages.first gives latents')
-    if model.space.latent and any(condition.part == 'planes' for condition in model.conditioning):
+    if model.space.latent and any(c.part == 'planes' and c.kind != 'inpainting' for c in model.conditioning):
         raise UserError(
             'config.model.conditioning: images are concatenated to images; config.stages.first gives latents'
         )
@@ -345,6 +345,7 @@ def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) 
     draw_times = model.formulation.draw_times
     t = draw_times(rng_t, len(x_0)) if draw_times else batch['t']
     eps = jax.random.normal(rng_noise, x_0.shape)
+    batch = conditions.drawn(model.conditioning, lambda: jax.random.split(stream(rng, 'masks'), len(x_0)), batch)
     values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
     weights = model.adapters.weights(params, frozen, model.adapters.in_training)
@@ -437,7 +438,7 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     eps = normal(example_keys(rng_start, batch), model.space.shape)
     x_0 = edited(model, frozen, batch, rng)
     x = edits.start(settings, eps, x_0, model.edits.options.strength < 1)
-    if x_0 is not None and edits.MASK in batch:
+    if x_0 is not None and edits.MASK in batch and model.edits.keeps:
         hole = edits.at_size(edits.missing(batch[edits.MASK]), model.space.shape)
         options['keep'] = edits.keeping(model.formulation.process, x_0, eps, hole)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
@@ -481,6 +482,7 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     keys, process = example_keys(rng, batch), model.formulation.process
     # A clipped chain has a bound (Ho et al. 2020 clip); the density of the ODE needs the derivative.
     clip = model.sampler.clip and process.steps > 0
+    batch = conditions.drawn(model.conditioning, lambda: example_keys(stream(rng, 'masks'), batch), batch)
     denoise = denoiser_of(model, state, frozen, conditions.values_of(model.conditioning, batch, frozen), OFF, clip)
     if model.space.latent:
         x_0 = model.space.encode(frozen, batch, stream(rng, 'encoder'))

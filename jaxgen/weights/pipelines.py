@@ -464,7 +464,8 @@ def text_to_images(path: str, parts: Parts) -> tuple[str, ConfigDict]:
     own = text_to_image.section_of(said)
     diffusers.check_kinds(stage.config, 'config.json of the first stage')
     channels = said.get('in_channels', 64) // 4 if own['name'] == 'flux' else said.get('in_channels', 4)
-    if channels != (latent := stage.config.get('latent_channels', 4)):
+    latent = stage.config.get('latent_channels', 4)
+    if channels not in (latent, text_to_image.inpainting_channels(latent)):
         raise UserError(
             f'the network of {path} reads {channels} channels, and its latents have {latent}: what else it reads is '
             'not known, so give --config with its model.conditioning'

@@ -522,7 +522,15 @@ def conditioning_of(
         guidance = {'scale': SCALE_XL}
     else:
         caption['tokens'] = ('text/last',)
+    inpaints = said.get('in_channels', 4) == inpainting_channels(said.get('out_channels', 4))
+    if kind == 'UNet2DConditionModel' and inpaints:
+        conditioning['inpainting'] = {'kind': 'inpainting'}
     return {'conditioning': conditioning, 'guidance': guidance}
+
+
+def inpainting_channels(latent: int) -> int:
+    """Channels that a network of inpainting reads: latents, a mask, latents of what is known."""
+    return 2 * latent + 1
 
 
 # --- config.json of what is exported

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 from support import assemble, context, first_batch, tiny
 
 from jaxgen import conditions, options, run
-from jaxgen.diffusion import editing, processes, samplers
+from jaxgen.contract import Family, Latents
+from jaxgen.diffusion import conditioning, editing, latents, processes, samplers
 from jaxgen.diffusion.editing import Editing
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion
+from jaxgen.networks import denoisers
 from jaxgen.weights import schedulers
 
 LEVELS = Schedule(np.array([0.1, 0.4, 0.9]), np.array([0.99, 0.8, 0.3]), np.array([0.1, 0.6, 0.95]))
@@ -98,17 +101,23 @@ def toy_eps(lib, x, t, axes):
     return lib.tanh(0.7 * x + 0.3 * lib.roll(x, 1, axes[0]) - 0.2 * lib.roll(x, 1, axes[1])) * (0.5 + t / 2000)
 
 
-def stand_ins():
+def with_planes(eps, mask, known):
+    """The same of a network that reads a mask and what is known."""
+    return eps * (1 - 0.4 * mask) + 0.2 * known
+
+
+def stand_ins(channels):
     """(autoencoder, network) as diffusers' pipelines read them."""
     import torch
     from diffusers.configuration_utils import FrozenDict
 
     class Network(torch.nn.Module):
-        config = FrozenDict(in_channels=4, sample_size=8, time_cond_proj_dim=None)
+        config = FrozenDict(in_channels=channels, sample_size=8, time_cond_proj_dim=None)
         dtype = torch.float32
 
         def forward(self, x, t, **_):
-            return (toy_eps(torch, x, t, (2, 3)),)
+            eps = toy_eps(torch, x[:, :4], t, (2, 3))
+            return (with_planes(eps, x[:, 4:5], x[:, 5:]) if channels == 9 else eps,)
 
     class Distribution:
         def __init__(self, x):
@@ -139,15 +148,17 @@ def stand_ins():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')  # torch and numpy, schedulers
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('given', ['image', 'mask', 'planes'])
 @pytest.mark.parametrize('strength', [1.0, 0.6, 0.35])
 @pytest.mark.parametrize('name', SCHEDULERS)
-def test_equals_diffusers(name, strength, masked, monkeypatch):
-    """StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline of 7 steps, from the same image and noise."""
+def test_equals_diffusers(name, strength, given, monkeypatch):
+    """StableDiffusionImg2ImgPipeline and StableDiffusionInpaintPipeline of 7 steps, from the same image and noise;
+    the latter also with a network of nine channels."""
+    masked = given != 'image'
     torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
     if strength == 1 and not masked:
         pytest.skip('of strength 1 diffusers begins with the image at the last level')
-    vae, network = stand_ins()
+    vae, network = stand_ins(9 if given == 'planes' else 4)
     scheduler = getattr(diffusers, name)(**BETAS, **SCHEDULERS[name])
     image = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
     mask = np.zeros((1, 16, 16, 1), np.float32)
@@ -163,11 +174,11 @@ def test_equals_diffusers(name, strength, masked, monkeypatch):
     monkeypatch.setattr(f'{module}.randn_tensor', lambda *_, **__: torch.from_numpy(eps.transpose(0, 3, 1, 2)))
     pipe.set_progress_bar_config(disable=True)
     images = torch.from_numpy((image.transpose(0, 3, 1, 2) + 1) / 2)
-    given = dict(image=images, strength=strength, num_inference_steps=7, guidance_scale=1.0, output_type='latent')
-    given |= dict(prompt_embeds=torch.zeros(1, 2, 3))
+    fields = dict(image=images, strength=strength, num_inference_steps=7, guidance_scale=1.0, output_type='latent')
+    fields |= dict(prompt_embeds=torch.zeros(1, 2, 3))
     if masked:
-        given |= dict(mask_image=torch.from_numpy(mask.transpose(0, 3, 1, 2)), height=16, width=16)
-    wanted = pipe(**given).images.numpy().transpose(0, 2, 3, 1)
+        fields |= dict(mask_image=torch.from_numpy(mask.transpose(0, 3, 1, 2)), height=16, width=16)
+    wanted = pipe(**fields).images.numpy().transpose(0, 2, 3, 1)
 
     # Ours, of the same scheduler_config.json.
     said = dict(scheduler.config) | {'_class_name': name}
@@ -186,15 +197,20 @@ def test_equals_diffusers(name, strength, masked, monkeypatch):
 
     def denoise(x, t):
         alpha, sigma = processes.coefficients(process, t, x)
-        return (x - sigma * toy_eps(jnp, x, processes.time_of(t), (1, 2))) / alpha
+        predicted = toy_eps(jnp, x, processes.time_of(t), (1, 2))
+        if given == 'planes':
+            predicted = with_planes(predicted, planes[..., :1], planes[..., 1:])
+        return (x - sigma * predicted) / alpha
 
-    latents = image.reshape(1, 8, 2, 8, 2, 3).mean((2, 4))
-    latents = 0.5 * jnp.asarray(np.concatenate([latents, latents[..., :1]], -1))
-    x = editing.start(editing.settings_of(edits), jnp.asarray(eps), latents, strength < 1)
+    small = image.reshape(1, 8, 2, 8, 2, 3).mean((2, 4))
+    x_0 = 0.5 * jnp.asarray(np.concatenate([small, small[..., :1]], -1))
+    space = latents.bind(context((16, 16, 3), stages={'first': stage_of(16)}), 0.5)
+    planes = editing.known_planes(space, {'first': ((), {})}, {'image': image, 'mask': 2 * mask - 1}, False)
+    x = editing.start(editing.settings_of(edits), jnp.asarray(eps), x_0, strength < 1)
     hole = editing.at_size(editing.missing(2 * mask - 1), (8, 8))
-    keep = editing.keeping(process, latents, jnp.asarray(eps), hole) if masked else None
+    keep = editing.keeping(process, x_0, jnp.asarray(eps), hole) if given == 'mask' else None
     found = samplers.run(denoise, x, edits.sampler.table, None, keep=keep)
-    assert np.abs(wanted - np.asarray(latents)).max() > 0.05
+    assert np.abs(wanted - np.asarray(x_0)).max() > 0.05
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
@@ -245,8 +261,8 @@ def test_the_known_part_of_latents_is_decoded_without_paste():
     x, none = pixels(1, *r.image), np.zeros(r.image[:2], bool)
     y = r.sample(condition={'image': x, 'mask': none}, editing={'paste': False})
     first, (state, frozen) = r.assembled.context.stages['first'], r.assembled.frozen['first']
-    latents = first.encode(state, frozen, {'image': jnp.asarray(x) / 127.5 - 1}, jax.random.key(0))
-    wanted = (np.asarray(first.decode(state, frozen, {}, latents, jax.random.key(0))) + 1) * 127.5
+    z = first.encode(state, frozen, {'image': jnp.asarray(x) / 127.5 - 1}, jax.random.key(0))
+    wanted = (np.asarray(first.decode(state, frozen, {}, z, jax.random.key(0))) + 1) * 127.5
     np.testing.assert_allclose(y, np.clip(wanted, 0, 255), atol=1)
 
 
@@ -281,3 +297,112 @@ def fresh_shapes(name: str):
 def test_strength_begins_with_an_image():
     with pytest.raises(UserError, match='set the condition image'):
         fresh('ddpm_digits').sample(2, editing={'strength': 0.5})
+
+
+# --- networks that read a mask and what is known
+
+
+PLANES = dict(
+    network=dict(name='unet', channels=8, multipliers=(1,), blocks=1, attention=()),
+    process=dict(name='linear', timesteps=20),
+    conditioning=dict(inpainting={}),
+    sampler=dict(name='ddim', steps=3, clip=False),
+)
+
+
+def stage_of(size):
+    """A first stage whose latents are means of 2 x 2 pixels, with one channel more."""
+
+    def encode(state, frozen, batch, rng):
+        small = batch['image'].reshape(-1, size // 2, 2, size // 2, 2, 3).mean((2, 4))
+        return jnp.concatenate([small, small[..., :1]], -1)
+
+    def decode(state, frozen, batch, latents, rng):
+        return jnp.repeat(jnp.repeat(latents[..., :3], 2, 1), 2, 2)
+
+    never = functools.partial(pytest.fail, 'not to be called')
+    shape = (size // 2, size // 2, 4)
+    return Family(never, never, None, never, encode, decode, latents=Latents(shape), image=(size, size, 3))
+
+
+@pytest.mark.slow
+def test_the_network_reads_the_mask_and_what_is_known(monkeypatch):
+    """x, the mask, and latents of the image with grey in its hole, in this order, as StableDiffusionInpaintPipeline
+    concatenates them; in training under drawn masks, in sampling under the person's."""
+    read = []
+
+    class Reader(nn.Module):
+        takes = ('planes',)
+        vector_features: int = 0
+
+        @nn.compact
+        def __call__(self, x, t, train=False):
+            jax.debug.callback(lambda x: read.append(np.asarray(x)), x)
+            return x[..., :4] * self.param('scale', nn.initializers.ones, ())
+
+    monkeypatch.setattr(denoisers, 'make_module', lambda *_, **__: Reader())
+    given = options.complete(diffusion.build, {**PLANES, 'latent_scale': 0.5}, 'model')
+    family = diffusion.build(context((8, 8, 3), stages={'first': stage_of(8)}), **given)
+    frozen = {'first': ((), {})}
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)), jnp.float32)
+    state = family.init(jax.random.key(0), {'image': image}, frozen)
+    assert family.prepare is None and [one.name for one in family.inputs] == ['image', 'mask']
+
+    def latents_of(x):
+        small = np.asarray(x).reshape(-1, 4, 2, 4, 2, 3).mean((2, 4))
+        return 0.5 * np.concatenate([small, small[..., :1]], -1)
+
+    mask = np.full((3, 8, 8, 1), -1, np.float32)
+    mask[:, :4, 2:6] = 1
+    batch = {'index': jnp.arange(3), 'image': image, 'mask': jnp.asarray(mask)}
+    read.clear()
+    y = family.sample(state, frozen, batch, jax.random.key(1))
+    jax.effects_barrier()
+    assert len(read) == 3
+    for x in read:
+        np.testing.assert_array_equal(x[..., 4:5], mask[:, ::2, ::2] > 0)
+        np.testing.assert_allclose(x[..., 5:], latents_of(np.where(mask > 0, 0, image)), atol=1e-6)
+    np.testing.assert_array_equal(np.where(mask > 0, 0, y), np.where(mask > 0, 0, image))
+    read.clear()
+    family.sample(state, frozen, {'index': jnp.arange(3)}, jax.random.key(1))
+    jax.effects_barrier()
+    assert (read[0][..., 4] == 1).all() and (read[0][..., 5:] == 0).all()
+    # In training masks are drawn, others in each update; of the known part the latents are the image's.
+    read.clear()
+    for seed in range(8):
+        family.update(state, frozen, {'image': image}, jax.random.key(seed))
+    jax.effects_barrier()
+    masks = np.concatenate([x[..., 4] for x in read])
+    assert set(np.unique(masks)) == {0, 1} and 0 < (masks == 1).all((1, 2)).mean() < 1
+    known = np.concatenate([x[..., 5:] for x in read])
+    whole = (masks == 1).all((1, 2))
+    assert (known[whole] == 0).all() and (known[~whole] != 0).any()
+
+
+def test_planes_of_what_is_known_in_pixels():
+    """Without a first stage they are the mask and the image itself."""
+    space = latents.bind(context((4, 4, 3)), 1.0)
+    image, hole = jnp.asarray(IMAGE), jnp.broadcast_to(jnp.asarray(HOLE), (2, 4, 4, 1))
+    planes = editing.known_planes(space, {}, {'image': image, 'mask': 2.0 * hole - 1}, False)
+    np.testing.assert_array_equal(planes, np.concatenate([hole, np.where(hole, 0, image)], -1))
+    nothing = editing.known_planes(space, {}, {'index': jnp.arange(2)}, False)
+    np.testing.assert_array_equal(nothing, np.broadcast_to([1, 0, 0, 0], (2, 4, 4, 4)))
+
+
+@pytest.mark.slow
+def test_drawn_masks():
+    """Of their kind, size and rate; those of the data are taken."""
+    kinds = {name: dict(masks=name, whole=0.0, hole=0.25) for name in ('square', 'strokes', 'both')}
+    kinds['whole'] = dict(whole=1.0)
+    keys = jax.random.split(jax.random.key(0), 20)
+    drawn = {}
+    for name, own in kinds.items():
+        made = (conditioning.inpainting('inpainting', context((16, 16, 1)), None, **own),)
+        drawn[name] = np.asarray(conditioning.drawn(made, lambda: keys, {})['mask'])
+        assert drawn[name].shape == (20, 16, 16, 1)
+    assert ((drawn['square'] == 1).sum((1, 2, 3)) == 16).all()
+    assert len(np.unique(drawn['square'], axis=0)) > 10
+    np.testing.assert_array_equal(drawn['both'], np.maximum(drawn['square'], drawn['strokes']))
+    assert (drawn['whole'] == 1).all()
+    own = {'mask': np.zeros((20, 16, 16, 1))}
+    assert conditioning.drawn(made, lambda: keys, own)['mask'] is own['mask']
