@@ -185,22 +185,33 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequenc
 
 
 def restored_stage(
-    path: str, mesh, dtype: str = '', made: dict | None = None, alone: bool = False
+    path: str, mesh, dtype: str = '', made: dict | None = None, alone: dict[str, str] | None = None
 ) -> tuple[Family, State, dict]:
     """An earlier stage from its run: its family, its weights, and the frozen ones of its own stages.
 
     Args:
       dtype: that it computes in; '': that which it was trained in.
       made: stages that are restored already; a run that several name is restored once.
-      alone: nothing of its own stages is read: they are shapes, and `frozen` is {}.
+      alone: nothing of its own stages is read: they are shapes, and `frozen` is {}. {name: path} says where those of
+        them lie that the person has named.
     """
     made = {} if made is None else made
-    key = (os.path.realpath(path), dtype, alone)
+    key = (os.path.realpath(path), dtype, alone is None)
     if key not in made:
-        stage = abstract_stage if alone else functools.partial(restored_stage, made=made)
-        assembled, state = restore(path, {'train.dtype': dtype} if dtype else None, mesh=mesh, stage=stage)
-        made[key] = assembled.family, state, {} if alone else assembled.frozen
+        fields = {'train.dtype': dtype} if dtype else {}
+        if alone is None:
+            stage = functools.partial(restored_stage, made=made)
+            assembled, state = restore(path, fields, mesh=mesh, stage=stage)
+        else:
+            assembled, state = restored_alone(path, alone, mesh, fields)
+        made[key] = assembled.family, state, assembled.frozen if alone is None else {}
     return made[key]
+
+
+def restored_alone(path: str, stages: dict[str, str], mesh, fields: dict[str, Any] | None = None):
+    """As `restore`, of a run whose stages are shapes; they lie where `stages` says, if it names them."""
+    named = {f'stages.{name}': stages[name] for name in directory.saved_config(path).stages if name in stages}
+    return restore(path, {**(fields or {}), **named}, mesh=mesh, stage=abstract_stage)
 
 
 def abstract_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
@@ -261,8 +272,9 @@ def assemble(
     dtype = '' if config.train.stages_dtype == 'stage' else config.train.dtype
     stages = {}
     for name, path in config.stages.items():
-        alone = restoring and directory.is_read_alone(config, path)
-        stages[name] = stage(path, mesh, dtype, **({'alone': True} if alone else {}))
+        alone = restoring and directory.is_read_alone(config, name, path)
+        named = {k: v for k, v in config.stages.items() if k != name}
+        stages[name] = stage(path, mesh, dtype, **({'alone': named} if alone else {}))
     context = Context(
         image=tuple(spec.features['image'].shape),
         classes=spec.classes,

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxgen import config as configs
 from jaxgen import origin
-from jaxgen.data import captions, folder, numpy_files
+from jaxgen.data import captions, folder, numpy_files, splits
 from jaxgen.data.loader import OTHER
 from jaxgen.data.own_images import OwnImages, Reduced, reason
 from jaxgen.errors import UserError
@@ -472,7 +472,7 @@ def provider(
     own = {name: value for name, value in given.values.items() if name not in hidden}
     missing = (*family.conditions, *(() if given.images else displayed))
     rest = [name for name in dict.fromkeys(missing) if name != 'label' and name not in (*own, *given.replaced)]
-    source = assembled.untokenised('test') if rest else None
+    source = assembled.untokenised(splits.for_conditions(assembled.config.data)) if rest else None
     kept = classes(spec, config)
 
     def provide(numbers: np.ndarray) -> dict[str, np.ndarray]:

@@ -155,11 +155,11 @@ def check_moved_data(
         )
 
 
-def is_read_alone(config: ConfigDict, path: str) -> bool:
-    """Whether nothing of the stages of the run in `path` is read where it is a stage of this config's run: an adapter,
-    whose base may be this run itself. The family's module says it by `reads_alone`, of the saved config."""
+def is_read_alone(config: ConfigDict, name: str, path: str) -> bool:
+    """Whether nothing of the stages of the run in `path` is read where it is the stage `name` of this config's run: an
+    adapter, whose base may be this run itself. The family's module says it by `reads_alone`, of the saved config."""
     reads_alone = getattr(configs.module(config.family), 'reads_alone', None)
-    return bool(reads_alone and reads_alone(saved_config(path)))
+    return bool(reads_alone and reads_alone(name, saved_config(path)))
 
 
 def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), untrained: bool = False) -> None:
@@ -172,7 +172,7 @@ def check_cycle(workdir: str, config: ConfigDict, above: tuple[str, ...] = (), u
         if os.path.realpath(path) in here:
             raise UserError(f'config.stages.{name}: {path} is a stage of itself; name the run of an earlier stage')
         if os.path.isfile(os.path.join(path, 'config.json')):
-            if is_read_alone(config, path):
+            if is_read_alone(config, name, path):
                 continue
             check_cycle(path, read(path)[0], here, untrained)
         elif untrained and configs.named(path):

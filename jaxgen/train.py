@@ -33,7 +33,7 @@ from jaxgen import (
     stopping,
 )
 from jaxgen import config as configs
-from jaxgen.assembly import Assembled, abstract_stage, assemble, check_stages, restore, say_if_initial
+from jaxgen.assembly import Assembled, assemble, check_stages, restored_alone, say_if_initial
 from jaxgen.checkpoint import Checkpoints, stopped
 from jaxgen.contract import Family, State, untrained
 from jaxgen.data.prepared import PreparedSet
@@ -336,7 +336,7 @@ class Training:
           UserError: they are of another model.
         """
         path = self.config.train.initial
-        there, state = restore(path, mesh=self.a.mesh, stage=abstract_stage)
+        there, state = restored_alone(path, self.config.stages.to_dict(), self.a.mesh)
         if there.config.family != self.config.family:
             raise UserError(f'config.train.initial = {path} is a {there.config.family}, not a {self.config.family}')
         ema = {name: state.ema.get(name.partition('@')[0]) for name in self.a.abstract.ema}

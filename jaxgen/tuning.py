@@ -30,7 +30,8 @@ def derived(run: str, variant: str, same_data: bool = False) -> ConfigDict:
     Raises:
       UserError: there is no such run, or its family is not tuned so.
     """
-    saved, _, _ = directory.read(run)
+    saved = directory.saved_config(run)
+    origin.check_layout(run, everything=not origin.is_own(run, saved))
     table = getattr(configs.module(saved.family), 'TUNING', {})
     if not table:
         raise UserError(f'--config={run}: a {saved.family} has no fine-tuning; name a config, not a run')
@@ -44,6 +45,13 @@ def derived(run: str, variant: str, same_data: bool = False) -> ConfigDict:
     for name in ('dtype', 'remat'):
         usual['train'] = {**usual['train'], name: sections['train'][name]}
     usual['mesh'] = sections['mesh']
+    stages = {name: origin.stage(run, saved, name) for name in saved.stages}
+    # A stage of a stranger's run that lies elsewhere is the person's to name: it is looked for in the run.
+    used = configs.complete({**sections, 'stages': stages})
+    for field in origin.unnamed(run, saved, used, set()):
+        if (name := field.removeprefix('stages.')) in stages:
+            stages[name] = files.absolute(os.path.join(os.path.expanduser(run), 'stages', name))
+    sections['stages'] = stages
     base = {**sections, **usual, 'data': {**DEFAULTS['data'], **data}}
     over = table[variant](sections, files.absolute(os.path.expanduser(run)))
     return ConfigDict(configs.update_sections(base, over))

@@ -95,6 +95,14 @@ def part(data, split: str) -> str:
     return {'train': 'whole', 'validation': rest}.get(split, split)
 
 
+def for_conditions(data) -> str:
+    """The split whose conditions samples have: 'test', or 'train' where nothing is held out."""
+    section = {**data}
+    if section['test_fraction'] or section['test_source'] or sources.has_split(sources.resolve(section), 'own_test'):
+        return 'test'
+    return 'train'
+
+
 def has_validation(data) -> bool:
     """Whether there is a validation split."""
     if data['validation_source'] or data['validation_fraction']:

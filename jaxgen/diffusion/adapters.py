@@ -202,6 +202,11 @@ def is_adapter(config: Mapping[str, Any]) -> bool:
     return adapter.get('name', 'none') != 'none'
 
 
+def reads_alone(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a stage's own stages are not read: of the base, its network is, and of an adapter, what it adds."""
+    return name == BASE or is_adapter(config)
+
+
 def flat_fields(section: Any, path: str = '') -> dict[str, Any]:
     """{'a.b': value} of nested sections."""
     if not isinstance(section, dict):

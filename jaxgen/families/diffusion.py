@@ -84,7 +84,7 @@ from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
-reads_alone = adapting.is_adapter  # of a stage's saved config, see `assembly.assemble`
+reads_alone = adapting.reads_alone  # of a stage's saved config, see `assembly.assemble`
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
