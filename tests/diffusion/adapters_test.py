@@ -152,7 +152,7 @@ def test_an_interrupted_lora_is_the_uninterrupted_one(runs, tmp_path):
 def test_mistakes_in_a_command(runs, tmp_path):
     folder, _ = runs
     for arguments, message in (
-        ((f'--config={folder}/base:lora',), "config.data.source = 'folder:' must name a file or directory"),
+        ((f'--config={folder}/base:lora',), "config.data.source = 'folder:' must name a directory"),
         ((f'--config={folder}/base:lara', '--config.data.source=digits'), "no variant 'lara'; did you mean lora?"),
         ((f'--config={folder}/lora:lora', '--config.data.source=digits'), 'is the run of an adapter'),
         (('--mode=merge', f'--workdir={folder}/base', f'--to={tmp_path}/m'), 'has no adapters'),
