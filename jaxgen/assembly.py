@@ -85,9 +85,16 @@ class Assembled:
             made[name] = saved or captions.trained(self.config.data, texts)
         return made
 
-    def tokenised(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with its captions as the tokens that the family and its stages read."""
-        return captions.tokenised(batch, self.tokenizers, self.family.captions.encoded) if self.texts else batch
+    def tokenised(self, batch: dict[str, Any], prompts: bool = False) -> dict[str, Any]:
+        """A batch with its captions as the tokens that the family and its stages read.
+
+        Args:
+          prompts: the captions are to be sampled; the family may read weights in them.
+        """
+        if not self.texts:
+            return batch
+        read = self.family.captions
+        return captions.tokenised(batch, self.tokenizers, read.encoded, prompts and read.weighted)
 
     @property
     def features(self) -> dict[str, jax.ShapeDtypeStruct]:

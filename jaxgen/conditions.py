@@ -30,7 +30,7 @@ from jaxgen.data.loader import OTHER
 from jaxgen.data.own_images import OwnImages, Reduced, reason
 from jaxgen.errors import UserError
 from jaxgen.options import shown
-from jaxgen.text import tokenizers
+from jaxgen.text import emphasis, tokenizers
 
 LOW_RESOLUTION = 'low_resolution'
 APART = (OTHER, 'reference', LOW_RESOLUTION)  # images that need not lie over the others, pixel by pixel
@@ -303,6 +303,8 @@ def cut_off(assembled, values: dict[str, Any]) -> list[str]:
     lines = []
     for name in (name for name in PROMPTS if name in values and assembled.texts):
         texts = [tokenizers.caption_text(row) for row in values[name].array]
+        if assembled.family.captions.weighted:
+            texts = [emphasis.parsed(text)[0] for text in texts]
         for length, tokenizer in {one.length: one for one in assembled.tokenizers.values()}.items():
             rests = [(text, rest) for text in texts if (rest := tokenizer.rest(text))]
             if rests:
@@ -481,7 +483,7 @@ def provider(
             out['label'] = kept[numbers % len(kept)]
         out |= {name: value.take(numbers) for name, value in own.items()}
         examples = source.take_cyclic(numbers) if source is not None else {}
-        return assembled.tokenised(out | {name: examples[name] for name in rest})
+        return assembled.tokenised(out | {name: examples[name] for name in rest}, prompts=True)
 
     return provide
 

@@ -188,9 +188,14 @@ class Captions(NamedTuple):
     words: int = 0  # at most; longer ones are refused on the command line. 0: any number
     encoded: bool = False  # by stages: a batch holds 'STAGE/tokens' int32 [n, length] for each stage with `texts`, and
     # the same of the text that stands for no caption, 'STAGE/negative', with NEGATIVE
+    weighted: bool = False  # in sampling captions are prompts with weights of words: a batch holds 'STAGE/weights' and
+    # 'STAGE/negative_weights', float32 [n, length]
 
 
 NEGATIVE = 'has_negative'  # bool [n] of a batch: whether 'STAGE/negative' are of a negative prompt, and not of ''
+
+
+ENCODED = ('/tokens', '/negative', '/weights', '/negative_weights')  # ends of names
 
 
 def condition_names(family: Family, names: Iterable[str]) -> list[str]:
@@ -198,7 +203,7 @@ def condition_names(family: Family, names: Iterable[str]) -> list[str]:
     encoded = family.captions.encoded
 
     def read(name: str) -> bool:
-        return name in family.conditions or (encoded and (name == NEGATIVE or name.endswith(('/tokens', '/negative'))))
+        return name in family.conditions or (encoded and (name == NEGATIVE or name.endswith(ENCODED)))
 
     return [name for name in names if read(name)]
 

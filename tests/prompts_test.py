@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgen import conditions, main
+from jaxgen.contract import Captions
 from jaxgen.errors import UserError
 from jaxgen.text import tokenizers
 
@@ -22,7 +23,8 @@ TEXTS = [
 @pytest.fixture(scope='module')
 def assembled():
     tokenizer = tokenizers.train([f'a {colour} circle' for colour in ('red', 'green')], 530, 12)
-    return SimpleNamespace(texts={'tokens': None}, tokenizers={'text/tokens': tokenizer}, spec=None)
+    family = SimpleNamespace(captions=Captions(encoded=True))
+    return SimpleNamespace(texts={'tokens': None}, tokenizers={'text/tokens': tokenizer}, spec=None, family=family)
 
 
 def test_any_words_of_any_length_in_any_script(assembled):

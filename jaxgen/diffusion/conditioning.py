@@ -282,6 +282,20 @@ def check_outputs(where: str, texts: tuple[str, ...], context: Context) -> list[
     return every
 
 
+def weighted(outputs: dict[str, Array], batch: dict[str, Array], name: str) -> dict[str, Array]:
+    """Outputs {'STAGE/OUTPUT': [n, ...]} of text encoders, of which sequences [n, T, D] are multiplied by the weights
+    of their tokens, 'STAGE/NAME' of the batch, where it holds them, and brought back to their mean."""
+
+    def one(path: str, z: Array) -> Array:
+        weights = batch.get(f'{path.partition("/")[0]}/{name}')
+        if weights is None or z.ndim != 3:
+            return z
+        changed = z * weights[..., None].astype(z.dtype)
+        return changed * (z.mean((1, 2), keepdims=True) / changed.mean((1, 2), keepdims=True))
+
+    return {path: one(path, z) if '/' in path else z for path, z in outputs.items()}
+
+
 def in_a_row(arrays: list[Array]) -> Array:
     """Sequences [n, T, D] one behind the other, the narrower ones filled up with zeros."""
     widest = max(x.shape[-1] for x in arrays)
@@ -336,10 +350,12 @@ def text(
 
     def compute(frozen: Frozen, batch: dict[str, Array], train: bool) -> dict[str, Any]:
         there = all('/'.join(pair) in batch for pair in read)
-        value = joined(batch if there else prepare(frozen, batch))
+        outputs = batch if there else prepare(frozen, batch)
+        value = joined(weighted(outputs, batch, 'weights'))
         # In training no text has a negative prompt, so that one example's is that of all.
         negative = {stage: batch[f'{stage}/negative'] for stage in stages}
-        absent = joined(encode(frozen, {stage: x[:1] if train else x for stage, x in negative.items()}))
+        without = encode(frozen, {stage: x[:1] if train else x for stage, x in negative.items()})
+        absent = joined(weighted(without, batch, 'negative_weights'))
         if empty == 'zeros':
             given = batch[NEGATIVE][: 1 if train else None]
             absent = {part: jnp.where(expanded(given, x), x, 0) for part, x in absent.items()}

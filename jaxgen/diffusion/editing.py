@@ -39,17 +39,20 @@ TAKEN = (IMAGE, MASK, 'low_resolution')  # conditions of which a person's image 
 
 @dataclasses.dataclass(frozen=True)
 class Editing:
-    """How images that a person gives are changed.
+    """How images that a person gives are changed, and how prompts are read.
 
     Attributes:
       strength: 1: samples are drawn from noise alone; below 1 they begin with the image, of which the last of the noise
         levels, this fraction of them, are visited: the less, the more like the image.
       paste: under a mask, the image itself is put over what is known of the sample. Without it the known part of
         latents is as the first stage decodes it (diffusers' default).
+      weighted_prompts: captions in sampling are prompts with weights, '(word:1.3)', see text/emphasis.py; else brackets
+        are characters, as published pipelines read them.
     """
 
     strength: Annotated[float, '(0, 1]'] = 1.0
     paste: bool = True
+    weighted_prompts: bool = False
 
 
 class Edits(NamedTuple):
@@ -73,6 +76,8 @@ def bind(
     Raises:
       UserError: a strength that leaves no noise level, or a model whose condition the image is.
     """
+    if options.weighted_prompts and not any(c.kind == 'text' for c in conditioning):
+        raise UserError('config.model.editing.weighted_prompts is of text encoders, and this model has none')
     sampler, changes = make(0), options.strength < 1
     takes = len(context.image) == 3 and not {c.name for c in conditioning} & set(TAKEN)
     if changes and not takes:

@@ -206,7 +206,7 @@ def build(
         sampling=('sampler', 'guidance', 'adapters', 'editing'),
         settings=settings,
         merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors else None,
-        captions=Captions(encoded=encoded),
+        captions=Captions(encoded=encoded, weighted=bound.edits.options.weighted_prompts),
     )
 
 

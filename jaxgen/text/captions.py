@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgen import data
 from jaxgen.contract import NEGATIVE, Texts
-from jaxgen.text import tokenizers
+from jaxgen.text import emphasis, tokenizers
 from jaxgen.text.tokenizers import TRAINED, Tokenizer
 
 COUNTED = 10_000  # examples that are looked at for captions that are too long
@@ -59,12 +59,32 @@ def negative_name(name: str) -> str:
     return name.removesuffix('tokens') + 'negative'
 
 
-def tokenised(batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives: bool = False) -> dict[str, Any]:
+def weights_name(name: str) -> str:
+    """The name of the weights of tokens by this name: 'STAGE/weights', 'STAGE/negative_weights'."""
+    return name.replace('/tokens', '/weights').replace('/negative', '/negative_weights')
+
+
+def read_weights(
+    texts: list[str], made: Mapping[str, Tokenizer], weighted: bool
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Texts without the marks of weights, and {name of stages' tokens: their weights, float32 [n, length]}."""
+    if not weighted:
+        return texts, {}
+    read = [emphasis.parsed(text) for text in texts]
+    names = [name for name in made if '/' in name]
+    return [text for text, _ in read], {name: np.stack([made[name].weights(*one) for one in read]) for name in names}
+
+
+def tokenised(
+    batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives: bool = False, weighted: bool = False
+) -> dict[str, Any]:
     """A batch whose 'caption' uint8 [n, L], where it has one, is replaced by {name: its tokens int32 [n, length]}.
 
     Args:
       negatives: beside 'STAGE/tokens' come 'STAGE/negative', the tokens of 'negative_caption' or, without one, of '',
         and whether there is one, see `contract.NEGATIVE`.
+      weighted: texts are prompts with weights of their words (text/emphasis.py), and beside those come 'STAGE/weights'
+        and 'STAGE/negative_weights', float32 [n, length].
     """
     out = dict(batch)
     captions, negative = out.pop('caption', None), out.pop('negative_caption', None)
@@ -74,11 +94,16 @@ def tokenised(batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives
     if captions is None:
         return out
     texts = [tokenizers.caption_text(caption) for caption in np.asarray(captions)]
+    texts, weights = read_weights(texts, made, weighted)
     out |= {name: tokenizer(texts).ids for name, tokenizer in made.items()}
+    out |= {weights_name(name): x for name, x in weights.items()}
     if negatives:
         unlike = ['']
         if negative is not None:
             unlike = [tokenizers.caption_text(caption) for caption in np.asarray(negative)]
+        unlike, weights = read_weights(unlike, made, weighted)
+        for name, x in weights.items():
+            out[weights_name(negative_name(name))] = np.array(np.broadcast_to(x, (len(texts), x.shape[1])))
         for name, tokenizer in made.items():
             if '/' in name:
                 ids = tokenizer(unlike).ids

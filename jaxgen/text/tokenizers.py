@@ -87,6 +87,20 @@ class Tokenizer:
             ids[row, : len(numbers)], lengths[row] = numbers, len(numbers)
         return Tokens(ids, lengths, cut)
 
+    def weights(self, text: str, characters: np.ndarray) -> np.ndarray:
+        """Of each token of a text the weight of its last character, float32 [length]; 1 of start, end and padding.
+
+        Args:
+          characters: weights of the text's characters.
+        """
+        weights = np.ones(self.length, np.float32)
+        encoding = self.backend.encode(text)
+        most = self.length - (len(encoding.ids) > self.length and self.end is not None)
+        for i, (first, last) in enumerate(encoding.offsets[:most]):
+            if last > first:
+                weights[i] = characters[last - 1]
+        return weights
+
     def rest(self, text: str) -> str:
         """The end of a text that its tokens leave out, '' where they are all of it."""
         encoding = self.backend.encode(text)
