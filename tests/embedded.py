@@ -31,9 +31,10 @@ def last_of_each(names, variant: str = 'tiny') -> dict:
 
 
 def network_name(config) -> str | None:
-    """The network that config.model names, itself or as a section."""
+    """The network that config.model names, itself or as a section, or what is trained beside that of a base."""
     network = config.model.to_dict().get('network')
-    return network.get('name') if isinstance(network, dict) else network
+    name = network.get('name') if isinstance(network, dict) else network
+    return f'{name} of a base' if 'base' in config.stages else name
 
 
 DISTINCT = last_of_each(reversed(EMBEDDED))

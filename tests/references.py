@@ -6,8 +6,11 @@ import math
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgen.networks.masked import Position
+from jaxgen.weights import mapping
+from jaxgen.weights.files import Tensor
 
 
 def ncsnpp(network, params, x, t, label=None, augment=None, style=None):
@@ -173,3 +176,28 @@ def randomise(torch, model):
             fan = p[0].numel() if p.ndim > 1 else 20
             p.copy_(torch.randn_like(p) / fan**0.5 + (0.5 if p.ndim == 1 else 0.0))
     return model.eval()
+
+
+def read(table, params, theirs, beside=(), root='denoiser/'):
+    """Our params of their state dict, every tensor of which is used but those `beside` them; back again are the
+    same."""
+    shapes = {root + '/'.join(path): leaf.shape for path, leaf in flatten_dict(params).items()}
+    state = {name: x.numpy() for name, x in theirs.state_dict().items() if name not in beside}
+    entries = mapping.entries(table, shapes)
+    assert {name for entry in entries for name in entry.all_names} == set(state)
+    tensors = {name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in state.items()}
+    arrays = {entry.path: entry.read(tensors) for entry in entries}
+    for entry in entries:
+        for name, x in entry.write(arrays[entry.path]).items():
+            np.testing.assert_array_equal(x.reshape(state[name].shape), state[name])
+    return unflatten_dict({tuple(path.removeprefix(root).split('/')): x for path, x in arrays.items()})
+
+
+def shaken(module):
+    """The same with biases and scales that are not 0 and 1."""
+    import torch
+
+    for parameter in module.parameters():
+        if parameter.ndim < 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return module.eval()

@@ -237,8 +237,8 @@ def check_same(model: Mapping[str, Any], family: Any, stage: str) -> None:
     if wrong:
         shown = '; '.join(f'{path} = {here.get(path)!r} here, {there.get(path)!r} there' for path in wrong[:3])
         raise UserError(
-            f'config.stages.{stage} is a run of another model: config.model.{shown}; --config=RUN:lora takes all of '
-            'it from the run'
+            f'config.stages.{stage} is a run of another model: config.model.{shown}; --config=RUN:lora or '
+            'RUN:controlnet takes all of it from the run'
         )
 
 

@@ -49,8 +49,10 @@ from jaxgen.randomness import stream
 
 Array = jax.Array
 Values = dict[str, Any]  # {condition: array of the batch, or a tree of arrays that frozen stages make of it}
-Embeddings = dict[str, Array]  # 'vector' [n, D], 'tokens' [n, T, D], 'pooled' [n, d], 'planes' [n, H, W, C]: those that
-# there are
+Embeddings = dict[
+    str, Any
+]  # 'vector' [n, D], 'tokens' [n, T, D], 'pooled' [n, d], 'planes' [n, H, W, C], and 'control',
+# see diffusion/control.py: those that there are
 
 
 class Condition(NamedTuple):
@@ -68,6 +70,7 @@ class Condition(NamedTuple):
     compute: Callable | None = None  # (frozen, batch, train) -> value; None: the array of its name in the batch
     prepare: Callable | None = None  # (frozen, batch) -> {name: array} of the stages, that a batch may hold before
     draw: Callable | None = None  # (keys [n]) -> {name: array} that training reads where the batch does not hold them
+    left_out: bool = False  # guidance leaves it out although training never does
 
 
 Conditioning = tuple[Condition, ...]
@@ -461,8 +464,8 @@ def names(conditioning: Conditioning) -> tuple[str, ...]:
 
 
 def droppable(conditioning: Conditioning) -> tuple[str, ...]:
-    """Names of the conditions that the network was trained to do without."""
-    return tuple(condition.name for condition in conditioning if condition.dropout)
+    """Names of the conditions that the network was trained to do without, or does without untrained."""
+    return tuple(condition.name for condition in conditioning if condition.dropout or condition.left_out)
 
 
 def values_of(
@@ -563,6 +566,7 @@ JOINED: dict[str, Callable] = {
     'pooled': side_by_side,
     'planes': side_by_side,
     'guidance': sum,
+    'control': lambda nets: {name: value for net in nets for name, value in net.items()},
 }
 
 

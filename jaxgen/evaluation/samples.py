@@ -21,13 +21,14 @@ from jaxgen.errors import UserError
 from jaxgen.evaluation import cache, conditional
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.evaluation.held_out import mean, r_precision
+from jaxgen.metrics import edges, neighbours, retrieval, scores
 from jaxgen.metrics import features as networks
-from jaxgen.metrics import neighbours, retrieval, scores
 from jaxgen.metrics.moments import frechet
 from jaxgen.metrics.statistics import KEPT, Statistics, cached, gather, published
 from jaxgen.sections import sides
 
 CLIP = 'clip/'  # names of what a CLIP run gives of samples begin with it
+EDGES = 'edges'  # the condition that samples' edges are compared with, and the beginning of what is found
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 # Metrics of which larger values are better.
 LARGER: tuple[str, ...] = ('inception_score', 'precision', 'recall', 'density', 'coverage', 'authenticity', 'modes')
@@ -240,12 +241,15 @@ class Measures:
     def outputs(self, images: np.ndarray, conditions: Conditions, n: int) -> dict[str, np.ndarray]:
         """Of samples uint8 [b, H, W, C], some of a set of n: outputs of the evaluator's network, and beside them, in
         entries that begin with 'conditional_accuracy', whether each shows the attributes that it is conditioned on;
-        'clip/image', 'clip/text' and 'clip/tokens' are of the CLIP run."""
+        'clip/image', 'clip/text' and 'clip/tokens' are of the CLIP run, 'edges_f1', ... of the requested
+        edges."""
         out: dict[str, np.ndarray] = {}
         if self.evaluator:
             out |= self.evaluator.extract(images, n)
         if self.evaluator and self.attributes:
             out |= self.attributes.correct(images, conditions, self.evaluator.batch(n))
+        if EDGES in conditions and conditions[EDGES].shape[1:] == (*images.shape[1:3], 1):
+            out |= {f'{EDGES}_{name}': x for name, x in edges.match(images, conditions[EDGES]).items()}
         if self.clip:
             same = self.clip is self.evaluator
             out[f'{CLIP}image'] = out['features'] if same else self.clip.extract(images, n)['features']
@@ -261,7 +265,7 @@ class Measures:
 
         def rest() -> Iterator[dict[str, np.ndarray]]:
             for piece in pieces:
-                for name in [name for name in piece if name.startswith((conditional.PREFIX, CLIP))]:
+                for name in [name for name in piece if name.startswith((conditional.PREFIX, CLIP, f'{EDGES}_'))]:
                     apart.setdefault(name, []).append(piece.pop(name))
                 yield piece
 
@@ -277,6 +281,8 @@ class Measures:
         for name, correct in each.items():
             if self.evaluator and name.startswith(conditional.PREFIX):
                 metrics[f'{name}/{self.evaluator.features.name}'] = mean(correct.astype(np.float64))
+            elif name.startswith(f'{EDGES}_'):
+                metrics[name] = mean(correct.astype(np.float64))
         return metrics | self.of_clip({name.removeprefix(CLIP): x for name, x in each.items() if name.startswith(CLIP)})
 
     def compare_images(self, images, title: str) -> dict[str, dict]:

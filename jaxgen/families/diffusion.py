@@ -35,7 +35,8 @@ measured is then 'eps_error', the mean square error of the noise, at ten levels 
 
 Samples that begin with a person's image, or fill the hole of one: see diffusion/editing.py.
 
-With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py.
+With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py. With a
+`controlnet` that network stays as it is, and a ControlNet beside it is trained, see diffusion/control.py.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgen import options
 from jaxgen.augmentation import edm
@@ -65,6 +67,7 @@ from jaxgen.contract import (
 )
 from jaxgen.diffusion import adapters as adapting
 from jaxgen.diffusion import conditioning as conditions
+from jaxgen.diffusion import control as controls
 from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
@@ -84,11 +87,17 @@ from jaxgen.randomness import example_keys, normal, stream
 
 Array = jax.Array
 
-reads_alone = adapting.reads_alone  # of a stage's saved config, see `assembly.assemble`
+
+def reads_alone(name: str, config: Any) -> bool:
+    """Whether nothing of the stages of a stage is read, by its name and saved config, see `assembly.assemble`: of a
+    base, an adapter or a ControlNet."""
+    return adapting.reads_alone(name, config) or controls.is_controlnet(config)
+
+
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
-TUNING = {'lora': adapting.lora_of, 'full': adapting.full_of}  # see tuning.py
+TUNING = {'lora': adapting.lora_of, 'full': adapting.full_of, 'controlnet': controls.controlnet_of}  # see tuning.py
 DISTILLED = 'distilled_guidance'  # in a batch, [n]
 
 
@@ -107,6 +116,19 @@ class Model(NamedTuple):
     adapter: dict  # its complete section
     prior_weight: float  # of the loss of other images
     edits: Edits
+    nets: tuple[controls.Net, ...] = ()  # ControlNets beside the network
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the network is that of a stage, and a ControlNet of it is trained."""
+        return any(net.own for net in self.nets)
+
+    def weights(self, networks: dict[str, Any], frozen, factors: dict[str, Any] | None = None) -> Any:
+        """The weights of the network, by params or averages of this run's; factors: of LoRAs, None: the model's own."""
+        if self.controlled:
+            networks = {**networks, 'denoiser': frozen[controls.BASE][0].ema['denoiser']}
+        weights = self.adapters.weights(networks, frozen, factors)
+        return weights | controls.weights_of(self.nets, networks, frozen) if self.nets else weights
 
 
 @options.checked
@@ -129,6 +151,8 @@ def build(
     adapters: Annotated[Section, adapting.SECTION] = EMPTY,
     prior_weight: options.NonNegative = 1.0,
     editing: Annotated[Section, Fields(Editing)] = EMPTY,
+    controlnet: Annotated[Section, controls.COMPONENT] = 'none',
+    control: Annotated[Section, controls.SECTION] = EMPTY,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -147,6 +171,9 @@ def build(
       prior_weight: of the loss of `config.data.other`, images of the class of an object, in fine-tuning on it
         (DreamBooth).
       editing: of images that a person gives in sampling, see `editing.Editing`.
+      controlnet: of the network of `config.stages.base`, trained in place of a network, see diffusion/control.py.
+      control: {stage: scale, start, end, guess} of the ControlNets that are stages, and of this run's own under the
+        name 'own'.
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
@@ -160,6 +187,9 @@ def build(
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
     conditioning = edits.with_space(conditions.make(conditioning, context, module), space)
     conditioning += augmented(formulation, module, context) + distilled(module)
+    nets = controls.bind(context, module, given, controlnet, control)
+    bare = denoisers.bind(module, conditioning)
+    conditioning += controls.conditioning_of(nets, space.shape)
     tokens = denoisers.tokens_of(network, space.shape)
 
     def make_sampler(skip: int) -> samplers.Sampler:
@@ -168,7 +198,7 @@ def build(
     bound = Model(
         space,
         formulation,
-        denoisers.bind(module, conditioning),
+        controls.attach(bare, nets),
         conditioning,
         make_sampler(0),
         Guidance(**guidance),
@@ -178,6 +208,7 @@ def build(
         adapter,
         prior_weight,
         edits.bind(Editing(**editing), context, conditioning, make_sampler, not moves.straight),
+        nets,
     )
     check(bound, context, process)
     if bound.guidance.classifier_scale:
@@ -186,7 +217,7 @@ def build(
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
     encoded = conditions.reads_text(conditioning)
-    trained = adapting.LORA if bound.adapters.base else 'denoiser'
+    trained = adapting.LORA if bound.adapters.base else controls.CONTROL if bound.controlled else 'denoiser'
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, trained)
     divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
@@ -199,13 +230,13 @@ def build(
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
         trajectory=by_settings(functools.partial(trajectory, bound), settings),
-        conditions=tuple(c.name for c in conditioning if not c.optional) + label,
-        inputs=bound.edits.inputs,
+        conditions=tuple(c.name for c in conditioning if not c.optional) + label + controls.read_from_data(nets),
+        inputs=controls.with_inputs(bound.edits.inputs, nets, context.image),
         divisor=divisor,
-        free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing'),
-        sampling=('sampler', 'guidance', 'adapters', 'editing'),
+        free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing', 'control'),
+        sampling=('sampler', 'guidance', 'adapters', 'editing', 'control'),
         settings=settings,
-        merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors else None,
+        merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors and not nets else None,
         captions=Captions(encoded=encoded, weighted=bound.edits.options.weighted_prompts),
     )
 
@@ -348,7 +379,7 @@ def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) 
     batch = conditions.drawn(model.conditioning, lambda: jax.random.split(stream(rng, 'masks'), len(x_0)), batch)
     values = conditions.values_of(model.conditioning, batch, frozen, train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
-    weights = model.adapters.weights(params, frozen, model.adapters.in_training)
+    weights = model.weights(params, frozen, model.adapters.in_training)
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
     errors, logs = objective.errors(
         model.formulation, model.network, weights, x_0, t, eps, embeddings, {'dropout': rng_dropout}
@@ -376,9 +407,13 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
         if classes != context.classes:
             raise UserError(f'config.stages.classifier knows {classes} classes, and the data {context.classes}')
     one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
-    make = functools.partial(model.network.init, rng, jnp.zeros((1, *model.space.shape)), one)
+    x = jnp.zeros((1, *model.space.shape))
+    make = functools.partial(model.network.init, rng, x, one)
     by_importance = model.formulation.draw_times is None
     history = importance.start(model.formulation.process.steps) if by_importance else None
+    if model.controlled:
+        params = controls.init(model.nets[0], rng, model.conditioning, jax.eval_shape(make), one, x, frozen)
+        return new_state({controls.CONTROL: params}, context.optim, history)
     if not model.adapters.base:
         return new_state({'denoiser': make()}, context.optim, history)
     params = adapting.init(rng, jax.eval_shape(make), frozen, model.adapter)
@@ -406,7 +441,7 @@ def denoiser_of(
     factors: of LoRAs; None: the model's own.
     """
     f, network = model.formulation, model.network
-    weights = model.adapters.weights(state.ema, frozen, factors)
+    weights = model.weights(state.ema, frozen, factors)
     return objective.denoiser(f, network, weights, model.conditioning, values, guidance, clip)
 
 
@@ -418,8 +453,15 @@ def settings_of(model: Model) -> dict[str, Any]:
         guidance['distilled'] = model.guidance.distilled
     settings = {**edits.settings_of(model.edits), 'table': sampler.table, 'guidance': guidance}
     settings |= {'adapters': model.adapters.factors} if model.adapters.factors else {}
+    settings |= {'control': controls.settings_of(model.nets, network_times(model))} if model.nets else {}
     moved = model.classifier is not None and bool(sampler.variance)
     return settings | ({'moves': guides.moves_of(sampler.schedule, sampler.variance)} if moved else {})
+
+
+def network_times(model: Model) -> np.ndarray:
+    """The times of the sampler's evaluations as the network embeds them, [M] in their order."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(model.formulation.c_noise(jnp.asarray(model.edits.sampler.table['t'])), np.float32)
 
 
 def classifier_of(model: Model, context: Context, frozen, label: Array, moves: dict | None) -> guides.Classifier:
@@ -443,7 +485,8 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
         options['keep'] = edits.keeping(model.formulation.process, x_0, eps, hole)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
-    values = conditions.values_of(model.conditioning, {DISTILLED: scale} | batch, frozen)
+    said = {DISTILLED: scale} | controls.batch_of(model.nets, settings.get('control', {}), len(x))
+    values = conditions.values_of(model.conditioning, said | batch, frozen)
     clip = model.sampler.clip and not model.sampler.clip_here
     denoise = denoiser_of(model, state, frozen, values, guidance, clip, settings.get('adapters'))
     if model.classifier is not None:

@@ -157,15 +157,7 @@ class LatentUNet(Half):
           (Zhang et al. 2023, arXiv 2302.05543).
         train: with dropout; needs the rng 'dropout'.
         """
-        if tokens is None:
-            tokens = jnp.zeros((len(x), 1, 1))
-        tokens = tokens.astype(self.dtype)
-        embedding = self.embed(t)
-        if vector is not None:
-            embedding = embedding + vector
-        if pooled is not None:
-            embedding = embedding + VectorEmbedding(self.vector_features, self.dtype, name='pooled')(pooled)
-        embedding = nn.silu(embedding)
+        embedding, tokens = self.conditions(x, t, vector, tokens, pooled)
         h, skips = self.descend_with(x, embedding, tokens, train)
         if control is not None:
             *added, middle = control
@@ -184,9 +176,29 @@ class LatentUNet(Half):
         return Conv(self.out_channels or x.shape[-1], init=variance_scaling(0), name='last')(h)
 
     @nn.nowrap
-    def descend_with(self, x: Array, embedding: Array, tokens: Array, train: bool) -> tuple[Array, list[Array]]:
-        """x to the middle's output and what the way up takes of the way down."""
+    def conditions(
+        self, x: Array, t: Array, vector: Array | None, tokens: Array | None, pooled: Array | None
+    ) -> tuple[Array, Array]:
+        """The embedding of time and vectors [n, vector_features], as blocks read it, and tokens; see `__call__`."""
+        tokens = jnp.zeros((len(x), 1, 1)) if tokens is None else tokens
+        embedding = self.embed(t)
+        if vector is not None:
+            embedding = embedding + vector
+        if pooled is not None:
+            embedding = embedding + VectorEmbedding(self.vector_features, self.dtype, name='pooled')(pooled)
+        return nn.silu(embedding), tokens.astype(self.dtype)
+
+    @nn.nowrap
+    def descend_with(
+        self, x: Array, embedding: Array, tokens: Array, train: bool, hint: Array | None = None
+    ) -> tuple[Array, list[Array]]:
+        """x to the middle's output and what the way up takes of the way down.
+
+        Args:
+          hint: map that is added behind the first layer.
+        """
         h = Conv(self.width(0), init=INIT, dtype=self.dtype, name='first')(x)
+        h = h if hint is None else h + hint
         skips, last = [h], len(self.multipliers) - 1
         for level in range(last + 1):
             for i in range(self.blocks):

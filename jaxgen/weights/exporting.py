@@ -18,7 +18,17 @@ from jaxgen.diffusion.adapters import is_adapter
 from jaxgen.errors import UserError
 from jaxgen.networks import denoisers
 from jaxgen.run import Run
-from jaxgen.weights import diffusers, lora, pipelines, schedulers, sources, text_encoders, text_to_image, whole
+from jaxgen.weights import (
+    controlnets,
+    diffusers,
+    lora,
+    pipelines,
+    schedulers,
+    sources,
+    text_encoders,
+    text_to_image,
+    whole,
+)
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
 from jaxgen.weights.source import Source
@@ -162,7 +172,8 @@ def write_torch(to: str, export: Export) -> None:
 def write_folder(to: str, run: Run, source: Source, export: Export, metadata: dict[str, str]) -> None:
     """Writes weights, config.json and README.md into a new folder, and the earlier stages and the scheduler beside them
     where diffusers has a pipeline of these: all of them or none."""
-    parts = pipeline_of(run) if source.name == 'diffusers' and run.config.stages else {}
+    alone = not run.config.stages or controlnets.is_controlnet(run.config)
+    parts = {} if alone or source.name != 'diffusers' else pipeline_of(run)
     model = run.config.model
     with whole.new_directory(to, 'export', '--to') as new:
         for folder, stage in parts.items():
@@ -271,7 +282,10 @@ def write_model(
       tokenizer_name: of the folder beside it for the tokenizer; '': its own.
     """
     tokenizer = directory.saved_tokenizer(run.folder) if run.assembled.family.texts.vocabulary else None
-    if source.name == 'diffusers':
+    if source.name == 'diffusers' and controlnets.is_controlnet(run.config):
+        params = run.assembled.abstract.params['control']
+        config = controlnets.config_json(run.config, flat_shapes(params))
+    elif source.name == 'diffusers':
         reading = network_name(run.config) in text_to_image.CLASSES
         config = (text_to_image if reading else diffusers).model_config(run.config, run.assembled)
     elif source.name == 'transformers':

@@ -10,13 +10,26 @@ from ml_collections import ConfigDict
 
 from jaxgen.errors import UserError
 from jaxgen.options import near
-from jaxgen.weights import compvis, diffusers, edm, gans, guided, mapping, meta, numbered, text_encoders, text_to_image
+from jaxgen.weights import (
+    compvis,
+    controlnets,
+    diffusers,
+    edm,
+    gans,
+    guided,
+    mapping,
+    meta,
+    numbered,
+    text_encoders,
+    text_to_image,
+)
 from jaxgen.weights.files import Weights
 from jaxgen.weights.mapping import Entry
 from jaxgen.weights.source import OF_DISCRIMINATOR, Shapes, Source
 
 SOURCES: tuple[Source, ...] = (
     *diffusers.SOURCES,
+    *controlnets.SOURCES,
     *guided.SOURCES,
     *compvis.SOURCES,
     *meta.SOURCES,

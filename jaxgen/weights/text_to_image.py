@@ -1,4 +1,5 @@
-"""Names of diffusers' networks that read texts: UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel."""
+"""Names of diffusers' networks that read texts: UNet2DConditionModel, ControlNetModel, SD3Transformer2DModel,
+FluxTransformer2DModel."""
 
 from __future__ import annotations
 
@@ -78,6 +79,21 @@ def compvis_unet(config: ConfigDict, shapes: Shapes) -> Table:
         *guided.numbered(config, named),
     ]
     return Table([*names, *LEAVES], [Layout(r'.*/shortcut/kernel', 'o i 1 1 -> i o')])
+
+
+def controlnet(config: ConfigDict, shapes: Shapes) -> Table:
+    """ControlNetModel of a U-Net as `latent_unet` has it; shapes of 'control/...'."""
+    of_unet = latent_unet(config, shapes)
+    names = [
+        ('^control/', ''),
+        ('^hint_first/', 'controlnet_cond_embedding.conv_in/'),
+        ('^hint_last/', 'controlnet_cond_embedding.conv_out/'),
+        (r'^hint(\d+)/', r'controlnet_cond_embedding.blocks.\1/'),
+        ('^zero_middle/', 'controlnet_mid_block/'),
+        (r'^zero(\d+)/', r'controlnet_down_blocks.\1/'),
+    ]
+    zeros = Layout(r'.*/zero\w+/kernel', 'o i 1 1 -> i o')
+    return Table([*names, *of_unet.names], [*of_unet.layouts, zeros])
 
 
 def exchanged(x: np.ndarray) -> np.ndarray:
@@ -717,7 +733,8 @@ def own_remarks(config: ConfigDict, weights: Weights) -> list[str]:
 
 
 def of_network(name: str) -> Callable[[ConfigDict], bool]:
-    return lambda config: network(config) == name
+    """Config -> whether it is of such a network, and not of what is trained beside that of a stage."""
+    return lambda config: network(config) == name and config.model.controlnet.name == 'none'
 
 
 SOURCES = (

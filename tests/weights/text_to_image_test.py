@@ -4,42 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
+from references import read, shaken
 
-from jaxgen.networks import clip, latent_unet, mmdit, t5
-from jaxgen.weights import mapping, text_encoders, text_to_image
-from jaxgen.weights.files import Tensor
+from jaxgen.networks import clip, controlnet, latent_unet, mmdit, t5
+from jaxgen.weights import text_encoders, text_to_image
 
 RNG = np.random.default_rng(0)
 
 
 def drawn(*shape):
     return RNG.normal(size=shape).astype(np.float32)
-
-
-def read(table, params, theirs, beside=(), root='denoiser/'):
-    """Our params of their state dict, every tensor of which is used but those `beside` them; back again are the
-    same."""
-    shapes = {root + '/'.join(path): leaf.shape for path, leaf in flatten_dict(params).items()}
-    state = {name: x.numpy() for name, x in theirs.state_dict().items() if name not in beside}
-    entries = mapping.entries(table, shapes)
-    assert {name for entry in entries for name in entry.all_names} == set(state)
-    tensors = {name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in state.items()}
-    arrays = {entry.path: entry.read(tensors) for entry in entries}
-    for entry in entries:
-        for name, x in entry.write(arrays[entry.path]).items():
-            np.testing.assert_array_equal(x.reshape(state[name].shape), state[name])
-    return unflatten_dict({tuple(path.removeprefix(root).split('/')): x for path, x in arrays.items()})
-
-
-def shaken(module):
-    """The same with biases and scales that are not 0 and 1."""
-    torch = pytest.importorskip('torch')
-    for parameter in module.parameters():
-        if parameter.ndim < 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return module.eval()
 
 
 def their_output(module, *arguments, **named):
@@ -158,6 +133,69 @@ def test_latent_unet(system):
         other = theirs(torch.tensor(maps(x)), torch.tensor(t), torch.tensor(tokens), **given).sample.numpy()
     np.testing.assert_allclose(ours(params), other.transpose(0, 2, 3, 1), atol=1e-5)
     assert other.std() > 0.02
+
+
+# As U_NETS; then channels of the hint, channels of the image and their order, the image's size, whether maps are means
+CONTROLS = {
+    'stable_diffusion_1': ((1, 2, 2), (1, 1, 0), 1, 0, (16, 8), False, (4, 6, 8, 12), 3, 'bgr', (128, 64), False),
+    'stable_diffusion_2_at_odd_sizes': ((1, 2), (1, 0), 1, 8, (13, 9), False, (4, 5), 1, 'rgb', (25, 18), True),
+    'sdxl': ((1, 2, 4), (0, 2, 3), 3, 8, (7, 12), True, (6, 4, 5), 3, 'rgb', (28, 48), False),
+}
+
+
+@pytest.mark.parametrize('system', [pytest.param(s, marks=() if 'odd' in s else pytest.mark.slow) for s in CONTROLS])
+def test_controlnet(system):
+    diffusers = pytest.importorskip('diffusers')
+    torch = pytest.importorskip('torch')
+    (
+        multipliers, depths, middle, width, size, pooled, hint, image_channels, order, image_size, mean,
+    ) = CONTROLS[system]  # fmt: skip
+    widths = [32 * m for m in multipliers]
+    more = dict(addition_embed_type='text_time', addition_time_embed_dim=8, projection_class_embeddings_input_dim=60)
+    theirs = diffusers.ControlNetModel(
+        in_channels=4, block_out_channels=widths, layers_per_block=2, cross_attention_dim=24,
+        down_block_types=['CrossAttnDownBlock2D' if depth else 'DownBlock2D' for depth in depths],
+        attention_head_dim=[w // width for w in widths] if width else 4, use_linear_projection=bool(width),
+        transformer_layers_per_block=[*(max(1, depth) for depth in depths[:-1]), middle],
+        conditioning_channels=image_channels, controlnet_conditioning_channel_order=order,
+        conditioning_embedding_out_channels=hint, global_pool_conditions=mean, **(more if pooled else {}),
+    )  # fmt: skip
+    theirs = shaken(theirs)
+    zeros = [theirs.controlnet_cond_embedding.conv_out, *theirs.controlnet_down_blocks, theirs.controlnet_mid_block]
+    for module in zeros:
+        torch.nn.init.normal_(module.weight, std=0.1)
+    network = controlnet.ControlNet(
+        32, multipliers, heads=4, head_channels=width, depths=depths, middle_depth=middle, hint=hint,
+        image_channels=image_channels, order=order, global_pool=mean,
+    )  # fmt: skip
+    x, t, tokens = drawn(2, *size, 4), np.array([3, 801]), drawn(2, 7, 24)
+    image = RNG.uniform(size=(2, *image_size, image_channels)).astype(np.float32)
+    texts, sizes = drawn(2, 12), np.array([[64, 48, 0, 3, 64, 40], [32, 32, 1, 0, 64, 64]], np.float32)
+    vector = jnp.concatenate([texts, latent_unet.embedded_numbers(sizes, 8)], -1) if pooled else None
+    assert controlnet.hint_size(image_size, len(hint) - 1) == size
+
+    def init():
+        return network.init(jax.random.key(0), x, t, image, tokens=tokens, pooled=vector, train=False)['params']
+
+    config = ConfigDict({'model': {'network': {'multipliers': multipliers, 'linear_projection': bool(width)}}})
+    params = read(text_to_image.controlnet(config, {}), jax.eval_shape(init), theirs, root='control/')
+    given = {k: torch.tensor(v) for k, v in dict(text_embeds=texts, time_ids=sizes).items()} if pooled else None
+
+    @jax.jit
+    def ours(params):
+        return network.apply({'params': params}, x, t, image, tokens=tokens, pooled=vector, train=False)
+
+    with torch.no_grad():
+        inputs = [torch.tensor(one) for one in (maps(x), t, tokens, maps(image))]
+        other = theirs(*inputs, added_cond_kwargs=given)
+    others = [*other.down_block_res_samples, other.mid_block_res_sample]
+    made = ours(params)
+    assert len(made) == len(others)
+    for one, another in zip(made, others, strict=True):
+        np.testing.assert_allclose(one, another.numpy().transpose(0, 2, 3, 1), atol=2e-5)
+        assert another.std() > 0.02
+    start = jax.jit(init)()  # a new one adds nothing
+    assert all(not np.any(one) for one in ours(start))
 
 
 def transformer_output(network, table, theirs, other, x, t, pooled, tokens, beside=(), **named):
