@@ -33,6 +33,7 @@ from jaxgen.options import shown
 from jaxgen.text import emphasis, tokenizers
 
 LOW_RESOLUTION = 'low_resolution'
+OUTPAINT = 'outpaint'  # pixels that are to be drawn around an image
 APART = (OTHER, 'reference', LOW_RESOLUTION)  # images that need not lie over the others, pixel by pixel
 MOST_BYTES = 80  # of a file's name that are part of another's; file systems take 255
 PROMPTS = ('caption', 'negative_caption')  # texts of any words, where text encoders read them
@@ -161,7 +162,9 @@ def read(assembled, config, condition: dict[str, Any] | Given, n: int | None = N
 
 def made(assembled, config, condition: dict[str, Any]) -> Given:
     family = assembled.family
-    reconstructs = 'image' in condition and is_reconstructed(family, condition)
+    border = border_of(condition[OUTPAINT]) if OUTPAINT in condition and takes_border(family) else None
+    set_names = {*condition, *(('mask',) if border else ())}
+    reconstructs = 'image' in condition and is_reconstructed(family, set_names)
     if family.sample is None and not reconstructs:
         raise UserError(f'a {config.family} draws no images: there is nothing to sample')
     for name in condition:
@@ -171,12 +174,21 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
             raise UserError(f'condition {name!r}: this run reconstructs the image, and reads nothing beside it')
     values: dict[str, Any] = {}
     images: dict[str, OwnImages] = {}
+    if border and ('mask' in condition or 'image' not in condition):
+        raise UserError(f'condition {OUTPAINT} is of an image, and makes its mask: set image, and no mask')
     for name, value in condition.items():
+        if name == OUTPAINT:
+            continue
         if shape := image_shape(assembled, name):
             binary = name == 'mask' and name in inputs(family)  # where these are only bits to the family
-            images[name] = values[name] = OwnImages(name, value, shape, config.data, binary)
+            around = border if border and name == 'image' else (0, 0, 0, 0)
+            images[name] = values[name] = OwnImages(name, value, shape, config.data, binary, around)
         else:
             values[name] = numbers(assembled, config, name, value)
+    if border:
+        shape = inputs(family)['mask']
+        holes = [outside(size, border) for size in images['image'].sizes]
+        images['mask'] = values['mask'] = OwnImages('mask', holes, shape, config.data, True)
     if 'domain' in values and 'image' not in images:
         raise UserError("condition 'domain' is that of the input image, as the data say: set label, the target domain")
     if is_derived(family) and 'image' in images:
@@ -203,6 +215,38 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     return Given(values, images, 0, reconstructs, tuple(replaced), texts, tuple(notes))
 
 
+def takes_border(family) -> bool:
+    """Whether images may be drawn on beyond their edges: the family completes what a mask says."""
+    return 'mask' in inputs(family) and 'image' in {*family.conditions, *inputs(family)}
+
+
+def border_of(value) -> tuple[int, int, int, int]:
+    """The pixels left, top, right and bottom of an image, of numbers or of a text '0,80,0,80'.
+
+    Raises:
+      UserError: they are none.
+    """
+    parts = value.split(',') if isinstance(value, str) else value
+    try:
+        left, top, right, bottom = (int(part) if isinstance(part, str) else operator.index(part) for part in parts)
+    except (TypeError, ValueError) as e:
+        raise UserError(
+            f'condition {OUTPAINT}: four numbers of pixels, left, top, right, bottom, like 0,80,0,80; it is '
+            f'{shown(value)}'
+        ) from e
+    if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
+        raise UserError(f'condition {OUTPAINT}: numbers from 0, not all of them 0; they are {left, top, right, bottom}')
+    return left, top, right, bottom
+
+
+def outside(size: tuple[int, int], border: tuple[int, int, int, int]) -> np.ndarray:
+    """bool [height, width] of a canvas of size (width, height), True in its border."""
+    (width, height), (left, top, right, bottom) = size, border
+    hole = np.ones((height, width), bool)
+    hole[top : height - bottom, left : width - right] = False
+    return hole
+
+
 def inputs(family) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the family's further images."""
     return {one.name: one.shape for one in family.inputs}
@@ -227,6 +271,7 @@ def allowed(family) -> tuple[str, ...]:
     """The names that a person may set."""
     more: tuple[str, ...] = ('image',) if is_reconstructed(family) or is_derived(family) else ()
     more += PROMPTS if family.captions.encoded else ()
+    more += (OUTPAINT,) if takes_border(family) else ()
     return tuple(dict.fromkeys((*family.conditions, *inputs(family), *more, *family.displayed)))
 
 
@@ -469,6 +514,9 @@ def provider(
     given = read(assembled, config, condition)
     if given.reconstructs:
         raise UserError('condition image: this run reconstructs it, which sampling alone does, and no film shows')
+    for one in family.inputs:
+        if one.required and one.name not in given.values:
+            raise UserError(f'as this model is set, samples begin with an {one.name}: set the condition {one.name}')
     displayed = family.displayed if film else ()
     hidden = () if film else set(family.displayed) - set(inputs(family))
     own = {name: value for name, value in given.values.items() if name not in hidden}

@@ -223,6 +223,7 @@ class Input(NamedTuple):
     instead_of: str = ''  # the condition that the batch need not hold then
     beside: tuple[str, ...] = ()  # others without which it is not read
     otherwise: str = ''  # what else a person may do who gives it without them
+    required: bool = False  # as the family is set, nothing is sampled without it
 
 
 class Family(NamedTuple):

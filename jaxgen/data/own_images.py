@@ -62,7 +62,15 @@ class OwnImages:
         read. Of other folders the unreadable files are left out.
     """
 
-    def __init__(self, feature: str, value, shape: tuple[int, ...], section, binary: bool = False):
+    def __init__(
+        self,
+        feature: str,
+        value,
+        shape: tuple[int, ...],
+        section,
+        binary: bool = False,
+        border: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ):
         """
         Args:
           feature: its name; where it holds 'mask', images of 0 and 1 are of black and white.
@@ -71,8 +79,10 @@ class OwnImages:
           shape: (H, W, C) of the feature.
           section: the section `data` of the run's config.
           binary: pixels become black or white, the brighter half white.
+          border: pixels that each image gets at its left, top, right and bottom, like those at its edge, before it is
+            brought to the model's size; the result must have the model's aspect ratio.
         """
-        self.feature, self.shape, self.section = feature, tuple(shape), section
+        self.feature, self.shape, self.section, self.border = feature, tuple(shape), section, border
         bits = 'threshold' if binary else section['binarise'] if feature in BINARISED else 'none'
         self.bits = functools.partial(transforms.binarised, how=bits) if bits != 'none' else None
         self.palette = section['source'].startswith('pairs:') and bool(sources.CLASS_MAPS.search(feature))
@@ -169,7 +179,7 @@ class OwnImages:
         most, mask = self.section['max_pixels'], 'mask' in self.feature
         if isinstance(content, np.ndarray):
             pixels = to_pixels(self.feature, content, mask)
-            if pixels.shape == self.shape:
+            if pixels.shape == self.shape and not any(self.border):
                 return Decoded(pixels, (pixels.shape[1], pixels.shape[0]), digest)
             image = transforms.from_array(pixels, channels)
         elif isinstance(content, Image.Image):
@@ -181,6 +191,8 @@ class OwnImages:
             image = transforms.load(encoded, channels, most, self.palette)
         if mask and image.mode != 'P' and np.max(image.getextrema()) == 1:
             image = image.point([0] + [255] * 255) if image.mode == 'L' else image.point(([0] + [255] * 255) * 3)
+        if any(self.border):
+            image = extended(self.feature, image, self.border, self.shape, most)
         return Decoded(fitted(image, self.shape), image.size, digest)
 
     def note(self) -> str:
@@ -198,6 +210,27 @@ class OwnImages:
         else:
             what, whose = f'{self.feature}: {len(self)} images', f'their central {part}s '
         return f'{what}{"," if len(self) > 1 else ":"} {sizes}, {whose if cut else ""}resized to {width} x {height}'
+
+
+def extended(
+    feature: str, image: Image.Image, border: tuple[int, int, int, int], shape: tuple[int, ...], most: int
+) -> Image.Image:
+    """The image on a larger canvas, see `OwnImages`.
+
+    Raises:
+      UserError: the canvas has more than `most` pixels, or another aspect ratio than the model's images.
+    """
+    left, top, right, bottom = border
+    width, height = image.width + left + right, image.height + top + bottom
+    transforms.check_pixels((width, height), most)
+    if round(width * shape[0] / height) != shape[1]:
+        raise UserError(
+            f'condition {feature}: its canvas would be {width} x {height} pixels, and the model draws '
+            f'{shape[1]} x {shape[0]}: choose borders with which {image.width} x {image.height} get that aspect ratio'
+        )
+    pixels = np.asarray(image)
+    axes = [(top, bottom), (left, right)] + [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, axes, 'edge'))
 
 
 def reason(error: Exception) -> str:

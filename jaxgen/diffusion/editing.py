@@ -101,7 +101,9 @@ def inputs_of(shape: tuple[int, ...], changes: bool) -> tuple[Input, ...]:
     """
     height, width, channels = shape
     alone = Input(IMAGE, (height, width, channels))
-    if not changes:
+    if changes:
+        alone = alone._replace(required=True)
+    else:
         alone = alone._replace(beside=(MASK,), otherwise='or editing.strength below 1, to change all of it')
     return alone, Input(MASK, (height, width, 1), beside=(IMAGE,))
 

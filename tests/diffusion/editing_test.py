@@ -293,10 +293,10 @@ def fresh_shapes(name: str):
     return read
 
 
-@pytest.mark.slow
-def test_strength_begins_with_an_image():
+def test_strength_begins_with_an_image(no_compile):
+    config = tiny('ddpm_digits', model=dict(editing=dict(strength=0.5)))
     with pytest.raises(UserError, match='set the condition image'):
-        fresh('ddpm_digits').sample(2, editing={'strength': 0.5})
+        conditions.provider(assemble(config), config, {})
 
 
 # --- networks that read a mask and what is known
@@ -406,3 +406,39 @@ def test_drawn_masks():
     assert (drawn['whole'] == 1).all()
     own = {'mask': np.zeros((20, 16, 16, 1))}
     assert conditioning.drawn(made, lambda: keys, own)['mask'] is own['mask']
+
+
+# --- beyond the edges
+
+
+def test_a_canvas_and_its_mask(no_compile):
+    """The image in its place on the canvas, its border the hole, both at the model's size."""
+    read, image = fresh_shapes('ddpm_digits'), pixels(8, 4)
+    given = read({'image': image, 'outpaint': (1, 0, 3, 0)})
+    numbers = np.arange(1)
+    np.testing.assert_array_equal(given.values['image'].take(numbers)[0, :, 1:5, 0], image)
+    hole = np.ones((8, 8), np.uint8)
+    hole[:, 1:5] = 0
+    np.testing.assert_array_equal(given.values['mask'].take(numbers)[0, ..., 0], 255 * hole)
+    # Larger ones are reduced with their canvas; a text of the command line.
+    given = read({'image': np.kron(image, np.ones((4, 4), np.uint8)), 'outpaint': '4,0,12,0'})
+    np.testing.assert_array_equal(given.values['mask'].take(numbers)[0, ..., 0], 255 * hole)
+    for condition, message in [
+        ({'outpaint': '1,2'}, 'four numbers of pixels'),
+        ({'outpaint': (0, 0, 0, 0)}, 'not all of them 0'),
+        ({'outpaint': (1, 0, 2, 0)}, '7 x 8 pixels, and the model draws 8 x 8'),
+        ({'outpaint': (1, 0, 3, 0), 'mask': hole}, 'set image, and no mask'),
+        ({'outpaint': (10**6, 0, 10**6, 2 * 10**6)}, 'pixels'),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read({'image': image, **condition})
+    with pytest.raises(UserError, match='set image, and no mask'):
+        read({'outpaint': (1, 0, 3, 0)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ddpm_digits', 'completing_digits'])
+def test_a_run_draws_beyond_the_edges(name):
+    image = pixels(8, 4)
+    y = fresh(name).sample(2, condition={'image': image, 'outpaint': (1, 0, 3, 0)})
+    np.testing.assert_array_equal(y[:, :, 1:5, 0], np.stack([image, image]))
