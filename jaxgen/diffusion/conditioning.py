@@ -17,6 +17,8 @@ A kind says what the array is embedded as, and what stands for its absence:
                of the caption            'pooled' [n, d]                      no text
     numbers    float32 [n, k]            'pooled' [n, k d], cosines, sines    themselves
     inpainting 'image' and 'mask'        'planes' [n, H, W, 1 + C]            all is missing
+    image_     what a frozen stage       'tokens' [n, 1, D] or                zeros
+    embedding  encodes of the image      'pooled' [n, d]
 
 A vector is added to the network's embedding of time; tokens join its attention; planes are concatenated to x_t; pooled
 vectors are joined, and the network embeds them. So a class label, an image embedding, a caption, a low-resolution,
@@ -243,6 +245,52 @@ def inpainting(
     return Condition(name, 'planes', None, same, same_value, 0.0, optional=True, draw=draw)
 
 
+def image_embedding(
+    name: str,
+    context: Context,
+    network: Any,
+    *,
+    encoder: str = 'clip',
+    part: Annotated[str, OneOf('tokens', 'pooled')] = 'tokens',
+    dropout: Rate = 0.0,
+) -> Condition:
+    """What a frozen stage encodes of an image, such as CLIP's embedding, of length 1: training is on the embedding of
+    the training image itself, and samples are variations of a person's (unCLIP, Ramesh et al. 2022, arXiv 2204.06125).
+
+    Args:
+      encoder: stage that encodes images of its own size, to which these are brought.
+      part: it is one of the 'tokens', or joins the 'pooled' vectors.
+      dropout: probability that it is left out in training, zeros in its place.
+    """
+    stage, where = context.stages.get(encoder), f'config.model.conditioning.{name}'
+    if stage is None or stage.encode is None or stage.latents.grids:
+        raise UserError(f'{where} needs config.stages.{encoder}, a run that encodes images as vectors, such as a clip')
+    key, encode = f'{encoder}/{name}', stage.encode
+
+    def prepare(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
+        z = encode(*frozen[encoder], {'image': fitted(batch[name], stage.image)}, jax.random.key(0))
+        return {key: z.reshape(len(z), -1)}
+
+    def compute(frozen: Frozen, batch: dict[str, Array], train: bool) -> Array:
+        return batch[key] if key in batch else prepare(frozen, batch)[key]
+
+    def embed(value: Array, x: Array) -> Array:
+        return value[:, None] if part == 'tokens' else value
+
+    to = part if part == 'tokens' or 'pooled' in network.takes else 'vector'
+    width = {'tokens': getattr(network, 'token_features', 0), 'vector': network.vector_features}.get(to, 0)
+    module = Dense(width, dtype=context.dtype) if width else None
+    return Condition(name, to, module, embed, jnp.zeros_like, dropout, compute=compute, prepare=prepare)
+
+
+def fitted(image: Array, shape: tuple[int, ...]) -> Array:
+    """Images [n, H, W, C] in [-1, 1] as [n, *shape], by bicubic interpolation; grey ones in all channels."""
+    height, width, channels = shape
+    if image.shape[1:3] != (height, width):
+        image = jnp.clip(jax.image.resize(image, (len(image), height, width, image.shape[-1]), 'cubic'), -1, 1)
+    return jnp.broadcast_to(image, (*image.shape[:3], channels))
+
+
 def drawn(conditioning: Conditioning, keys: Callable, batch: dict[str, Array]) -> dict[str, Array]:
     """A batch with the arrays that training draws and that it does not hold.
 
@@ -388,6 +436,7 @@ KINDS = {
     'text': text,
     'numbers': numbers,
     'inpainting': inpainting,
+    'image_embedding': image_embedding,
 }
 # What an array of each kind is embedded as; for texts see `parts_of`.
 PARTS = {
@@ -437,6 +486,8 @@ def make(section: dict[str, dict], context: Context, network: Any) -> Conditioni
 
 def parts_of(own: dict, network: Any) -> tuple[str, ...]:
     """The parts of a network that a condition's complete section is embedded as."""
+    if own['kind'] == 'image_embedding':
+        return (own['part'] if own['part'] == 'tokens' or 'pooled' in network.takes else 'vector',)
     if own['kind'] != 'text':
         return (PARTS[own['kind']],)
     pooled = 'pooled' if 'pooled' in network.takes else 'vector'

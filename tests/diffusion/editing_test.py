@@ -442,3 +442,46 @@ def test_a_run_draws_beyond_the_edges(name):
     image = pixels(8, 4)
     y = fresh(name).sample(2, condition={'image': image, 'outpaint': (1, 0, 3, 0)})
     np.testing.assert_array_equal(y[:, :, 1:5, 0], np.stack([image, image]))
+
+
+# --- variations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['tokens', 'pooled'])
+def test_variations_of_an_image(part):
+    """The network reads the embedding that the CLIP stage encodes: of the image itself, prepared or not, in training,
+    and of a person's in sampling."""
+    config = tiny(
+        'ldm_text_shapes',
+        stages=dict(clip='runs/clip_shapes'),
+        model=dict(conditioning=dict(image=dict(kind='image_embedding', part=part, dropout=0.5))),
+    )
+    a = assemble(config)
+    batch = first_batch(config)
+    made = {c.name: c for c in conditioning_of(a)}['image']
+    clip, (state, frozen) = a.context.stages['clip'], a.frozen['clip']
+    value = made.compute(a.frozen, batch, True)
+    small = jax.image.resize(batch['image'], (len(batch['image']), *clip.image), 'cubic').clip(-1, 1)
+    wanted = clip.encode(state, frozen, {'image': small}, jax.random.key(0))
+    np.testing.assert_allclose(value, wanted, atol=1e-5)
+    assert made.embed(value, None).shape == ((8, 1, value.shape[-1]) if part == 'tokens' else value.shape)
+    prepared = a.family.prepare(a.frozen, batch, jax.random.key(0))
+    np.testing.assert_array_equal(prepared['clip/image'], value)
+    rng = np.random.default_rng(0)
+    state = jax.eval_shape(a.family.init, jax.random.key(0), batch, a.frozen)
+    state = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), state)
+    update = jax.jit(a.family.update)
+    _, logs = update(state, a.frozen, batch, jax.random.key(1))
+    without = {name: x for name, x in batch.items() if name != 'image'}
+    _, others = update(state, a.frozen, without | prepared, jax.random.key(1))
+    np.testing.assert_allclose(logs['loss'], others['loss'], rtol=1e-5)
+    r = run.Run('nowhere', config, a, state, 'ema')
+    x = pixels(2, *r.image)
+    one, other = (r.sample(1, condition={'image': image, 'caption': 'a red heart'}) for image in x)
+    assert (one != other).any()
+
+
+def conditioning_of(assembled):
+    """The conditions of an assembled diffusion model."""
+    return assembled.family.init.args[0].conditioning
