@@ -2,15 +2,18 @@
 
 The names of layers are those of the tables of the whole network. What a file says of a layer is a pair of tensors, down
 [rank, in, ...] and up [out, rank, ...], and perhaps alpha: what is added is alpha / rank up down, or up down. Layers of
-a file may have ranks of their own; here all have the largest, with zeros, and alpha is multiplied into `up`.
+a file may have ranks of their own; here all have the largest, with zeros, and alpha is multiplied into `up`. Where no
+tensor is alpha it is that of peft's config, in the metadata of diffusers' files or in adapter_config.json.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import jax.numpy as jnp
@@ -26,7 +29,8 @@ from jaxgen.diffusion.adapters import BASE, LORA, Layer
 from jaxgen.errors import UserError
 from jaxgen.run import Run
 from jaxgen.weights import mapping, sources, text_to_image
-from jaxgen.weights.files import Tensor, Weights, open_weights
+from jaxgen.weights.diffusers import is_of
+from jaxgen.weights.files import Tensor, Weights, open_weights, read_part
 from jaxgen.weights.source import network as network_name
 
 TABLES = {'latent_unet': text_to_image.latent_unet, 'mmdit': text_to_image.mmdit, 'flux': text_to_image.flux}
@@ -34,6 +38,7 @@ NAMES = ('diffusers', 'kohya')  # of an export
 ROOTS = re.compile(r'(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.)*')
 KOHYA = re.compile(r'lora_(unet|transformer)_')
 TEXTS = re.compile(r'(text_encoder|text_model|lora_te|te\d?_|text_encoders?_)')
+METADATA = 'lora_adapter_metadata'  # of a .safetensors file of diffusers: peft's config, as JSON
 DOWN, UP, ALPHA = 'down', 'up', 'alpha'
 # The end of a tensor's name, and what it is.
 ENDINGS = (
@@ -120,7 +125,11 @@ def pairs_of(weights: Weights, known: Mapping[str, Place]) -> tuple[dict[str, di
         if there not in known:
             wrong.append(name)
             continue
-        pairs.setdefault(there, {})[kind] = tensor
+        if kind in pairs.setdefault(there, {}):
+            raise UserError(
+                f'{weights.path} has the {kind} of {there} twice, once as {name}: which is meant is not known'
+            )
+        pairs[there][kind] = tensor
     if unknown:
         raise UserError(
             f'{weights.path} is no LoRA file: {unknown[0]} is none of its tensors (LoHa and DoRA are not read)'
@@ -131,8 +140,51 @@ def pairs_of(weights: Weights, known: Mapping[str, Place]) -> tuple[dict[str, di
     return pairs, texts
 
 
-def read_pair(path: str, name: str, pair: Mapping[str, Tensor], place: Place) -> tuple[np.ndarray, np.ndarray]:
+def stated(weights: Weights) -> dict[str, Any]:
+    """peft's config of the adapter of a network, {} where a file has none.
+
+    Raises:
+      UserError: it is none.
+    """
+    path = weights.files[0] if weights.files else weights.path
+    said: Any = weights.metadata.get(METADATA)
+    if said is not None:
+        try:
+            said = json.loads(said)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f'{weights.path} is damaged: its {METADATA} is no JSON') from e
+    elif os.path.basename(path).startswith('adapter_model.'):
+        said = read_part(os.path.dirname(path), 'adapter_config.json')
+    if not isinstance(said or {}, dict):
+        raise UserError(f'{weights.path} is damaged: its {METADATA} is no JSON object')
+    return {ROOTS.sub('', key, 1): value for key, value in (said or {}).items() if not TEXTS.match(key)}
+
+
+def stated_alpha(said: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha of a layer by peft's config, the rank where it says none; with rsLoRA (Kalajdzievski 2023, arXiv
+    2312.03732) times the root of the rank, over which it has alpha.
+
+    Raises:
+      UserError: it is no number.
+    """
+    own = said.get('alpha_pattern')
+    patterns = own.items() if isinstance(own, dict) else ()
+    fitting = (alpha for key, alpha in patterns if f'.{name}'.endswith(f'.{key.removeprefix("^")}'))
+    alpha = next(fitting, said.get('lora_alpha'))
+    if alpha is None:
+        return rank
+    if not is_of('a number', alpha):
+        raise UserError(f'the config of the LoRA is damaged: alpha of {name} is {repr(alpha)[:80]}')
+    return alpha * math.sqrt(rank) if said.get('use_rslora') is True else alpha
+
+
+def read_pair(
+    path: str, name: str, pair: Mapping[str, Tensor], place: Place, said: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """(down [*inputs, rank], up [rank, out]) of one matrix, as `adapters` has them, with alpha in `up`.
+
+    Args:
+      said: peft's config, see `stated`.
 
     Raises:
       UserError: one of both is missing, or they are of another shape.
@@ -152,6 +204,8 @@ def read_pair(path: str, name: str, pair: Mapping[str, Tensor], place: Place) ->
             f'{path} is a LoRA of another network: {name} is {list(first)} and {list(second)} there, and the layer is '
             f'{[out, *inputs]}'
         )
+    if ALPHA in pair and np.prod(pair[ALPHA].shape) != 1:
+        raise UserError(f'{path}: alpha of {name} is {list(pair[ALPHA].shape)}, and should be one number')
     for one in (pair[DOWN], pair[UP]):
         if one.dtype.name not in mapping.DTYPES:
             raise UserError(f'{path}: {name} is not of {", ".join(mapping.DTYPES)}')
@@ -160,7 +214,8 @@ def read_pair(path: str, name: str, pair: Mapping[str, Tensor], place: Place) ->
     down = einops.rearrange(down.reshape(rank, *inputs), pattern_of(place.entry), **sizes)
     up = up.reshape(out, rank).T
     up = place.entry.layout.forward(up) if place.entry.layout.forward else up
-    alpha = float(mapping.finite(name, pair[ALPHA].read()).reshape(-1)[0]) if ALPHA in pair else rank
+    one_number = float(mapping.finite(name, pair[ALPHA].read()).reshape(-1)[0]) if ALPHA in pair else None
+    alpha = stated_alpha(said, name, rank) if one_number is None else one_number
     return down.reshape(*place.layer.inputs, rank), up * np.float32(alpha / rank)
 
 
@@ -174,7 +229,8 @@ def read(weights: Weights, config, shapes: Mapping[str, tuple[int, ...]]) -> tup
     for table in reversed(tables(config)):
         known |= places(config, table, shapes)
     pairs, texts = pairs_of(weights, known)
-    made = {name: read_pair(weights.path, name, pair, known[name]) for name, pair in pairs.items()}
+    said = stated(weights)
+    made = {name: read_pair(weights.path, name, pair, known[name], said) for name, pair in pairs.items()}
     rank = max(up.shape[0] for _, up in made.values())
     arrays: dict[str, np.ndarray] = {}
     for name, (down, up) in made.items():

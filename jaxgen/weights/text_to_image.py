@@ -528,7 +528,7 @@ def conditioning_of(
     elif sized:
         both = [stage for stage in ('text', 'text_2') if stage in encoders]
         caption |= {'tokens': ('+'.join(f'{stage}/before' for stage in both),), 'pooled': ('text_2/embedding',)}
-        caption['empty'] = 'zeros' if index.get('force_zeros_for_empty_prompt') else 'encoded'
+        caption['empty'] = 'zeros' if index.get('force_zeros_for_empty_prompt', True) else 'encoded'
         sides = tuple(map(float, size))
         values, absent = (*sides, 0.0, 0.0, *sides), ()
         if index.get('requires_aesthetics_score'):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,8 @@ def test_what_a_file_adds(make, about, layers, kind, tmp_path):
         (lambda t: {name: x for name, x in t.items() if 'lora_B' not in name}, r'no up \(lora_B\)'),
         (lambda t: {name: x * np.nan for name, x in t.items()}, 'infinite or no numbers'),
         (lambda t: {'text_encoder.a.lora_A.weight': drawn(2, 3)}, 'it has no layer of it'),
+        (lambda t: {**t, 'unet.conv_in.alpha': drawn(0)}, r'alpha of conv_in is \[0\], and should be one number'),
+        (lambda t: {**t, 'lora_unet_conv_in.lora_up.weight': drawn(32, 2, 1, 1)}, 'has the up of conv_in twice'),
     ],
 )
 def test_files_that_do_not_fit(change, message, tmp_path):
@@ -178,6 +181,36 @@ def test_files_that_do_not_fit(change, message, tmp_path):
     safetensors.numpy.save_file(change(tensors), tmp_path / 'x.safetensors')
     with pytest.raises(UserError, match=message):
         lora.read(open_weights(str(tmp_path / 'x.safetensors')), config, shapes)
+
+
+@pytest.mark.parametrize(
+    ('said', 'factor'),
+    [
+        ({'unet.r': 2, 'unet.lora_alpha': 6, 'text_encoder.lora_alpha': 1}, 3.0),
+        ({'lora_alpha': 6, 'alpha_pattern': {'in': 3, 'conv_in': 5}}, 2.5),
+        ({'transformer.lora_alpha': 6, 'transformer.use_rslora': True}, 6 / 2**0.5),
+        ({'r': 2}, 1.0),
+        ({'lora_alpha': 'six'}, 'alpha of conv_in is .six'),
+        ([1], 'is no JSON object'),
+    ],
+)
+def test_alpha_of_pefts_config(said, factor, tmp_path):
+    """In the metadata of diffusers' files and beside peft's; alpha / rank, or over the root of the rank."""
+    config, shapes = of_unet()
+    tensors = {'unet.conv_in.lora_A.weight': drawn(2, 4, 3, 3), 'unet.conv_in.lora_B.weight': drawn(32, 2, 1, 1)}
+    one, beside = tmp_path / 'x.safetensors', tmp_path / 'adapter_model.safetensors'
+    safetensors.numpy.save_file(tensors, one, {lora.METADATA: json.dumps(said)})
+    safetensors.numpy.save_file(tensors, beside)
+    (tmp_path / 'adapter_config.json').write_text(json.dumps(said))
+    for path_of in (one, beside):
+        if isinstance(factor, str):
+            with pytest.raises(UserError, match=factor if path_of == one or isinstance(said, dict) else 'JSON object'):
+                lora.read(open_weights(str(path_of)), config, shapes)
+            continue
+        arrays, _, _ = lora.read(open_weights(str(path_of)), config, shapes)
+        right = factor * tensors['unet.conv_in.lora_B.weight'][:, :, 0, 0].T
+        up = next(x for name, x in arrays.items() if name.endswith('/up'))
+        np.testing.assert_allclose(up, right, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -408,3 +408,4 @@ def test_a_pipeline_that_lacks_a_text_encoder():
     assert made['conditioning']['sizes']['values'] == (1024, 1024, 0, 0, 6)
     assert made['conditioning']['sizes']['absent'] == (1024, 1024, 0, 0, 2.5)
     assert made['conditioning']['caption']['tokens'] == ('text_2/before',)
+    assert made['conditioning']['caption']['empty'] == 'zeros'  # the default of diffusers' pipelines of XL
