@@ -188,6 +188,48 @@ def test_images_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch
                 torch.testing.assert_close(there[key].reshape(weight.shape), weight, rtol=0, atol=0)
 
 
+def inpainting(diffusers, transformers, tokenizer):
+    """Stable Diffusion's model of nine channels."""
+    network = unet(diffusers, True, cross_attention_dim=64, attention_head_dim=4, in_channels=9)
+    return diffusers.StableDiffusionInpaintPipeline(
+        vae=autoencoder(diffusers), text_encoder=text(transformers, width=64, heads=1), tokenizer=tokenizer,
+        unet=network, scheduler=diffusers.DDIMScheduler(**BETAS, **FIRST), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_holes_are_filled_as_by_the_pipeline(tokenizer, tmp_path, monkeypatch, capsys):
+    """With latents of the masked image that are the posterior's mean in both, and without the image put over."""
+    torch = pytest.importorskip('torch')
+    theirs = saved(inpainting, tokenizer, tmp_path / 'hub')
+    command = ['jaxgen', '--mode=import', f'--from={tmp_path}/hub', f'--workdir={tmp_path}/run']
+    assert run_main(command) == 0, capsys.readouterr()
+    changes = {'model.sampler.steps': STEPS, 'model.guidance.scale': 3.0, 'model.editing.paste': False}
+    run = jaxgen.load(str(tmp_path / 'run'), config=changes)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 16, 16, 4)).astype(np.float32)
+    image, mask = rng.integers(0, 256, (32, 32, 3), np.uint8), np.zeros((32, 32), bool)
+    mask[5:22, 8:27] = True
+    draws = 'diffusers.models.autoencoders.vae.DiagonalGaussianDistribution.sample'
+    monkeypatch.setattr(draws, lambda self, generator=None: self.mode())
+    theirs.set_progress_bar_config(disable=True)
+    images = 2 * theirs(
+        PROMPTS, image=torch.from_numpy(image.transpose(2, 0, 1)[None] / np.float32(255)).repeat(2, 1, 1, 1),
+        mask_image=torch.from_numpy(mask[None, None].astype(np.float32)).repeat(2, 1, 1, 1), height=32, width=32,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), num_inference_steps=STEPS, output_type='np',
+        guidance_scale=3.0, strength=1.0,
+    ).images - 1  # fmt: skip
+
+    arrays = conditions.first(run.assembled, run.config, 2, {'caption': PROMPTS, 'image': image, 'mask': mask})
+    batch = sample.to_inside({name: jnp.asarray(x) for name, x in arrays.items()})
+    monkeypatch.setattr(diffusion, 'normal', lambda keys, shape: jnp.asarray(noise))
+    family = run.assembled.family
+    draw = jax.jit(lambda state, frozen: family.sample(state, frozen, batch, jax.random.key(0), family.settings()))
+    assert images.std() > 0.2
+    np.testing.assert_allclose(draw(run.state, run.assembled.frozen), np.clip(images, -1, 1), atol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_one_file(tokenizer, tmp_path, capsys):
     """By the names of CompVis, which diffusers turns into its own: network, first stage and text encoder, a config by
