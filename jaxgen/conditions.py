@@ -166,7 +166,7 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     set_names = {*condition, *(('mask',) if border else ())}
     reconstructs = 'image' in condition and is_reconstructed(family, set_names)
     if family.sample is None and not reconstructs:
-        raise UserError(f'a {config.family} draws no images: there is nothing to sample')
+        raise UserError(f'a run of {config.family} draws no images: there is nothing to sample')
     for name in condition:
         if name not in allowed(family):
             refuse(family, name)
@@ -200,7 +200,7 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     for name in values:
         if name in replaced:
             raise UserError(f'conditions {replaced[name]} and {name}: one is in place of the other; leave one out')
-    read_by_sample = {*family.conditions, *inputs(family)}
+    read_by_sample = {*family.conditions, *inputs(family), *(PROMPTS if family.captions.encoded else ())}
     if values and not reconstructs and not read_by_sample & set(values):
         wanted = ', '.join(family.conditions)
         raise UserError(f'condition {next(iter(values))!r} is displayed by --film alone: samples are made of {wanted}')
@@ -212,6 +212,8 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     texts = {name: text_of(images.get(name), value) for name, value in condition.items()}
     notes = [] if reconstructs or not images else unset(assembled, {*values, *replaced})
     notes += cut_off(assembled, values)
+    if 'negative_caption' in values and not family.captions.negative:
+        notes.append('negative_caption changes nothing: samples are not guided, see --config.model.guidance.scale')
     return Given(values, images, 0, reconstructs, tuple(replaced), texts, tuple(notes))
 
 

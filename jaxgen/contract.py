@@ -190,6 +190,7 @@ class Captions(NamedTuple):
     # the same of the text that stands for no caption, 'STAGE/negative', with NEGATIVE
     weighted: bool = False  # in sampling captions are prompts with weights of words: a batch holds 'STAGE/weights' and
     # 'STAGE/negative_weights', float32 [n, length]
+    negative: bool = False  # negative prompts change samples: there is guidance away from them
 
 
 NEGATIVE = 'has_negative'  # bool [n] of a batch: whether 'STAGE/negative' are of a negative prompt, and not of ''

@@ -54,6 +54,20 @@ def test_what_no_tokens_are_left_for_is_said(assembled):
     assert not conditions.cut_off(assembled, {'caption': conditions.numbers(assembled, None, 'caption', 'a circle')})
 
 
+@pytest.mark.parametrize('guided', [True, False])
+def test_a_negative_prompt_alone_and_without_guidance(assembled, guided):
+    captions = Captions(encoded=True, negative=guided)
+    family = SimpleNamespace(
+        captions=captions, sample=len, encode=None, decode=None, conditions=('caption',), inputs=(), displayed=()
+    )
+    spec = SimpleNamespace(features={})
+    run = SimpleNamespace(**{**vars(assembled), 'family': family, 'spec': spec})
+    given = conditions.read(run, None, {'negative_caption': ['a red circle', 'green']})
+    assert given.n == 2
+    assert given.lines() == ([] if guided else [line for line in given.notes if 'negative_caption changes' in line])
+    assert bool(given.lines()) == (not guided)
+
+
 def test_texts_of_a_file(tmp_path):
     path = tmp_path / 'prompts.txt'
     path.write_bytes('\ufeffa cat\r\n\r\n  ein Käfer = 3 \n'.encode())

@@ -237,7 +237,9 @@ def build(
         sampling=('sampler', 'guidance', 'adapters', 'editing', 'control'),
         settings=settings,
         merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors and not nets else None,
-        captions=Captions(encoded=encoded, weighted=bound.edits.options.weighted_prompts),
+        captions=Captions(
+            encoded=encoded, weighted=bound.edits.options.weighted_prompts, negative=not bound.guidance.off
+        ),
     )
 
 
