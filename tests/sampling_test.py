@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
@@ -83,6 +84,7 @@ def nested(where: tuple, value):
 
 
 GUIDED = {'scale': 2.0, 'low': 0.1, 'high': 5.0, 'rescale': 0.5}
+FLUX = {'name': 'flux', 'channels': 16, 'heads': 2, 'blocks': 1, 'single_blocks': 1, 'axes': (2, 2, 4)}
 # Configs in which the marked fields do something: [(config, its changed fields)].
 BASES = {
     'consistency': [('consistency_digits', {'sampler': {'levels': (80.0, 2.0)}})],
@@ -98,6 +100,10 @@ BASES = {
         ],
         *[('score_vp_digits', {'sampler': {'name': s, 'steps': 3, 'eta': 0.5}}) for s in ('ddim', 'euler_ancestral')],
         ('score_vp_digits', {'sampler': {'name': 'heun', 'steps': 4, 's_churn': 0.5, 's_min': 0.01, 's_max': 10.0}}),
+        ('flow_digits', {'sampler': {'name': 'euler', 'steps': 3, 'ramp': 'karras', 'ramp_ends': (0.05, 0.9)}}),
+        ('flow_digits', {'sampler': {'name': 'euler', 'steps': 3, 'rounding': 'down', 'least_alpha': 0.01}}),
+        ('sit_digits', {'sampler': {'name': 'euler', 'steps': 3, 'dynamic_shift': 'linear', 'token_range': (4, 64)}}),
+        ('flow_digits', {'network': FLUX, 'guidance': {'distilled': 3.5}}),
     ],
     'gan': [('conditional_gan_digits', {'truncation': 0.5})],
     'glow': [('glow_digits', {})],
@@ -111,12 +117,17 @@ BASES = {
 }
 
 
-# The shift is of flows, which end where alpha is 0; these two divide by alpha.
-IMPOSSIBLE = {'diffusion': {('sampler=predictor_corrector', 'shift'), ('sampler=annealed_langevin', 'shift')}}
-# Whole numbers and truths of chains, which `others` does not vary; tests/diffusion/samplers_test.py holds them.
-IMPOSSIBLE['diffusion'] |= {
-    (f'sampler={name}', field) for name in samplers.SAMPLERS for field in ('offset', 'unit_start')
-}
+# Whole numbers and truths, which `others` does not vary; tests/diffusion/samplers_test.py holds them.
+WHOLE = ('offset', 'unit_start', 'skip_first', 'grid', 'token_range')
+VISITS = {field.name for field in dataclasses.fields(samplers.Visits)} - {*WHOLE}
+
+
+def of_any_sampler(where: tuple) -> tuple:
+    """The path of a field, one for all samplers where it says which noise levels they visit: all get these alike."""
+    return ('sampler', where[-1]) if where[0].startswith('sampler=') and where[-1] in VISITS else where
+
+
+IMPOSSIBLE = {'diffusion': {(f'sampler={name}', field) for name in samplers.SAMPLERS for field in WHOLE}}
 
 
 def config_of(name: str, model: dict):
@@ -186,7 +197,8 @@ def test_marked_fields_reach_the_program_by_settings_alone(family):
                 assert len(constants) == len(first[1]) and all(map(np.array_equal, constants, first[1])), where
                 seen.add(where)
                 break
-    expected = MARKED[family] - IMPOSSIBLE.get(family, set())
+    seen = {*map(of_any_sampler, seen)}
+    expected = {*map(of_any_sampler, MARKED[family] - IMPOSSIBLE.get(family, set()))}
     assert seen == expected, f'no base in which these do anything: {expected - seen}'
 
 

@@ -1075,8 +1075,19 @@ def levels_of(process: Process, visits: Visits, last_step: float = 0.0, tokens: 
     found = Schedule(*(values[int(visits.skip_first) :] for values in found))
     if not visits.stated:
         return found
-    if not process.steps:
-        return between(process, visits, found, n)
+    levels = between(process, visits, found, n) if not process.steps else on_chain(process, visits, found, n)
+    with np.errstate(divide='ignore'):
+        ratio = levels.sigma / levels.alpha
+    if np.any(ratio[1:] <= ratio[:-1]):
+        raise UserError(
+            f'config.model.sampler: of the {n} noise levels some are equal: ramp_ends and least_alpha leave no room '
+            'between them'
+        )
+    return levels
+
+
+def on_chain(process: Process, visits: Visits, found: Schedule, n: int) -> Schedule:
+    """Levels of a chain, spread anew, which lie between its steps, with the network's times rounded."""
     chain = process.at(np.arange(process.steps))
     preserving = bool(np.allclose(chain.alpha**2 + chain.sigma**2, 1))
     alpha = np.maximum(chain.alpha, visits.least_alpha)

@@ -204,7 +204,7 @@ def test_stages_control_a_run_where_their_image_is_given():
     """A stage that is a ControlNet changes samples of the base where the batch holds its image, and is its own run."""
     stages = dict(one=controlled('edges', 5))
     family = build(families(**stages))
-    assert [i.name for i in family.inputs] == ['edges'] and family.conditions == ('text',)
+    assert 'edges' in [i.name for i in family.inputs] and family.conditions == ('text',)
     state, frozen = base()[1], frozen_of(**stages)
     batch = {name: x for name, x in BATCH.items() if name != 'edges'}
     np.testing.assert_array_equal(drawn(family, state, frozen, batch=batch), drawn(*base(), {}))
