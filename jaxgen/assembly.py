@@ -165,6 +165,11 @@ class Assembled:
         """{stage: SHA-256 of its weights}, which a checkpoint keeps: what was trained on them fits no others."""
         return {name: features.digest((state.ema, state.extra)) for name, (state, _) in self.frozen.items()}
 
+    @functools.cached_property
+    def tokenizer_digests(self) -> dict[str, str]:
+        """{name of tokens: SHA-256 of their tokenizer}, which a checkpoint keeps beside `stage_digests`."""
+        return {name: tokenizer.digest() for name, tokenizer in self.tokenizers.items()}
+
 
 def init_state(family: Family, rng, batch: dict, frozen) -> State:
     """The state before the first update, of a training batch of uint8 images."""
@@ -172,7 +177,8 @@ def init_state(family: Family, rng, batch: dict, frozen) -> State:
 
 
 def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequence[str] = ()) -> None:
-    """Raises UserError where a stage has other weights than when the checkpoint `about` was saved.
+    """Raises UserError where a stage has other weights, or texts another tokenizer, than when the checkpoint `about`
+    was saved.
 
     moved: fields 'stages.NAME' that name another directory than then; without a digest these are refused.
     """
@@ -188,6 +194,14 @@ def check_stages(about: dict, assembled: Assembled, workdir: str, moved: Sequenc
             raise UserError(
                 f'config.stages.{name}: the weights in {path} are not those that {workdir} was trained on: put these '
                 'back, or train it anew in another --workdir'
+            )
+    for name, digest in about.get('tokenizers', {}).items():
+        if assembled.tokenizer_digests.get(name, digest) != digest:
+            stage = name.rpartition('/')[0]
+            path = assembled.config.stages[stage] if stage else workdir
+            raise UserError(
+                f'{os.path.join(path, directory.TOKENIZER)} is not the tokenizer that {workdir} was trained with: put '
+                'that back, or train it anew in another --workdir'
             )
 
 

@@ -185,6 +185,8 @@ class Training:
         self.about = {
             'jax': jax.__version__, 'stages': a.stage_digests, 'data': examples.identity, 'devices': jax.device_count()
         }  # fmt: skip
+        if a.texts:
+            self.about['tokenizers'] = a.tokenizer_digests
         if self.prepared:
             self.about['prepared'] = self.prepared.identity
         self.frozen = jax.device_put(a.frozen, sharding.over_weights(a.mesh, a.frozen))

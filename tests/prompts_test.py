@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxgen import conditions, main
+from jaxgen import assembly, conditions, main
 from jaxgen.contract import Captions
 from jaxgen.errors import UserError
 from jaxgen.text import tokenizers
@@ -66,6 +66,23 @@ def test_a_negative_prompt_alone_and_without_guidance(assembled, guided):
     assert given.n == 2
     assert given.lines() == ([] if guided else [line for line in given.notes if 'negative_caption changes' in line])
     assert bool(given.lines()) == (not guided)
+
+
+def test_another_tokenizer_than_in_training_is_refused(assembled, tmp_path):
+    folder = str(tmp_path / 'run' / 'tokenizer')
+    assembled.tokenizers['text/tokens'].save(folder)
+    saved = {'tokenizers': {'text/tokens': tokenizers.from_folder(folder, 12).digest()}}
+
+    def run_of(tokenizer):
+        digests = {'text/tokens': tokenizer.digest()}
+        config = SimpleNamespace(stages={'text': 'clip'})
+        return SimpleNamespace(stage_digests={}, tokenizer_digests=digests, config=config)
+
+    other = tokenizers.train(['a blue square'], 530, 12)
+    assembly.check_stages(saved, run_of(assembled.tokenizers['text/tokens']), 'runs/x')
+    assembly.check_stages({}, run_of(other), 'runs/x')  # of a run that began before these were kept
+    with pytest.raises(UserError, match='clip/tokenizer is not the tokenizer that runs/x was trained with'):
+        assembly.check_stages(saved, run_of(other), 'runs/x')
 
 
 def test_texts_of_a_file(tmp_path):
