@@ -134,7 +134,7 @@ def abstract(module, x, tokens, network, **more):
         return module.init(key, x, jnp.zeros(1), tokens=tokens, **more, train=False)['params']
 
     flat = flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep='/')
-    config = ConfigDict({'family': 'diffusion', 'model': {'network': network}})
+    config = ConfigDict({'family': 'diffusion', 'model': {'controlnet': {'name': 'none'}, 'network': network}})
     return config, {f'denoiser/{k}': x.shape for k, x in flat.items()}
 
 
