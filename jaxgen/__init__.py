@@ -79,12 +79,19 @@ def import_weights(
     workdir: str | os.PathLike = '',
     names: str = '',
     discriminator: str | os.PathLike = '',
+    tokenizer: str | os.PathLike = '',
 ) -> Run:
     """The run that holds published weights, which is made in `workdir`. See `jaxgen.library.import_weights`."""
     from jaxgen import library
 
     return library.import_weights(
-        path, name=name, config=config, workdir=workdir, names=names, discriminator=discriminator
+        path,
+        name=name,
+        config=config,
+        workdir=workdir,
+        names=names,
+        discriminator=discriminator,
+        tokenizer=tokenizer,
     )
 
 

@@ -12,6 +12,7 @@ from embedded import DISTINCT, FAMILIES, IN_QUICK_PART
 from support import assemble, python_on, tiny
 
 from jaxgen import collectives, describe, fsdp, sample, sharding
+from jaxgen.contract import condition_names
 from jaxgen.train import make_call
 
 # A prime of which no array of weights has a multiple: an array whose size has this factor is of the batch, and has
@@ -66,7 +67,7 @@ def programs(name: str) -> dict[str, str]:
     if a.family.sample is not None:
         n, settings = PRIME * mesh.size, sample.settings_of(a.family)
         index = {'index': jax.ShapeDtypeStruct((n,), 'int32', sharding=sharding.over_batch(mesh))}
-        given = state.replace(params=None, opt=None), frozen, {**batch(n, a.family.conditions), **index}
+        given = state.replace(params=None, opt=None), frozen, {**batch(n, condition_names(a.family, features)), **index}
         with sharding.use(mesh):
             found['sample'] = sample.program(a.family).call.trace(*given, 0, settings)
     return {function: traced.lower().compile().as_text() for function, traced in found.items()}
