@@ -152,7 +152,7 @@ def record(config) -> Recorder:
         recorder.follow(f'update {step}', jaxpr, [jnp.int32(step), *known[1:]])  # State's first field
     numbers = {'index': jnp.arange(n, dtype=jnp.int32)}
     if family.sample is not None:
-        given = {k: batch[k] for k in family.conditions} | numbers
+        given = {k: batch[k] for k in contract.condition_names(family, batch)} | numbers
         recorder.program(
             'sample', lambda *x: sample.program(family).call(*x, sample.settings_of(family)), state, frozen, given, seed
         )
