@@ -178,7 +178,7 @@ def test_options_that_a_mode_does_not_read():
             ]
             if '--images' in which:
                 text.append('--images=here')
-            needed = {'import': 'from', 'export': 'to', 'compile': 'topology'}.get(mode, name)
+            needed = {'import': 'from', 'export': 'to', 'merge': 'to', 'compile': 'topology'}.get(mode, name)
             text += [f'--{needed}=here'] * (needed != name)
             given, *_ = command.parse(['jaxgen', *text])
             if name in names:

@@ -246,7 +246,7 @@ def test_score_sde(tmp_path, monkeypatch, name):
     run = imported(tmp_path, reference.state_dict(), config)
     family, state = run.assembled.family, run.state
     model = family.evaluate.args[0]
-    process, denoise = model.formulation.process, diffusion.denoiser_of(model, state, {}, diffusion.OFF, False)
+    process, denoise = model.formulation.process, diffusion.denoiser_of(model, state, {}, {}, diffusion.OFF, False)
     x, t = weights.noise('start', (2, 16, 16, 3)), np.array(reference.about['t'])
     at, vp = process.at(t), config.model.process.name == 'vp'
     for i in range(2):
