@@ -538,8 +538,8 @@ def conditioning_of(
         guidance = {'scale': SCALE_XL}
     else:
         caption['tokens'] = ('text/last',)
-    inpaints = said.get('in_channels', 4) == inpainting_channels(said.get('out_channels', 4))
-    if kind == 'UNet2DConditionModel' and inpaints:
+    read, made = said.get('in_channels') or 4, said.get('out_channels') or 4
+    if kind == 'UNet2DConditionModel' and read == inpainting_channels(made):
         conditioning['inpainting'] = {'kind': 'inpainting'}
     return {'conditioning': conditioning, 'guidance': guidance}
 
