@@ -349,7 +349,7 @@ def cut_off(assembled, values: dict[str, Any]) -> list[str]:
     """Lines about texts with more tokens than a text encoder reads."""
     lines = []
     for name in (name for name in PROMPTS if name in values and assembled.texts):
-        texts = [tokenizers.caption_text(row) for row in values[name].array]
+        texts = tokenizers.caption_texts(values[name].array)
         if assembled.family.captions.weighted:
             texts = [emphasis.parsed(text)[0] for text in texts]
         for length, tokenizer in {one.length: one for one in assembled.tokenizers.values()}.items():

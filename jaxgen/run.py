@@ -40,7 +40,7 @@ from jaxgen.evaluation.bound import BoundModel
 from jaxgen.metrics import arrays, features
 from jaxgen.metrics.scores import log_sum_exp
 from jaxgen.options import check_integer
-from jaxgen.text.tokenizers import caption_text
+from jaxgen.text.tokenizers import caption_texts
 
 DECIDES = re.compile(
     r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
@@ -510,7 +510,7 @@ class Run:
         source = self.assembled.untokenised('test')
 
         def of_examples(batch: dict[str, np.ndarray]) -> list[str]:
-            return [caption_text(caption) for caption in source.take_cyclic(batch['index'])['caption']]
+            return caption_texts(source.take_cyclic(batch['index'])['caption'])
 
         return of_examples
 

@@ -396,8 +396,7 @@ def text(
         made = {
             part: [side_by_side([outputs['/'.join(pair)] for pair in row]) for row in parts[part]] for part in parts
         }
-        join = {'tokens': in_a_row, 'pooled': side_by_side}
-        return {part: join[part](arrays) for part, arrays in made.items() if arrays}
+        return {part: JOINED[part](arrays) for part, arrays in made.items() if arrays}
 
     def compute(frozen: Frozen, batch: dict[str, Array], train: bool) -> dict[str, Any]:
         there = all('/'.join(pair) in batch for pair in read)

@@ -89,26 +89,21 @@ def tokenised(
     out = dict(batch)
     captions, negative = out.pop('caption', None), out.pop('negative_caption', None)
     if (others := out.pop('other_caption', None)) is not None:
-        texts = [tokenizers.caption_text(caption) for caption in np.asarray(others)]
+        texts = tokenizers.caption_texts(others)
         out |= {f'other/{name}': tokenizer(texts).ids for name, tokenizer in made.items()}
     if captions is None:
         return out
-    texts = [tokenizers.caption_text(caption) for caption in np.asarray(captions)]
+    texts = tokenizers.caption_texts(captions)
     texts, weights = read_weights(texts, made, weighted)
     out |= {name: tokenizer(texts).ids for name, tokenizer in made.items()}
     out |= {weights_name(name): x for name, x in weights.items()}
     if negatives:
-        unlike = ['']
-        if negative is not None:
-            unlike = [tokenizers.caption_text(caption) for caption in np.asarray(negative)]
+        unlike = [''] if negative is None else tokenizers.caption_texts(negative)
         unlike, weights = read_weights(unlike, made, weighted)
-        for name, x in weights.items():
-            out[weights_name(negative_name(name))] = np.array(np.broadcast_to(x, (len(texts), x.shape[1])))
-        for name, tokenizer in made.items():
-            if '/' in name:
-                ids = tokenizer(unlike).ids
-                out[negative_name(name)] = np.array(np.broadcast_to(ids, (len(texts), ids.shape[1])))
-        out[NEGATIVE] = np.array(np.broadcast_to([bool(text) for text in unlike], len(texts)))
+        one_or_each = {weights_name(negative_name(name)): x for name, x in weights.items()}
+        one_or_each |= {negative_name(name): tokenizer(unlike).ids for name, tokenizer in made.items() if '/' in name}
+        one_or_each[NEGATIVE] = np.array([bool(text) for text in unlike])
+        out |= {name: np.array(np.broadcast_to(x, (len(texts), *x.shape[1:]))) for name, x in one_or_each.items()}
     return out
 
 

@@ -361,3 +361,8 @@ def train(texts: Iterable[str], vocabulary: int, length: int) -> Tokenizer:
 def caption_text(caption: np.ndarray) -> str:
     """The text of a caption as data sets hold it, uint8 [L] with zeros behind it."""
     return re.sub('\0+$', '', bytes(caption).decode(errors='replace'))
+
+
+def caption_texts(captions: np.ndarray) -> list[str]:
+    """The texts of captions as data sets hold them, uint8 [n, L]."""
+    return [caption_text(caption) for caption in np.asarray(captions)]
