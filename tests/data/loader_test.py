@@ -77,7 +77,7 @@ def test_seeking_equals_reading_through(five, fields):
 def test_seeking_far_is_quick(prepared):
     begin = time.time()
     assert take(make(prepared), 1, start=10**12)[0]['image'].shape == (8, 8, 8, 1)
-    assert time.time() - begin < 5
+    assert time.time() - begin < 60  # reading through would take years
 
 
 @pytest.mark.parametrize('fields', [{}, {'crop': 'random'}])
