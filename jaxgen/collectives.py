@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -373,6 +373,67 @@ def axes(dims: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(d for d in dims if d != 1))
 
 
+# What moves an array, cuts it or fills it up, and the parts of a collective: its first operand is of what is sent.
+MOVES = frozenset((
+    'pad', 'slice', 'dynamic-slice', 'bitcast', 'copy', 'copy-start', 'copy-done', 'convert', 'reshape', 'transpose',
+    'optimization-barrier', *KINDS, *(f'{kind}-{part}' for kind in KINDS for part in ('start', 'done')),
+))  # fmt: skip
+
+
+def callers(module: Program) -> dict[str, tuple[str, Instruction]]:
+    """{computation of a fusion: (the computation that it stands in, the fusion)}."""
+    return {
+        called: (name, one)
+        for name, body in module.computations.items()
+        for one in body.values()
+        if one.opcode == 'fusion'
+        for called in one.calls().get('calls', ())
+    }
+
+
+def history(module: Program, within: dict[str, tuple[str, Instruction]], name: str, operand: str) -> Iterator[Shape]:
+    """The shapes that an operand had before it was padded, cut, moved or sent, the latest first. The compiler fills a
+    gradient of 1,152 x 6,912 numbers up to 1,152 x 7,040, scatters it, and shifts the parts to where they are wanted.
+
+    Args:
+      within: `callers` of the module.
+      name: the computation that the operand stands in.
+    """
+    index = 0  # of a value that is a tuple
+    for _ in range(1000):  # a program has no such chains; a text that is none may have a circle
+        one = module.computations[name].get(operand)
+        if one is None:
+            return
+        if one.opcode == 'get-tuple-element':
+            place = re.search(r'\bindex=(\d+)', one.text)
+            operand, index = one.operands[0], int(place[1]) if place else 0
+        elif one.opcode == 'tuple':
+            if index >= len(one.operands):
+                return
+            operand, index = one.operands[index], 0
+        elif one.opcode == 'fusion':
+            name = next(iter(one.calls().get('calls', ())), '')
+            root = next((inner for inner in module.computations.get(name, {}).values() if inner.root), None)
+            if root is None:
+                return
+            operand = root.name
+        elif one.opcode == 'parameter':
+            yield from one.shapes[index : index + 1]
+            number = re.match(r'\((\d+)\)', one.text)
+            if name not in within or number is None:
+                return
+            name, fusion = within[name]
+            if int(number[1]) >= len(fusion.operands):
+                return
+            operand = fusion.operands[int(number[1])]
+        else:
+            yield from one.shapes[index : index + 1]
+            if one.opcode not in MOVES or not one.operands:
+                return
+            several = one.opcode.removesuffix('-start').removesuffix('-done') in KINDS and len(one.operands) > 1
+            operand, index = one.operands[index if several and index < len(one.operands) else 0], 0
+
+
 class Weights:
     """The arrays that count as weights: those of given shapes, one layer of stacked ones, and either cut into equal
     parts along one axis."""
@@ -410,8 +471,8 @@ def collectives(
     """Every array that a compiled program's collectives exchange.
 
     What one carries goes by its shape: 'weights' has that of one of them, whole, one layer of a stack, or cut
-    (gradients and averages have the same); 'small' is of at most `small` elements (scalars of the logs, batch
-    statistics); all else is 'activations', what cannot be told too.
+    (gradients and averages have the same), or had it before the compiler filled it up, cut or moved it; 'small' is of
+    at most `small` elements (scalars of the logs, batch statistics); all else is 'activations'.
 
     Args:
       program: the text of `compiled.as_text()`, or `parse` of it.
@@ -422,6 +483,7 @@ def collectives(
     module = parse(program) if isinstance(program, str) else program
     known, found = Weights(weights, parts), []
     times = runs(module) if times is None else times
+    within = callers(module)
     for name, body in module.computations.items():
         for one in body.values():
             kind = kind_of(module, name, one) if times[name] else ''
@@ -429,7 +491,8 @@ def collectives(
                 continue
             group = group_size(one.text) or 0
             sources = one.operands[:1] if one.opcode == 'send' else one.operands  # the second is a token
-            given = [shape for operand in sources if operand in body for shape in body[operand].shapes]
+            of = [(operand, shape) for operand in sources if operand in body for shape in body[operand].shapes]
+            given = [shape for _, shape in of]
             gathered = re.search(r'dimensions=\{(\d+)', one.text) if kind == 'all-gather' else None
             if gathered and group:
                 axis = int(gathered[1])
@@ -438,8 +501,14 @@ def collectives(
                 given = list(one.shapes)[-len(given) or None :]
             if not given:
                 given = list(one.shapes)
-            for shape in given:
-                carrier = 'small' if shape.size <= small else 'weights' if shape.dims in known else 'activations'
+            for i, shape in enumerate(given):
+                before = history(module, within, name, of[i][0]) if i < len(of) else ()
+                if shape.size <= small:
+                    carrier = 'small'
+                elif shape.dims in known or any(s.dims in known for s in before):
+                    carrier = 'weights'
+                else:
+                    carrier = 'activations'
                 found.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name, one.name))
     return found
 

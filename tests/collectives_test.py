@@ -69,6 +69,74 @@ def test_loops_count_as_often_as_they_run_and_carriers_go_by_shape():
     assert next(one for one in found if one.kind == 'reduce-scatter').sent == 64 * 48 * 2 * 3 // 4
 
 
+PADDED = """\
+HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter (input: bf16[48,64]) -> bf16[48,18] {
+  %input = bf16[48,64]{0,1:T(8,128)(2,1)} parameter(0)
+  %zero = bf16[] constant(0)
+  %filled = bf16[48,72]{0,1:T(8,128)(2,1)} pad(%input, %zero), padding=0_0x0_8
+  %all-reduce.1 = bf16[48,72]{0,1:T(8,128)(2,1)} all-reduce(%filled), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %cut = bf16[48,18]{0,1} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={48,18}
+}
+
+%all-reduce-scatter.2 (input: bf16[40,64]) -> bf16[40,18] {
+  %input = bf16[40,64]{0,1:T(8,128)(2,1)} parameter(0)
+  %zero = bf16[] constant(0)
+  %filled = bf16[40,72]{0,1:T(8,128)(2,1)} pad(%input, %zero), padding=0_0x0_8
+  %all-reduce.2 = bf16[40,72]{0,1:T(8,128)(2,1)} all-reduce(%filled), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %cut = bf16[40,18]{0,1} dynamic-slice(%all-reduce.2, %zero, %zero), dynamic_slice_sizes={40,18}
+}
+
+%two (a: bf16[48,64], b: bf16[40,64]) -> (bf16[40,72], bf16[48,72]) {
+  %a = bf16[48,64]{0,1} parameter(0)
+  %b = bf16[40,64]{0,1} parameter(1)
+  %zero = bf16[] constant(0)
+  %more = bf16[48,72]{0,1} pad(%a, %zero), padding=0_0x0_8
+  %less = bf16[40,72]{0,1} pad(%b, %zero), padding=0_0x0_8
+  ROOT %both = (bf16[40,72]{0,1}, bf16[48,72]{0,1}) tuple(%less, %more)
+}
+
+ENTRY %main (g: bf16[48,64], h: bf16[40,64]) -> bf16[48,6] {
+  %g = bf16[48,64]{0,1} parameter(0)
+  %h = bf16[40,64]{0,1} parameter(1)
+  %part = bf16[48,18]{0,1} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+  %edge = bf16[48,6]{0,1} slice(%part), slice={[0:48], [12:18]}
+  %shifted = bf16[48,6]{0,1} collective-permute(%edge), source_target_pairs={{0,1},{1,2},{2,3}}
+  %other = bf16[40,18]{0,1} fusion(%h), kind=kCustom, calls=%all-reduce-scatter.2
+  %scaled = bf16[48,18]{0,1} multiply(%part, %part)
+  %product = bf16[48,18]{0,1} collective-permute(%scaled), source_target_pairs={{0,1},{1,2},{2,3}}
+  %pair = (bf16[40,72]{0,1}, bf16[48,72]{0,1}) fusion(%g, %h), kind=kLoop, calls=%two
+  %first = bf16[40,72]{0,1} get-tuple-element(%pair), index=0
+  %second = bf16[48,72]{0,1} get-tuple-element(%pair), index=1
+  ROOT %sums = (bf16[40,72]{0,1}, bf16[48,72]{0,1}) all-reduce(%first, %second), replica_groups=[2,4]<=[8], \
+to_apply=%add
+}
+"""
+
+
+def test_what_the_compiler_fills_up_cuts_or_shifts_keeps_its_carrier():
+    """A gradient of 48 x 64 numbers that is filled up to 48 x 72 before it is scattered over 4, and its shift to parts
+    of 16; beside it the same of an array that is no weight, and a product."""
+    found = c.collectives(PADDED, weights=[(48, 64)], parts=[4], small=16)
+    carriers = {(one.kind, one.shape.dims, one.name): one.carrier for one in found}
+    assert carriers == {
+        ('reduce-scatter', (48, 72), 'all-reduce.1'): 'weights',
+        ('collective-permute', (48, 6), 'shifted'): 'weights',
+        ('reduce-scatter', (40, 72), 'all-reduce.2'): 'activations',
+        ('collective-permute', (48, 18), 'product'): 'activations',
+        ('all-reduce', (40, 72), 'sums'): 'activations',
+        ('all-reduce', (48, 72), 'sums'): 'weights',
+    }
+    assert {one.bytes for one in found if one.name == 'all-reduce.1'} == {48 * 72 * 2}  # as it is sent
+
+
 @pytest.mark.parametrize('dims, expected', [
     ((8, 48), True), ((48, 8), True), ((1, 8, 48), True), ((384,), True), ((6, 384), True), ((2, 48), True),
     ((8, 12), True), ((4, 2, 48), True), ((16, 24), False), ((8, 40), False), ((6, 8), False), ((24, 8), False),
