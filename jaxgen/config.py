@@ -411,6 +411,8 @@ def check(resolved: dict) -> None:
         )
     if data['other'] and 'other' not in data['features']:
         raise UserError("config.data.other is read only where config.data.features holds 'other'")
+    if 'other_caption' in data['features'] and 'other' not in data['features']:
+        raise UserError("config.data.features: 'other_caption' is of 'other', which they do not hold")
     check_low_resolution(data)
     for field, prefixes in PATHS.items():
         if (value := get(resolved, field)) and value in prefixes:

@@ -45,7 +45,7 @@ class Data:
     Attributes:
       source: digits, shapes, gaussians:1, folder:PATH, pairs:PATH, idx:PATH, npz:FILE, npy:PATH, mat:FILE,
         parquet:PATH, cifar:PATH or a TFDS name, see jaxgen/data.
-      other: a second source, whose images come unpaired as the feature 'other'.
+      other: a second source, whose images come unpaired as the feature 'other', and their captions as 'other_caption'.
       prompt: caption of every example, in place of the source's own.
       other_prompt: caption of every image of `other`.
       size: pixels of each side of square images, 28, or (height, width), (28, 20).

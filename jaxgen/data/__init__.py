@@ -11,7 +11,8 @@
   digits       1,797 handwritten digits, 8 x 8, out of scikit-learn
   shapes       scenes drawn here, at any size, with label, factors and caption, mask, edges, segments and sketch
                (see shapes.Scene); shapes:outlined are scenes in another style, and of shapes:centred all shapes are in
-               the middle
+               the middle; shapes:hourglass are five scenes of a shape that the others do not have, by the word 'zig' in
+               their captions, to fine-tune on
   gaussians:1  points of three Gaussians in one dimension, as images of one grey pixel
   gaussians:2  points of 25 Gaussians in a square: red and green of one pixel
   folder:PATH  a person's own images, any size and mode; classes from sub-folders

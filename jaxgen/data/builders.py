@@ -90,7 +90,7 @@ class JaxgenDigits(JaxgenBuilder, skip_registration=True):
 @dataclasses.dataclass(eq=False)
 class ShapesConfig(tfds.core.BuilderConfig):
     size: tuple[int, int] = (32, 32)  # height, width in pixels
-    style: str = 'filled'  # one of shapes.STYLES
+    style: str = 'filled'  # one of shapes.STYLES, or of shapes.NEW
 
 
 class JaxgenShapes(JaxgenBuilder, skip_registration=True):
@@ -99,19 +99,22 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
     Each style trains on scenes of its own, so that training images of two styles are unpaired. The test scenes are the
     same in all (but for the position of centred ones), so that translations from style to style can be compared with
     the truth.
+
+    Of a shape of shapes.NEW there are five training scenes, and as many test scenes as of the others; it has no label.
     """
 
     VERSION = tfds.core.Version('1.4.0')
 
     @staticmethod
     def features(config):
+        of_class = {} if config.style in shapes.NEW else {'label': tfds.features.ClassLabel(names=shapes.SHAPES)}
         return {
             'image': tfds.features.Image(shape=(*config.size, 3)),
             'mask': tfds.features.Image(shape=(*config.size, 1)),
             'edges': tfds.features.Image(shape=(*config.size, 1)),
             'segments': tfds.features.Image(shape=(*config.size, 3)),
             'sketch': tfds.features.Image(shape=(*config.size, 3)),
-            'label': tfds.features.ClassLabel(names=shapes.SHAPES),
+            **of_class,
             'factors': tfds.features.Tensor(shape=(len(shapes.FACTORS),), dtype=np.int32),
             'caption': tfds.features.Tensor(shape=(shapes.CAPTION,), dtype=np.uint8),
         }
@@ -120,19 +123,24 @@ class JaxgenShapes(JaxgenBuilder, skip_registration=True):
         del dl_manager
         size, style = self.builder_config.size, self.builder_config.style
         fraction = min(1, 64 / max(size))
-        first = {**FIRST, 'train': FIRST['train'] + STYLES_APART * shapes.STYLES.index(style)}
+        number = (*shapes.STYLES, *shapes.NEW).index(style)
+        first = {**FIRST, 'train': FIRST['train'] + STYLES_APART * number}
+        count = {split: max(int(n * fraction), 1) for split, n in SHAPES.items()}
+        if style in shapes.NEW:
+            count['train'] = shapes.FEW
+        names = set(self.features(self.builder_config))
 
         def examples(split):
-            for i in range(max(int(SHAPES[split] * fraction), 1)):
+            for i in range(count[split]):
                 factors = shapes.draw_factors(first[split] + i, style)
                 scene = shapes.draw(factors, size, style)
                 example = {
                     **{name: png(x) for name, x in scene._asdict().items()},
                     'label': int(factors[0]),
                     'factors': factors,
-                    'caption': shapes.encode_caption(shapes.caption(factors)),
+                    'caption': shapes.encode_caption(shapes.caption(factors, style)),
                 }
-                yield i, example
+                yield i, {name: x for name, x in example.items() if name in names}
 
         return {split: self._generate_examples(examples(split)) for split in SHAPES}
 

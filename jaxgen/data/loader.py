@@ -35,7 +35,8 @@ MOST_PROCESSES = 32  # that are started without being asked for
 LEAST_AT_ONCE, MOST_AT_ONCE = 8, 32  # images that a process is given at a time,
 MOST_BYTES = 2**25  # and bytes of them
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired
-OTHER_CAPTION = 'other_caption'  # and what config.data.other_prompt says of each
+OTHER_CAPTION = 'other_caption'  # and their captions: those of that source, or config.data.other_prompt
+OF_OTHERS = {'image': OTHER, 'caption': OTHER_CAPTION}  # by their names in that source
 
 
 class Spec(NamedTuple):
@@ -117,9 +118,9 @@ def spec(data) -> Spec:
     if OTHER in data['features']:
         own, other = sections(data)
         with of_other():
-            image = spec(other).features['image']
+            others = spec(other).features
         about = spec(own)
-        return about._replace(features={**about.features, OTHER: image})
+        return about._replace(features={**about.features, **of_others(others)})
     source = sources.resolve(data)
     chosen = sources.choose(source, data)
     if data['keep_classes']:
@@ -154,9 +155,15 @@ def sections(data) -> tuple[dict, dict]:
             f'config.data.features: {OTHER!r} are the images of a second source: set config.data.other, to '
             'shapes:outlined or folder:PATH, for example'
         )
-    own = {**data, 'features': tuple(name for name in data['features'] if name != OTHER)}
-    others = {'source': data['other'], 'features': ('image',), 'keep_classes': ()}
+    own = {**data, 'features': tuple(name for name in data['features'] if name not in OF_OTHERS.values())}
+    read = tuple(name for name, there in OF_OTHERS.items() if there in data['features'])
+    others = {'source': data['other'], 'features': read, 'keep_classes': ()}
     return own, {**data, **others, 'test_source': '', 'validation_source': ''}
+
+
+def of_others(example: dict[str, Any]) -> dict[str, Any]:
+    """What the second source gives, under the names that it has in a batch."""
+    return {there: example[name] for name, there in OF_OTHERS.items() if name in example}
 
 
 @contextlib.contextmanager
@@ -475,14 +482,14 @@ class UnpairedExamples:
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {**self.examples[i], OTHER: self.others[i % len(self) % len(self.others)]['image']}
+        return {**self.examples[i], **of_others(self.others[i % len(self) % len(self.others)])}
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {**self.examples.take(indices), OTHER: self.others.take_cyclic(indices)['image']}
+        return {**self.examples.take(indices), **of_others(self.others.take_cyclic(indices))}
 
     def take_cyclic(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """As `take`, of any numbers from 0: after the last of either source comes its first."""
-        return {**self.examples.take_cyclic(numbers), OTHER: self.others.take_cyclic(numbers)['image']}
+        return {**self.examples.take_cyclic(numbers), **of_others(self.others.take_cyclic(numbers))}
 
 
 def fixed_captions(data) -> dict[str, np.ndarray]:
@@ -494,7 +501,8 @@ def fixed_captions(data) -> dict[str, np.ndarray]:
 
 def without_captions(data) -> dict:
     """The section `data` for the source's own features."""
-    own = tuple(name for name in data['features'] if not (name == 'caption' and data['prompt']))
+    fixed = {'caption': data['prompt'], OTHER_CAPTION: data['other_prompt']}
+    own = tuple(name for name in data['features'] if not fixed.get(name))
     return {**data, 'features': own, 'prompt': '', 'other_prompt': ''}
 
 
@@ -768,7 +776,7 @@ def batches(
 
     def make(step: int) -> dict[str, np.ndarray]:
         numbers = step * batch + own
-        out = take(numbers) | ({OTHER: others(numbers)['image']} if others else {})
+        out = take(numbers) | (of_others(others(numbers)) if others else {})
         return finish(out) if finish else out
 
     steps = grain.MapDataset.range(start, 2**62 // batch).map(make)

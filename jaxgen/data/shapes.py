@@ -13,6 +13,8 @@ read off another (as in dSprites, Matthey et al. 2017). Scene `number` is a pure
 from __future__ import annotations
 
 import colorsys
+import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +65,9 @@ NAMES = {
 CAPTIONED_FACTORS = tuple(NAMES)  # a caption states their values
 # The shape is coloured all over; along its border only; or all over, and in the middle of every image.
 STYLES = ('filled', 'outlined', 'centred')
+# A shape that no such scene shows, with the word for it in captions: a new object to fine-tune on.
+NEW = {'hourglass': 'zig'}
+FEW = 5  # scenes of it to train on
 MIDDLE = 4  # the value of x and y, of 8, that is nearest to the middle
 BORDER = 0.065  # width of the border over the image's width
 CAPTION = 64  # bytes
@@ -80,11 +85,14 @@ class Scene(NamedTuple):
 
 
 def draw_factors(number: int, style: str = 'filled') -> np.ndarray:
-    """Factors int32 [7] of scene `number`, independent and uniform; x and y of 'centred' are always MIDDLE."""
+    """Factors int32 [7] of scene `number`, independent and uniform; x and y of 'centred' are always MIDDLE, and the
+    shape of a scene of NEW is len(SHAPES), none of them."""
     counts = np.array(list(FACTORS.values()))
     factors = (uniform(0, np.arange(len(counts)), stream=number) * counts).astype(np.int32)
     if style == 'centred':
         factors[[list(FACTORS).index(name) for name in 'xy']] = MIDDLE
+    if style in NEW:
+        factors[list(FACTORS).index('shape')] = len(SHAPES)
     return factors
 
 
@@ -93,12 +101,12 @@ def named(factors: np.ndarray) -> dict[str, int]:
     return dict(zip(FACTORS, map(int, factors), strict=True))
 
 
-def caption(factors: np.ndarray) -> str:
+def caption(factors: np.ndarray, style: str = 'filled') -> str:
     """English for the factors that have names, at most 64 bytes."""
     f = named(factors)
     size, colour, background = list(SIZES)[f['size']], list(COLOURS)[f['colour']], list(BACKGROUNDS)[f['background']]
     article = 'an' if background[0] in 'aeiou' else 'a'
-    return f'a {size} {colour} {SHAPES[f["shape"]]} on {article} {background} background'
+    return f'a {size} {colour} {NEW.get(style) or SHAPES[f["shape"]]} on {article} {background} background'
 
 
 def encode_caption(text: str) -> np.ndarray:
@@ -140,6 +148,9 @@ def outline(shape: str) -> list[np.ndarray]:
         w = 0.3
         quarter = np.array([[w, -0.95], [w, -w], [0.95, -w]])
         return [np.concatenate([quarter @ rotation(a) for a in np.arange(4) * np.pi / 2])]
+    if shape == 'hourglass':
+        half = np.array([[0.12, 0.0], [0.7, 0.95], [-0.7, 0.95]])
+        return [np.concatenate([half, -half])]
     if shape == 'heart':
         a = np.linspace(0, 2 * np.pi, 72)
         x = 16 * np.sin(a) ** 3
@@ -148,7 +159,7 @@ def outline(shape: str) -> list[np.ndarray]:
     return [arc(0, 1), np.array([0.45, -0.0]) + 0.85 * arc(0, 1)]  # crescent
 
 
-OUTLINES = {shape: outline(shape) for shape in SHAPES}
+OUTLINES = {shape: outline(shape) for shape in (*SHAPES, *NEW)}
 
 
 def segment_colours(factors: np.ndarray) -> np.ndarray:
@@ -159,9 +170,14 @@ def segment_colours(factors: np.ndarray) -> np.ndarray:
     return (number[:, None] // np.array([9, 3, 1]) % 3 * 127).astype(np.uint8)
 
 
+def falling_light(height: int) -> np.ndarray:
+    """Brightness of the background, [height, 1, 1]: a little darker towards the floor."""
+    return 1 - 0.12 * np.linspace(0, 1, height)[:, None, None]
+
+
 def draw(factors: np.ndarray, size: int | tuple[int, int], style: str = 'filled') -> Scene:
-    """The scene in one of STYLES, a square of this side or (height, width) in pixels; the shape is as large as its
-    shorter side has it. All but the image is the same in all styles.
+    """The scene in one of STYLES, or of the shape of NEW that is named in its place: a square of this side or (height,
+    width) in pixels; the shape is as large as its shorter side has it. All but the image is the same in all styles.
 
     A 'centred' scene has its shape where x and y of its factors are: see draw_factors."""
     f = named(factors)
@@ -174,7 +190,7 @@ def draw(factors: np.ndarray, size: int | tuple[int, int], style: str = 'filled'
     rotated = rotation(2 * np.pi * f['rotation'] / FACTORS['rotation'])
     finer = max(FINER, FINEST // shorter)
     polygons = []
-    for polygon in OUTLINES[SHAPES[f['shape']]]:
+    for polygon in OUTLINES[style if style in NEW else SHAPES[f['shape']]]:
         # PIL wants whole pixels and fills those of the outline too: half a pixel less on each side.
         scale = radius * shorter * finer - 0.5
         points = np.rint(centre * [width, height] * finer + scale * polygon @ rotated - 0.5)
@@ -206,10 +222,67 @@ def draw(factors: np.ndarray, size: int | tuple[int, int], style: str = 'filled'
 
     colour = np.array(colorsys.hsv_to_rgb(*list(COLOURS.values())[f['colour']]))
     background = np.array(colorsys.hsv_to_rgb(*list(BACKGROUNDS.values())[f['background']]))
-    light = 1 - 0.12 * np.linspace(0, 1, height)[:, None, None]  # a little darker towards the floor
+    light = falling_light(height)
     alpha = covered[..., None] / 255
     image = np.rint(255 * (alpha * colour + (1 - alpha) * background * light)).astype(np.uint8)
     below, above = segment_colours(factors)
     segments = np.where(cover[..., None] > 127, above, below)
     sketch = np.where(edges[..., None] > 127, above, below)
     return Scene(image, cover, edges, segments, sketch)
+
+
+# --- what an image shows
+
+
+@functools.cache
+def templates(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(shape of each, int [m]; spectra [m, H, W // 2 + 1]) of masks of all shapes, NEW too, in all their sizes and
+    rotations, four times by parts of a pixel, each of mean 0 and norm 1."""
+    named_shapes = [(i, shape) for i, shape in enumerate((*SHAPES, *NEW))]
+    turns, places = range(FACTORS['rotation']), (MIDDLE - 1, MIDDLE)
+    each = [
+        (i, draw(np.array([i, 0, s, x, y, turn, 0]), size, shape if shape in NEW else STYLES[0]).mask)
+        for i, shape in named_shapes
+        for s, turn, x, y in itertools.product(range(FACTORS['size']), turns, places, places)
+    ]
+    masks = np.stack([mask for _, mask in each]).astype(np.float32)
+    masks -= masks.mean((1, 2), keepdims=True)
+    masks /= np.sqrt(np.square(masks).sum((1, 2), keepdims=True))
+    return np.array([i for i, _ in each]), np.conj(np.fft.rfft2(masks)).astype(np.complex64)
+
+
+def standing_out(images: np.ndarray) -> np.ndarray:
+    """How much each pixel is of what stands out from the background, whose colour the border has, float32 [n, H, W],
+    about 0 to 1.
+
+    images: uint8 [n, H, W, 3].
+    """
+    x = images.astype(np.float32) / falling_light(images.shape[1])
+    border = np.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], 1)
+    x = x - np.median(border, 1)[:, None, None]
+    far = np.square(x).sum(-1).reshape(len(x), -1)
+    most = np.argsort(-far, 1)[:, : max(far.shape[1] // 40, 1), None]
+    colour = np.median(np.take_along_axis(x.reshape(len(x), -1, 3), most, 1), 1)[:, None, None]
+    return np.clip((x * colour).sum(-1) / np.maximum(np.square(colour).sum(-1), 1), 0, 1)
+
+
+def recognised(images: np.ndarray) -> np.ndarray:
+    """The shape that each image shows, an entry of (*SHAPES, *NEW), int [n]: that of the mask with the greatest
+    correlation with what stands out, wherever it lies.
+
+    images: uint8 [n, H, W, 3].
+    """
+    shape, spectra = templates(images.shape[1:3])
+    found = []
+    for one in standing_out(images):
+        one = one - one.mean()
+        found.append(shape[np.fft.irfft2(np.fft.rfft2(one) * spectra, one.shape).max((1, 2)).argmax()])
+    return np.array(found)
+
+
+def shown(style: str, images: np.ndarray) -> dict[str, dict]:
+    """{'new_object': {'value', 'stderr', 'n'}}, the fraction of images uint8 [n, H, W, 3] in which the shape of NEW by
+    this name is `recognised`."""
+    n, right = len(images), recognised(images) == len(SHAPES) + list(NEW).index(style)
+    value = float(right.mean())
+    return {'new_object': {'value': value, 'stderr': float(np.sqrt(value * (1 - value) / n)), 'n': n}}

@@ -59,7 +59,8 @@ from jaxgen.sections import sides
 
 # The test splits of these sets have no labels; papers measure on 'validation'.
 UNLABELLED_TEST = ('imagenet2012', 'i_naturalist')
-OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in shapes.STYLES[1:]), 'gaussians:1', 'gaussians:2')
+STYLES = (*shapes.STYLES, *shapes.NEW)
+OWN = ('digits', 'shapes', *(f'shapes:{style}' for style in STYLES[1:]), 'gaussians:1', 'gaussians:2')
 GAUSSIANS = {'gaussians:1': 1, 'gaussians:2': 2}  # their dimensions
 CLASS_MAPS = re.compile('mask|seg|label|class')  # in the name of a part of pairs: a palette's indices are classes
 PROBE_SECONDS = 5  # to find out whether a host answers
@@ -121,20 +122,24 @@ def digits_source(data, here: str) -> Source:
 def shapes_source(data, here: str) -> Source:
     name = data['source']
     style = name.partition(':')[2] or shapes.STYLES[0]
-    if style not in shapes.STYLES:
-        raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(shapes.STYLES)}')
+    if style not in STYLES:
+        raise UserError(f'config.data.source: {name} must be shapes:STYLE, one of {", ".join(STYLES)}')
     styled = '' if style == shapes.STYLES[0] else f'{style}_'
     height, width = sides(data['size'])
     size = f'{height}' if height == width else f'{height}x{width}'
     config = builders.ShapesConfig(name=f'{styled}size{size}', size=(height, width), style=style)
     features = builders.JaxgenShapes.features(config)
+    new = style in shapes.NEW  # its shape is no value of the factor
+    values = {name: (list(shapes.FACTORS).index(name), names) for name, names in shapes.NAMES.items()}
+    values = {name: value for name, value in values.items() if not (new and name == 'shape')}
     return Source(
         name,
         lambda: batch_features(features),
         lambda: builders.JaxgenShapes(config=config, data_dir=here),
-        captioned=tuple(i for i, name in enumerate(shapes.FACTORS) if name in shapes.CAPTIONED_FACTORS),
-        values={name: (list(shapes.FACTORS).index(name), names) for name, names in shapes.NAMES.items()},
-        test_scenes='shapes' if style != 'centred' else '',  # these are moved to the middle
+        captioned=tuple(sorted(which for which, _ in values.values())),
+        values=values,
+        test_scenes='' if new or style == 'centred' else 'shapes',  # the latter are moved to the middle
+        sample_metrics=functools.partial(shapes.shown, style) if new else None,
     )
 
 

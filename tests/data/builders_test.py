@@ -83,5 +83,5 @@ def test_shapes_with_their_masks_and_edges(tmp_path, monkeypatch):
         np.testing.assert_array_equal(centred[i]['factors'], [*f[:3], 4, 4, *f[5:]])
         y, x = np.nonzero(centred[i]['mask'][..., 0] > 127)  # of 16 pixels
         assert max(abs(y.mean() - 7.9), abs(x.mean() - 7.9)) < 2
-    with refused('shapes:dotted must be shapes:STYLE, one of filled, outlined, centred'):
+    with refused('shapes:dotted must be shapes:STYLE, one of filled, outlined, centred, hourglass'):
         data.spec({**config, 'source': 'shapes:dotted'})

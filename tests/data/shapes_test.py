@@ -9,7 +9,8 @@ import pytest
 from data_sets import make
 
 from jaxgen import data
-from jaxgen.data import shapes
+from jaxgen.data import builders, shapes
+from jaxgen.errors import UserError
 
 
 def test_shapes_factors_are_uniform_and_independent():
@@ -110,3 +111,32 @@ def test_shapes_masks_edges_and_styles(style):
         # Red is the eighth of 16, 022 in base 3, and black the third.
         np.testing.assert_array_equal(scene.segments, np.where(cover[..., None] > 0.5, [0, 254, 254], [0, 0, 254]))
         np.testing.assert_array_equal(scene.sketch, np.where(edges[..., None] > 0.5, [0, 254, 254], [0, 0, 254]))
+
+
+@pytest.mark.slow
+def test_every_shape_is_recognised_the_new_one_too():
+    for style in ('filled', *shapes.NEW):
+        factors = np.stack([shapes.draw_factors(i, style) for i in range(48)])
+        scenes = [shapes.draw(f, 32, style) for f in factors]
+        np.testing.assert_array_equal(shapes.recognised(np.stack([s.image for s in scenes])), factors[:, 0])
+        assert (factors[:, 0] == 8).all() == (style in shapes.NEW)
+        fraction = shapes.shown('hourglass', np.stack([s.image for s in scenes]))['new_object']
+        assert fraction == {'value': float(style in shapes.NEW), 'stderr': 0.0, 'n': 48}
+
+
+def test_the_new_shape_is_a_few_scenes_without_a_label(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, 'SHAPES', {'train': 12, 'test': 3})
+    fields = dict(size=16, channels=3, features=('image', 'caption', 'factors'))
+    config = make(tmp_path, source='shapes:hourglass', **fields)
+    assert [list(shapes.FACTORS)[i] for i in data.spec(config).captioned] == ['colour', 'size', 'background']
+    few = data.dataset(config, 'train')
+    assert len(few) == 5 and len(data.dataset(config, 'test')) == 3
+    for i in range(5):
+        factors = few[i]['factors']
+        size, colour, background = (shapes.NAMES[k][shapes.named(factors)[k]] for k in ('size', 'colour', 'background'))
+        words = shapes.decode_caption(few[i]['caption']).split()
+        assert words[:5] == ['a', size, colour, 'zig', 'on'] and words[-2:] == [background, 'background']
+        assert factors[0] == len(shapes.SHAPES)
+        np.testing.assert_array_equal(few[i]['image'], shapes.draw(factors, 16, 'hourglass').image)
+    with pytest.raises(UserError, match='label'):
+        data.spec({**config, 'features': ('image', 'label')})

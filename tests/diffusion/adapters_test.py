@@ -179,6 +179,14 @@ def test_captions_that_all_examples_have_alike(tmp_path):
         assert [bytes(x) for x in batch[name]] == 3 * [text]
         assert data.spec(fields).features[name].shape == batch[name].shape[1:]
     assert batch['other'].shape == (3, 8, 8, 1)
+    own = data.dataset({'source': 'shapes', 'size': 8, 'channels': 1, 'features': ('image', 'caption')}, 'train')
+    pairs = {own[i]['image'].tobytes(): bytes(own[i]['caption']) for i in range(len(own))}
+    fields |= {'features': (*fields['features'], 'other_caption')}
+    fixed = next(iter(data.batches(fields, 'train', seed=0)))
+    assert all((fixed[name] == x).all() for name, x in batch.items())
+    batch = next(iter(data.batches({**fields, 'other_prompt': ''}, 'train', seed=0)))
+    assert [bytes(x) for x in batch['other_caption']] == [pairs[x.tobytes()] for x in batch['other']]
+    assert bytes(batch['caption'][0]) == b'a sks digit'
     assert len(data.dataset(fields, 'train')) == 5  # nothing is held out
     with pytest.raises(UserError, match='no test examples'):
         data.dataset(fields, 'test')
