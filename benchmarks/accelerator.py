@@ -361,7 +361,7 @@ def torch_rows(name: str, tiny: bool, done: set[tuple], flops: dict[str, float])
 
 
 def about() -> dict:
-    """The device and the versions, asked in a process of its own: this one must hold no memory of the device."""
+    """The device and the versions, from a process of its own: this one must hold no memory of the device."""
     code = 'import jax; print(jax.devices()[0].device_kind, end="")'
     done = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     if done.returncode:

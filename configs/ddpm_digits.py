@@ -1,7 +1,7 @@
 """DDPM on scikit-learn's handwritten digits, 8x8: a first run that needs no download.
 
     python -m jaxgen.main --config=configs/ddpm_digits.py
-    python -m jaxgen.main --config=configs/ddpm_digits.py:conditional    # told the class, with classifier-free guidance
+    python -m jaxgen.main --config=configs/ddpm_digits.py:conditional    # of a class, with classifier-free guidance
     python -m jaxgen.main --config=configs/ddpm_digits.py:v              # velocities, no signal at the last step
     python -m jaxgen.main --config=configs/ddpm_digits.py:min_snr        # velocities, weighted by the signal
 
@@ -11,7 +11,7 @@
 Time: 3.6 minutes on 2 CPU cores; the variants 9.7, 8.2 and 5.8 minutes on one core with much other work on it
 Paper: none
 Ours: 4.95 bits/dim of 256 levels (variational bound, 359 held-out digits), Fréchet distance 0.74 (500 samples);
-`:conditional` 4.87 and 0.47, all samples the digit asked for; `:v` 5.02 and 0.99; `:min_snr` 5.60 and 0.78
+`:conditional` 4.87 and 0.47, all samples the requested digit; `:v` 5.02 and 0.99; `:min_snr` 5.60 and 0.78
 """
 
 from jaxgen.config import make

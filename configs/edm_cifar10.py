@@ -1,4 +1,4 @@
-"""EDM on CIFAR-10, unconditional (Karras et al. 2022); `:conditional` is told the class, `:ve` has NCSN++'s network.
+"""EDM on CIFAR-10, unconditional (Karras et al. 2022); `:conditional` on the class, `:ve` has NCSN++'s network.
 
     python -m jaxgen.main --config=configs/edm_cifar10.py
     python -m jaxgen.main --config=configs/edm_cifar10.py:conditional

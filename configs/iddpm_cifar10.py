@@ -7,7 +7,7 @@
 The last two are the published models of ImageNet 64x64.
 
 Time: not measured
-Paper: FID 3.19, 3.17 bits/dim (hybrid loss, cosine schedule); `:imagenet64` 19.2, 3.57; told the class, FID 2.92
+Paper: FID 3.19, 3.17 bits/dim (hybrid loss, cosine schedule); `:imagenet64` 19.2, 3.57; class-conditional, FID 2.92
 Ours: shape-checked
 """
 

@@ -33,10 +33,10 @@ def parse(source: str) -> Address | None:
     kind, colon, path = source.partition(':')
     if not colon or kind not in KINDS:
         return None
-    if kind in READ and (found := OPTIONS.search(path)):
+    if kind in READ and (match := OPTIONS.search(path)):
         options: dict[str, str] = {}
-        for part in found[1].split('&'):
+        for part in match[1].split('&'):
             name, value = part.split('=')
             options[name] = f'{options[name]}&{name}={value}' if name in options else value
-        return Address(kind, path[: found.start()], options)
+        return Address(kind, path[: match.start()], options)
     return Address(kind, path)

@@ -54,7 +54,7 @@ def entries(words: Sequence[str] = ()) -> list[Entry]:
 
 def text(words: Sequence[str]) -> str:
     """The configs whose line or title has all the words, in columns; '' if there is none."""
-    found = entries(words)
-    rows = [('config', 'family', 'data', 'size', 'time', 'variants'), *(e[:-1] for e in found)] if found else []
+    matching = entries(words)
+    rows = [('config', 'family', 'data', 'size', 'time', 'variants'), *(e[:-1] for e in matching)] if matching else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return '\n'.join('  '.join(f'{c:<{w}}' for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

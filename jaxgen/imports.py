@@ -100,8 +100,8 @@ def check_place(path: str, where: str) -> None:
     looks for modules in the current directory first."""
     top = path.partition('.')[0]
     if top in sys.modules:
-        found = getattr(sys.modules[top], '__file__', None)
-        places = [found] if found else list(getattr(sys.modules[top], '__path__', []))
+        file = getattr(sys.modules[top], '__file__', None)
+        places = [file] if file else list(getattr(sys.modules[top], '__path__', []))
     else:
         try:
             spec = importlib.util.find_spec(top)  # of a top-level name this runs nothing

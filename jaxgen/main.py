@@ -58,6 +58,7 @@ import os
 import einops
 import jax
 import numpy as np
+from absl import flags
 
 import jaxgen
 from jaxgen import (
@@ -90,6 +91,8 @@ from jaxgen.sections import sides
 from jaxgen.weights import exporting, importing, pipelines
 
 MOST_PROMPTS = 2**26  # bytes of a file of texts
+# Those that need no run.
+CONFIG_MODES = ('train', 'describe', 'compile', 'prepare', 'data', 'import')
 
 
 def parse_condition(text: str) -> tuple[str, str]:
@@ -133,9 +136,9 @@ def prompts(name: str, path: str) -> list[str]:
     except (OSError, ValueError) as e:
         why = e.strerror if isinstance(e, OSError) else ' '.join(str(e).split())
         raise UserError(f'--condition={name}=@{path}: no texts can be read, one a line, in UTF-8: {why}') from e
-    if not (found := [line for line in lines if line]):
+    if not (texts := [line for line in lines if line]):
         raise UserError(f'--condition={name}=@{path}: the file holds no text')
-    return found
+    return texts
 
 
 def beside_sources(given, images: np.ndarray) -> np.ndarray:
@@ -289,77 +292,49 @@ def compile_mode(config, workdir: str, topology: str, out: str) -> None:
     arguments.show(slices.text(about))
 
 
-def main(argv: list[str]) -> None:
-    """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
-    values, overrides, words = arguments.parse(argv)
-    if values.version:
-        arguments.show(f'jaxgen {jaxgen.__version__}')
-        return
-    if values.help or len(argv) < 2:
-        arguments.show(arguments.help_text(values))
-        return
-    arguments.check_flags(values)
+def read_config(values: flags.FlagValues, overrides: list[str]):
+    """The config of a mode that needs no run: the one that is named, or the one that imported weights say."""
     mode = values.mode
-    if mode == 'list':
-        if overrides:
-            raise UserError(f'{overrides[0]} is a field of one config, and --mode=list reads none: leave it out')
-        if not (lines := catalogue.text(words)):
-            raise UserError(f'no config has {options.shown(" ".join(words))}; --mode=list without words prints all')
-        arguments.show(lines)
-        return
-    for name in arguments.PATHS:
-        files.check_local(getattr(values, name), f'--{name}')
-        setattr(values, name, os.path.expanduser(getattr(values, name)))
-    if mode == 'fields':
-        arguments.show(fields.text(configs.override(configs.load(values.config), overrides)))
-        return
-    measured = {
-        'features': values.features,
-        'inception': values.inception,
-        'samples': values.n if mode == 'evaluate' else 0,
-    }
-    overrides += [f'--config.evaluate.{name}={value}' for name, value in measured.items() if value]
-    base = configs.name(values.config) if values.config else os.path.basename(str(values['from'].value).rstrip('/'))
-    workdir = values.workdir or os.path.join('runs', base)
-    if values.multihost:
-        hosts.start()
-    sharding.check_devices()
-    if mode in arguments.DOING and mode != 'compile':
-        compilation.use(values.cache, values.multihost)
-    if mode in ('train', 'describe', 'compile', 'prepare', 'data', 'import'):
-        if mode == 'import' and not values.config:
-            base, config = pipelines.derived(str(values['from'].value), values.tokenizer)
-            log.say(f'config: {base}, with the sizes that config.json says')
-        else:
-            config = tuning.for_weights(values.config) if mode == 'import' else configs.load(values.config)
-        config = configs.override(config, overrides)
-        if mode == 'data':
-            data_mode(config, values.out or os.path.join(workdir, 'data'))
-            return
-        if mode == 'compile':
-            compile_mode(config, workdir, values.topology, values.out)
-        elif mode == 'import':
-            importing.import_weights(
-                config,
-                str(values['from'].value),
-                workdir,
-                values.names,
-                discriminator=values.discriminator,
-                named=configs.fields_of(overrides),
-                tokenizer=values.tokenizer,
-            )
-        elif mode == 'prepare':
-            prepare.prepare_mode(config, workdir)
-        elif mode == 'train':
-            from jaxgen.train import train
+    if mode == 'import' and not values.config:
+        base, config = pipelines.derived(str(values['from'].value), values.tokenizer)
+        log.say(f'config: {base}, with the sizes that config.json says')
+    else:
+        config = tuning.for_weights(values.config) if mode == 'import' else configs.load(values.config)
+    return configs.override(config, overrides)
 
-            train(config, workdir, values.profile)
-        else:
-            directory.check_cycle(workdir, config, untrained=True)
-            assembled = assembly.assemble(config, stage=assembly.abstract_stage)
-            print(json.dumps(describe.describe(config, assembled), indent=2))
-        return
-    named = configs.fields_of(overrides)
+
+def config_mode(values: flags.FlagValues, overrides: list[str], workdir: str) -> None:
+    """Runs one of CONFIG_MODES, which read a config and no run."""
+    mode, config = values.mode, read_config(values, overrides)
+    if mode == 'data':
+        data_mode(config, values.out or os.path.join(workdir, 'data'))
+    elif mode == 'compile':
+        compile_mode(config, workdir, values.topology, values.out)
+    elif mode == 'import':
+        importing.import_weights(
+            config,
+            str(values['from'].value),
+            workdir,
+            values.names,
+            discriminator=values.discriminator,
+            named=configs.fields_of(overrides),
+            tokenizer=values.tokenizer,
+        )
+    elif mode == 'prepare':
+        prepare.prepare_mode(config, workdir)
+    elif mode == 'train':
+        from jaxgen.train import train
+
+        train(config, workdir, values.profile)
+    else:
+        directory.check_cycle(workdir, config, untrained=True)
+        assembled = assembly.assemble(config, stage=assembly.abstract_stage)
+        print(json.dumps(describe.describe(config, assembled), indent=2))
+
+
+def run_mode(values: flags.FlagValues, overrides: list[str], workdir: str) -> None:
+    """Runs one of the modes that read a run, or evaluate images of which nothing but a config is known."""
+    mode, named = values.mode, configs.fields_of(overrides)
     configs.name_imports(overrides)
     if values.images and not values.workdir:
         images_mode(configs.override(configs.load(values.config), overrides), {}, values.images, values.out)
@@ -379,14 +354,8 @@ def main(argv: list[str]) -> None:
     condition = parse_conditions(values.condition)
     if jax.process_index() == 0:
         files.check_writable(values.out or workdir, '--out' if values.out else '--workdir')
-    run = runs.load(
-        workdir,
-        config=config,
-        weights=values.weights,
-        all_weights=mode == 'evaluate',
-        named=named,
-        step=step,
-    )
+    weights = {'weights': values.weights, 'all_weights': mode == 'evaluate', 'step': step}
+    run = runs.load(workdir, config=config, named=named, **weights)
     if jax.process_index() == 0:
         log.say(f'{compilation.devices()}; step {run.step}, {run.weights} weights; {compilation.notice()}')
     if mode == 'export':
@@ -399,6 +368,50 @@ def main(argv: list[str]) -> None:
         explore_mode(run, values.n, values.seed, values.out)
     else:
         evaluate_mode(run, values.seed)
+
+
+def list_mode(overrides: list[str], words: list[str]) -> None:
+    """Prints the configs that these words name, or all."""
+    if overrides:
+        raise UserError(f'{overrides[0]} is a field of one config, and --mode=list reads none: leave it out')
+    if not (lines := catalogue.text(words)):
+        raise UserError(f'no config has {options.shown(" ".join(words))}; --mode=list without words prints all')
+    arguments.show(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode. Raises UserError and RunError; `run_main` turns them into exit codes."""
+    values, overrides, words = arguments.parse(argv)
+    if values.version:
+        arguments.show(f'jaxgen {jaxgen.__version__}')
+        return
+    if values.help or len(argv) < 2:
+        arguments.show(arguments.help_text(values))
+        return
+    arguments.check_flags(values)
+    if values.mode == 'list':
+        list_mode(overrides, words)
+        return
+    for name in arguments.PATHS:
+        files.check_local(getattr(values, name), f'--{name}')
+        setattr(values, name, os.path.expanduser(getattr(values, name)))
+    if values.mode == 'fields':
+        arguments.show(fields.text(configs.override(configs.load(values.config), overrides)))
+        return
+    measured = {
+        'features': values.features,
+        'inception': values.inception,
+        'samples': values.n if values.mode == 'evaluate' else 0,
+    }
+    overrides += [f'--config.evaluate.{name}={value}' for name, value in measured.items() if value]
+    base = configs.name(values.config) if values.config else os.path.basename(str(values['from'].value).rstrip('/'))
+    workdir = values.workdir or os.path.join('runs', base)
+    if values.multihost:
+        hosts.start()
+    sharding.check_devices()
+    if values.mode in arguments.DOING and values.mode != 'compile':
+        compilation.use(values.cache, values.multihost)
+    (config_mode if values.mode in CONFIG_MODES else run_mode)(values, overrides, workdir)
 
 
 def one_line(e: BaseException) -> str:

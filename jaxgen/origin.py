@@ -111,8 +111,8 @@ def stage(workdir: str, config, name: str) -> str:
             places.append(os.path.join(os.path.realpath(workdir), relative[name]))
         if not os.path.isdir(path):
             places.append(os.path.join(os.path.dirname(os.path.realpath(workdir)), os.path.basename(path)))
-    found = (place for place in places if os.path.isfile(os.path.join(place, 'config.json')))
-    return files.absolute(next(found, path))
+    existing = (place for place in places if os.path.isfile(os.path.join(place, 'config.json')))
+    return files.absolute(next(existing, path))
 
 
 def name_modules(workdir: str) -> None:

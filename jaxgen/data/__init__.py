@@ -71,8 +71,8 @@ __all__ = [
 def __getattr__(name: str):
     for module, names in WHERE.items():
         if name == module or name in names:
-            found = importlib.import_module(f'jaxgen.data.{module}')
-            return found if name == module else getattr(found, name)
+            imported = importlib.import_module(f'jaxgen.data.{module}')
+            return imported if name == module else getattr(imported, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

@@ -344,23 +344,23 @@ class CaptionsOf:
     """The function from the number of an image to its captions, as texts.py has them.
 
     Attributes:
-      told: of files for many images, see metadata.py.
+      listed: captions in files for many images, see metadata.py.
       files: of each image the file beside it with its captions, -1 where there is none.
     """
 
-    def __init__(self, entries: Entries, told: metadata.Captions | None, files: np.ndarray, column: str):
+    def __init__(self, entries: Entries, listed: metadata.Captions | None, files: np.ndarray, column: str):
         self.entries, self.files, self.column = entries, files, column
-        self.metadata, self.told = told, told.texts if told else {}
+        self.metadata, self.listed = listed, listed.texts if listed else {}
         sizes = entries.sizes[files[files >= 0]]
-        self.room = texts.room_for(max(told.longest if told else 0, int(sizes.max(initial=0))))
-        self.notes = list(told.notes) if told else []
-        if n := len(files) - int(((files >= 0) | np.isin(np.arange(len(files)), list(self.told))).sum()):
+        self.room = texts.room_for(max(listed.longest if listed else 0, int(sizes.max(initial=0))))
+        self.notes = list(listed.notes) if listed else []
+        if n := len(files) - int(((files >= 0) | np.isin(np.arange(len(files)), list(self.listed))).sum()):
             self.notes.append(f'the captions of {n} images that have none')
 
     def __call__(self, i: int) -> tuple[bytes, ...]:
         """Raises ValueError where the file beside an image cannot be read."""
-        if (told := self.told.get(int(i))) is not None:
-            return told
+        if (captions := self.listed.get(int(i))) is not None:
+            return captions
         file = int(self.files[i])
         if file < 0:
             return ()
@@ -414,13 +414,13 @@ def captions_of(
     """
     images = set(chosen.tolist())
     others = [(name, i) for i, name in enumerate(entries.names) if i not in images and metadata.is_metadata(name)]
-    told = metadata.read(entries.names.take(chosen), others, entries.read, column, where)
+    listed = metadata.read(entries.names.take(chosen), others, entries.read, column, where)
     files = np.full(len(chosen), -1, np.int64)
     if sidecars is not None:
         plain = sidecars.captions if column in ('', *CAPTIONS) else files
         files = np.where(plain >= 0, plain, sidecars.both)
-    captioned = (files >= 0).any() or (told is not None and told.texts)
-    return CaptionsOf(entries, told, files, column) if captioned else None
+    captioned = (files >= 0).any() or (listed is not None and listed.texts)
+    return CaptionsOf(entries, listed, files, column) if captioned else None
 
 
 # --- a large folder

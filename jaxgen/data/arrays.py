@@ -74,8 +74,8 @@ def by_split(names) -> dict[str, dict[str, str]]:
     """{split: {name without the split: name}} of arrays: x_train, testdata, val_labels; others are of 'train'."""
     out: dict[str, dict[str, str]] = {}
     for name in names:
-        found = SPLIT.fullmatch(name)
-        word, rest = ((found[1], found[2]) if found[1] else (found[4], found[3])) if found else ('train', name)
+        match = SPLIT.fullmatch(name)
+        word, rest = ((match[1], match[2]) if match[1] else (match[4], match[3])) if match else ('train', name)
         if name in WORDS:
             word, rest = name, 'images'
         out.setdefault(WORDS[word], {})[rest] = name
@@ -176,8 +176,8 @@ def roles(where: str, options: dict[str, str], train: dict[str, Stored]) -> dict
             raise UserError(f'{where}: ?{name}={array}: there is no such array; {listed(train, array)}')
     for name, usual in ROLES.items():
         if name not in named:
-            found = [array for array in usual if array in train and array not in named.values()]
-            named |= {name: found[0]} if found else {}
+            candidates = [array for array in usual if array in train and array not in named.values()]
+            named |= {name: candidates[0]} if candidates else {}
     if 'image' not in named:
         raise UserError(f'{where}: which array holds the images? Write ?image=NAME behind the file; {listed(train)}')
     rest = [array for array in train if array not in named.values() and array not in named]
@@ -236,7 +236,7 @@ def parse_layout(where: str, x: Stored, rules: Rules) -> Layout:
     def wrong(why: str) -> UserError:
         return UserError(f'{where}: ?layout={text} of {x.name} {list(x.shape)}: {why}')
 
-    groups = [found[0].strip('()') for found in re.finditer(r'\([NHWC]+\)|[NHWC]', text)]
+    groups = [match[0].strip('()') for match in re.finditer(r'\([NHWC]+\)|[NHWC]', text)]
     letters = ''.join(groups)
     if re.sub(r'\([NHWC]+\)|[NHWC]', '', text) or sorted(letters) not in (sorted('NHW'), sorted('NHWC')):
         raise wrong('write N, H, W and C once each, C if there is one, in brackets what is one axis: N(HW)')
@@ -246,9 +246,9 @@ def parse_layout(where: str, x: Stored, rules: Rules) -> Layout:
         raise wrong(f'it has {len(groups)} axes, the array {len(x.shape)}')
     sizes: dict[str, int] = {}
     if rules.size:
-        if not (found := re.fullmatch('([1-9][0-9]{0,5})x([1-9][0-9]{0,5})', rules.size)):
+        if not (match := re.fullmatch('([1-9][0-9]{0,5})x([1-9][0-9]{0,5})', rules.size)):
             raise wrong(f'size={rules.size} must be HEIGHTxWIDTH, 28x20')
-        sizes |= {'H': int(found[1]), 'W': int(found[2])}
+        sizes |= {'H': int(match[1]), 'W': int(match[2])}
     sizes |= {group: length for group, length in zip(groups, x.shape, strict=True) if len(group) == 1}
     for group, length in zip(groups, x.shape, strict=True):
         unknown = [axis for axis in group if axis not in sizes]

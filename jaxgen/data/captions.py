@@ -28,12 +28,12 @@ def known(data) -> set[bytes]:
     """All words of the training captions."""
     section = {**data, 'features': ('caption',)}
     records = sources.open_records(sources.resolve(section), section, 'train')
-    found: set[bytes] = set()
+    vocabulary: set[bytes] = set()
     for i in range(len(records)):
         stored = records[i]['caption']  # one as an array, or all as in texts.py
         for text in stored if isinstance(stored, tuple) else [bytes(stored)]:
-            found.update(words(text))
-    return found
+            vocabulary.update(words(text))
+    return vocabulary
 
 
 def check(text: str, room: int, most: int, known: Callable[[], set[bytes]]) -> np.ndarray:

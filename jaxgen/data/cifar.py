@@ -63,13 +63,13 @@ def stamp(path: str) -> tuple[int, ...]:
 
 def files_of(path: str) -> dict[str, str]:
     """{name: path} of a folder's files, or of those in a folder within."""
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for top, folders, names in os.walk(path):
         folders[:] = sorted(folders) if top == path else []
         for name in names:
             if name in FILES or name in NAMES:
-                found.setdefault(name, os.path.join(top, name))
-    return found
+                paths.setdefault(name, os.path.join(top, name))
+    return paths
 
 
 class Loaded(NamedTuple):
@@ -118,14 +118,14 @@ def missing(names: Collection[str]) -> tuple[str, ...]:
 def contents_of(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """({name: bytes} of the files of a set, the paths that they are read from)."""
     if os.path.isdir(path):
-        found = files_of(path)
-        if sum(os.path.getsize(one) for one in found.values()) > MOST:
+        paths = files_of(path)
+        if sum(os.path.getsize(one) for one in paths.values()) > MOST:
             raise UserError(f'{path} holds more than the {MOST} bytes that CIFAR has')
         parts = {}
-        for name, one in found.items():
+        for name, one in paths.items():
             with open_file(one) as file:
                 parts[name] = file.read()
-        return parts, tuple(sorted(found.values()))
+        return parts, tuple(sorted(paths.values()))
     with open_file(path) as file:
         start = file.read(6)
         file.seek(0)

@@ -61,9 +61,9 @@ def files_of(path: str) -> dict[str, dict[str, str]]:
         return {'train': {'image': path} | ({'label': labels} if beside not in path and os.path.exists(labels) else {})}
     sets: dict[str, dict[str, dict[str, str]]] = {}
     for name in sorted(os.listdir(folder)):
-        if found := NAME.fullmatch(name):
-            parts = sets.setdefault(found[1] or '', {}).setdefault(SPLITS[found[2]], {})
-            parts.setdefault(WHAT[found[3]], os.path.join(folder, name))  # the unpacked one of both sorts first
+        if match := NAME.fullmatch(name):
+            parts = sets.setdefault(match[1] or '', {}).setdefault(SPLITS[match[2]], {})
+            parts.setdefault(WHAT[match[3]], os.path.join(folder, name))  # the unpacked one of both sorts first
     if own:
         sets = {own[1] or '': sets.get(own[1] or '', {})}
     if len(sets) > 1:

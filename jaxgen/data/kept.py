@@ -45,7 +45,7 @@ class Store:
 
     def read(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Reads examples [n] into `rows`, uint8 [n, size + DIGEST]; which of them are there, bool [n]."""
-        length, found = self.size + DIGEST, np.zeros(len(numbers), bool)
+        length, kept = self.size + DIGEST, np.zeros(len(numbers), bool)
         for k, i in enumerate(numbers.tolist()):
             row = memoryview(rows[k])
             try:
@@ -54,8 +54,8 @@ class Store:
                 continue
             if whole and not self.verified[i]:
                 self.verified[i] = row[self.size :] == self.digest(i, row[: self.size])
-            found[k] = whole and self.verified[i]
-        return found
+            kept[k] = whole and self.verified[i]
+        return kept
 
     def write(self, numbers: np.ndarray, rows: np.ndarray) -> None:
         """Keeps examples, as they are in `rows`. What cannot be written is not kept."""

@@ -87,8 +87,8 @@ def variables(path: str) -> list[Variable]:
 
 
 def version_5(file, size: int, order: str) -> list[Variable]:
-    found, at = [], HEADER
-    while at < size and len(found) < MOST:
+    variables, at = [], HEADER
+    while at < size and len(variables) < MOST:
         file.seek(at)
         kind, n = struct.unpack(order + 'II', file.read(8))
         if at + 8 + n > size:
@@ -98,12 +98,12 @@ def version_5(file, size: int, order: str) -> list[Variable]:
             inner, length = struct.unpack_from(order + 'II', begin)
             if inner == MATRIX:
                 one = matrix(begin[8:], order, length)
-                found.append(one._replace(begin=one.begin + 8, compressed=(at + 8, n, length + 8)))
+                variables.append(one._replace(begin=one.begin + 8, compressed=(at + 8, n, length + 8)))
         elif kind == MATRIX:
             one = matrix(file.read(min(n, BEGIN)), order, n)
-            found.append(one._replace(begin=one.begin + at + 8))
+            variables.append(one._replace(begin=one.begin + at + 8))
         at += 8 + n
-    return found
+    return variables
 
 
 def matrix(begin: bytes, order: str, length: int) -> Variable:
@@ -143,8 +143,8 @@ def tag(content: bytes, at: int, order: str) -> tuple[int, int, int, int]:
 
 
 def version_4(file, size: int) -> list[Variable]:
-    found, at = [], 0
-    while at < size and len(found) < MOST:
+    variables, at = [], 0
+    while at < size and len(variables) < MOST:
         file.seek(at)
         header = file.read(20)
         order = '<' if 0 <= struct.unpack('<i', header[:4])[0] < 5000 else '>'
@@ -158,9 +158,9 @@ def version_4(file, size: int) -> list[Variable]:
         if begin + n * (2 if imaginary else 1) > size:
             raise ValueError(f'{name} is {[rows, columns]} by its header, more than the file holds')
         other = 'complex' if imaginary else ('', 'char', 'sparse')[form]
-        found.append(Variable(name, other, (rows, columns), dtype.newbyteorder('='), dtype, begin))
+        variables.append(Variable(name, other, (rows, columns), dtype.newbyteorder('='), dtype, begin))
         at = begin + n * (2 if imaginary else 1)
-    return found
+    return variables
 
 
 def load(path: str, variable: Variable, data) -> np.ndarray:

@@ -74,7 +74,7 @@ def read(
         return None
     numbers = {name: i for i, name in enumerate(images)}
     most = min(MOST_FILE, OTHER + len(images) * MOST_ROW)
-    found: dict[int, tuple[bytes, ...]] = {}
+    by_number: dict[int, tuple[bytes, ...]] = {}
     for name, number in chosen:
         try:
             text = content(number, most).decode('utf-8-sig')
@@ -109,12 +109,12 @@ def read(
             )
         if lost:
             notes.append(f'{lost} rows of {name!a} for images that are not there, like {ascii(first)[:100]}')
-        found |= {i: tuple(captions) for i, captions in own.items() if captions}
-    lengths = np.array([len(text) for captions in found.values() for text in captions], np.int64)
+        by_number |= {i: tuple(captions) for i, captions in own.items() if captions}
+    lengths = np.array([len(text) for captions in by_number.values() for text in captions], np.int64)
     if n := int((lengths > MOST_TEXT).sum()):
         notes.append(f'the end of {n} captions of more than {MOST_TEXT:,} bytes')
-        found = {i: tuple(texts.cut(text, MOST_TEXT) for text in captions) for i, captions in found.items()}
-    return Captions(found, int(lengths.max(initial=0)), tuple(notes), tuple(name for name, _ in chosen))
+        by_number = {i: tuple(texts.cut(text, MOST_TEXT) for text in captions) for i, captions in by_number.items()}
+    return Captions(by_number, int(lengths.max(initial=0)), tuple(notes), tuple(name for name, _ in chosen))
 
 
 def nearest(files: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:

@@ -36,10 +36,10 @@ def read_npy(address: Address, data) -> Contents:
     names = [name for name in sorted(os.listdir(path)) if name.endswith('.npy')]
     if not names:
         raise UserError(f'{path} holds no .npy files')
-    found = {name[:-4]: npy_file(os.path.join(path, name), name[:-4]) for name in names}
-    stored = {name: x for name, x in found.items() if x is not None}
+    opened = {name[:-4]: npy_file(os.path.join(path, name), name[:-4]) for name in names}
+    stored = {name: x for name, x in opened.items() if x is not None}
     files = tuple(os.path.join(path, f'{name}.npy') for name in stored)
-    return arrays.of_names(address, data, stored, files, notes=without_objects([n for n in found if n not in stored]))
+    return arrays.of_names(address, data, stored, files, notes=without_objects([n for n in opened if n not in stored]))
 
 
 def without_objects(names: list[str]) -> tuple[str, ...]:

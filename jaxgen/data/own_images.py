@@ -86,8 +86,8 @@ class OwnImages:
         bits = 'threshold' if binary else section['binarise'] if feature in BINARISED else 'none'
         self.bits = functools.partial(transforms.binarised, how=bits) if bits != 'none' else None
         self.palette = section['source'].startswith('pairs:') and bool(sources.CLASS_MAPS.search(feature))
-        found = list(items(feature, value))
-        if not found:
+        given = list(items(feature, value))
+        if not given:
             raise UserError(f'condition {feature}: an empty list; name one image at least')
         self.items: list[Item] = []
         self.sizes: list[tuple[int, int]] = []
@@ -95,15 +95,15 @@ class OwnImages:
         self.kept: list[np.ndarray] | None = []
         self.doubts: list[str] = []
         failures: list[tuple[Item, Exception]] = []
-        with ThreadPoolExecutor(min(loader.number_of_threads(section['threads']), len(found))) as pool:
-            for start in range(0, len(found), AT_ONCE):
-                part = found[start : start + AT_ONCE]
+        with ThreadPoolExecutor(min(loader.number_of_threads(section['threads']), len(given))) as pool:
+            for start in range(0, len(given), AT_ONCE):
+                part = given[start : start + AT_ONCE]
                 for item, decoded in zip(part, pool.map(self.try_decode, part), strict=True):
                     if isinstance(decoded, Exception):
                         failures.append((item, decoded))
                     else:
                         self.add(item, decoded)
-        self.left_out = self.judge(failures, len(found))
+        self.left_out = self.judge(failures, len(given))
         if any(is_unit(item.content) for item in self.items) and 'mask' not in feature:
             self.doubts.append(
                 f'{feature}: its real numbers, from 0 to 1, are read as the brighter half of [-1, 1]; of an image x in '

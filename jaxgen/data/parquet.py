@@ -90,8 +90,8 @@ def files_of(path: str) -> dict[str, list[str]]:
         raise UserError(f'{path} holds no .parquet files')
     splits: dict[str, list[str]] = {}
     for one in paths:
-        found = SPLIT.findall(os.path.relpath(one, path).lower())
-        splits.setdefault(SPLITS[found[-1]] if found else 'train', []).append(one)
+        splits_named = SPLIT.findall(os.path.relpath(one, path).lower())
+        splits.setdefault(SPLITS[splits_named[-1]] if splits_named else 'train', []).append(one)
     return splits
 
 

@@ -212,11 +212,11 @@ def own_splits(names) -> dict[str, str]:
 def blocks_of(records: Records) -> tuple[np.ndarray, int] | None:
     """`Split.blocks` of the examples of these records; None where any order of reading is as quick."""
     if isinstance(records, ReadRecords):
-        found = records.split.blocks() if records.split.blocks else None
+        blocks = records.split.blocks() if records.split.blocks else None
     else:  # a part of others, see splits.py
-        found = blocks_of(records.records) if hasattr(records, 'records') else None
+        blocks = blocks_of(records.records) if hasattr(records, 'records') else None
     numbers = getattr(records, 'numbers', None)
-    return found if found is None or numbers is None else (found[0][numbers], found[1])
+    return blocks if blocks is None or numbers is None else (blocks[0][numbers], blocks[1])
 
 
 def open_split(contents: Contents, chosen: dict[str, Feature], data, split: str, directory: str) -> ReadRecords:

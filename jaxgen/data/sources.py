@@ -295,9 +295,9 @@ def folder_source(data, here: str) -> Source:
         if not direct():
             return None
         check_classes(len(images().tree.classes))
-        found = archives.of_folder(images(), data)
-        announce(found)
-        return found
+        archive = archives.of_folder(images(), data)
+        announce(archive)
+        return archive
 
     return from_folder(data['source'], features, config, here)._replace(contents=contents)
 
@@ -343,13 +343,13 @@ def pairs_source(data, here: str) -> Source:
     def contents() -> records.Contents | None:
         if not is_direct(images(), config, data, here):
             return None
-        found = archives.of_pairs(images(), features, data)
-        announce(found)
-        return found
+        archive = archives.of_pairs(images(), features, data)
+        announce(archive)
+        return archive
 
     def known() -> dict[str, Feature]:
-        found = contents() if 'caption' in data['features'] else None
-        return found.features if found else features
+        archive = contents() if 'caption' in data['features'] else None
+        return archive.features if archive else features
 
     return from_folder(data['source'], known, config, here)._replace(contents=contents)
 
@@ -436,7 +436,7 @@ def batch_features(features) -> dict[str, Feature]:
     the first whose name is usual for captions.
     """
     others: dict[str, Feature] = {}
-    found: dict[str, Feature] = {}  # texts
+    text_features: dict[str, Feature] = {}  # texts
     images: dict[str, Feature] = {}
 
     def visit(feature, path: tuple[str, ...]) -> None:
@@ -447,7 +447,7 @@ def batch_features(features) -> dict[str, Feature]:
             images['/'.join(path)] = Feature(path, image=True, channels=1 if feature.shape[-1] == 1 else 0)
         elif keys := text_keys(feature):
             for whole in ((*path, *key) for key in keys):
-                found['/'.join(whole)] = Feature(whole, shape=(records.UNREAD_TEXT,), text=True)
+                text_features['/'.join(whole)] = Feature(whole, shape=(records.UNREAD_TEXT,), text=True)
         elif isinstance(feature.shape, tuple) and None not in feature.shape:
             dtype = np.dtype(feature.np_dtype)  # the field dtype would import TensorFlow
             if dtype.kind not in 'biuf' or isinstance(feature, tfds.features.Video | tfds.features.Audio):
@@ -463,10 +463,10 @@ def batch_features(features) -> dict[str, Feature]:
     main = next((name for name, f in images.items() if f.path[-1] == 'image'), next(iter(images), ''))
     first = {'image': images.pop(main)._replace(channels=0)} if images else {}
     rank = {name: i for i, name in enumerate(('caption', *metadata.COLUMNS))}
-    usual = sorted((rank[f.path[-1]], len(f.path), name) for name, f in found.items() if f.path[-1] in rank)
+    usual = sorted((rank[f.path[-1]], len(f.path), name) for name, f in text_features.items() if f.path[-1] in rank)
     if usual and 'caption' not in others:
-        found.setdefault('caption', found[usual[0][-1]])
-    return {**first, **others, **images, **found}
+        text_features.setdefault('caption', text_features[usual[0][-1]])
+    return {**first, **others, **images, **text_features}
 
 
 def text_keys(feature) -> list[tuple[str, ...]]:
@@ -535,8 +535,8 @@ def choose(source: Source, data) -> dict[str, Feature]:
 
 def missing_caption(source: Source, name: str, known: dict[str, Feature]) -> None:
     """Raises UserError: data.caption names no feature."""
-    found = [name for name, f in known.items() if f.text] or list(known)
-    raise UserError(f'config.data.caption: {source.name} has no {name!r}; it has {", ".join(found[:20])}')
+    candidates = [name for name, f in known.items() if f.text] or list(known)
+    raise UserError(f'config.data.caption: {source.name} has no {name!r}; it has {", ".join(candidates[:20])}')
 
 
 # --- preparing
@@ -727,8 +727,8 @@ class PreparedRecords:
             raise RunError(
                 f'{self.path}: cannot read example {i} ({reason(e)}); delete it, and it is prepared anew'
             ) from e
-        found = {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
-        return {name: texts.encoded(x) if self.chosen[name].text else x for name, x in found.items()}
+        values = {name: functools.reduce(lambda x, key: x[key], f.path, example) for name, f in self.chosen.items()}
+        return {name: texts.encoded(x) if self.chosen[name].text else x for name, x in values.items()}
 
 
 def nest(flat: dict[tuple[str, ...], Any]) -> dict:

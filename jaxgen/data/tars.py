@@ -90,8 +90,8 @@ def read(address: Address, data) -> Contents:
 
 def in_split(paths: list[str], indices: list[Index]):
     """The names in each shard, below a folder with the name of the split where all shards are named after theirs."""
-    found = [SPLIT.fullmatch(os.path.basename(path)) for path in paths]
-    words = [match[1].lower() if match else '' for match in found]
+    matches = [SPLIT.fullmatch(os.path.basename(path)) for path in paths]
+    words = [match[1].lower() if match else '' for match in matches]
     apart = all(words) and len(set(words)) > 1
     for word, one in zip(words, indices, strict=True):
         yield (f'{word}/{name}' for name in one.names) if apart else one.names
@@ -126,21 +126,21 @@ def shards(pattern: str, inside: str) -> list[str]:
 
 def spelled(pattern: str) -> list[str]:
     """Names by a pattern with {000..099} and {a,b}, in order."""
-    found = RANGE.search(pattern)
-    if not found:
+    match = RANGE.search(pattern)
+    if not match:
         return [pattern]
-    if found[3] is not None:
-        parts = found[3].split(',')
+    if match[3] is not None:
+        parts = match[3].split(',')
     else:
-        first, last = int(found[1]), int(found[2])
+        first, last = int(match[1]), int(match[2])
         if abs(last - first) >= MOST_SHARDS:
             raise UserError(f'config.data.source: {pattern} are more than {MOST_SHARDS} files')
         step = 1 if last >= first else -1
-        parts = [str(i).zfill(len(found[1])) for i in range(first, last + step, step)]
-    rest = spelled(pattern[found.end() :])
+        parts = [str(i).zfill(len(match[1])) for i in range(first, last + step, step)]
+    rest = spelled(pattern[match.end() :])
     if len(parts) * len(rest) > MOST_SHARDS:
         raise UserError(f'config.data.source: {pattern} are more than {MOST_SHARDS} files')
-    return [pattern[: found.start()] + part + end for part in parts for end in rest]
+    return [pattern[: match.start()] + part + end for part in parts for end in rest]
 
 
 # --- the index
@@ -288,10 +288,10 @@ def number(field: bytes) -> int | None:
 def extended(content: bytes) -> dict[bytes, bytes]:
     """The fields of a pax header: 'LENGTH NAME=VALUE' and a new line, the length in bytes of all of it."""
     fields, file = {}, io.BytesIO(content)
-    while found := re.match(rb'([0-9]{1,8}) ([^=]+)=', content[file.tell() : file.tell() + MOST_NAME]):
-        length = int(found[1])
+    while match := re.match(rb'([0-9]{1,8}) ([^=]+)=', content[file.tell() : file.tell() + MOST_NAME]):
+        length = int(match[1])
         record = file.read(length)
-        if len(record) < length or length <= found.end():
+        if len(record) < length or length <= match.end():
             break
-        fields[found[2]] = record[found.end() : -1]
+        fields[match[2]] = record[match.end() : -1]
     return fields

@@ -75,13 +75,13 @@ class Texts:
         if kept is not None and i in kept:
             return kept[i]
         try:
-            found = self.records[i]
+            captions = self.records[i]
         except ValueError as e:
             self.failed(i, e)
-            found = dict.fromkeys(self.rooms, ())
+            captions = dict.fromkeys(self.rooms, ())
         if kept is not None:
-            kept[i] = found
-        return found
+            kept[i] = captions
+        return captions
 
     def take(self, indices: np.ndarray, drawn: np.ndarray | None) -> dict[str, np.ndarray]:
         """A text of each of the examples [n], uint8 [n, room] by feature.

@@ -110,13 +110,13 @@ class Zip:
         if locator[:4] == b'PK\6\7':
             # Before it as a rule, whatever lies before the archive; else where it says.
             for place in (end_at - LOCATOR.size - END64.size, LOCATOR.unpack(locator)[2]):
-                found = os.pread(self.handle, END64.size, place) if 0 <= place < length else b''
-                if len(found) == END64.size and found[:4] == b'PK\6\6':
+                end64 = os.pread(self.handle, END64.size, place) if 0 <= place < length else b''
+                if len(end64) == END64.size and end64[:4] == b'PK\6\6':
                     end_at = place
                     break
             else:
                 raise self.damaged('its end is damaged')
-            _, _, _, _, disk, first, here, n, size, offset = END64.unpack(found)
+            _, _, _, _, disk, first, here, n, size, offset = END64.unpack(end64)
         if disk or first or here != n:
             raise self.damaged('it is one of several parts')
         if size > min(end_at, MOST_LIST):

@@ -585,9 +585,8 @@ def build(
 
     grid = (height // divisor, width // divisor)
     grids = grids_of(scales, grid) if scales else (grid,)
-    sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
-    sizes |= dict(groups=groups, group_size=group_size, eps=eps, latent_kernel=latent_kernel)
-    sizes['middle_attention'] = middle_attention
+    sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, groups=groups)
+    sizes |= dict(group_size=group_size, eps=eps, latent_kernel=latent_kernel, middle_attention=middle_attention)
     rest = dict(height=height, remat=context.remat, dtype=context.dtype)
     networks = Networks(
         encoder=Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest),
