@@ -36,8 +36,12 @@ CONFIGS = (
     'stylegan2_ffhq1024',
     'adm_imagenet256',
     'var_imagenet256:d30',
+    'stable_diffusion',
+    'stable_diffusion_xl',
+    'stable_diffusion_3',
+    'flux',
 )
-# Slices of 4 to 256 chips, and the least fsdp on each: a config's own, where that is larger.
+# Slices of 4 to 256 chips, and the least fsdp on each: a config's own, where that is larger and there are as many chips.
 TOPOLOGIES = {'v5e:4x4': 4, 'h100:8': 1, 'v5p:2x2x4': 1, 'v5e:2x2': 4, 'v5e:8x8': 4, 'v6e:8x8': 1, 'v5e:16x16': 4}
 PROGRAMS = ('update', 'sample')
 SECONDS = 3600  # of a row
@@ -57,7 +61,7 @@ def rows(only: list[str], topologies: list[str], programs: list[str]) -> list[di
         topologies or TOPOLOGIES, programs or PROGRAMS, loaded.items()
     ):
         chips = slices.chips_of(topology)
-        fsdp = max(TOPOLOGIES.get(topology, 1), config.mesh.fsdp)
+        fsdp = min(max(TOPOLOGIES.get(topology, 1), config.mesh.fsdp), chips)
         if config.data.batch // config.optim.accumulate % chips or chips % fsdp:
             continue
         fields = [f'--config.mesh.fsdp={fsdp}'] if fsdp != config.mesh.fsdp else []

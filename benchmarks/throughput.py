@@ -3,11 +3,14 @@
     python benchmarks/throughput.py --config=configs/ddpm_digits.py --what=train
     python benchmarks/throughput.py --config=configs/ddpm_cifar10.py --what=train --batch=8 --vs=torch
     python benchmarks/throughput.py --config=configs/dit_imagenet256.py --batch=64 --config.train.remat=False
+    python benchmarks/throughput.py --config=configs/ddpm_digits.py --vs=torch --cores=1      # ratios by processor time
 
 Stages that a config stands on need no run: speed does not depend on what they learned.
-`--vs=torch` (ddpm only) builds the same U-Net with diffusers on torch, checks that it has as many
+`--vs=torch` builds the same U-Net with diffusers on torch, or the same DiT, checks that it has as many
 parameters, and runs both in turns, so that a drift of the machine's speed changes both; the ratio is
-jaxgen's speed over torch's, the median over the turns. For training a turn is one update (Adam and
+jaxgen's speed over torch's, the median over the turns. With `--cores=1` the process keeps to one core and
+time is that of the processor, which other processes change little; on more, threads that wait for
+others are counted too, so time is by the clock. For training a turn is one update (Adam and
 moving average on both sides); for sampling one network evaluation of ancestral sampling. On a GPU torch
 has TensorFloat-32 as JAX has it, cuDNN's search for the fastest convolution, and autocast where
 `--dtype=bfloat16`; both take turns on one device (set XLA_PYTHON_CLIENT_PREALLOCATE=false, or there is no
@@ -47,10 +50,10 @@ def untrained_stage(path: str, mesh, dtype: str = ''):
     return a.family, state.replace(params=None, opt=None), a.frozen
 
 
-def timed(action) -> float:
-    began = time.perf_counter()
+def timed(action, clock=time.perf_counter) -> float:
+    began = clock()
     action()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def jax_train(assembled):
@@ -88,10 +91,15 @@ def jax_sample(assembled, state):
     return lambda: list(sample.draw(model, lambda _: batch, n, n, 0))
 
 
-def torch_unet(config, image):
-    """diffusers' U-Net with the settings of a ddpm config."""
+def torch_network(config, image):
+    """diffusers' U-Net with the settings of a ddpm config, or a DiT: a module of (x, t) to a map."""
     import diffusers
 
+    if config.model.network.name == 'dit':
+        from accelerator import torch_dit
+
+        net, learned = config.model.network, config.model.training.variance == 'learned'
+        return torch_dit(net.channels, net.blocks, net.heads, image[2] * (1 + learned), image[0], image[2])
     model, levels = config.model.network, len(config.model.network.multipliers)
     here = [image[0] // 2**i in model.attention for i in range(levels)]
     return diffusers.UNet2DModel(
@@ -119,7 +127,7 @@ def torch_actions(config, image, what: str):
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.set_default_device('cuda' if jax.default_backend() == 'gpu' else 'cpu')
-    net = torch_unet(config, image)
+    net = torch_network(config, image)
     half = torch.autocast(torch.get_default_device().type, torch.bfloat16, config.train.dtype == 'bfloat16')
     n = config.data.batch if what == 'train' else config.sample.batch
     x = torch.randn(n, image[2], image[0], image[1])
@@ -127,12 +135,16 @@ def torch_actions(config, image, what: str):
     optimiser = torch.optim.Adam(net.parameters(), lr=config.optim.lr)
     steps = torch.linspace(1e-4, 0.02, 1000).neg().add(1).cumprod(0)
 
+    def output(x, t):
+        with half:
+            out = net(x, t)
+        return (out if isinstance(out, torch.Tensor) else out.sample).float()
+
     def update():
         t = torch.randint(0, 1000, (n,))
         noise, a = torch.randn_like(x), steps[t].view(-1, 1, 1, 1)
-        with half:
-            estimate = net(a.sqrt() * x + (1 - a).sqrt() * noise, t).sample.float()
-        loss = torch.nn.functional.mse_loss(estimate, noise)
+        estimate = output(a.sqrt() * x + (1 - a).sqrt() * noise, t)
+        loss = torch.nn.functional.mse_loss(estimate[:, : image[2]], noise)
         optimiser.zero_grad()
         loss.backward()
         if config.optim.clip:
@@ -145,8 +157,7 @@ def torch_actions(config, image, what: str):
     @torch.no_grad()
     def evaluate():
         net.eval()
-        with half:
-            net(x, torch.full((n,), 500)).sample.sum().item()
+        output(x, torch.full((n,), 500)).sum().item()
 
     return (update if what == 'train' else evaluate), sum(p.numel() for p in net.parameters())
 
@@ -167,7 +178,7 @@ def evaluations(model: dict) -> int:
     return sampler.get('steps') or process.get('timesteps') or model.get('sample_steps') or 1
 
 
-def measure(config, what: str, turns: int, vs: str) -> dict:
+def measure(config, what: str, turns: int, vs: str, clock=time.perf_counter) -> dict:
     assembled = assembly.assemble(config, stage=untrained_stage)
     action, state = jax_train(assembled)
     images, calls = config.data.batch, 1
@@ -189,7 +200,7 @@ def measure(config, what: str, turns: int, vs: str) -> dict:
     seconds = {name: [] for name in actions}
     for _ in range(turns):
         for name, (act, c) in actions.items():
-            seconds[name].append(timed(act) / c)
+            seconds[name].append(timed(act, clock) / c)
     unit = 'update' if what == 'train' else 'network evaluation'
     for name, times in seconds.items():
         middle = statistics.median(times)
@@ -214,15 +225,18 @@ def main() -> None:
     parser.add_argument('--vs', choices=('', 'torch'), default='')
     parser.add_argument('--batch', type=int, default=0, help='in place of the config')
     parser.add_argument('--turns', type=int, default=10)
+    parser.add_argument('--cores', type=int, default=0, choices=(0, 1), help='1: one core, by processor time')
     parser.add_argument('--dtype', choices=('', 'float32', 'bfloat16'), default='')
     parser.add_argument('--out', default='', help='write the JSON here too')
     arguments, rest = parser.parse_known_args()
     overrides = [text for text in rest if text.startswith('--config.')]
     if rest != overrides:
         parser.error(f'unknown arguments: {" ".join(text for text in rest if text not in overrides)}')
+    if arguments.cores:  # before the threads of either framework are
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     config = configs.override(configs.load(arguments.config), overrides)
     if arguments.vs and (config.family != 'diffusion' or arguments.what == 'data'):
-        sys.exit('--vs=torch is for training and sampling of ddpm configs')
+        sys.exit('--vs=torch is for training and sampling of U-Nets of ddpm and of DiT')
     if arguments.batch:
         config.data.batch = config.sample.batch = arguments.batch
     if arguments.dtype:
@@ -230,7 +244,8 @@ def main() -> None:
     if arguments.what == 'data':
         result = measure_data(config, 10)
     else:
-        result = measure(config, arguments.what, arguments.turns, arguments.vs)
+        clock = time.process_time if arguments.cores else time.perf_counter
+        result = measure(config, arguments.what, arguments.turns, arguments.vs, clock)
     packages = ('jax', 'flax', 'numpy', *(('torch', 'diffusers') if arguments.vs else ()))
     record = {
         'command': ' '.join(['python', *sys.argv]),
@@ -238,6 +253,7 @@ def main() -> None:
         'config': configs.name(arguments.config),
         'batch': config.data.batch,
         'dtype': jnp.dtype(config.train.dtype).name,
+        'clock': 'processor' if arguments.cores else 'wall',
         **result,
         'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
         'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
