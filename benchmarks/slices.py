@@ -41,7 +41,7 @@ CONFIGS = (
     'stable_diffusion_3',
     'flux',
 )
-# Slices of 4 to 256 chips, and the least fsdp on each: a config's own, where that is larger and there are as many chips.
+# Slices of 4 to 256 chips, and the least fsdp on each: a config's own where that is larger, at most the chips.
 TOPOLOGIES = {'v5e:4x4': 4, 'h100:8': 1, 'v5p:2x2x4': 1, 'v5e:2x2': 4, 'v5e:8x8': 4, 'v6e:8x8': 1, 'v5e:16x16': 4}
 PROGRAMS = ('update', 'sample')
 SECONDS = 3600  # of a row
