@@ -11,7 +11,7 @@ The last two commands measure as those of `lora_shapes`. Variant `alone` is with
 
 Time: not measured
 Paper: none
-Ours: trained here
+Ours: not measured at 1,000 updates; after 600 at a constant rate 64.6% of 96 samples show the new shape
 """
 
 from jaxgen.config import make
@@ -33,9 +33,9 @@ def get_config(variant: str = ''):
             batch=16,
         ),
         model=base['model'] | dict(prior_weight=1.0),
-        optim=dict(name='adamw', lr=2e-4, weight_decay=1e-2, clip=1.0, ema=0.0),
+        optim=dict(name='adamw', lr=8e-4, schedule='cosine', weight_decay=1e-2, clip=1.0, ema=0.0),
         train=dict(
-            initial='runs/ldm_text_shapes', steps=400, updates_per_call=5, log_every=50, save_every=100, sample_every=0
+            initial='runs/ldm_text_shapes', steps=1000, updates_per_call=5, log_every=50, save_every=100, sample_every=0
         ),
         evaluate=dict(features='run:runs/classifier_shapes', samples=500, split='test'),
         variants={

@@ -83,6 +83,11 @@ class Assembled:
             if saved is None and stage:
                 raise UserError(f'config.stages.{stage}: the run in {path} has no tokenizer')
             made[name] = saved or captions.trained(self.config.data, texts)
+        first = {name: texts.vocabulary for name, texts in self.texts.items()}
+        for stage, word, n in self.family.captions.added:
+            name = f'{stage}/tokens'
+            made[name] = made[name].with_word(word, range(first[name], first[name] + n))
+            first[name] += n
         return made
 
     def tokenised(self, batch: dict[str, Any], prompts: bool = False) -> dict[str, Any]:
@@ -303,6 +308,7 @@ def assemble(
         stages={name: family for name, (family, _, _) in stages.items()},
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
+        tokenizer=(lambda name: directory.saved_tokenizer(config.stages[name])) if restoring else None,
     )
     if 'first' in stages:
         check_stage_image(context, 'first')

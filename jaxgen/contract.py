@@ -155,7 +155,8 @@ class Embed(Protocol):
 
 
 class EncodeText(Protocol):
-    """The features of texts for a later stage, a networks.clip.TextOutput, by tokens int32 [n, Family.texts.length]."""
+    """The features of texts for a later stage, a networks.clip.TextOutput, by tokens int32 [n, Family.texts.length];
+    the averaged weights may hold rows of further tokens, see WORDS."""
 
     def __call__(self, state: State, frozen: Frozen, tokens: Array) -> Any: ...
 
@@ -191,8 +192,12 @@ class Captions(NamedTuple):
     weighted: bool = False  # in sampling captions are prompts with weights of words: a batch holds 'STAGE/weights' and
     # 'STAGE/negative_weights', float32 [n, length]
     negative: bool = False  # negative prompts change samples: there is guidance away from them
+    added: tuple[tuple[str, str, int], ...] = ()  # (stage, word, tokens) of new words: the numbers of their tokens come
+    # behind the vocabulary of the stage, in this order
+    learned: str = ''  # the one of them that is trained, which captions must have
 
 
+WORDS = 'words'  # in State.ema of a text encoder: rows [n, D] of tokens behind its vocabulary
 NEGATIVE = 'has_negative'  # bool [n] of a batch: whether 'STAGE/negative' are of a negative prompt, and not of ''
 
 
@@ -297,6 +302,7 @@ class Context(NamedTuple):
     stages: dict[str, Family] = {}  # earlier stages by name, their weights come in `frozen`
     dtype: Any = jnp.float32  # dtype of computation; weights are float32 always
     remat: bool = False  # recompute activations in the backward pass, block by block
+    tokenizer: Callable[[str], Any] | None = None  # stage -> its text.tokenizers.Tokenizer; None: no stage is trained
 
 
 def new_state(params: PyTree, optim: Optim, extra: PyTree = None, ema: tuple[str, ...] = ()) -> State:

@@ -215,6 +215,8 @@ class Training:
             self.introduce(images, about['step'], f'going on from step {about["step"]} of {config.train.steps}')
         else:
             self.introduce(images, 0, f'from step 0 to {config.train.steps}')
+            if a.family.captions.learned:
+                captions.check_learned(config.data, a.tokenizers, a.family.captions.learned)
             for line in captions.cut_off(config.data, a.tokenizers) if self.first and a.texts else ():
                 log.say(line)
             began = time.monotonic()

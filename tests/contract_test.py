@@ -24,6 +24,7 @@ from support import (
     saved_state,
     tiny,
     tiny_stage,
+    train_stages,
     with_tokenizers,
     with_tokens,
 )
@@ -361,14 +362,6 @@ def test_updates_sample_and_evaluate(name, tmp_path):
         testing.check_sample(subject, state, fewer=False)
     testing.check_evaluate(subject, state)
     testing.check_latents(subject, state)
-
-
-def train_stages(config, folder) -> None:
-    """Trains the stages that a config stands on, and theirs before them, by their tiny configs."""
-    for stage, name in config.stages.items():
-        of_stage, config.stages[stage] = tiny_stage(name), str(folder / os.path.basename(name))
-        train_stages(of_stage, folder)
-        train(of_stage, config.stages[stage])
 
 
 @pytest.mark.slow

@@ -82,6 +82,16 @@ def tiny_stage(folder: str):
     return configs.load(configs.named(folder).partition(':')[0] + ':tiny')
 
 
+def train_stages(config, folder) -> None:
+    """Trains the stages that a config stands on, and theirs before them, by their tiny configs."""
+    from jaxgen.train import train
+
+    for stage, name in config.stages.items():
+        of_stage, config.stages[stage] = tiny_stage(name), str(folder / os.path.basename(name))
+        train_stages(of_stage, folder)
+        train(of_stage, config.stages[stage])
+
+
 def shaped_stage(size, folder: str, mesh, dtype: str = ''):
     """That stage for images of `size`, as shapes."""
     config = configs.make(**configs.deep_update(tiny_stage(folder).to_dict(), {'data': {'size': size}}))

@@ -31,7 +31,7 @@ from jaxgen.randomness import stream
 Array = jax.Array
 
 BASE = 'base'  # the stage whose network is adapted
-LORA = 'lora'  # the network of `State`
+LORA, INVERSION = 'lora', 'inversion'  # the network of `State`, and the adapter's name
 OWN = 'own'  # in the section of scales, the run's own LoRA
 ATTENTION = ('qkv', '*_qkv*', 'out', '*_out*', 'cross_q', 'cross_kv')
 # Fields of config.model that are the base's; {}: the whole section. Of conditions all but how often they are dropped.
@@ -55,7 +55,24 @@ def lora(
     """
 
 
-COMPONENT = Component({'none': None, 'lora': lora})
+def inversion(
+    *,
+    word: str = '',
+    vectors: Count = 1,
+    initial: str = '',
+    encoders: tuple[str, ...] = (),
+) -> None:
+    """A new word for the text encoders of the model of `config.stages.base`, see diffusion/inversion.py.
+
+    Args:
+      word: that captions have for it, '<zig>'.
+      vectors: tokens that it is for an encoder.
+      initial: a word that it begins as, one token; '': the mean of all.
+      encoders: stages of the text encoders that learn it; (): all.
+    """
+
+
+COMPONENT = Component({'none': None, LORA: lora, INVERSION: inversion})
 
 
 def added(*, scale: Annotated[float, TRACED] = 1.0) -> None:
@@ -258,12 +275,12 @@ def factors_of(
     found = {}
     for name, family in context.stages.items():
         theirs = adapter_of(family)
-        if name != BASE and theirs.get('name') == 'lora':
+        if name != BASE and theirs.get('name') == LORA:
             check_same(model, family, name)
             found[name] = factor_of(theirs)
     if OWN in found:
         raise UserError(f"config.stages.{OWN}: this is the name of a run's own LoRA: take another")
-    if adapter['name'] == 'lora':
+    if adapter['name'] == LORA:
         found = {OWN: factor_of(adapter), **found}
     for name in scales:
         if name not in found:
@@ -285,7 +302,7 @@ class Adapters(NamedTuple):
     @property
     def in_training(self) -> dict[str, float]:
         """The factors with which the run's own LoRA is trained, by its scale 1 and without others."""
-        return {OWN: self.own} if self.base else {}
+        return {OWN: self.own} if OWN in self.factors else {}
 
     def weights(self, networks: dict[str, Any], frozen: Any, factors: dict[str, Any] | None = None) -> Any:
         """The weights of a network.
@@ -331,7 +348,7 @@ def bind(context: Context, model: Mapping[str, Any], adapter: Mapping[str, Any],
                 f'config.stages.{BASE} is the run of an adapter: make one run of it and its base with --mode=merge, '
                 'and name that'
             )
-    own = factor_of(adapter) if base else 0.0
+    own = factor_of(adapter) if adapter['name'] == LORA else 0.0
     return Adapters(base, factors_of(context, model, adapter, scales), own)
 
 

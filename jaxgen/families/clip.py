@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size
-from jaxgen.contract import Aux, Context, Family, Texts, make_update, new_state
+from jaxgen.contract import WORDS, Aux, Context, Family, Texts, make_update, new_state
 from jaxgen.errors import UserError
 from jaxgen.losses.matching import contrastive_loss, unit
 from jaxgen.networks.clip import NORMALISATIONS, TextTower, VisionTower, normalised
@@ -124,7 +124,7 @@ def build(
 
     def encode_text(state, frozen, tokens):
         """The output of the text tower."""
-        return reader.apply({'params': state.ema['text']}, tokens)
+        return reader.apply({'params': state.ema['text']}, tokens, added=state.ema.get(WORDS))
 
     def logit_scale(state):
         """The learned scale of cosines."""

@@ -71,7 +71,7 @@ from jaxgen.diffusion import control as controls
 from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
-from jaxgen.diffusion import importance, latents, likelihood, objective, processes, samplers
+from jaxgen.diffusion import importance, inversion, latents, likelihood, objective, processes, samplers
 from jaxgen.diffusion.conditioning import Condition, Conditioning, Values
 from jaxgen.diffusion.editing import Editing, Edits
 from jaxgen.diffusion.guidance import OFF, Guidance
@@ -97,7 +97,12 @@ def reads_alone(name: str, config: Any) -> bool:
 former = formats.diffusion  # fields of runs that were saved before there were sections
 MOVED = formats.MOVED['diffusion']
 EMPTY: dict[str, Any] = {}
-TUNING = {'lora': adapting.lora_of, 'full': adapting.full_of, 'controlnet': controls.controlnet_of}  # see tuning.py
+TUNING = {  # see tuning.py
+    'lora': adapting.lora_of,
+    'inversion': inversion.inversion_of,
+    'full': adapting.full_of,
+    'controlnet': controls.controlnet_of,
+}
 DISTILLED = 'distilled_guidance'  # in a batch, [n]
 
 
@@ -116,6 +121,7 @@ class Model(NamedTuple):
     adapter: dict  # its complete section
     prior_weight: float  # of the loss of other images
     edits: Edits
+    words: inversion.Words  # that the text encoders are given
     nets: tuple[controls.Net, ...] = ()  # ControlNets beside the network
 
     @property
@@ -208,6 +214,7 @@ def build(
         adapter,
         prior_weight,
         edits.bind(Editing(**editing), context, conditioning, make_sampler, not moves.straight),
+        inversion.bind(context, given, adapter),
         nets,
     )
     check(bound, context, process)
@@ -217,7 +224,8 @@ def build(
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
     encoded = conditions.reads_text(conditioning)
-    trained = adapting.LORA if bound.adapters.base else controls.CONTROL if bound.controlled else 'denoiser'
+    trained = adapter['name'] if bound.adapters.base else controls.CONTROL if bound.controlled else 'denoiser'
+    texts = None if bound.words.every else conditions.prepare(conditioning)  # which change as the words are learned
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, trained)
     divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
@@ -225,7 +233,7 @@ def build(
         functools.partial(update, bound, context, step),
         by_settings(functools.partial(sample, bound), settings),
         functools.partial(evaluate, bound),
-        prepare=both(space.prepare, conditions.prepare(conditioning)) if bound.edits.keeps else None,
+        prepare=both(space.prepare, texts) if bound.edits.keeps else None,
         encode=functools.partial(encode, bound) if invertible else None,
         decode=functools.partial(decode, bound) if invertible else None,
         denoise=None if space.latent else functools.partial(denoise, bound),
@@ -236,9 +244,15 @@ def build(
         free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing', 'control'),
         sampling=('sampler', 'guidance', 'adapters', 'editing', 'control'),
         settings=settings,
-        merged=(bound.adapters.merged, bound.adapters.without) if bound.adapters.factors and not nets else None,
+        merged=(bound.adapters.merged, bound.adapters.without)
+        if bound.adapters.factors and not (nets or bound.words.every)
+        else None,
         captions=Captions(
-            encoded=encoded, weighted=bound.edits.options.weighted_prompts, negative=not bound.guidance.off
+            encoded=encoded,
+            weighted=bound.edits.options.weighted_prompts,
+            negative=not bound.guidance.off,
+            added=bound.words.added,
+            learned=bound.words.learned,
         ),
     )
 
@@ -379,7 +393,7 @@ def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) 
     t = draw_times(rng_t, len(x_0)) if draw_times else batch['t']
     eps = jax.random.normal(rng_noise, x_0.shape)
     batch = conditions.drawn(model.conditioning, lambda: jax.random.split(stream(rng, 'masks'), len(x_0)), batch)
-    values = conditions.values_of(model.conditioning, batch, frozen, train=True)
+    values = conditions.values_of(model.conditioning, batch, model.words.known(params, frozen), train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
     weights = model.weights(params, frozen, model.adapters.in_training)
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
@@ -418,7 +432,11 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
         return new_state({controls.CONTROL: params}, context.optim, history)
     if not model.adapters.base:
         return new_state({'denoiser': make()}, context.optim, history)
-    params = adapting.init(rng, jax.eval_shape(make), frozen, model.adapter)
+    shapes = jax.eval_shape(make)
+    if model.adapter['name'] == adapting.INVERSION:
+        adapting.check_weights(shapes, frozen[adapting.BASE][0].ema['denoiser'], adapting.BASE)
+        return new_state({adapting.INVERSION: model.words.init(frozen)}, context.optim, history)
+    params = adapting.init(rng, shapes, frozen, model.adapter)
     return new_state({adapting.LORA: params}, context.optim, history)
 
 
@@ -488,7 +506,7 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
     said = {DISTILLED: scale} | controls.batch_of(model.nets, settings.get('control', {}), len(x))
-    values = conditions.values_of(model.conditioning, said | batch, frozen)
+    values = conditions.values_of(model.conditioning, said | batch, model.words.known(state.ema, frozen))
     clip = model.sampler.clip and not model.sampler.clip_here
     denoise = denoiser_of(model, state, frozen, values, guidance, clip, settings.get('adapters'))
     if model.classifier is not None:
@@ -528,7 +546,8 @@ def evaluate(model: Model, state: State, frozen, batch, rng) -> dict[str, Array]
     # A clipped chain has a bound (Ho et al. 2020 clip); the density of the ODE needs the derivative.
     clip = model.sampler.clip and process.steps > 0
     batch = conditions.drawn(model.conditioning, lambda: example_keys(stream(rng, 'masks'), batch), batch)
-    denoise = denoiser_of(model, state, frozen, conditions.values_of(model.conditioning, batch, frozen), OFF, clip)
+    values = conditions.values_of(model.conditioning, batch, model.words.known(state.ema, frozen))
+    denoise = denoiser_of(model, state, frozen, values, OFF, clip)
     if model.space.latent:
         x_0 = model.space.encode(frozen, batch, stream(rng, 'encoder'))
         return {'eps_error': likelihood.noise_error(denoise, x_0, process, keys)}
@@ -543,7 +562,7 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
     process = model.formulation.process
     t = process.time(jnp.maximum(sigma, 1e-6))  # its logarithm is finite
-    values = conditions.values_of(model.conditioning, batch, frozen)
+    values = conditions.values_of(model.conditioning, batch, model.words.known(state.ema, frozen))
     estimator = denoiser_of(model, state, frozen, values, model.guidance, model.sampler.clip)
     return samplers.estimate(estimator, coefficients(process, t, x)[0] * x, t)[0]
 

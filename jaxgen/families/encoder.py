@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgen import options
 from jaxgen.checks import check_size
-from jaxgen.contract import Context, Family, Texts, new_state, untrained
+from jaxgen.contract import WORDS, Context, Family, Texts, new_state, untrained
 from jaxgen.errors import UserError
 from jaxgen.losses.matching import unit
 from jaxgen.networks.clip import NORMALISATIONS, TextOutput, TextTower, VisionTower, normalised
@@ -69,7 +69,7 @@ def build(
 
         def encode_text(state, frozen, tokens):
             """The output of the encoder."""
-            output = module.apply({'params': state.ema['text']}, tokens)
+            output = module.apply({'params': state.ema['text']}, tokens, added=state.ema.get(WORDS))
             return of_t5(output, tokens) if name == 't5' else output
 
         texts = Texts(own['vocabulary'], own['length'])

@@ -131,9 +131,14 @@ class TextTower(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array) -> TextOutput:
+    def __call__(self, tokens: Array, added: Array | None = None) -> TextOutput:
+        """Args:
+        added: [m, channels], embeddings of the tokens behind the vocabulary.
+        """
         chex.assert_rank(tokens, 2)
-        x = Embed(self.vocabulary, self.channels, embedding_init=NORMAL(0.02), dtype=self.dtype, name='tokens')(tokens)
+        embed = Embed(self.vocabulary, self.channels, embedding_init=NORMAL(0.02), dtype=self.dtype, name='tokens')
+        x = embed(tokens, added)
+        tokens = tokens if added is None else jnp.where(tokens < self.vocabulary, tokens, -1)  # none ends a text
         positions = self.param('positions', NORMAL(0.01), (self.length, self.channels))
         x = x + positions[: tokens.shape[1]].astype(self.dtype)
         x, before = apply_blocks(self, x, causal=True)

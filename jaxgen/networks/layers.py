@@ -377,10 +377,19 @@ look_up.defvjp(lambda table, indices: (look_up(table, indices), (table, indices)
 
 
 class Embed(nn.Embed):
-    """flax's, by `look_up`: int [...] to [..., features]."""
+    """flax's, by `look_up`: int [...] to [..., features].
 
-    def __call__(self, indices: Array) -> Array:
-        return look_up(self.embedding.astype(self.dtype or self.embedding.dtype), indices)
+    Args:
+      added: rows [n, features] behind those of the table; None: there are none.
+    """
+
+    def __call__(self, indices: Array, added: Array | None = None) -> Array:
+        table = self.embedding.astype(self.dtype or self.embedding.dtype)
+        if added is None:
+            return look_up(table, indices)
+        rows = look_up(table, jnp.minimum(indices, len(table) - 1))
+        new = look_up(added.astype(table.dtype), jnp.maximum(indices - len(table), 0))
+        return jnp.where((indices >= len(table))[..., None], new, rows)
 
 
 def max_pool(x: Array) -> Array:

@@ -86,12 +86,14 @@ class T5Encoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
+    def __call__(self, tokens: Array, mask: Array | None = None, added: Array | None = None) -> Array:
         """Args:
         mask: bool [n, T], true where there is a token; None: all are attended to, as SD 3 and FLUX do it.
+        added: [m, channels], embeddings of the tokens behind the vocabulary.
         """
         chex.assert_rank(tokens, 2)
-        x = Embed(self.vocabulary, self.channels, embedding_init=NORMAL(1.0), dtype=self.dtype, name='tokens')(tokens)
+        embed = Embed(self.vocabulary, self.channels, embedding_init=NORMAL(1.0), dtype=self.dtype, name='tokens')
+        x = embed(tokens, added)
         table = self.param('distances', NORMAL(self.channels**-0.5), (self.buckets, self.heads))
         buckets = distance_buckets(tokens.shape[1], tokens.shape[1], self.buckets, self.furthest)
         bias = jnp.moveaxis(table[buckets], -1, 0)[None]  # [1, heads, T, T]

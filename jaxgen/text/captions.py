@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxgen import data
 from jaxgen.contract import NEGATIVE, Texts
+from jaxgen.errors import UserError
 from jaxgen.text import emphasis, tokenizers
 from jaxgen.text.tokenizers import TRAINED, Tokenizer
 
@@ -52,6 +53,22 @@ def cut_off(section, made: Mapping[str, Tokenizer]) -> list[str]:
                 'are left out'
             )
     return lines
+
+
+def check_learned(section, made: Mapping[str, Tokenizer], word: str) -> None:
+    """Raises UserError where no training caption has the word that is to be learned.
+
+    Args:
+      made: {name of tokens: their tokenizer}, which know the word.
+    """
+    examples = captions_of(section)
+    captions = list(read(examples, COUNTED if examples.texts else COUNTED // 10))
+    for tokenizer in made.values():
+        number = tokenizer.backend.token_to_id(word)
+        if number in tokenizer.words and not np.isin(tokenizer(captions).ids, tokenizer.words[number]).any():
+            raise UserError(
+                f'config.model.adapter.word: no training caption has the word {word!r}: say it in --config.data.prompt'
+            )
 
 
 def negative_name(name: str) -> str:

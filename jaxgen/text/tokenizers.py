@@ -53,7 +53,8 @@ class Tokenizer:
       length: tokens of every text, start and end included.
       pad: number behind the end of a text.
       end: number of the last token of a text; None: texts have none.
-      files: contents of the files that `from_folder` makes the same tokenizer of, by name.
+      files: contents of the files that `from_folder` makes the same tokenizer of, by name, but for `words`.
+      words: {number of a word that was added: those of the tokens that it is for the encoder}.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -61,6 +62,7 @@ class Tokenizer:
     pad: int
     end: int | None
     files: dict[str, bytes] = dataclasses.field(repr=False)
+    words: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -78,7 +80,7 @@ class Tokenizer:
         ids = np.full((len(texts), self.length), self.pad, np.int32)
         lengths, cut = np.zeros(len(texts), np.int32), 0
         for row, text in enumerate(texts):
-            numbers = self.backend.encode(text).ids
+            numbers, _ = self.encoded(text)
             if len(numbers) > self.length:
                 cut += 1
                 numbers = numbers[: self.length]
@@ -87,6 +89,31 @@ class Tokenizer:
             ids[row, : len(numbers)], lengths[row] = numbers, len(numbers)
         return Tokens(ids, lengths, cut)
 
+    def encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(numbers, where each lies in the text) of all tokens of a text."""
+        encoding = self.backend.encode(text)
+        if not self.words:
+            return encoding.ids, encoding.offsets
+        each = [(self.words.get(i, (i,)), at) for i, at in zip(encoding.ids, encoding.offsets, strict=True)]
+        return [i for numbers, _ in each for i in numbers], [at for numbers, at in each for _ in numbers]
+
+    def pieces(self, text: str) -> list[int]:
+        """The numbers of a text's tokens without its start and end."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def with_word(self, word: str, numbers: Sequence[int]) -> Tokenizer:
+        """The same with a word, upper or lower case as the tokenizer has it, that is these tokens.
+
+        Raises:
+          UserError: it is one token already.
+        """
+        if len(self.pieces(word)) == 1 or self.backend.token_to_id(word) is not None:
+            raise UserError(f'{word!r} is a word of the tokenizer already: take another, like {f"<{word}>"!r}')
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_tokens([tokenizers.AddedToken(word, single_word=True, normalized=True)])
+        words = {**self.words, backend.token_to_id(word): tuple(numbers)}
+        return dataclasses.replace(self, backend=backend, words=words)
+
     def weights(self, text: str, characters: np.ndarray) -> np.ndarray:
         """Of each token of a text the weight of its last character, float32 [length]; 1 of start, end and padding.
 
@@ -94,19 +121,19 @@ class Tokenizer:
           characters: weights of the text's characters.
         """
         weights = np.ones(self.length, np.float32)
-        encoding = self.backend.encode(text)
-        most = self.length - (len(encoding.ids) > self.length and self.end is not None)
-        for i, (first, last) in enumerate(encoding.offsets[:most]):
+        numbers, offsets = self.encoded(text)
+        most = self.length - (len(numbers) > self.length and self.end is not None)
+        for i, (first, last) in enumerate(offsets[:most]):
             if last > first:
                 weights[i] = characters[last - 1]
         return weights
 
     def rest(self, text: str) -> str:
         """The end of a text that its tokens leave out, '' where they are all of it."""
-        encoding = self.backend.encode(text)
-        if len(encoding.ids) <= self.length:
+        numbers, offsets = self.encoded(text)
+        if len(numbers) <= self.length:
             return ''
-        return text[encoding.offsets[self.length - (self.end is not None)][0] :]
+        return text[offsets[self.length - (self.end is not None)][0] :]
 
     def with_length(self, length: int) -> Tokenizer:
         """The same for texts of another number of tokens."""

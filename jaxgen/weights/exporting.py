@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxgen
 from jaxgen import assembly, directory, files, log, memory, sharding
-from jaxgen.diffusion.adapters import is_adapter
+from jaxgen.diffusion.adapters import INVERSION, is_adapter
 from jaxgen.errors import UserError
 from jaxgen.networks import denoisers
 from jaxgen.run import Run
@@ -28,6 +28,7 @@ from jaxgen.weights import (
     text_encoders,
     text_to_image,
     whole,
+    words,
 )
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
@@ -127,7 +128,8 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
     if os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
         raise UserError(f'--to={to} is there already: name another file or folder')
     if source is None:
-        lora.export_lora(run, to, names)
+        write_adapter = words.export_word if run.config.model.adapter.name == INVERSION else lora.export_lora
+        write_adapter(run, to, names)
         return
     folder = not to.endswith(('.safetensors', '.pt', '.pth'))
     wrong = other_fields(run.config, source, None, flat_shapes(published_part(run.state)))
@@ -143,13 +145,13 @@ def export_weights(run: Run, to: str, names: str = '') -> None:
         with memory.returned(), files.replacing(to) as file:
             write_safetensors(file, export, metadata)
     elif to.endswith(('.pt', '.pth')):
-        write_torch(to, export)
+        write_torch(to, export.tensors())
     else:
         write_folder(to, run, source, export, metadata)
     log.say(f'exported {export.numbers:,} numbers with the names of {source.title}: {to}')
 
 
-def write_torch(to: str, export: Export) -> None:
+def write_torch(to: str, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a state dict of torch, which is in memory as a whole.
 
     Raises:
@@ -166,7 +168,7 @@ def write_torch(to: str, export: Export) -> None:
         return torch.from_numpy(np.array(x))
 
     with files.replacing(to) as file:
-        torch.save({name: tensor(x) for name, x in export.tensors()}, file)
+        torch.save({name: tensor(x) for name, x in tensors}, file)
 
 
 def write_folder(to: str, run: Run, source: Source, export: Export, metadata: dict[str, str]) -> None:

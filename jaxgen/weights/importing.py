@@ -21,7 +21,7 @@ from jaxgen import assembly, directory, files, log, memory, randomness, sharding
 from jaxgen import config as configs
 from jaxgen.checkpoint import Checkpoints, Deferred
 from jaxgen.contract import State, Texts
-from jaxgen.diffusion.adapters import is_adapter
+from jaxgen.diffusion.adapters import INVERSION, is_adapter
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
 from jaxgen.text.tokenizers import Tokenizer
@@ -220,9 +220,10 @@ def import_weights(
     workdir = os.path.expanduser(workdir)
     whole.check_free(workdir, '--workdir')
     if is_adapter(config):
-        from jaxgen.weights import lora  # which writes runs as this module does
+        from jaxgen.weights import lora, words  # which write runs as this module does
 
-        lora.import_lora(config, path, workdir, licence)
+        read_adapter = words.import_word if config.model.adapter.name == INVERSION else lora.import_lora
+        read_adapter(config, path, workdir, licence)
         return
     parts = pipelines.parts_for(config, path, named)
     config, lines = pipelines.with_scheduler(config, parts.scheduler, named)

@@ -188,6 +188,56 @@ def test_images_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch
                 torch.testing.assert_close(there[key].reshape(weight.shape), weight, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['sd', 'sdxl'])
+def test_new_words_are_those_of_the_pipeline(case, tokenizer, tmp_path, monkeypatch, capsys):
+    """Two words at once, in prompts and negative ones, one of them of two tokens; exported, diffusers reads them."""
+    torch = pytest.importorskip('torch')
+    make, _ = PIPELINES[case]
+    theirs = saved(make, tokenizer, tmp_path / 'hub')
+    assert run_main(['jaxgen', '--mode=import', f'--from={tmp_path}/hub', f'--workdir={tmp_path}/run']) == 0
+    encoders = {'clip_l': ('text_encoder', 'tokenizer'), 'clip_g': ('text_encoder_2', 'tokenizer_2')}
+    encoders = {'': encoders['clip_l']} if case == 'sd' else encoders
+    rng, stages = np.random.default_rng(1), {}
+    if case == 'sdxl':  # from_pretrained gives each encoder its own tokenizer
+        theirs.tokenizer_2 = type(theirs.tokenizer).from_pretrained(tokenizer)
+        # With number 2, of older files, it pools a text at its largest number, which a new word has.
+        theirs.text_encoder_2.text_model.eos_token_id = theirs.tokenizer.eos_token_id
+    for word, n in (('<zig>', 2), ('<Zag>', 1)):
+        rows = {}
+        for key, (encoder, reader) in encoders.items():
+            module, its_tokenizer = getattr(theirs, encoder), getattr(theirs, reader)
+            width = module.get_input_embeddings().weight.shape[1]
+            rows[key] = rng.normal(size=(n, width)).astype(np.float32)
+            given = {'text_encoder': module, 'tokenizer': its_tokenizer}
+            theirs.load_textual_inversion(torch.from_numpy(rows[key]), token=word, **given)
+        file = tmp_path / f'{word}.safetensors'
+        safetensors.numpy.save_file({key or word: x for key, x in rows.items()}, file)
+        stages[word] = f'{tmp_path}/{word}'
+        command = ['jaxgen', '--mode=import', f'--config={tmp_path}/run:inversion', f'--from={file}']
+        assert run_main([*command, f'--workdir={stages[word]}']) == 0, capsys.readouterr()
+    fields = {'stages.zig': stages['<zig>'], 'stages.zag': stages['<Zag>']}
+    run = jaxgen.load(
+        str(tmp_path / 'run'), config={'model.sampler.steps': STEPS, 'model.guidance.scale': 3.0, **fields}
+    )
+    prompts, negatives = ['a <zig> on a <Zag> mat', 'star <Zag>'], ['blue <zig>', 'blurred']
+    noise = np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+    theirs.set_progress_bar_config(disable=True)
+    call = dict(height=32, width=32, latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()))
+    call |= dict(num_inference_steps=STEPS, output_type='np', guidance_scale=3.0, negative_prompt=negatives)
+    images = np.clip(2 * theirs(prompts, **call).images - 1, -1, 1)
+    arrays = conditions.first(run.assembled, run.config, 2, {'caption': prompts, 'negative_caption': negatives})
+    assert (arrays['text/tokens'] >= VOCABULARY).sum(1).tolist() == [3, 1]
+    batch = sample.to_inside({name: jnp.asarray(x) for name, x in arrays.items()})
+    monkeypatch.setattr(diffusion, 'normal', lambda keys, shape: jnp.asarray(noise))
+    family = run.assembled.family
+    draw = jax.jit(lambda state, frozen: family.sample(state, frozen, batch, jax.random.key(0), family.settings()))
+    np.testing.assert_allclose(draw(run.state, run.assembled.frozen), images, atol=1e-3)
+    exporting.export_weights(jaxgen.load(stages['<zig>']), str(tmp_path / 'out.safetensors'))
+    back, there = (safetensors.numpy.load_file(tmp_path / name) for name in ('out.safetensors', '<zig>.safetensors'))
+    assert back.keys() == there.keys() and all((back[key] == x).all() for key, x in there.items())
+
+
 def inpainting(diffusers, transformers, tokenizer):
     """Stable Diffusion's model of nine channels."""
     network = unet(diffusers, True, cross_attention_dim=64, attention_head_dim=4, in_channels=9)
