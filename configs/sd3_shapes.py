@@ -11,7 +11,9 @@ Commands and metrics are those of `ldm_text_shapes`. A token is one latent, 4x4 
 Time: 31 minutes on two CPU cores with other work on them
 Paper: none of this size
 Differs: one text encoder of three
-Ours: 2,284,816 parameters; not measured
+Ours: 1,296,580 parameters; of 2,000 samples of held-out captions 68.6% show the shape, 99.7% the colour, all the
+background, 93.5% the size; 66.3% show all four; Fréchet distance 5.71 by the scenes' classifier
+(`python -m jaxgen.main --mode=evaluate --workdir=runs/sd3_shapes --n=2000`)
 """
 
 from jaxgen.config import make
