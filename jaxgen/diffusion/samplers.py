@@ -1234,6 +1234,7 @@ def run(
     keys: Array | None,
     trajectory: bool = False,
     keep: Callable | None = None,
+    then: Table | None = None,
 ):
     """x_0 [n, ...], or with `trajectory` (x_0, what was passed through): the steps of a table from x.
 
@@ -1244,11 +1245,13 @@ def run(
     Args:
       keep: (x, level, last) -> x, what x of each step is replaced by: the level is that of the next evaluation, and at
         the last step of none, but x is data.
+      then: the table that goes on from x, which is not data then.
     """
     columns = {name: jnp.asarray(values) for name, values in table.items() if name != 'first'}
     if keep is not None:
-        columns['last'] = jnp.arange(len(columns['t'])) == len(columns['t']) - 1
-        columns |= {f'next_{name}': jnp.roll(columns[name], -1) for name in STATED if name in columns}
+        columns['last'] = (jnp.arange(len(columns['t'])) == len(columns['t']) - 1) & (then is None)
+        after = {name: jnp.asarray((then or columns)[name])[:1] for name in STATED if name in columns}
+        columns |= {f'next_{name}': jnp.concatenate([columns[name][1:], one]) for name, one in after.items()}
     if 'first' in table:  # x at a higher level than it is given at
         noise = noise_of(keys, len(columns['t']), x)
         x = table['first']['x_t_weight'] * x + table['first']['std'] * noise
@@ -1278,6 +1281,22 @@ def run(
     start = (x, *[jnp.zeros_like(x)] * (columns['x_0_weight'].shape[1] - 1))
     (x, *_), passed = jax.lax.scan(step, start, columns)
     return (x, passed) if trajectory else x
+
+
+def run_both(
+    denoise: tuple[Callable, Callable],
+    x: Array,
+    tables: tuple[Table, Table],
+    keys: tuple[Array, Array],
+    trajectory: bool = False,
+    keep: Callable | None = None,
+):
+    """As `run`, with one denoiser after the other; the first table is one of `ended`."""
+    middle = run(denoise[0], x, tables[0], keys[0], trajectory, keep, then=tables[1])
+    if not trajectory:
+        return run(denoise[1], middle, tables[1], keys[1], False, keep)
+    x_0, passed = run(denoise[1], middle[0], tables[1], keys[1], True, keep)
+    return x_0, jax.tree.map(lambda *parts: jnp.concatenate(parts), middle[1], passed)
 
 
 def estimate(denoise: Callable, x: Array, t: Array) -> tuple[Array, Array | None]:

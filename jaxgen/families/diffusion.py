@@ -35,6 +35,8 @@ measured is then 'eps_error', the mean square error of the noise, at ten levels 
 
 Samples that begin with a person's image, or fill the hole of one: see diffusion/editing.py.
 
+With `config.stages.refiner` another network goes on from some noise level, see diffusion/refining.py.
+
 With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py. With a
 `controlnet` that network stays as it is, and a ControlNet beside it is trained, see diffusion/control.py.
 """
@@ -71,13 +73,14 @@ from jaxgen.diffusion import control as controls
 from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
-from jaxgen.diffusion import importance, inversion, latents, likelihood, objective, processes, samplers
+from jaxgen.diffusion import importance, inversion, latents, likelihood, objective, processes, refining, samplers
 from jaxgen.diffusion.conditioning import Condition, Conditioning, Values
 from jaxgen.diffusion.editing import Editing, Edits
 from jaxgen.diffusion.guidance import OFF, Guidance
 from jaxgen.diffusion.latents import Space
 from jaxgen.diffusion.objective import Formulation
 from jaxgen.diffusion.processes import CHAINS, coefficients
+from jaxgen.diffusion.refining import REFINER, Refining
 from jaxgen.errors import UserError
 from jaxgen.networks import denoisers
 from jaxgen.networks.denoisers import Network
@@ -90,8 +93,8 @@ Array = jax.Array
 
 def reads_alone(name: str, config: Any) -> bool:
     """Whether nothing of the stages of a stage is read, by its name and saved config, see `assembly.assemble`: of a
-    base, an adapter or a ControlNet."""
-    return adapting.reads_alone(name, config) or controls.is_controlnet(config)
+    base, an adapter, a ControlNet or a refiner, which reads this run's."""
+    return name == REFINER or adapting.reads_alone(name, config) or controls.is_controlnet(config)
 
 
 former = formats.diffusion  # fields of runs that were saved before there were sections
@@ -123,6 +126,8 @@ class Model(NamedTuple):
     edits: Edits
     words: inversion.Words  # that the text encoders are given
     nets: tuple[controls.Net, ...] = ()  # ControlNets beside the network
+    refiner: Any = None  # the Model of `config.stages.refiner`
+    tables: tuple[samplers.Table, samplers.Table] | None = None  # of this network and of the refiner's
 
     @property
     def controlled(self) -> bool:
@@ -159,6 +164,7 @@ def build(
     editing: Annotated[Section, Fields(Editing)] = EMPTY,
     controlnet: Annotated[Section, controls.COMPONENT] = 'none',
     control: Annotated[Section, controls.SECTION] = EMPTY,
+    refiner: Annotated[Section, Fields(Refining)] = EMPTY,
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -180,26 +186,43 @@ def build(
       controlnet: of the network of `config.stages.base`, trained in place of a network, see diffusion/control.py.
       control: {stage: scale, start, end, guess} of the ControlNets that are stages, and of this run's own under the
         name 'own'.
+      refiner: where the network of `config.stages.refiner` goes on, see diffusion/refining.py.
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
     """
     given = dict(process=process, network=network, training=training, conditioning=conditioning)
-    given |= dict(latent_scale=latent_scale, latent_shift=latent_shift)
-    space = latents.bind(context, latent_scale, latent_shift)
+    given |= dict(latent_scale=latent_scale, latent_shift=latent_shift, sampler=sampler, guidance=guidance)
+    given |= dict(likelihood=likelihood, adapter=adapter, adapters=adapters, prior_weight=prior_weight)
+    bound = bind(context, given | dict(editing=editing, controlnet=controlnet, control=control))
+    if REFINER in context.stages:
+        bound = with_refiner(bound, context, given, Refining(**refiner))
+    if bound.guidance.classifier_scale:
+        bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
+    return family_of(bound, context, denoisers.divisor_of(network))
+
+
+def bind(context: Context, model: dict[str, Any]) -> Model:
+    """A Model by the complete sections of config.model.
+
+    Raises:
+      UserError: values that do not go together.
+    """
+    process, network, training = model['process'], model['network'], model['training']
+    space = latents.bind(context, model['latent_scale'], model['latent_shift'])
     moves = processes.make(process, training['prediction']['name'])
     formulation = objective.formulate(moves, network.get('embedding') == 'fourier', **training)
     outputs = space.shape[-1] * (2 if formulation.learned else 1)
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
-    conditioning = edits.with_space(conditions.make(conditioning, context, module), space)
+    conditioning = edits.with_space(conditions.make(model['conditioning'], context, module), space)
     conditioning += augmented(formulation, module, context) + distilled(module)
-    nets = controls.bind(context, module, given, controlnet, control)
+    nets = controls.bind(context, module, model, model['controlnet'], model['control'])
     bare = denoisers.bind(module, conditioning)
     conditioning += controls.conditioning_of(nets, space.shape)
     tokens = denoisers.tokens_of(network, space.shape)
 
     def make_sampler(skip: int) -> samplers.Sampler:
-        return samplers.make(sampler, moves, formulation.learned, tokens=tokens, skip=skip)
+        return samplers.make(model['sampler'], moves, formulation.learned, tokens=tokens, skip=skip)
 
     bound = Model(
         space,
@@ -207,27 +230,56 @@ def build(
         controls.attach(bare, nets),
         conditioning,
         make_sampler(0),
-        Guidance(**guidance),
+        Guidance(**model['guidance']),
         None,
-        likelihood | variance_of(likelihood, moves, formulation),
-        adapting.bind(context, given, adapter, adapters),
-        adapter,
-        prior_weight,
-        edits.bind(Editing(**editing), context, conditioning, make_sampler, not moves.straight),
-        inversion.bind(context, given, adapter),
+        model['likelihood'] | variance_of(model['likelihood'], moves, formulation),
+        adapting.bind(context, model, model['adapter'], model['adapters']),
+        model['adapter'],
+        model['prior_weight'],
+        edits.bind(Editing(**model['editing']), context, conditioning, make_sampler, not moves.straight),
+        inversion.bind(context, model, model['adapter']),
         nets,
     )
     check(bound, context, process)
-    if bound.guidance.classifier_scale:
-        bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
+    return bound
+
+
+def with_refiner(model: Model, context: Context, given: dict[str, Any], options_of: Refining) -> Model:
+    """The Model with that of `config.stages.refiner`, which reads this run's stages, and the tables of both.
+
+    Args:
+      given: the complete sections of config.model.
+
+    Raises:
+      UserError: it is of other latents or another process, or one of both networks has no noise level.
+    """
+    sections = refining.sections_of(context.stages[REFINER], given)
+    # Without what is added to this run's network: LoRAs, ControlNets.
+    others = {name: one for name, one in context.stages.items() if adapting.built_of(one).get('family') != 'diffusion'}
+    made = bind(context._replace(stages=others), options.complete(build, sections, f'stages.{REFINER}'))
+    process, tokens = model.formulation.process, denoisers.tokens_of(given['network'], model.space.shape)
+
+    def make_sampler(skip: int) -> samplers.Sampler:
+        return samplers.make(given['sampler'], process, model.formulation.learned, tokens=tokens, skip=skip)
+
+    tables = refining.tables(options_of, process, model.edits.sampler, make_sampler, given['sampler']['name'] == 'pndm')
+    return model._replace(refiner=made, tables=tables)
+
+
+def family_of(bound: Model, context: Context, divisor: int) -> Family:
+    """The Family of a Model.
+
+    Args:
+      divisor: of the sizes of x.
+    """
+    space, conditioning, nets = bound.space, bound.conditioning, bound.nets
     settings = functools.partial(settings_of, bound)
     label = ('label',) if bound.classifier and 'label' not in conditions.names(conditioning) else ()
     invertible = all(condition.absent for condition in conditioning)
     encoded = conditions.reads_text(conditioning)
-    trained = adapter['name'] if bound.adapters.base else controls.CONTROL if bound.controlled else 'denoiser'
+    trained = bound.adapter['name'] if bound.adapters.base else controls.CONTROL if bound.controlled else 'denoiser'
     texts = None if bound.words.every else conditions.prepare(conditioning)  # which change as the words are learned
     step = gradient_step(functools.partial(loss, bound, context.optim.accumulate), context.optim, trained)
-    divisor = space.divisor if space.latent else denoisers.divisor_of(network)
     return Family(
         functools.partial(init, bound, context),
         functools.partial(update, bound, context, step),
@@ -240,9 +292,9 @@ def build(
         trajectory=by_settings(functools.partial(trajectory, bound), settings),
         conditions=tuple(c.name for c in conditioning if not c.optional) + label + controls.read_from_data(nets),
         inputs=controls.with_inputs(bound.edits.inputs, nets, context.image),
-        divisor=divisor,
-        free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing', 'control'),
-        sampling=('sampler', 'guidance', 'adapters', 'editing', 'control'),
+        divisor=space.divisor if space.latent else divisor,
+        free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing', 'control', 'refiner'),
+        sampling=('sampler', 'guidance', 'adapters', 'editing', 'control', 'refiner'),
         settings=settings,
         merged=(bound.adapters.merged, bound.adapters.without)
         if bound.adapters.factors and not (nets or bound.words.every)
@@ -425,6 +477,10 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
     one = conditions.values_of(model.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
     x = jnp.zeros((1, *model.space.shape))
     make = functools.partial(model.network.init, rng, x, one)
+    if model.refiner is not None:
+        values = conditions.values_of(model.refiner.conditioning, jax.tree.map(lambda v: v[:1], batch), frozen)
+        shapes = jax.eval_shape(functools.partial(model.refiner.network.init, rng, x, values))
+        adapting.check_weights(shapes, frozen[REFINER][0].ema['denoiser'], REFINER)
     by_importance = model.formulation.draw_times is None
     history = importance.start(model.formulation.process.steps) if by_importance else None
     if model.controlled:
@@ -472,6 +528,8 @@ def settings_of(model: Model) -> dict[str, Any]:
     if reads_distilled(model.conditioning):
         guidance['distilled'] = model.guidance.distilled
     settings = {**edits.settings_of(model.edits), 'table': sampler.table, 'guidance': guidance}
+    if model.tables:
+        settings['table'], settings['refiner_table'] = model.tables
     settings |= {'adapters': model.adapters.factors} if model.adapters.factors else {}
     settings |= {'control': controls.settings_of(model.nets, network_times(model))} if model.nets else {}
     moved = model.classifier is not None and bool(sampler.variance)
@@ -513,7 +571,15 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
         classifier = model.classifier(frozen, batch['label'], settings.get('moves'))
         scale = guidance.classifier_scale
         denoise = guides.classifier_guided(denoise, classifier.log_probability, classifier.scale_at, scale)
-    return samplers.run(denoise, x, settings['table'], example_keys(rng_steps, batch), **options)
+    keys = example_keys(rng_steps, batch)
+    if model.refiner is None:
+        return samplers.run(denoise, x, settings['table'], keys, **options)
+    # The networks share what their text encoders make of a caption.
+    known = model.words.known(state.ema, frozen)
+    values = conditions.values_of(model.refiner.conditioning, said | batch, known)
+    refine = denoiser_of(model.refiner, frozen[REFINER][0], frozen, values, guidance, clip)
+    keys = keys, example_keys(stream(rng_steps, REFINER), batch)
+    return samplers.run_both((denoise, refine), x, (settings['table'], settings['refiner_table']), keys, **options)
 
 
 def edited(model: Model, frozen, batch, rng) -> Array | None:

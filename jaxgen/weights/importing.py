@@ -228,7 +228,8 @@ def import_weights(
     parts = pipelines.parts_for(config, path, named)
     config, lines = pipelines.with_scheduler(config, parts.scheduler, named)
     config, more = pipelines.with_scale(config, parts, named)
-    lines += more
+    config, sized = pipelines.with_sizes(config, named)
+    lines += [*more, *sized]
     reads: list[str] = []
 
     def of_texts(stage: str, weights: Weights) -> Callable[[Texts, str], Tokenizer]:

@@ -203,6 +203,20 @@ def with_scale(config: ConfigDict, parts: Parts, named: Set[str]) -> tuple[Confi
     return agreed(config, latent_fields(said), named, said_by)
 
 
+def with_sizes(config: ConfigDict, named: Set[str]) -> tuple[ConfigDict, list[str]]:
+    """A config whose network reads the size of an image as numbers (SDXL's, see `text_to_image.conditioning_of`) with
+    the size that the person named, as pipelines take that of the image."""
+    if config.family != 'diffusion' or 'data.size' not in named:
+        return config, []
+    size, fields = tuple(map(float, sides(config.data.size))), {}
+    for name, own in config.model.conditioning.items():
+        if own.kind == 'numbers' and len(own['values']) in (5, 6):
+            for field in ('values', 'absent') if own.absent else ('values',):
+                last = size if len(own[field]) == 6 else tuple(own[field][4:])
+                fields[f'model.conditioning.{name}.{field}'] = (*size, *own[field][2:4], *last)
+    return agreed(config, fields, named, 'config.data.size', free=True)
+
+
 def latent_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of how latents are scaled, by the config.json of a first stage."""
     shift = said.get('shift_factor') or 0.0

@@ -76,6 +76,31 @@ def test_what_is_known_stays_at_its_level(name, stated):
     np.testing.assert_array_equal(found[:, ~HOLE[0, ..., 0]], IMAGE[:, ~HOLE[0, ..., 0]])
 
 
+@pytest.mark.parametrize(('name', 'stated'), [('ddim', True), ('heun', False)])
+def test_two_networks_one_after_the_other(name, stated):
+    """Of one network twice it is that network alone, where a step uses no earlier ones; of two it is neither."""
+    table = samplers.with_levels(getattr(samplers, name).table, LEVELS, stated)
+    keep = editing.keeping(Toy, jnp.asarray(IMAGE), jnp.asarray(NOISE), jnp.asarray(HOLE))
+
+    def denoise(x, t):
+        return toy(x, t.t if stated else t)
+
+    first = samplers.ended(table, LEVELS.t[1])
+    below = Schedule(*(values[:1] for values in LEVELS))
+    second = samplers.with_levels(getattr(samplers, name).table, below, stated)
+    assert len(first['t']) + len(second['t']) == len(table['t']) - (name == 'heun')  # Euler's step between them
+    draw = functools.partial(samplers.run_both, x=jnp.asarray(NOISE), tables=(first, second), keys=(None, None))
+    found, passed = draw((denoise, denoise), keep=keep, trajectory=True)
+    if name == 'ddim':
+        np.testing.assert_allclose(found, samplers.run(denoise, jnp.asarray(NOISE), table, None, keep=keep), atol=1e-6)
+    assert passed['x'].shape == (len(first['t']) + len(second['t']), *NOISE.shape)
+    known = ~HOLE[0, ..., 0]
+    level = LEVELS.alpha[0] * IMAGE + LEVELS.sigma[0] * NOISE
+    np.testing.assert_allclose(passed['x'][len(first['t']) - 1][:, known], level[:, known], atol=1e-6)
+    other = draw((denoise, lambda x, t: -denoise(x, t)), keep=keep)
+    assert np.abs(other - found)[:, HOLE[0, ..., 0]].max() > 0.1
+
+
 def test_masks_at_the_size_of_latents():
     """As torch's interpolation by the nearest value: the first pixel of each block."""
     mask = np.arange(48, dtype=np.float32).reshape(1, 8, 6, 1)
