@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 
+import drawing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import text_pipelines
 from ml_collections import ConfigDict
 from references import read, shaken
-from support import config_of, context
+from support import config_of, context, run_main
 
 import jaxgen
 from jaxgen import config as configs
@@ -268,3 +270,44 @@ def test_what_config_json_says():
     assert controlnets.heads_of(said, [320, 640, 1280]) == [5, 10, 20]
     assert controlnets.transformers_of({}) == ([1, 1, 1, 0], 1)
     assert controlnets.heads_of({}, [320] * 4) == [8] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['sd', 'sdxl'])
+def test_images_are_those_of_the_pipeline(case, tmp_path, monkeypatch):
+    """From the files of a pipeline and a ControlNet to images: prompts by the imported tokenizers and text encoders,
+    latents by the imported decoder, at a size that is no square."""
+    torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
+    size, steps = (40, 24), 10
+    base = text_pipelines.saved(
+        text_pipelines.PIPELINES[case][0], text_pipelines.save_tokenizer(str(tmp_path / 'tokenizer')), tmp_path / 'hub'
+    )
+    net = diffusers.ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(4, 6))
+    for module in (net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(module.weight, std=0.1)
+    shaken(net).save_pretrained(tmp_path / 'net')
+    command = ['jaxgen', '--mode=import', f'--from={tmp_path}/hub', f'--workdir={tmp_path}/base']
+    assert run_main([*command, f'--config.data.size={size}']) == 0
+    command = ['jaxgen', '--mode=import', f'--from={tmp_path}/net', f'--workdir={tmp_path}/run']
+    assert run_main([*command, f'--config={tmp_path}/base:controlnet', '--config.model.controlnet.hint=(4,6)']) == 0
+
+    more = {'add_watermarker': False} if case == 'sdxl' else {'requires_safety_checker': False}
+    kind = getattr(diffusers, f'StableDiffusion{"XL" if case == "sdxl" else ""}ControlNetPipeline')
+    theirs = kind(**base.components, controlnet=net, **more)
+    theirs.set_progress_bar_config(disable=True)
+    noise = RNG.normal(size=(2, size[0] // 2, size[1] // 2, 4)).astype(np.float32)
+    hint = RNG.integers(0, 256, (*size, 3), np.uint8)
+    call = dict(negative_prompt=['blurred', 'blue'], num_inference_steps=steps, guidance_scale=3.0, output_type='np')
+    call |= dict(controlnet_conditioning_scale=0.8, control_guidance_start=0.1, control_guidance_end=0.7)
+    call |= dict(height=size[0], width=size[1], latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()))
+    image = torch.from_numpy(hint.transpose(2, 0, 1)[None] / np.float32(255)).repeat(2, 1, 1, 1)
+    images = 2 * theirs(text_pipelines.PROMPTS, image=image, **call).images - 1
+    plain = 2 * theirs(text_pipelines.PROMPTS, image=image, **call | {'controlnet_conditioning_scale': 0.0}).images - 1
+
+    changes = {'model.sampler.steps': steps, 'model.guidance.scale': 3.0, 'model.control.own.scale': 0.8}
+    changes |= {'model.control.own.start': 0.1, 'model.control.own.end': 0.7}
+    run = jaxgen.load(str(tmp_path / 'run'), config=changes)
+    given = {'caption': text_pipelines.PROMPTS, 'negative_caption': call['negative_prompt'], 'edges': hint}
+    made = drawing.edited(run, given, noise, monkeypatch)
+    np.testing.assert_allclose(made, np.clip(images, -1, 1), atol=1e-3)
+    assert np.abs(images - plain).max() > 0.05

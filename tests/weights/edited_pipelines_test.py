@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import edited
 from support import run_main
 from text_pipelines import BETAS, LENGTHS, NEGATIVES, PIPELINES, PROMPTS, XL, save_tokenizer, saved, unet
 
 import jaxgen
-from jaxgen import conditions, sample
-from jaxgen.families import diffusion
 
 SIZE, STEPS = (40, 24), 12
 RNG = np.random.default_rng(0)
@@ -31,16 +28,6 @@ def imported(request, tmp_path_factory):
     command = ['jaxgen', '--mode=import', f'--from={folder}/hub', f'--workdir={folder}/run']
     assert run_main([*command, f'--config.data.size={SIZE}']) == 0
     return request.param, theirs, str(folder / 'run')
-
-
-def drawn(run, given, noise, monkeypatch):
-    """Images of a run from this noise."""
-    arrays = conditions.first(run.assembled, run.config, 2, given)
-    batch = sample.to_inside({name: jnp.asarray(x) for name, x in arrays.items()})
-    monkeypatch.setattr(diffusion, 'normal', lambda keys, shape: jnp.asarray(noise))
-    family = run.assembled.family
-    draw = jax.jit(lambda state, frozen: family.sample(state, frozen, batch, jax.random.key(0), family.settings()))
-    return np.asarray(draw(run.state, run.assembled.frozen))
 
 
 @pytest.mark.slow
@@ -84,7 +71,7 @@ def test_images_are_those_of_the_pipeline(imported, masked, strength, monkeypatc
     scale = f'model.guidance.{"distilled" if case == "flux" else "scale"}'
     changes = {'model.sampler.steps': STEPS, scale: 3.0, 'model.editing.paste': False}
     run = jaxgen.load(workdir, config=changes | {'model.editing.strength': strength})
-    np.testing.assert_allclose(drawn(run, given, noise, monkeypatch), np.clip(images, -1, 1), atol=1e-3)
+    np.testing.assert_allclose(edited(run, given, noise, monkeypatch), np.clip(images, -1, 1), atol=1e-3)
     assert images.std() > 0.2
 
 
@@ -122,6 +109,6 @@ def test_a_refiner_goes_on_as_in_the_pipelines(scheduler, start, tmp_path, monke
     changes = {'model.sampler.steps': STEPS, 'model.guidance.scale': 3.0, 'model.refiner.start': start}
     run = jaxgen.load(str(tmp_path / 'base_run'), config=changes | {'stages.refiner': str(tmp_path / 'refiner_run')})
     given = {'caption': PROMPTS, 'negative_caption': call['negative_prompt']}
-    np.testing.assert_allclose(drawn(run, given, noise, monkeypatch), np.clip(2 * images - 1, -1, 1), atol=1e-3)
+    np.testing.assert_allclose(edited(run, given, noise, monkeypatch), np.clip(2 * images - 1, -1, 1), atol=1e-3)
     alone = base(PROMPTS, latents=latents, height=32, width=32, output_type='np', **call).images
     assert np.abs(alone - images).max() > 0.05
