@@ -16,7 +16,7 @@ from support import assemble, devices, first_batch, path
 import jaxgen
 from jaxgen import assembly, conditions, directory, options, run, sample, sharding
 from jaxgen import config as configs
-from jaxgen.diffusion import samplers
+from jaxgen.diffusion import levels, samplers
 from jaxgen.errors import UserError
 from jaxgen.options import Component, Fields
 
@@ -119,7 +119,7 @@ BASES = {
 
 # Whole numbers and truths, which `others` does not vary; tests/diffusion/samplers_test.py holds them.
 WHOLE = ('offset', 'unit_start', 'skip_first', 'grid', 'token_range')
-VISITS = {field.name for field in dataclasses.fields(samplers.Visits)} - {*WHOLE}
+VISITS = {field.name for field in dataclasses.fields(levels.Visits)} - {*WHOLE}
 
 
 def of_any_sampler(where: tuple) -> tuple:

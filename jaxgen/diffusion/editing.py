@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.contract import Context, Input
-from jaxgen.diffusion import samplers
+from jaxgen.diffusion import levels
 from jaxgen.diffusion.conditioning import Conditioning
 from jaxgen.diffusion.latents import Space
+from jaxgen.diffusion.levels import Sampler
 from jaxgen.diffusion.processes import Process, coefficients
-from jaxgen.diffusion.samplers import Sampler
 from jaxgen.errors import UserError
 
 Array = jax.Array
@@ -70,8 +70,8 @@ def bind(
     """The Edits of a model.
 
     Args:
-      make: (skip) -> the sampler without that many levels, see `samplers.make`.
-      whole: see `samplers.skipped_levels`.
+      make: (skip) -> the sampler without that many levels, see `levels.make`.
+      whole: see `levels.skipped_levels`.
 
     Raises:
       UserError: a strength that leaves no noise level, or a model whose condition the image is.
@@ -84,7 +84,7 @@ def bind(
         raise UserError('config.model.editing.strength is of images, and an image is a condition of this model itself')
     if changes:
         n = len(sampler.schedule.t)
-        skip = samplers.skipped_levels(n, options.strength, whole)
+        skip = levels.skipped_levels(n, options.strength, whole)
         if skip >= n:
             raise UserError(f'config.model.editing.strength = {options.strength} leaves none of {n} noise levels')
         sampler = make(skip)

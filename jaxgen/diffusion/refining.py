@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from jaxgen.diffusion import adapters as adapting
-from jaxgen.diffusion import samplers
+from jaxgen.diffusion import levels
+from jaxgen.diffusion.levels import Sampler
 from jaxgen.diffusion.processes import Process
-from jaxgen.diffusion.samplers import Sampler, Table
+from jaxgen.diffusion.samplers import Table
 from jaxgen.errors import UserError
 
 REFINER = 'refiner'  # its stage
@@ -81,7 +82,7 @@ def tables(
 
     Args:
       sampler: which begins at the level that `editing.strength` says.
-      make: (skip) -> the sampler without that many levels from the noisy end, see `samplers.make`.
+      make: (skip) -> the sampler without that many levels from the noisy end, see `levels.make`.
       by_evaluation: without that many evaluations (PNDM).
 
     Raises:
@@ -90,7 +91,7 @@ def tables(
     least, whole = boundary(refining, process), make(0)
     times = np.asarray(whole.table['t'] if by_evaluation else whole.schedule.t)
     above = int(np.sum(times >= least))
-    first = samplers.ended(sampler.table, least)
+    first = levels.ended(sampler.table, least)
     if not len(first['t']) or above == len(times):
         which = 'the refiner' if len(first['t']) else "this run's network"
         raise UserError(

@@ -73,7 +73,17 @@ from jaxgen.diffusion import control as controls
 from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
-from jaxgen.diffusion import importance, inversion, latents, likelihood, objective, processes, refining, samplers
+from jaxgen.diffusion import (
+    importance,
+    inversion,
+    latents,
+    levels,
+    likelihood,
+    objective,
+    processes,
+    refining,
+    samplers,
+)
 from jaxgen.diffusion.conditioning import Condition, Conditioning, Values
 from jaxgen.diffusion.editing import Editing, Edits
 from jaxgen.diffusion.guidance import OFF, Guidance
@@ -116,7 +126,7 @@ class Model(NamedTuple):
     formulation: Formulation
     network: Network
     conditioning: Conditioning
-    sampler: samplers.Sampler
+    sampler: levels.Sampler
     guidance: Guidance
     classifier: Callable | None  # (frozen, label, moves) -> guidance.Classifier
     evaluation: dict  # options of the likelihood
@@ -150,7 +160,7 @@ def build(
     network: Annotated[Section, denoisers.COMPONENT] = 'unet',
     training: Annotated[Section, Fields(objective.formulate)] = EMPTY,
     conditioning: Annotated[Section, conditions.NAMED] = EMPTY,
-    sampler: Annotated[Section, samplers.COMPONENT] = 'ancestral',
+    sampler: Annotated[Section, levels.COMPONENT] = 'ancestral',
     guidance: Annotated[Section, Fields(Guidance)] = EMPTY,
     likelihood: Annotated[
         Section,
@@ -221,8 +231,8 @@ def bind(context: Context, model: dict[str, Any]) -> Model:
     conditioning += controls.conditioning_of(nets, space.shape)
     tokens = denoisers.tokens_of(network, space.shape)
 
-    def make_sampler(skip: int) -> samplers.Sampler:
-        return samplers.make(model['sampler'], moves, formulation.learned, tokens=tokens, skip=skip)
+    def make_sampler(skip: int) -> levels.Sampler:
+        return levels.make(model['sampler'], moves, formulation.learned, tokens=tokens, skip=skip)
 
     bound = Model(
         space,
@@ -259,8 +269,8 @@ def with_refiner(model: Model, context: Context, given: dict[str, Any], options_
     made = bind(context._replace(stages=others), options.complete(build, sections, f'stages.{REFINER}'))
     process, tokens = model.formulation.process, denoisers.tokens_of(given['network'], model.space.shape)
 
-    def make_sampler(skip: int) -> samplers.Sampler:
-        return samplers.make(given['sampler'], process, model.formulation.learned, tokens=tokens, skip=skip)
+    def make_sampler(skip: int) -> levels.Sampler:
+        return levels.make(given['sampler'], process, model.formulation.learned, tokens=tokens, skip=skip)
 
     tables = refining.tables(options_of, process, model.edits.sampler, make_sampler, given['sampler']['name'] == 'pndm')
     return model._replace(refiner=made, tables=tables)
@@ -341,7 +351,7 @@ def variance_of(likelihood: dict, process: processes.Process, formulation: Formu
     """The variance of the bound, where there is one."""
     if 'variance' not in likelihood:
         return {}
-    return {'variance': samplers.model_variance(likelihood['variance'], process, formulation.learned)}
+    return {'variance': levels.model_variance(likelihood['variance'], process, formulation.learned)}
 
 
 def of_process(network: dict, process: dict, formulation: Formulation) -> dict[str, Any]:

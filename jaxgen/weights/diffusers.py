@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxgen import log
-from jaxgen.diffusion import samplers
+from jaxgen.diffusion import levels
 from jaxgen.errors import UserError
 from jaxgen.networks.layers import group_count
 from jaxgen.weights import schedulers
@@ -472,7 +472,7 @@ def remarks(config: ConfigDict, weights: Weights) -> list[str]:
         own = config.model.sampler.to_dict()
         there = own
         if fields and own['name'] != fields['name']:
-            there = {name: field.default for name, field in samplers.COMPONENT.fields(fields['name']).items()}
+            there = {name: field.default for name, field in levels.COMPONENT.fields(fields['name']).items()}
         fields = {name: value for name, value in fields.items() if there.get(name) != value}
         flags = ' '.join(f'--config.model.sampler.{name}={value}' for name, value in fields.items())
         lines += [f'the {said["_class_name"]} of the pipeline samples as {flags}'] if fields else []

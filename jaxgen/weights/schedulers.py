@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxgen.diffusion import processes
-from jaxgen.diffusion.samplers import Visits
+from jaxgen.diffusion.levels import Visits
 from jaxgen.errors import UserError
 
 Said = Mapping[str, Any]

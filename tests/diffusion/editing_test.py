@@ -14,7 +14,7 @@ from support import assemble, context, first_batch, tiny
 
 from jaxgen import conditions, options, run
 from jaxgen.contract import Family, Latents
-from jaxgen.diffusion import conditioning, editing, latents, processes, samplers
+from jaxgen.diffusion import conditioning, editing, latents, levels, processes, samplers
 from jaxgen.diffusion.editing import Editing
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
@@ -85,7 +85,7 @@ def test_two_networks_one_after_the_other(name, stated):
     def denoise(x, t):
         return toy(x, t.t if stated else t)
 
-    first = samplers.ended(table, LEVELS.t[1])
+    first = levels.ended(table, LEVELS.t[1])
     below = Schedule(*(values[:1] for values in LEVELS))
     second = samplers.with_levels(getattr(samplers, name).table, below, stated)
     assert len(first['t']) + len(second['t']) == len(table['t']) - (name == 'heun')  # Euler's step between them
@@ -216,7 +216,7 @@ def test_equals_diffusers(name, strength, given, monkeypatch):
     section = options.value_of(fields['sampler'], sampler, 'sampler')
 
     def make(skip):
-        return samplers.make(section, process, skip=skip)
+        return levels.make(section, process, skip=skip)
 
     edits = editing.bind(Editing(strength=strength), context((16, 16, 3)), (), make, whole=True)
 

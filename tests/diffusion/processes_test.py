@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgen import options
-from jaxgen.diffusion import processes, samplers
+from jaxgen.diffusion import levels, processes, samplers
 from jaxgen.diffusion.conditioning import Condition, same
 from jaxgen.diffusion.guidance import UNLIMITED, Guidance, guided, in_interval
 from jaxgen.diffusion.likelihood import ode_likelihood, variational_bound
@@ -64,7 +64,7 @@ def test_time_is_the_inverse_and_both_modules_agree(name):
 ])  # fmt: skip
 def test_levels(name, spacing):
     process = make(name, sigma_min=0.002, sigma_max=80.0)
-    grid = samplers.visited(process, 18, spacing)
+    grid = levels.visited(process, 18, spacing)
     with np.errstate(divide='ignore'):
         ratio = grid.sigma / grid.alpha
     assert len(ratio) == 18 and (np.diff(ratio) > 0).all() and ratio[0] > 0
@@ -75,10 +75,10 @@ def test_levels(name, spacing):
     if spacing in ('trailing', 'respaced'):
         assert grid.t[-1] == 999
     # One level alone is noise, not the data.
-    assert samplers.visited(process, 1, spacing).t.tolist() == [process.end]
+    assert levels.visited(process, 1, spacing).t.tolist() == [process.end]
     if name == 'flow':
         np.testing.assert_allclose(grid.t, np.arange(1, 19) / 18)
-        shifted = samplers.visited(process, 4, 'uniform', shift=3.0)
+        shifted = levels.visited(process, 4, 'uniform', shift=3.0)
         np.testing.assert_allclose(shifted.t, [0.5, 0.75, 0.9, 1.0])  # SD3's
 
 
@@ -88,7 +88,7 @@ def test_zero_terminal_snr():
     at = process.at(np.arange(1000))
     assert at.alpha[-1] == 0 and at.sigma[-1] == 1
     np.testing.assert_allclose(at.alpha[0], plain.alpha[0])
-    grid = samplers.visited(process, 10, 'trailing')
+    grid = levels.visited(process, 10, 'trailing')
     assert grid.alpha[-1] == 0
 
     def denoise(x, t):  # the exact answer for data that are all one picture
@@ -379,7 +379,7 @@ def test_a_shifted_flow_still_begins_at_noise(shift, n):
     """alpha is 0 at the last level whatever is rounded (at 0.1 it was -2e-16, whose logarithm is no number), times are
     those of Esser et al. 2024, eq. 23, and samplers that take logarithms sample."""
     process = make('flow')
-    grid = samplers.visited(process, n, 'uniform', shift)
+    grid = levels.visited(process, n, 'uniform', shift)
     assert grid.alpha[-1] == 0 and grid.sigma[-1] == 1 and (grid.alpha[:-1] > 0).all()
     even = np.arange(1, n + 1) / n
     np.testing.assert_allclose(grid.t, shift * even / (1 + (shift - 1) * even), rtol=1e-12)
@@ -390,6 +390,6 @@ def test_a_shifted_flow_still_begins_at_noise(shift, n):
 
 
 def test_a_last_step_is_shifted_with_the_others():
-    grid = samplers.visited(make('flow'), 5, 'uniform', 3.0, last_step=0.04)
+    grid = levels.visited(make('flow'), 5, 'uniform', 3.0, last_step=0.04)
     even = np.linspace(0.04, 1, 5)
     np.testing.assert_allclose(grid.t, 3 * even / (1 + 2 * even), rtol=1e-12)

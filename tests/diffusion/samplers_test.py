@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.diffusion import samplers, schedules
+from jaxgen.diffusion import levels, samplers, schedules
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.randomness import example_keys, normal
 
@@ -624,7 +624,7 @@ def test_sit_by_hand(released):
     from jaxgen.diffusion import processes
 
     steps = 10
-    schedule = samplers.visited(processes.flow(), steps, 'uniform', last_step=0.04 if released else 0.0)
+    schedule = levels.visited(processes.flow(), steps, 'uniform', last_step=0.04 if released else 0.0)
     denoise = best('flow')
     keys = keys_of(3, 4)
     x = schedule.sigma[-1] * normal(keys_of(2, 4), (3,))
@@ -648,7 +648,7 @@ def made(process, **fields):
     from jaxgen import options
     from jaxgen.families import diffusion
 
-    return samplers.make(options.value_of(options.fields(diffusion.build)['sampler'], fields, 'sampler'), process)
+    return levels.make(options.value_of(options.fields(diffusion.build)['sampler'], fields, 'sampler'), process)
 
 
 @pytest.mark.parametrize('clipped_noise', [True, False])

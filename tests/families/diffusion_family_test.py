@@ -21,7 +21,7 @@ from jaxgen import config, options
 from jaxgen.config import DEFAULTS
 from jaxgen.contract import Context, Latents, Posterior
 from jaxgen.diffusion import conditioning as conditions
-from jaxgen.diffusion import guidance, likelihood, objective, processes, samplers
+from jaxgen.diffusion import guidance, levels, likelihood, objective, processes, samplers
 from jaxgen.diffusion.former import diffusion_sections as sections
 from jaxgen.diffusion.schedules import posterior
 from jaxgen.errors import UserError
@@ -622,7 +622,7 @@ def test_guided_ancestral_steps_move_by_their_variance(monkeypatch, variance):
         family = diffusion.build(context(classes=2, stages=stages), **sections({**options, 'classifier_scale': scale}))
         family.sample(state, frozen, batch, jax.random.key(0))
         x_0.append(seen['moved'])
-    schedule = samplers.visited(processes.linear(timesteps=20, beta_end=0.5), 5, 'uniform')
+    schedule = levels.visited(processes.linear(timesteps=20, beta_end=0.5), 5, 'uniform')
     moves = posterior(schedule)
     alpha, sigma = schedule.alpha[-2], schedule.sigma[-2]
 
@@ -819,7 +819,7 @@ def test_a_config_holds_the_fields_of_its_components_alone():
     order = ['--config.model.sampler.eta=0.5', '--config.model.sampler=ddim']
     for texts in (order, order[::-1]):
         sampler = config.override(edm, texts).model.sampler.to_dict()
-        common = dataclasses.asdict(samplers.Visits(steps=9, clip=False))
+        common = dataclasses.asdict(levels.Visits(steps=9, clip=False))
         own = {'name': 'ddim', 'eta': 0.5, 'clipped_noise': True, 'to_first': False, 'by_stride': False}
         assert sampler == common | own
     network = config.override(edm, ['--config.model.network.name=dit', '--config.model.network.heads=4']).model.network
@@ -938,7 +938,7 @@ def test_arrays_of_any_rank(shape, learned):
     flat = int(np.prod(shape))
     x_0, eps = (np.random.default_rng(i).uniform(-1, 1, (3, *shape)).astype(np.float32) for i in range(2))
     t, keys = jnp.array([0, 4, 9]), jax.random.split(jax.random.key(0), 3)
-    sampler = samplers.make(
+    sampler = levels.make(
         options.value_of(options.fields(diffusion.build)['sampler'], dict(name='ddim', steps=4, clip=False), 'sampler'),
         formulation.process,
         learned,

@@ -18,7 +18,7 @@ from support import ROOT, config_of, python_on, run_main
 import jaxgen
 from jaxgen import assembly
 from jaxgen import config as configs
-from jaxgen.diffusion import processes, samplers
+from jaxgen.diffusion import levels, processes
 from jaxgen.errors import UserError
 from jaxgen.weights import diffusers as diffusers_names
 from jaxgen.weights import exporting, importing, mapping, sources, whole
@@ -106,7 +106,7 @@ def test_ddim_pipeline_and_back(tmp_path):
 def schedule_of(config):
     """The noise levels that the config's sampler visits, rising."""
     process = processes.make(config.model.process.to_dict(), 'eps')
-    return samplers.make(config.model.sampler.to_dict(), process, False).schedule
+    return levels.make(config.model.sampler.to_dict(), process, False).schedule
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from jaxgen import config as configs
 from jaxgen import options
-from jaxgen.diffusion import processes, samplers
+from jaxgen.diffusion import levels, processes, samplers
 from jaxgen.diffusion.schedules import Schedule
 from jaxgen.errors import UserError
 from jaxgen.families import diffusion as family
@@ -108,8 +108,8 @@ def compare(said, n, monkeypatch, strength=None, tokens=0, even=False, **set_opt
     rng = np.random.default_rng(n)
     noise, image = (rng.standard_normal((2, *SHAPE)).astype(np.float32) for _ in range(2))
     process, section, prediction = sections(said, n, even)
-    skip, image = (0, None) if strength is None else (samplers.skipped_levels(n, strength), image)
-    sampler = samplers.make(section, process, tokens=tokens, skip=skip)
+    skip, image = (0, None) if strength is None else (levels.skipped_levels(n, strength), image)
+    sampler = levels.make(section, process, tokens=tokens, skip=skip)
     found, seen, drawn = ours(process, sampler, prediction, noise, image)
     expected, times = theirs(said, n, noise, drawn, monkeypatch, skip, image, **set_options)
     np.testing.assert_allclose(seen, times, rtol=1e-5, atol=1e-2)
@@ -249,13 +249,13 @@ def test_levels_that_img2img_leaves_out():
     for steps in (1, 2, 7, 10, 28, 50):
         for strength in (0.0, 0.1, 0.3, 0.75, 0.8, 0.99, 1.0):
             kept = min(int(steps * strength), steps)
-            assert samplers.skipped_levels(steps, strength) == max(steps - kept, 0)
+            assert levels.skipped_levels(steps, strength) == max(steps - kept, 0)
             kept = min(steps * strength, steps)
-            assert samplers.skipped_levels(steps, strength, whole=False) == int(max(steps - kept, 0))
+            assert levels.skipped_levels(steps, strength, whole=False) == int(max(steps - kept, 0))
     process, section, _ = sections(said_of('EulerDiscrete', {}), 5)
-    assert len(samplers.make(section, process, skip=4).schedule.t) == 1
+    assert len(levels.make(section, process, skip=4).schedule.t) == 1
     with pytest.raises(UserError, match='of 5 noise levels from 0 to 4 may be left out; it is 5'):
-        samplers.make(section, process, skip=5)
+        levels.make(section, process, skip=5)
 
 
 @pytest.mark.slow
@@ -270,8 +270,8 @@ def test_ends_in_the_middle_as_diffusers_does(name, own, monkeypatch):
     torch, diffusers = pytest.importorskip('torch'), pytest.importorskip('diffusers')
     said = said_of(name, own)
     process, section, prediction = sections(said, 12)
-    sampler = samplers.make(section, process)
-    sampler = sampler._replace(table=samplers.ended(sampler.table, 400))
+    sampler = levels.make(section, process)
+    sampler = sampler._replace(table=levels.ended(sampler.table, 400))
     noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
     found, _, _ = ours(process, sampler, prediction, noise)
     scheduler = getattr(diffusers, said['_class_name']).from_config(dict(said))
@@ -302,7 +302,7 @@ def test_steps_of_a_compiled_sampler_are_those_of_the_table():
     """One program: kept outputs, levels that are not the process's, a step made twice."""
     for name, own in (('EulerDiscrete', {'use_karras_sigmas': True}), ('PNDM', {'skip_prk_steps': True})):
         process, section, prediction = sections(said_of(name, own), 4)
-        sampler = samplers.make(section, process)
+        sampler = levels.make(section, process)
         noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
         expected, _, _ = ours(process, sampler, prediction, noise)
 
@@ -449,4 +449,4 @@ def test_lambda_is_no_number_of_json():
 def test_fields_that_do_not_go_together(process, fields, line):
     section = options.value_of(options.fields(family.build)['sampler'], fields, 'sampler')
     with pytest.raises(UserError, match=line):
-        samplers.make(section, processes.PROCESSES[process]())
+        levels.make(section, processes.PROCESSES[process]())
