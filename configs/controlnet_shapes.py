@@ -9,9 +9,10 @@ controls the text-to-image model `ldm_text_shapes`, whose weights stay as they a
 person's own outline; `--config.model.control.own.scale=0.5` makes it weaker, and `.start` and `.end` limit it to some
 of the steps. `--mode=evaluate` compares the edges of samples with those that were requested.
 
-Time: not measured
+Time: 14.5 minutes on two CPU cores with much other work on them
 Paper: none
-Ours: not measured at 32x32; for a smaller base see docs/models/controlnet.md
+Ours: edges F1 0.990 of 1,000 samples by edges of test images (`python -m jaxgen.main --mode=evaluate
+--workdir=runs/controlnet_shapes --n=1000`); 96.2% of them show the shape of the caption, 95.6% all four parts of it
 """
 
 from jaxgen.config import make

@@ -207,6 +207,8 @@ def build(
     bound = bind(context, given | dict(editing=editing, controlnet=controlnet, control=control))
     if REFINER in context.stages:
         bound = with_refiner(bound, context, given, Refining(**refiner))
+    elif Refining(**refiner) != Refining():
+        raise UserError(f'config.model.refiner needs config.stages.{REFINER}, the run whose network goes on')
     if bound.guidance.classifier_scale:
         bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
     return family_of(bound, context, denoisers.divisor_of(network))

@@ -101,6 +101,11 @@ def test_two_networks_one_after_the_other(name, stated):
     assert np.abs(other - found)[:, HOLE[0, ..., 0]].max() > 0.1
 
 
+def test_a_refiner_that_there_is_not(no_compile):
+    with pytest.raises(UserError, match=r'config\.model\.refiner needs config\.stages\.refiner'):
+        assemble(tiny('ddpm_digits', model=dict(refiner=dict(start=0.5))))
+
+
 def test_masks_at_the_size_of_latents():
     """As torch's interpolation by the nearest value: the first pixel of each block."""
     mask = np.arange(48, dtype=np.float32).reshape(1, 8, 6, 1)
