@@ -37,7 +37,8 @@ def network_name(config) -> str | None:
     return f'{name} of a base' if 'base' in config.stages else name
 
 
-DISTINCT = last_of_each(reversed(EMBEDDED))
+# What goes on from a run is of that run's model.
+DISTINCT = last_of_each(n for n in reversed(EMBEDDED) if not configs.load(path(n, '')).train.initial)
 FAMILIES = {family: n for (family, _), n in DISTINCT.items()}
 
 # One config of each family is in the quick part, of some families a smaller one than the last.
