@@ -213,6 +213,24 @@ def weights(record: dict) -> str:
     return markdown(['config', 'parameters', 'dtype', 'import', 'load', 'export'], rows)
 
 
+def pipelines(record: dict) -> str:
+    """Import of whole pipelines, and an evaluation of the network beside torch."""
+    heads = ['pipeline', 'parameters', 'files', 'seconds', 'memory', 'evaluation, jaxgen / torch', 'command']
+    rows = [
+        [
+            r['pipeline'],
+            f'{sum(r["parameters"].values()):,}',
+            f'{r["file"] / 1e9:.1f} GB, {r["dtype"]}',
+            f'{r["import"]["seconds"]:.0f}',
+            f'{r["import"]["resident"] / 1e9:.1f} GB',
+            f'{r["speed_over_torch"]:.2f}',
+            f'`{r["command"]}`',
+        ]
+        for r in record['rows']
+    ]
+    return markdown(heads, rows)
+
+
 def slices(record: dict, program: str) -> str:
     """What programs take on slices: a row for each config and slice; program: update or sample."""
     rows = []
@@ -327,7 +345,7 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind in ('loader', 'folder', 'startup', 'weights'):
+    if kind in ('loader', 'folder', 'startup', 'weights', 'pipelines'):
         return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])

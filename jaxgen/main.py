@@ -296,8 +296,8 @@ def read_config(values: flags.FlagValues, overrides: list[str]):
     """The config of a mode that needs no run: the one that is named, or the one that imported weights say."""
     mode = values.mode
     if mode == 'import' and not values.config:
-        base, config = pipelines.derived(str(values['from'].value), values.tokenizer)
-        log.say(f'config: {base}, with the sizes that config.json says')
+        base, config = pipelines.derived(str(values['from'].value), values.tokenizer, configs.fields_of(overrides))
+        log.say(f'config: {base}, with the sizes that config.json or the tensors say')
     else:
         config = tuning.for_weights(values.config) if mode == 'import' else configs.load(values.config)
     return configs.override(config, overrides)

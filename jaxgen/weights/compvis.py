@@ -120,9 +120,9 @@ def first_stage_fields(config: ConfigDict, weights: Weights | None) -> dict[str,
 def sizes(weights: Weights) -> dict[str, Any]:
     """config.model of a KL autoencoder by the tensors of a checkpoint that holds one; {} where it holds none."""
     ends = [name for name in weights if name.endswith('encoder.conv_in.weight')]
-    if not ends:
+    inside = weights.below(ends[0].removesuffix('encoder.conv_in.weight')) if ends else weights
+    if not ends or 'quantize.embedding.weight' in inside:
         return {}
-    inside = weights.below(ends[0].removesuffix('encoder.conv_in.weight'))
     levels = numbers(inside, r'encoder\.down\.(\d+)\.block\.')
     widths = [of_shape(inside, f'encoder.down.{i}.block.0.conv1.weight', 0) for i in levels]
     channels = of_shape(inside, 'encoder.conv_in.weight', 0)

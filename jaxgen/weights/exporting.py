@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -32,6 +33,7 @@ from jaxgen.weights import (
 )
 from jaxgen.weights.files import DTYPES, PIPELINE, read_json
 from jaxgen.weights.importing import RECORD, flat_shapes, other_fields, other_networks, published_part
+from jaxgen.weights.mapping import Entry
 from jaxgen.weights.source import Source
 from jaxgen.weights.source import network as network_name
 
@@ -79,7 +81,19 @@ class Export:
         for entry in sources.discriminator_entries(source, run.config, flat_shapes(part)):
             names, copies = (tuple(f'{source.discriminator_root}{n}' for n in e) for e in (entry.names, entry.copies))
             self.entries.append(dataclasses.replace(entry, names=names, copies=copies))
-        self.entries.sort(key=lambda entry: -self.leaves[entry.path].dtype.itemsize)  # every tensor is aligned then
+        self.rows = source.rows
+        groups: dict[tuple[str, ...], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault(tuple(map(self.joined, entry.all_names)), []).append(entry)
+        # Every tensor is aligned in this order.
+        self.groups = sorted(groups.values(), key=lambda group: -self.dtype(group).itemsize)
+
+    def joined(self, name: str) -> str:
+        """The tensor in the file that this is, or some rows of which."""
+        return re.sub(*self.rows, name) if self.rows[0] else name
+
+    def dtype(self, group: list[Entry]) -> np.dtype:
+        return np.result_type(*(self.leaves[entry.path].dtype for entry in group))
 
     @property
     def numbers(self) -> int:
@@ -87,14 +101,23 @@ class Export:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:
         """(name, shape, dtype) of every tensor, in the order of `tensors`."""
-        for entry in self.entries:
-            for name in entry.all_names:
-                yield name, entry.their_shape(), np.dtype(self.leaves[entry.path].dtype)
+        for group in self.groups:
+            shape = group[0].their_shape()
+            if len(group) > 1:
+                shape = (sum(entry.their_shape()[0] for entry in group), *shape[1:])
+            for name in group[0].all_names:
+                yield self.joined(name), shape, self.dtype(group)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, tensor) of every tensor."""
-        for entry in self.entries:
-            yield from entry.pieces(sharding.to_host(self.leaves[entry.path]))
+        for group in self.groups:
+            if len(group) == 1:
+                yield from group[0].pieces(sharding.to_host(self.leaves[group[0].path]))
+                continue
+            pieces = (entry.pieces(sharding.to_host(self.leaves[entry.path])) for entry in group)
+            for parts in zip(*pieces, strict=True):
+                whole = np.concatenate([x for _, x in sorted(parts, key=lambda part: part[0])])
+                yield self.joined(parts[0][0]), whole.astype(self.dtype(group), copy=False)
 
 
 def write_safetensors(file: BinaryIO, export: Export, metadata: dict[str, str]) -> None:

@@ -31,6 +31,7 @@ MOST_PICKLED = 2**28  # bytes of a file of torch that are no numbers
 TORCH = ('.pt', '.pth', '.ckpt', '.bin')
 DTYPES = {
     **{'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'BOOL': np.bool_},
+    **{'F8_E4M3': ml_dtypes.float8_e4m3fn, 'F8_E5M2': ml_dtypes.float8_e5m2},
     **{'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8},
 }
 HUB = 'hf:'
@@ -42,9 +43,14 @@ IN_FOLDER = (
     'diffusion_pytorch_model.safetensors',
     'model.safetensors.index.json',
     'model.safetensors',
+    'diffusion_pytorch_model.bin.index.json',
     'diffusion_pytorch_model.bin',
+    'pytorch_model.bin.index.json',
     'pytorch_model.bin',
 )
+# Further copies of them have a word in their names, *.fp16.safetensors or *.safetensors.index.fp16.json; the first of
+# these words that is there.
+VARIANTS = ('fp16', 'bf16', 'fp32', 'ema', 'non_ema')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,7 @@ def open_weights(path: str, option: str = '--from') -> Weights:
     if path.endswith('.safetensors'):
         tensors, metadata = open_safetensors(path)
         return Weights(path, tensors, beside(path), metadata, (path,))
-    if path.endswith('.index.json'):
+    if re.search(r'\.index(\.\w+)?\.json$', path):
         return open_shards(path)
     if path.endswith(('.pkl', '.pickle')):
         raise UserError(
@@ -175,6 +181,9 @@ def open_folder(path: str, option: str) -> Weights:
         if os.path.isfile(inside):
             check_inside(path, name)
             return dataclasses.replace(open_weights(inside, option), path=path)
+    if name := variant_in(path):
+        check_inside(path, name)
+        return dataclasses.replace(open_weights(os.path.join(path, name), option), path=path)
     whole = sorted(name for name in os.listdir(path) if name.endswith('.safetensors'))
     if len(whole) == 1:
         check_inside(path, whole[0])
@@ -185,6 +194,20 @@ def open_folder(path: str, option: str) -> Weights:
     if folders:
         what = f'a pipeline: name one of its models, {option}={os.path.join(path, folders[0])}, of {", ".join(folders)}'
     raise UserError(f'{option}={path} holds {what}')
+
+
+def variant_in(folder: str) -> str:
+    """The file in a folder of the hub that has one of the names IN_FOLDER but for one of the words VARIANTS; ''."""
+    for word in VARIANTS:
+        for name in IN_FOLDER:
+            stem, dot, last = name.rpartition('.')
+            named = [f'{stem}.{word}{dot}{last}']
+            if last == 'json':  # of older versions
+                named.append(f'{name.partition(".")[0]}.{word}.{name.partition(".")[2]}')
+            for one in named:
+                if os.path.isfile(os.path.join(folder, one)):
+                    return one
+    return ''
 
 
 def check_inside(folder: str, name: str) -> None:
@@ -245,7 +268,9 @@ def open_shards(index: str) -> Weights:
         if os.path.basename(file) != file or not os.path.isfile(inside):
             raise UserError(f'{index}: the shard {file!r} is not in its folder')
         check_inside(folder, file)
-        opened[file] = open_safetensors(inside)[0]
+        if not file.endswith(('.safetensors', *TORCH)):
+            raise UserError(f'{index}: the shard {file!r} is none of .safetensors, {", ".join(TORCH)}')
+        opened[file] = open_safetensors(inside)[0] if file.endswith('.safetensors') else open_torch(inside)
     for name, file in shards.items():
         if name not in opened[file]:
             raise UserError(f'{index}: {file} lacks {name}')

@@ -230,6 +230,8 @@ def import_weights(
     config, more = pipelines.with_scale(config, parts, named)
     config, sized = pipelines.with_sizes(config, named)
     lines += [*more, *sized]
+    if parts.others:
+        lines.append(f'left out of the pipeline: {", ".join(parts.others)}')
     reads: list[str] = []
 
     def of_texts(stage: str, weights: Weights) -> Callable[[Texts, str], Tokenizer]:

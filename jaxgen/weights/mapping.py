@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import einops
 import jax
+import ml_dtypes
 import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.weights.files import Tensor
 
 PIECE = 2**20  # numbers that are looked at together
-DTYPES = ('float16', 'bfloat16', 'float32', 'float64')  # of weights
+EIGHT_BITS = ('float8_e4m3fn', 'float8_e5m2')  # whose numbers are numbers of bfloat16
+DTYPES = ('float16', 'bfloat16', 'float32', 'float64', *EIGHT_BITS)  # of weights
 Substitution = tuple[str, str | Callable[[re.Match], str]]  # as of re.sub
 # The last substitutions of files of torch.
 LEAVES: tuple[Substitution, ...] = ((r'/(kernel|scale|embedding)$', '.weight'), (r'/bias$', '.bias'), ('/', '.'))
@@ -104,8 +106,10 @@ class Entry:
         return shape[1:] if self.stacked else shape
 
     def dtype(self, tensors: Mapping[str, Tensor]) -> np.dtype:
-        """That of our array: the file's, and float32 for tensors of several dtypes in one array."""
-        dtypes = {tensors[name].dtype for name in self.names}
+        """That of our array: the file's, bfloat16 for those of eight bits, and float32 for tensors of several dtypes in
+        one array."""
+        read = (tensors[name].dtype for name in self.names)
+        dtypes = {np.dtype(ml_dtypes.bfloat16) if one.name in EIGHT_BITS else one for one in read}
         return np.dtype(np.float32) if len(dtypes) > 1 else dtypes.pop()
 
     def read(self, tensors: Mapping[str, Tensor]) -> np.ndarray:

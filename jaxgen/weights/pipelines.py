@@ -35,13 +35,22 @@ TEXTS = ('text', 'text_2', 'text_3')  # stages that read texts
 SCHEDULER, SCHEDULER_CONFIG = 'scheduler', 'scheduler_config.json'
 # {stage: prefixes, one of which stands before its names in one file with others}
 INSIDE = {
-    'first': ('first_stage_model.',),
-    'text': ('cond_stage_model.transformer.', 'cond_stage_model.model.', 'conditioner.embedders.0.transformer.'),
-    'text_2': ('conditioner.embedders.1.model.', 'conditioner.embedders.0.model.'),
-}
+    'first': ('first_stage_model.', 'vae.'),
+    'text': (
+        'cond_stage_model.transformer.', 'cond_stage_model.model.', 'conditioner.embedders.0.transformer.',
+        'text_encoders.clip_l.transformer.',
+    ),
+    'text_2': (
+        'conditioner.embedders.1.model.', 'conditioner.embedders.0.model.', 'text_encoders.clip_g.transformer.',
+    ),
+    'text_3': ('text_encoders.t5xxl.transformer.',),
+}  # fmt: skip
+INSIDE_FLUX = {**INSIDE, 'text_2': INSIDE['text_3'], 'text_3': ()}
+FLUX_BLOCK = 'double_blocks.0.img_attn.qkv.weight'  # by which a file of FLUX is told from others
 STEPS = 50  # of most pipelines, see `schedulers.STEPS`
 EVEN = ('flux',)  # networks whose pipelines space the levels themselves, evenly
 SCALING_XL = 0.13025  # of SDXL's
+POOLED_XL = 1280  # width of the pooled text of SDXL
 BASE_2 = 875_000  # global_step of the file of Stable Diffusion 2 at 512 pixels
 SCALING = 0.18215  # scaling_factor of first stages of diffusers whose config.json does not say it
 
@@ -55,6 +64,7 @@ class Parts:
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)  # scheduler_config.json
     lacking: str = ''  # folder of the first stage that a pipeline names and does not have
     index: dict[str, Any] = dataclasses.field(default_factory=dict)  # model_index.json
+    others: tuple[str, ...] = ()  # folders of a pipeline that nothing here reads
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -92,7 +102,9 @@ def open_parts(path: str, option: str = '--from') -> Parts:
     scheduler = files.read_part(os.path.join(folder, SCHEDULER), SCHEDULER_CONFIG)
     weights = open_weights(os.path.join(folder, network), option)
     lacking = [name for name in STAGES['first'] if any(said.get(name) or [None]) and name not in there]
-    return Parts(weights, stages, scheduler, next(iter(lacking), ''), said)
+    read = (network, SCHEDULER, *(name for names in STAGES.values() for name in names))
+    others = tuple(name for name in there if name not in read and not name.startswith('tokenizer'))
+    return Parts(weights, stages, scheduler, next(iter(lacking), ''), said, others)
 
 
 def name_of(path: str) -> str:
@@ -116,13 +128,21 @@ def parts_for(config: ConfigDict, path: str, named: Set[str]) -> Parts:
 
 def in_one_file(weights: Weights) -> dict[str, Weights]:
     """{stage: its weights} of the earlier stages in a file of several models."""
-    found = {}
-    for stage, prefixes in INSIDE.items():
+    found: dict[str, Weights] = {}
+    flux = text_encoders.root_before(weights, FLUX_BLOCK) is not None
+    for stage, prefixes in (INSIDE_FLUX if flux else INSIDE).items():
         for prefix in prefixes:
-            root = next((name.partition(prefix)[0] for name in weights if prefix in name), None)
-            if root is not None and stage not in found:  # config.json beside the file is of another model
-                inside = weights if stage == 'first' else weights.below(root + prefix)
-                found[stage] = dataclasses.replace(inside, config={}) if stage != 'first' else weights
+            before = (name.partition(prefix)[0] for name in weights if prefix in name)
+            root = next((one for one in before if not one or one.endswith('.')), None)
+            if root is None or stage in found:
+                continue
+            if stage == 'first':
+                found[stage] = weights
+                continue
+            inside = weights.below(root + prefix)
+            # config.json beside the file is of another model. By the names of transformers nothing tells OpenCLIP's.
+            said = text_encoders.of_open_clip(inside) if 'clip_g' in prefix else {}
+            found[stage] = dataclasses.replace(inside, config=said)
     return found
 
 
@@ -401,37 +421,118 @@ def reading_texts(
     return configs.make(family=family, model=model, **sections)
 
 
-def from_checkpoint(weights: Weights) -> tuple[str, ConfigDict] | None:
-    """(name, config) of a checkpoint of Stable Diffusion 1, 2 or XL with its first stage and text encoders, by its
+# What the pipelines of published files without a scheduler_config.json draw with.
+FLOW = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'num_train_timesteps': 1000}
+SHIFTED = {**FLOW, 'shift': 3.0}
+BY_TOKENS = {
+    **SHIFTED, 'use_dynamic_shifting': True, 'base_shift': 0.5, 'max_shift': 1.15, 'base_image_seq_len': 256,
+    'max_image_seq_len': 4096,
+}  # fmt: skip
+SCALES = {'mmdit': (1.5305, 0.0609), 'flux': (0.3611, 0.1159)}  # and shift of the latents
+
+
+def from_checkpoint(weights: Weights, named: Set[str] = frozenset()) -> tuple[str, ConfigDict] | None:
+    """(name, config) of a checkpoint of Stable Diffusion 1, 2, XL or 3 or of FLUX by their authors' names, by its
     tensors; None: it is something else.
 
+    Args:
+      named: as of `derived`.
+
     Raises:
-      UserError: it has no text encoder.
+      UserError: its first stage or a text encoder is neither in the file nor named.
     """
-    root = text_encoders.root_before(weights, f'{text_to_image.DIFFUSION}input_blocks.0.0.weight')
-    inside = weights.below(f'{root or ""}{text_to_image.DIFFUSION}')
-    own = text_to_image.compvis_section(inside) if root is not None else {}
     stages = in_one_file(weights)
-    encoders = [stage for stage in TEXTS if stage in stages]
-    if not own or 'first' not in stages:
+    for block, made in (('joint_blocks.0.x_block.attn.qkv.weight', of_stability), (FLUX_BLOCK, of_bfl)):
+        if (root := text_encoders.root_before(weights, block)) is not None:
+            own, said, scheduler = made(weights.below(root))
+            encoders = with_all(weights.path, said, stages, named)
+            conditioning = text_to_image.conditioning_of(said, {}, encoders, (1024, 1024))
+            scale, shift = SCALES[own['name']]
+            few = own['name'] == 'flux' and not own['distilled']  # FLUX.1-schnell
+            fixed = frozenset({'model.sampler.steps'} if few else ())
+            model = {
+                'process': 'flow',
+                'network': own,
+                'training': {'prediction': 'flow', 'times': 'logit_normal'},
+                'sampler': {'name': 'euler', 'steps': 4 if few else STEPS, 'clip': False, 'unit_start': True},
+                'latent_scale': scale,
+                'latent_shift': shift,
+                **conditioning,
+            }
+            return own['name'], with_scheduler(latent_config(model, 1024, encoders), scheduler, fixed)[0]
+    return of_compvis(weights, stages, named)
+
+
+def with_all(path: str, said: Mapping[str, Any], stages: Set[str] | Mapping[str, Any], named: Set[str]) -> list[str]:
+    """The stages of a network that are text encoders, in the file or named.
+
+    Raises:
+      UserError: one of them, or the first stage, is neither.
+    """
+    there = {*stages, *(name.removeprefix('stages.') for name in named)}
+    missing = [stage for stage in ('first', *text_to_image.encoders_of(said)) if stage not in there]
+    if missing:
+        lines = {stage: f'its {text_to_image.TITLES[stage]}, --config.stages.{stage}=RUN' for stage in missing}
+        raise UserError(
+            f'{path} holds no more than a part of its pipeline: import the rest by itself and name it, '
+            f'{"; ".join(lines.values())}; or name a folder or file that has all'
+        )
+    return [stage for stage in TEXTS if stage in there]
+
+
+def of_stability(weights: Weights) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(config.model.network, config.json, scheduler) of an MMDiT by the names of Stability AI."""
+    own = text_to_image.stability_section(weights)
+    return own, {'_class_name': 'SD3Transformer2DModel'}, SHIFTED
+
+
+def of_bfl(weights: Weights) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(config.model.network, config.json, scheduler) of FLUX by the names of Black Forest Labs."""
+    own = text_to_image.bfl_section(weights)
+    said = {'_class_name': 'FluxTransformer2DModel', 'guidance_embeds': own['distilled']}
+    return own, said, BY_TOKENS if own['distilled'] else {**FLOW, 'shift': 1.0}
+
+
+def of_compvis(weights: Weights, stages: Mapping[str, Weights], named: Set[str]) -> tuple[str, ConfigDict] | None:
+    """`from_checkpoint` of Stable Diffusion 1, 2 and XL."""
+    root = text_encoders.root_before(weights, f'{text_to_image.DIFFUSION}input_blocks.0.0.weight')
+    if root is None:
+        return None
+    inside = weights.below(f'{root}{text_to_image.DIFFUSION}')
+    own = text_to_image.compvis_section(inside)
+    if not own:
         return None
     embedded = text_to_image.of_shape(inside, 'label_emb.0.0.weight', 1)
-    refines = bool(embedded) and 'text' not in encoders
-    said: dict[str, Any] = {'_class_name': 'UNet2DConditionModel'}
+    context = text_to_image.context_of(inside)
+    refines = bool(embedded) and 'text' not in stages and 'stages.text' not in named
+    said: dict[str, Any] = {
+        '_class_name': 'UNet2DConditionModel',
+        'in_channels': text_to_image.of_shape(inside, 'input_blocks.0.0.weight', 1),
+        'out_channels': text_to_image.of_shape(inside, 'out.2.weight', 0),
+    }
     index = {'force_zeros_for_empty_prompt': not refines, 'requires_aesthetics_score': refines}
-    open_clip = 'text' in stages and text_encoders.root_before(stages['text'], 'ln_final.weight') is not None
-    second = open_clip and not embedded
     if embedded:
-        read = text_encoders.model_of(stages['text_2']) if 'text_2' in stages else None
-        pooled = read[1]['network']['features'] if read else 0
         said['addition_embed_type'] = 'text_time'
+    encoders = with_all(weights.path, said, stages, named)
+    if said['in_channels'] not in (said['out_channels'], text_to_image.inpainting_channels(said['out_channels'])):
+        raise UserError(
+            f'the network of {weights.path} reads {said["in_channels"]} channels, and its latents have '
+            f'{said["out_channels"]}: what else it reads is not known, so give --config with its model.conditioning'
+        )
+    open_clip = 'text' in stages and text_encoders.root_before(stages['text'], 'ln_final.weight') is not None
+    second = not embedded and (open_clip or context == 1024)
+    if embedded:
+        pooled = POOLED_XL
+        if 'text_2' in stages and (read := text_encoders.model_of(stages['text_2'])):
+            pooled = read[1]['network']['features']
         said['addition_time_embed_dim'] = (embedded - pooled) // (text_to_image.NUMBERS - refines)
     # Of Stable Diffusion 2 that at 512 pixels predicts the noise, and was published at this step.
     steps = weights.get(f'{root}global_step')
     base = steps is not None and steps.dtype.kind in 'iu' and int(np.asarray(steps.read()).reshape(-1)[0]) == BASE_2
+    base = base or 'inpainting' in text_to_image.conditioning_of(said, index, encoders, (512, 512))['conditioning']
     side = 1024 if embedded else 768 if second and not base else 512
     conditioning = text_to_image.conditioning_of(said, index, encoders, (side, side))
-    if second:
+    if open_clip and not embedded:
         conditioning['conditioning']['caption']['tokens'] = ('text/before_normalised',)
     model = {
         'process': 'scaled_linear',
@@ -459,38 +560,49 @@ def latent_config(model: dict[str, Any], size: Any, encoders: Sequence[str]) -> 
     )
 
 
+VAE_LEVELS = (0,) * 4  # of the first stages of most pipelines
 MOST_LATENTS = 128  # rows of the maps of pipelines whose config.json says no sample_size
 
 
-def text_to_images(path: str, parts: Parts) -> tuple[str, ConfigDict]:
+def text_to_images(path: str, parts: Parts, named: Set[str] = frozenset()) -> tuple[str, ConfigDict]:
     """(name, config) of a pipeline whose network reads texts.
+
+    Args:
+      named: as of `derived`.
 
     Raises:
       UserError: it lacks a model, or is none that is known here.
     """
     said, stage = parts.weights.config, parts.stages.get('first')
-    encoders = [name for name in TEXTS if name in parts.stages]
-    if stage is None or stage.config.get('_class_name') != 'AutoencoderKL':
+    encoders = [name for name in TEXTS if name in parts.stages or f'stages.{name}' in named]
+    if 'stages.first' not in named and (stage is None or stage.config.get('_class_name') != 'AutoencoderKL'):
         raise UserError(
             f'{path} is a {said["_class_name"]}, which needs the rest of its pipeline (vae, text_encoder, tokenizer, '
-            'scheduler beside it): name the folder of the pipeline, or give --config with its --config.stages'
+            'scheduler beside it): name the folder of the pipeline, or the runs of its parts with '
+            '--config.stages.first=RUN --config.stages.text=RUN and so on'
         )
     own = text_to_image.section_of(said)
-    diffusers.check_kinds(stage.config, 'config.json of the first stage')
+    about = stage.config if stage is not None else {}
+    diffusers.check_kinds(about, 'config.json of the first stage')
     channels = said.get('in_channels', 64) // 4 if own['name'] == 'flux' else said.get('in_channels', 4)
-    latent = stage.config.get('latent_channels', 4)
+    latent = about.get('latent_channels', 4) if about else said.get('out_channels') or channels
+    latent = latent // 4 if not about and own['name'] == 'flux' and said.get('out_channels') else latent
     if channels not in (latent, text_to_image.inpainting_channels(latent)):
         raise UserError(
             f'the network of {path} reads {channels} channels, and its latents have {latent}: what else it reads is '
             'not known, so give --config with its model.conditioning'
         )
     size = size_of(said) or (MOST_LATENTS, MOST_LATENTS)
-    factor = 2 ** min(len(stage.config.get('block_out_channels', [0])) - 1, 8)
+    factor = 2 ** min(len(about.get('block_out_channels', VAE_LEVELS)) - 1, 8)
     size = tuple(min(side * factor, 2**31) for side in size)
     if max(size) > 2**16:
         raise UserError(f'config.json of {path}: sample_size {said.get("sample_size")!r} is of no image')
     flow = own['name'] != 'latent_unet'
+    if not about:  # as published
+        scale, shift = SCALES.get(own['name'], (SCALING, 0.0))
+        latents = {'latent_scale': SCALING_XL if 'addition_embed_type' in said else scale, 'latent_shift': shift}
     model = {
+        **({} if about else latents),
         'process': 'flow' if flow else 'scaled_linear',
         'network': own,
         'training': {'prediction': 'flow' if flow else 'eps', 'times': 'logit_normal' if flow else 'uniform'},
@@ -500,29 +612,34 @@ def text_to_images(path: str, parts: Parts) -> tuple[str, ConfigDict]:
     return own['name'], latent_config(model, size if size[0] != size[1] else size[0], encoders)
 
 
-def derived(path: str, tokenizer: str = '') -> tuple[str, ConfigDict]:
+def derived(path: str, tokenizer: str = '', named: Set[str] = frozenset()) -> tuple[str, ConfigDict]:
     """(name of the nearest config, config) of a model or pipeline of diffusers or transformers, by its config.json and
     its tensors.
 
     Args:
       tokenizer: folder of the tokenizer, where it does not lie with the weights of a text encoder.
+      named: fields that the person will set, {'stages.first', ...}: such stages need not be there.
 
     Raises:
       UserError: there is none, or it does not say what a config needs.
     """
     parts = open_parts(path)
-    if '_class_name' not in parts.weights.config and (made := from_checkpoint(parts.weights)) is not None:
+    if '_class_name' not in parts.weights.config and (made := from_checkpoint(parts.weights, named)) is not None:
         return made
     if '_class_name' not in parts.weights.config and (config := reading_texts(parts.weights, tokenizer)) is not None:
         return config.family, config
-    if parts.lacking and 'first' not in parts.stages:
+    if parts.lacking and 'first' not in parts.stages and 'stages.first' not in named:
         raise UserError(
             f'{path} lacks its first stage, the folder {parts.lacking}: fetch that too, or give --config and '
             '--config.stages.first'
         )
     said = parts.weights.config
     if str(said.get('_class_name')) in text_to_image.KEYS:
-        return text_to_images(path, parts)
+        return text_to_images(path, parts, named)
+    diffuses = any(text_to_image.DIFFUSION in name for name in parts.weights)
+    if not said and not diffuses and (sizes := compvis.sizes(parts.weights)):
+        base = CLASSES['AutoencoderKL'][0]
+        return base, configs.complete(configs.update_sections(configs.load(base).to_dict(), {'model': sizes}))
     if not said:
         raise UserError(f'--mode=import --from={path} needs --config: no config.json beside the weights says the sizes')
     size, model = fields_of(said)

@@ -58,6 +58,8 @@ class Source:
         those with the most expected names averages are taken, else the first.
       renamed: substitutions that turn names of older files into the present ones.
       prepare: weights -> weights under the names of the table, where substitutions do not do.
+      rows: (pattern, replacement) of names that `prepare` gives to some rows of a tensor each, in the order of the
+        names, and the name of that tensor in the file.
       skip: regular expression of names that a file may hold beside the weights.
       initial: regular expression of our arrays that such a file does not hold; they keep their initial values.
       discriminator: (config, shapes of our arrays) -> Table of the network of this name and of its entry in
@@ -83,6 +85,7 @@ class Source:
     roots: tuple[str, ...] = ('',)
     renamed: tuple[Substitution, ...] = ()
     prepare: Callable[[Weights], Weights] | None = None
+    rows: tuple[str, str] = ('', '')
     skip: str = ''
     initial: str = ''
     discriminator: Callable[[ConfigDict, Shapes], Table] | None = None

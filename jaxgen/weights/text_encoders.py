@@ -130,7 +130,8 @@ def t5(config: ConfigDict, shapes: Shapes) -> Table:
 def with_prefixes(weights: Weights) -> Weights:
     """The weights under the names of CLIPModel: since transformers 5 a tower alone has no prefix."""
     tops = (
-        r'(embeddings\.(token|position|patch|class)_embedding|encoder\.layers|(final|post)_layer_?norm|pre_layrnorm)\b'
+        r'(embeddings\.((token|position|patch|class)_embedding|position_ids)|encoder\.layers'
+        r'|(final|post)_layer_?norm|pre_layrnorm)\b'
     )
     if not any(re.match(tops, name) for name in weights):
         return weights
@@ -462,6 +463,13 @@ def tower_model(weights: Weights, source: str, tower: str) -> dict[str, Any]:
     quick = source == 'transformers' or f'{root}input_resolution' in weights
     own.setdefault('activation', 'quick_gelu' if quick else 'gelu')
     return own
+
+
+def of_open_clip(weights: Weights) -> dict[str, Any]:
+    """What config.json of transformers says of OpenCLIP's text tower with such tensors."""
+    channels = of_shape(with_prefixes(weights), NAMES['transformers']['text']['channels'][0], 1)
+    said = {'model_type': TOWERS['text'], 'hidden_act': 'gelu', 'eos_token_id': 2}
+    return {**said, 'num_attention_heads': max(channels // 64, 1)}
 
 
 def image_side(weights: Weights, source: str) -> int:

@@ -220,8 +220,8 @@ def bfl_flux(config: ConfigDict, shapes: Shapes) -> Table:
     single = 'single_blocks.*.'
     names += [
         ('^single/modulation/', single + 'modulation.lin/'),
-        ('^single/qkv/', single + 'linear1.qkv/'),
-        ('^single/mlp1/', single + 'linear1.mlp/'),
+        ('^single/qkv/', single + 'linear1.0/'),
+        ('^single/mlp1/', single + 'linear1.1/'),
         ('^single/norm_q/scale$', single + 'norm.query_norm.scale'),
         ('^single/norm_k/scale$', single + 'norm.key_norm.scale'),
         ('^single/out/', single + 'linear2/'),
@@ -231,6 +231,9 @@ def bfl_flux(config: ConfigDict, shapes: Shapes) -> Table:
     for own, theirs in {'time': 'time_in', 'guidance': 'guidance_in', 'pooled': 'vector_in'}.items():
         names += [(f'^{own}/linear1/', f'{theirs}.in_layer/'), (f'^{own}/linear2/', f'{theirs}.out_layer/')]
     return Table([*names, *LEAVES])
+
+
+HALVES = (r'(.*single_blocks\.\d+\.linear1)\.\d\.(weight|bias)', r'\1.\2')  # as `with_halves` names them
 
 
 def part_of(tensor: Tensor, start: int, end: int) -> Tensor:
@@ -246,8 +249,8 @@ def with_halves(weights: Weights) -> Weights:
         m = re.fullmatch(r'(.*single_blocks\.\d+\.linear1)\.(weight|bias)', name)
         width = of_shape(weights, f'{m[1]}.weight', 1) if m else 0
         if m and tensor.shape and tensor.shape[0] > 3 * width:
-            tensors[f'{m[1]}.qkv.{m[2]}'] = part_of(tensor, 0, 3 * width)
-            tensors[f'{m[1]}.mlp.{m[2]}'] = part_of(tensor, 3 * width, tensor.shape[0])
+            tensors[f'{m[1]}.0.{m[2]}'] = part_of(tensor, 0, 3 * width)
+            tensors[f'{m[1]}.1.{m[2]}'] = part_of(tensor, 3 * width, tensor.shape[0])
         else:
             tensors[name] = tensor
     return dataclasses.replace(weights, tensors=tensors)
@@ -493,6 +496,17 @@ SCALE_XL = 5.0
 LENGTHS = {'SD3Transformer2DModel': 256, 'FluxTransformer2DModel': 512}  # tokens of a prompt of T5
 
 
+# What is what in a pipeline, for messages.
+TITLES = {'first': 'first stage', 'text': 'text encoder', 'text_2': 'second text encoder', 'text_3': 'T5'}
+
+
+def encoders_of(said: Mapping[str, Any]) -> tuple[str, ...]:
+    """The text encoders without which a network has nothing to read, by its config.json."""
+    wanted = {'SD3Transformer2DModel': ('text', 'text_2', 'text_3'), 'FluxTransformer2DModel': ('text', 'text_2')}
+    sized = said.get('addition_embed_type') == 'text_time'
+    return wanted.get(said['_class_name'], ('text_2',) if sized else ('text',))
+
+
 def conditioning_of(
     said: Mapping[str, Any], index: Mapping[str, Any], encoders: Sequence[str], size: tuple[int, ...]
 ) -> dict[str, Any]:
@@ -510,13 +524,11 @@ def conditioning_of(
     caption: dict[str, Any] = {'kind': 'text', 'dropout': 0.1}
     conditioning: dict[str, Any] = {'caption': caption}
     guidance = {'distilled': scale} if said.get('guidance_embeds') else {'scale': scale}
-    wanted = {'SD3Transformer2DModel': ('text', 'text_2', 'text_3'), 'FluxTransformer2DModel': ('text', 'text_2')}
     sized = said.get('addition_embed_type') == 'text_time'
-    needed = wanted.get(kind, ('text_2',) if sized else ('text',))
-    if missing := [stage for stage in needed if stage not in encoders]:
+    if missing := [stage for stage in encoders_of(said) if stage not in encoders]:
         raise UserError(
             f'the pipeline lacks {missing[0].replace("text", "text_encoder")}, which its network was trained with: '
-            'fetch that folder too'
+            f'fetch that folder too, or name a run of it, --config.stages.{missing[0]}=RUN'
         )
     if kind == 'SD3Transformer2DModel':
         caption['tokens'] = ('text/before+text_2/before', 'text_3/last')
@@ -648,7 +660,7 @@ def compvis_section(weights: Weights) -> dict[str, Any]:
     crossed = [name for name in weights if name.endswith('.attn2.to_k.weight')]
     if not first or not crossed:
         return {}
-    context = weights[crossed[0]].shape[-1]
+    context = context_of(weights)
     widths, depths, own = [], [], []
     for n in blocks[1:]:
         if f'input_blocks.{n}.0.op.weight' in weights:
@@ -673,6 +685,12 @@ def compvis_section(weights: Weights) -> dict[str, Any]:
     }
 
 
+def context_of(weights: Weights) -> int:
+    """Width of the tokens that a network of CompVis' names reads; 0 where it reads none."""
+    crossed = (tensor for name, tensor in weights.tensors.items() if name.endswith('.attn2.to_k.weight'))
+    return next((tensor.shape[-1] for tensor in crossed if tensor.shape), 0)
+
+
 def compvis_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """What the tensors tell; the heads are the config's."""
     own = compvis_section(weights) if weights is not None else {}
@@ -689,41 +707,46 @@ def compvis_remarks(config: ConfigDict, weights: Weights) -> list[str]:
     ]
 
 
-def stability_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """Sizes of an MMDiT by its tensors; heads are 64 wide, and a table of positions is in units of 1/64 of its side."""
-    if weights is None or not (blocks := numbers(weights, r'joint_blocks\.(\d+)\.')):
-        return {}
+def stability_section(weights: Weights) -> dict[str, Any]:
+    """The network of an MMDiT by its tensors: heads are 64 wide, and positions count in units of a 64th of its side."""
     table = weights.get('pos_embed')
     largest = math.isqrt(table.shape[1]) if table is not None and len(table.shape) == 3 else 0
     channels = of_shape(weights, 'x_embedder.proj.weight', 0)
     told = {
         'channels': channels,
-        'blocks': len(blocks),
+        'heads': channels // 64,
+        'blocks': len(numbers(weights, r'joint_blocks\.(\d+)\.')),
         'patch': of_shape(weights, 'x_embedder.proj.weight', 2),
         'largest': largest,
+        'unit': largest / 64,
     }
-    own = known(told) | {
+    return known(told) | {
+        'name': 'mmdit',
         'dual': len(numbers(weights, r'joint_blocks\.(\d+)\.x_block\.attn2\.')),
         'qk_norm': 'joint_blocks.0.x_block.attn.ln_q.weight' in weights,
     }
-    return {f'model.network.{key}': value for key, value in own.items()}
 
 
-def bfl_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
-    """Sizes of a FLUX by its tensors.
-
-    Raises:
-      UserError: names are to be written.
-    """
-    if weights is None:
-        raise UserError("the names of FLUX's own files are read, and not written: --names=diffusers")
-    own = known({
-        'channels': of_shape(weights, 'img_in.weight', 0),
+def bfl_section(weights: Weights) -> dict[str, Any]:
+    """The network of a FLUX by its tensors: heads are 128 wide."""
+    channels = of_shape(weights, 'img_in.weight', 0)
+    told = {
+        'channels': channels,
+        'heads': channels // 128,
         'blocks': len(numbers(weights, r'double_blocks\.(\d+)\.')),
         'single_blocks': len(numbers(weights, r'single_blocks\.(\d+)\.')),
-    })  # fmt: skip
-    own['distilled'] = 'guidance_in.in_layer.weight' in weights
-    return {f'model.network.{key}': value for key, value in own.items()}
+    }
+    return known(told) | {'name': 'flux', 'distilled': 'guidance_in.in_layer.weight' in weights}
+
+
+def by_tensors(section: Callable[[Weights], dict[str, Any]]) -> Callable[[ConfigDict, Weights | None], dict[str, Any]]:
+    """`Source.fields` by the tensors; what is not in them is the config's."""
+
+    def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
+        own = section(weights) if weights is not None else {}
+        return {f'model.network.{key}': x for key, x in own.items() if key not in ('name', 'heads', 'unit')}
+
+    return fields
 
 
 def own_remarks(config: ConfigDict, weights: Weights) -> list[str]:
@@ -750,11 +773,12 @@ SOURCES = (
     ),
     Source(
         'stability', 'Stable Diffusion 3 and 3.5 of Stability AI', of_network('mmdit'), stability_mmdit,
-        roots=('', DIFFUSION), skip='pos_embed', fields=stability_fields, remarks=own_remarks,
+        roots=('', DIFFUSION), skip='pos_embed', fields=by_tensors(stability_section), remarks=own_remarks,
     ),
     Source(
         'bfl', 'FLUX.1 of Black Forest Labs', of_network('flux'), bfl_flux, roots=('', DIFFUSION), prepare=with_halves,
-        fields=bfl_fields, remarks=own_remarks,
+        fields=by_tensors(bfl_section), rows=HALVES,
+        remarks=own_remarks,
     ),
     Source('diffusers', 'FluxTransformer2DModel of diffusers', of_network('flux'), flux, fields=fields),
 )  # fmt: skip

@@ -16,6 +16,7 @@ import safetensors.numpy
 from support import ROOT
 
 from jaxgen.errors import UserError
+from jaxgen.weights import mapping
 from jaxgen.weights.files import open_weights
 
 ARRAYS = {'a.weight': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.array([1, 2], np.int64)}
@@ -194,10 +195,40 @@ def test_a_header_is_read_up_to_a_length(tmp_path, length):
         open_weights(str(tmp_path / 'x.safetensors'))
 
 
-def test_numbers_that_numpy_has_not_open_and_are_not_read(tmp_path):
-    header = json.dumps({'a': {'dtype': 'F8_E4M3', 'shape': [64], 'data_offsets': [0, 64]}}).encode()
+def test_numbers_that_are_no_weights_open_and_are_not_read(tmp_path):
+    header = json.dumps({'a': {'dtype': 'U16', 'shape': [32], 'data_offsets': [0, 64]}}).encode()
     (tmp_path / 'x.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(64))
     assert open_weights(str(tmp_path / 'x.safetensors'))['a'].dtype == np.dtype(object)
+
+
+@pytest.mark.parametrize('name', ['F8_E4M3', 'F8_E5M2'])
+def test_numbers_of_eight_bits_become_bfloat16(tmp_path, name):
+    # 1.5 in either format: sign, exponent with its bias of 7 or 15, mantissa.
+    bits = {'F8_E4M3': 0b0_0111_100, 'F8_E5M2': 0b0_01111_10}[name]
+    header = json.dumps({'a.weight': {'dtype': name, 'shape': [2, 3], 'data_offsets': [0, 6]}}).encode()
+    content = len(header).to_bytes(8, 'little') + header + bytes([bits] * 6)
+    (tmp_path / 'x.safetensors').write_bytes(content)
+    array = mapping.entry(mapping.Table([*mapping.LEAVES]), 'a/kernel', (3, 2)).read(
+        open_weights(str(tmp_path / 'x.safetensors'))
+    )
+    assert array.dtype.name == 'bfloat16' and array.shape == (3, 2) and (array.astype(np.float32) == 1.5).all()
+
+
+FURTHER = (
+    'diffusion_pytorch_model.fp16.safetensors',
+    'model.fp16.safetensors',
+    'diffusion_pytorch_model.safetensors.index.fp16.json',
+    'model.fp16.safetensors.index.json',
+)
+
+
+@pytest.mark.parametrize('name', FURTHER)
+def test_further_copies_in_a_folder(tmp_path, name):
+    there = 'part-1.safetensors' if name.endswith('json') else name
+    safetensors.numpy.save_file({'a': np.arange(3.0)}, tmp_path / there)
+    if name.endswith('json'):
+        (tmp_path / name).write_text(json.dumps({'weight_map': {'a': there}}))
+    np.testing.assert_array_equal(open_weights(str(tmp_path))['a'].read(), np.arange(3.0))
 
 
 def test_archives_that_unpack_to_more_are_refused(tmp_path):
