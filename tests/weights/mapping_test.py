@@ -81,7 +81,8 @@ def test_copies_must_be_equal():
 def test_check_names_what_is_missing_left_over_and_of_another_shape():
     table = Table([('/kernel$', '.weight')])
     entries = mapping.entries(table, {'a/kernel': (2, 3), 'b/kernel': (2, 3)})
-    with pytest.raises(UserError, match=r'not of float16, bfloat16, float32, float64: a\.weight is int64'):
+    kinds = 'float16, bfloat16, float32, float64, float8_e4m3fn, float8_e5m2'
+    with pytest.raises(UserError, match=rf'not of {kinds}: a\.weight is int64'):
         mapping.check(entries[:1], tensors({'a.weight': np.zeros((3, 2), np.int64)}), '', 'FILE')
     file = tensors({'a.weight': np.zeros((3, 5)), 'c.weight': np.zeros(1), 'step': np.zeros(())})
     with pytest.raises(UserError) as error:

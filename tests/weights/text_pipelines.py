@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from references import randomise
 
@@ -125,3 +126,42 @@ def saved(make, tokenizer: str, folder):
     pipeline = make(diffusers, transformers, transformers.CLIPTokenizer.from_pretrained(tokenizer))
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def by_bfl(state: dict) -> dict:
+    """The tensors of a FluxTransformer2DModel by the names of Black Forest Labs, flux/model.py."""
+    out = {}
+    for theirs, ours in (
+        ('img_in', 'x_embedder'), ('txt_in', 'context_embedder'), ('final_layer.linear', 'proj_out'),
+        *((f'{a}.{c}', f'time_text_embed.{b}.linear_{d}') for a, b in (
+            ('time_in', 'timestep_embedder'), ('vector_in', 'text_embedder'), ('guidance_in', 'guidance_embedder'),
+        ) for c, d in (('in_layer', 1), ('out_layer', 2))),
+    ):  # fmt: skip
+        out |= {f'{theirs}.{kind}': state[f'{ours}.{kind}'] for kind in ('weight', 'bias')}
+    for kind in ('weight', 'bias'):  # their scale and shift change places
+        out[f'final_layer.adaLN_modulation.1.{kind}'] = np.concatenate(
+            np.split(state[f'norm_out.linear.{kind}'], 2)[::-1]
+        )
+    for i in range(2):
+        block, single = f'transformer_blocks.{i}', f'single_transformer_blocks.{i}'
+        for kind in ('weight', 'bias'):
+            for stream, name, qkv in (('img', '', 'to_{}'), ('txt', '_context', 'add_{}_proj')):
+                own = f'double_blocks.{i}.{stream}_'
+                joined = [state[f'{block}.attn.{qkv.format(part)}.{kind}'] for part in 'qkv']
+                out[f'{own}attn.qkv.{kind}'] = np.concatenate(joined)
+                out[f'{own}mod.lin.{kind}'] = state[f'{block}.norm1{name}.linear.{kind}']
+                for number, part in ((0, 'net.0.proj'), (2, 'net.2')):
+                    out[f'{own}mlp.{number}.{kind}'] = state[f'{block}.ff{name}.{part}.{kind}']
+            out[f'double_blocks.{i}.img_attn.proj.{kind}'] = state[f'{block}.attn.to_out.0.{kind}']
+            out[f'double_blocks.{i}.txt_attn.proj.{kind}'] = state[f'{block}.attn.to_add_out.{kind}']
+            parts = [state[f'{single}.attn.to_{part}.{kind}'] for part in 'qkv']
+            out[f'single_blocks.{i}.linear1.{kind}'] = np.concatenate([*parts, state[f'{single}.proj_mlp.{kind}']])
+            out[f'single_blocks.{i}.linear2.{kind}'] = state[f'{single}.proj_out.{kind}']
+            out[f'single_blocks.{i}.modulation.lin.{kind}'] = state[f'{single}.norm.linear.{kind}']
+        for short, long in (('q', 'query'), ('k', 'key')):
+            for stream, name in (('img', 'norm'), ('txt', 'norm_added')):
+                out[f'double_blocks.{i}.{stream}_attn.norm.{long}_norm.scale'] = state[
+                    f'{block}.attn.{name}_{short}.weight'
+                ]
+            out[f'single_blocks.{i}.norm.{long}_norm.scale'] = state[f'{single}.attn.norm_{short}.weight']
+    return out
