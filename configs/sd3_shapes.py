@@ -42,7 +42,7 @@ def get_config(variant: str = ''):
         variants={
             'tiny': dict(
                 model=dict(
-                    network=dict(channels=16, blocks=2, heads=2),
+                    network=dict(channels=16, blocks=2, heads=2, largest=16),
                     sampler=dict(steps=4),
                     likelihood=dict(steps=3),
                 ),

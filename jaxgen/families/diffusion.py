@@ -56,6 +56,7 @@ from jaxgen import options
 from jaxgen.augmentation import edm
 from jaxgen.checks import check_stage_image
 from jaxgen.contract import (
+    ENCODED,
     Aux,
     Captions,
     Context,
@@ -438,7 +439,9 @@ def with_others(batch: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Ar
     if 'other' not in batch:
         return own, {}
     theirs = {name.removeprefix('other/'): x for name, x in batch.items() if name.startswith('other/')}
-    return own, {**own, 'image': batch['other'], **theirs}
+    # What frozen stages made of the batch's own images and captions beforehand is not of these.
+    read = {name: x for name, x in own.items() if '/' not in name or name.endswith(ENCODED)}
+    return own, {**read, 'image': batch['other'], **theirs}
 
 
 def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) -> tuple[Array, Aux]:
