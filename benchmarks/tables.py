@@ -231,6 +231,25 @@ def pipelines(record: dict) -> str:
     return markdown(heads, rows)
 
 
+def growth(record: dict) -> str:
+    """What an update costs as one of its sizes doubles, beside FLOPs and bytes."""
+    heads = ['network', 'doubled', 'seconds', 'FLOPs', 'bytes', 'beyond both']
+    names = {'unet': 'U-Net of DDPM', 'dit': 'DiT', 'transformer': 'transformer over codes'}
+    table = [
+        [
+            names[r['network']],
+            f'{r["axis"]}, x {r["factor"]}',
+            f'x {r["growth"]:.2f}',
+            f'x {r["flops_growth"]:.2f}',
+            f'x {r["bytes_growth"]:.2f}',
+            f'{100 * r["outside"]:+.0f} %',
+        ]
+        for r in record['rows']
+        if r['axis']
+    ]
+    return markdown(heads, table)
+
+
 def slices(record: dict, program: str) -> str:
     """What programs take on slices: a row for each config and slice; program: update or sample."""
     rows = []
@@ -345,7 +364,7 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind in ('loader', 'folder', 'startup', 'weights', 'pipelines'):
+    if kind in ('loader', 'folder', 'startup', 'weights', 'pipelines', 'growth'):
         return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])
