@@ -24,7 +24,7 @@ import tempfile
 import time
 
 import numpy as np
-from weights import DTYPES, STEP
+from weights import DTYPES, STEP, write_weights
 
 from jaxgen import files
 from jaxgen.text import tokenizers
@@ -128,35 +128,6 @@ for line in sys.stdin:
     value = float((out.astype(jnp.float32) if 'jnp' in globals() else out.float()).std())
     print(time.perf_counter() - start, value, flush=True)
 """
-
-
-def drop(path: str) -> None:
-    """Drops the pages of a file, so that it is read from the disk."""
-    with open(path, 'rb+') as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def write_weights(path: str, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
-    """Writes random weights in pieces: of norms ones, else such that what a layer gives has about its input's size."""
-    kind, name = DTYPES[dtype]
-    numbers, header, offset = np.dtype(name), {}, 0
-    for tensor, shape in shapes.items():
-        after = offset + math.prod(shape) * numbers.itemsize
-        header[tensor] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, after]}
-        offset = after
-    text, rng = json.dumps(header).encode(), np.random.default_rng(seed)
-    with open(path, 'wb') as file:
-        file.write(len(text).to_bytes(8, 'little') + text)
-        for tensor, shape in shapes.items():
-            rest = math.prod(shape)
-            scale = 0.5 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.02
-            while rest:
-                n = min(rest, 2**22)
-                drawn = scale * rng.standard_normal(n, np.float32) + float(len(shape) == 1 and 'weight' in tensor)
-                file.write(drawn.astype(numbers).tobytes())
-                rest -= n
-    drop(path)
 
 
 def write_folder(folder: str, model: str, dtype: str) -> dict[str, int]:

@@ -50,30 +50,42 @@ print(json.dumps({'resident': 1024 * value('/proc/self/status', 'VmHWM'), 'secon
 """
 
 
+def drop(path: str) -> None:
+    """Drops the pages of a file, so that it is read from the disk."""
+    with open(path, 'rb+') as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_weights(path: str, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+    """Writes random weights in pieces: of norms ones, else such that what a layer gives has about its input's size."""
+    kind, name = DTYPES[dtype]
+    numbers, header, offset = np.dtype(name), {}, 0
+    for tensor, shape in shapes.items():
+        after = offset + math.prod(shape) * numbers.itemsize
+        header[tensor] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, after]}
+        offset = after
+    text, rng = json.dumps(header).encode(), np.random.default_rng(seed)
+    with open(path, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor, shape in shapes.items():
+            rest = math.prod(shape)
+            scale = 0.5 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.02
+            while rest:
+                n = min(rest, 2**22)
+                drawn = scale * rng.standard_normal(n, np.float32) + float(len(shape) == 1 and 'weight' in tensor)
+                file.write(drawn.astype(numbers).tobytes())
+                rest -= n
+    drop(path)
+
+
 def write_file(path: str, config, names: str, dtype: str) -> int:
-    """Writes random weights in pieces; the number of parameters."""
+    """Writes random weights by the names of a source; the number of parameters."""
     assembled = assembly.assemble(config, stage=assembly.abstract_stage)
     shapes = flat_shapes(published_part(assembled.abstract))
     entries = sources.entries_of(sources.for_config(config, names)[0], config, shapes)
     tensors = {name: entry.their_shape() for entry in entries for name in entry.all_names}
-    kind, numpy_name = DTYPES[dtype]
-    numbers, header, offset = np.dtype(numpy_name), {}, 0
-    for name, shape in tensors.items():
-        after = offset + math.prod(shape) * numbers.itemsize
-        header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, after]}
-        offset = after
-    text, rng = json.dumps(header).encode(), np.random.default_rng(0)
-    with open(path, 'wb') as file:
-        file.write(len(text).to_bytes(8, 'little') + text)
-        for shape in tensors.values():
-            rest = math.prod(shape)
-            while rest:
-                n = min(rest, 2**22)
-                file.write((0.02 * rng.standard_normal(n, np.float32)).astype(numbers).tobytes())
-                rest -= n
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    write_weights(path, tensors, dtype, seed=0)
     return sum(math.prod(shape) for shape in tensors.values())
 
 

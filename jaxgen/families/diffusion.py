@@ -232,11 +232,7 @@ def bind(context: Context, model: dict[str, Any]) -> Model:
     nets = controls.bind(context, module, model, model['controlnet'], model['control'])
     bare = denoisers.bind(module, conditioning)
     conditioning += controls.conditioning_of(nets, space.shape)
-    tokens = denoisers.tokens_of(network, space.shape)
-
-    def make_sampler(skip: int) -> levels.Sampler:
-        return levels.make(model['sampler'], moves, formulation.learned, tokens=tokens, skip=skip)
-
+    make_sampler = sampler_maker(model, formulation, space)
     bound = Model(
         space,
         formulation,
@@ -257,6 +253,16 @@ def bind(context: Context, model: dict[str, Any]) -> Model:
     return bound
 
 
+def sampler_maker(model: dict[str, Any], formulation: Formulation, space: Space) -> Callable:
+    """(skip) -> the sampler of the complete sections of config.model, without that many levels, see `levels.make`."""
+    tokens = denoisers.tokens_of(model['network'], space.shape)
+
+    def make(skip: int) -> levels.Sampler:
+        return levels.make(model['sampler'], formulation.process, formulation.learned, tokens=tokens, skip=skip)
+
+    return make
+
+
 def with_refiner(model: Model, context: Context, given: dict[str, Any], options_of: Refining) -> Model:
     """The Model with that of `config.stages.refiner`, which reads this run's stages, and the tables of both.
 
@@ -270,12 +276,9 @@ def with_refiner(model: Model, context: Context, given: dict[str, Any], options_
     # Without what is added to this run's network: LoRAs, ControlNets.
     others = {name: one for name, one in context.stages.items() if adapting.built_of(one).get('family') != 'diffusion'}
     made = bind(context._replace(stages=others), options.complete(build, sections, f'stages.{REFINER}'))
-    process, tokens = model.formulation.process, denoisers.tokens_of(given['network'], model.space.shape)
-
-    def make_sampler(skip: int) -> levels.Sampler:
-        return levels.make(given['sampler'], process, model.formulation.learned, tokens=tokens, skip=skip)
-
-    tables = refining.tables(options_of, process, model.edits.sampler, make_sampler, given['sampler']['name'] == 'pndm')
+    sampler, process = model.edits.sampler, model.formulation.process
+    make_sampler = sampler_maker(given, model.formulation, model.space)
+    tables = refining.tables(options_of, process, sampler, make_sampler, given['sampler']['name'] == 'pndm')
     return model._replace(refiner=made, tables=tables)
 
 
@@ -579,7 +582,8 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
     scale = jnp.full(len(x), guidance.distilled, jnp.float32)
     said = {DISTILLED: scale} | controls.batch_of(model.nets, settings.get('control', {}), len(x))
-    values = conditions.values_of(model.conditioning, said | batch, model.words.known(state.ema, frozen))
+    known = model.words.known(state.ema, frozen)
+    values = conditions.values_of(model.conditioning, said | batch, known)
     clip = model.sampler.clip and not model.sampler.clip_here
     denoise = denoiser_of(model, state, frozen, values, guidance, clip, settings.get('adapters'))
     if model.classifier is not None:
@@ -590,7 +594,6 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     if model.refiner is None:
         return samplers.run(denoise, x, settings['table'], keys, **options)
     # The networks share what their text encoders make of a caption.
-    known = model.words.known(state.ema, frozen)
     values = conditions.values_of(model.refiner.conditioning, said | batch, known)
     refine = denoiser_of(model.refiner, frozen[REFINER][0], frozen, values, guidance, clip)
     keys = keys, example_keys(stream(rng_steps, REFINER), batch)

@@ -38,7 +38,7 @@ def names_of(base: ConfigDict) -> dict[str, str]:
     made, clips = {}, iter(CLIP)
     for encoder in encoders:
         model = directory.saved_config(base.stages[encoder]).model
-        is_t5 = model.get('network', {}).get('name') == 't5' if 'network' in model else False
+        is_t5 = model.get('network', {}).get('name') == 't5'
         made[encoder] = T5 if is_t5 else next(clips, encoder)
     return made
 
