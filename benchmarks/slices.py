@@ -70,7 +70,7 @@ def rows(only: list[str], topologies: list[str], programs: list[str]) -> list[di
 
 
 def compile_row(row: dict) -> dict:
-    """A row with what a process of its own found, or with its error."""
+    """A row with what a process of its own compiled, or with its error."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, 'about.json')
         command = [sys.executable, os.path.abspath(__file__), '--one', *key(row), out, *row['fields']]
@@ -89,7 +89,7 @@ def one(name: str, topology: str, program: str, out: str, *fields: str) -> None:
     """Compiles one program and writes what it takes."""
     config = configs.override(configs.load(name), list(fields))
     about = slices.report(config, topology, (program,))
-    about['found'] = about.pop(program)
+    about['compiled'] = about.pop(program)
     files.save_json(out, about)
 
 
@@ -124,8 +124,8 @@ def main() -> None:
         order = {key(r): i for i, r in enumerate(rows([], [], []))}
         record['rows'] = sorted(there.values(), key=lambda r: order.get(key(r), len(order)))
         files.save_json(arguments.out, record)
-        found = there[key(row)].get('found', {})
-        print(*key(row), there[key(row)].get('error', f'{found.get("compile_seconds")} s to compile'), flush=True)
+        compiled = there[key(row)].get('compiled', {})
+        print(*key(row), there[key(row)].get('error', f'{compiled.get("compile_seconds")} s to compile'), flush=True)
 
 
 if __name__ == '__main__':

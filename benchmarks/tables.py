@@ -253,30 +253,30 @@ def growth(record: dict) -> str:
 def slices(record: dict, program: str) -> str:
     """What programs take on slices: a row for each config and slice; program: update or sample."""
     rows = []
-    for r in (r for r in record['rows'] if r['program'] == program and 'found' in r):
-        found, memory = r['found'], r['found']['memory']
+    for r in (r for r in record['rows'] if r['program'] == program and 'compiled' in r):
+        compiled, memory = r['compiled'], r['compiled']['memory']
         used = 'more than ' if memory['used'] is None else f'{memory["used"] / 2**30:.1f} of '
         cells = [
             f'`{r["config"]}`',
             f'`{r["topology"]}`, fsdp {r["mesh"]["fsdp"]}',
             f'{r["batch"] if program == "update" else r["sample_batch"]}, {r["dtype"]}',
-            f'{used}{memory["limit"] / 2**30:.0f} GiB' + ('' if found['fits'] else ': does not fit'),
+            f'{used}{memory["limit"] / 2**30:.0f} GiB' + ('' if compiled['fits'] else ': does not fit'),
         ]
-        if 'seconds' in found:
-            least, in_turn = (milliseconds(found['seconds'][key]) for key in ('least', 'in_turn'))
+        if 'seconds' in compiled:
+            least, in_turn = (milliseconds(compiled['seconds'][key]) for key in ('least', 'in_turn'))
             sent = dict.fromkeys(('weights', 'activations', 'small'), 0)
-            for one in found['collectives']:
+            for one in compiled['collectives']:
                 sent[one['carrier']] += one['sent']
             cells += [
-                f'{found["flops"] / 1e12:,.3g}',
-                f'{sum(found["hbm_bytes"].values()) / 1e9:,.3g}',
+                f'{compiled["flops"] / 1e12:,.3g}',
+                f'{sum(compiled["hbm_bytes"].values()) / 1e9:,.3g}',
                 f'{sent["weights"] / 1e9:.3g} / {sent["activations"] / 1e9:.3g}',
                 f'{least} to {in_turn}',
-                f'{100 * found["fraction_of_peak"]:.0f} %',
+                f'{100 * compiled["fraction_of_peak"]:.0f} %',
             ]
         else:
-            cells += [f'{found["flops"] / 1e12:,.3g}', '', '', '', '']
-        rows.append([*cells, '; '.join(found['advice'])])
+            cells += [f'{compiled["flops"] / 1e12:,.3g}', '', '', '', '']
+        rows.append([*cells, '; '.join(compiled['advice'])])
     heads = [
         'config',
         'slice',

@@ -1,4 +1,4 @@
-"""Accelerators by their published figures: what a program's time is estimated with."""
+"""Accelerators by their published specifications: what a program's time is estimated with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """The published figures of one chip.
+    """The published specifications of one chip.
 
     Attributes:
       peak: operations a second of matrix products in bfloat16.
@@ -19,7 +19,7 @@ class Chip(NamedTuple):
       network: bytes a second of one chip to other slices, or to GPUs of other nodes.
       clock: cycles a second, from the peak and the size of the matrix units; 0: not used.
       axes: of the torus. most: chips of the largest slice.
-      source: where the figures stand.
+      source: where they are published.
     """
 
     name: str

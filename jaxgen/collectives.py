@@ -89,8 +89,8 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """The name that JAX gave the operation: jit(call)/..."""
-        found = OP_NAME.search(self.text)
-        return found[1] if found else ''
+        match = OP_NAME.search(self.text)
+        return match[1] if match else ''
 
     def calls(self) -> dict[str, list[str]]:
         """{attribute: computations} that it runs."""
@@ -126,8 +126,8 @@ def shapes_of(text: str) -> tuple[Shape, ...]:
 
 def instruction(line: str) -> Instruction | None:
     """The instruction of a line, or None where it holds none."""
-    head, found, rest = line.strip().partition(' = ')
-    if not found:
+    head, equals, rest = line.strip().partition(' = ')
+    if not equals:
         return None
     root, name = head.startswith('ROOT '), head.removeprefix('ROOT ').lstrip('%')
     end = closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
@@ -150,11 +150,11 @@ def parse(text: str) -> Program:
     for line in text.splitlines():
         if not line.startswith((' ', '\t')) and line.endswith('{') and '->' in line:
             is_entry = line.startswith('ENTRY ')
-            found = NAME.match(line.removeprefix('ENTRY ').strip())
-            if found is None:
+            match = NAME.match(line.removeprefix('ENTRY ').strip())
+            if match is None:
                 continue
-            entry = found[1] if is_entry else entry
-            body = computations[found[1]] = {}
+            entry = match[1] if is_entry else entry
+            body = computations[match[1]] = {}
         elif line.startswith('}'):
             body = None
         elif body is not None and (one := instruction(line)):
@@ -167,8 +167,8 @@ def parse(text: str) -> Program:
 def trips(module: Program, loop: Instruction) -> int:
     """How often a while loop goes round: as the compiler knows it, or by what its counter starts from and is compared
     with, in its condition or among what it begins with; 1 where neither is known."""
-    if found := TRIPS.search(loop.text):
-        return int(found[1])
+    if match := TRIPS.search(loop.text):
+        return int(match[1])
     (condition,) = loop.calls().get('condition', [''])
     body = module.computations.get(condition, {})
     caller = next((b for b in module.computations.values() if b.get(loop.name) is loop), {})
@@ -178,8 +178,8 @@ def trips(module: Program, loop: Instruction) -> int:
     def value(name: str) -> int | None:
         """The constant that an operand of the condition is when the loop begins."""
         one = source(body, name)
-        if one is not None and one.opcode == 'get-tuple-element' and (found := re.search(r'\bindex=(\d+)', one.text)):
-            one = source(caller, begins[int(found[1])]) if int(found[1]) < len(begins) else None
+        if one is not None and one.opcode == 'get-tuple-element' and (match := re.search(r'\bindex=(\d+)', one.text)):
+            one = source(caller, begins[int(match[1])]) if int(match[1]) < len(begins) else None
         if one is None or one.opcode != 'constant' or not one.shapes[0].dtype.startswith(('s', 'u')):
             return None
         number = re.match(r'\((-?\d+)\)', one.text)
@@ -203,10 +203,10 @@ def trips(module: Program, loop: Instruction) -> int:
     if end is not None and re.search(r'direction=[LG][TE]', root.text):
         return max(end - (start or 0) + bool(re.search(r'direction=[LG]E', root.text)), 0)
     constants = [
-        int(found[1])
+        int(match[1])
         for one in body.values()
         if one.opcode == 'constant'
-        and (found := re.match(r'\((\d+)\)', one.text))
+        and (match := re.match(r'\((\d+)\)', one.text))
         and one.shapes[0].dtype.startswith(('s', 'u'))
     ]
     return max(constants, default=1)
@@ -280,16 +280,16 @@ class Collective(NamedTuple):
 def group_size(text: str) -> int:
     """Number of devices of a collective's groups, {{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=2,'b'=4] {'b'}; 0: all of
     them, or not said."""
-    if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text):
-        lengths = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes_of = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a part of one
+    if match := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text):
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes_of = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # an axis, or a part of one
         return math.prod(int(part or lengths[axis]) for axis, part in axes_of)
-    if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', text):
-        return int(found[2])
-    if found := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
-        return len(found[1].split(','))
-    if found := re.search(r'_xla_megascale_target="\{([\d,:]+)\}', text):  # slices: numbers, and first:last
-        ends = [part.split(':') for part in found[1].split(',')]
+    if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', text):
+        return int(match[2])
+    if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
+        return len(match[1].split(','))
+    if match := re.search(r'_xla_megascale_target="\{([\d,:]+)\}', text):  # slices: numbers, and first:last
+        ends = [part.split(':') for part in match[1].split(',')]
         return sum(int(pair[-1]) - int(pair[0]) + 1 for pair in ends)
     return 0
 
@@ -297,21 +297,21 @@ def group_size(text: str) -> int:
 def first_group(text: str) -> list[int]:
     """The partitions of a collective's first group, or those of a permutation's first pair; [] where all exchange with
     each other, or it is not said."""
-    if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', text):
-        return [int(n) for n in found[1].split(',')]
-    if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
-        groups, dims = ([int(n) for n in part.split(',')] for part in found.group(1, 2))
-        order = [int(n) for n in found[3].split(',')] if found[3] else list(range(len(dims)))
+    if match := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', text):
+        return [int(n) for n in match[1].split(',')]
+    if match := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+        groups, dims = ([int(n) for n in part.split(',')] for part in match.group(1, 2))
+        order = [int(n) for n in match[3].split(',')] if match[3] else list(range(len(dims)))
         numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(groups)
         return numbers.reshape(-1, groups[-1])[0].tolist()
-    if found := re.search(r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}', text):
-        lengths = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    if match := re.search(r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}', text):
+        lengths = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
         numbers = np.arange(math.prod(lengths.values()))
-        if given := re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', found[2]):
+        if given := re.search(r'device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', match[2]):
             dims = [int(n) for n in given[1].split(',')]
             order = [int(n) for n in given[2].split(',')] if given[2] else list(range(len(dims)))
             numbers = numbers.reshape(dims).transpose(order)
-        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])  # an axis, or a part of one
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[3])  # an axis, or a part of one
         split, taken = [], []
         for axis, length in lengths.items():
             cut = sorted((int(before), int(size)) for name, before, size in parts if name == axis and size)
@@ -481,7 +481,7 @@ def collectives(
       times: how often each computation runs, see `runs`.
     """
     module = parse(program) if isinstance(program, str) else program
-    known, found = Weights(weights, parts), []
+    known, collected = Weights(weights, parts), []
     times = runs(module) if times is None else times
     within = callers(module)
     for name, body in module.computations.items():
@@ -509,13 +509,13 @@ def collectives(
                     carrier = 'weights'
                 else:
                     carrier = 'activations'
-                found.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name, one.name))
-    return found
+                collected.append(Collective(kind, shape, group, times[name], carrier, one.op_name, name, one.name))
+    return collected
 
 
-def totals(found: Iterable[Collective]) -> dict[tuple[str, str], int]:
+def totals(collected: Iterable[Collective]) -> dict[tuple[str, str], int]:
     """{(carrier, kind): bytes} of one run of the program."""
     sums: Counter[tuple[str, str]] = Counter()
-    for one in found:
+    for one in collected:
         sums[one.carrier, one.kind] += one.bytes
     return dict(sorted(sums.items()))

@@ -66,7 +66,7 @@ class Entries:
         self.directory, self.largest = directory, largest
         self._path = self.path = pathlib.Path(directory)  # JAX asks for the first
         self.root = os.path.dirname(directory)
-        self.hits: list[str] = []  # keys
+        self.loaded: list[str] = []  # keys
         self.failed = False
 
     def file(self, key: str) -> str:
@@ -85,7 +85,7 @@ class Entries:
             return None
         with contextlib.suppress(OSError):
             os.utime(self.file(key))  # the least recently used go first
-        self.hits.append(key)
+        self.loaded.append(key)
         return contents[DIGEST:]
 
     def put(self, key: str, value: bytes) -> None:
@@ -236,7 +236,7 @@ def seconds(name: str) -> float | None:
 
 def loaded(program: str) -> bool:
     """Whether a program of a name has been taken from the cache by this process."""
-    return _entries is not None and any(key.startswith(f'jit_{program}-') for key in _entries.hits)
+    return _entries is not None and any(key.startswith(f'jit_{program}-') for key in _entries.loaded)
 
 
 def measured(name: str, number: float) -> None:

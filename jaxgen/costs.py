@@ -1,5 +1,5 @@
 """What a compiled program costs on a chip: operations, bytes of main memory by class of instruction, bytes between
-chips, and the least time that the chip's published figures allow (the roofline).
+chips, and the least time that the chip's published specifications allow (the roofline).
 
 Counted on the text of the compiled program, instruction by instruction; bodies of loops as often as they run, of
 conditionals the branch that takes longest. Arrays that the compiler keeps on the chip cost no main memory.
@@ -87,8 +87,8 @@ class Costs(NamedTuple):
 
 def window_of(text: str, axes: int) -> dict[str, list]:
     """{field: numbers by spatial axis} of the window of a convolution: size, stride, pad, lhs_dilate, rhs_dilate."""
-    found = WINDOW.search(text)
-    fields = dict(part.split('=', 1) for part in found[1].split()) if found else {}
+    match = WINDOW.search(text)
+    fields = dict(part.split('=', 1) for part in match[1].split()) if match else {}
 
     def numbers(name: str, default: str) -> list[str]:
         return fields.get(name, 'x'.join([default] * axes)).split('x') if axes else []
@@ -101,9 +101,9 @@ def window_of(text: str, axes: int) -> dict[str, list]:
 def product(body: dict[str, Instruction], one: Instruction) -> Product | None:
     """The operations of a matrix product or a convolution; None of other instructions. Two for each pair of elements
     that meet: padding, and zeros put in by dilation, are no work."""
-    if one.opcode == 'custom-call' and KERNEL in one.text and (found := ESTIMATE.search(one.text)):
+    if one.opcode == 'custom-call' and KERNEL in one.text and (estimate := ESTIMATE.search(one.text)):
         given = [body[name].shapes[0].dtype for name in one.operands if name in body and body[name].shapes]
-        return Product(int(found[1]), 'kernel', given[0] if given else 'bf16', 1)
+        return Product(int(estimate[1]), 'kernel', given[0] if given else 'bf16', 1)
     if one.opcode not in ('dot', 'convolution') or any(name not in body for name in one.operands[:2]):
         return None
     left, right = (body[name].shapes[0] for name in one.operands[:2])
@@ -164,13 +164,13 @@ class Accounts:
 
     def products(self, name: str) -> tuple[Product, ...]:
         """Those of a fused computation, and of the fusions in it."""
-        body, found = self.program.computations.get(name, {}), []
+        body, products = self.program.computations.get(name, {}), []
         for one in body.values():
             if made := product(body, one):
-                found.append(made)
+                products.append(made)
             for called in self.called(one):
-                found += self.products_of(called)
-        return tuple(found)
+                products += self.products_of(called)
+        return tuple(products)
 
     def called(self, one: Instruction) -> list[str]:
         """The computations that a fusion, or an asynchronous start, stands for."""
@@ -348,11 +348,11 @@ def nested(inside: Iterable[Instruction]) -> bool:
 
 def parameters(body: dict[str, Instruction]) -> list[str]:
     """Names of a computation's parameters, in their order."""
-    found = {}
+    parameters = {}
     for one in body.values():
         if one.opcode == 'parameter' and (number := re.match(r'\((\d+)\)', one.text)):
-            found[int(number[1])] = one.name
-    return [found[i] for i in sorted(found)]
+            parameters[int(number[1])] = one.name
+    return [parameters[i] for i in sorted(parameters)]
 
 
 def costs(
@@ -394,12 +394,12 @@ def costs(
     if moved['kernel'] and kernels > estimated:
         flops += round(kernels - estimated)
         seconds['kernel'] = max(seconds['kernel'], kernels / chip.peak)
-    found = collectives.collectives(module, weights, parts, times=times)
+    sent_by = collectives.collectives(module, weights, parts, times=times)
     sending: dict[tuple[str, str], float] = {}
-    for sent in found:
+    for sent in sent_by:
         text = next(o.text for o in module.computations[sent.within].values() if o.name == sent.name)
         each = rate(collectives.first_group(text)) if rate else chip.link
         key = (sent.carrier, sent.kind)
         sending[key] = sending.get(key, 0.0) + sent.sent / each
     order = {name: moved[name] for name in CLASSES if seconds[name]}
-    return Costs(flops, order, {name: seconds[name] for name in order}, found, sending, cycles)
+    return Costs(flops, order, {name: seconds[name] for name in order}, sent_by, sending, cycles)

@@ -83,7 +83,7 @@ def flops(jaxpr: core.Jaxpr, within: str = '', platform: str = '') -> int:
     A scan's body counts as often as it runs (XLA's own cost analysis counts it once); a while
     loop's body, whose trips are not known, once; of a cond's branches the dearest, of a choice by platform that
     platform's. Equations whose results nobody reads are left out, as XLA leaves them out: a gradient's jaxpr holds
-    forward computations once more that only `jax.vjp` in a custom rule asked for.
+    forward computations once more that only `jax.vjp` in a custom rule needs.
 
     Args:
       within: a primitive; only what it holds counts, 'pallas_call' for kernels.

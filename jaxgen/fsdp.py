@@ -102,13 +102,13 @@ def use(
         return function(args)
 
     def whole(values) -> list:
-        found = []
+        gathered = []
         for x, mark in zip(values, marks, strict=True):
             if mark is not None:
                 for eqn in mark.after:
                     (x,) = bind(eqn, [x])
-            found.append(x)
-        return function(found)
+            gathered.append(x)
+        return function(gathered)
 
     def gathered(values, again: bool) -> list:
         # The barrier keeps the compiler from taking the first gathered array for the second.
@@ -178,9 +178,9 @@ def summed(whole: Callable, values: Sequence[Any], gradient: Any, examples: tupl
     def local(other, gradient):
         of = jax.ShapeDtypeStruct(values[i].shape, values[i].dtype)
         pull = jax.linear_transpose(lambda w: whole([other, w] if i else [w, other]), of)
-        (found,) = pull(gradient)
-        found = jax.lax.psum_scatter(found, 'fsdp', scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(found, 'data')
+        (reduced,) = pull(gradient)
+        reduced = jax.lax.psum_scatter(reduced, 'fsdp', scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(reduced, 'data')
 
     places: Any = P(*[None] * of_other, over), [P(*[None] * of_result, over)]
     return jax.shard_map(local, in_specs=places, out_specs=spec_of(axis), check_vma=False)(values[1 - i], gradient)
@@ -211,8 +211,8 @@ def debug_of(arguments: int, results: int):
 def bind(eqn, args: Sequence[Any]) -> list:
     """Results of an equation as it stands."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `summed`; the equation's own mesh is that outside
-        found = eqn.primitive.bind(*args, **eqn.params)
-        return list(found) if eqn.primitive.multiple_results else [found]
+        results = eqn.primitive.bind(*args, **eqn.params)
+        return list(results) if eqn.primitive.multiple_results else [results]
     values = {v: x for v, x in zip(eqn.invars, args, strict=True) if not isinstance(v, core.Literal)}
     alone = core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, debug_of(len(values), len(eqn.outvars)))
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
@@ -342,18 +342,18 @@ def conditional(eqn, args: list) -> list:
         return use(functools.partial(bind, eqn), args)
     index, *operands = args
     marks = [mark_of(x) for x in operands]
-    found: list[list[Mark | None]] = []
+    of_branches: list[list[Mark | None]] = []
 
     def of(branch):
         def function(*values):
             results = [settled(x) for x in evaluate(branch.jaxpr, branch.consts, marked(values, marks))]
-            found.append([mark_of(x) for x in results])
+            of_branches.append([mark_of(x) for x in results])
             return [bare(x) for x in results]
 
         return function
 
     results = jax.lax.switch(plain(index), list(map(of, eqn.params['branches'])), *map(bare, operands))
-    outer = [next((mark for mark in column if mark is not None), None) for column in zip(*found, strict=True)]
+    outer = [next((mark for mark in column if mark is not None), None) for column in zip(*of_branches, strict=True)]
     return marked(results, outer)
 
 

@@ -2,7 +2,7 @@
 
 The compiler for TPUs (the package libtpu) knows every slice by its name: it compiles a program for 4 x 4 chips on a
 machine that has none, and neither opens a TPU that this machine may have nor asks for one over the network. GPUs are
-estimated by arithmetic: the program as it is compiled for as many TPUs with enough memory, by the figures of the GPU.
+estimated by arithmetic, with their published numbers: the program as it is compiled for as many TPUs of enough memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Slice(NamedTuple):
     """Accelerators that are joined.
 
     Attributes:
-      name: v5e:4x4. chip: its figures. shape: chips along each axis; of GPUs their number.
+      name: v5e:4x4. chip: its specifications. shape: chips along each axis; of GPUs their number.
       devices: the compiler's, in order. stands_in: the slice of TPUs that GPUs are estimated by, or ''.
     """
 
@@ -215,10 +215,10 @@ def needed(error: str, arguments: int) -> tuple[float | None, float | None] | No
     arguments: bytes of them on a chip.
     """
     temporary = TEMPORARY.search(error)
-    found = temporary or ALL.search(error)
-    if not found:
+    match = temporary or ALL.search(error)
+    if not match:
         return (None, None) if 'RESOURCE_EXHAUSTED' in error else None
-    first, unit, second, other = [group for group in found.groups() if group is not None]
+    first, unit, second, other = [group for group in match.groups() if group is not None]
     used, limit = float(first) * UNITS[unit], float(second) * UNITS[other]
     return used + (arguments if temporary else 0), limit
 
@@ -450,7 +450,7 @@ def text(about: dict[str, Any]) -> str:
     hosts = f'{about["hosts"]} host{"s" * (about["hosts"] > 1)}'
     lines = [
         f'{about["topology"]}: {about["chips"]} x {about["chip"]}, {hosts}, mesh {mesh}{by}',
-        f'  figures of the chip: {about["source"]}',
+        f'  specifications of the chip: {about["source"]}',
     ]
     names = {'update': f'update of {about["batch"]}', 'sample': f'{about["sample_batch"]} samples'}
     for program, name in names.items():

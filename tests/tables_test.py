@@ -143,7 +143,7 @@ def test_the_table_of_slices():
         'advice': ['do this', 'do that'],
     }
     does_not = {'fits': False, 'flops': 1e12, 'memory': {'used': None, 'limit': 2**30}, 'advice': []}
-    rows = [{**about, 'topology': 'v5e:4x4', 'found': fits}, {**about, 'topology': 'v5e:1x1', 'found': does_not}]
+    rows = [{**about, 'topology': 'v5e:4x4', 'compiled': fits}, {**about, 'topology': 'v5e:1x1', 'compiled': does_not}]
     failed = {**about, 'topology': 'v5e:2x2', 'error': 'not compiled'}
     first, second = tables.slices({'rows': [*rows, failed]}, 'update').splitlines()[2:]
     assert first == (

@@ -79,7 +79,7 @@ def read(address: Address, data) -> Contents:
 
         return example
 
-    # Without regard to classes: who is held out is the same whether they are asked for or not.
+    # Without regard to classes: who is held out is the same with classes and without.
     return Contents(where, features, {'train': Split(len(stored), opened)}, tuple(paths), 'arrayrecord 1')
 
 

@@ -31,7 +31,7 @@ from jaxgen.sections import sides
 MOST_LINES = 5  # about damaged examples
 KEPT_TEXTS = 2**18  # examples of a set whose texts stay in memory
 FEW = 2048  # examples that are decoded sooner than processes are started
-MOST_PROCESSES = 32  # that are started without being asked for
+MOST_PROCESSES = 32  # that are started where no number is set
 LEAST_AT_ONCE, MOST_AT_ONCE = 8, 32  # images that a process is given at a time,
 MOST_BYTES = 2**25  # and bytes of them
 OTHER = 'other'  # the feature that comes from config.data.other, unpaired

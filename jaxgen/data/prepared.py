@@ -195,7 +195,7 @@ class PreparedSet:
         Raises:
           RunError: it has been cut off, or cannot be read.
         """
-        while len(out):  # some file systems give less than is asked for
+        while len(out):  # some file systems read less than the whole
             try:
                 part = os.pread(self.opened[file], len(out), offset)
             except OSError as e:

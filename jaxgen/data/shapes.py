@@ -273,11 +273,11 @@ def recognised(images: np.ndarray) -> np.ndarray:
     images: uint8 [n, H, W, 3].
     """
     shape, spectra = templates(images.shape[1:3])
-    found = []
+    shapes_seen = []
     for one in standing_out(images):
         one = one - one.mean()
-        found.append(shape[np.fft.irfft2(np.fft.rfft2(one) * spectra, one.shape).max((1, 2)).argmax()])
-    return np.array(found)
+        shapes_seen.append(shape[np.fft.irfft2(np.fft.rfft2(one) * spectra, one.shape).max((1, 2)).argmax()])
+    return np.array(shapes_seen)
 
 
 def shown(style: str, images: np.ndarray) -> dict[str, dict]:

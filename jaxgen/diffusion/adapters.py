@@ -126,14 +126,14 @@ def chosen(shapes: Mapping[str, Any], patterns: Sequence[str]) -> list[Layer]:
     def named(pattern: str) -> list[Layer]:
         return [e for e in every if any(fnmatch.fnmatchcase(w, pattern) for w in (*e.path.split('/'), e.path))]
 
-    found = {pattern: named(pattern) for pattern in patterns}
-    wrong = [pattern for pattern, some in found.items() if not some]
-    if wrong and (tuple(patterns) != ATTENTION or len(wrong) == len(found)):
+    entries = {pattern: named(pattern) for pattern in patterns}
+    wrong = [pattern for pattern, some in entries.items() if not some]
+    if wrong and (tuple(patterns) != ATTENTION or len(wrong) == len(entries)):
         names = sorted({e.path.rpartition('/')[2] for e in every})
         raise UserError(
             f'config.model.adapter.layers: no layer is named {wrong[0]!r}; their names end in {", ".join(names)[:300]}'
         )
-    paths = {e.path for some in found.values() for e in some}
+    paths = {e.path for some in entries.values() for e in some}
     return [e for e in every if e.path in paths]
 
 
@@ -272,24 +272,24 @@ def factors_of(
     Raises:
       UserError: a LoRA of another model, or a scale of none.
     """
-    found = {}
+    factors = {}
     for name, family in context.stages.items():
         theirs = adapter_of(family)
         if name != BASE and theirs.get('name') == LORA:
             check_same(model, family, name)
-            found[name] = factor_of(theirs)
-    if OWN in found:
+            factors[name] = factor_of(theirs)
+    if OWN in factors:
         raise UserError(f"config.stages.{OWN}: this is the name of a run's own LoRA: take another")
     if adapter['name'] == LORA:
-        found = {OWN: factor_of(adapter), **found}
+        factors = {OWN: factor_of(adapter), **factors}
     for name in scales:
-        if name not in found:
+        if name not in factors:
             raise UserError(
                 f'config.model.adapters.{name} needs config.stages.{name}, the run of a LoRA'
                 if name != OWN
                 else f'config.model.adapters.{OWN}: this run has no LoRA of its own'
             )
-    return {name: factor * scales.get(name, {}).get('scale', 1.0) for name, factor in found.items()}
+    return {name: factor * scales.get(name, {}).get('scale', 1.0) for name, factor in factors.items()}
 
 
 class Adapters(NamedTuple):

@@ -155,7 +155,7 @@ def bind(
             f'config.stages.{BASE} is the run of an adapter: make one run of it and its base with --mode=merge, and '
             'name that'
         )
-    staged = {name: found for name, family in context.stages.items() if (found := section_of(family))}
+    staged = {name: section for name, family in context.stages.items() if (section := section_of(family))}
     if BASE in staged:
         raise UserError(f'config.stages.{BASE} is the run of a ControlNet: name the run whose network that controls')
     if OWN in staged:

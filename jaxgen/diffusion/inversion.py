@@ -102,18 +102,18 @@ def bind(context: Context, model: Mapping[str, Any], adapter: Mapping[str, Any])
     Raises:
       UserError: a word that is none, that two runs have, or of a model that reads no captions.
     """
-    found = []
+    words = []
     if adapter['name'] == INVERSION:
-        found.append(word_of(OWN, adapter, model))
+        words.append(word_of(OWN, adapter, model))
     for name, family in context.stages.items():
         theirs = adapting.adapter_of(family)
         if name != BASE and theirs.get('name') == INVERSION:
             adapting.check_same(model, family, name)
-            found.append(word_of(name, theirs, model))
-    for i, one in enumerate(found):
-        if any(one.word.lower() == other.word.lower() for other in found[:i]):
+            words.append(word_of(name, theirs, model))
+    for i, one in enumerate(words):
+        if any(one.word.lower() == other.word.lower() for other in words[:i]):
             raise UserError(f'config.stages.{one.name}: the word {one.word!r} is that of another of these runs')
-    return Words(tuple(found), initial_rows(context, found, adapter))
+    return Words(tuple(words), initial_rows(context, words, adapter))
 
 
 def word_of(name: str, adapter: Mapping[str, Any], model: Mapping[str, Any]) -> Word:
@@ -130,14 +130,14 @@ def word_of(name: str, adapter: Mapping[str, Any], model: Mapping[str, Any]) -> 
     return Word(name, word, adapter['vectors'], encoders)
 
 
-def initial_rows(context: Context, found: list[Word], adapter: Mapping[str, Any]) -> dict[str, int]:
+def initial_rows(context: Context, words: list[Word], adapter: Mapping[str, Any]) -> dict[str, int]:
     """{encoder: number of the token of the initial word}; {} where there is none, or no tokenizer yet.
 
     Raises:
       UserError: it is several tokens.
     """
     rows = {}
-    for encoder in (one for word in found if word.name == OWN for one in word.encoders if adapter['initial']):
+    for encoder in (one for word in words if word.name == OWN for one in word.encoders if adapter['initial']):
         tokenizer = context.tokenizer(encoder) if context.tokenizer else None
         if tokenizer is None:
             continue

@@ -576,8 +576,8 @@ def pndm(
     moves = pndm_moves(t, stride, runge_kutta, skipped)
 
     def level(i: int) -> tuple[float, float]:
-        found = at(np.array([max(i, 0)]))
-        return (found.alpha[0], found.sigma[0]) if i >= 0 else ends
+        level = at(np.array([max(i, 0)]))
+        return (level.alpha[0], level.sigma[0]) if i >= 0 else ends
 
     steps = []
     for move in moves:

@@ -76,7 +76,7 @@ def leading_steps(timesteps: int, n: int) -> np.ndarray:
 def quadratic_steps(timesteps: int, n: int) -> np.ndarray:
     """n of the steps 0..T-1, denser near the data: floor(c i^2), the last near 0.8 T.
 
-    That c is the one of the code behind the paper's figures (Song et al. 2021, appendix D.2). Where
+    That c is the one of the code behind the paper's results (Song et al. 2021, appendix D.2). Where
     squares fall on one step, steps are moved up to the next free one.
     """
     steps = np.floor(np.linspace(0, np.sqrt(0.8 * timesteps), n) ** 2).astype(int)

@@ -28,7 +28,7 @@ from jaxgen.metrics.statistics import KEPT, Statistics, cached, gather, publishe
 from jaxgen.sections import sides
 
 CLIP = 'clip/'  # names of what a CLIP run gives of samples begin with it
-EDGES = 'edges'  # the condition that samples' edges are compared with, and the beginning of what is found
+EDGES = 'edges'  # the condition that samples' edges are compared with, and the prefix of those metrics' names
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 # Metrics of which larger values are better.
 LARGER: tuple[str, ...] = ('inception_score', 'precision', 'recall', 'density', 'coverage', 'authenticity', 'modes')

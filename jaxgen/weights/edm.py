@@ -74,7 +74,7 @@ def table(config: ConfigDict, shapes: Shapes) -> Table:
 
 def fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """min(32, C // 4) groups; EDM's preconditioning, or that of VE SDEs, with which the network's output is the score.
-    The filter between levels is told by its buffers, if there are any."""
+    The filter between levels is read off its buffers, if there are any."""
     adm, where = network(config) == 'adm', 'model.network.'
     prediction = config.model.training.prediction.name
     fields = {

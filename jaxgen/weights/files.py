@@ -1,5 +1,5 @@
 """Files of published weights, opened lazily: the names, shapes and dtypes at once, each tensor when it is read, from
-its place in the file, so that no more of a file is in memory than what was asked for.
+its place in the file, so that no more of a file is in memory than what is read.
 
 A file comes from a stranger and is data: safetensors hold no code, and files of torch are read by `weights_only`, which
 runs none.

@@ -132,9 +132,9 @@ def averages(weights: Weights) -> Weights:
     dots, model_ema.diffusion_modelinput_blocks00weight."""
     tensors = dict(weights.tensors)
     for name in weights:
-        root, found, path = name.partition('model.diffusion_model.')
+        root, prefixed, path = name.partition('model.diffusion_model.')
         average = f'{root}model_ema.diffusion_model{path.replace(".", "")}'
-        if found and average in weights:
+        if prefixed and average in weights:
             tensors[name] = weights[average]
     return dataclasses.replace(weights, tensors=tensors)
 

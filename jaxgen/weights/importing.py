@@ -179,17 +179,17 @@ def find_discriminator(
       UserError: it does not fit, or has no place here.
     """
     apart = open_weights(path, '--discriminator') if path else None
-    found = sources.fit_discriminator(fit.source, config, shapes, weights, apart)
-    if found:
-        check_fields(config, found, True)
+    discriminator = sources.fit_discriminator(fit.source, config, shapes, weights, apart)
+    if discriminator:
+        check_fields(config, discriminator, True)
         skip = f'{fit.source.skip}|.*num_batches_tracked'
         what = f'{path or weights.path} (the discriminator, names of {fit.source.name})'
-        mapping.check(found.entries, found.weights, skip, what)
+        mapping.check(discriminator.entries, discriminator.weights, skip, what)
     elif path:
         there = any(name.startswith('discriminator/') for name in shapes)
         why = f'{fit.source.title} has no names for one' if there else 'the networks of this config have none'
         raise UserError(f'--discriminator={path}: {why}: leave it out')
-    return found
+    return discriminator
 
 
 def import_weights(

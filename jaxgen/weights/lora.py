@@ -66,12 +66,12 @@ def tables(config) -> list[mapping.Table]:
       UserError: there is none.
     """
     own = TABLES.get(network_name(config))
-    found = [own(config, {})] if own else []
+    tables = [own(config, {})] if own else []
     fitting = [source for source in sources.SOURCES if source.fits(config)]
-    found += [source.table(config, {}) for source in fitting]
-    if not found:
+    tables += [source.table(config, {}) for source in fitting]
+    if not tables:
         raise UserError(f'no LoRA files are known for the network {network_name(config)!r}')
-    return found
+    return tables
 
 
 def places(config, table: mapping.Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -79,15 +79,15 @@ def places(config, table: mapping.Table, shapes: Mapping[str, tuple[int, ...]]) 
 
     shapes: {'denoiser/.../kernel': shape} of the base.
     """
-    found = {}
+    places = {}
     kernels = {path: shape for path, shape in shapes.items() if path.endswith('/kernel')}
     for entry in mapping.entries(table, kernels):
         layer = adapters.layer_of(entry.path.removeprefix('denoiser/').removesuffix('/kernel'), entry.shape)
         if len(entry.names) != np.prod((*layer.stack, *layer.matrices)):
             continue  # tensors that lie otherwise in ours
         for number, name in enumerate(entry.names):
-            found[ROOTS.sub('', name.removesuffix('.weight'), 1)] = Place(entry, layer, number)
-    return found
+            places[ROOTS.sub('', name.removesuffix('.weight'), 1)] = Place(entry, layer, number)
+    return places
 
 
 def pattern_of(entry: mapping.Entry) -> str:

@@ -46,7 +46,7 @@ INSIDE = {
     'text_3': ('text_encoders.t5xxl.transformer.',),
 }  # fmt: skip
 INSIDE_FLUX = {**INSIDE, 'text_2': INSIDE['text_3'], 'text_3': ()}
-FLUX_BLOCK = 'double_blocks.0.img_attn.qkv.weight'  # by which a file of FLUX is told from others
+FLUX_BLOCK = 'double_blocks.0.img_attn.qkv.weight'  # which only files of FLUX have
 STEPS = 50  # of most pipelines, see `schedulers.STEPS`
 EVEN = ('flux',)  # networks whose pipelines space the levels themselves, evenly
 SCALING_XL = 0.13025  # of SDXL's
@@ -128,22 +128,22 @@ def parts_for(config: ConfigDict, path: str, named: Set[str]) -> Parts:
 
 def in_one_file(weights: Weights) -> dict[str, Weights]:
     """{stage: its weights} of the earlier stages in a file of several models."""
-    found: dict[str, Weights] = {}
+    parts: dict[str, Weights] = {}
     flux = text_encoders.root_before(weights, FLUX_BLOCK) is not None
     for stage, prefixes in (INSIDE_FLUX if flux else INSIDE).items():
         for prefix in prefixes:
             before = (name.partition(prefix)[0] for name in weights if prefix in name)
             root = next((one for one in before if not one or one.endswith('.')), None)
-            if root is None or stage in found:
+            if root is None or stage in parts:
                 continue
             if stage == 'first':
-                found[stage] = weights
+                parts[stage] = weights
                 continue
             inside = weights.below(root + prefix)
             # config.json beside the file is of another model. By the names of transformers nothing tells OpenCLIP's.
             said = text_encoders.of_open_clip(inside) if 'clip_g' in prefix else {}
-            found[stage] = dataclasses.replace(inside, config=said)
-    return found
+            parts[stage] = dataclasses.replace(inside, config=said)
+    return parts
 
 
 def agreed(
@@ -261,9 +261,9 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping
         if made is None:
             raise UserError(f'{weights.path} holds no text encoder that is known here')
         return made
-    told = {}
+    sizes = {}
     if not said and network_name(config) in text_to_image.CLASSES:
-        told = compvis.sizes(weights)
+        sizes = compvis.sizes(weights)
     name = configs.named(config.stages[stage])
     if not name:
         raise UserError(
@@ -272,7 +272,7 @@ def stage_config(config: ConfigDict, stage: str, weights: Weights, said: Mapping
         )
     own = configs.load(name).to_dict()
     sections = {**own, 'data': config.data.to_dict(), 'mesh': config.mesh.to_dict()}
-    _, model = fields_of(said, sides(config.data.size)[0]) if said else (None, told)
+    _, model = fields_of(said, sides(config.data.size)[0]) if said else (None, sizes)
     return configs.complete(configs.update_sections(sections, {'model': model}))
 
 

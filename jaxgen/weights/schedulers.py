@@ -224,7 +224,7 @@ def problems(kind: str, said: Said) -> dict[str, Any]:
     flow, ramps = is_flow(said), [key for key in RAMPS if said.get(key)]
     spacing, variance = said.get('timestep_spacing', 'linspace'), said.get('variance_type')
     sigma_min = said.get('final_sigmas_type') == 'sigma_min'
-    found = {
+    refused = {
         'thresholding': said.get('thresholding'),
         'clip_sample_range': said.get('clip_sample') and said.get('clip_sample_range') != 1,
         'timestep_spacing': spacing not in SPACINGS,
@@ -239,36 +239,36 @@ def problems(kind: str, said: Said) -> dict[str, Any]:
         'solver_p': said.get('solver_p'),
     }
     corrector, clipped = said.get('disable_corrector', ()), said.get('lambda_min_clipped', -math.inf)
-    found['disable_corrector'] = not isinstance(corrector, list | tuple) or not all(
+    refused['disable_corrector'] = not isinstance(corrector, list | tuple) or not all(
         isinstance(one, int) and 0 <= one < 2**31 for one in corrector
     )
-    found['lambda_min_clipped'] = not isinstance(clipped, int | float) or (not flow and clips(said))
+    refused['lambda_min_clipped'] = not isinstance(clipped, int | float) or (not flow and clips(said))
     for key in ('base_shift', 'max_shift'):
-        found[key] = said.get('use_dynamic_shifting') and said.get(key) is None
+        refused[key] = said.get('use_dynamic_shifting') and said.get(key) is None
     if len(ramps) + bool(said.get('use_lu_lambdas')) > 1:
-        found[ramps[-1]] = True
+        refused[ramps[-1]] = True
     if kind == 'DDPMScheduler':
         # At the end of 'trailing' levels it adds the noise of a whole step, but for small variances.
-        found['variance_type'] = variance not in (*VARIANCES, 'learned_range') or (
+        refused['variance_type'] = variance not in (*VARIANCES, 'learned_range') or (
             spacing == 'trailing' and VARIANCES.get(variance) != 'fixed_small'
         )
     if kind == 'PNDMScheduler':
-        found['prediction_type'] = said['prediction_type'] not in ('epsilon', 'v_prediction')
+        refused['prediction_type'] = said['prediction_type'] not in ('epsilon', 'v_prediction')
     if kind in MULTISTEP:
         order, algorithm = said['solver_order'], said.get('algorithm_type', '')
         sde = algorithm.startswith('sde')
-        found['solver_order'] = not 1 <= order <= (9 if kind.startswith('UniPC') else 2 if sde else 3)
+        refused['solver_order'] = not 1 <= order <= (9 if kind.startswith('UniPC') else 2 if sde else 3)
         if kind.startswith('DPM'):
-            found['algorithm_type'] = algorithm not in ALGORITHMS or (sde and kind == 'DPMSolverSinglestepScheduler')
+            refused['algorithm_type'] = algorithm not in ALGORITHMS or (sde and kind == 'DPMSolverSinglestepScheduler')
         # Times of flows are rounded by the thousandth.
-        found['num_train_timesteps'] = flow and said['num_train_timesteps'] != 1000
-        found['use_flow_sigmas'] = flow and (kind.startswith('DEIS') or ramps or said.get('use_lu_lambdas'))
+        refused['num_train_timesteps'] = flow and said['num_train_timesteps'] != 1000
+        refused['use_flow_sigmas'] = flow and (kind.startswith('DEIS') or ramps or said.get('use_lu_lambdas'))
         if kind.startswith('UniPC'):
-            found['lower_order_final'] = not said['lower_order_final']
-            found['sigma_min'] = sigma_min and ramps and said['sigma_min'] is not None
+            refused['lower_order_final'] = not said['lower_order_final']
+            refused['sigma_min'] = sigma_min and ramps and said['sigma_min'] is not None
         if flow:
-            found['final_sigmas_type'] = sigma_min
-    return found
+            refused['final_sigmas_type'] = sigma_min
+    return refused
 
 
 def clips(said: Said) -> bool:

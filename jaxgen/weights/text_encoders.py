@@ -252,7 +252,7 @@ def tower_said(weights: Weights | None, tower: str) -> dict[str, Any]:
     return {'hidden_act': 'quick_gelu', **checked(weights.config, kind)}
 
 
-# Names of a tower's tensors by which its sizes are told, {what: (name, axis)}, and the pattern of its blocks.
+# Names of a tower's tensors whose shapes give its sizes, {what: (name, axis)}, and the pattern of its blocks.
 NAMES = {
     'transformers': {
         'text': {
@@ -363,20 +363,20 @@ def clip_fields(source: str):
             return {}
         if config.family == 'encoder':
             tower = tower_of(config)
-            found = as_fields(section(weights, source, tower), config.model.network, 'model.network')
+            fields = as_fields(section(weights, source, tower), config.model.network, 'model.network')
         else:
-            found = {}
+            fields = {}
             for tower in TOWERS:
                 own = section(weights, source, tower)
-                found |= as_fields(own, config.model[tower], f'model.{tower}')
+                fields |= as_fields(own, config.model[tower], f'model.{tower}')
                 shared = {f'model.{name}': own[name] for name in ('features', 'activation') if name in own}
-                if any(found.get(name, value) != value for name, value in shared.items()):
+                if any(fields.get(name, value) != value for name, value in shared.items()):
                     raise UserError(
                         'the towers of the weights have different activations or embeddings: here they share them'
                     )
-                found |= shared
+                fields |= shared
         name = normalisation(weights)
-        return found | ({'model.normalisation': name} if name and tower_of(config) != 'text' else {})
+        return fields | ({'model.normalisation': name} if name and tower_of(config) != 'text' else {})
 
     return fields
 

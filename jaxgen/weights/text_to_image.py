@@ -694,8 +694,8 @@ def context_of(weights: Weights) -> int:
 def compvis_fields(config: ConfigDict, weights: Weights | None) -> dict[str, Any]:
     """What the tensors tell; the heads are the config's."""
     own = compvis_section(weights) if weights is not None else {}
-    told = {key: value for key, value in own.items() if key not in ('heads', 'head_channels')}
-    return {f'model.network.{key}': value for key, value in told.items()}
+    sizes = {key: value for key, value in own.items() if key not in ('heads', 'head_channels')}
+    return {f'model.network.{key}': value for key, value in sizes.items()}
 
 
 def compvis_remarks(config: ConfigDict, weights: Weights) -> list[str]:
@@ -712,7 +712,7 @@ def stability_section(weights: Weights) -> dict[str, Any]:
     table = weights.get('pos_embed')
     largest = math.isqrt(table.shape[1]) if table is not None and len(table.shape) == 3 else 0
     channels = of_shape(weights, 'x_embedder.proj.weight', 0)
-    told = {
+    sizes = {
         'channels': channels,
         'heads': channels // 64,
         'blocks': len(numbers(weights, r'joint_blocks\.(\d+)\.')),
@@ -720,7 +720,7 @@ def stability_section(weights: Weights) -> dict[str, Any]:
         'largest': largest,
         'unit': largest / 64,
     }
-    return known(told) | {
+    return known(sizes) | {
         'name': 'mmdit',
         'dual': len(numbers(weights, r'joint_blocks\.(\d+)\.x_block\.attn2\.')),
         'qk_norm': 'joint_blocks.0.x_block.attn.ln_q.weight' in weights,
@@ -730,13 +730,13 @@ def stability_section(weights: Weights) -> dict[str, Any]:
 def bfl_section(weights: Weights) -> dict[str, Any]:
     """The network of a FLUX by its tensors: heads are 128 wide."""
     channels = of_shape(weights, 'img_in.weight', 0)
-    told = {
+    sizes = {
         'channels': channels,
         'heads': channels // 128,
         'blocks': len(numbers(weights, r'double_blocks\.(\d+)\.')),
         'single_blocks': len(numbers(weights, r'single_blocks\.(\d+)\.')),
     }
-    return known(told) | {'name': 'flux', 'distilled': 'guidance_in.in_layer.weight' in weights}
+    return known(sizes) | {'name': 'flux', 'distilled': 'guidance_in.in_layer.weight' in weights}
 
 
 def by_tensors(section: Callable[[Weights], dict[str, Any]]) -> Callable[[ConfigDict, Weights | None], dict[str, Any]]:

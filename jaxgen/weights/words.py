@@ -116,8 +116,8 @@ def import_word(config: ConfigDict, path: str, workdir: str, licence: str = '') 
     frozen = assembly.assemble(base, stage=assembly.abstract_stage, spec=spec).frozen
     names = names_of(base)
     widths = {encoder: inversion.table_of(frozen[encoder][0]).shape[1] for encoder in names}
-    found = placed(weights.path, rows, names, widths)
-    made = {name: np.atleast_2d(mapping.finite(word, x.read()).astype(np.float32)) for name, x in found.items()}
+    placed_rows = placed(weights.path, rows, names, widths)
+    made = {name: np.atleast_2d(mapping.finite(word, x.read()).astype(np.float32)) for name, x in placed_rows.items()}
     vectors = len(next(iter(made.values())))
     encoders = () if set(made) == set(names) else tuple(sorted(made))
     adapter = {'name': INVERSION, 'word': word, 'vectors': vectors, 'initial': '', 'encoders': encoders}
