@@ -22,6 +22,7 @@ from jaxgen.config import make
 
 
 def get_config(variant: str = ''):
+    tuned = dict(optim=dict(lr=7e-4, warmup=50), train=dict(initial='runs/ldm_text_shapes', steps=2000))
     return make(
         variant,
         family='diffusion',
@@ -49,6 +50,16 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=5, log_every=50, save_every=500, sample_every=1500),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
+            'inpainting': dict(model=dict(conditioning=dict(inpainting={})), **tuned),
+            'variations': dict(
+                stages=dict(clip='runs/clip_shapes'),
+                model=dict(
+                    conditioning=dict(
+                        caption=dict(dropout=0.5), image=dict(kind='image_embedding', scale=8.0, dropout=0.1)
+                    )
+                ),
+                **tuned,
+            ),
             'tiny': dict(
                 model=dict(
                     network=dict(channels=8, multipliers=(1,), depths=(1,), heads=2),
@@ -56,6 +67,7 @@ def get_config(variant: str = ''):
                     likelihood=dict(steps=3),
                 ),
                 optim=dict(warmup=2),
+                train=dict(initial=''),
             ),
         },
     )

@@ -214,8 +214,10 @@ def evaluate_mode(run, seed: int) -> None:
     about = record.made(run, split=config.held_out, seed=run.config.seed)
     if config.examples:
         about['examples'] = config.examples
-    metrics = run.evaluate() | run.modes(config.samples, seed)
-    if evaluator is not None or clip is not None:
+    metrics = run.evaluate()
+    if evaluator is None and clip is None:
+        metrics |= run.modes(config.samples, seed)
+    else:
         metrics |= run.compare(evaluator, config.samples, seed, clip)
         about |= {'samples': {'n': config.samples, 'seed': seed}, **runs.about_networks(evaluator, clip)}
     record.save(run.workdir, about, metrics)

@@ -478,8 +478,9 @@ class Run:
     def compare(
         self, evaluator: samples.Evaluator | None, n: int, seed: int = 0, clip: samples.Evaluator | None = None
     ) -> dict[str, dict]:
-        """Metrics of n samples against a data set, see samples.compare. Where samples are conditioned on attributes
-        that the evaluator's network predicts, also the conditional accuracy, see conditional.Attributes.
+        """Metrics of n samples against a data set, see samples.compare, and `modes` of the same samples. Where samples
+        are conditioned on attributes that the evaluator's network predicts, also the conditional accuracy, see
+        conditional.Attributes.
 
         Args:
           clip: of a CLIP run: of samples and their captions, see samples.Measures.of_clip. None: the evaluator, where
@@ -494,7 +495,8 @@ class Run:
         provide = conditions.provider(a, self.config, {})
         if clip is None and evaluator is not None and evaluator.features.texts:
             clip = evaluator
-        measures = samples.Measures(evaluator, clip=clip, captions=self.captions())
+        own = data.sample_metrics(self.config.data)
+        measures = samples.Measures(evaluator, clip=clip, captions=self.captions(), own=own)
         if evaluator is not None:
             attributes = conditional.requested(a.family, c['data'], evaluator.features, evaluator.mesh)
             measures = dataclasses.replace(measures, attributes=attributes)

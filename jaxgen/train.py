@@ -151,6 +151,18 @@ def all_finite(state) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
+def reads_more(here: tuple[int, ...], there: tuple[int, ...]) -> bool:
+    """Whether a kernel [h, w, channels, features] of this shape is that of a convolution with more input channels."""
+    return len(here) == len(there) == 4 and here[2] > there[2] and (*here[:2], here[3]) == (*there[:2], there[3])
+
+
+def widened(here: jax.Array, there: jax.Array) -> jax.Array:
+    """A kernel with zeros for the input channels that `here` has more; see `reads_more`."""
+    if here.shape == there.shape:
+        return there
+    return jnp.pad(there, ((0, 0), (0, 0), (0, here.shape[2] - there.shape[2]), (0, 0)))
+
+
 class Training:
     """One process's training of one run: the mutable things of the loop, and what is done with them."""
 
@@ -222,7 +234,7 @@ class Training:
             began = time.monotonic()
             self.state, self.meter = self.fresh(), log.Meter()
             if config.train.initial:
-                self.state = self.started_from(self.state, self.initial())
+                self.state = self.started_from(self.state, self.initial(self.state))
             self.seconds = time.monotonic() - began
         self.checkpoints.kept.best = self.best.step
         if self.first:
@@ -333,27 +345,36 @@ class Training:
         start as in any run."""
         return self.started_from(self.fresh(), published)
 
-    def initial(self) -> State:
-        """The weights of `config.train.initial`, as published ones.
+    def initial(self, state: State) -> State:
+        """The weights of `config.train.initial`, as published ones. A convolution that reads more channels than there,
+        those of a mask beside x, begins with zeros for the further ones.
+
+        Args:
+          state: before the first update, of random weights.
 
         Raises:
           UserError: they are of another model.
         """
         path = self.config.train.initial
-        there, state = restored_alone(path, self.config.stages.to_dict(), self.a.mesh)
+        there, saved = restored_alone(path, self.config.stages.to_dict(), self.a.mesh)
         if there.config.family != self.config.family:
             raise UserError(f'config.train.initial = {path} is a {there.config.family}, not a {self.config.family}')
-        ema = {name: state.ema.get(name.partition('@')[0]) for name in self.a.abstract.ema}
+        ema = {name: saved.ema.get(name.partition('@')[0]) for name in self.a.abstract.ema}
         here, have = (
             {jax.tree_util.keystr(keys): x.shape for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (self.a.abstract.ema, ema)
         )
+        wider = {name for name in here.keys() & have.keys() if reads_more(here[name], have[name])}
         for name in sorted(here.keys() | have.keys()):
-            if here.get(name) != have.get(name):
+            if here.get(name) != have.get(name) and name not in wider:
                 raise UserError(
                     f'config.train.initial = {path} has other weights: {name} is {have.get(name)} there and '
                     f'{here.get(name)} here: --config={path}:full takes the model from it'
                 )
+        for name in sorted(wider) if self.first else ():
+            log.say(f'{name} reads {here[name][-2]} channels, and {have[name][-2]} in {path}: the others begin at 0')
+        if wider:
+            ema = jax.tree.map(widened, state.ema, ema)
         return state.replace(params={}, ema=ema, extra=None)
 
     def started_from(self, state: State, published: State) -> State:

@@ -252,6 +252,7 @@ def image_embedding(
     *,
     encoder: str = 'clip',
     part: Annotated[str, OneOf('tokens', 'pooled')] = 'tokens',
+    scale: Annotated[float, '(0, inf)'] = 1.0,
     dropout: Rate = 0.0,
 ) -> Condition:
     """What a frozen stage encodes of an image, such as CLIP's embedding, of length 1: training is on the embedding of
@@ -260,6 +261,7 @@ def image_embedding(
     Args:
       encoder: stage that encodes images of its own size, to which these are brought.
       part: it is one of the 'tokens', or joins the 'pooled' vectors.
+      scale: that it is multiplied with; the square root of its width brings its entries to the size of those of tokens.
       dropout: probability that it is left out in training, zeros in its place.
     """
     stage, where = context.stages.get(encoder), f'config.model.conditioning.{name}'
@@ -275,6 +277,7 @@ def image_embedding(
         return batch[key] if key in batch else prepare(frozen, batch)[key]
 
     def embed(value: Array, x: Array) -> Array:
+        value = value if scale == 1 else scale * value
         return value[:, None] if part == 'tokens' else value
 
     to = part if part == 'tokens' or 'pooled' in network.takes else 'vector'

@@ -16,7 +16,7 @@ from jaxgen import files, sharding
 
 FOLDER = 'evaluation'  # in a run's directory
 NAMES = 'names'  # entry of a piece's file: the names of the others
-FORMAT = 3  # of what a piece holds; pieces of another one are not read
+FORMAT = 4  # of what a piece holds; pieces of another one are not read
 
 
 def path(workdir: str, decides) -> str:

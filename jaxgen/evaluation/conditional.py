@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxgen import data, sharding
 from jaxgen.data.loader import OTHER
+from jaxgen.data.splits import OWN
 from jaxgen.errors import UserError
 from jaxgen.metrics import features as networks
 
@@ -68,8 +69,10 @@ def requested(family, section: dict, features: networks.Features, mesh) -> Attri
     if OTHER in conditions and not data.same_test_scenes(section):
         return None
     section = section | {'features': ('image', *names), 'other': ''}
+    elsewhere = section['test_source']  # it decides what captions state
+    own = not elsewhere or elsewhere.startswith(OWN)
     try:
-        spec = data.spec(section)
+        spec = data.spec(section if own else section | {'source': elsewhere, 'test_source': ''})
     except UserError:  # the data have no such features
         return None
     captioned = spec.captioned if 'caption' in conditions and 'factors' in names else None

@@ -21,14 +21,21 @@ from jaxgen.errors import UserError
 from jaxgen.evaluation import cache, conditional
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.evaluation.held_out import mean, r_precision
-from jaxgen.metrics import edges, neighbours, retrieval, scores
+from jaxgen.metrics import edges, masks, neighbours, retrieval, scores
 from jaxgen.metrics import features as networks
 from jaxgen.metrics.moments import frechet
 from jaxgen.metrics.statistics import KEPT, Statistics, cached, gather, published
 from jaxgen.sections import sides
 
 CLIP = 'clip/'  # names of what a CLIP run gives of samples begin with it
-EDGES = 'edges'  # the condition that samples' edges are compared with, and the prefix of those metrics' names
+# What samples are compared with the image of a condition by, {condition: function of both}; its name is the prefix of
+# those metrics' names.
+REQUESTED: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]] = {
+    'edges': edges.match,
+    'mask': masks.match,
+}
+BY_REQUEST = tuple(f'{name}_' for name in REQUESTED)
+OWN = 'own/'  # name of the samples themselves, where the data have metrics of their own
 KID_SUBSET = 1000  # images of one of KID's subsets (Binkowski et al. 2018)
 # Metrics of which larger values are better.
 LARGER: tuple[str, ...] = ('inception_score', 'precision', 'recall', 'density', 'coverage', 'authenticity', 'modes')
@@ -227,6 +234,14 @@ class Evaluator:
 
 
 Conditions = dict[str, np.ndarray]  # of samples, by name; see conditions.provider
+APART = (conditional.PREFIX, CLIP, OWN, *BY_REQUEST)  # names of what is no output of the evaluator's network
+WITH_HOLES = ('image', 'masked')  # conditions beside which a mask says what is missing of an image
+
+
+def requested(conditions: Conditions, shape: tuple[int, ...]) -> list[str]:
+    """The conditions, images of one channel, that samples [*shape] are compared with, of REQUESTED."""
+    names = [name for name in REQUESTED if name in conditions and conditions[name].shape[1:] == (*shape[1:3], 1)]
+    return [name for name in names if name != 'mask' or not set(WITH_HOLES) & set(conditions)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,19 +252,23 @@ class Measures:
     attributes: conditional.Attributes | None = None  # that they are requested to show, by the evaluator's network
     clip: Evaluator | None = None  # of a CLIP run
     captions: Callable[[Conditions], list[str]] | None = None  # that they are drawn for
+    own: Callable[[np.ndarray], dict[str, dict]] | None = None  # the data's own metrics, see data.sample_metrics
 
     def outputs(self, images: np.ndarray, conditions: Conditions, n: int) -> dict[str, np.ndarray]:
         """Of samples uint8 [b, H, W, C], some of a set of n: outputs of the evaluator's network, and beside them, in
         entries that begin with 'conditional_accuracy', whether each shows the attributes that it is conditioned on;
-        'clip/image', 'clip/text' and 'clip/tokens' are of the CLIP run, 'edges_f1', ... of the requested
-        edges."""
+        'clip/image', 'clip/text' and 'clip/tokens' are of the CLIP run, 'edges_f1', ... and 'mask_iou' of
+        the requested edges and masks, 'own/images' the samples for the data's own metrics."""
         out: dict[str, np.ndarray] = {}
         if self.evaluator:
             out |= self.evaluator.extract(images, n)
         if self.evaluator and self.attributes:
             out |= self.attributes.correct(images, conditions, self.evaluator.batch(n))
-        if EDGES in conditions and conditions[EDGES].shape[1:] == (*images.shape[1:3], 1):
-            out |= {f'{EDGES}_{name}': x for name, x in edges.match(images, conditions[EDGES]).items()}
+        for name in requested(conditions, images.shape):
+            found = REQUESTED[name](images, conditions[name])
+            out |= {f'{name}_{metric}': x for metric, x in found.items()}
+        if self.own:
+            out[f'{OWN}images'] = images
         if self.clip:
             same = self.clip is self.evaluator
             out[f'{CLIP}image'] = out['features'] if same else self.clip.extract(images, n)['features']
@@ -265,7 +284,7 @@ class Measures:
 
         def rest() -> Iterator[dict[str, np.ndarray]]:
             for piece in pieces:
-                for name in [name for name in piece if name.startswith((conditional.PREFIX, CLIP, f'{EDGES}_'))]:
+                for name in [name for name in piece if name.startswith(APART)]:
                     apart.setdefault(name, []).append(piece.pop(name))
                 yield piece
 
@@ -281,8 +300,10 @@ class Measures:
         for name, correct in each.items():
             if self.evaluator and name.startswith(conditional.PREFIX):
                 metrics[f'{name}/{self.evaluator.features.name}'] = mean(correct.astype(np.float64))
-            elif name.startswith(f'{EDGES}_'):
+            elif name.startswith(BY_REQUEST):
                 metrics[name] = mean(correct.astype(np.float64))
+        if self.own:
+            metrics |= self.own(each.pop(f'{OWN}images'))
         return metrics | self.of_clip({name.removeprefix(CLIP): x for name, x in each.items() if name.startswith(CLIP)})
 
     def compare_images(self, images, title: str) -> dict[str, dict]:

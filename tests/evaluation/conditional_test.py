@@ -99,6 +99,9 @@ def test_attributes_are_requested_where_they_are_known(monkeypatch):
     assert requested(of_label, section) is None, 'a class does not determine the factors'
     assert requested(a.family, {**section, 'source': 'digits', 'size': 8, 'channels': 1}) is None, 'it has none'
     assert requested(a.family, section) is not None
+    new = {**section, 'source': 'shapes:hourglass'}  # of whose shape there is no factor
+    assert [requested(a.family, x).captioned for x in (section, new)] == [(0, 1, 2, 6), (1, 2, 6)]
+    assert requested(a.family, {**new, 'test_source': 'shapes'}).captioned == (0, 1, 2, 6)
     spec = data.spec({**section, 'features': ('image', 'factors')})
     monkeypatch.setattr(data, 'spec', lambda section: spec._replace(captioned=()))
     assert requested(a.family, section) is None, 'which factors its captions state is unknown'

@@ -71,3 +71,20 @@ def test_authenticity_only_where_all_training_images_are_kept(monkeypatch, capfd
     assert 'authenticity/net' not in compared and '40 of the 60' in capfd.readouterr().err
     assert compared['coverage/net']['n_reference'] == compared['kid/net']['n_reference'] == 40
     assert compared['frechet/net']['n_reference'] == 60
+
+
+def test_samples_are_compared_with_what_was_requested():
+    """Masks are of objects unless they say what is missing of an image; the data's own metrics are of all samples."""
+    images = np.full((3, 12, 12, 3), 30, np.uint8)
+    mask = np.zeros((3, 12, 12, 1), np.uint8)
+    mask[:, 3:9, 3:9] = 255
+    images[:, 3:9, 3:9] = 220
+    images[2, 3:9, 3:6] = 30  # half of what was requested
+    measures = samples.Measures(own=lambda images: {'mean': {'value': float(images.mean()), 'n': len(images)}})
+    pieces = [measures.outputs(images[i:j], {'mask': mask[i:j], 'edges': mask[i:j]}, 3) for i, j in ((0, 2), (2, 3))]
+    found = measures.compare(iter(pieces), 3)
+    assert found['mask_iou']['value'] == pytest.approx((1 + 1 + 0.5) / 3) and found['mask_iou']['n'] == 3
+    assert found['mean'] == {'value': images.mean(), 'n': 3}
+    assert {'edges_f1', 'edges_precision', 'edges_recall'} < set(found)
+    assert samples.requested({'mask': mask, 'image': images}, images.shape) == []
+    assert samples.requested({'mask': mask[:, :6], 'caption': mask}, images.shape) == []
