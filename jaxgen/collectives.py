@@ -139,6 +139,23 @@ def instruction(line: str) -> Instruction | None:
     return Instruction(name, opcode, shapes_of(type_), tuple(operands), rest[opening:], root)
 
 
+def joined(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of a compiled program, each instruction in one: kernels' descriptions hold line breaks, after which a line
+    begins without a space, perhaps with a brace."""
+    whole = ''
+    for line in lines:
+        if whole and line and not line[0].isspace() and line.rstrip() != '}':
+            whole += line
+            continue
+        if whole:
+            yield whole
+        whole = line if line[:1].isspace() and ' = ' in line else ''
+        if not whole:
+            yield line
+    if whole:
+        yield whole
+
+
 def parse(text: str) -> Program:
     """The computations of a compiled program.
 
@@ -147,7 +164,7 @@ def parse(text: str) -> Program:
     """
     entry, computations = '', dict[str, dict[str, Instruction]]()
     body: dict[str, Instruction] | None = None
-    for line in text.splitlines():
+    for line in joined(text.splitlines()):
         if not line.startswith((' ', '\t')) and line.endswith('{') and '->' in line:
             is_entry = line.startswith('ENTRY ')
             match = NAME.match(line.removeprefix('ENTRY ').strip())

@@ -210,6 +210,19 @@ _xla_megascale_target="{1:3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
     assert found.sent == 2 * found.bytes * 2 // 3
 
 
+def test_a_kernels_description_of_several_lines_ends_no_computation():
+    kernel = """%k = f32[8,48]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"a":"{
+"b": "x = y(",
+}", "c": {
+}}, metadata={op_name="jit(f)/kernel"}
+"""
+    text = f'ENTRY %main (p: f32[8,48]) -> f32[8,48] {{\n  %p = f32[8,48]{{1,0}} parameter(0)\n  {kernel}'
+    text += '  ROOT %sum = f32[8,48]{1,0} all-reduce(%k), replica_groups={{0,1}}, to_apply=%add\n}\n'
+    body = c.parse(text).computations['main']
+    assert list(body) == ['p', 'k', 'sum'] and body['k'].op_name == 'jit(f)/kernel' and body['sum'].root
+    assert [one.kind for one in c.collectives(text)] == ['all-reduce']
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match='no entry'):
         c.parse('HloModule nothing')
