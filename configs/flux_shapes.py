@@ -49,6 +49,27 @@ def get_config(variant: str = ''):
         train=dict(steps=4000, updates_per_call=5, log_every=50, save_every=500, sample_every=2000),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
+            'distilled': dict(
+                stages=dict(teacher='runs/flux_shapes'),
+                model=dict(
+                    network=dict(distilled=True),
+                    guidance=dict(scale=1.0, distilled=2.0),
+                    distillation=dict(name='guidance', scales=(1.0, 4.0)),
+                ),
+                optim=dict(lr=5e-4),
+                train=dict(steps=1200),
+            ),
+            'few': dict(
+                stages=dict(teacher='runs/flux_shapes_distilled'),
+                model=dict(
+                    network=dict(distilled=True),
+                    sampler=dict(steps=4),
+                    guidance=dict(scale=1.0, distilled=2.0),
+                    distillation=dict(name='progressive', steps=4, teacher_steps=4, scales=(1.0, 4.0)),
+                ),
+                optim=dict(lr=5e-4),
+                train=dict(steps=2000),
+            ),
             'tiny': dict(
                 model=dict(
                     network=dict(channels=16, blocks=1, single_blocks=2, heads=2, axes=(2, 2, 4)),

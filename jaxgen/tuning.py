@@ -1,7 +1,8 @@
 """Configs of fine-tuning, derived from the run that is tuned: --config=RUN:lora.
 
 What a family makes of its runs stands in its module's table TUNING, {variant: (sections of the config, RUN) -> sections
-that are put over them}. The model, sizes and stages are the run's; the data are the person's to name.
+that are put over them}. The model, sizes and stages are the run's; the data are the person's to name, but for the
+variants in its TUNED_ON_ITS_OWN.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def derived(run: str, variant: str, same_data: bool = False) -> ConfigDict:
         raise UnknownVariant(variant, list(table))
     sections = saved.to_dict()
     data = {name: sections['data'][name] for name in KEPT} | {'source': UNNAMED}
+    same_data = same_data or variant in getattr(configs.module(saved.family), 'TUNED_ON_ITS_OWN', ())
     if same_data and origin.is_own(run, saved):
         data = sections['data']
     usual = {name: DEFAULTS[name] for name in ('optim', 'train', 'sample', 'evaluate', 'mesh')}

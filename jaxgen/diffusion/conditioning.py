@@ -19,6 +19,8 @@ A kind says what the array is embedded as, and what stands for its absence:
     inpainting 'image' and 'mask'        'planes' [n, H, W, 1 + C]            all is missing
     image_     what a frozen stage       'tokens' [n, 1, D] or                zeros
     embedding  encodes of the image      'pooled' [n, d]
+    guidance_  float32 [n]               'vector' [n, D], cosines and         themselves
+    scale                                sines by two layers
 
 A vector is added to the network's embedding of time; tokens join its attention; planes are concatenated to x_t; pooled
 vectors are joined, and the network embeds them. So a class label, an image embedding, a caption, a low-resolution,
@@ -43,13 +45,14 @@ from jaxgen.contract import NEGATIVE, Context, Frozen
 from jaxgen.diffusion.processes import expanded
 from jaxgen.errors import UserError
 from jaxgen.networks.clip import TextOutput
-from jaxgen.networks.conditions import TextMaps
+from jaxgen.networks.conditions import ScaleEmbedding, TextMaps
 from jaxgen.networks.latent_unet import embedded_numbers
 from jaxgen.networks.layers import Dense, Embed
 from jaxgen.options import Component, Named, OneOf, Rate, Rule, own_fields
 from jaxgen.randomness import stream
 
 Array = jax.Array
+DISTILLED = 'distilled_guidance'  # in a batch, [n]: the scale of guidance that a distilled network reads
 Values = dict[str, Any]  # {condition: array of the batch, or a tree of arrays that frozen stages make of it}
 Embeddings = dict[
     str, Any
@@ -203,6 +206,13 @@ def numbers(
         return embedded_numbers(value, features)
 
     return Condition(name, 'pooled', None, embed, null, dropout, usual, optional=True)
+
+
+def guidance_scale(name: str, context: Context, network: Any) -> Condition:
+    """The scale of guidance [n] that a distilled network reads (Meng et al. 2022, arXiv 2210.03142): in training drawn,
+    see diffusion/distillation.py, or 1; in sampling `guidance.distilled`."""
+    module = ScaleEmbedding(network.vector_features, dtype=context.dtype)
+    return Condition(name, 'vector', module, same, same_value, 0.0, jnp.ones, optional=True)
 
 
 def inpainting(
@@ -439,6 +449,7 @@ KINDS = {
     'numbers': numbers,
     'inpainting': inpainting,
     'image_embedding': image_embedding,
+    'guidance_scale': guidance_scale,
 }
 # What an array of each kind is embedded as; for texts see `parts_of`.
 PARTS = {
@@ -449,6 +460,7 @@ PARTS = {
     'mask': 'planes',
     'numbers': 'pooled',
     'inpainting': 'planes',
+    'guidance_scale': 'vector',
 }
 USUAL = {
     'label': 'class',
@@ -459,6 +471,7 @@ USUAL = {
     'caption': 'text',
     'sizes': 'numbers',
     'inpainting': 'inpainting',
+    DISTILLED: 'guidance_scale',
 }
 NAMED = Named(Component(KINDS, key='kind'), USUAL)
 
@@ -476,7 +489,7 @@ def make(section: dict[str, dict], context: Context, network: Any) -> Conditioni
     for name, own in section.items():
         kind = own['kind']
         for part in parts_of(own, network):
-            if part not in network.takes or (kind == 'embedding' and not network.vector_features):
+            if part not in network.takes or (kind in ('embedding', 'guidance_scale') and not network.vector_features):
                 raise UserError(
                     f'config.model.conditioning.{name} of kind {kind!r} is embedded as {part}, and the network '
                     f'{type(network).__name__} reads {", ".join(network.takes) or "no conditions"}'
@@ -558,6 +571,7 @@ ARRAYS = {
     'image': (False, 3, 9),
     'mask': (False, 3, 9),
     'numbers': (False, 2, 2),
+    'guidance_scale': (False, 1, 1),
 }
 
 

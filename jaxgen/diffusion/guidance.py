@@ -156,7 +156,7 @@ def guided(
         sets.append(conditions.without(conditioning, values, *(other for other in droppable if other != name)))
     sets.append(conditions.without(conditioning, values, *droppable))
     stacked = jax.tree.map(together, *sets)
-    output, rest = apply(together(*[x] * len(sets)), together(*[t] * len(sets)), stacked)
+    output, rest = apply(together(*[x] * len(sets)), jax.tree.map(together, *[t] * len(sets)), stacked)
     c, *singles, u = apart(output, len(sets))
     if singles:
         result = u + sum(s * (one - u) for s, one in zip(guidance.scales, singles, strict=True))

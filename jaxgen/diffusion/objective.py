@@ -189,7 +189,7 @@ def errors(
 
     Args:
       x_0, eps: [n, ...], data and noise.
-      t: [n].
+      t: [n], or a level.
     """
     f = formulation
     alpha, sigma = coefficients(f.process, t, x_0)
@@ -203,7 +203,7 @@ def errors(
     # The hybrid loss teaches the variance by the bound, and the bound's mean is held still.
     mean = output if f.weighting == 'bound' else jax.lax.stop_gradient(output)
     estimate = parameterisations.to_x_0(f.prediction, mean, x_t, alpha, sigma, f.data_std)
-    terms = f.process.steps * bound_term(f.table, x_0, estimate, t, fraction)  # [n]
+    terms = f.process.steps * bound_term(f.table, x_0, estimate, processes.time_of(t), fraction)  # [n]
     total = terms if f.weighting == 'bound' else simple + f.bound_weight * terms
     return total, {'simple': simple.mean(), 'bound': terms.mean()}
 

@@ -37,6 +37,9 @@ Samples that begin with a person's image, or fill the hole of one: see diffusion
 
 With `config.stages.refiner` another network goes on from some noise level, see diffusion/refining.py.
 
+With `config.stages.teacher` it is trained to do in one evaluation what that run does in several, see
+diffusion/distillation.py.
+
 With `config.stages.base` and an `adapter` a part of that run's network is trained, see diffusion/adapters.py. With a
 `controlnet` that network stays as it is, and a ControlNet beside it is trained, see diffusion/control.py.
 """
@@ -71,6 +74,7 @@ from jaxgen.contract import (
 from jaxgen.diffusion import adapters as adapting
 from jaxgen.diffusion import conditioning as conditions
 from jaxgen.diffusion import control as controls
+from jaxgen.diffusion import distillation as distilling
 from jaxgen.diffusion import editing as edits
 from jaxgen.diffusion import former as formats
 from jaxgen.diffusion import guidance as guides
@@ -85,7 +89,8 @@ from jaxgen.diffusion import (
     refining,
     samplers,
 )
-from jaxgen.diffusion.conditioning import Condition, Conditioning, Values
+from jaxgen.diffusion.conditioning import DISTILLED, Condition, Conditioning, Values
+from jaxgen.diffusion.distillation import TEACHER, Distillation
 from jaxgen.diffusion.editing import Editing, Edits
 from jaxgen.diffusion.guidance import OFF, Guidance
 from jaxgen.diffusion.latents import Space
@@ -104,8 +109,8 @@ Array = jax.Array
 
 def reads_alone(name: str, config: Any) -> bool:
     """Whether nothing of the stages of a stage is read, by its name and saved config, see `assembly.assemble`: of a
-    base, an adapter, a ControlNet or a refiner, which reads this run's."""
-    return name == REFINER or adapting.reads_alone(name, config) or controls.is_controlnet(config)
+    base, an adapter, a ControlNet, or a refiner or teacher, which read this run's."""
+    return name in (REFINER, TEACHER) or adapting.reads_alone(name, config) or controls.is_controlnet(config)
 
 
 former = formats.diffusion  # fields of runs that were saved before there were sections
@@ -116,8 +121,10 @@ TUNING = {  # see tuning.py
     'inversion': inversion.inversion_of,
     'full': adapting.full_of,
     'controlnet': controls.controlnet_of,
+    'distilled': distilling.distilled_of,
+    'few': distilling.few_of,
 }
-DISTILLED = 'distilled_guidance'  # in a batch, [n]
+TUNED_ON_ITS_OWN = distilling.ON_ITS_OWN
 
 
 class Model(NamedTuple):
@@ -139,6 +146,7 @@ class Model(NamedTuple):
     nets: tuple[controls.Net, ...] = ()  # ControlNets beside the network
     refiner: Any = None  # the Model of `config.stages.refiner`
     tables: tuple[samplers.Table, samplers.Table] | None = None  # of this network and of the refiner's
+    distillation: Distillation | None = None  # from `config.stages.teacher`
 
     @property
     def controlled(self) -> bool:
@@ -176,6 +184,7 @@ def build(
     controlnet: Annotated[Section, controls.COMPONENT] = 'none',
     control: Annotated[Section, controls.SECTION] = EMPTY,
     refiner: Annotated[Section, Fields(Refining)] = EMPTY,
+    distillation: Annotated[Section, distilling.COMPONENT] = 'none',
 ) -> Family:
     """Diffusion model; the defaults are DDPM's.
 
@@ -198,6 +207,7 @@ def build(
       control: {stage: scale, start, end, guess} of the ControlNets that are stages, and of this run's own under the
         name 'own'.
       refiner: where the network of `config.stages.refiner` goes on, see diffusion/refining.py.
+      distillation: of what `config.stages.teacher` does in several evaluations, see diffusion/distillation.py.
 
     Raises:
       UserError: values that do not go together, an image that cannot be halved often enough, no labels.
@@ -210,6 +220,8 @@ def build(
         bound = with_refiner(bound, context, given, Refining(**refiner))
     elif Refining(**refiner) != Refining():
         raise UserError(f'config.model.refiner needs config.stages.{REFINER}, the run whose network goes on')
+    if distillation['name'] != 'none':
+        bound = bound._replace(distillation=distillation_of(bound, context, given | {'distillation': distillation}))
     if bound.guidance.classifier_scale:
         bound = bound._replace(classifier=functools.partial(classifier_of, bound, context))
     return family_of(bound, context, denoisers.divisor_of(network))
@@ -228,7 +240,7 @@ def bind(context: Context, model: dict[str, Any]) -> Model:
     outputs = space.shape[-1] * (2 if formulation.learned else 1)
     module = denoisers.make_module(network, space.shape, outputs, context, **of_process(network, process, formulation))
     conditioning = edits.with_space(conditions.make(model['conditioning'], context, module), space)
-    conditioning += augmented(formulation, module, context) + distilled(module)
+    conditioning += augmented(formulation, module, context) + distilled(module, model['conditioning'])
     nets = controls.bind(context, module, model, model['controlnet'], model['control'])
     bare = denoisers.bind(module, conditioning)
     conditioning += controls.conditioning_of(nets, space.shape)
@@ -273,13 +285,41 @@ def with_refiner(model: Model, context: Context, given: dict[str, Any], options_
       UserError: it is of other latents or another process, or one of both networks has no noise level.
     """
     sections = refining.sections_of(context.stages[REFINER], given)
-    # Without what is added to this run's network: LoRAs, ControlNets.
-    others = {name: one for name, one in context.stages.items() if adapting.built_of(one).get('family') != 'diffusion'}
-    made = bind(context._replace(stages=others), options.complete(build, sections, f'stages.{REFINER}'))
+    made = bind_stage(context, sections, REFINER)
     sampler, process = model.edits.sampler, model.formulation.process
     make_sampler = sampler_maker(given, model.formulation, model.space)
     tables = refining.tables(options_of, process, sampler, make_sampler, given['sampler']['name'] == 'pndm')
     return model._replace(refiner=made, tables=tables)
+
+
+def bind_stage(context: Context, sections: dict[str, Any], stage: str) -> Model:
+    """The Model of the sections of config.model of a stage that reads this run's stages, all but what is added to this
+    run's network: LoRAs, ControlNets."""
+    others = {name: one for name, one in context.stages.items() if adapting.built_of(one).get('family') != 'diffusion'}
+    return bind(context._replace(stages=others), options.complete(build, sections, f'stages.{stage}'))
+
+
+def distillation_of(model: Model, context: Context, given: dict[str, Any]) -> Distillation:
+    """The Distillation of a Model.
+
+    Args:
+      given: the complete sections of config.model.
+
+    Raises:
+      UserError: there is no teacher, or one that this model cannot learn from.
+    """
+    where = f'config.model.distillation.name = {given["distillation"]["name"]!r}'
+    if TEACHER not in context.stages:
+        raise UserError(
+            f'{where} needs config.stages.{TEACHER}, the diffusion run that it learns from: --config=RUN:distilled or '
+            'RUN:few names it and takes its model'
+        )
+    if model.controlled or model.words.learned:
+        raise UserError(f'{where} is of a network or a LoRA of it, not of a ControlNet or a word')
+    teacher = bind_stage(context, distilling.sections_of(context.stages[TEACHER], given), TEACHER)
+    by_importance = model.formulation.draw_times is None
+    reads_scale = distilling.reads_scale(model)
+    return distilling.bind(given['distillation'], teacher, model.formulation.process, reads_scale, by_importance)
 
 
 def family_of(bound: Model, context: Context, divisor: int) -> Family:
@@ -312,9 +352,7 @@ def family_of(bound: Model, context: Context, divisor: int) -> Family:
         free=('sampler', 'guidance', 'likelihood', 'adapters', 'editing', 'control', 'refiner'),
         sampling=('sampler', 'guidance', 'adapters', 'editing', 'control', 'refiner'),
         settings=settings,
-        merged=(bound.adapters.merged, bound.adapters.without)
-        if bound.adapters.factors and not (nets or bound.words.every)
-        else None,
+        merged=None if nets or bound.words.every else merged_of(bound),
         captions=Captions(
             encoded=encoded,
             weighted=bound.edits.options.weighted_prompts,
@@ -323,6 +361,18 @@ def family_of(bound: Model, context: Context, divisor: int) -> Family:
             learned=bound.words.learned,
         ),
     )
+
+
+def merged_of(model: Model) -> tuple[Callable, Callable] | None:
+    """`Family.merged` of a model with adapters, or of a student, which samples without its teacher."""
+    if not (model.adapters.factors or model.distillation):
+        return None
+
+    def sections(config: dict[str, Any]) -> dict[str, Any]:
+        config = model.adapters.without(config) if model.adapters.factors else config
+        return distilling.without(config) if model.distillation else config
+
+    return model.adapters.merged, sections
 
 
 def both(*prepare: Prepare | None) -> Prepare | None:
@@ -338,11 +388,13 @@ def both(*prepare: Prepare | None) -> Prepare | None:
     return prepared
 
 
-def distilled(module: Any) -> Conditioning:
+def distilled(module: Any, section: dict[str, dict]) -> Conditioning:
     """The scale of guidance that a distilled network reads (Meng et al. 2022, arXiv 2210.03142): `guidance.distilled`
     in sampling, 1 in training."""
     if not getattr(module, 'distilled', False):
         return ()
+    if DISTILLED in section:
+        raise UserError(f'config.model.conditioning.{DISTILLED}: the network reads it itself (network.distilled)')
     return (
         Condition(DISTILLED, 'guidance', None, conditions.same, conditions.same_value, 0.0, jnp.ones, optional=True),
     )
@@ -461,10 +513,15 @@ def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) 
         batch = {**batch, 'augment': labels}
     draw_times = model.formulation.draw_times
     t = draw_times(rng_t, len(x_0)) if draw_times else batch['t']
+    if model.distillation is not None:
+        scale = distilling.scale_of(model.distillation, stream(rng, 'guidance'), len(x_0))
+        batch = {**batch, DISTILLED: scale}
     eps = jax.random.normal(rng_noise, x_0.shape)
     batch = conditions.drawn(model.conditioning, lambda: jax.random.split(stream(rng, 'masks'), len(x_0)), batch)
     values = conditions.values_of(model.conditioning, batch, model.words.known(params, frozen), train=True)
     values = conditions.drop(model.conditioning, rng_condition, values)
+    if model.distillation is not None:
+        t, x_0, eps = taught(model, frozen, values, scale, stream(rng, 'levels'), t, x_0, eps)
     weights = model.weights(params, frozen, model.adapters.in_training)
     embeddings = conditions.embed(model.conditioning, weights, values, x_0)
     errors, logs = objective.errors(
@@ -476,6 +533,33 @@ def loss_of(model: Model, parts: int, params, state: State, frozen, batch, rng) 
         kept = jnp.zeros(parts * len(t)).at[batch['position']].set(parts * errors, unique_indices=True)
         errors = errors * batch['importance']
     return errors.mean(), Aux({'loss': errors.mean(), **logs}, kept)
+
+
+def taught(
+    model: Model, frozen, values: Values, scale: Array, rng: Array, t: Array, x_0: Array, eps: Array
+) -> tuple[Any, Array, Array]:
+    """(t, x_0, eps) that the student is trained on: the x_t of data and noise, and the target of the teacher in place
+    of the data, with the eps that makes x_t of it.
+
+    Args:
+      values: of the student's conditions.
+      scale: of guidance, [n].
+      rng: of the noise level, where it is drawn from those of the student.
+      t: the noise level, where it is not.
+    """
+    d = model.distillation
+    assert d is not None
+    levels = distilling.to_data(model.formulation.process, t, x_0)
+    if d.levels is not None:
+        levels = distilling.drawn(d.levels, rng, len(x_0))
+        t = distilling.at(levels, 0)
+    alpha, sigma = coefficients(model.formulation.process, t, x_0)
+    x = alpha * x_0 + sigma * eps
+    guidance, clip = distilling.guidance_of(d, scale, x), d.teacher.sampler.clip and d.levels is not None
+    theirs = distilling.values_of(d.teacher, values, scale)
+    denoise = denoiser_of(d.teacher, frozen[TEACHER][0], frozen, theirs, guidance, clip)
+    target = jax.lax.stop_gradient(distilling.target(denoise, x, levels))
+    return t, target, distilling.noise_of(x, target, alpha, sigma)
 
 
 def init(model: Model, context: Context, rng, batch, frozen) -> State:
@@ -505,7 +589,10 @@ def init(model: Model, context: Context, rng, batch, frozen) -> State:
         params = controls.init(model.nets[0], rng, model.conditioning, jax.eval_shape(make), one, x, frozen)
         return new_state({controls.CONTROL: params}, context.optim, history)
     if not model.adapters.base:
-        return new_state({'denoiser': make()}, context.optim, history)
+        params = make()
+        if model.distillation is not None and model.distillation.initialise:
+            params = distilling.start(params, frozen[TEACHER][0].ema['denoiser'])
+        return new_state({'denoiser': params}, context.optim, history)
     shapes = jax.eval_shape(make)
     if model.adapter['name'] == adapting.INVERSION:
         adapting.check_weights(shapes, frozen[adapting.BASE][0].ema['denoiser'], adapting.BASE)
@@ -646,7 +733,8 @@ def denoise(model: Model, state: State, frozen, batch, x: Array, sigma: Array) -
     """Estimate of the image of x = image + sigma eps, float32 [n, H, W, C]; sigma [n]."""
     process = model.formulation.process
     t = process.time(jnp.maximum(sigma, 1e-6))  # its logarithm is finite
-    values = conditions.values_of(model.conditioning, batch, model.words.known(state.ema, frozen))
+    said = {DISTILLED: jnp.full(len(x), model.guidance.distilled, jnp.float32)}
+    values = conditions.values_of(model.conditioning, said | batch, model.words.known(state.ema, frozen))
     estimator = denoiser_of(model, state, frozen, values, model.guidance, model.sampler.clip)
     return samplers.estimate(estimator, coefficients(process, t, x)[0] * x, t)[0]
 

@@ -1,4 +1,5 @@
-"""Embeddings of conditions: class labels by no table (a linear map of one-hot vectors, these themselves), texts."""
+"""Embeddings of conditions: class labels by no table (a linear map of one-hot vectors, these themselves), texts, the
+scale of guidance."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgen.networks.embeddings import VectorEmbedding, cosines_first
 from jaxgen.networks.layers import Dense, variance_scaling
 
 Array = jax.Array
@@ -53,3 +55,15 @@ class TextMaps(nn.Module):
     def __call__(self, value: dict[str, Any]) -> dict[str, Any]:
         maps = {part: Dense(width, dtype=self.dtype, name=part) for part, width in self.features.items() if width}
         return {part: maps[part](x) if part in maps else x for part, x in value.items()}
+
+
+class ScaleEmbedding(nn.Module):
+    """A scale of guidance [n], embedded as time is: [n, features], zeros at first, so that a network that learns to
+    read it begins as the one without it."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, scale: Array) -> Array:
+        return VectorEmbedding(self.features, self.dtype, zeros=True, name='layers')(cosines_first(1000 * scale, 256))

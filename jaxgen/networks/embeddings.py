@@ -50,12 +50,18 @@ def cosines_first(t: Array, features: int, longest: float = 10_000.0, freq_shift
 
 
 class VectorEmbedding(nn.Module):
-    """A vector [n, d] by two layers to [n, features]: of pooled texts, times, sizes."""
+    """A vector [n, d] by two layers to [n, features]: of pooled texts, times, sizes.
+
+    Attributes:
+      zeros: at first the embedding is zeros.
+    """
 
     features: int
     dtype: Any = jnp.float32
+    zeros: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         h = Dense(self.features, dtype=self.dtype, name='linear1')(x.astype(self.dtype))
-        return Dense(self.features, dtype=self.dtype, name='linear2')(nn.silu(h))
+        init = nn.initializers.zeros if self.zeros else None
+        return Dense(self.features, init=init, dtype=self.dtype, name='linear2')(nn.silu(h))

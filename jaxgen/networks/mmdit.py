@@ -187,9 +187,9 @@ class Transformer(nn.Module):
         return Embed(classes, self.channels, dtype=self.dtype)
 
     @nn.nowrap
-    def time(self, t: Array, name: str = 'time') -> Array:
-        """The embedding [n, C] of times [n]."""
-        return VectorEmbedding(self.channels, self.dtype, name=name)(cosines_first(t, FREQUENCIES))
+    def time(self, t: Array, name: str = 'time', zeros: bool = False) -> Array:
+        """The embedding [n, C] of times [n]; `zeros`: zeros at first."""
+        return VectorEmbedding(self.channels, self.dtype, zeros, name=name)(cosines_first(t, FREQUENCIES))
 
     @nn.nowrap
     def vector(self, embedding: Array, vector: Array | None, pooled: Array | None) -> Array:
@@ -286,7 +286,7 @@ class Flux(Transformer):
       blocks: of two streams.
       single_blocks: of one stream, behind them.
       axes: channels of a head that are turned by 0, by the row and by the column; they sum to a head's width.
-      distilled: the scale of guidance is embedded as time is.
+      distilled: the scale of guidance is embedded as time is, by zeros at first.
     """
 
     channels: Count = 3072
@@ -324,7 +324,7 @@ class Flux(Transformer):
         embedding = self.time(t)
         if self.distilled:
             scale = jnp.ones(len(x)) if guidance is None else guidance
-            embedding = embedding + self.time(1000 * scale, 'guidance')
+            embedding = embedding + self.time(1000 * scale, 'guidance', zeros=True)
         vector = self.vector(embedding, vector, pooled)
         texts = text.shape[1]
         angles = jnp.asarray(rotary_angles(height, width, texts, self.axes))
