@@ -65,10 +65,10 @@ def get_config(variant: str = ''):
                     network=dict(distilled=True),
                     sampler=dict(steps=4),
                     guidance=dict(scale=1.0, distilled=2.0),
-                    distillation=dict(name='progressive', steps=4, teacher_steps=4, scales=(1.0, 4.0)),
+                    distillation=dict(name='progressive', steps=4, teacher_steps=3, scales=(1.0, 4.0)),
                 ),
                 optim=dict(lr=5e-4),
-                train=dict(steps=2000),
+                train=dict(steps=600),
             ),
             'tiny': dict(
                 model=dict(

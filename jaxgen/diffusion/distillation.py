@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgen.diffusion import adapters as adapting
 from jaxgen.diffusion import levels as noise_levels
 from jaxgen.diffusion import samplers
-from jaxgen.diffusion.conditioning import DISTILLED, droppable
+from jaxgen.diffusion.conditioning import DISTILLED, Conditioning, droppable, names
 from jaxgen.diffusion.guidance import Guidance
 from jaxgen.diffusion.processes import CHAINS, Process, expanded
 from jaxgen.diffusion.schedules import SPACINGS, Schedule
@@ -124,10 +124,11 @@ def sections_of(family: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     here, there = (compared(one, same) for one in (given, model))
     if given['distillation']['initialise']:
         for fields, one in ((here, given), (there, model)):
-            fields |= {f'.training.{name}': one['training'][name] for name in adapting.SAME_TRAINING}
+            own = {name: one['training'][name] for name in adapting.SAME_TRAINING}
+            fields |= adapting.flat_fields(own, '.training')
     wrong = [path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path)]
     if wrong:
-        path = wrong[0]
+        path = min(wrong, key=lambda path: not path.endswith(('.name', '.kind')))
         raise UserError(
             f'{where} is a run of another model: config.model{path} = {here.get(path)!r} here, {there.get(path)!r} '
             'there; --config=RUN:distilled or RUN:few takes all of it from the run'
@@ -166,7 +167,7 @@ def bind(section: Mapping[str, Any], teacher: Any, process: Process, scale_is_re
             f'{where}.scales = {scales} is a range, and nothing here reads the scale: config.model.network.distilled = '
             f"True of a 'flux', config.model.conditioning.{DISTILLED} = {{}} of other networks; or scales = ()"
         )
-    if scales and not (reads_scale(teacher) or droppable(teacher.conditioning)):
+    if scales and not (reads_scale(teacher.conditioning) or droppable(teacher.conditioning)):
         raise UserError(
             f'{where}.scales = {scales}: the teacher has no guidance, since it never does without a condition: ()'
         )
@@ -226,26 +227,22 @@ def to_data(process: Process, t: Array, x: Array) -> Schedule:
 
 def scale_of(distillation: Distillation, rng: Array, n: int) -> Array:
     """w [n] of each example: what the student reads, if it reads one."""
-    scales = distillation.scales
-    if scales:
-        return (
-            jax.random.uniform(rng, (n,), minval=scales[0], maxval=scales[1])
-            if scales[0] < scales[1]
-            else (jnp.full(n, scales[0], jnp.float32))
-        )
-    guidance = distillation.teacher.guidance
-    return jnp.full(n, guidance.distilled if reads_scale(distillation.teacher) else guidance.scale, jnp.float32)
+    scales, own = distillation.scales, distillation.teacher.guidance
+    if scales and scales[0] < scales[1]:
+        return jax.random.uniform(rng, (n,), minval=scales[0], maxval=scales[1])
+    said = own.distilled if reads_scale(distillation.teacher.conditioning) else own.scale
+    return jnp.full(n, scales[0] if scales else said, jnp.float32)
 
 
-def reads_scale(model: Any) -> bool:
-    """Whether a Model's network reads a scale of guidance."""
-    return any(condition.name == DISTILLED for condition in model.conditioning)
+def reads_scale(conditioning: Conditioning) -> bool:
+    """Whether the network reads a scale of guidance."""
+    return DISTILLED in names(conditioning)
 
 
 def guidance_of(distillation: Distillation, scale: Array, x: Array) -> Guidance:
     """The teacher's guidance with w in place of its own scale, where it reads none and there is a range of them."""
     own = distillation.teacher.guidance
-    if not distillation.scales or reads_scale(distillation.teacher):
+    if not distillation.scales or reads_scale(distillation.teacher.conditioning):
         return own
     return dataclasses.replace(own, scale=expanded(scale, x))
 

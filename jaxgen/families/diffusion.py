@@ -318,7 +318,7 @@ def distillation_of(model: Model, context: Context, given: dict[str, Any]) -> Di
         raise UserError(f'{where} is of a network or a LoRA of it, not of a ControlNet or a word')
     teacher = bind_stage(context, distilling.sections_of(context.stages[TEACHER], given), TEACHER)
     by_importance = model.formulation.draw_times is None
-    reads_scale = distilling.reads_scale(model)
+    reads_scale = distilling.reads_scale(model.conditioning)
     return distilling.bind(given['distillation'], teacher, model.formulation.process, reads_scale, by_importance)
 
 
@@ -400,11 +400,6 @@ def distilled(module: Any, section: dict[str, dict]) -> Conditioning:
     )
 
 
-def reads_distilled(conditioning: Conditioning) -> bool:
-    """Whether the network reads a scale of guidance."""
-    return DISTILLED in conditions.names(conditioning)
-
-
 def variance_of(likelihood: dict, process: processes.Process, formulation: Formulation) -> dict[str, str]:
     """The variance of the bound, where there is one."""
     if 'variance' not in likelihood:
@@ -448,7 +443,7 @@ def augmented(formulation: Formulation, module: Any, context: Context) -> Condit
 def check(model: Model, context: Context, process: dict) -> None:
     """Raises UserError where parts of a model do not go together."""
     guides.check(model.guidance, model.conditioning, model.space.shape[-1])
-    if model.guidance.distilled != 1 and not reads_distilled(model.conditioning):
+    if model.guidance.distilled != 1 and not distilling.reads_scale(model.conditioning):
         raise UserError('config.model.guidance.distilled is for networks that were distilled: this one reads none')
     classifier_scale = model.guidance.classifier_scale
     if model.space.latent and (model.sampler.clip or classifier_scale):
@@ -630,7 +625,7 @@ def settings_of(model: Model) -> dict[str, Any]:
     """What sampling reads beside the weights: the standard deviation of the noise that it starts from, the sampler's
     table, the numbers of guidance, and those of an ancestral sampler that a classifier guides."""
     sampler, guidance = model.edits.sampler, guides.settings_of(model.guidance)
-    if reads_distilled(model.conditioning):
+    if distilling.reads_scale(model.conditioning):
         guidance['distilled'] = model.guidance.distilled
     settings = {**edits.settings_of(model.edits), 'table': sampler.table, 'guidance': guidance}
     if model.tables:
