@@ -67,8 +67,7 @@ def get_config(variant: str = ''):
                     guidance=dict(scale=1.0, distilled=2.0),
                     distillation=dict(name='progressive', steps=4, teacher_steps=3, scales=(1.0, 4.0)),
                 ),
-                optim=dict(lr=5e-4),
-                train=dict(steps=600),
+                train=dict(steps=400),
             ),
             'tiny': dict(
                 model=dict(
