@@ -162,7 +162,7 @@ def read(assembled, config, condition: dict[str, Any] | Given, n: int | None = N
 
 def made(assembled, config, condition: dict[str, Any]) -> Given:
     family = assembled.family
-    border = border_of(condition[OUTPAINT]) if OUTPAINT in condition and takes_border(family) else None
+    border = border_of(condition[OUTPAINT]) if OUTPAINT in condition and fills_holes(family) else None
     set_names = {*condition, *(('mask',) if border else ())}
     reconstructs = 'image' in condition and is_reconstructed(family, set_names)
     if family.sample is None and not reconstructs:
@@ -180,7 +180,7 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
         if name == OUTPAINT:
             continue
         if shape := image_shape(assembled, name):
-            binary = name == 'mask' and name in inputs(family)  # where these are only bits to the family
+            binary = name == 'mask' and fills_holes(family)
             around = border if border and name == 'image' else (0, 0, 0, 0)
             images[name] = values[name] = OwnImages(name, value, shape, config.data, binary, around)
         else:
@@ -217,9 +217,10 @@ def made(assembled, config, condition: dict[str, Any]) -> Given:
     return Given(values, images, 0, reconstructs, tuple(replaced), texts, tuple(notes))
 
 
-def takes_border(family) -> bool:
-    """Whether images may be drawn on beyond their edges: the family completes what a mask says."""
-    return 'mask' in inputs(family) and 'image' in {*family.conditions, *inputs(family)}
+def fills_holes(family) -> bool:
+    """Whether a mask says what is missing of an image, which the family completes: images may be drawn on beyond their
+    edges too. That of a ControlNet does not."""
+    return any(one.name == 'mask' and ('image' in one.beside or 'image' in family.conditions) for one in family.inputs)
 
 
 def border_of(value) -> tuple[int, int, int, int]:
@@ -273,7 +274,7 @@ def allowed(family) -> tuple[str, ...]:
     """The names that a person may set."""
     more: tuple[str, ...] = ('image',) if is_reconstructed(family) or is_derived(family) else ()
     more += PROMPTS if family.captions.encoded else ()
-    more += (OUTPAINT,) if takes_border(family) else ()
+    more += (OUTPAINT,) if fills_holes(family) else ()
     return tuple(dict.fromkeys((*family.conditions, *inputs(family), *more, *family.displayed)))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -62,24 +62,36 @@ class Edits(NamedTuple):
     sampler: Sampler  # which begins at the level that `strength` says
     inputs: tuple[Input, ...]  # that `sample` reads
     keeps: bool = True  # whether what is known is put back after each step
+    holes: bool = True  # whether 'mask' of a batch says what is missing; else it is that of a ControlNet
 
 
 def bind(
-    options: Editing, context: Context, conditioning: Conditioning, make: Callable[[int], Sampler], whole: bool
+    options: Editing,
+    context: Context,
+    conditioning: Conditioning,
+    make: Callable[[int], Sampler],
+    whole: bool,
+    controls: Set[str] = frozenset(),
 ) -> Edits:
     """The Edits of a model.
 
     Args:
       make: (skip) -> the sampler without that many levels, see `levels.make`.
       whole: see `levels.skipped_levels`.
+      controls: the images that ControlNets read; where 'mask' is one of them, no hole is filled.
 
     Raises:
-      UserError: a strength that leaves no noise level, or a model whose condition the image is.
+      UserError: a strength that leaves no noise level, a model whose condition the image is, a mask of two meanings.
     """
     if options.weighted_prompts and not any(c.kind == 'text' for c in conditioning):
         raise UserError('config.model.editing.weighted_prompts is of text encoders, and this model has none')
     sampler, changes = make(0), options.strength < 1
-    takes = len(context.image) == 3 and not {c.name for c in conditioning} & set(TAKEN)
+    holes = MASK not in controls
+    if not holes and any(c.kind == 'inpainting' for c in conditioning):
+        raise UserError(
+            "a condition of kind 'inpainting' and a ControlNet both read 'mask', the one as a hole: take one of them"
+        )
+    takes = len(context.image) == 3 and not ({c.name for c in conditioning} | (controls - {MASK})) & set(TAKEN)
     if changes and not takes:
         raise UserError('config.model.editing.strength is of images, and an image is a condition of this model itself')
     if changes:
@@ -89,23 +101,26 @@ def bind(
             raise UserError(f'config.model.editing.strength = {options.strength} leaves none of {n} noise levels')
         sampler = make(skip)
     keeps = not any(c.kind == 'inpainting' for c in conditioning)
-    return Edits(options, sampler, inputs_of(context.image, changes) if takes else (), keeps)
+    return Edits(options, sampler, inputs_of(context.image, changes, holes) if takes else (), keeps, holes)
 
 
-def inputs_of(shape: tuple[int, ...], changes: bool) -> tuple[Input, ...]:
+def inputs_of(shape: tuple[int, ...], changes: bool, holes: bool = True) -> tuple[Input, ...]:
     """The images that `sample` reads: an image and its mask.
 
     Args:
       shape: of an image.
       changes: whether an image alone is one that samples begin with.
+      holes: whether there may be a mask.
     """
     height, width, channels = shape
     alone = Input(IMAGE, (height, width, channels))
     if changes:
         alone = alone._replace(required=True)
+    elif not holes:
+        return ()
     else:
         alone = alone._replace(beside=(MASK,), otherwise='or editing.strength below 1, to change all of it')
-    return alone, Input(MASK, (height, width, 1), beside=(IMAGE,))
+    return (alone, Input(MASK, (height, width, 1), beside=(IMAGE,))) if holes else (alone,)
 
 
 def reads(edits: Edits, batch: dict[str, Array]) -> bool:
@@ -140,6 +155,11 @@ def settings_of(edits: Edits) -> dict[str, float]:
     if edits.options.strength == 1:
         return {'start': edits.sampler.start}
     return {'start': float(schedule.sigma[-1]), 'kept': float(schedule.alpha[-1])}
+
+
+def fills(edits: Edits, batch: dict[str, Array]) -> bool:
+    """Whether sampling fills the hole of an image of a batch."""
+    return edits.holes and MASK in batch and reads(edits, batch)
 
 
 def missing(mask: Array) -> Array:

@@ -257,7 +257,14 @@ def bind(context: Context, model: dict[str, Any]) -> Model:
         adapting.bind(context, model, model['adapter'], model['adapters']),
         model['adapter'],
         model['prior_weight'],
-        edits.bind(Editing(**model['editing']), context, conditioning, make_sampler, not moves.straight),
+        edits.bind(
+            Editing(**model['editing']),
+            context,
+            conditioning,
+            make_sampler,
+            not moves.straight,
+            {net.condition for net in nets},
+        ),
         inversion.bind(context, model, model['adapter']),
         nets,
     )
@@ -658,7 +665,7 @@ def run_sampler(model: Model, state: State, frozen, batch, rng, settings: dict, 
     eps = normal(example_keys(rng_start, batch), model.space.shape)
     x_0 = edited(model, frozen, batch, rng)
     x = edits.start(settings, eps, x_0, model.edits.options.strength < 1)
-    if x_0 is not None and edits.MASK in batch and model.edits.keeps:
+    if x_0 is not None and edits.fills(model.edits, batch) and model.edits.keeps:
         hole = edits.at_size(edits.missing(batch[edits.MASK]), model.space.shape)
         options['keep'] = edits.keeping(model.formulation.process, x_0, eps, hole)
     guidance = dataclasses.replace(model.guidance, **settings['guidance'])
@@ -693,7 +700,7 @@ def sample(model: Model, state: State, frozen, batch, rng, settings: dict) -> Ar
     """Samples, float32 [n, H, W, C] in [-1, 1]."""
     x_0 = run_sampler(model, state, frozen, batch, rng, settings)
     images = model.space.decode(frozen, x_0, stream(rng, 'decoder'))
-    paste = model.edits.options.paste and edits.MASK in batch and edits.reads(model.edits, batch)
+    paste = model.edits.options.paste and edits.fills(model.edits, batch)
     return edits.pasted(images, batch) if paste else images
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import context
 
-from jaxgen import options
+from jaxgen import conditions, options
 from jaxgen.contract import condition_names
 from jaxgen.diffusion import control
 from jaxgen.errors import UserError
@@ -211,6 +211,30 @@ def test_stages_control_a_run_where_their_image_is_given():
     own, one = controlled('edges', 5)
     np.testing.assert_allclose(drawn(family, state, frozen), drawn(own, one, frozen_of(base=base())), atol=1e-5)
     assert condition_names(family, BATCH) == ['text']
+
+
+@pytest.mark.slow
+def test_the_mask_that_a_controlnet_reads_is_no_hole():
+    family = build(families(one=controlled('mask')))
+    assert {i.name: i.beside for i in family.inputs} == {'mask': ()}
+    assert not conditions.fills_holes(family) and conditions.fills_holes(base()[0])
+    changed = build(families(one=controlled('mask')), editing=dict(strength=0.5))
+    assert {i.name: i.required for i in changed.inputs} == {'image': True, 'mask': False}
+    assert {i.name for i in build(families(one=controlled('edges'))).inputs} == {'image', 'mask', 'edges'}
+    both = dict(inpainting=dict(kind='inpainting'))
+    with pytest.raises(UserError, match="both read 'mask'"):
+        build({'base': build(conditioning=both)}, conditioning=both, controlnet=OWN | {'condition': 'mask'})
+
+
+@pytest.mark.slow
+def test_nothing_is_put_over_samples_under_a_mask():
+    family, state = controlled('mask', 5)
+    frozen = frozen_of(base=base())
+    without = {name: x for name, x in BATCH.items() if name != 'image'}
+    np.testing.assert_array_equal(drawn(family, state, frozen), drawn(family, state, frozen, batch=without))
+    stage = build(families(one=controlled('mask', 5)))
+    made = drawn(stage, base()[1], frozen_of(one=controlled('mask', 5)))
+    np.testing.assert_allclose(made, drawn(family, state, frozen), atol=1e-5)
 
 
 def test_mistakes():
