@@ -7,12 +7,13 @@ controls the text-to-image model `ldm_text_shapes`, whose weights stay as they a
 
 `--mode=sample --condition=edges=photo.png --condition=caption='a large red circle on a white background'` draws by a
 person's own outline; `--config.model.control.own.scale=0.5` makes it weaker, and `.start` and `.end` limit it to some
-of the steps. `--mode=evaluate` compares the edges of samples with those that were requested.
+of the steps. `--mode=evaluate` compares the edges of samples, or their objects, with those that were requested.
 
 Time: 14.5 minutes on two CPU cores with much other work on them
 Paper: none
 Ours: edges F1 0.990 of 1,000 samples by edges of test images (`python -m jaxgen.main --mode=evaluate
---workdir=runs/controlnet_shapes --n=1000`); 96.2% of them show the shape of the caption, 95.6% all four parts of it
+--workdir=runs/controlnet_shapes --n=1000`); 96.2% of them show the shape of the caption, 95.6% all four parts of it;
+`:mask` in 25 minutes: IoU with the mask 0.885 of 500 samples, 97.4% and 97.0%
 """
 
 from jaxgen.config import make
