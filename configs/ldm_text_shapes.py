@@ -11,6 +11,12 @@ attends to the caption's tokens, the system of Stable Diffusion.
 `classifier_shapes`: conditional_accuracy/0 is the fraction of right shapes, 1 that of colours, 2 of sizes, 6 of
 backgrounds, conditional_accuracy/caption that of samples of which all four are right.
 
+    python -m jaxgen.main --config=configs/ldm_text_shapes.py:inpainting --workdir=runs/filling_shapes
+    python -m jaxgen.main --config=configs/ldm_text_shapes.py:variations --workdir=runs/varying_shapes
+
+go on from its weights, with a mask and what is known beside the latents, and with CLIP's embedding of the image as a
+further token: docs/own_images.md has what they draw.
+
 Time: 29 minutes on two CPU cores with other work on them
 Paper: none
 Ours: of 2,000 samples of held-out captions 89.8% show the shape, of which 12.5% is chance, 99.8% the colour, all the
@@ -22,7 +28,12 @@ from jaxgen.config import make
 
 
 def get_config(variant: str = ''):
-    tuned = dict(optim=dict(lr=7e-4, warmup=50), train=dict(initial='runs/ldm_text_shapes', steps=2000))
+    def tuned(steps: int) -> dict:
+        return dict(
+            optim=dict(lr=7e-4, warmup=50),
+            train=dict(initial='runs/ldm_text_shapes', steps=steps, save_every=200, sample_every=0),
+        )
+
     return make(
         variant,
         family='diffusion',
@@ -50,7 +61,7 @@ def get_config(variant: str = ''):
         train=dict(steps=6000, updates_per_call=5, log_every=50, save_every=500, sample_every=1500),
         evaluate=dict(features='run:runs/classifier_shapes', samples=2000),
         variants={
-            'inpainting': dict(model=dict(conditioning=dict(inpainting={})), **tuned),
+            'inpainting': dict(model=dict(conditioning=dict(inpainting={})), **tuned(1200)),
             'variations': dict(
                 stages=dict(clip='runs/clip_shapes'),
                 model=dict(
@@ -58,7 +69,7 @@ def get_config(variant: str = ''):
                         caption=dict(dropout=0.5), image=dict(kind='image_embedding', scale=8.0, dropout=0.1)
                     )
                 ),
-                **tuned,
+                **tuned(600),
             ),
             'tiny': dict(
                 model=dict(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import assemble, context, first_batch, tiny
 
-from jaxgen import conditions, options, run
+from jaxgen import conditions, options, run, train
 from jaxgen.contract import Family, Latents
 from jaxgen.diffusion import conditioning, editing, latents, levels, processes, samplers
 from jaxgen.diffusion.editing import Editing
@@ -515,3 +515,26 @@ def test_variations_of_an_image(part):
 def conditioning_of(assembled):
     """The conditions of an assembled diffusion model."""
     return assembled.family.init.args[0].conditioning
+
+
+@pytest.mark.slow
+def test_a_run_becomes_one_of_inpainting(tmp_path, capfd):
+    """The convolution that reads the mask and what is known begins with the weights of the other run, and zeros."""
+    sections = dict(data=dict(batch=8), train=dict(steps=1, sample_every=0, samples=1))
+    base = str(tmp_path / 'base')
+    train.train(tiny('ddpm_digits', **sections), base)
+    sections['model'] = dict(conditioning=dict(inpainting=dict(kind='inpainting')))
+    sections['train'] |= dict(initial=base)
+    begun = train.Training(tiny('ddpm_digits', **sections), str(tmp_path / 'filling'))
+    before, own = run.load(base).state.ema['denoiser'], begun.state.params['denoiser']
+    assert "['denoiser']['first']['kernel'] reads 3 channels, and 1 in" in capfd.readouterr().err
+    kernel = np.asarray(own['first']['kernel'])
+    np.testing.assert_array_equal(kernel[:, :, :1], before['first']['kernel'])
+    assert kernel.shape[2] == 3 and not kernel[:, :, 1:].any()
+    np.testing.assert_array_equal(begun.state.ema['denoiser']['first']['kernel'], kernel)
+    np.testing.assert_array_equal(own['last']['kernel'], before['last']['kernel'])
+    begun.checkpoints.close()
+    begun.close()
+    sections['model']['network'] = dict(channels=16)
+    with pytest.raises(UserError, match='has other weights'):
+        train.Training(tiny('ddpm_digits', **sections), str(tmp_path / 'other'))
