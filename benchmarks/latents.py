@@ -70,13 +70,15 @@ def main() -> None:
     parser.add_argument('--first', default='runs/kl_shapes', help='run of the autoencoder')
     parser.add_argument('--model', default='', help='run of a model of its latents')
     parser.add_argument('--classifier', default='runs/classifier_shapes')
+    parser.add_argument('--size', type=int, default=0, help='of the images; 0: that of the training of --first')
     parser.add_argument('--noise', default='0,0.1,0.2,0.3,0.5', help='standard deviations, of those of the latents')
     parser.add_argument('--n', type=int, default=512)
     parser.add_argument('--images', default='', help='PNG that is written')
     parser.add_argument('--out', default='', help='JSON that is written')
     args = parser.parse_args()
 
-    classifier, first = jaxgen.load(args.classifier), jaxgen.load(args.first)
+    sizes = {'data.size': args.size} if args.size else {}
+    classifier, first = jaxgen.load(args.classifier), jaxgen.load(args.first, config=sizes)
     section = {**first.config.data.to_dict(), 'features': ('image', 'factors')}
     examples = data.dataset(section, 'test').take_cyclic(np.arange(args.n))
     x, factors = examples['image'], examples['factors']

@@ -35,5 +35,6 @@ def get_config(variant: str = ''):
         train=dict(steps=2400, updates_per_call=10, log_every=100, save_every=800, sample_every=0),
         variants={
             'tiny': dict(model=dict(width=8, stride=1, levels=1, features=8), optim=dict(warmup=2)),
+            '64': dict(data=dict(size=64), model=dict(width=16, levels=3)),
         },
     )

@@ -52,5 +52,14 @@ def get_config(variant: str = ''):
                 optim=dict(lr=3e-3),
                 train=dict(steps=2400, save_every=400),
             ),
+            # That one trained on with scenes of 64x64 pixels, to 16x16x4 latents.
+            '64': dict(
+                stages=dict(perceptual='runs/classifier_shapes_64'),
+                data=dict(size=64, batch=8),
+                model=dict(channels=12, kl_weight=0.03),
+                optim=dict(lr=1e-3),
+                train=dict(steps=600, save_every=200, initial='runs/kl_shapes_robust'),
+                evaluate=dict(features='run:runs/classifier_shapes_64'),
+            ),
         },
     )

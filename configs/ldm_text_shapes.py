@@ -80,5 +80,13 @@ def get_config(variant: str = ''):
                 optim=dict(warmup=2),
                 train=dict(initial=''),
             ),
+            # That run trained on with scenes of 64x64 pixels, as Stable Diffusion's was at 256 before 512.
+            '64': dict(
+                stages=dict(first='runs/kl_shapes_64'),
+                data=dict(size=64, batch=16),
+                optim=dict(lr=7e-4),
+                train=dict(steps=2000, initial='runs/ldm_text_shapes'),
+                evaluate=dict(features='run:runs/classifier_shapes_64'),
+            ),
         },
     )

@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen import data, directory, imports, log, optim, options, origin, sample, sharding, stopping
 from jaxgen.checkpoint import Checkpoints
-from jaxgen.checks import check_size, check_stage_image
+from jaxgen.checks import check_same_weights, check_size, size_text
 from jaxgen.contract import NEGATIVE, Context, Family, State, Texts
 from jaxgen.errors import RunError, UserError
 from jaxgen.metrics import features
 from jaxgen.options import check_integer, check_weights_name
+from jaxgen.sections import sides
 from jaxgen.text import captions
 from jaxgen.text.tokenizers import Tokenizer
 
@@ -240,8 +241,11 @@ def restored_alone(path: str, stages: dict[str, str], mesh, fields: dict[str, An
     return restore(path, {**(fields or {}), **named}, mesh=mesh, stage=abstract_stage)
 
 
-def abstract_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dict]:
+def abstract_stage(path: str, mesh, dtype: str = '', size: tuple[int, ...] = ()) -> tuple[Family, State, dict]:
     """The same as shapes and dtypes, of the run in `path` or, before there is one, of the config of that name.
+
+    Args:
+      size: height and width of images; (): those that it was trained on.
 
     Raises:
       UserError: there is neither.
@@ -254,8 +258,40 @@ def abstract_stage(path: str, mesh, dtype: str = '') -> tuple[Family, State, dic
     else:
         config, spec = configs.load(file), None
     config.train.dtype = dtype or config.train.dtype
-    a = assemble(config, mesh, abstract_stage, spec)
+    trained = trained_image(config, spec)
+    if size and size != trained[:2]:
+        config, spec = of_size(config, size), data.resized(spec, size) if spec else None
+    a = assemble(config, mesh, abstract_stage, spec, trained=trained)
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
+
+
+def of_size(config: ConfigDict, size: int | tuple[int, ...]) -> ConfigDict:
+    """A config with another `data.size`; a pair may take the place of a number."""
+    return ConfigDict({**config.to_dict(), 'data': {**config.data.to_dict(), 'size': size}})
+
+
+def trained_image(config: ConfigDict, spec: data.Spec | None) -> tuple[int, ...]:
+    """Height, width and channels of the images of a config, whose spec may be there already."""
+    return tuple((spec or data.spec(config.data)).features['image'].shape)
+
+
+def resized_stage(
+    field: str, path: str, mesh, dtype: str, image: tuple[int, ...], made: tuple[Family, State, dict]
+) -> tuple[Family, State, dict]:
+    """A stage `made` as it is for images of another size: a convolutional network has none.
+
+    Raises:
+      UserError: it has; or the other size does not fit it.
+    """
+    family, state, frozen = made
+    if family.image[2:] != image[2:]:
+        raise UserError(f'{field} was trained on images of {family.image[2]} channels, and config.data has {image[2]}')
+    try:
+        other, abstract, _ = abstract_stage(path, mesh, dtype, image[:2])
+    except UserError as e:
+        raise UserError(f'{field} was trained on images of {size_text(family.image)} pixels: {e}') from e
+    check_same_weights(state, abstract, f'{field}, for images of {size_text(image)}', family.image)
+    return other, state, frozen
 
 
 def check_stages_trained(config: ConfigDict) -> None:
@@ -276,6 +312,7 @@ def assemble(
     stage: Callable = restored_stage,
     spec: data.Spec | None = None,
     workdir: str = '',
+    trained: tuple[int, ...] = (),
 ) -> Assembled:
     """The family of a config, with the stages that it stands on restored from their runs.
 
@@ -285,6 +322,7 @@ def assemble(
         will do.
       spec: of the data, where the run holds it; None: that of the data.
       workdir: of the run, whose tokenizer is read where there is one.
+      trained: height, width and channels of the images that its weights are of; (): those of config.data.
 
     Raises:
       UserError: values that do not fit each other, before anything is compiled.
@@ -301,17 +339,20 @@ def assemble(
         alone = restoring and directory.is_read_alone(config, name, path)
         named = {k: v for k, v in config.stages.items() if k != name}
         stages[name] = stage(path, mesh, dtype, **({'alone': named} if alone else {}))
+    image = tuple(spec.features['image'].shape)
+    if 'first' in stages and stages['first'][0].image != image:
+        path = config.stages['first']
+        stages['first'] = resized_stage(f'config.stages.first = {path}', path, mesh, dtype, image, stages['first'])
     context = Context(
-        image=tuple(spec.features['image'].shape),
+        image=image,
         classes=spec.classes,
         optim=optim.make_optim(config.train.steps, batch=config.data.batch, **config.optim.to_dict()),
         stages={name: family for name, (family, _, _) in stages.items()},
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
+        trained=trained if trained != image else (),
         tokenizer=(lambda name: directory.saved_tokenizer(config.stages[name])) if restoring else None,
     )
-    if 'first' in stages:
-        check_stage_image(context, 'first')
     family = make_family(config, context)
     check_size(context.image, family.divisor, 'this network')
     needed = {*family.conditions, *family.displayed} | ({'caption'} if family.texts.vocabulary else set())
@@ -367,8 +408,13 @@ def restore(
     directory.check_cycle(workdir, used)
     if mesh is None and 'mesh.fsdp' not in named:  # a run is used on any number of devices
         used.mesh.fsdp = math.gcd(used.mesh.fsdp, jax.device_count())
-    assembled = dataclasses.replace(assemble(used, mesh, stage, spec, workdir), unnamed=unnamed)
+    resized = sides(used.data.size) != sides(saved.data.size)
+    trained = trained_image(saved, directory.saved_spec(workdir)) if resized else ()
+    assembled = dataclasses.replace(assemble(used, mesh, stage, spec, workdir, trained), unnamed=unnamed)
     directory.check_use(workdir, saved, used, assembled.family.free)
+    if resized:
+        field, kept = f'config.data.size = {size_text(assembled.family.image)}', as_trained(workdir, saved, used, mesh)
+        check_same_weights(kept, assembled.abstract, field, trained)
     if weights != 'ema' and assembled.family.statistics:
         raise UserError(
             f'--weights={weights}: what {used.family} draws with includes statistics of the averaged weights, which '
@@ -399,6 +445,13 @@ def restore(
     if weights == 'ema' and 'imported' not in about:
         say_if_initial(workdir, used, int(state.step), assembled.family.statistics)
     return assembled, state.replace(ema=ema)
+
+
+def as_trained(workdir: str, saved: ConfigDict, used: ConfigDict, mesh) -> State:
+    """The State of a run for images of the size that it was trained on, as shapes."""
+    return assemble(
+        of_size(used, saved.data.size), mesh, abstract_stage, directory.saved_spec(workdir), workdir
+    ).abstract
 
 
 def say_if_initial(workdir: str, config: ConfigDict, step: int, statistics: bool) -> None:

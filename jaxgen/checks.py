@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxgen.contract import Context
+from jaxgen.contract import Context, State
 from jaxgen.errors import UserError
 
 
@@ -24,6 +24,23 @@ def check_stage_image(context: Context, name: str) -> None:
             f'config.stages.{name} was trained on other images: they are {image} (height, width, channels), and those '
             f'of config.data {context.image}'
         )
+
+
+def check_same_weights(kept: State, made: State, field: str, trained: tuple[int, ...]) -> None:
+    """Raises UserError where a family has other weights for images of another size: layers that read whole images,
+    positions that are learned, a level more.
+
+    Args:
+      kept: the weights that there are, of images of the size `trained`.
+      made: those of the other size, as shapes.
+      field: that says the other size.
+    """
+    here, there = (
+        {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path((s.ema, s.extra))}
+        for s in (kept, made)
+    )
+    if here != there:
+        raise UserError(f'{field}: the weights are of images of {size_text(trained)} pixels and fit no other size')
 
 
 def check_discriminator(params: dict) -> None:

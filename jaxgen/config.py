@@ -78,7 +78,8 @@ FREE_ON_RESUME = re.compile(
 # and with `accumulate` by the parts where a loss compares examples or normalises by them.
 LAYOUT = re.compile(r'mesh\..*|train\.(remat|updates_per_call)|optim\.accumulate')
 # A trained run is sampled and measured although these differ, too. The other fields say what its weights are.
-FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|stages_dtype)|data\.test_source')
+# Whether its weights fit images of another size is seen by their shapes, see assembly.py.
+FREE_IN_USE = re.compile(rf'{FREE_ON_RESUME.pattern}|train\.(dtype|stages_dtype)|data\.(test_source|size)')
 # These name files and runs. They may lie elsewhere where the digest of what is there is the one of the training.
 MOVABLE = re.compile(r'stages\..*|data\.(source|other|test_source|validation_source)')
 SOURCES = tuple(f'{kind}:' for kind in addresses.KINDS)

@@ -302,6 +302,7 @@ class Context(NamedTuple):
     stages: dict[str, Family] = {}  # earlier stages by name, their weights come in `frozen`
     dtype: Any = jnp.float32  # dtype of computation; weights are float32 always
     remat: bool = False  # recompute activations in the backward pass, block by block
+    trained: tuple[int, ...] = ()  # H, W, C of the images that the weights are of, where `image` is another size
     tokenizer: Callable[[str], Any] | None = None  # stage -> its text.tokenizers.Tokenizer; None: no stage is trained
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxgen import config as configs
 from jaxgen import data, files, origin
 from jaxgen.errors import UserError
+from jaxgen.sections import sides
 from jaxgen.text import tokenizers
 
 TOKENIZER = 'tokenizer'  # folder in a run's directory
@@ -105,6 +106,8 @@ def read(workdir: str, config: ConfigDict | dict | None = None, named: Set[str] 
     spec = saved_spec(workdir)
     if spec is None:  # the data are read for it
         origin.check_named(unnamed, *configs.DATA_PATHS)
+    elif sides(config.data.size) != sides(saved.data.size):
+        spec = data.resized(spec, config.data.size)
     return config, spec, unnamed
 
 

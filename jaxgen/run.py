@@ -43,7 +43,7 @@ from jaxgen.options import check_integer
 from jaxgen.text.tokenizers import caption_texts
 
 DECIDES = re.compile(
-    r'model\..*|stages\..*|train\.dtype|data\.(test_source|validation_source)'
+    r'model\..*|stages\..*|train\.dtype|data\.(size|test_source|validation_source)'
 )  # fields that samples depend on
 
 

@@ -17,13 +17,15 @@ from support import assert_same, mistake, path, python_on, saved_state
 
 from jaxgen import arguments as command
 from jaxgen import config as configs
-from jaxgen import directory, origin, outputs, run, sample
+from jaxgen import directory, library, origin, outputs, run, sample
 from jaxgen.contract import Family
 from jaxgen.data import captions
 from jaxgen.errors import RunError, UserError
 from jaxgen.evaluation import held_out
 from jaxgen.evaluation.bound import BoundModel
 from jaxgen.main import run_main
+from jaxgen.networks.first_stage import Decoder
+from jaxgen.sections import sides
 
 pytestmark = pytest.mark.slow  # compiles networks, trains or starts processes
 
@@ -136,6 +138,94 @@ def test_what_training_does_not_depend_on_is(vae):
         assert configs.get(loaded, field) == value
     # Fields of the model are free by what the family says of them.
     assert run.load(str(vae)).assembled.family.free == ('iwae_samples',)
+
+
+# --- images of another size
+
+
+def convolutional(size, **changes):
+    """A tiny autoencoder by the factor 2 with attention at half the height, for scenes of `size`."""
+    attention = (sides(size)[0] // 2,)
+    model = dict(channels=8, multipliers=(1, 2), blocks=1, perceptual=0.0, adversarial=0.0, attention=attention)
+    return configs.make(family='vqgan', data=dict(source='shapes', size=size, channels=3, batch=2),
+                        model=model | changes, optim=dict(ema=0.0),
+                        train=dict(steps=1, sample_every=0))  # fmt: skip
+
+
+def of_latents(first, size, network: dict, family: str = 'diffusion'):
+    model = dict(process='flow', network=network, training=dict(prediction='flow'),
+                 sampler=dict(name='euler', steps=2, clip=False))  # fmt: skip
+    return configs.make(family=family, stages=dict(first=str(first)), model=model if network else {},
+                        data=dict(source='shapes', size=size, channels=3, batch=2), optim=dict(ema=0.0),
+                        train=dict(steps=1, sample_every=0))  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def stages(tmp_path_factory):
+    """{name: directory} of autoencoders of images of 16 pixels."""
+    root = tmp_path_factory.mktemp('autoencoders')
+    for name, changes in {'kl': {}, 'codes': dict(regulariser='vq', vocabulary=8)}.items():
+        library.train(convolutional(16, **changes), str(root / name))
+    return root
+
+
+def test_a_convolutional_first_stage_serves_images_of_any_size(stages, tmp_path):
+    network = dict(name='latent_unet', channels=8, multipliers=(1,), blocks=1, depths=(1,), heads=2, group_size=4)
+    size = height, width = 24, 32
+    made = library.train(of_latents(stages / 'kl', size, network), str(tmp_path / 'run'))
+    assert made.sample(n=2).shape == (2, height, width, 3)
+    state, _ = made.assembled.frozen['first']
+    assert_same(state.ema, run.load(str(stages / 'kl')).state.ema)
+    # The images of its latents are those that the run itself decodes, with attention at its own level.
+    z = np.random.default_rng(0).normal(size=(2, height // 2, width // 2, 4)).astype(np.float32)
+    images = run.load(str(stages / 'kl'), config={'data.size': size}).decode(z, dtype=np.float32)
+    decoder = Decoder(8, (1, 2), blocks=1, attention=(height // 2,), image_channels=3)
+    y, _ = decoder.apply({'params': state.ema['decoder']}, z)
+    np.testing.assert_allclose(images, np.clip(y, -1, 1), atol=1e-5)
+    again = run.load(str(tmp_path / 'run'))
+    np.testing.assert_array_equal(again.sample(n=2), made.sample(n=2))
+
+
+def test_a_trained_run_draws_images_of_another_size(stages, tmp_path, capfd):
+    network = dict(name='latent_unet', channels=8, multipliers=(1,), blocks=1, depths=(1,), heads=2, group_size=4)
+    workdir = tmp_path / 'run'
+    library.train(of_latents(stages / 'kl', 16, network), str(workdir))
+    use('sample', workdir, '--n=2')
+    use('sample', workdir, '--n=2', '--config.data.size=(32,24)')
+    drawn = [Image.open(file).size for file in (workdir / 'samples').glob('*/images/00000.png')]
+    assert sorted(drawn) == [(16, 16), (24, 32)]
+    use('evaluate', workdir, '--config.data.size=32', '--config.evaluate.examples=4')
+    with open(workdir / 'evaluation.json', encoding='utf-8') as file:
+        assert json.load(file)['config']['data.size'] == 32
+    capfd.readouterr()
+    said = mistake(capfd, '--mode=sample', f'--workdir={workdir}', '--config.data.size=15')
+    assert 'multiple of 2' in said
+
+
+def test_sizes_that_weights_do_not_fit(vae, stages, tmp_path, capfd, no_compile):
+    for mode in MODES:
+        said = mistake(capfd, f'--mode={mode}', f'--workdir={vae}', '--config.data.size=16')
+        assert 'config.data.size = 16: the weights are of images of 8 pixels and fit no other size' in said, mode
+    transformer = of_latents(vae, 16, dict(name='dit', channels=8, heads=2, blocks=1))
+    transformer.data.channels = 1
+    with pytest.raises(UserError, match=r'config\.stages\.first = .*for images of 16: the weights are of images of 8 '):
+        library.train(transformer, str(tmp_path / 'run'))
+    transformer.data.channels = 3
+    with pytest.raises(UserError, match='trained on images of 1 channels'):
+        library.train(transformer, str(tmp_path / 'run'))
+    with pytest.raises(UserError, match=r'first = .* was trained on images of 16 pixels: .*must be a multiple of 2'):
+        library.train(of_latents(stages / 'kl', 15, dict(name='dit', patch=1)), str(tmp_path / 'run'))
+
+
+def test_grids_of_codes_are_those_of_training(stages, tmp_path, capfd):
+    """A first stage gives codes of images of any size; what has learned where they lie is of one size."""
+    config = of_latents(stages / 'codes', 24, {}, 'maskgit')
+    config.model.update(channels=8, blocks=1, heads=2, steps=2)
+    made = library.train(config, str(tmp_path / 'run'))
+    assert made.sample(n=1).shape == (1, 24, 24, 3)
+    capfd.readouterr()
+    said = mistake(capfd, '--mode=sample', f'--workdir={tmp_path}/run', '--config.data.size=16')
+    assert 'config.data.size = 16: the weights are of images of 24 pixels and fit no other size' in said
 
 
 def test_another_system(vae, capfd, no_compile):

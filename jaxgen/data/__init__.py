@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxgen.data.folder import FolderImages
-    from jaxgen.data.loader import Examples, Spec, batches, dataset, spec, spec_from_json, spec_to_json
+    from jaxgen.data.loader import Examples, Spec, batches, dataset, resized, spec, spec_from_json, spec_to_json
     from jaxgen.data.sources import canonical, factor_names, root, same_test_scenes, sample_metrics
     from jaxgen.data.splits import held_out, labels
     from jaxgen.data.transforms import to_float, to_uint8
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # By their modules, which are imported at their first use: processes that decode need few of them, see workers.py.
 WHERE = {
     'folder': ('FolderImages',),
-    'loader': ('Examples', 'Spec', 'batches', 'dataset', 'spec', 'spec_from_json', 'spec_to_json'),
+    'loader': ('Examples', 'Spec', 'batches', 'dataset', 'resized', 'spec', 'spec_from_json', 'spec_to_json'),
     'sources': ('canonical', 'factor_names', 'root', 'same_test_scenes', 'sample_metrics'),
     'splits': ('held_out', 'labels'),
     'transforms': ('to_float', 'to_uint8'),
@@ -57,6 +57,7 @@ __all__ = [
     'factor_names',
     'held_out',
     'labels',
+    'resized',
     'root',
     'same_test_scenes',
     'sample_metrics',

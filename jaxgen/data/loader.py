@@ -144,6 +144,21 @@ def shape(feature: Feature, data) -> tuple[int, ...]:
     return (height // factor, width // factor, channels) if feature.image else feature.shape
 
 
+def resized(spec: Spec, size: int | tuple[int, ...]) -> Spec:
+    """The Spec with images of another `data.size`, and all that lie over them."""
+    height, width, _ = spec.features['image'].shape
+
+    def one(feature: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if len(feature.shape) != 3:
+            return feature
+        # As in `shape`: a reduced image has as many pixels on its shorter side as before.
+        side = min(feature.shape[:2])
+        factor = 1 if side == min(height, width) else max(min(sides(size)) // side, 1)
+        return jax.ShapeDtypeStruct((*(n // factor for n in sides(size)), feature.shape[2]), feature.dtype)
+
+    return spec._replace(features={name: one(feature) for name, feature in spec.features.items()})
+
+
 def sections(data) -> tuple[dict, dict]:
     """The section `data` of a config whose features hold OTHER as two: of its own images, and of the others.
 

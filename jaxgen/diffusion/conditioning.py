@@ -172,6 +172,15 @@ def mask(name: str, context: Context, network: Any, *, dropout: Rate = 0.0) -> C
     return Condition(name, 'planes', None, enlarged_to_nearest, jnp.zeros_like, dropout)
 
 
+def at_size(values: tuple[float, ...], context: Context) -> tuple[float, ...]:
+    """Numbers of `numbers` with the height and width of the samples in place of those of the training images."""
+    trained, made = list(context.trained[:2]), list(values)
+    for i in (0, 4):
+        if trained and made[i : i + 2] == trained:
+            made[i : i + 2] = map(float, context.image[:2])
+    return tuple(made)
+
+
 def numbers(
     name: str,
     context: Context,
@@ -186,6 +195,7 @@ def numbers(
 
     Args:
       values: where the batch holds none: original height and width, top and left of the crop, target height and width.
+        Sizes that are those of the training images are those of the samples where these are larger or smaller.
       absent: that stand for their absence in guidance; (): themselves.
       features: of the embedding of each number.
       dropout: probability that `absent` is taken in training.
@@ -195,6 +205,7 @@ def numbers(
             f'config.model.conditioning.{name}.absent must have the {len(values)} numbers of values; it has '
             f'{len(absent)}'
         )
+    values, absent = (at_size(given, context) for given in (values, absent))
 
     def null(value: Array) -> Array:
         return jnp.broadcast_to(jnp.asarray(absent, value.dtype), value.shape) if absent else value

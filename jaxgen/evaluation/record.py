@@ -30,6 +30,7 @@ def made(run, **settings) -> dict[str, Any]:
     fields = configs.flat({'model': run.config.model.to_dict(), 'train': {'dtype': run.config.train.dtype}})
     free = ['train.dtype', *(f'model.{name}' for name in run.assembled.family.free)]
     used = {key: value for key, value in fields.items() if any(key == f or key.startswith(f'{f}.') for f in free)}
+    used |= {key: value for key, value in run.changes().items() if key == 'data.size'}
     return {'step': run.step, 'weights': run.weights, **settings, 'weights_sha256': weights, 'config': used}
 
 

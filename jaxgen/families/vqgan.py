@@ -587,7 +587,8 @@ def build(
     grids = grids_of(scales, grid) if scales else (grid,)
     sizes = dict(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention, groups=groups)
     sizes |= dict(group_size=group_size, eps=eps, latent_kernel=latent_kernel, middle_attention=middle_attention)
-    rest = dict(height=height, remat=context.remat, dtype=context.dtype)
+    # Blocks with attention are those at these heights in training, whatever the images are.
+    rest = dict(height=(context.trained or context.image)[0], remat=context.remat, dtype=context.dtype)
     networks = Networks(
         encoder=Encoder(outputs=latent if quantised else 2 * latent, **sizes, **rest),
         decoder=Decoder(image_channels=image_channels, **sizes, **rest),

@@ -73,12 +73,24 @@ def make_module(section: dict, shape: tuple[int, ...], out_channels: int, contex
     Raises:
       UserError: a field that does not go with the others or with the shape.
     """
+    section = at_size(section, shape, context)
     check_network(section, shape)
     made = NETWORKS[section['name']]
     given |= dict(out_channels=out_channels, remat=context.remat, dtype=context.dtype)
     if is_dotted(section['name']):  # a person's own has those of these attributes that it reads
         given = {name: value for name, value in given.items() if name in getattr(made, '__dataclass_fields__', {})}
     return made(**own_fields(section), **given)
+
+
+def at_size(section: dict, shape: tuple[int, ...], context: Context) -> dict:
+    """A section with attention at the same levels as in training, where images are of another size."""
+    if not (context.trained and section.get('attention')) or is_dotted(section['name']):
+        return section
+    patch, levels = section.get('patch', 1), range(len(section['multipliers']))
+    here = shape[0] // patch
+    there = shape[0] * context.trained[0] // context.image[0] // patch
+    heights = tuple(here >> level for level in levels if there >> level in section['attention'])
+    return {**section, 'attention': heights}
 
 
 def bind(module: nn.Module, conditioning: Conditioning) -> Network:

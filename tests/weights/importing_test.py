@@ -94,6 +94,14 @@ def test_ddim_pipeline_and_back(tmp_path):
     family = run.assembled.family
     ours = family.decode(run.state, {}, {}, latents, jax.random.key(0))
     np.testing.assert_allclose(ours, np.clip(reference, -1, 1), atol=1e-3)
+    # Of another size: attention stays where it was, at the second level.
+    large = jaxgen.load(str(tmp_path / 'run'), config={'data.size': (32, 24)})
+    x, t = rng.uniform(-1, 1, (1, 32, 24, 3)).astype(np.float32), int(schedule.t[3])
+    with torch.no_grad():
+        eps = nhwc(theirs(nchw(torch, x), t).sample)
+    alpha, sigma = float(schedule.alpha[3]), float(schedule.sigma[3])
+    x_0 = large.denoise(x / alpha, sigma / alpha)
+    np.testing.assert_allclose(x_0, (x - sigma * eps) / alpha, atol=1e-3)
 
     exporting.export_weights(run, str(tmp_path / 'out'))
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / 'out')
@@ -143,6 +151,13 @@ def test_first_stages_and_back(tmp_path, kind):
         image = nhwc(theirs.decode(nchw(torch, reference)).sample)
     ours = family.decode(run.state, {}, {}, jnp.asarray(reference), jax.random.key(0))
     np.testing.assert_allclose(ours, np.clip(image, -1, 1) if np.abs(ours).max() <= 1 else image, atol=1e-3)
+    wide, x = jaxgen.load(str(tmp_path / 'run'), config={'data.size': (24, 32)}), x.repeat(2, 2)[:, np.arange(24) % 16]
+    with torch.no_grad():
+        out = theirs.encode(nchw(torch, x))
+        reference = nhwc(out.latents if kind == 'VQModel' else out.latent_dist.mode())
+        image = np.clip(nhwc(theirs.decode(nchw(torch, reference)).sample), -1, 1)
+    np.testing.assert_allclose(wide.encode(x), reference, atol=1e-3 * reference.std())
+    np.testing.assert_allclose(wide.decode(reference, dtype=np.float32), image, atol=1e-3)
     exporting.export_weights(run, str(tmp_path / 'out'), 'diffusers')
     again = getattr(diffusers, kind).from_pretrained(tmp_path / 'out')
     for name, weight in theirs.state_dict().items():
