@@ -12,7 +12,9 @@ Ours: squared error 0.0025 and absolute error 0.025, of pixels in [-1, 1]; 1,114
 place of squares (`pixels`) objects still had two colours for all eight after 1,500 updates. `:robust`: of 512 held-out
 scenes 97.1% of reconstructions have the right shape by `classifier_shapes` (of the scenes themselves 99.8%), all the
 colour and background, 99.6% the size; 28.8 dB. With noise of 0.2 of the latents' standard deviation
-97.5%, 100% and 99.6% (`python benchmarks/latents.py --first=runs/kl_shapes_robust`)
+97.5%, 100% and 99.6% (`python benchmarks/latents.py --first=runs/kl_shapes_robust`). Of 256 scenes of 64x64, on which
+it was not trained, 98.4% have the right shape by `classifier_shapes:64`, 90.2% the colour, 99.6% the size (with
+`--size=64 --classifier=runs/classifier_shapes_64`); `:64` goes on from there and is not measured
 """
 
 from jaxgen.config import make

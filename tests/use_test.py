@@ -194,9 +194,6 @@ def test_a_trained_run_draws_images_of_another_size(stages, tmp_path, capfd):
     use('sample', workdir, '--n=2', '--config.data.size=(32,24)')
     drawn = [Image.open(file).size for file in (workdir / 'samples').glob('*/images/00000.png')]
     assert sorted(drawn) == [(16, 16), (24, 32)]
-    use('evaluate', workdir, '--config.data.size=32', '--config.evaluate.examples=4')
-    with open(workdir / 'evaluation.json', encoding='utf-8') as file:
-        assert json.load(file)['config']['data.size'] == 32
     capfd.readouterr()
     said = mistake(capfd, '--mode=sample', f'--workdir={workdir}', '--config.data.size=15')
     assert 'multiple of 2' in said
