@@ -238,6 +238,10 @@ def test_an_interrupted_student_is_the_uninterrupted_one(base, tmp_path, variant
 
 @pytest.mark.slow
 def test_mistakes_in_a_command(base, tmp_path):
-    done = main(f'--config={base}:distilled', '--config.stages.teacher=nowhere', f'--workdir={tmp_path}/run')
-    assert done.returncode == 2 and 'config.stages.teacher: no run in nowhere' in done.stderr.splitlines()[-1]
+    done = main(
+        f'--config={base}:distilled', f'--config.stages.teacher={tmp_path}/nowhere', f'--workdir={tmp_path}/run'
+    )
+    assert (
+        done.returncode == 2 and f'config.stages.teacher: no run in {tmp_path}/nowhere' in done.stderr.splitlines()[-1]
+    )
     assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
