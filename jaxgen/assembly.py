@@ -258,10 +258,10 @@ def abstract_stage(path: str, mesh, dtype: str = '', size: tuple[int, ...] = ())
     else:
         config, spec = configs.load(file), None
     config.train.dtype = dtype or config.train.dtype
-    trained = trained_image(config, spec)
-    if size and size != trained[:2]:
+    image = trained_image(config, spec)
+    if size and size != image[:2]:
         config, spec = of_size(config, size), data.resized(spec, size) if spec else None
-    a = assemble(config, mesh, abstract_stage, spec, trained=trained)
+    a = assemble(config, mesh, abstract_stage, spec, trained=image)
     return a.family, a.abstract.replace(params=None, opt=None), a.frozen
 
 
