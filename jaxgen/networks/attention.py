@@ -100,9 +100,7 @@ def attend(
 def target() -> str | None:
     """The accelerator that the program under way is for: that of the mesh in whose context it is traced, or else of
     this machine. None where it is a CPU, on which programs for other devices are traced too."""
-    device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-    platform = device.platform if device is not None else jax.default_backend()
-    return {'gpu': 'cuda', 'cuda': 'cuda', 'rocm': 'rocm', 'tpu': 'tpu'}.get(platform)
+    return {'gpu': 'cuda', 'cuda': 'cuda', 'rocm': 'rocm', 'tpu': 'tpu'}.get(convolution.platform())
 
 
 def choices(q: Array, k: Array, v: Array, mask: Any, bias: Any, causal: bool, kernels: bool) -> dict[str, str]:
@@ -360,6 +358,7 @@ class SelfAttention(nn.Module):
         # One product for q, k and v. Its fan out is three times theirs, (1 + 3) / 2 = 2 in the mean: with a scale of 2
         # each of them has the initial variance of a layer of its own.
         qkv = Dense(3 * features, init=self.init or variance_scaling(2.0), dtype=self.dtype, name='qkv')(h)
-        q, k, v = einops.rearrange(qkv, 'n h w (qkv k c) -> qkv n (h w) k c', qkv=3, k=self.heads)
+        # Split before they are reshaped: the gradient is one concatenation then, not a sum of padded arrays.
+        q, k, v = (einops.rearrange(x, 'n h w (k c) -> n (h w) k c', k=self.heads) for x in jnp.split(qkv, 3, -1))
         h = einops.rearrange(attend(q, k, v), 'n (h w) k c -> n h w (k c)', h=height, w=width)
         return x + Dense(features, init=variance_scaling(0), dtype=self.dtype, name='out')(h)

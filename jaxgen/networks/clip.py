@@ -61,7 +61,7 @@ class Block(nn.Module):
         channels = x.shape[-1]
         h = LayerNorm(eps=1e-5, dtype=self.dtype, name='norm1')(x)
         qkv = Dense(3 * channels, init=NORMAL(channels**-0.5), dtype=self.dtype, name='qkv')(h)
-        q, k, v = einops.rearrange(qkv, 'n t (qkv heads c) -> qkv n t heads c', qkv=3, heads=self.heads)
+        q, k, v = (einops.rearrange(x, 'n t (heads c) -> n t heads c', heads=self.heads) for x in jnp.split(qkv, 3, -1))
         h = attend(q, k, v, causal=self.causal)
         h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
         x = x + Dense(channels, init=NORMAL(channels**-0.5), dtype=self.dtype, name='out')(h)

@@ -61,8 +61,9 @@ class Block(nn.Module):
 
         h = LayerNorm(affine=False, dtype=self.dtype, name='norm1')(x) * (1 + scale1) + shift1
         qkv = Dense(3 * channels, dtype=self.dtype, name='qkv')(h)
-        qkv = qkv.reshape(n, tokens, 3, self.heads, channels // self.heads)
-        h = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [n, T, heads, C / heads]
+        # Split before they are reshaped: the gradient is one concatenation then, not a sum of padded arrays.
+        q, k, v = (x.reshape(n, tokens, self.heads, channels // self.heads) for x in jnp.split(qkv, 3, -1))
+        h = attend(q, k, v)  # [n, T, heads, C / heads]
         h = Dense(channels, dtype=self.dtype, name='out')(h.reshape(n, tokens, channels))
         x = x + gate1 * nn.Dropout(self.dropout, deterministic=not self.train)(h)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxgen import fsdp
 from jaxgen.contract import State, running_mean
 from jaxgen.errors import UserError
-from jaxgen.networks.convolution import convolve
+from jaxgen.networks.convolution import convolve, platform, product
 
 Array = jax.Array
 
@@ -113,7 +113,14 @@ def Dense(
     Args:
       init: of the kernel; None: variance_scaling(1). The bias starts at 0.
     """
-    return nn.Dense(features, use_bias=bias, kernel_init=init or variance_scaling(), dtype=dtype, name=name)
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        kernel_init=init or variance_scaling(),
+        dtype=dtype,
+        dot_general=product,
+        name=name,
+    )
 
 
 # Jitted, so that it is traced once for each shape, not once for each layer of a network.
@@ -132,11 +139,17 @@ def group_norm(x: Array, scale: Array | float, bias: Array | float, groups: int,
     # One pass over x gives both moments, and the channels stay innermost: half the time of the
     # two-pass form on a CPU. E[y^2] - E[y]^2 loses all digits when the mean is large beside the
     # deviation, so the values are first shifted by one of their own: no moment depends on it.
-    y = y - jax.lax.stop_gradient(to_channels(y[:, 0, :: channels // groups]))
+    y = y - computed_once(jax.lax.stop_gradient(to_channels(y[:, 0, :: channels // groups])))
     mean = of_groups(y)
     variance = jnp.maximum(of_groups(jnp.square(y)) - jnp.square(mean), 0)
-    y = (y - to_channels(mean)) * (to_channels(jax.lax.rsqrt(variance + eps)) * scale) + bias
-    return y.reshape(x.shape)
+    factor = to_channels(jax.lax.rsqrt(variance + eps)) * scale  # [n, 1, C]
+    factor, offset = computed_once(factor), computed_once(bias - to_channels(mean) * factor)
+    return (y * factor + offset).reshape(x.shape)
+
+
+def computed_once(x: Array) -> Array:
+    """x, as an array of its own on CPUs: XLA would compute its numbers again for every number of what reads them."""
+    return jax.lax.optimization_barrier(x) if platform() == 'cpu' else x
 
 
 def group_count(channels: int, groups: int, least: int) -> int:

@@ -47,7 +47,7 @@ class Block(nn.Module):
         channels, inner = x.shape[-1], self.heads * self.head_channels
         h = RMSNorm(dtype=self.dtype, name='norm1')(x)
         qkv = Dense(3 * inner, bias=False, init=NORMAL(channels**-0.5), dtype=self.dtype, name='qkv')(h)
-        q, k, v = einops.rearrange(qkv, 'n t (qkv heads c) -> qkv n t heads c', qkv=3, heads=self.heads)
+        q, k, v = (einops.rearrange(x, 'n t (heads c) -> n t heads c', heads=self.heads) for x in jnp.split(qkv, 3, -1))
         h = attend(q, k, v, bias=bias.astype(self.dtype), mask=mask, scale=1.0)
         h = einops.rearrange(h, 'n t heads c -> n t (heads c)')
         x = x + Dense(channels, bias=False, init=NORMAL(inner**-0.5), dtype=self.dtype, name='out')(h)

@@ -61,7 +61,7 @@ class Block(nn.Module):
 
         h = x if self.post_norm else norm('norm1')(x)
         qkv = Dense(3 * channels, init=NORMAL, dtype=self.dtype, name='qkv')(h)
-        q, k, v = einops.rearrange(qkv, 'n t (qkv heads c) -> qkv n t heads c', qkv=3, heads=self.heads)
+        q, k, v = (einops.rearrange(x, 'n t (heads c) -> n t heads c', heads=self.heads) for x in jnp.split(qkv, 3, -1))
         if self.attention_dropout and self.train:
             h = attend(q, k, v, causal=self.causal, drop=nn.Dropout(self.attention_dropout, deterministic=False))
         elif cache is None:

@@ -296,3 +296,27 @@ def test_initial_weights():
     np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.02)
     small = jax.jit(Dense(64, init=variance_scaling(0)).init)(jax.random.key(0), jnp.zeros((1, 32)))['params']['kernel']
     assert 0 < float(jnp.abs(small).max()) < 1e-5
+
+
+@pytest.mark.parametrize('shape', [(5, 3), (2, 7, 3), (2, 3, 4, 3)])
+def test_dense_has_the_gradients_of_a_product_twice(shape):
+    x, w = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (3, 4))
+
+    def own(x, w):
+        return Dense(4, bias=False).apply({'params': {'kernel': w}}, x)
+
+    def first(f):
+        return jax.grad(lambda x, w: jnp.tanh(f(x, w)).sum(), (0, 1))
+
+    def second(f):
+        return jax.grad(lambda x, w: sum(jnp.tanh(g).sum() for g in first(f)(x, w)), (0, 1))
+
+    for build in (lambda f: f, first, second):
+        got, want = build(own)(x, w), build(lambda x, w: x @ w)(x, w)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_gradient_of_dense_weights_is_one_product_without_transposes():
+    x, w = jnp.zeros((2, 5, 3)), jnp.zeros((3, 4))
+    loss = jax.grad(lambda w: jnp.tanh(Dense(4, bias=False).apply({'params': {'kernel': w}}, x)).sum())
+    assert 'transpose[' not in str(jax.make_jaxpr(loss)(w))
