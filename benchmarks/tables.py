@@ -231,6 +231,17 @@ def pipelines(record: dict) -> str:
     return markdown(heads, rows)
 
 
+def convolutions(record: dict) -> str:
+    """Rates of convolutions and of their gradients, jaxgen's and torch's."""
+    parts = {'forward': 'forward', 'input': "input's gradient", 'kernel': "kernel's gradient"}
+    table = []
+    for r in record['rates']:
+        n, side, channels, features = r['shape']
+        rates = [f'{r["jaxgen"][part]:.0f} / {r["torch"][part]:.0f}' for part in parts]
+        table.append([f'{n}, {side} × {side}, {channels} to {features}', *rates])
+    return markdown(['GFLOP/s of a core, jaxgen / torch', *parts.values()], table)
+
+
 def growth(record: dict) -> str:
     """What an update costs as one of its sizes doubles, beside FLOPs and bytes."""
     heads = ['network', 'doubled', 'seconds', 'FLOPs', 'bytes', 'beyond both']
@@ -364,7 +375,7 @@ def make(kind: str, names: list[str]) -> str:
     records = [result(name) for name in names]
     if kind == 'samplers':
         return samplers(records[0]['rows'], f'classifier_{names[0].partition("_")[2]}')
-    if kind in ('loader', 'folder', 'startup', 'weights', 'pipelines', 'growth'):
+    if kind in ('loader', 'folder', 'startup', 'weights', 'pipelines', 'growth', 'convolutions'):
         return globals()[kind](records[0])
     if kind in ('trilemma', 'likelihoods', 'first_samples'):
         return globals()[kind](records[0]['rows'])
