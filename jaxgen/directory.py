@@ -102,13 +102,13 @@ def read(workdir: str, config: ConfigDict | dict | None = None, named: Set[str] 
     """(config, spec, unnamed): what a run is to be used with, no weights; arguments and errors as those of `load`."""
     saved = saved_config(workdir)
     origin.check_layout(workdir, everything=not origin.is_own(workdir, saved))
-    config, unnamed = used_config(workdir, saved, config, named)
+    used, unnamed = used_config(workdir, saved, config, named)
     spec = saved_spec(workdir)
     if spec is None:  # the data are read for it
         origin.check_named(unnamed, *configs.DATA_PATHS)
-    elif sides(config.data.size) != sides(saved.data.size):
-        spec = data.resized(spec, config.data.size)
-    return config, spec, unnamed
+    elif sides(used.data.size) != sides(saved.data.size):
+        spec = data.resized(spec, used.data.size)
+    return used, spec, unnamed
 
 
 def check_system(workdir: str, saved: ConfigDict, path: str) -> None:

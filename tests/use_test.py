@@ -186,19 +186,24 @@ def test_a_convolutional_first_stage_serves_images_of_any_size(stages, tmp_path)
     np.testing.assert_array_equal(again.sample(n=2), made.sample(n=2))
 
 
+@pytest.mark.slow
 def test_a_trained_run_draws_images_of_another_size(stages, tmp_path, capfd):
     network = dict(name='latent_unet', channels=8, multipliers=(1,), blocks=1, depths=(1,), heads=2, group_size=4)
     workdir = tmp_path / 'run'
     library.train(of_latents(stages / 'kl', 16, network), str(workdir))
     use('sample', workdir, '--n=2')
     use('sample', workdir, '--n=2', '--config.data.size=(32,24)')
-    drawn = [Image.open(file).size for file in (workdir / 'samples').glob('*/images/00000.png')]
+    drawn = []
+    for file in (workdir / 'samples').glob('*/images/00000.png'):
+        with Image.open(file) as image:
+            drawn.append(image.size)
     assert sorted(drawn) == [(16, 16), (24, 32)]
     capfd.readouterr()
     said = mistake(capfd, '--mode=sample', f'--workdir={workdir}', '--config.data.size=15')
     assert 'multiple of 2' in said
 
 
+@pytest.mark.slow
 def test_sizes_that_weights_do_not_fit(vae, stages, tmp_path, capfd, no_compile):
     for mode in MODES:
         said = mistake(capfd, f'--mode={mode}', f'--workdir={vae}', '--config.data.size=16')
@@ -214,6 +219,7 @@ def test_sizes_that_weights_do_not_fit(vae, stages, tmp_path, capfd, no_compile)
         library.train(of_latents(stages / 'kl', 15, dict(name='dit', patch=1)), str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_grids_of_codes_are_those_of_training(stages, tmp_path, capfd):
     """A first stage gives codes of images of any size; what has learned where they lie is of one size."""
     config = of_latents(stages / 'codes', 24, {}, 'maskgit')
