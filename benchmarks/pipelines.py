@@ -1,11 +1,11 @@
 """Import of whole pipelines at their published sizes, and an evaluation of the network beside diffusers.
 
     python benchmarks/pipelines.py --model=sd15 --dtype=float16 --compute=float32
-    python benchmarks/pipelines.py --model=sdxl --dtype=bfloat16 --compute=bfloat16
+    python benchmarks/pipelines.py --model=sdxl --dtype=bfloat16 --compute=bfloat16 --programs=jaxgen
 
 A folder of the hub with random weights is written (the names and shapes of diffusers' and transformers' own classes, a
 small tokenizer), imported by the command in a process of its own, and its network evaluated by jaxgen and by diffusers
-in turns: latents of 64 x 64, a batch of two as with guidance. Memory is the most that the process had resident
+in turns (`--programs=jaxgen` without): latents of 64 x 64 or `--side`, a batch of two as with guidance. Memory is the most that the process had resident
 (VmHWM), and `apart` that without what an import of a pipeline of few weights takes. The pages of the files are dropped
 first, so they are read from the disk. Results go to benchmarks/results/pipelines.json. Linux; torch and diffusers.
 """
@@ -30,7 +30,7 @@ from jaxgen import files
 from jaxgen.text import tokenizers
 
 RESULTS = os.path.join(os.path.dirname(__file__), 'results', 'pipelines.json')
-SIDE, BATCH = 64, 2
+BATCH = 2
 BETAS = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012, 'num_train_timesteps': 1000}
 SCHEDULER = {
     '_class_name': 'DDIMScheduler', **BETAS, 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
@@ -84,8 +84,8 @@ MODELS = {
     }),
 }  # fmt: skip
 WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'transformers': 'model.safetensors'}
-# Makes an evaluation for each line that it reads, and says how many seconds it took and the norm of what it gave. Both
-# read the same file of inputs: x [n, h, w, c], t [n], tokens [n, l, d], pooled and sizes [n, ...] of SDXL.
+# Makes an evaluation for each line that it reads, and says how many seconds it took, those of all cores, the deviation
+# of what it gave and the most bytes that were resident. Both read the same file of inputs: x [n, h, w, c], t [n], tokens [n, l, d], pooled and sizes [n, ...] of SDXL.
 OF_JAX = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
@@ -123,10 +123,12 @@ def evaluate(_):
 """
 TURNS = """
 for line in sys.stdin:
-    start = time.perf_counter()
+    start, of_cores = time.perf_counter(), time.process_time()
     out = evaluate(weights)
     value = float((out.astype(jnp.float32) if 'jnp' in globals() else out.float()).std())
-    print(time.perf_counter() - start, value, flush=True)
+    seconds = time.perf_counter() - start, time.process_time() - of_cores
+    resident = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    print(*seconds, value, 1024 * int(resident), flush=True)
 """
 
 
@@ -177,40 +179,56 @@ def size_of(folder: str) -> int:
     return sum(os.path.getsize(os.path.join(top, name)) for top, _, names in os.walk(folder) for name in names)
 
 
-def inputs_of(model: str) -> dict[str, np.ndarray]:
+def inputs_of(model: str, side: int) -> dict[str, np.ndarray]:
     """Latents, times and conditions of an evaluation."""
     rng, options = np.random.default_rng(0), MODELS[model][1]['unet'][2]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    made = {'x': normal(BATCH, SIDE, SIDE, 4), 't': np.full(BATCH, 500, np.float32)}
+    made = {'x': normal(BATCH, side, side, 4), 't': np.full(BATCH, 500, np.float32)}
     made['tokens'] = normal(BATCH, 77, options['cross_attention_dim'])
     if 'addition_embed_type' in options:
-        made |= {'pooled': normal(BATCH, 1280), 'sizes': np.full((BATCH, 6), 512, np.float32)}
+        made |= {'pooled': normal(BATCH, 1280), 'sizes': np.full((BATCH, 6), 8 * side, np.float32)}
     return made
 
 
 def turns(commands: dict[str, list[str]], n: int) -> dict[str, dict]:
-    """{name: seconds of n evaluations after the first, and the deviation of what they gave}, one after another by turns
-    of processes that each hold their weights."""
+    """{name: seconds of n evaluations after the first, by the clock and of all cores, the deviation of what they gave and
+    the most bytes resident}, one after another by turns of processes that each hold their weights."""
     processes = {
         name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name, command in commands.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in processes}
-    values = {}
+    lines: dict[str, list[list[float]]] = {name: [] for name in processes}
     for _ in range(n + 1):
         for name, process in processes.items():
             process.stdin.write('\n')
             process.stdin.flush()
-            line = process.stdout.readline().split()
-            seconds[name].append(float(line[0]))
-            values[name] = float(line[1])
+            lines[name].append([float(number) for number in process.stdout.readline().split()])
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    return {name: {'first': one[0], 'seconds': one[1:], 'deviation': values[name]} for name, one in seconds.items()}
+    names = ('seconds', 'of_cores', 'deviation', 'resident')
+    made = {}
+    for name, rows in lines.items():
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+        made[name] = {
+            'first': columns['seconds'][0],
+            'seconds': columns['seconds'][1:],
+            'of_cores': columns['of_cores'][1:],
+            'deviation': columns['deviation'][-1],
+            'resident': int(columns['resident'][-1]),
+        }
+    return made
+
+
+def ratio(measured: dict[str, dict], name: str) -> float | None:
+    """The median of torch's seconds over jaxgen's of the same turn; None where only one of them was measured."""
+    if len(measured) < 2:
+        return None
+    pairs = zip(measured['torch'][name], measured['jaxgen'][name], strict=True)
+    return statistics.median(torch / own for torch, own in pairs)
 
 
 def main() -> None:
@@ -218,6 +236,8 @@ def main() -> None:
     parser.add_argument('--model', required=True, choices=MODELS)
     parser.add_argument('--dtype', default='float16', choices=DTYPES, help='of the files')
     parser.add_argument('--compute', default='float32', choices=('float32', 'bfloat16'), help='of an evaluation')
+    parser.add_argument('--programs', nargs='+', default=['jaxgen', 'torch'], choices=('jaxgen', 'torch'))
+    parser.add_argument('--side', type=int, default=64, help='of the latents')
     parser.add_argument('--turns', type=int, default=5)
     parser.add_argument('--folder', default='', help='where the files go for the time of the measurement')
     arguments = parser.parse_args()
@@ -230,20 +250,21 @@ def main() -> None:
         counts = write_folder(hub, arguments.model, arguments.dtype)
         large, size = imported(hub, run), size_of(hub)
         inputs = os.path.join(folder, 'inputs.npz')
-        np.savez(inputs, **inputs_of(arguments.model))
+        np.savez(inputs, **inputs_of(arguments.model, arguments.side))
         given = {'jaxgen': (OF_JAX, run), 'torch': (OF_TORCH, os.path.join(hub, 'unet'))}
         commands = {
             name: [sys.executable, '-c', program + TURNS, path, inputs, arguments.compute]
             for name, (program, path) in given.items()
+            if name in arguments.programs
         }
         measured = turns(commands, arguments.turns)
-    pairs = zip(measured['torch']['seconds'], measured['jaxgen']['seconds'], strict=True)
     row = {
         'model': arguments.model,
         'pipeline': MODELS[arguments.model][0],
         'command': ' '.join(['python', *sys.argv]).partition(' --folder')[0],
         'dtype': arguments.dtype,
         'compute': arguments.compute,
+        'side': arguments.side,
         'parameters': counts,
         'file': size,
         'import': {
@@ -254,7 +275,8 @@ def main() -> None:
         },
         'evaluation': {name: statistics.median(one['seconds']) for name, one in measured.items()},
         'turns': measured,
-        'speed_over_torch': statistics.median(t / j for t, j in pairs),
+        'speed_over_torch': ratio(measured, 'seconds'),
+        'speed_over_torch_of_cores': ratio(measured, 'of_cores'),
         'cores': len(os.sched_getaffinity(0)),
         'date': time.strftime('%Y-%m-%d'),
     }

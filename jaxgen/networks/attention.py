@@ -2,9 +2,10 @@
 
 Implementations of softmax(scale q k^T + bias) v, equal to rounding:
 
-    plain    products and a softmax by XLA, with all logits in memory. On CPUs always, elsewhere for short sequences
+    plain    products and a softmax by XLA, with all logits in memory. For short sequences
     chunked  the same by some queries at a time, and once more in the backward pass: logits of all queries are never
-             there together. For long sequences where no kernel fits
+             there together. For long sequences where no kernel fits; on CPUs it is faster too, with gradients and
+             without, since logits stay in the cache
     cudnn    flash attention of cuDNN on NVIDIA's GPUs, in bfloat16 and float16, for the head sizes that it takes
     splash   flash attention for TPUs in Pallas, for long sequences
 
@@ -115,7 +116,7 @@ def choices(q: Array, k: Array, v: Array, mask: Any, bias: Any, causal: bool, ke
     if forced in ('plain', 'chunked'):
         return dict.fromkeys(('default', 'cuda', 'rocm', 'tpu'), forced)
     long = 'chunked' if q.shape[1] > 1 and q.shape[1] * k.shape[1] >= LONG**2 else 'plain'
-    chosen = {'default': 'plain', 'cuda': long, 'rocm': long, 'tpu': long}
+    chosen = dict.fromkeys(('default', 'cuda', 'rocm', 'tpu'), long)
     if (forced == 'cudnn' or (not forced and min(q.shape[1], k.shape[1]) >= SHORT)) and fit['cudnn']():
         chosen['cuda'] = 'cudnn'
     if (forced == 'splash' or (not forced and long == 'chunked' and k.shape[1] >= SHORT)) and fit['splash']():

@@ -182,7 +182,8 @@ def test_each_platform_gets_its_implementation(known, with_cudnn):
     if not known:
         return
     # No array has all logits; without a kernel for float32, GPUs have those of some queries at a time.
-    assert '1024x1024x' in texts['cpu'] and '1024x1024x' not in texts['tpu'] + texts['cuda']
+    assert '1024x1024x' not in texts['cpu'] + texts['tpu'] + texts['cuda']
+    assert '256x256x' in of('cpu', *like(2, 256, 4, 64, jnp.bfloat16))
     assert '1024x1024x' not in of('cuda', *like(2, 1024, 4, 64, jnp.float32))
 
 
