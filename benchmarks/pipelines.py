@@ -5,9 +5,10 @@
 
 A folder of the hub with random weights is written (the names and shapes of diffusers' and transformers' own classes, a
 small tokenizer), imported by the command in a process of its own, and its network evaluated by jaxgen and by diffusers
-in turns (`--programs=jaxgen` without): latents of 64 x 64 or `--side`, a batch of two as with guidance. Memory is the most that the process had resident
-(VmHWM), and `apart` that without what an import of a pipeline of few weights takes. The pages of the files are dropped
-first, so they are read from the disk. Results go to benchmarks/results/pipelines.json. Linux; torch and diffusers.
+in turns (`--programs=jaxgen`: by it alone): latents of 64 x 64 or `--side`, a batch of two as with guidance. Memory is
+the most that the process had resident (VmHWM), and `apart` that without what an import of a pipeline of few weights
+takes. The pages of the files are dropped first, so they are read from the disk. Results go to
+benchmarks/results/pipelines.json. Linux; torch and diffusers.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ MODELS = {
 }  # fmt: skip
 WEIGHTS = {'diffusers': 'diffusion_pytorch_model.safetensors', 'transformers': 'model.safetensors'}
 # Makes an evaluation for each line that it reads, and says how many seconds it took, those of all cores, the deviation
-# of what it gave and the most bytes that were resident. Both read the same file of inputs: x [n, h, w, c], t [n], tokens [n, l, d], pooled and sizes [n, ...] of SDXL.
+# of what it gave and the most bytes that were resident. Both read the same file of inputs: x [n, h, w, c], t [n],
+# tokens [n, l, d], pooled and sizes [n, ...] of SDXL.
 OF_JAX = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
@@ -194,7 +196,7 @@ def inputs_of(model: str, side: int) -> dict[str, np.ndarray]:
 
 
 def turns(commands: dict[str, list[str]], n: int) -> dict[str, dict]:
-    """{name: seconds of n evaluations after the first, by the clock and of all cores, the deviation of what they gave and
+    """{name: seconds of n evaluations after the first, by the clock and of all cores, the deviation of what they gave,
     the most bytes resident}, one after another by turns of processes that each hold their weights."""
     processes = {
         name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

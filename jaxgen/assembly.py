@@ -83,7 +83,8 @@ class Assembled:
                 saved = directory.saved_tokenizer(self.config.train.initial)
             if saved is None and stage:
                 raise UserError(f'config.stages.{stage}: the run in {path} has no tokenizer')
-            made[name] = saved or captions.trained(self.config.data, texts)
+            own = saved or captions.trained(self.config.data, texts)
+            made[name] = dataclasses.replace(own, whole=not texts.divisible)
         first = {name: texts.vocabulary for name, texts in self.texts.items()}
         for stage, word, n in self.family.captions.added:
             name = f'{stage}/tokens'
@@ -95,12 +96,13 @@ class Assembled:
         """A batch with its captions as the tokens that the family and its stages read.
 
         Args:
-          prompts: the captions are to be sampled; the family may read weights in them.
+          prompts: the captions are to be sampled; the family may read weights in them, or several parts of them.
         """
         if not self.texts:
             return batch
         read = self.family.captions
-        return captions.tokenised(batch, self.tokenizers, read.encoded, prompts and read.weighted)
+        chunks = read.chunks if prompts else 1
+        return captions.tokenised(batch, self.tokenizers, read.encoded, prompts and read.weighted, chunks)
 
     @property
     def features(self) -> dict[str, jax.ShapeDtypeStruct]:

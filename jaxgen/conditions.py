@@ -354,11 +354,13 @@ def cut_off(assembled, values: dict[str, Any]) -> list[str]:
         if assembled.family.captions.weighted:
             texts = [emphasis.parsed(text)[0] for text in texts]
         for length, tokenizer in {one.length: one for one in assembled.tokenizers.values()}.items():
-            rests = [(text, rest) for text in texts if (rest := tokenizer.rest(text))]
+            chunks = assembled.family.captions.chunks
+            rests = [(text, rest) for text in texts if (rest := tokenizer.rest(text, chunks))]
             if rests:
                 many = f', and so on of {len(rests)} of {len(texts)} texts' if len(texts) > 1 else ''
                 text, rest = (shown(words) for words in rests[0])
-                lines.append(f'{name} {text}: {length} tokens are read, and not its end {rest}{many}')
+                parts = f'{chunks} times ' if chunks > 1 and tokenizer.divisible else ''
+                lines.append(f'{name} {text}: {parts}{length} tokens are read, and not its end {rest}{many}')
     return lines
 
 

@@ -191,6 +191,8 @@ class Captions(NamedTuple):
     # the same of the text that stands for no caption, 'STAGE/negative', with NEGATIVE
     weighted: bool = False  # in sampling captions are prompts with weights of words: a batch holds 'STAGE/weights' and
     # 'STAGE/negative_weights', float32 [n, length]
+    chunks: int = 1  # in sampling the arrays above are [n, chunks * length], the parts of a text one behind the other,
+    # of stages whose texts are divisible
     negative: bool = False  # negative prompts change samples: there is guidance away from them
     added: tuple[tuple[str, str, int], ...] = ()  # (stage, word, tokens) of new words: the numbers of their tokens come
     # behind the vocabulary of the stage, in this order
@@ -219,6 +221,7 @@ class Texts(NamedTuple):
 
     vocabulary: int = 0  # tokens at most; 0: it reads none
     length: int = 0  # of a text, its start and end included
+    divisible: bool = True  # longer texts may be read in parts, each with a start and an end, see Captions.chunks
 
 
 class Input(NamedTuple):

@@ -76,6 +76,7 @@ class Condition(NamedTuple):
     prepare: Callable | None = None  # (frozen, batch) -> {name: array} of the stages, that a batch may hold before
     draw: Callable | None = None  # (keys [n]) -> {name: array} that training reads where the batch does not hold them
     left_out: bool = False  # guidance leaves it out although training never does
+    divisible: bool = False  # sequences of texts that may be read in parts, see contract.Captions.chunks
 
 
 Conditioning = tuple[Condition, ...]
@@ -371,6 +372,24 @@ def weighted(outputs: dict[str, Array], batch: dict[str, Array], name: str) -> d
     return {path: one(path, z) if '/' in path else z for path, z in outputs.items()}
 
 
+def in_parts(family: Any, frozen: tuple, tokens: Array) -> TextOutput:
+    """What a text encoder makes of texts [n, k * length]: of each of the k parts by itself, sequences one behind the
+    other, and of vectors those of the first part."""
+    n, length = len(tokens), family.texts.length
+    parts = tokens.shape[1] // length if length else 1
+    if parts <= 1:
+        return family.encode_text(*frozen, tokens)
+    made = family.encode_text(*frozen, tokens.reshape(n * parts, length))
+
+    def joined(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        x = x.reshape(n, parts, *x.shape[1:])
+        return x.reshape(n, -1, x.shape[-1]) if x.ndim == 4 else x[:, 0]
+
+    return TextOutput(*map(joined, made))
+
+
 def in_a_row(arrays: list[Array]) -> Array:
     """Sequences [n, T, D] one behind the other, the narrower ones filled up with zeros."""
     widest = max(x.shape[-1] for x in arrays)
@@ -410,7 +429,7 @@ def text(
     stages = sorted({stage for stage, _ in read})
 
     def encode(frozen: Frozen, tokens: dict[str, Array]) -> dict[str, Array]:
-        made = {stage: context.stages[stage].encode_text(*frozen[stage], tokens[stage]) for stage in stages}
+        made = {stage: in_parts(context.stages[stage], frozen[stage], tokens[stage]) for stage in stages}
         return {f'{stage}/{output}': getattr(made[stage], output) for stage, output in read}
 
     def prepare(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
@@ -447,7 +466,8 @@ def text(
         names = {'tokens': 'tokens', 'pooled': 'pooled' if has_pooled else 'vector'}
         return {names[part]: array for part, array in value.items() if part != 'absent'}
 
-    return Condition(name, '', module, embed, null, dropout, compute=compute, prepare=prepare)
+    divisible = any(context.stages[stage].texts.divisible for row in rows for stage, _ in row)
+    return Condition(name, '', module, embed, null, dropout, compute=compute, prepare=prepare, divisible=divisible)
 
 
 KINDS = {

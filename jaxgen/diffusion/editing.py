@@ -48,11 +48,16 @@ class Editing:
         latents is as the first stage decodes it (diffusers' default).
       weighted_prompts: captions in sampling are prompts with weights, '(word:1.3)', see text/emphasis.py; else brackets
         are characters, as published pipelines read them.
+      prompt_chunks: texts in sampling, prompts and negative prompts, are cut into so many parts, each with a start and
+        an end of its own, which a CLIP's text encoder reads by themselves and the network one behind the other; parts
+        of shorter texts are empty. Pooled outputs are those of the first part, and T5 reads one. With 1 what is beyond
+        the text encoder's length is left out.
     """
 
     strength: Annotated[float, '(0, 1]'] = 1.0
     paste: bool = True
     weighted_prompts: bool = False
+    prompt_chunks: Annotated[int, '[1, 64]'] = 1
 
 
 class Edits(NamedTuple):
@@ -85,6 +90,10 @@ def bind(
     """
     if options.weighted_prompts and not any(c.kind == 'text' for c in conditioning):
         raise UserError('config.model.editing.weighted_prompts is of text encoders, and this model has none')
+    if options.prompt_chunks > 1 and not any(c.divisible for c in conditioning):
+        raise UserError(
+            'config.model.editing.prompt_chunks is of networks that read the sequences of a CLIP; this one has none'
+        )
     sampler, changes = make(0), options.strength < 1
     holes = MASK not in controls
     if not holes and any(c.kind == 'inpainting' for c in conditioning):

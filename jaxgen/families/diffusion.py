@@ -363,6 +363,7 @@ def family_of(bound: Model, context: Context, divisor: int) -> Family:
         captions=Captions(
             encoded=encoded,
             weighted=bound.edits.options.weighted_prompts,
+            chunks=bound.edits.options.prompt_chunks,
             negative=not bound.guidance.off,
             added=bound.words.added,
             learned=bound.words.learned,

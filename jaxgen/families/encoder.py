@@ -72,7 +72,7 @@ def build(
             output = module.apply({'params': state.ema['text']}, tokens, added=state.ema.get(WORDS))
             return of_t5(output, tokens) if name == 't5' else output
 
-        texts = Texts(own['vocabulary'], own['length'])
+        texts = Texts(own['vocabulary'], own['length'], divisible=name != 't5')
         return Family(init, untrained, None, evaluate, encode_text=encode_text, texts=texts)
 
     check_size(context.image, own['patch'], 'config.model.network.patch')

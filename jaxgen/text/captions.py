@@ -82,18 +82,24 @@ def weights_name(name: str) -> str:
 
 
 def read_weights(
-    texts: list[str], made: Mapping[str, Tokenizer], weighted: bool
+    texts: list[str], made: Mapping[str, Tokenizer], weighted: bool, chunks: int = 1
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Texts without the marks of weights, and {name of stages' tokens: their weights, float32 [n, length]}."""
     if not weighted:
         return texts, {}
     read = [emphasis.parsed(text) for text in texts]
     names = [name for name in made if '/' in name]
-    return [text for text, _ in read], {name: np.stack([made[name].weights(*one) for one in read]) for name in names}
+    return [text for text, _ in read], {
+        name: np.stack([made[name].weights(*one, chunks) for one in read]) for name in names
+    }
 
 
 def tokenised(
-    batch: Mapping[str, Any], made: Mapping[str, Tokenizer], negatives: bool = False, weighted: bool = False
+    batch: Mapping[str, Any],
+    made: Mapping[str, Tokenizer],
+    negatives: bool = False,
+    weighted: bool = False,
+    chunks: int = 1,
 ) -> dict[str, Any]:
     """A batch whose 'caption' uint8 [n, L], where it has one, is replaced by {name: its tokens int32 [n, length]}.
 
@@ -102,6 +108,7 @@ def tokenised(
         and whether there is one, see `contract.NEGATIVE`.
       weighted: texts are prompts with weights of their words (text/emphasis.py), and beside those come 'STAGE/weights'
         and 'STAGE/negative_weights', float32 [n, length].
+      chunks: parts of a text for stages, see `tokenizers.Tokenizer.parts`: their arrays are [n, chunks * length].
     """
     out = dict(batch)
     captions, negative = out.pop('caption', None), out.pop('negative_caption', None)
@@ -111,14 +118,15 @@ def tokenised(
     if captions is None:
         return out
     texts = tokenizers.caption_texts(captions)
-    texts, weights = read_weights(texts, made, weighted)
-    out |= {name: tokenizer(texts).ids for name, tokenizer in made.items()}
+    texts, weights = read_weights(texts, made, weighted, chunks)
+    out |= {name: tokenizer(texts, chunks if '/' in name else 1).ids for name, tokenizer in made.items()}
     out |= {weights_name(name): x for name, x in weights.items()}
     if negatives:
         unlike = [''] if negative is None else tokenizers.caption_texts(negative)
-        unlike, weights = read_weights(unlike, made, weighted)
+        unlike, weights = read_weights(unlike, made, weighted, chunks)
         one_or_each = {weights_name(negative_name(name)): x for name, x in weights.items()}
-        one_or_each |= {negative_name(name): tokenizer(unlike).ids for name, tokenizer in made.items() if '/' in name}
+        stages = {name: tokenizer for name, tokenizer in made.items() if '/' in name}
+        one_or_each |= {negative_name(name): tokenizer(unlike, chunks).ids for name, tokenizer in stages.items()}
         one_or_each[NEGATIVE] = np.array([bool(text) for text in unlike])
         out |= {name: np.array(np.broadcast_to(x, (len(texts), *x.shape[1:]))) for name, x in one_or_each.items()}
     return out

@@ -55,6 +55,7 @@ class Tokenizer:
       end: number of the last token of a text; None: texts have none.
       files: contents of the files that `from_folder` makes the same tokenizer of, by name, but for `words`.
       words: {number of a word that was added: those of the tokens that it is for the encoder}.
+      whole: no text is read in several parts, whatever its start and end.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -63,6 +64,7 @@ class Tokenizer:
     end: int | None
     files: dict[str, bytes] = dataclasses.field(repr=False)
     words: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    whole: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -75,19 +77,55 @@ class Tokenizer:
         digests = [hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest() for part in parts]
         return hashlib.sha256(b''.join(digests)).hexdigest()
 
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        """The tokens of texts; longer ones keep their first tokens and their end."""
-        ids = np.full((len(texts), self.length), self.pad, np.int32)
-        lengths, cut = np.zeros(len(texts), np.int32), 0
-        for row, text in enumerate(texts):
-            numbers, _ = self.encoded(text)
-            if len(numbers) > self.length:
-                cut += 1
-                numbers = numbers[: self.length]
-                if self.end is not None:
-                    numbers[-1] = self.end
-            ids[row, : len(numbers)], lengths[row] = numbers, len(numbers)
+    def __call__(self, texts: Sequence[str], chunks: int = 1) -> Tokens:
+        """The tokens of texts; longer ones keep their first tokens and their end.
+
+        Args:
+          chunks: parts of a text, see `parts`: then ids are [n, chunks * length], and lengths the sums of the parts'.
+        """
+        rows, lengths, cut = [], np.zeros(len(texts), np.int32), 0
+        for i, text in enumerate(texts):
+            parts, rest = self.parts(text, chunks)
+            rows.append(self.filled([ids for ids, _ in parts], self.pad, np.int32))
+            lengths[i], cut = sum(len(ids) for ids, _ in parts), cut + bool(rest)
+        ids = np.stack(rows) if rows else np.zeros((0, self.length), np.int32)
         return Tokens(ids, lengths, cut)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a text may be read in several parts: those of CLIP's kind, with a start and an end of their own."""
+        return not self.whole and self.length > 2 and len(self.backend.encode('').ids) == 2
+
+    def filled(self, parts: list[list], value: float, dtype: Any) -> np.ndarray:
+        """[chunks * length]: each part, filled up with a value."""
+        out = np.full((len(parts), self.length), value, dtype)
+        for row, part in zip(out, parts, strict=True):
+            row[: len(part)] = part
+        return out.reshape(-1)
+
+    def parts(self, text: str, chunks: int = 1) -> tuple[list[tuple[list[int], list[tuple[int, int]]]], list[int]]:
+        """The tokens of a text in parts of at most `length`, and where their characters are.
+
+        Each part has a start and an end; those that are left over are empty. What is not `divisible` is one part.
+
+        Returns:
+          [(numbers, (first character, character after the last) of each)], and the first characters of the tokens that
+          no part has.
+        """
+        ids, offsets = (list(x) for x in self.encoded(text))
+        if chunks == 1 or not self.divisible:
+            if len(ids) <= self.length:
+                return [(ids, offsets)], []
+            kept = self.length - (self.end is not None)
+            ends = [self.end] if self.end is not None else []
+            rest = [first for first, _ in offsets[kept:]]
+            return [(ids[:kept] + ends, offsets[:kept] + [(0, 0)] * len(ends))], rest
+        (first, *ids, last), offsets, room, none = ids, offsets[1:-1], self.length - 2, (0, 0)
+        made = [
+            ([first, *ids[i : i + room], last], [none, *offsets[i : i + room], none])
+            for i in range(0, chunks * room, room)
+        ]
+        return made, [first for first, _ in offsets[chunks * room :]]
 
     def encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(numbers, where each lies in the text) of all tokens of a text."""
@@ -114,26 +152,21 @@ class Tokenizer:
         words = {**self.words, backend.token_to_id(word): tuple(numbers)}
         return dataclasses.replace(self, backend=backend, words=words)
 
-    def weights(self, text: str, characters: np.ndarray) -> np.ndarray:
-        """Of each token of a text the weight of its last character, float32 [length]; 1 of start, end and padding.
+    def weights(self, text: str, characters: np.ndarray, chunks: int = 1) -> np.ndarray:
+        """Of each token of a text the weight of its last character, float32 [chunks * length]; 1 of start, end and
+        padding.
 
         Args:
           characters: weights of the text's characters.
         """
-        weights = np.ones(self.length, np.float32)
-        numbers, offsets = self.encoded(text)
-        most = self.length - (len(numbers) > self.length and self.end is not None)
-        for i, (first, last) in enumerate(offsets[:most]):
-            if last > first:
-                weights[i] = characters[last - 1]
-        return weights
+        parts, _ = self.parts(text, chunks)
+        rows = [[characters[last - 1] if last > first else 1.0 for first, last in offsets] for _, offsets in parts]
+        return self.filled(rows, 1.0, np.float32)
 
-    def rest(self, text: str) -> str:
+    def rest(self, text: str, chunks: int = 1) -> str:
         """The end of a text that its tokens leave out, '' where they are all of it."""
-        numbers, offsets = self.encoded(text)
-        if len(numbers) <= self.length:
-            return ''
-        return text[offsets[self.length - (self.end is not None)][0] :]
+        _, rest = self.parts(text, chunks)
+        return text[rest[0] :] if rest else ''
 
     def with_length(self, length: int) -> Tokenizer:
         """The same for texts of another number of tokens."""
