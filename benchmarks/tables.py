@@ -215,7 +215,8 @@ def weights(record: dict) -> str:
 
 def pipelines(record: dict) -> str:
     """Import of whole pipelines, and an evaluation of the network beside torch."""
-    heads = ['pipeline', 'parameters', 'files', 'seconds', 'memory', 'evaluation, jaxgen / torch', 'command']
+    heads = ['pipeline', 'parameters', 'files', 'seconds', 'memory', 'evaluation']
+    heads += ['jaxgen / torch', 'by the cores', 'memory of each', 'command']
     rows = [
         [
             r['pipeline'],
@@ -223,7 +224,9 @@ def pipelines(record: dict) -> str:
             f'{r["file"] / 1e9:.1f} GB, {r["dtype"]}',
             f'{r["import"]["seconds"]:.0f}',
             f'{r["import"]["resident"] / 1e9:.1f} GB',
-            f'{r["speed_over_torch"]:.2f}',
+            f'{r["compute"]}, {r["side"]} x {r["side"]}: {r["evaluation"]["jaxgen"]:.0f} s',
+            *(f'{r[name]:.2f}' if r[name] else 'not run' for name in ('speed_over_torch', 'speed_over_torch_of_cores')),
+            ', '.join(f'{name} {one["resident"] / 1e9:.1f} GB' for name, one in r['turns'].items()),
             f'`{r["command"]}`',
         ]
         for r in record['rows']
