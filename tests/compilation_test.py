@@ -97,9 +97,9 @@ def test_a_full_disk_changes_nothing(tmp_path, fresh, capfd, monkeypatch):
 
 def test_what_was_put_is_got(tmp_path):
     first, second = entries(tmp_path), entries(tmp_path)
-    assert first.get('a') is None and first.hits == []
+    assert first.get('a') is None and first.loaded == []
     first.put('a', b'program')
-    assert second.get('a') == b'program' and second.hits == ['a']
+    assert second.get('a') == b'program' and second.loaded == ['a']
 
 
 @pytest.mark.parametrize('change', [lambda x: x[:-1], lambda x: x + b'\0', lambda x: b'\0' + x[1:], lambda x: b''])
