@@ -14,7 +14,9 @@ scenes 97.1% of reconstructions have the right shape by `classifier_shapes` (of 
 colour and background, 99.6% the size; 28.8 dB. With noise of 0.2 of the latents' standard deviation
 97.5%, 100% and 99.6% (`python benchmarks/latents.py --first=runs/kl_shapes_robust`). Of 256 scenes of 64x64, on which
 it was not trained, 98.4% have the right shape by `classifier_shapes:64`, 90.2% the colour, 99.6% the size (with
-`--size=64 --classifier=runs/classifier_shapes_64`); `:64` goes on from there and is not measured
+`--size=64 --classifier=runs/classifier_shapes_64`). `:64` goes on from there with scenes of 64x64 (9 minutes): of 512
+99.8% have the right shape, all the colour, size and background, 31.7 dB; with that noise all four are in all,
+31.1 dB (`python benchmarks/latents.py --first=runs/kl_shapes_64 --classifier=runs/classifier_shapes_64 --noise=0,0.2`)
 """
 
 from jaxgen.config import make
