@@ -265,8 +265,8 @@ class Measures:
         if self.evaluator and self.attributes:
             out |= self.attributes.correct(images, conditions, self.evaluator.batch(n))
         for name in requested(conditions, images.shape):
-            found = REQUESTED[name](images, conditions[name])
-            out |= {f'{name}_{metric}': x for metric, x in found.items()}
+            compared = REQUESTED[name](images, conditions[name])
+            out |= {f'{name}_{metric}': x for metric, x in compared.items()}
         if self.own:
             out[f'{OWN}images'] = images
         if self.clip:
